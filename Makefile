@@ -1,0 +1,22 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both set up .venv first.
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: setup demo test clean
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv==0.13.9
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraints constraints.txt --editable '.[train,dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/python recipes/tiny/demo.py
+
+test: setup
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf data runs
