@@ -1,0 +1,259 @@
+"""Janus and Janus-Pro, text to image, on transformers' own classes.
+
+Only the generation path is built and loaded: language model, generation embeddings,
+aligner and head. The vision tower, its aligner and lm_head play no part; the VQ model is
+an image tokenizer (image_tokenizers/janus_vq.py). Prompt, padding and the unconditional
+prompt follow the official sampler (deepseek-ai/Janus at 1daa72f, generation_inference.py).
+Shapes: B batch, P prefix, S rows, T image tokens, D width, V codebook size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import AutoModel, DynamicCache, PreTrainedTokenizerFast
+from transformers.models.janus.configuration_janus import JanusConfig
+from transformers.models.janus.modeling_janus import JanusVQVAEAlignerMLP, JanusVQVAEHead
+
+from mmtensorar.backbones import Condition, Prefix
+from mmtensorar.recipe import Section
+from mmtensorar.weights import fill, locate, read_config
+
+PROMPT = "<|User|>: {caption}\n\n<|Assistant|>:<begin_of_image>"
+BEGIN_OF_IMAGE = "<begin_of_image>"
+
+# Our names -> the names in a transformers checkpoint.
+KEYS = {
+    "prefix.embed_tokens.": "model.language_model.embed_tokens.",
+    "language_model.": "model.language_model.",
+    "embed.embeddings.": "model.generation_embeddings.",
+    "embed.aligner.": "model.generation_aligner.",
+    "head.head.": "model.generation_head.",
+}
+
+# Sizes of the released models (their config.json; the 7B's leaves most to Llama's defaults), so
+# that a plan needs no download. Anything else about them is read from the downloaded config.
+RELEASED = {
+    f"{owner}/Janus-Pro-{size}": {
+        "text_config": {
+            "model_type": "llama",
+            "vocab_size": 102400,
+            "max_position_embeddings": 16384,
+            "hidden_size": width,
+            "intermediate_size": inner,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads,
+            "pad_token_id": pad,
+        },
+        "vision_config": {"image_size": 384, "patch_size": 16},
+        "vq_config": {"projection_dim": width, "image_token_embed_dim": width},
+        "tie_word_embeddings": False,
+    }
+    for owner in ("deepseek-community",)
+    for size, width, inner, layers, heads, pad in (
+        ("1B", 2048, 5632, 24, 16, 100002),
+        ("7B", 4096, 11008, 30, 32, 100015),
+    )
+}
+
+
+class Config(Section):
+    """path: a folder, or a Hugging Face id, in the transformers layout. text_tokenizer: None is in path."""
+
+    name: Literal["janus"]
+    path: str = Field(min_length=1)
+    text_tokenizer: str | None = None
+    attn_implementation: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+
+
+class JanusEmbed(nn.Module):
+    """codes [..., 1] -> [..., D]: a table of its own (not the codebook), then an MLP."""
+
+    def __init__(self, config: JanusConfig):
+        super().__init__()
+        self.embeddings = nn.Embedding(config.vq_config.num_embeddings, config.vq_config.embed_dim)
+        self.aligner = JanusVQVAEAlignerMLP(config.vq_config)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return self.aligner(self.embeddings(codes[..., 0]))
+
+
+class JanusPrefix(nn.Module):
+    """Prompt token ids -> embeddings."""
+
+    def __init__(self, embed_tokens: nn.Embedding, pad_id: int):
+        super().__init__()
+        self.embed_tokens = embed_tokens
+        self.pad_id = pad_id
+
+    def forward(self, condition: Condition, uncond: Tensor) -> Prefix:
+        """The unconditional prompt keeps its length, BOS and begin-of-image; the pads between are attended to."""
+        values, mask = condition
+        real = mask.long()
+        kept = (real.cumsum(1) == 1) & mask
+        kept[:, -1] = True
+        blank = uncond[:, None] & mask & ~kept
+        return Prefix(self.embed_tokens(values.masked_fill(blank, self.pad_id)), mask)
+
+
+class JanusHead(nn.Module):
+    """hidden [..., D] -> logits [..., V]; prev is empty, a token having one factor."""
+
+    def __init__(self, config: JanusConfig):
+        super().__init__()
+        self.head = JanusVQVAEHead(config.vq_config)
+
+    def forward(self, hidden: Tensor, prev: Tensor) -> Tensor:
+        return self.head(hidden)
+
+
+class JanusBackbone(nn.Module):
+    """See mmtensorar.backbones.Backbone. pad_id fills the unconditional prompt."""
+
+    def __init__(self, config: JanusConfig, pad_id: int):
+        super().__init__()
+        self.config = config
+        self.dim = config.text_config.hidden_size
+        self.num_tokens = config.vq_config.num_patches**2
+        self.factor_sizes = (config.vq_config.num_embeddings,)
+        self.text_tokenizer: PreTrainedTokenizerFast | None = None
+        self.language_model = AutoModel.from_config(config.text_config)
+        # The table moves into the prefix module, which uses it: a parameter has one owner.
+        self.prefix = JanusPrefix(self.language_model.embed_tokens, pad_id)
+        self.language_model.embed_tokens = None
+        self.embed = JanusEmbed(config)
+        self.head = JanusHead(config)
+
+    @property
+    def activation_checkpointing(self) -> bool:
+        return self.language_model.is_gradient_checkpointing
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, enabled: bool) -> None:
+        if enabled:
+            self.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.language_model.gradient_checkpointing_disable()
+
+    def new_cache(self, batch_size: int, max_len: int) -> DynamicCache:
+        return DynamicCache(config=self.config.text_config)
+
+    def forward(self, embeds: Tensor, mask: Tensor, cache: DynamicCache | None = None) -> Tensor:
+        # Places count from the first real token, whatever the padding.
+        places = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
+        return self.language_model(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=places,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+
+    def save_pretrained(self, folder: str | Path, text_tokenizer: str | Path | None = None) -> None:
+        """Write the generation path in the transformers layout: config.json, safetensors, text tokenizer.
+
+        text_tokenizer: a folder to take it from; None takes the one the backbone was loaded with.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config.save_pretrained(folder)
+        state = {_released_name(name): value.detach().cpu() for name, value in self.state_dict().items()}
+        save_torch_state_dict(state, folder, max_shard_size="5GB")
+        if text_tokenizer is not None:
+            PreTrainedTokenizerFast.from_pretrained(text_tokenizer).save_pretrained(folder)
+        elif self.text_tokenizer is not None:
+            self.text_tokenizer.save_pretrained(folder)
+
+
+def build(config: JanusConfig, pad_id: int | None = None, device: str | torch.device = "cpu") -> JanusBackbone:
+    """A backbone with random weights. pad_id: None takes the configuration's."""
+    if pad_id is None:
+        pad_id = config.text_config.pad_token_id
+    if pad_id is None:
+        raise ValueError("the Janus configuration has no text_config.pad_token_id and no text tokenizer came with it")
+    with torch.device(device):
+        return JanusBackbone(config, pad_id)
+
+
+def load(section: Config, *, weights: bool = True, device: str = "cpu") -> JanusBackbone:
+    """See mmtensorar.backbones.load."""
+    if not weights and section.path in RELEASED and not Path(section.path).is_dir():
+        return build(_with_attention(JanusConfig(**RELEASED[section.path]), section), device=device)
+    folder = locate(section.path, key="backbone.path", weights=weights)
+    config = _with_attention(JanusConfig.from_dict(read_config(folder, "janus", key="backbone.path")), section)
+    text_tokenizer = _load_text_tokenizer(section.text_tokenizer or folder, required=section.text_tokenizer is not None)
+    pad_id = None if text_tokenizer is None else text_tokenizer.pad_token_id
+    backbone = build(config, pad_id, device)
+    backbone.text_tokenizer = text_tokenizer
+    if weights:
+        fill(backbone.state_dict(), folder, _released_name)
+    return backbone
+
+
+def _with_attention(config: JanusConfig, section: Config) -> JanusConfig:
+    if section.attn_implementation == "flash_attention_2":
+        from transformers.utils import is_flash_attn_2_available
+
+        if not is_flash_attn_2_available():
+            raise ValueError(
+                "backbone.attn_implementation is flash_attention_2, but flash-attn is not usable here "
+                "(it needs a CUDA GPU and `pip install -e '.[flash]'`); sdpa is the default"
+            )
+    config.text_config._attn_implementation = section.attn_implementation
+    return config
+
+
+def _released_name(name: str) -> str:
+    for ours, theirs in KEYS.items():
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    raise AssertionError(f"no released name for {name}")
+
+
+def _load_text_tokenizer(source: str | Path, *, required: bool = True) -> PreTrainedTokenizerFast | None:
+    folder = locate(str(source), key="backbone.text_tokenizer", weights=False)
+    if not (folder / "tokenizer.json").is_file():
+        if required:
+            raise ValueError(f"{folder}: no tokenizer.json, so there is no text tokenizer")
+        return None
+    # Not AutoTokenizer: its Llama class replaces the file's own pre-tokenizer.
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+class _CaptionEncoder:
+    """Captions -> Condition: the official prompt, BOS in front, left-padded to the longest."""
+
+    def __init__(self, section: Config):
+        self.text_tokenizer = _load_text_tokenizer(section.text_tokenizer or section.path)
+        # Ids are looked up by name: the 1B and the 7B number their special tokens differently.
+        self.bos_id, self.pad_id = self.text_tokenizer.bos_token_id, self.text_tokenizer.pad_token_id
+        begin = self.text_tokenizer.convert_tokens_to_ids(BEGIN_OF_IMAGE)
+        unknown = {None, self.text_tokenizer.unk_token_id}
+        if self.bos_id is None or self.pad_id is None or begin in unknown:
+            raise ValueError(
+                f"the text tokenizer of {section.text_tokenizer or section.path} lacks a token that Janus needs: "
+                f"BOS, pad or {BEGIN_OF_IMAGE}"
+            )
+
+    def __call__(self, captions: Sequence[str]) -> Condition:
+        """B captions -> values [B, P] int64, mask [B, P] bool."""
+        prompts = [PROMPT.format(caption=caption) for caption in captions]
+        # BOS is added here, since whether a tokenizer file does it by itself varies.
+        rows = self.text_tokenizer(prompts, add_special_tokens=False)["input_ids"]
+        rows = [[self.bos_id, *row] for row in rows]
+        P = max(map(len, rows))
+        values = torch.tensor([[self.pad_id] * (P - len(row)) + row for row in rows])
+        mask = torch.tensor([[False] * (P - len(row)) + [True] * len(row) for row in rows])
+        return Condition(values, mask)
+
+
+def caption_encoder(section: Config) -> _CaptionEncoder:
+    """See mmtensorar.backbones.caption_encoder."""
+    return _CaptionEncoder(section)

@@ -1,0 +1,227 @@
+"""Consolidated checkpoints: one folder that generation and evaluation load without DeepSpeed.
+
+    FOLDER/
+      recipe.yaml            the resolved recipe of the run
+      backbone/              config.json, model.safetensors, text tokenizer files
+      tensorar.safetensors   weights of the window encoder and decoder; absent at window 1
+      image_tokenizer/       config.json, model.safetensors
+      checkpoint.json        format version, step, sha256 per file; written last
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mmtensorar import backbones, image_tokenizers, tensorar
+from mmtensorar.recipe import Recipe
+from mmtensorar.tensorar import TensorAR
+
+FORMAT = 1
+INDEX = "checkpoint.json"
+CODEC = "tensorar.safetensors"
+CODEC_PARTS = ("encoder.", "decoder.")
+
+
+class Loaded(NamedTuple):
+    """What a consolidated checkpoint holds. The model is in eval mode on the asked device."""
+
+    model: TensorAR
+    image_tokenizer: Any
+    caption_encoder: Any
+    recipe: Recipe
+
+
+def build(recipe: Recipe, *, weights: bool = True, device: str = "cpu") -> TensorAR:
+    """The recipe's model in float32: backbone (with its weights unless told) and a fresh codec."""
+    backbone = backbones.load(recipe.backbone, weights=weights, device=device)
+    return tensorar.build(recipe, backbone).to(device).float()
+
+
+def initial_model(recipe: Recipe) -> TensorAR:
+    """The model a run starts from, on the CPU in float32.
+
+    With train.init_from the backbone's weights come from that consolidated folder, and the
+    codec's too when its tensors have the names and shapes of this recipe's; otherwise the codec
+    is fresh. Without it the backbone comes from backbone.path. The codec's fresh values are
+    drawn under run.seed. Raises ValueError when the folder does not fit the recipe.
+    """
+    torch.manual_seed(recipe.run.seed)
+    if recipe.train.init_from is None:
+        return build(recipe)
+    folder = Path(recipe.train.init_from)
+    read_index(folder)
+    if (source := saved_recipe(folder)).backbone.name != recipe.backbone.name:
+        raise ValueError(
+            f"train.init_from: {folder} holds a {source.backbone.name} backbone, the recipe asks for {recipe.backbone.name}"
+        )
+    model = build(recipe, weights=False)
+    donor = backbones.load(source.backbone, device="cpu").state_dict()
+    _fill(model.backbone, donor, f"train.init_from: {folder / 'backbone'}")
+    if (folder / CODEC).is_file() and model.window > 1:
+        codec = load_file(folder / CODEC)
+        own = codec_state(model.state_dict())
+        if {k: v.shape for k, v in codec.items()} == {k: v.shape for k, v in own.items()}:
+            model.load_state_dict(codec, strict=False)
+        else:
+            print(f"note: the codec in {folder} has another shape than the recipe's, so a fresh one is trained")
+    return model
+
+
+def codec_state(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of a TensorAR state dict that belong to the window encoder and decoder."""
+    return {name: value for name, value in state_dict.items() if name.startswith(CODEC_PARTS)}
+
+
+def save(
+    folder: str | Path,
+    model: TensorAR | None,
+    recipe: Recipe,
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+    step: int = 0,
+) -> None:
+    """Write a consolidated checkpoint; the folder appears whole or not at all.
+
+    model: a complete model; None when its parameters are spread over ranks (ZeRO-3).
+    state_dict: then the full CPU state dict with TensorAR's names, which a model built from
+        the recipe's configuration receives. It wins when both are given.
+    An existing checkpoint in folder is replaced. Raises ValueError when folder exists and is
+    something else, since replacing it would delete it.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder / INDEX).is_file() and any(folder.iterdir()):
+        raise ValueError(f"{folder} exists and is not a checkpoint (no {INDEX}): choose another folder")
+    if state_dict is not None:
+        model = build(recipe, weights=False)
+        _fill(model, state_dict, "the gathered state dict")
+    assert model is not None, "save needs a model or a state dict"
+
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    recipe.save(partial / "recipe.yaml")
+    model.backbone.save_pretrained(partial / "backbone")
+    codec = codec_state(model.state_dict())
+    if codec:
+        save_file({name: value.detach().cpu().contiguous() for name, value in codec.items()}, partial / CODEC)
+    image_tokenizers.load(recipe.image_tokenizer).save_pretrained(partial / "image_tokenizer")
+
+    files = {str(path.relative_to(partial)): _sha256(path) for path in sorted(partial.rglob("*")) if path.is_file()}
+    index = {"format": FORMAT, "step": step, "sha256": files}
+    (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    # Renaming onto a folder that holds files fails, so the old one steps aside first and is
+    # deleted only when the new one stands.
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(partial, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_index(folder: str | Path) -> dict:
+    """checkpoint.json of a folder. Raises ValueError when there is none or it is of another format."""
+    path = Path(folder) / INDEX
+    if not path.is_file():
+        raise ValueError(f"no checkpoint at {folder}: expected {INDEX}")
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise ValueError(f"{path}: not JSON") from None
+    found = index.get("format") if isinstance(index, dict) else None
+    if found != FORMAT:
+        raise ValueError(f"{path}: checkpoint format {found!r}, expected {FORMAT}")
+    return index
+
+
+def check_files(folder: str | Path) -> dict:
+    """Compare every file with the sha256 in checkpoint.json; returns the index.
+
+    Raises ValueError naming the first file that is missing or differs.
+    """
+    folder = Path(folder)
+    index = read_index(folder)
+    for name, expected in index["sha256"].items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"checkpoint {folder}: {name} is missing, {INDEX} lists it")
+        if (found := _sha256(path)) != expected:
+            raise ValueError(f"checkpoint {folder}: {name} is damaged, its sha256 is {found}, expected {expected}")
+    return index
+
+
+def saved_recipe(folder: str | Path) -> Recipe:
+    """The recipe in a checkpoint, its backbone and image tokenizer pointing into the folder."""
+    folder = Path(folder)
+    recipe = Recipe.load(folder / "recipe.yaml", [])
+    # A text tokenizer set apart in the recipe was copied into backbone/ with the weights.
+    backbone = {"path": str(folder / "backbone")}
+    if hasattr(recipe.backbone, "text_tokenizer"):
+        backbone["text_tokenizer"] = None
+    return recipe.model_copy(
+        update={
+            "backbone": recipe.backbone.model_copy(update=backbone),
+            "image_tokenizer": recipe.image_tokenizer.model_copy(update={"path": str(folder / "image_tokenizer")}),
+        }
+    )
+
+
+def load(
+    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, *, verify: bool = True
+) -> Loaded:
+    """Load a consolidated checkpoint for generation.
+
+    dtype: of the model's weights; the image tokenizer stays float32. verify: compare sha256s
+    first. Raises ValueError, naming the folder, for an absent, incomplete or damaged one.
+    """
+    folder = Path(folder)
+    if verify:
+        check_files(folder)
+    else:
+        read_index(folder)
+    recipe = saved_recipe(folder)
+    model = tensorar.build(recipe, backbones.load(recipe.backbone, device="cpu"))
+    if codec_state(model.state_dict()):
+        if not (folder / CODEC).is_file():
+            raise ValueError(f"checkpoint {folder}: {CODEC} is missing, and its recipe has tensorar.window {model.window}")
+        found = load_file(folder / CODEC)
+        _check_names(codec_state(model.state_dict()), found, f"checkpoint {folder}: {CODEC}")
+        model.load_state_dict(found, strict=False)
+    # Only parameters change dtype: rotary frequencies and the like are float32 buffers, and
+    # rounding them to bfloat16 would move every position.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.to(device).eval()
+    image_tokenizer = image_tokenizers.load(recipe.image_tokenizer)
+    if isinstance(image_tokenizer, torch.nn.Module):
+        image_tokenizer.to(device)
+    return Loaded(model, image_tokenizer, backbones.caption_encoder(recipe.backbone), recipe)
+
+
+def _fill(module: torch.nn.Module, state_dict: Mapping[str, Tensor], where: str) -> None:
+    _check_names(module.state_dict(), state_dict, where)
+    module.load_state_dict(dict(state_dict), strict=True)
+
+
+def _check_names(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> None:
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or extra:
+        raise ValueError(f"{where}: missing {missing[:3] or 'nothing'}, unexpected {extra[:3] or 'nothing'}")
+    for name, value in expected.items():
+        if value.shape != found[name].shape:
+            raise ValueError(f"{where}: {name} has shape {list(found[name].shape)}, expected {list(value.shape)}")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

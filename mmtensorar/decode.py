@@ -1,0 +1,158 @@
+"""Sliding-window sampling with guidance and a KV cache.
+
+Each step samples a whole window; its offset 0 is final, the rest are drafts that the
+next step sees and may revise. The cache only grows: refinement happens in the window,
+never in past keys. Shapes: B batch, P prefix, T image tokens, K window, F factors,
+V vocabulary; R rows, B or with guidance 2B.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from mmtensorar.tensorar import Condition, TensorAR
+from mmtensorar.windows import valid_slots
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a token is drawn from logits.
+
+    temperature: > 0. top_k: keep the k likeliest, 0 keeps all. top_p: keep the smallest
+    set of likeliest tokens with at least this probability, 1 keeps all. greedy: take the
+    likeliest everywhere; greedy_drafts: only at offsets above 0.
+    Raises ValueError for a value out of range.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    greedy: bool = False
+    greedy_drafts: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature is {self.temperature}; expected a number above 0 (or greedy decoding)")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}; expected 0 (off) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; expected a number above 0 and at most 1")
+
+    def __call__(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """Logits [B, K, V], numbers in [0, 1) [B, K] float64 -> tokens [B, K] int64."""
+        likeliest = logits.argmax(-1)
+        if self.greedy:
+            return likeliest
+        tokens = _invert_cdf(self.probabilities(logits), uniform)
+        if self.greedy_drafts:
+            tokens[:, 1:] = likeliest[:, 1:]
+        return tokens
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """[..., V] -> [..., V] float64, not normalised; a token filtered out is exactly 0."""
+        logits = logits.float() / self.temperature
+        if 0 < self.top_k < logits.shape[-1]:
+            # By index, not by value: ties at the edge must not let more than k through.
+            kept = logits.topk(self.top_k, dim=-1).indices
+            logits = torch.full_like(logits, float("-inf")).scatter(-1, kept, logits.gather(-1, kept))
+        probs = logits.double().softmax(-1)
+        if self.top_p < 1:
+            ordered, order = probs.sort(-1, descending=True, stable=True)
+            # A token stays when those before it do not yet reach top_p, so the first always stays.
+            stays = ordered.cumsum(-1) - ordered < self.top_p
+            probs = torch.zeros_like(probs).scatter(-1, order, ordered * stays)
+        return probs
+
+
+def _invert_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
+    """[B, K, V], [B, K] in [0, 1) -> [B, K]: the token whose slice of the line holds the number.
+
+    One number per token, where a categorical draw takes V: so every row can have its own
+    generator at no cost. float64, for V is in the thousands and the slices are thin.
+    """
+    line = probs.cumsum(-1)
+    total = line[..., -1:]
+    point = torch.minimum(uniform[..., None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    # right=True: the first token whose slice ends beyond the point, never an empty slice.
+    return torch.searchsorted(line, point, right=True)[..., 0]
+
+
+class Decoded(NamedTuple):
+    codes: Tensor  # [B, T, F] int64
+    trace: Tensor | None  # [B, T, K, F] int64: trace[:, t] is the window of step t, 0 past the last token
+
+
+@torch.no_grad()
+def decode(
+    model: TensorAR,
+    condition: Condition,
+    sampler: Sampler,
+    *,
+    cfg_scale: float = 1.0,
+    generator: Generator | Sequence[Generator] | None = None,
+    keep_trace: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Decoded:
+    """Generate one image per row of the condition, in T backbone steps whatever the window.
+
+    condition: B rows, on any device. cfg_scale: s in uncond + s (cond - uncond), applied to
+    the logits of every offset; 1 runs no uncond rows. generator: one for the batch, or one
+    per row, which makes a row independent of its neighbours; None draws from the global
+    one. progress is called with (tokens done, T) after each step.
+    The model should be in eval mode. Raises ValueError when the number of generators is not B.
+    """
+    backbone, K = model.backbone, model.window
+    T, sizes = backbone.num_tokens, backbone.factor_sizes
+    device = next(model.parameters()).device
+    values, mask = condition.values.to(device), condition.mask.to(device)
+    B = len(values)
+    uniform = _uniform((T, len(sizes), K), B, generator).to(device)  # [B, T, F, K]
+
+    uncond = torch.zeros(B, dtype=torch.bool, device=device)
+    guided = cfg_scale != 1
+    if guided:
+        values, mask = values.repeat(2, *[1] * (values.ndim - 1)), mask.repeat(2, 1)
+        uncond = torch.cat([uncond, ~uncond])
+
+    def both(rows: Tensor) -> Tensor:
+        """[B, ...] -> [R, ...]: cond and uncond rows continue with the same window."""
+        return torch.cat([rows, rows]) if guided else rows
+
+    prefix = backbone.prefix(condition._replace(values=values, mask=mask), uncond)
+    R, P = prefix.mask.shape
+    # The last window is never fed back, hence T - 1 places after the prefix.
+    seen = torch.cat([prefix.mask, prefix.mask.new_ones(R, T - 1)], dim=1)
+    cache = backbone.new_cache(R, P + T - 1)
+    hidden = backbone(prefix.embeds, prefix.mask, cache)[:, -1:]
+
+    valid = valid_slots(T, K, device)
+    trace = torch.zeros(B, T, K, len(sizes), dtype=torch.int64, device=device)
+    for t in range(T):
+        window = trace[:, t : t + 1, :, :0]  # [B, 1, K, f], one factor longer each round
+        for factor in range(len(sizes)):
+            logits = model.logits(hidden, both(window)).float()[:, 0]  # [R, K, V_f]
+            if guided:
+                cond_logits, uncond_logits = logits.chunk(2)
+                logits = uncond_logits + cfg_scale * (cond_logits - uncond_logits)
+            tokens = sampler(logits, uniform[:, t, factor])
+            window = torch.cat([window, tokens[:, None, :, None]], dim=-1)
+        trace[:, t] = window[:, 0] * valid[t, :, None]
+        if t + 1 < T:
+            embeds = model.encode(both(trace[:, t : t + 1]), valid[t : t + 1])
+            hidden = backbone(embeds, seen[:, : P + t + 1], cache)
+        if progress is not None:
+            progress(t + 1, T)
+    return Decoded(trace[:, :, 0].clone(), trace if keep_trace else None)
+
+
+def _uniform(shape: tuple[int, ...], batch: int, generator: Generator | Sequence[Generator] | None) -> Tensor:
+    """[B, *shape] float64 in [0, 1), drawn up front so that nothing else can shift a row's stream."""
+    if generator is None or isinstance(generator, Generator):
+        device = None if generator is None else generator.device
+        return torch.rand(batch, *shape, generator=generator, device=device, dtype=torch.float64)
+    if len(generator) != batch:
+        raise ValueError(f"{len(generator)} generators for {batch} rows; expected one generator per row")
+    return torch.stack([torch.rand(shape, generator=g, device=g.device, dtype=torch.float64) for g in generator])

@@ -1,0 +1,96 @@
+"""The VQ model of Janus and Janus-Pro (LlamaGen's VQ-16), on transformers' JanusVQVAE.
+
+Shapes: B batch, H W pixels, T image tokens, C code width, V codebook size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as functional
+from pydantic import Field
+from torch import Tensor, nn
+from transformers.models.janus.configuration_janus import JanusConfig, JanusVQVAEConfig
+from transformers.models.janus.modeling_janus import JanusVQVAE
+
+from mmtensorar.recipe import Section
+from mmtensorar.weights import fill, locate, read_config
+
+# Where the VQ model's tensors are in a whole Janus checkpoint.
+INSIDE_JANUS = "model.vqmodel."
+
+
+class Config(Section):
+    """path: a folder or Hugging Face id, of a whole Janus model (transformers layout) or of its VQ model alone."""
+
+    name: Literal["janus_vq"]
+    path: str = Field(min_length=1)
+
+
+class JanusVQ(nn.Module):
+    """See mmtensorar.image_tokenizers.ImageTokenizer."""
+
+    name = "janus_vq"
+
+    def __init__(self, model: JanusVQVAE):
+        super().__init__()
+        side = model.config.num_patches
+        self.model = model.float().eval().requires_grad_(False)
+        self.grid = (side, side)
+        self.image_size = side * 2 ** (len(model.config.channel_multiplier) - 1)
+        self.factor_sizes = (model.config.num_embeddings,)
+        self.weight_hash = _hash(model)
+
+    def train(self, mode: bool = True) -> JanusVQ:
+        return self  # always in eval mode, also inside a model that trains
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """[B, 3, H, W] in [-1, 1] -> codes [B, T, 1] int64: the nearest row by angle.
+
+        transformers' own `encode` leaves out the normalisation that DeepSeek's has, and finds
+        other codes wherever the rows differ in length.
+        """
+        if pixels.shape[-2:] != (self.image_size, self.image_size):
+            raise ValueError(f"pixels are {list(pixels.shape[-2:])}, the image tokenizer expects {self.image_size} a side")
+        features = self.model.quant_conv(self.model.encoder(pixels)).permute(0, 2, 3, 1)  # [B, h, w, C]
+        rows = functional.normalize(self.model.quantize.embedding.weight, dim=-1)
+        # For unit vectors the largest product is the smallest distance.
+        similarity = functional.normalize(features, dim=-1).flatten(1, 2) @ rows.T  # [B, T, V]
+        return similarity.argmax(-1)[..., None]
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes [B, T, 1] -> [B, 3, H, W]; rows are normalised when they are looked up."""
+        return self.model.decode(codes[..., 0])
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the VQ model alone, in float16 where that loses nothing."""
+        state = self.model.state_dict()
+        if all(torch.equal(value.half().float(), value) for value in state.values()):
+            state = {name: value.half() for name, value in state.items()}
+        self.model.save_pretrained(folder, state_dict=state)
+
+
+def load(section: Config) -> JanusVQ:
+    """See mmtensorar.image_tokenizers.load."""
+    folder = locate(section.path, key="image_tokenizer.path")
+    settings = read_config(folder, "janus", "janus_vqgan", key="image_tokenizer.path")
+    if settings["model_type"] == "janus":
+        config, inside = JanusConfig.from_dict(settings).vq_config, INSIDE_JANUS
+    else:
+        config, inside = JanusVQVAEConfig.from_dict(settings), ""
+    model = JanusVQVAE(config)
+    fill(model.state_dict(), folder, lambda name: inside + name)
+    return JanusVQ(model)
+
+
+def _hash(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode() + str(list(value.shape)).encode())
+        digest.update(value.detach().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()

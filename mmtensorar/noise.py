@@ -1,0 +1,74 @@
+"""Noise on the input windows: how often a slot is resampled, and the resampling.
+
+A schedule gives the probability that a slot is redrawn uniformly over the
+codebook. It is 0 at offset 0, the final token, and grows with the offset
+(TensorAR, arXiv:2505.16324). Shapes: B batch, T image tokens, K window, F factors.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+Schedule = Callable[[tuple[int, int, int], Generator | None], Tensor]
+"""((B, T, K), generator) -> rates [B, T, K] float32 in [0, 1], with rates[..., 0] = 0."""
+
+# Rate as a function of u = offset / K, for u in [0, 1). Each must be exactly 0 at u = 0.
+SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {
+    "linear": lambda u: u,
+    "sine": lambda u: torch.sin(u * (math.pi / 2)),
+    "sqrt": torch.sqrt,
+    # The paper's full formula is not public; this form is the project's choice.
+    "exponential": lambda u: 1 - torch.exp(-2 * u),
+    # The paper's noise-free control: with clean drafts in view the model learns to copy.
+    "none": torch.zeros_like,
+}
+
+
+@dataclass(frozen=True)
+class FixedSchedule:
+    """The schedule of that name: the rate depends on the offset alone.
+
+    Raises ValueError for a name that is not in SCHEDULES.
+    """
+
+    name: str
+
+    def __post_init__(self) -> None:
+        if self.name not in SCHEDULES:
+            raise ValueError(f"tensorar.schedule is {self.name!r}; expected one of {', '.join(SCHEDULES)}")
+
+    def rates(self, window: int) -> Tensor:
+        """[K] float32: the rate at each offset."""
+        return SCHEDULES[self.name](torch.arange(window, dtype=torch.float32) / window)
+
+    def __call__(self, shape: tuple[int, int, int], generator: Generator | None = None) -> Tensor:
+        """[B, T, K] float32. The generator is for schedules that draw their rates; this one does not."""
+        return self.rates(shape[2]).expand(shape)
+
+
+def corrupt(
+    windows: Tensor, rates: Tensor, factor_sizes: tuple[int, ...], generator: Generator | None = None
+) -> Tensor:
+    """Resample each slot with its rate: q(x* | x) = (1 - rate) x + rate / V.
+
+    windows: [B, T, K, F] int64. rates: [B, T, K] in [0, 1]. factor_sizes: V of each factor.
+    Returns a new [B, T, K, F]. One coin covers a token; each factor is then
+    uniform, which is uniform over the product codebook. A redraw may hit the same token,
+    so the share of changed tokens is rate * (1 - 1/V).
+
+    Noise is drawn on the generator's device (without one, on that of the windows), so a
+    CPU generator gives the same noise on every device.
+    """
+    device = windows.device if generator is None else generator.device
+    shape = windows.shape[:-1]
+    # float32 whatever the model computes in: bfloat16 has too few steps for small rates.
+    coin = torch.rand(shape, generator=generator, device=device, dtype=torch.float32)
+    drawn = torch.stack(
+        [torch.randint(size, shape, generator=generator, device=device) for size in factor_sizes], dim=-1
+    )
+    # rand is in [0, 1): rate 0 never fires and rate 1 always does.
+    resample = coin.to(windows.device) < rates.to(windows.device)
+    return torch.where(resample[..., None], drawn.to(windows.device), windows)

@@ -1,0 +1,446 @@
+"""Recipes: one strict YAML file holds every setting of a run.
+
+    python -m mmtensorar.recipe RECIPE.yaml [key=value ...]           check it and print it resolved
+    python -m mmtensorar.recipe RECIPE.yaml [key=value ...] --plan    sizes, memory and FLOPs; loads no weights
+
+A recipe may start from another one: `extends: other.yaml`, a path relative to the file, whose
+settings come first. Relative paths in settings are relative to the working directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+
+class RecipeError(ValueError):
+    """Everything that is wrong with a recipe, one problem a line."""
+
+
+class Section(BaseModel):
+    """A group of settings: unknown keys are refused, values do not change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Run(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$", description="run folder inside out")
+    out: str = "runs"
+    seed: int = Field(0, ge=0)
+
+
+class TensorARSettings(Section):
+    """window 1 is the plain next-token model: it has no codec, and the other settings have no effect."""
+
+    window: int = Field(4, ge=1)
+    schedule: Literal["linear", "sine", "sqrt", "exponential", "none"] = "exponential"
+    offset_weights: list[float] | Literal["uniform", "first_only", "geometric"] | None = None
+    depth: int = Field(1, ge=1)
+    num_heads: int = Field(8, ge=1)
+
+
+class Data(Section):
+    """shards: a folder made by data_tools. batch_size: samples of one optimiser step over all ranks.
+
+    shuffle: samples in each reader's shuffle buffer. uncond_rate: share of rows trained without
+    their prompt, which guidance needs.
+    """
+
+    shards: str
+    batch_size: int = Field(ge=1)
+    shuffle: int = Field(1000, ge=0)
+    uncond_rate: float = Field(0.1, ge=0, le=1)
+    num_workers: int = Field(0, ge=0)
+
+
+class Optim(Section):
+    """AdamW with linear warm-up and a cosine to final_lr_ratio. tensorar_lr: rate of the codec, None as lr."""
+
+    lr: float = Field(2e-5, gt=0)
+    tensorar_lr: float | None = Field(None, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    grad_clip: float = Field(1.0, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    final_lr_ratio: float = Field(0.1, ge=0, le=1)
+
+
+class Train(Section):
+    """sample_every, save_every: 0 is never (a finished or stopped run is always saved)."""
+
+    steps: int = Field(ge=1)
+    grad_accum: int = Field(1, ge=1)
+    precision: Literal["bf16", "fp32"] = "bf16"
+    activation_checkpointing: bool = False
+    loss_chunk_tokens: int = Field(4096, ge=1)
+    init_from: str | None = None
+    resume: Literal["auto", "never"] = "never"
+    log_every: int = Field(10, ge=1)
+    save_every: int = Field(1000, ge=0)
+    keep_last: int = Field(2, ge=1)
+    sample_every: int = Field(0, ge=0)
+    sample_prompts: list[str] = []
+
+
+class Zero(Section):
+    """ZeRO stage and offloading; extra goes into DeepSpeed's zero_optimization untouched."""
+
+    stage: Literal[0, 1, 2, 3] = 0
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    offload_params: Literal["none", "cpu"] = "none"
+    extra: dict[str, Any] = {}
+
+
+class SamplerSettings(Section):
+    """How pictures are drawn by default: sample grids during training, generation, evaluation."""
+
+    temperature: float = Field(1.0, gt=0)
+    top_k: int = Field(0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    cfg_scale: float = Field(5.0, ge=0)
+    greedy_drafts: bool = False
+
+
+class Recipe(Section):
+    """The settings of one run.
+
+    backbone and image_tokenizer are validated by the Config class beside the code they set:
+    `backbone: {name: janus, ...}` by mmtensorar/backbones/janus.py.
+    """
+
+    run: Run
+    backbone: SerializeAsAny[Section]
+    image_tokenizer: SerializeAsAny[Section]
+    tensorar: TensorARSettings = TensorARSettings()
+    data: Data
+    optim: Optim = Optim()
+    train: Train
+    zero: Zero = Zero()
+    sampler: SamplerSettings = SamplerSettings()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        weights, problems = self.tensorar.offset_weights, []
+        if isinstance(weights, list) and len(weights) != self.tensorar.window:
+            problems.append(
+                f"tensorar.offset_weights has {len(weights)} numbers, tensorar.window is {self.tensorar.window}; "
+                "expected one number per offset"
+            )
+        if self.data.batch_size % self.train.grad_accum:
+            problems.append(
+                f"data.batch_size {self.data.batch_size} is not a multiple of train.grad_accum {self.train.grad_accum}"
+            )
+        if self.zero.offload_params != "none" and self.zero.stage != 3:
+            problems.append(f"zero.offload_params needs zero.stage 3, found {self.zero.stage}")
+        if problems:
+            raise ValueError(*problems)
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.run.out) / self.run.name
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+        """Read a recipe file and put `key=value` overrides (dotted keys, YAML values) on top.
+
+        Raises RecipeError, naming the file and each key, with all problems at once.
+        """
+        settings = read_settings(path)
+        problems = []
+        for override in overrides:
+            problems += _override(settings, override)
+        recipe, invalid = _validate(cls, settings)
+        if problems + invalid:
+            raise RecipeError(_report(str(path), problems + invalid))
+        return recipe
+
+    def save(self, path: str | Path) -> None:
+        """Write the resolved recipe, which loads again as it is."""
+        path = Path(path)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(self.dump(), encoding="utf-8")
+        os.replace(partial, path)
+
+    def dump(self) -> str:
+        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+# ---- sections chosen by name ---------------------------------------------------------------------
+
+PACKAGES = {"backbone": "mmtensorar.backbones", "image_tokenizer": "mmtensorar.image_tokenizers"}
+
+
+def known_names(key: str) -> list[str]:
+    """Names that `KEY: {name: ...}` may have: the modules present in its package."""
+    folder = Path(__file__).parent / (key + "s")
+    return sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
+
+
+def named_section(key: str, settings: Any) -> tuple[Section | None, list[tuple[str, str]]]:
+    """Validate a backbone or image_tokenizer section by the Config of the module it names."""
+    if not isinstance(settings, dict):
+        return None, [(key, f"expected settings with a name ({', '.join(known_names(key))}), got {settings!r}")]
+    name = settings.get("name")
+    if name not in known_names(key):
+        nearest = _nearest(str(name), known_names(key))
+        hint = f"; did you mean {nearest}?" if nearest else ""
+        return None, [(f"{key}.name", f"expected one of {', '.join(known_names(key))}, got {name!r}{hint}")]
+    config = importlib.import_module(f"{PACKAGES[key]}.{name}").Config
+    try:
+        return config.model_validate(settings), []
+    except ValidationError as error:
+        return None, _problems(error, (key,), config, settings)
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose keys are names, each given once; plain YAML lets the last one win in silence."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key, problem = key_node.value, None
+            if key_node.tag != "tag:yaml.org,2002:str":
+                problem = f"a key is a name, found {key!r}" if isinstance(key, str) else "a key is a name"
+            elif key in seen:
+                problem = f"the key {key!r} is given twice"
+            if problem:
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what _Loader reads back the same."""
+
+
+# PyYAML takes 2e-5 for text, since it has no point.
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789"))
+
+
+def read_settings(path: str | Path, _chain: tuple[Path, ...] = ()) -> dict:
+    """The settings of a recipe file on top of those it extends, before validation.
+
+    Raises RecipeError for a file that is missing, is not YAML, or extends itself.
+    """
+    path = Path(path)
+    if path.resolve() in _chain:
+        raise RecipeError(f"{path}: extends itself through {' -> '.join(p.name for p in _chain)}")
+    try:
+        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        near = _nearest(path.name, [p.name for p in path.parent.glob("*.yaml")]) if path.parent.is_dir() else None
+        hint = f"; did you mean {path.parent / near}?" if near else ""
+        raise RecipeError(f"no recipe at {path}{hint}") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path}: not UTF-8") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}:" if mark else ""
+        raise RecipeError(f"{path}:{where} {getattr(error, 'problem', error)}") from None
+    if not isinstance(settings, dict):
+        found = "an empty file" if settings is None else type(settings).__name__
+        raise RecipeError(f"{path}: expected settings (key: value), got {found}")
+    base = settings.pop("extends", None)
+    if base is None:
+        return settings
+    if not isinstance(base, str):
+        raise RecipeError(f"{path}: extends: expected the path of a recipe, got {base!r}")
+    return _merged(read_settings(path.parent / base, (*_chain, path.resolve())), settings)
+
+
+def _merged(base: dict, top: dict) -> dict:
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merged(base[key], value) if both else value
+    return merged
+
+
+def _override(settings: dict, override: str) -> list[tuple[str, str]]:
+    """Apply one key=value in place; returns its problems."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        return [(override, "expected key=value on the command line, for example train.steps=100")]
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        return [(key, f"the value on the command line is not YAML: {text!r}")]
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        child = settings.get(parent)
+        if not isinstance(child, dict):
+            if child is not None:
+                return [(key, f"{parent} is {child!r} and has no keys inside")]
+            settings[parent] = child = {}
+        settings = child
+    settings[leaf] = value
+    return []
+
+
+# ---- validation ----------------------------------------------------------------------------------
+
+
+def _validate(cls: type[Recipe], settings: dict) -> tuple[Recipe | None, list[tuple[str, str]]]:
+    settings, problems = dict(settings), []
+    for key in PACKAGES:
+        if key in settings:
+            section, found = named_section(key, settings[key])
+            problems += found
+            # A stand-in, so that the other sections are checked all the same.
+            settings[key] = section or Section()
+    try:
+        recipe = cls.model_validate(settings)
+    except ValidationError as error:
+        return None, problems + _problems(error, (), cls, settings)
+    return recipe, problems
+
+
+def _problems(
+    errors: ValidationError, prefix: tuple[str, ...], model: type[BaseModel], settings: dict
+) -> list[tuple[str, str]]:
+    """(key path, what is wrong) of each pydantic error, prefix in front of the paths.
+
+    A list or a choice of types gives pydantic several errors for one setting; here it is one problem.
+    """
+    found = []
+    for error in errors.errors():
+        field, keys = _locate(model, error["loc"])
+        path = ".".join([*prefix, *map(str, error["loc"])]) if field is None else ".".join([*prefix, *keys])
+        if error["type"] == "extra_forbidden":
+            found.append((path, f"unknown key; {_known(path, prefix, model)}"))
+        elif error["type"] == "missing" and len(keys) == len(error["loc"]):
+            found.append((path, "missing; this setting has no default"))
+        elif error["type"] == "value_error":
+            found += [(path, problem) for problem in error["ctx"]["error"].args]
+        else:
+            value = settings
+            for key in keys:
+                value = value[key]
+            found.append((path, f"expected {_expected(field.annotation, field)}, got {value!r}"))
+    return list(dict.fromkeys(found))
+
+
+def _locate(model: type[BaseModel], location: tuple[str | int, ...]) -> tuple[FieldInfo | None, list[str]]:
+    """The setting that a pydantic location is in or at, and its key path; None for an unknown key."""
+    field, keys = None, []
+    for part in location:
+        if part not in model.model_fields:
+            return None, keys
+        field = model.model_fields[part]
+        keys.append(part)
+        if not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
+            break
+        model = field.annotation
+    return field, keys
+
+
+_KINDS = {int: "an integer", float: "a number", str: "text", bool: "true or false", NoneType: "null"}
+_SIGNS = {Ge: ">=", Gt: ">", Le: "<=", Lt: "<"}
+
+
+def _expected(kind: Any, field: FieldInfo | None = None) -> str:
+    """A type in words, with the bounds that a field puts on it: `an integer >= 1`."""
+    origin, arguments = get_origin(kind) or kind, get_args(kind)
+    if origin in (Union, UnionType):
+        words = " or ".join(map(_expected, arguments))
+    elif origin is Literal:
+        words = " or ".join(map(repr, arguments))
+    elif origin in (list, tuple):
+        count = f"{len(arguments)} " if origin is tuple else ""
+        words = f"a list of {count}{_expected(arguments[0]).split()[-1]}s"
+    else:
+        words = _KINDS.get(origin, "settings (key: value)")
+    limits = []
+    for bound in field.metadata if field else ():
+        if type(bound) in _SIGNS:
+            limits.append(f"{_SIGNS[type(bound)]} {getattr(bound, type(bound).__name__.lower())}")
+        elif isinstance(bound, MinLen):
+            words += ", not empty"
+        elif pattern := getattr(bound, "pattern", None):
+            words += f" like {pattern}"
+    return " ".join(filter(None, [words, " and ".join(limits)]))
+
+
+def _known(path: str, prefix: tuple[str, ...], model: type[BaseModel]) -> str:
+    """What an unknown key may have meant."""
+    known = [".".join([*prefix, *keys]) for keys in _keys(model)]
+    siblings = [key for key in known if key.rpartition(".")[0] == path.rpartition(".")[0]]
+    # By the last part alone: with a section's name in front, any two of its keys resemble each other.
+    nearest = _nearest_leaf(path, siblings) or _nearest_leaf(path, known)
+    return f"did you mean {nearest}?" if nearest else f"known here: {', '.join(siblings)}"
+
+
+def _keys(model: type[BaseModel]) -> Iterator[tuple[str, ...]]:
+    """Every key path of a model, sections included."""
+    for name, field in model.model_fields.items():
+        yield (name,)
+        kinds = [field.annotation, *get_args(field.annotation)]
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, Section):
+                for rest in _keys(kind):
+                    yield (name, *rest)
+
+
+def _nearest(word: str, known: Sequence[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(word, known, n=1, cutoff=0.6)), None)
+
+
+def _nearest_leaf(path: str, known: Sequence[str]) -> str | None:
+    """The known key whose last part equals or resembles that of path."""
+    leaves = {key.rpartition(".")[2]: key for key in known}
+    near = _nearest(path.rpartition(".")[2], list(leaves))
+    return leaves[near] if near else None
+
+
+def _report(source: str, problems: list[tuple[str, str]]) -> str:
+    width = max(len(key) for key, _ in problems)
+    lines = [f"  {key.ljust(width)}  {text}" if key else f"  {text}" for key, text in problems]
+    return "\n".join([f"{source}: {len(problems)} problem{'s' * (len(problems) > 1)}", *lines])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Check a recipe and print it resolved.")
+    parser.add_argument("recipe", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.steps=100")
+    parser.add_argument("--plan", action="store_true", help="print parameters, memory and FLOPs; loads no weights")
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        recipe = Recipe.load(options.recipe, options.overrides)
+        if options.plan:
+            from mmtensorar import plan
+
+            print(plan.report(recipe))
+        else:
+            print(recipe.dump(), end="")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    # The module under its own name: sections elsewhere are built on that one's Section, not on __main__'s.
+    from mmtensorar import recipe as module
+
+    sys.exit(module.main())

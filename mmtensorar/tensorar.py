@@ -1,0 +1,191 @@
+"""TensorAR: windows -> noise -> encoder -> backbone -> decoder -> loss.
+
+A next-token backbone made to predict K consecutive tokens at each step, so that each
+token is drafted K - 1 times before it is final (arXiv:2505.16324). With K = 1 this is
+plain next-token training. Shapes: B batch, P prefix, T image tokens, S rows, K window,
+F factors, V vocabulary, D width.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as functional
+from torch import Generator, Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mmtensorar.backbones import Backbone, Condition
+from mmtensorar.codec import WindowDecoder, WindowEncoder
+from mmtensorar.noise import FixedSchedule, Schedule, corrupt
+from mmtensorar.recipe import Recipe
+from mmtensorar.windows import slide
+
+
+class Output(NamedTuple):
+    loss: Tensor  # [] float32
+    loss_per_offset: Tensor  # [K] float32, nats per token, without offset weights and detached
+
+
+class TensorAR(nn.Module):
+    """A backbone with the window codec around it.
+
+    encoder and decoder are None when the window is 1. offset_weights: K numbers, whose
+    count is the window. chunk_tokens: the most rows of logits held at once.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        encoder: WindowEncoder | None,
+        decoder: WindowDecoder | None,
+        schedule: Schedule,
+        *,
+        offset_weights: Sequence[float],
+        chunk_tokens: int = 4096,
+    ):
+        super().__init__()
+        self.window = len(offset_weights)
+        if not 1 <= self.window <= backbone.num_tokens:
+            raise ValueError(
+                f"tensorar.window is {self.window}; expected 1 to {backbone.num_tokens}, "
+                "the number of image tokens of the backbone"
+            )
+        if chunk_tokens < 1:
+            raise ValueError(f"train.loss_chunk_tokens is {chunk_tokens}; expected 1 or more")
+        assert (encoder is None) == (decoder is None) == (self.window == 1)
+        self.backbone = backbone
+        self.encoder = encoder
+        self.decoder = decoder
+        self.schedule = schedule
+        self.offset_weights = tuple(float(weight) for weight in offset_weights)
+        self.chunk_tokens = chunk_tokens
+
+    def forward(
+        self, codes: Tensor, condition: Condition, uncond: Tensor, generator: Generator | None = None
+    ) -> Output:
+        """Teacher-forced loss over all windows.
+
+        codes: [B, T, F] int64. condition: B rows. uncond: [B] bool, True rows are trained
+        without their prompt. generator: draws the noise; None draws from the global one.
+        """
+        targets_BTKF, valid_TK = slide(codes, self.window)
+        inputs_BSKF = targets_BTKF[:, :-1]
+        rates_BSK = self.schedule(tuple(inputs_BSKF.shape[:3]), generator)
+        inputs_BSKF = corrupt(inputs_BSKF, rates_BSK, self.backbone.factor_sizes, generator)
+        hidden_BTD = self.hidden(inputs_BSKF, valid_TK[:-1], condition, uncond)
+
+        # T is fixed, so every offset counts the same tokens on every rank: a local mean is the global one.
+        loss_K = self._summed_loss(hidden_BTD, targets_BTKF, valid_TK) / (len(codes) * valid_TK.sum(0))
+        weights_K = torch.tensor(self.offset_weights, device=loss_K.device)
+        return Output((weights_K * loss_K).sum(), loss_K.detach())
+
+    def hidden(self, inputs: Tensor, valid: Tensor, condition: Condition, uncond: Tensor) -> Tensor:
+        """Input windows [B, S, K, F], valid [S, K] -> [B, S + 1, D]; row t predicts window t.
+
+        Row 0 is the last place of the prefix and has seen no window; row t has seen t of them.
+        """
+        prefix = self.backbone.prefix(condition, uncond)
+        embeds = torch.cat([prefix.embeds, self.encode(inputs, valid)], dim=1)
+        seen = prefix.mask.new_ones(inputs.shape[:2])
+        hidden = self.backbone(embeds, torch.cat([prefix.mask, seen], dim=1))
+        return hidden[:, prefix.embeds.shape[1] - 1 :]
+
+    def encode(self, windows: Tensor, valid: Tensor) -> Tensor:
+        """[B, S, K, F] int64, valid [S, K] bool -> [B, S, D]; slots that are not valid add nothing."""
+        embeds = self.backbone.embed(windows)
+        return embeds[..., 0, :] if self.encoder is None else self.encoder(embeds, valid)
+
+    def logits(self, hidden: Tensor, prev: Tensor) -> Tensor:
+        """[B, S, D], earlier factors of each token [B, S, K, f] int64 -> logits [B, S, K, V_f] of factor f."""
+        return self.backbone.head(self._states(hidden), prev)
+
+    def _states(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., K, D], one state per offset."""
+        return hidden[..., None, :] if self.decoder is None else self.decoder(hidden)
+
+    def _summed_loss(self, hidden: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
+        """[B, T, D], [B, T, K, F], [T, K] -> [K] float32: cross entropy summed over B and valid T.
+
+        All logits at once would be B * T * K rows of V numbers, the largest tensor of a
+        step by far. They are made in chunks, and each chunk is made again in the backward.
+        The chunks depend on shapes only, so under ZeRO-3 all ranks gather alike.
+        """
+        rows = hidden.flatten(0, 1)
+        row_targets = targets.flatten(0, 1)
+        row_valid = valid.repeat(len(hidden), 1)
+        size = max(1, self.chunk_tokens // self.window)
+        chunks = list(zip(rows.split(size), row_targets.split(size), row_valid.split(size), strict=True))
+        if len(chunks) == 1 or not torch.is_grad_enabled():
+            sums = [self._chunk_loss(*chunk) for chunk in chunks]
+        else:
+            # Not reentrant: ZeRO-3 counts on one gradient per parameter and backward.
+            sums = [checkpoint(self._chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]
+        return torch.stack(sums).sum(0)
+
+    def _chunk_loss(self, hidden: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
+        """[N, D], [N, K, F], [N, K] -> [K] float32, summed over valid N and over factors."""
+        # One batch row of N steps, since a head expects [B, S, ...] as in `logits`.
+        states, targets = self._states(hidden[None]), targets[None]
+        losses = 0
+        for factor in range(targets.shape[-1]):
+            logits = self.backbone.head(states, targets[..., :factor])
+            losses = losses + functional.cross_entropy(
+                logits.float().flatten(0, -2), targets[..., factor].flatten(), reduction="none"
+            )
+        return torch.where(valid, losses.view(valid.shape), 0).sum(0)
+
+
+def resolve_offset_weights(spec: Sequence[float] | str | None, window: int) -> list[float]:
+    """The K weights of the loss: a list of K numbers, a name, or None for 1 then 0.1 per draft.
+
+    Names: uniform (1, 1, ...), first_only (1, 0, ...), geometric (1, 1/2, 1/4, ...).
+    Raises ValueError for another name, another count, or weights that are negative,
+    not finite or all zero.
+    """
+    named = {
+        "uniform": [1.0] * window,
+        "first_only": [1.0] + [0.0] * (window - 1),
+        "geometric": [0.5**offset for offset in range(window)],
+    }
+    if spec is None:
+        # Equal weights made a small model clearly worse in a sketch of the method.
+        return [1.0] + [0.1] * (window - 1)
+    if isinstance(spec, str):
+        if spec not in named:
+            raise ValueError(
+                f"tensorar.offset_weights is {spec!r}; expected {window} numbers or one of {', '.join(named)}"
+            )
+        return named[spec]
+    weights = [float(weight) for weight in spec]
+    if len(weights) != window:
+        raise ValueError(
+            f"tensorar.offset_weights has {len(weights)} numbers; expected {window}, one per offset of the window"
+        )
+    if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
+        raise ValueError(
+            f"tensorar.offset_weights is {weights}; expected finite numbers >= 0, at least one above 0"
+        )
+    return weights
+
+
+def build(recipe: Recipe, backbone: Backbone) -> TensorAR:
+    """The model a recipe describes, with a fresh codec around the backbone (none at window 1).
+
+    Raises ValueError for a window longer than the image, a num_heads that does not
+    divide the backbone's width, or an unknown schedule or form of offset weights.
+    """
+    settings = recipe.tensorar
+    encoder = decoder = None
+    if settings.window > 1:
+        shape = {"num_heads": settings.num_heads, "depth": settings.depth}
+        encoder = WindowEncoder(backbone.dim, settings.window, **shape)
+        decoder = WindowDecoder(backbone.dim, settings.window, **shape)
+    return TensorAR(
+        backbone,
+        encoder,
+        decoder,
+        FixedSchedule(settings.schedule),
+        offset_weights=resolve_offset_weights(settings.offset_weights, settings.window),
+        chunk_tokens=recipe.train.loss_chunk_tokens,
+    )

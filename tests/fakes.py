@@ -1,0 +1,130 @@
+"""A tiny backbone with every seam of the protocol, for tests that need no released model."""
+
+import torch
+from torch import Tensor, nn
+
+from mmtensorar.backbones import Condition, Prefix
+
+PAD = 0
+
+
+class FakeCache:
+    def __init__(self, max_len: int):
+        self.max_len, self.length = max_len, 0
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        self.keys.append(key)
+        self.values.append(value)
+        self.length += key.shape[1]
+        assert self.length <= self.max_len, "decode asked for more places than it announced"
+        return torch.cat(self.keys, 1), torch.cat(self.values, 1)
+
+
+class FakePrefix(nn.Module):
+    """Prompt ids -> embeddings; an uncond row keeps its length and loses its words."""
+
+    def __init__(self, dim: int, num_words: int):
+        super().__init__()
+        self.words = nn.Embedding(num_words, dim)
+
+    def forward(self, condition: Condition, uncond: Tensor) -> Prefix:
+        values = torch.where(uncond[:, None], torch.full_like(condition.values, PAD), condition.values)
+        return Prefix(self.words(values), condition.mask)
+
+
+class FakeEmbed(nn.Module):
+    """codes [..., F] -> sum of the factors' embeddings [..., D]."""
+
+    def __init__(self, dim: int, factor_sizes: tuple[int, ...]):
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(size, dim) for size in factor_sizes)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return sum(table(codes[..., f]) for f, table in enumerate(self.tables))
+
+
+class FakeHead(nn.Module):
+    """Factor f sees the hidden state and the factors before it."""
+
+    def __init__(self, dim: int, factor_sizes: tuple[int, ...]):
+        super().__init__()
+        self.maps = nn.ModuleList(nn.Linear(dim, size) for size in factor_sizes)
+        self.given = nn.ModuleList(nn.Embedding(size, dim) for size in factor_sizes[:-1])
+
+    def forward(self, hidden: Tensor, prev: Tensor) -> Tensor:
+        factor = prev.shape[-1]
+        for f in range(factor):
+            hidden = hidden + self.given[f](prev[..., f])
+        return self.maps[factor](hidden.tanh())
+
+
+class FakeBackbone(nn.Module):
+    """One causal attention layer. factor_sizes of length 1 or more; 2 is the factorised variant."""
+
+    def __init__(self, factor_sizes: tuple[int, ...] = (11,), num_tokens: int = 6, dim: int = 16, num_words: int = 9):
+        super().__init__()
+        self.dim, self.num_tokens, self.factor_sizes = dim, num_tokens, factor_sizes
+        self.embed = FakeEmbed(dim, factor_sizes)
+        self.prefix = FakePrefix(dim, num_words)
+        self.head = FakeHead(dim, factor_sizes)
+        self.places = nn.Embedding(64, dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.norm = nn.LayerNorm(dim)
+        self.calls: list[tuple[int, int]] = []
+
+    def new_cache(self, batch_size: int, max_len: int) -> FakeCache:
+        return FakeCache(max_len)
+
+    def forward(self, embeds: Tensor, mask: Tensor, cache: FakeCache | None = None) -> Tensor:
+        B, S, D = embeds.shape
+        self.calls.append((B, S))
+        start = 0 if cache is None else cache.length
+        assert mask.shape == (B, start + S)
+        # Left padding must not shift the places of real tokens.
+        places = (mask.long().cumsum(1) - 1).clamp(min=0)[:, start:]
+        x = embeds + self.places(places)
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        causal = torch.arange(start + S)[None] <= torch.arange(start, start + S)[:, None]
+        visible = causal & mask[:, None, :]
+        # A padded row sees nothing; let it see itself rather than return NaN.
+        visible = visible | (torch.arange(start + S)[None] == torch.arange(start, start + S)[:, None])
+        scores = (q @ k.transpose(1, 2) * D**-0.5).masked_fill(~visible, float("-inf"))
+        return self.norm(x + scores.softmax(-1) @ v)
+
+
+def fake_condition(batch: int = 3, length: int = 5) -> Condition:
+    """Prompts of different lengths, left-padded; the last column is always real."""
+    values = torch.arange(batch * length).reshape(batch, length) % 8 + 1
+    mask = torch.arange(length)[None] >= (torch.arange(batch) % 3)[:, None]
+    return Condition(values.masked_fill(~mask, PAD), mask)
+
+
+def tiny_janus(num_codes: int = 11, side: int = 3):
+    """A real Janus backbone with random weights, width 16, side * side image tokens; takes fake_condition's words."""
+    from transformers import JanusConfig
+
+    from mmtensorar.backbones import janus
+
+    config = JanusConfig(
+        text_config=dict(
+            model_type="llama",
+            vocab_size=12,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            pad_token_id=PAD,
+            # Large enough that the likeliest token is not a matter of rounding.
+            initializer_range=0.3,
+        ),
+        # transformers derives the code grid from image_size // patch_size.
+        vision_config=dict(image_size=4 * side, patch_size=4),
+        vq_config=dict(num_embeddings=num_codes, embed_dim=8, image_token_embed_dim=16, projection_dim=16),
+    )
+    return janus.build(config)
