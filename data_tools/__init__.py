@@ -1,0 +1,1 @@
+"""Tools that turn images and captions into shards; run from the checkout."""

@@ -1,0 +1,1 @@
+"""Evaluators; run from the checkout."""

@@ -1,0 +1,1 @@
+"""GenEval-style scoring and the shapes suite."""

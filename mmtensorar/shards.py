@@ -1,0 +1,383 @@
+"""Shards: tars of samples beside a manifest. Writers (`data_tools`) and readers (`data.py`) share this file.
+
+A sample is every consecutive member of a tar with one key:
+
+    {key}.jpg  RGB as collected (also png, webp)     {key}.txt  caption, UTF-8     {key}.json  source, size, ...
+    {key}.codes.npy  uint16 [A, T, F], A crops       {key}.t5.npy  features of the caption
+
+`manifest.json` names the shards and says what is in them. It is written last, so a folder with a manifest is
+complete. What is read here may come from anywhere: nothing is unpickled, nothing is extracted to disk, sizes are
+bounded before they are believed, and damage is a ValueError that names shard and key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import tarfile
+import tokenize
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+MANIFEST = "manifest.json"
+IMAGE_EXTENSIONS = ("jpg", "png", "webp")
+# Every extension a sample may have, and the most bytes such a member may hold.
+EXTENSIONS = {
+    "jpg": 2**26,
+    "png": 2**26,
+    "webp": 2**26,
+    "txt": 2**16,
+    "json": 2**20,
+    "codes.npy": 2**26,
+    "t5.npy": 2**26,
+}
+PICKLED = ("pkl", "pyd", "pth")
+MAX_PIXELS = 89_000_000  # just under the number at which Pillow starts to warn
+BLOCK = 512  # tar's unit: headers and padding
+
+# Pillow remarks on damaged metadata, one line a picture; the pixels, and errors, are not affected.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+class Sample(NamedTuple):
+    """One key of a tar. members: extension (everything after the first dot) -> content."""
+
+    key: str
+    members: dict[str, bytes]
+
+
+# ---- reading a tar ---------------------------------------------------------------------------
+
+
+def iterate_tar(path: Path | str) -> Iterator[Sample]:
+    """Samples of one local, uncompressed tar in their order.
+
+    Raises ValueError naming the shard, and the key where there is one, for a missing, damaged or cut tar, a
+    member twice, a key that comes back later, a member that is not a plain file or is too large, a path instead
+    of a name, and an extension that is not in EXTENSIONS.
+    """
+    path = Path(path)
+    sample: Sample | None = None
+    seen: set[str] = set()
+    for name, content in _members(path):
+        key, extension = name.split(".", 1)
+        if sample is None or key != sample.key:
+            if sample is not None:
+                yield sample
+            if key in seen:
+                raise ValueError(f"{path}: sample {key}: its members are not together: {name} comes after another key")
+            seen.add(key)
+            sample = Sample(key, {})
+        if extension in sample.members:
+            raise ValueError(f"{path}: sample {key}: member {name} is there twice")
+        sample.members[extension] = content
+    if sample is not None:
+        yield sample
+
+
+def _members(path: Path) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of every member, each checked before its content is read."""
+    if not path.is_file():
+        raise ValueError(f"{path}: the shard is missing")
+    end, last = 0, "the start"
+    try:
+        # "r:" reads plain tar only; "r" would also unpack gz, bz2 and xz, which a size bound cannot see through.
+        with tarfile.open(path, "r:") as tar:
+            for info in tar:
+                _check_member(path, info)
+                content = tar.extractfile(info).read()
+                end, last = info.offset_data + -(-info.size // BLOCK) * BLOCK, info.name
+                yield info.name, content
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise ValueError(f"{path}: damaged or cut after {last} ({error}); make the shard again") from error
+    # tarfile takes a broken header, or the end of the file, for the end of the tar. A whole tar ends in two blocks
+    # of zeros, so anything else means that samples are missing.
+    with path.open("rb") as file:
+        file.seek(end)
+        rest = file.read(2**20)
+        if len(rest) < 2 * BLOCK or any(rest) or file.read(1):
+            raise ValueError(f"{path}: damaged or cut after {last} (no end of archive there); make the shard again")
+
+
+def _check_member(path: Path, info: tarfile.TarInfo) -> None:
+    """Raise ValueError unless a member is a plain file KEY.EXTENSION of a known kind and bounded size."""
+    name = info.name
+    if "/" in name or "\\" in name or "\0" in name or name.startswith("."):
+        raise ValueError(f"{path}: member {name!r} is a path; expected a plain name such as 000000001.jpg")
+    key, _, extension = name.partition(".")
+    where = f"{path}: sample {key}"
+    if not info.isreg() or info.issparse():
+        raise ValueError(f"{where}: member {name} is a link, folder or device; expected a plain file")
+    if extension.rsplit(".", 1)[-1] in PICKLED:
+        raise ValueError(f"{where}: member {name} is refused: reading .{extension} can run code that came with the data")
+    if extension not in EXTENSIONS:
+        raise ValueError(f"{where}: member {name} has an unknown extension; known: {', '.join(EXTENSIONS)}")
+    if info.size > EXTENSIONS[extension]:
+        raise ValueError(f"{where}: member {name} has {info.size} bytes, more than the {EXTENSIONS[extension]} allowed")
+
+
+# ---- members ---------------------------------------------------------------------------------
+
+
+def image_member(sample: Sample, where: str) -> bytes:
+    """The sample's picture, still encoded. Raises ValueError unless there is exactly one."""
+    found = [name for name in IMAGE_EXTENSIONS if name in sample.members]
+    if len(found) != 1:
+        raise ValueError(f"{where}: expected one of {', '.join(IMAGE_EXTENSIONS)}, found {', '.join(found) or 'none'}")
+    return sample.members[found[0]]
+
+
+def decode_image(content: bytes, where: str, *, upright: bool = False) -> Image.Image:
+    """A picture as RGB; upright turns it as its EXIF orientation says. Transparent parts are laid on white.
+
+    Raises ValueError, starting with `where`, for anything but a whole JPEG, PNG or WEBP of at most MAX_PIXELS.
+    """
+    try:
+        with Image.open(io.BytesIO(content), formats=["JPEG", "PNG", "WEBP"]) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:  # from the header: nothing is decoded yet
+                raise ValueError(f"{width}x{height} pixels, more than the {MAX_PIXELS} allowed")
+            image.load()
+            if upright:
+                image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                ground = Image.new("RGBA", image.size, "white")
+                return Image.alpha_composite(ground, image).convert("RGB")
+            return image.convert("RGB")
+    # Pillow reports damage in several ways, by format.
+    except (ValueError, OSError, SyntaxError, EOFError, IndexError, Image.DecompressionBombError) as error:
+        reason = "not a JPEG, PNG or WEBP" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"{where}: unreadable image ({reason})") from error
+
+
+def decode_caption(content: bytes, where: str) -> str:
+    """Caption without surrounding white space. Raises ValueError when it is not UTF-8, too long or empty."""
+    if len(content) > EXTENSIONS["txt"]:
+        raise ValueError(f"{where}: the caption has {len(content)} bytes, more than the {EXTENSIONS['txt']} allowed")
+    try:
+        caption = content.decode().strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: the caption is not UTF-8 (byte {error.start})") from error
+    if not caption:
+        raise ValueError(f"{where}: the caption is empty")
+    return caption
+
+
+def encode_codes(codes: np.ndarray) -> bytes:
+    """codes: [A, T, F] uint16 -> content of a codes.npy member."""
+    assert codes.dtype == np.uint16 and codes.ndim == 3
+    buffer = io.BytesIO()
+    np.save(buffer, codes, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def decode_codes(content: bytes, where: str) -> np.ndarray:
+    """Content of a codes.npy member -> [A, T, F] uint16. Raises ValueError for anything else, objects included."""
+    try:
+        # What np.load does for this format; np.load itself would also open zip archives.
+        codes = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    # All that a hostile header makes numpy raise; the last three come from its parser.
+    except (ValueError, OSError, EOFError, MemoryError, TypeError, SyntaxError, tokenize.TokenError) as error:
+        raise ValueError(f"{where}: codes.npy is not a plain numpy array ({error})") from error
+    if codes.dtype != np.uint16 or codes.ndim != 3:
+        raise ValueError(f"{where}: codes.npy holds {codes.dtype} {list(codes.shape)}; expected uint16 [A, T, F]")
+    return codes
+
+
+def check_codes(codes: np.ndarray, expected: Codes, where: str) -> None:
+    """Raise ValueError unless codes [A, T, F] have the shape and range that the manifest announces."""
+    shape = (expected.crops, expected.grid[0] * expected.grid[1], len(expected.factor_sizes))
+    if codes.shape != shape:
+        raise ValueError(f"{where}: codes.npy has shape {list(codes.shape)}, the manifest says {list(shape)}")
+    for factor, size in enumerate(expected.factor_sizes):
+        largest = int(codes[..., factor].max())
+        if largest >= size:
+            raise ValueError(f"{where}: codes.npy holds code {largest}, but factor {factor} has {size} codes")
+
+
+# ---- manifest --------------------------------------------------------------------------------
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Shard(_Record):
+    """One tar. name: file name inside the folder. sha256: of the whole file, in hex."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+\.tar$")
+    num_samples: int = Field(ge=1)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class Codes(_Record):
+    """What the codes.npy members are: of which image tokenizer, [crops, grid h*w, factors], each below its size."""
+
+    image_tokenizer: str
+    weight_hash: str
+    grid: tuple[int, int]
+    factor_sizes: tuple[int, ...] = Field(min_length=1)
+    crops: int = Field(ge=1)
+
+
+class Manifest(_Record):
+    """What a shard folder holds. image_size: pixels a side. source, seed: where the samples came from."""
+
+    format: Literal[1] = 1
+    shards: tuple[Shard, ...] = Field(min_length=1)
+    num_samples: int
+    image_size: int = Field(ge=1)
+    codes: Codes | None = None
+    source: str
+    seed: int
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Manifest:
+        if self.num_samples != sum(shard.num_samples for shard in self.shards):
+            raise ValueError("num_samples is not the sum over the shards")
+        if len({shard.name for shard in self.shards}) != len(self.shards):
+            raise ValueError("two shards have the same name")
+        return self
+
+    @classmethod
+    def read(cls, folder: Path | str) -> Manifest:
+        """The manifest of a shard folder, whose shards are all there (their content is not read).
+
+        Raises ValueError when the folder, the manifest or a shard is missing, or the manifest is not valid.
+        """
+        folder = Path(folder)
+        path = folder / MANIFEST
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: no such folder; make shards with data_tools/make_shards.py")
+        if not path.is_file():
+            raise ValueError(
+                f"{folder} has no {MANIFEST}: the shard set is incomplete or this is not a shard folder; "
+                "make it with data_tools/make_shards.py"
+            )
+        manifest = cls.parse(path)
+        for shard in manifest.shards:
+            if not (folder / shard.name).is_file():
+                raise ValueError(f"{folder / shard.name}: the shard is missing, but {MANIFEST} names it")
+        return manifest
+
+    @classmethod
+    def parse(cls, path: Path) -> Manifest:
+        """One manifest file. Raises ValueError when it is not a valid manifest."""
+        try:
+            content = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: not JSON ({error})") from error
+        found = content.get("format") if isinstance(content, dict) else None
+        if found != 1:
+            raise ValueError(f"{path}: format {found!r}; this version reads format 1")
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ValueError(f"{path}: {where}: {first['msg']}" if where else f"{path}: {first['msg']}") from error
+
+    def write(self, folder: Path | str) -> None:
+        """Write manifest.json under a temporary name, then rename it."""
+        path = Path(folder) / MANIFEST
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(self.model_dump_json(indent=1) + "\n")
+        os.replace(temporary, path)
+
+
+def iterate_shard(folder: Path | str, shard: Shard) -> Iterator[Sample]:
+    """iterate_tar on one shard of a set; at the end a ValueError unless it held as many samples as the manifest says."""
+    path = Path(folder) / shard.name
+    num_samples = 0
+    for num_samples, sample in enumerate(iterate_tar(path), 1):
+        yield sample
+    if num_samples != shard.num_samples:
+        raise ValueError(f"{path}: {num_samples} samples, the manifest says {shard.num_samples}; make the shard again")
+
+
+# ---- writing ---------------------------------------------------------------------------------
+
+
+def write_tar(path: Path, samples: Iterable[Sample]) -> Shard:
+    """Write samples under a temporary name, then rename. Equal samples give equal bytes.
+
+    What iterate_tar would refuse is refused here too (ValueError).
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    num_samples = 0
+    with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for sample in samples:
+            for extension, content in sample.members.items():
+                info = tarfile.TarInfo(f"{sample.key}.{extension}")  # its mtime, uid and gid are 0
+                info.size = len(content)
+                _check_member(path, info)
+                tar.addfile(info, io.BytesIO(content))
+            num_samples += 1
+    digest = sha256(temporary)
+    os.replace(temporary, path)
+    return Shard(name=path.name, num_samples=num_samples, sha256=digest)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Staging:
+    """A shard set in the making: a folder inside the set's own, which replaces the set when all is there.
+
+    purpose: everything the result depends on. A later run with the same purpose finds the shards that an
+    interrupted one finished; staged files of any other purpose are removed. Until `commit`, the set in the folder
+    stays as it was.
+    """
+
+    PREFIX = ".unfinished-"
+
+    def __init__(self, folder: Path, purpose: object):
+        digest = hashlib.sha256(json.dumps(purpose, sort_keys=True).encode()).hexdigest()[:16]
+        self.folder, self.path = folder, folder / f"{self.PREFIX}{digest}"
+        for other in folder.glob(f"{self.PREFIX}*"):
+            if other != self.path:
+                shutil.rmtree(other)
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def finished(self, name: str) -> bool:
+        """Whether a shard is there already: it gets its name only when it is whole."""
+        return (self.path / name).is_file()
+
+    def commit(self, manifest: Manifest) -> None:
+        """Put the staged shards in place of the folder's set."""
+        manifest.write(self.path)
+        self.recover(self.folder)
+
+    @classmethod
+    def recover(cls, folder: Path) -> None:
+        """Finish a commit that was cut off, if there is one.
+
+        In between the folder has no manifest: old and new shards are never taken for one set.
+        """
+        for path in folder.glob(f"{cls.PREFIX}*/{MANIFEST}"):
+            staged = path.parent
+            if (folder / MANIFEST).is_file():
+                os.replace(folder / MANIFEST, staged / "replaced.json")
+            names = {shard.name for shard in Manifest.parse(path).shards}
+            if (staged / "replaced.json").is_file():
+                for shard in Manifest.parse(staged / "replaced.json").shards:
+                    if shard.name not in names:
+                        (folder / shard.name).unlink(missing_ok=True)
+            for name in names:
+                if (staged / name).is_file():
+                    os.replace(staged / name, folder / name)
+            os.replace(path, folder / MANIFEST)
+            shutil.rmtree(staged)

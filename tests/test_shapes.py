@@ -1,0 +1,65 @@
+"""The shapes world: captions and pictures agree, and the exact detector reads them back."""
+
+import numpy as np
+import pytest
+
+from data_tools.shapes import COLORS, SHAPES, SKILLS, Object, Scene, draw, sample_scene
+from eval.geneval.detect import ShapesDetector
+
+
+def found(scene: Scene, image) -> bool:
+    detections = ShapesDetector().detect(image)
+    if sorted(d.label for d in detections) != sorted(o.shape for o in scene.objects):
+        return False
+    colors = {d.label: d.color for d in detections}
+    return all(o.color is None or colors[o.shape] == o.color for o in scene.objects)
+
+
+def test_the_detector_confirms_what_was_drawn():
+    confirmed = 0
+    for index in range(200):
+        rng = np.random.default_rng(index)
+        scene = sample_scene(rng)
+        confirmed += found(scene, draw(scene, rng))
+    assert confirmed >= 198
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_is_read_in_every_color(shape):
+    for index, color in enumerate(COLORS):
+        scene = Scene("colors", f"a {color} {shape}", (Object(shape, color),))
+        assert found(scene, draw(scene, np.random.default_rng(index)))
+
+
+def test_an_empty_ground_has_no_objects():
+    scene = Scene("single_object", "nothing", ())
+    from PIL import Image
+
+    assert ShapesDetector().detect(Image.new("RGB", (64, 64), (140, 140, 140))) == []
+    assert scene.objects == ()
+
+
+def test_metadata_speaks_geneval():
+    """Position clauses point back at the object of reference, which comes first."""
+    scene = Scene("position", "a circle left of a star", (Object("circle"), Object("star")), "left of")
+    assert scene.metadata["include"] == [
+        {"class": "star", "count": 1},
+        {"class": "circle", "count": 1, "position": ["left of", 0]},
+    ]
+    counted = Scene("counting", "two stars", (Object("star"),) * 2).metadata
+    assert counted["include"] == [{"class": "star", "count": 2}]
+    assert counted["exclude"] == [{"class": "star", "count": 3}]
+
+
+@pytest.mark.parametrize("skill", SKILLS)
+def test_the_same_seed_draws_the_same_picture(skill):
+    pictures = []
+    for _ in range(2):
+        rng = np.random.default_rng(7)
+        pictures.append(np.asarray(draw(sample_scene(rng, skill), rng)))
+    assert (pictures[0] == pictures[1]).all()
+
+
+def test_an_unknown_skill_is_refused():
+    with pytest.raises(ValueError, match="unknown skill 'spelling'"):
+        sample_scene(np.random.default_rng(0), "spelling")
