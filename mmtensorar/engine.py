@@ -1,0 +1,304 @@
+"""All of DeepSpeed: its settings, the start of training, saving and resuming. Nothing else imports it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+if not torch.cuda.is_available():
+    # Without this DeepSpeed looks for an accelerator at import and may settle on a wrong one.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed  # noqa: E402
+from deepspeed.utils import safe_get_full_fp32_param  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from mmtensorar import checkpoint  # noqa: E402
+from mmtensorar.recipe import Recipe  # noqa: E402
+
+STATE = "state.json"
+
+
+def start_process_group(local_rank: int) -> tuple[int, int, torch.device]:
+    """Join the ranks; returns (rank, world size, this rank's device).
+
+    NCCL on GPUs, gloo on CPU. Started without a launcher, the process is a world of one.
+    """
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": str(max(0, local_rank)), "MASTER_ADDR": "127.0.0.1"}
+    alone = "RANK" not in os.environ
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    if alone and "MASTER_PORT" not in os.environ:
+        # A fixed port would make two runs on one machine collide.
+        import socket
+
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    os.environ.setdefault("MASTER_PORT", "29500")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
+
+
+def is_first() -> bool:
+    """Whether this process is rank 0 (True before the ranks have joined a group by other means)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def stop_process_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def barrier() -> None:
+    torch.distributed.barrier()
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """The mean of values [N] over all ranks, float32, in place."""
+    torch.distributed.all_reduce(values)
+    return values.div_(torch.distributed.get_world_size())
+
+
+def micro_batch_size(recipe: Recipe, world_size: int) -> int:
+    """Samples per rank and forward pass. Raises ValueError when the batch does not divide evenly."""
+    parts = world_size * recipe.train.grad_accum
+    if recipe.data.batch_size % parts:
+        raise ValueError(
+            f"data.batch_size {recipe.data.batch_size} must be a multiple of ranks x train.grad_accum = "
+            f"{world_size} x {recipe.train.grad_accum} = {parts}"
+        )
+    return recipe.data.batch_size // parts
+
+
+def settings(recipe: Recipe, world_size: int) -> dict:
+    """The DeepSpeed configuration of a recipe; zero.extra is merged into zero_optimization last."""
+    zero = {"stage": recipe.zero.stage}
+    if recipe.zero.offload_optimizer != "none":
+        zero["offload_optimizer"] = {"device": recipe.zero.offload_optimizer}
+    if recipe.zero.offload_params != "none":
+        if recipe.zero.stage != 3:
+            raise ValueError(f"zero.offload_params needs zero.stage 3, got {recipe.zero.stage}")
+        zero["offload_param"] = {"device": recipe.zero.offload_params}
+    zero.update(recipe.zero.extra)
+    return {
+        "train_batch_size": recipe.data.batch_size,
+        "train_micro_batch_size_per_gpu": micro_batch_size(recipe, world_size),
+        "gradient_accumulation_steps": recipe.train.grad_accum,
+        "gradient_clipping": recipe.optim.grad_clip,
+        "bf16": {"enabled": recipe.train.precision == "bf16"},
+        "zero_optimization": zero,
+        # The optimizer is torch's own AdamW, also with offloading: one optimizer, one set of numbers.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,  # metrics.py prints
+    }
+
+
+def learning_rate_factor(step: int, *, steps: int, warmup_steps: int, final_lr_ratio: float) -> float:
+    """Factor on the base rate at a step counted from 0: linear warm-up, then a cosine to final_lr_ratio."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
+    return final_lr_ratio + (1 - final_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def start(recipe: Recipe, world_size: int, device: torch.device):
+    """Build the model, spread it over the ranks and return the DeepSpeed engine around it."""
+    config = settings(recipe, world_size)
+    if recipe.zero.stage == 3:
+        model = _partitioned_model(recipe, config, device)
+    else:
+        model = checkpoint.initial_model(recipe)
+    if hasattr(model.backbone, "activation_checkpointing"):
+        model.backbone.activation_checkpointing = recipe.train.activation_checkpointing
+    elif recipe.train.activation_checkpointing:
+        raise ValueError(f"train.activation_checkpointing: the {recipe.backbone.name} backbone does not support it")
+    model.train()
+
+    optim = recipe.optim
+    pretrained, added = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (added if name.startswith(checkpoint.CODEC_PARTS) else pretrained).append(parameter)
+    groups = [{"params": pretrained, "lr": optim.lr}]
+    if added:
+        groups.append({"params": added, "lr": optim.lr if optim.tensorar_lr is None else optim.tensorar_lr})
+    optimizer = torch.optim.AdamW(groups, betas=tuple(optim.betas), eps=optim.eps, weight_decay=optim.weight_decay)
+
+    def factor(step: int) -> float:
+        return learning_rate_factor(
+            step, steps=recipe.train.steps, warmup_steps=optim.warmup_steps, final_lr_ratio=optim.final_lr_ratio
+        )
+
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        config=config,
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
+    )
+    return engine
+
+
+def _partitioned_model(recipe: Recipe, config: dict, device: torch.device):
+    """The initial model with its parameters cut over the ranks, never whole on any device.
+
+    Rank 0 holds the weights in host memory; the other ranks build the modules on the meta
+    device. One module's parameters at a time are broadcast and partitioned, so a rank's
+    accelerator sees one module plus its own share. Modules are not constructed inside zero.Init,
+    because a child's parameters would be empty before its parent's initialisation code runs.
+    """
+    rank = torch.distributed.get_rank()
+    # A wrong path must stop every rank: alone, rank 0 would leave the others waiting.
+    source, failure = None, [None]
+    if rank == 0:
+        try:
+            source = checkpoint.initial_model(recipe)
+        except (ValueError, OSError) as error:
+            failure = [str(error)]
+    torch.distributed.broadcast_object_list(failure, 0)
+    if failure[0] is not None:
+        raise ValueError(failure[0])
+    with torch.device("meta"):
+        model = checkpoint.build(recipe, weights=False, device="meta")
+    dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+
+    # Buffers are small (rotary frequencies, masks) and stay whole, in the dtype they were built with.
+    buffers = [dict(source.named_buffers()) if rank == 0 else None]
+    torch.distributed.broadcast_object_list(buffers, 0)
+    for name, value in buffers[0].items():
+        parent, _, leaf = name.rpartition(".")
+        model.get_submodule(parent)._buffers[leaf] = value.to(device)
+
+    weights = dict(source.named_parameters()) if rank == 0 else {}
+    done: dict[int, torch.nn.Parameter] = {}  # by identity: a tied parameter stays one parameter
+    for prefix, module in reversed(list(model.named_modules())):
+        own = list(module._parameters.items())
+        for leaf, parameter in own:
+            if parameter is None:
+                continue
+            if id(parameter) not in done:
+                name = f"{prefix}.{leaf}" if prefix else leaf
+                value = torch.empty(parameter.shape, dtype=dtype, device=device)
+                if rank == 0:
+                    # named_parameters lists a tied parameter under its first name only.
+                    value.copy_(weights[name] if name in weights else source.get_parameter(name).detach())
+                torch.distributed.broadcast(value, 0)
+                done[id(parameter)] = torch.nn.Parameter(value, requires_grad=parameter.requires_grad)
+            module._parameters[leaf] = done[id(parameter)]
+        if own:
+            deepspeed.zero.Init(module=module, config_dict_or_path=config, dtype=dtype)
+    return model
+
+
+@contextmanager
+def whole(engine) -> Iterator:
+    """The plain model with all parameters present on this rank, for sampling during training.
+
+    Under ZeRO-3 this gathers everything, so it needs memory for the whole model. Every rank
+    must enter and leave.
+    """
+    parameters = list(engine.module.parameters())
+    engine.module.eval()
+    try:
+        with deepspeed.zero.GatheredParameters(parameters, enabled=engine.zero_optimization_partition_weights()):
+            with torch.no_grad():
+                yield engine.module
+    finally:
+        engine.module.train()
+
+
+def full_state_dict(engine) -> dict[str, Tensor] | None:
+    """All weights on the CPU in float32: the optimizer's master copy. None except on rank 0.
+
+    Every rank must call it, since ZeRO gathers each parameter from all of them.
+    """
+    rank = torch.distributed.get_rank()
+    state = {}
+    for name, parameter in engine.module.named_parameters(remove_duplicate=False):
+        value = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+        if value is None:  # no master copy: float32 training without ZeRO, or a frozen parameter
+            partitioned = hasattr(parameter, "ds_id")
+            with deepspeed.zero.GatheredParameters([parameter], enabled=partitioned):
+                value = parameter.detach().float().cpu().clone()
+        if rank == 0:
+            state[name] = value.detach().float().cpu().reshape(getattr(parameter, "ds_shape", parameter.shape)).clone()
+    if rank:
+        return None
+    persistent = engine.module.state_dict().keys()
+    state.update({name: value.cpu() for name, value in engine.module.named_buffers() if name in persistent})
+    return state
+
+
+def save(engine, folder: Path, *, step: int, keep_last: int) -> None:
+    """Write folder/step_XXXXXX for resuming and delete all but the newest keep_last. Every rank calls it."""
+    tag = f"step_{step:06d}"
+    recorded = {
+        "step": step,
+        "world_size": torch.distributed.get_world_size(),
+        "zero_stage": engine.zero_optimization_stage(),
+        "grad_accum": engine.gradient_accumulation_steps(),
+    }
+    engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step}, save_latest=False)
+    barrier()
+    if torch.distributed.get_rank() == 0:
+        (folder / tag / STATE).write_text(json.dumps(recorded) + "\n", encoding="utf-8")
+        # `latest` moves only after every rank's files and state.json are there.
+        partial = folder / "latest.partial"
+        partial.write_text(tag, encoding="utf-8")
+        os.replace(partial, folder / "latest")
+        for old in sorted(folder.glob("step_*"))[: -max(1, keep_last)]:
+            if old.name != tag:
+                shutil.rmtree(old)
+    barrier()
+
+
+def latest_step(folder: Path) -> int | None:
+    """Step of the checkpoint that `latest` names, None when the run has none yet."""
+    latest = folder / "latest"
+    if not latest.is_file():
+        return None
+    return _recorded(folder, latest)["step"]
+
+
+def _recorded(folder: Path, latest: Path) -> dict:
+    tag = latest.read_text(encoding="utf-8").strip()
+    path = folder / tag / STATE
+    if not path.is_file():
+        raise ValueError(f"{latest} names {tag!r}, but {path} is missing: the checkpoint is incomplete")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def resume(engine, folder: Path) -> int:
+    """Load the checkpoint that `latest` names into the engine; returns its step.
+
+    Raises ValueError when it was written with another number of ranks, ZeRO stage or
+    accumulation: then neither the parts nor the order of the data would continue it.
+    """
+    recorded = _recorded(folder, folder / "latest")
+    now = {
+        "world_size": torch.distributed.get_world_size(),
+        "zero_stage": engine.zero_optimization_stage(),
+        "grad_accum": engine.gradient_accumulation_steps(),
+    }
+    for key, value in now.items():
+        if recorded[key] != value:
+            raise ValueError(
+                f"cannot resume {folder}: saved with {key} {recorded[key]}, this run has {value}; "
+                "start a new run with train.init_from set to a consolidated checkpoint instead"
+            )
+    loaded, client = engine.load_checkpoint(str(folder), tag=f"step_{recorded['step']:06d}")
+    if loaded is None:
+        raise ValueError(f"cannot resume {folder}: DeepSpeed could not load step {recorded['step']}")
+    return client["step"]

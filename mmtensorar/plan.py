@@ -1,0 +1,87 @@
+"""What a recipe will need, computed from shapes: parameters, memory per GPU under ZeRO, tokens and FLOPs per step.
+
+The model is built on the meta device, so no weights are read and no memory is used. Formulas: ZeRO memory as in
+Rajbhandari et al. (arXiv:1910.02054, section 3): with bf16 parameters and Adam, 2 bytes of parameters, 2 of
+gradients and 12 of optimiser state (fp32 copy, two moments) each; stage 1 shares the 12 over the ranks, stage 2 the
+gradients too, stage 3 all. FLOPs: 2 per weight and token forward, twice that backward, once more when activations
+are recomputed; attention adds 4 D S per token and layer forward (causal, half of that is useful and counted).
+"""
+
+from __future__ import annotations
+
+from mmtensorar import checkpoint
+from mmtensorar.recipe import Recipe
+
+GIB = 2**30
+NUM_GPUS = (1, 8, 64)
+PROMPT_TOKENS = 32  # a typical caption with the prompt template; the plan cannot know yours
+
+
+def parameters(model) -> dict[str, int]:
+    """Counts: backbone, tensorar (the codec), trainable."""
+    counts = {"backbone": 0, "tensorar": 0, "trainable": 0}
+    for name, parameter in model.named_parameters():
+        counts["tensorar" if name.startswith(checkpoint.CODEC_PARTS) else "backbone"] += parameter.numel()
+        counts["trainable"] += parameter.numel() * parameter.requires_grad
+    return counts
+
+
+def state_bytes(total: int, trainable: int, *, stage: int, num_gpus: int, precision: str) -> int:
+    """Bytes per GPU of parameters, gradients and optimiser state, without activations and offloading."""
+    # Under fp32 there is no second copy: 4 + 4 + 8 bytes instead of 2 + 2 + 12.
+    weight, gradient, optimiser = (2, 2, 12) if precision == "bf16" else (4, 4, 8)
+    shares = [num_gpus if stage >= at else 1 for at in (3, 2, 1)]
+    return round(total * weight / shares[0] + trainable * gradient / shares[1] + trainable * optimiser / shares[2])
+
+
+def flops_per_step(recipe: Recipe, model) -> tuple[int, int]:
+    """(image tokens, FLOPs) of one optimiser step over all ranks. Parameters of tables count nothing."""
+    K, T, D = model.window, model.backbone.num_tokens, model.backbone.dim
+    rows = PROMPT_TOKENS + T
+    per_sample = 0
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2 or "embed_tokens" in name or "embeddings" in name or "offset_" in name:
+            continue
+        # The embedding maps and the codec see K slots of each window, the head predicts K tokens.
+        if name.startswith("backbone.head") or name.startswith("backbone.embed") or name.startswith("encoder"):
+            times = K * T
+        elif name.startswith("decoder"):
+            times = (K + 1) * T
+        else:
+            times = rows
+        per_sample += 2 * parameter.numel() * times
+    num_layers = len(model.backbone.language_model.layers) if hasattr(model.backbone, "language_model") else 0
+    per_sample += num_layers * 2 * D * rows * rows
+    passes = 4 if recipe.train.activation_checkpointing else 3
+    return recipe.data.batch_size * T, recipe.data.batch_size * per_sample * passes
+
+
+def report(recipe: Recipe) -> str:
+    """The plan of a recipe as text. Raises ValueError when the model's configuration cannot be had."""
+    model = checkpoint.build(recipe, weights=False, device="meta")
+    counts = parameters(model)
+    total = counts["backbone"] + counts["tensorar"]
+    tokens, flops = flops_per_step(recipe, model)
+    stages = dict.fromkeys((recipe.zero.stage, 3))
+    lines = [
+        f"{recipe.backbone.path}, window {model.window}, depth {recipe.tensorar.depth}",
+        f"parameters   backbone   {counts['backbone']:>15,}",
+        f"             TensorAR   {counts['tensorar']:>15,}  (+{counts['tensorar'] / counts['backbone']:.2%})",
+        f"             trainable  {counts['trainable']:>15,}",
+        f"memory per GPU in GiB: weights, gradients and AdamW in {recipe.train.precision}, without activations",
+        "             " + "".join(f"{f'{n} GPU' + 's' * (n > 1):>10}" for n in NUM_GPUS),
+    ]
+    for stage in stages:
+        row = [
+            state_bytes(total, counts["trainable"], stage=stage, num_gpus=n, precision=recipe.train.precision) / GIB
+            for n in NUM_GPUS
+        ]
+        lines.append(f"  ZeRO-{stage}     " + "".join(f"{value:>10.1f}" for value in row))
+    lines += [
+        f"step         {recipe.data.batch_size} images, {tokens:,} image tokens, {tokens * model.window:,} predictions",
+        f"             {flops:.3g} FLOPs with {PROMPT_TOKENS} prompt tokens an image"
+        + (", activations recomputed" if recipe.train.activation_checkpointing else ""),
+        f"run          {recipe.train.steps:,} steps, {tokens * recipe.train.steps:,} image tokens, "
+        f"{flops * recipe.train.steps:.3g} FLOPs",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,256 @@
+"""Train a model from a recipe.
+
+    deepspeed mmtensorar/train.py RECIPE.yaml [key=value ...] [--resume]
+    python mmtensorar/train.py RECIPE.yaml [key=value ...]          one process
+
+The run folder (run.out/run.name) receives recipe.yaml (resolved), log.jsonl, tensorboard/,
+samples/, checkpoints/ (DeepSpeed's, for resuming) and model/ (consolidated, for generation).
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# The launcher puts this file's folder first on the path, where modules of ours would hide
+# installed ones of the same name; the repository root belongs there.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse  # noqa: E402
+import hashlib  # noqa: E402
+import signal  # noqa: E402
+import time  # noqa: E402
+
+import torch  # noqa: E402
+
+from mmtensorar import backbones, checkpoint, data, image_tokenizers  # noqa: E402
+from mmtensorar import engine as deep  # noqa: E402
+from mmtensorar.decode import Sampler, decode  # noqa: E402
+from mmtensorar.metrics import StepLog, peak_memory_gib  # noqa: E402
+from mmtensorar.recipe import Recipe  # noqa: E402
+
+# Settings that may change between a run and its continuation: none of them alters a past step.
+FREE_ON_RESUME = {
+    "run": {"out"},
+    "train": {"steps", "log_every", "save_every", "sample_every", "sample_prompts", "keep_last", "resume"},
+    "sampler": None,
+}
+
+
+def seed_for(*parts: int) -> int:
+    """A 63-bit seed from integers such as (seed, rank, step, micro step); neighbours are unrelated."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def fixed_part(recipe: Recipe) -> dict:
+    """The settings that a continued run must share with the run it continues."""
+    settings = recipe.model_dump(mode="json")
+    for section, keys in FREE_ON_RESUME.items():
+        for key in list(settings[section]) if keys is None else keys:
+            settings[section].pop(key, None)
+    return settings
+
+
+def differences(old: dict, new: dict, where: str = "") -> list[str]:
+    """'key: old -> new' for each leaf in which two nested dictionaries differ."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{where}{key}.")
+        elif a != b:
+            found.append(f"{where}{key}: {a!r} -> {b!r}")
+    return found
+
+
+def find_progress(recipe: Recipe, *, resume: bool) -> int | None:
+    """Step at which to continue the run in the run folder; None to start at the beginning.
+
+    Raises ValueError when the folder holds a run and resume is False, or when it holds a run
+    of another recipe.
+    """
+    folder = recipe.run_dir
+    finished = folder / "model" / checkpoint.INDEX
+    step = deep.latest_step(folder / "checkpoints")
+    if not resume:
+        if finished.is_file():
+            raise ValueError(
+                f"{folder} holds a finished run: choose another run.name, delete the folder, or add --resume to train on"
+            )
+        if step is not None:
+            raise ValueError(f"{folder} holds a run stopped at step {step}: add --resume to continue it, or choose another run.name")
+        return None
+    if step is None:
+        if finished.is_file():
+            raise ValueError(f"cannot resume {folder}: it holds a finished model but no checkpoints/; choose another run.name")
+        return None
+    changed = differences(fixed_part(Recipe.load(folder / "recipe.yaml", [])), fixed_part(recipe))
+    if changed:
+        raise ValueError(f"cannot resume {folder}: the recipe changed ({'; '.join(changed)})")
+    return step
+
+
+def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
+    # ---- recipe ------------------------------------------------------------------------------
+    resume = resume or recipe.train.resume == "auto"
+    folder = recipe.run_dir
+
+    # ---- process group -----------------------------------------------------------------------
+    rank, world_size, device = deep.start_process_group(local_rank)
+    first = rank == 0
+
+    def say(sentence: str) -> None:
+        if first:
+            print(sentence, flush=True)
+
+    deep.micro_batch_size(recipe, world_size)
+    progress = find_progress(recipe, resume=resume)
+    deep.barrier()  # nobody writes to the run folder before everybody has looked at it
+    if progress is not None and progress >= recipe.train.steps:
+        say(f"{folder} is already at step {progress} of {recipe.train.steps}: nothing to do")
+        return
+    image_tokenizer = image_tokenizers.load(recipe.image_tokenizer)
+    data.preflight(recipe, image_tokenizer, world_size=world_size)
+
+    # ---- model -------------------------------------------------------------------------------
+    engine = deep.start(recipe, world_size, device)
+    num_tokens = engine.module.backbone.num_tokens
+
+    # ---- data --------------------------------------------------------------------------------
+    caption_encoder = backbones.caption_encoder(recipe.backbone)
+
+    # ---- resume ------------------------------------------------------------------------------
+    start_step = deep.resume(engine, folder / "checkpoints") if progress is not None else 0
+    if start_step:
+        say(f"continuing {folder} after step {start_step}")
+    batches = data.stream(
+        recipe, caption_encoder, rank=rank, world_size=world_size, skip_batches=start_step * recipe.train.grad_accum
+    )
+    log = None
+    if first:
+        folder.mkdir(parents=True, exist_ok=True)
+        recipe.save(folder / "recipe.yaml")
+        log = StepLog(folder, num_steps=recipe.train.steps, start_step=start_step, log_every=recipe.train.log_every)
+
+    # A signal only sets a flag; the step in progress ends on every rank before anything is saved.
+    signals: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda received, frame: signals.append(received))
+
+    # ---- loop --------------------------------------------------------------------------------
+    step, saved_step, stopped = start_step, start_step, False
+    while step < recipe.train.steps and not stopped:
+        began = time.monotonic()
+        step += 1
+        torch.manual_seed(seed_for(recipe.run.seed, rank, step))
+        lr = engine.get_lr()[0]
+        total = None
+        for micro in range(recipe.train.grad_accum):
+            codes, condition, uncond = next(batches)
+            condition = type(condition)(*(part.to(device) for part in condition))
+            # Seeded by place in the run, not carried along, so that a resumed run draws the same noise.
+            generator = torch.Generator(device).manual_seed(seed_for(recipe.run.seed, rank, step, micro))
+            output = engine(codes.to(device), condition, uncond.to(device), generator)
+            losses = torch.cat([output.loss.detach()[None], output.loss_per_offset.detach()]).float()
+            total = losses if total is None else total + losses
+            if micro == recipe.train.grad_accum - 1:
+                # One message per step: the losses and whether any rank was asked to stop. It comes
+                # before the update, so a bad loss never reaches the weights.
+                message = torch.cat([total / recipe.train.grad_accum, total.new_tensor([float(bool(signals))])])
+                message = deep.mean_over_ranks(message).tolist()
+                if not all(value == value and abs(value) != float("inf") for value in message):
+                    raise FloatingPointError(
+                        f"the loss is not finite at step {step}: all ranks stop before the update; "
+                        f"the last checkpoint is of step {saved_step}. Try a lower optim.lr or another run.seed"
+                    )
+            engine.backward(output.loss)
+            engine.step()
+        loss, *loss_per_offset, asked = message
+        stopped = asked > 0
+        grad_norm = float(engine.get_global_grad_norm() or 0.0)
+        if grad_norm != grad_norm or grad_norm == float("inf"):
+            raise FloatingPointError(
+                f"the gradient is not finite at step {step}: all ranks stop; the last checkpoint is of step {saved_step}"
+            )
+
+        # ---- log -----------------------------------------------------------------------------
+        if log is not None:
+            log.step(
+                {
+                    "step": step,
+                    "loss": loss,
+                    "loss_per_offset": loss_per_offset,
+                    "lr": lr,
+                    "grad_norm": grad_norm,
+                    "tokens_per_s": recipe.data.batch_size * num_tokens / (time.monotonic() - began),
+                    "memory_gib": peak_memory_gib(),
+                }
+            )
+        if recipe.train.sample_every and recipe.train.sample_prompts and step % recipe.train.sample_every == 0:
+            # Every rank decodes the same images: under ZeRO-3 each layer's weights are gathered
+            # from all ranks, so rank 0 alone would wait for ever.
+            pixels = sample(engine, recipe, caption_encoder, image_tokenizer, device)
+            if log is not None:
+                log.images(step, pixels)
+
+        # ---- save ----------------------------------------------------------------------------
+        last = step == recipe.train.steps or stopped
+        if last or (recipe.train.save_every and step % recipe.train.save_every == 0):
+            deep.save(engine, folder / "checkpoints", step=step, keep_last=recipe.train.keep_last)
+            saved_step = step
+            # A stopped run gets no model/: its presence says that the run is finished.
+            if step == recipe.train.steps:
+                state_dict = deep.full_state_dict(engine)
+                if first:
+                    checkpoint.save(folder / "model", None, recipe, state_dict=state_dict, step=step)
+                deep.barrier()
+
+    # ---- finish ------------------------------------------------------------------------------
+    if log is not None:
+        log.close()
+    if step < recipe.train.steps:
+        say(f"stopped by a signal after step {step}; saved to {folder / 'checkpoints'}. Add --resume to continue")
+    else:
+        say(f"finished {step} steps; the model is in {folder / 'model'}")
+
+
+def sample(engine, recipe: Recipe, caption_encoder, image_tokenizer, device: torch.device) -> torch.Tensor:
+    """One image per train.sample_prompts: pixels [N, 3, H, W] in [-1, 1], on the CPU. Same noise at every call."""
+    settings = recipe.sampler
+    sampler = Sampler(
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        greedy_drafts=settings.greedy_drafts,
+    )
+    condition = caption_encoder(list(recipe.train.sample_prompts))
+    condition = type(condition)(*(part.to(device) for part in condition))
+    generator = torch.Generator(device).manual_seed(recipe.run.seed)
+    with deep.whole(engine) as model:
+        decoded = decode(model, condition, sampler, cfg_scale=settings.cfg_scale, generator=generator)
+    with torch.no_grad():
+        return image_tokenizer.decode(decoded.codes.cpu()).float().cpu()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Train a model from a recipe.")
+    parser.add_argument("recipe", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.steps=100")
+    parser.add_argument("--resume", action="store_true", help="continue the run in the run folder, if there is one")
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        recipe = Recipe.load(options.recipe, options.overrides)
+        train(recipe, resume=options.resume, local_rank=options.local_rank)
+    except (ValueError, OSError, FloatingPointError) as error:
+        # Every rank fails alike; one of them says so.
+        if deep.is_first():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    deep.stop_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""Consolidated checkpoints: what is saved loads again, and a broken folder is named in one sentence."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+from mmtensorar import checkpoint
+from mmtensorar.recipe import Recipe
+from tests.test_train import write_tiny_janus
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    write_tiny_janus(folder / "janus")
+    return folder
+
+
+def make(bench, window: int, **train) -> Recipe:
+    recipe = {
+        "run": {"name": "test", "out": str(bench / "runs")},
+        "backbone": {"name": "janus", "path": str(bench / "janus")},
+        "image_tokenizer": {"name": "janus_vq", "path": str(bench / "janus" / "vq")},
+        "tensorar": {"window": window, "num_heads": 2},
+        "data": {"shards": "none", "batch_size": 4},
+        "train": {"steps": 1, **train},
+    }
+    (bench / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return Recipe.load(bench / "recipe.yaml", [])
+
+
+@pytest.fixture(scope="module")
+def saved(bench):
+    """A window-3 checkpoint whose codec is not the fresh one, and the weights it must hold."""
+    recipe = make(bench, 3)
+    model = checkpoint.initial_model(recipe)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.01)
+    checkpoint.save(bench / "model", None, recipe, state_dict=model.state_dict(), step=7)
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def equal(a, b) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_round_trip(bench, saved):
+    loaded = checkpoint.load(bench / "model")
+    assert equal(loaded.model.state_dict(), saved)
+    assert not loaded.model.training
+    assert loaded.recipe.tensorar.window == 3
+    assert checkpoint.read_index(bench / "model")["step"] == 7
+    assert loaded.caption_encoder(["a red circle"]).values.shape[0] == 1
+    assert loaded.image_tokenizer.grid == (4, 4)
+
+
+def test_saving_again_replaces(bench, saved):
+    model = checkpoint.load(bench / "model").model
+    checkpoint.save(bench / "again", model, make(bench, 3), step=1)
+    checkpoint.save(bench / "again", model, make(bench, 3), step=2)
+    assert checkpoint.check_files(bench / "again")["step"] == 2
+    assert not [path for path in bench.iterdir() if path.suffix in (".partial", ".old")]
+
+
+def test_window_1_has_no_codec_file(bench, saved):
+    recipe = make(bench, 1, init_from=str(bench / "model"))
+    model = checkpoint.initial_model(recipe)
+    checkpoint.save(bench / "plain", model, recipe)
+    assert not (bench / "plain" / checkpoint.CODEC).exists()
+    assert equal(checkpoint.load(bench / "plain").model.backbone.state_dict(), model.backbone.state_dict())
+
+
+def test_init_from_takes_the_codec_only_when_it_fits(bench, saved):
+    same = checkpoint.initial_model(make(bench, 3, init_from=str(bench / "model")))
+    assert equal(same.state_dict(), saved)
+    other = checkpoint.initial_model(make(bench, 4, init_from=str(bench / "model")))
+    assert equal(checkpoint.codec_state(other.state_dict()), checkpoint.codec_state(checkpoint.initial_model(make(bench, 4)).state_dict()))
+    assert torch.equal(
+        next(other.backbone.parameters()), next(same.backbone.parameters())
+    ), "the backbone comes from the checkpoint either way"
+
+
+def test_absent_folder_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"no checkpoint at .*nowhere: expected checkpoint\.json"):
+        checkpoint.load(tmp_path / "nowhere")
+
+
+def test_damage_is_named(bench, saved, tmp_path):
+    import shutil
+
+    shutil.copytree(bench / "model", tmp_path / "model")
+    path = tmp_path / "model" / checkpoint.CODEC
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="tensorar.safetensors is damaged"):
+        checkpoint.load(tmp_path / "model")
+    path.unlink()
+    with pytest.raises(ValueError, match="tensorar.safetensors is missing"):
+        checkpoint.load(tmp_path / "model")
+
+
+def test_other_format_is_refused(tmp_path):
+    (tmp_path / checkpoint.INDEX).write_text(json.dumps({"format": 99}))
+    with pytest.raises(ValueError, match="format 99, expected 1"):
+        checkpoint.load(tmp_path)
+
+
+def test_a_folder_that_is_no_checkpoint_is_not_replaced(bench, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="is not a checkpoint"):
+        checkpoint.save(tmp_path, None, make(bench, 3), state_dict={})
+    assert (tmp_path / "thesis.txt").is_file()
+
+
+def test_loading_needs_no_deepspeed():
+    """Generation must work where DeepSpeed is not installed."""
+    code = "import sys, mmtensorar.checkpoint; sys.exit('deepspeed' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,47 @@
+"""The plan counts the released models without their weights."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmtensorar import checkpoint, plan
+from mmtensorar.recipe import Recipe
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+
+
+# Parameters of language model, generation embeddings, aligner and head, counted on the released configurations.
+@pytest.mark.parametrize("size, expected", [("1b", 1_485_053_952), ("7b", 6_591_791_104)])
+def test_backbone_counts_are_the_released_models(size, expected):
+    recipe = Recipe.load(RECIPES / f"janus_pro_{size}.yaml")
+    model = checkpoint.build(recipe, weights=False, device="meta")
+    assert all(parameter.is_meta for parameter in model.parameters()), "a plan must not allocate the model"
+    counts = plan.parameters(model)
+    assert counts["backbone"] == expected
+    # Two attention-sized modules: 8 D^2 and a little, about the paper's 8.6 D^2.
+    assert 8 <= counts["tensorar"] / model.backbone.dim**2 <= 8.6
+    assert counts["trainable"] == counts["backbone"] + counts["tensorar"]
+
+
+def test_zero_memory_on_paper():
+    """16 bytes a parameter, of which stage 1 shares 12, stage 2 14 and stage 3 all 16."""
+    at = {stage: plan.state_bytes(800, 800, stage=stage, num_gpus=8, precision="bf16") for stage in range(4)}
+    assert at == {0: 16 * 800, 1: 4 * 800 + 1200, 2: 2 * 800 + 1400, 3: 1600}
+    assert plan.state_bytes(800, 0, stage=0, num_gpus=1, precision="bf16") == 1600, "frozen weights have no state"
+    assert plan.state_bytes(800, 800, stage=0, num_gpus=1, precision="fp32") == 16 * 800
+
+
+def test_flops_of_a_step_are_near_six_per_weight_and_token():
+    """At window 1 nothing but the transformer counts: 6 N per token, plus attention, plus the prompt's tokens."""
+    recipe = Recipe.load(RECIPES / "janus_pro_7b.yaml", ["tensorar.window=1", "train.activation_checkpointing=false"])
+    model = checkpoint.build(recipe, weights=False, device="meta")
+    tokens, flops = plan.flops_per_step(recipe, model)
+    assert tokens == 128 * 576
+    assert flops / (6 * plan.parameters(model)["backbone"] * tokens) == pytest.approx(1, abs=0.1)
+
+
+def test_the_report_loads_no_weights(monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda *a, **k: pytest.fail("weights were loaded"))
+    text = plan.report(Recipe.load(RECIPES / "janus_pro_7b.yaml"))
+    assert "6,591,791,104" in text and "64 GPUs" in text and "FLOPs" in text
