@@ -1,0 +1,131 @@
+"""Images of evaluated models side by side, framed green when correct and red when not:
+
+    python -m eval.gallery FOLDER [NAME=FOLDER ...] --out gallery.png [--num-prompts 12] [--num-images 4] [--scale 2]
+
+FOLDER is an --out folder of python -m eval.geneval, or images in its layout (then without frames). Prompts run down,
+the first ones of each skill, equally many, whatever their images look like; a prompt's first images run across.
+"""
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from eval import layout
+from eval.report_table import named
+
+GREEN, RED, GREY, INK = (40, 150, 60), (205, 45, 45), (190, 190, 190), (20, 20, 20)
+FRAME, GAP, BETWEEN = 2, 4, 16
+FONT_SIZE, CAPTION_WIDTH, CAPTION_CHARACTERS = 14, 200, 26
+
+
+def pick(prompts: list[dict], num_prompts: int) -> list[int]:
+    """Indices of the first num_prompts / number of skills prompts of every skill, in order.
+
+    Raises ValueError when num_prompts is smaller than the number of skills.
+    """
+    skills = list(dict.fromkeys(prompt["tag"] for prompt in prompts))
+    each = num_prompts // len(skills)
+    if not each:
+        raise ValueError(f"number of prompts is {num_prompts}; expected at least one per skill, {len(skills)}")
+    return [
+        index
+        for skill in skills
+        for index in [i for i, prompt in enumerate(prompts) if prompt["tag"] == skill][:each]
+    ]
+
+
+def read(folder: Path) -> tuple[list[dict], list[list[Path]], dict[Path, bool]]:
+    """A folder's prompts, image files per prompt, and verdict per file where results.jsonl has one.
+
+    Raises ValueError, naming the file, for one that is missing or damaged.
+    """
+    images = folder
+    if not any(path.name.isdigit() for path in folder.glob("*")) and (folder / "summary.json").is_file():
+        images = Path(layout.read_json(folder / "summary.json").get("images", folder))
+    files = layout.image_files(images)
+    prompts = [layout.read_json(paths[0].parent.parent / "metadata.jsonl") for paths in files]
+    for paths, prompt in zip(files, prompts, strict=True):
+        if not isinstance(prompt.get("tag"), str) or not isinstance(prompt.get("prompt"), str):
+            raise ValueError(f"{paths[0].parent.parent / 'metadata.jsonl'}: expected a tag and a prompt")
+    results = folder / "results.jsonl"
+    verdicts = {}
+    if results.is_file():
+        for row in layout.read_json_lines(results):
+            if not isinstance(row.get("file"), str) or not isinstance(row.get("correct"), bool):
+                raise ValueError(f"{results}: expected file and correct in every line")
+            verdicts[images / row["file"]] = row["correct"]
+    return prompts, files, verdicts
+
+
+def compose(folders: Mapping[str, Path], *, num_prompts: int = 12, num_images: int = 4, scale: int = 2) -> Image.Image:
+    """The gallery of folders by column heading.
+
+    Raises ValueError when the folders have different prompts or fewer images than asked for.
+    """
+    read_folders = {name: read(folder) for name, folder in folders.items()}
+    prompts = next(iter(read_folders.values()))[0]
+    for name, (others, files, _) in read_folders.items():
+        if others != prompts:
+            raise ValueError(f"{folders[name]} holds other prompts than {next(iter(folders.values()))}")
+        if len(files[0]) < num_images:
+            raise ValueError(f"{folders[name]} holds {len(files[0])} images per prompt; {num_images} asked for")
+    chosen = pick(prompts, num_prompts)
+    first = layout.open_image(next(iter(read_folders.values()))[1][0][0])
+    width, height = (side * scale for side in first.size)
+    cell_width, cell_height = width + 2 * FRAME + GAP, max(height + 2 * FRAME + GAP, 4 * FONT_SIZE)
+    block = num_images * cell_width + BETWEEN
+    font = ImageFont.load_default(FONT_SIZE)
+    top = 2 * FONT_SIZE
+    sheet = Image.new("RGB", (CAPTION_WIDTH + len(folders) * block, top + len(chosen) * cell_height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, name in enumerate(folders):
+        pen.text((CAPTION_WIDTH + column * block, FONT_SIZE // 2), name, INK, font)
+    for row, index in enumerate(chosen):
+        y = top + row * cell_height
+        lines = textwrap.wrap(prompts[index]["prompt"], CAPTION_CHARACTERS, max_lines=3, placeholder=" ...")
+        pen.multiline_text((GAP, y), "\n".join(lines), INK, font)
+        for column, (_, files, verdicts) in enumerate(read_folders.values()):
+            for place, path in enumerate(files[index][:num_images]):
+                x = CAPTION_WIDTH + column * block + place * cell_width
+                frame = {True: GREEN, False: RED, None: GREY}[verdicts.get(path)]
+                pen.rectangle((x, y, x + width + 2 * FRAME - 1, y + height + 2 * FRAME - 1), fill=frame)
+                # Nearest: enlarged pixels should look like pixels.
+                image = layout.open_image(path).resize((width, height), Image.Resampling.NEAREST)
+                sheet.paste(image, (x + FRAME, y + FRAME))
+    return sheet
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m eval.gallery", description="Images of several models side by side.")
+    parser.add_argument("folders", nargs="+", metavar="[NAME=]FOLDER")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.png")
+    parser.add_argument("--num-prompts", type=int, default=12, help="over all skills (default 12)")
+    parser.add_argument("--num-images", type=int, default=4, help="per prompt (default 4)")
+    parser.add_argument("--scale", type=int, default=2, help="screen pixels per image pixel (default 2)")
+    options = parser.parse_args(arguments)
+    try:
+        if min(options.num_prompts, options.num_images, options.scale) < 1:
+            raise ValueError("--num-prompts, --num-images and --scale are 1 or more")
+        folders = {}
+        for name, folder in map(named, options.folders):
+            if name in folders:
+                raise ValueError(f"two folders are named {name!r}; name them apart with NAME=FOLDER")
+            folders[name] = folder
+        sheet = compose(
+            folders, num_prompts=options.num_prompts, num_images=options.num_images, scale=options.scale
+        )
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(options.out)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

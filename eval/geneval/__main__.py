@@ -1,0 +1,174 @@
+"""Score a model, or images, on a suite of GenEval-style prompts.
+
+    python -m eval.geneval --ckpt runs/NAME/model --suite shapes       generates, then scores
+    python -m eval.geneval --images FOLDER --suite shapes              scores images in GenEval's layout
+
+--out receives results.jsonl (one line per image), summary.json and, with --ckpt, the images. An interrupted run
+continues where it stopped when the same command is given again. Under a launcher of several processes (torchrun) the
+images are generated only; score them with --images afterwards. Other command: python -m eval.geneval.ceiling.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from eval import layout, report_table
+from eval.geneval import ceiling
+from eval.geneval import suite as suites
+from eval.geneval.score import by_class, judge, summarize
+from eval.geneval.suite import Suite
+
+NUM_IMAGES = 4  # per prompt, as GenEval
+
+
+def generate(suite: Suite, options: argparse.Namespace) -> tuple[Path, Any]:
+    """Make the images that are missing; returns the folder and the checkpoint's image tokenizer."""
+    # torch takes seconds to import, so mistakes in the command come to light before.
+    from eval import run
+    from mmtensorar.generate import Generator, sampling_from
+
+    device = options.device
+    if device is None and "LOCAL_RANK" in os.environ:
+        import torch
+
+        device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
+    generator = Generator.load(options.ckpt, device=device, precision=options.precision)
+    out = options.out or Path("runs/eval") / generator.recipe.run.name
+    made = run.generate(
+        generator,
+        options.ckpt,
+        suite.name,
+        suite.prompts,
+        out,
+        sampling_from(generator, options),
+        num_images=options.num_images,
+        seed=options.seed,
+        batch_size=options.batch_size,
+    )
+    print(f"{made} images made in {out}", flush=True)
+    return out, generator.image_tokenizer
+
+
+def score(suite: Suite, folder: Path, *, num_prompts: int | None, num_images: int | None) -> list[dict]:
+    """One result per image: file, tag, prompt, correct, reason, detections.
+
+    Raises ValueError, naming the file, when an image or a prompt's metadata is missing or cannot be read.
+    """
+    files = layout.image_files(folder, num_prompts=num_prompts, num_images=num_images)
+    prompts = [suites.read_metadata(images[0].parent.parent / "metadata.jsonl", suite) for images in files]
+    detector = suite.detector()
+    results = []
+    work = [(metadata, path) for metadata, images in zip(prompts, files, strict=True) for path in images]
+    for metadata, path in tqdm(work, unit="image", desc=f"scoring {folder}", file=sys.stderr):
+        detections = detector.detect(layout.open_image(path))
+        verdict = judge(metadata, *by_class(detections), suite.settings)
+        results.append(
+            {
+                "file": str(path.relative_to(folder)),
+                "tag": metadata["tag"],
+                "prompt": metadata["prompt"],
+                "correct": verdict.correct,
+                "reason": verdict.reason,
+                "detections": [asdict(detection) for detection in detections],
+                "metadata": metadata,
+            }
+        )
+    return results
+
+
+def write(out: Path, folder: Path, suite: Suite, results: list[dict], bounds: dict) -> dict:
+    """Write results.jsonl and summary.json, which comes last; returns the summary."""
+    record = layout.read_record(folder)
+    summary = {
+        "suite": suite.name,
+        "detector": suite.detector().name,
+        "scorer": asdict(suite.settings),
+        "images": str(folder),
+        "checkpoint": record.get("checkpoint"),
+        "seed": record.get("seed"),
+        "generation": record or None,
+        **summarize((result["metadata"], result["correct"]) for result in results),
+        **bounds,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    layout.write_text(out / "results.jsonl", "".join(json.dumps(result) + "\n" for result in results))
+    layout.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    suite = suites.load(options.suite, options.num_prompts)
+    if 0 < options.num_bound_images < (least := len({prompt["tag"] for prompt in suite.prompts})):
+        raise ValueError(f"--num-bound-images is {options.num_bound_images}; expected 0, or at least one per skill, {least}")
+    image_tokenizer = None
+    if options.images is not None:
+        for name in ("num_prompts", "cfg_scale", "temperature", "top_k", "top_p", "greedy_drafts", "device", "precision"):
+            if getattr(options, name) is not None:
+                print(f"note: --{name.replace('_', '-')} has no effect with --images", file=sys.stderr)
+        folder, out = options.images, options.out or options.images
+        results = score(suite, folder, num_prompts=None, num_images=options.num_images)
+    else:
+        options.num_images = options.num_images or NUM_IMAGES
+        folder, image_tokenizer = generate(suite, options)
+        out = folder
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            if int(os.environ.get("RANK", 0)) == 0:
+                print(f"when all ranks are done: python -m eval.geneval --images {folder} --suite {suite.name}")
+            return
+        results = score(suite, folder, num_prompts=len(suite.prompts), num_images=options.num_images)
+    bounds = {}
+    if suite.picture is not None and options.num_bound_images:
+        bounds = ceiling.measure(suite, image_tokenizer, num_images=options.num_bound_images)
+    summary = write(out, folder, suite, results, bounds)
+    print(report_table.render({out.resolve().name: summary}))
+    print(f"\n{out / 'summary.json'}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.geneval", description="Score a model, or images, on GenEval-style prompts."
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--ckpt", type=Path, help="consolidated checkpoint, such as runs/NAME/model")
+    source.add_argument("--images", type=Path, metavar="FOLDER", help="images in GenEval's layout; nothing is generated")
+    parser.add_argument("--suite", required=True, help=f"one of {', '.join(suites.SUITES)}")
+    parser.add_argument("--out", type=Path, help="default: runs/eval/NAME of the checkpoint's run, or the images' folder")
+    parser.add_argument("--num-prompts", type=int, help="per skill; default: the suite's own number")
+    parser.add_argument("--num-images", type=int, help=f"per prompt; default {NUM_IMAGES}, with --images what is there")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--num-bound-images", type=int, default=300, help="pictures drawn for ceiling and chance (default 300, 0 is none)"
+    )
+    group = parser.add_argument_group("sampling, with --ckpt", "defaults come from the checkpoint's recipe")
+    for name, kind in (("--cfg-scale", float), ("--temperature", float), ("--top-k", int), ("--top-p", float)):
+        group.add_argument(name, type=kind)
+    group.add_argument("--greedy-drafts", action=argparse.BooleanOptionalAction, default=None)
+    group.add_argument("--batch-size", type=int, default=16, help="images at a time (default 16)")
+    group.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU if there is one")
+    group.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU, fp32 on a CPU")
+    options = parser.parse_args(arguments)
+    try:
+        for name, least in (("num_images", 1), ("batch_size", 1), ("seed", 0), ("num_bound_images", 0)):
+            value = getattr(options, name)
+            if value is not None and value < least:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}; expected {least} or more")
+        evaluate(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the images made so far", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""Suites: a list of prompts in GenEval's form, the detector that looks at their images, and the scorer's settings.
+
+`shapes`: the embedded world of data_tools/shapes.py, the same number of prompts for each of its six skills. The
+prompt with draw number n of skill number s comes from default_rng([20_000, s, n]), a caption seen before in the skill
+is passed over, and the first few are always the same however many are asked for. Training pictures come from
+default_rng([seed, index]): data made with any --seed but 20000 and 30000 shares no draw with the suite or with the
+pictures behind its ceiling. The grammar is small, though: there are 32 captions of a single object, and training
+meets them all. The suite measures pictures for known words, not new words.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from data_tools.shapes import SHAPES, SKILLS, draw, sample_scene
+from eval.geneval.detect import Detector, ShapesDetector
+from eval.geneval.score import COLORS, RELATIONS, Settings
+from eval.layout import read_json
+
+PROMPT_SEED = 20_000
+PICTURE_SEED = 30_000
+
+
+@dataclass(frozen=True)
+class Suite:
+    """prompts: metadata, grouped by skill. classes: what the detector knows. detector: makes it, which may be costly.
+
+    picture: number -> metadata and a correct picture of the given size in pixels, where the suite can draw them;
+    consecutive numbers go round the skills.
+    """
+
+    name: str
+    prompts: tuple[dict, ...]
+    classes: tuple[str, ...]
+    detector: Callable[[], Detector]
+    settings: Settings
+    picture: Callable[[int, int], tuple[dict, Image.Image]] | None = None
+
+
+def load(name: str, num_prompts: int | None = None) -> Suite:
+    """A suite by name. num_prompts: per skill, None for the suite's own number.
+
+    Raises ValueError for an unknown name or more prompts than the suite has.
+    """
+    if name not in SUITES:
+        raise ValueError(f"unknown suite {name!r}; known: {', '.join(SUITES)}")
+    if num_prompts is not None and num_prompts < 1:
+        raise ValueError(f"number of prompts per skill is {num_prompts}; expected 1 or more")
+    return SUITES[name](num_prompts)
+
+
+def shapes(num_prompts: int | None = None) -> Suite:
+    prompts = [prompt for skill in SKILLS for prompt in _shapes_prompts(skill, num_prompts or 20)]
+    # The detector's scores are overlaps with a template, cut by itself, and no confidences: GenEval's stricter
+    # threshold for counting has no meaning for them.
+    settings = Settings(counting_threshold=Settings.threshold)
+    return Suite("shapes", tuple(prompts), SHAPES, ShapesDetector, settings, _shapes_picture)
+
+
+SUITES: dict[str, Callable[[int | None], Suite]] = {"shapes": shapes}
+
+
+def _shapes_prompts(skill: str, num_prompts: int) -> list[dict]:
+    found: dict[str, dict] = {}
+    since_new = 0
+    for draw_number in count():
+        scene = sample_scene(np.random.default_rng([PROMPT_SEED, SKILLS.index(skill), draw_number]), skill)
+        since_new = since_new + 1 if scene.caption in found else 0
+        found.setdefault(scene.caption, scene.metadata)
+        if len(found) == num_prompts:
+            return list(found.values())
+        if since_new == 1000:
+            raise ValueError(
+                f"{num_prompts} prompts per skill asked for, but the shapes grammar has about {len(found)} captions "
+                f"for {skill}; ask for fewer prompts, or for more images of each"
+            )
+
+
+def _shapes_picture(number: int, size: int) -> tuple[dict, Image.Image]:
+    rng = np.random.default_rng([PICTURE_SEED, number])
+    scene = sample_scene(rng, SKILLS[number % len(SKILLS)])
+    return scene.metadata, draw(scene, rng, size)
+
+
+def read_metadata(path: Path, suite: Suite) -> dict:
+    """One prompt's metadata.jsonl. Raises ValueError, naming the file, unless it is a prompt that the suite can judge."""
+    metadata = read_json(path)
+    problem = _problem(metadata, suite)
+    if problem:
+        raise ValueError(f"{path}: {problem}")
+    return metadata
+
+
+def _problem(metadata: dict, suite: Suite) -> str | None:
+    """What keeps a value from being a GenEval specification for this suite's detector; None when nothing does."""
+    for key in ("tag", "prompt"):
+        if not isinstance(metadata.get(key), str):
+            return f"expected {key} to be text, got {metadata.get(key)!r}"
+    for key in ("include", "exclude"):
+        clauses = metadata.get(key, [])
+        if not isinstance(clauses, list) or (key == "include" and not clauses):
+            return f"expected a list of clauses under {key}, got {clauses!r}"
+        for index, clause in enumerate(clauses):
+            problem = _clause_problem(clause, index, suite)
+            if problem:
+                return f"{key} {index}: {problem}"
+    return None
+
+
+def _clause_problem(clause: object, index: int, suite: Suite) -> str | None:
+    if not isinstance(clause, dict) or clause.get("class") not in suite.classes:
+        return f"expected a class that suite {suite.name} detects, got {clause!r}"
+    if not isinstance(clause.get("count"), int) or clause["count"] < 1:
+        return f"expected count to be a whole number, 1 or more, got {clause.get('count')!r}"
+    if clause.get("color", COLORS[0]) not in COLORS:
+        return f"expected color to be one of {', '.join(COLORS)}, got {clause['color']!r}"
+    match clause.get("position"):
+        case None:
+            return None
+        case [relation, int(target)] if relation in RELATIONS and 0 <= target < index:
+            return None
+        case other:
+            return f"expected position as [relation, number of an earlier clause], got {other!r}"

@@ -1,0 +1,103 @@
+"""Generate a suite's images in GenEval's layout: OUT/NNNNN/metadata.jsonl and OUT/NNNNN/samples/00000.png.
+
+Resumable: OUT/generation.json says which checkpoint and settings the images come from, and images that are there
+already are kept when it agrees. Under a launcher (RANK and WORLD_SIZE in the environment) every rank makes its share.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from eval.layout import RECORD, image_path, read_record, write_text
+from mmtensorar.generate import Generator, Sampling, save_png
+
+# Two runs that differ only in these make the same images, up to rounding.
+FREE = ("checkpoint", "batch_size", "device")
+
+
+def image_seed(seed: int, prompt_index: int, image_index: int) -> int:
+    """The 63-bit seed of one image; models compared under one seed share their random numbers."""
+    return int(np.random.SeedSequence((seed, prompt_index, image_index)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def generate(
+    generator: Generator,
+    ckpt: Path,
+    suite: str,
+    prompts: Sequence[dict],
+    out: Path,
+    sampling: Sampling,
+    *,
+    num_images: int,
+    seed: int,
+    batch_size: int,
+) -> int:
+    """Make the images of this rank that are missing in out; returns how many were made.
+
+    prompts: GenEval metadata. Raises ValueError when out holds images of another checkpoint, other settings or
+    other prompts, or images of unknown origin.
+    """
+    settings = {
+        "checkpoint": str(ckpt),
+        "checkpoint_sha256": hashlib.sha256((Path(ckpt) / "checkpoint.json").read_bytes()).hexdigest(),
+        "suite": suite,
+        "prompts_sha256": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
+        "num_images": num_images,
+        "seed": seed,
+        "sampling": asdict(sampling),
+        "window": generator.model.window,
+        "precision": generator.precision,
+        "batch_size": batch_size,
+        "device": generator.device.type,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    claim(out, settings)
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    work = [(prompt, image) for prompt in range(len(prompts)) for image in range(num_images)][rank::world_size]
+    # Whole batches, also when some of their images are there: padding depends on the batch, and a resumed run
+    # should make the images that an uninterrupted one makes.
+    batches = [work[start : start + batch_size] for start in range(0, len(work), batch_size)]
+    batches = [batch for batch in batches if not all(image_path(out, *place).is_file() for place in batch)]
+    made = 0
+    with tqdm(
+        total=sum(map(len, batches)), unit="image", desc=f"generating in {out}", file=sys.stderr, disable=rank > 0
+    ) as bar:
+        for batch in batches:
+            texts = [prompts[prompt]["prompt"] for prompt, _ in batch]
+            seeds = [image_seed(seed, *place) for place in batch]
+            decoded = generator.decode(texts, seeds, sampling)
+            for place, image_seed_, image in zip(batch, seeds, generator.pictures(decoded.codes), strict=True):
+                path = image_path(out, *place)
+                if not path.is_file():
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    metadata = prompts[place[0]]
+                    write_text(path.parent.parent / "metadata.jsonl", json.dumps(metadata) + "\n")
+                    save_png(image, path, prompt=metadata["prompt"], seed=image_seed_)
+                    made += 1
+            bar.update(len(batch))
+    return made
+
+
+def claim(out: Path, settings: dict) -> None:
+    """Record the settings in out, or raise ValueError when it holds images that they did not make."""
+    path = out / RECORD
+    if not path.is_file():
+        if any(item.name.isdigit() for item in out.iterdir()):
+            raise ValueError(f"{out} holds images but no {RECORD}, so their origin is unknown; choose another --out")
+        write_text(path, json.dumps(settings, indent=2) + "\n")
+        return
+    found = read_record(out)
+    changed = [
+        f"{key} {found.get(key)!r} there, {value!r} now"
+        for key, value in settings.items()
+        if key not in FREE and found.get(key) != value
+    ]
+    if changed:
+        raise ValueError(f"{out} holds images of another run ({'; '.join(changed)}); choose another --out or delete it")

@@ -1,0 +1,138 @@
+"""Generation from a checkpoint: a seed means one image, the trace is read right, mistakes are sentences."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from mmtensorar import checkpoint, generate
+from mmtensorar.generate import Generator, Sampling, revisions
+from mmtensorar.recipe import Recipe
+from tests.test_train import write_tiny_janus
+
+PROMPTS = ["a red circle", "a blue square"]
+
+
+@pytest.fixture(scope="session")
+def ckpt(tmp_path_factory):
+    """A tiny window-3 checkpoint whose codec is not the fresh one; images are 8 x 8, of 16 tokens."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("generate")
+    write_tiny_janus(folder / "janus")
+    settings = {
+        "run": {"name": "tiny"},
+        "backbone": {"name": "janus", "path": str(folder / "janus")},
+        "image_tokenizer": {"name": "janus_vq", "path": str(folder / "janus" / "vq")},
+        "tensorar": {"window": 3, "num_heads": 2},
+        "data": {"shards": "none", "batch_size": 1},
+        "train": {"steps": 1},
+        "sampler": {"cfg_scale": 2.0, "top_k": 20},
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(settings))
+    recipe = Recipe.load(folder / "recipe.yaml", [])
+    model = checkpoint.initial_model(recipe)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.05)
+    checkpoint.save(folder / "model", model, recipe)
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def generator(ckpt):
+    return Generator.load(ckpt, device="cpu")
+
+
+def same(a: Image.Image, b: Image.Image) -> bool:
+    return bool((np.asarray(a) == np.asarray(b)).all())
+
+
+def test_same_seed_same_images(generator):
+    first, again = (generator.images(PROMPTS, [0, 1]) for _ in range(2))
+    assert all(map(same, first, again))
+    assert not same(first[0], generator.images(PROMPTS, [2, 1])[0])
+
+
+def test_a_row_keeps_its_random_numbers_in_any_company(generator):
+    """These prompts have one length, so not even the padding differs."""
+    prompts, seeds = [*PROMPTS, "a green circle"], [7, 8, 9]
+    together = generator.decode(prompts, seeds).codes
+    alone = torch.cat([generator.decode([p], [s]).codes for p, s in zip(prompts, seeds, strict=True)])
+    assert torch.equal(together, alone)
+
+
+def test_settings_come_from_the_recipe_unless_given(generator):
+    assert generator.sampling() == Sampling(cfg_scale=2.0, top_k=20)
+    assert generator.sampling(top_k=0, top_p=None, greedy_drafts=True) == Sampling(cfg_scale=2.0, greedy_drafts=True)
+    with pytest.raises(ValueError, match="cfg_scale is -1"):
+        generator.sampling(cfg_scale=-1.0)
+
+
+def test_bf16_runs_on_the_cpu(ckpt):
+    generator = Generator.load(ckpt, device="cpu", precision="bf16")
+    assert next(generator.model.parameters()).dtype == torch.float32
+    assert generator.images(PROMPTS[:1], [0])[0].size == (8, 8)
+
+
+def test_revisions_of_windows_written_by_hand():
+    """Windows of 4 tokens, K = 3. Token p at step t is written 10 t + p, so the step it comes from can be read off."""
+    T, K = 4, 3
+    trace = torch.tensor([[[10 * t + t + j if t + j < T else 0 for j in range(K)] for t in range(T)]])[..., None]
+    assert revisions(trace)[0, :, :, 0].tolist() == [
+        [0, 1, 2, 13],  # offset 2, from step p - 2; tokens 0 and 1 from step 0
+        [0, 1, 12, 23],  # offset 1, from step p - 1
+        [0, 11, 22, 33],  # final
+    ]
+
+
+def test_the_last_revision_is_the_image(generator):
+    decoded = generator.decode(PROMPTS, [0, 1], keep_trace=True)
+    assert torch.equal(revisions(decoded.trace)[:, -1], decoded.codes)
+
+
+def test_command_line_writes_images_trace_and_record(ckpt, generator, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a blue square\n\n")
+    command = ["--ckpt", str(ckpt), "--device", "cpu", "--out", str(tmp_path / "out"), "--num-images", "2", "--seed", "3"]
+    command += ["--prompt", "a red circle", "--prompts-file", str(tmp_path / "prompts.txt"), "--trace"]
+    assert generate.main(command) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out" / "prompts.jsonl").read_text().splitlines()]
+    assert [(row["file"], row["prompt"], row["seed"]) for row in rows] == [
+        ("00000_3.png", "a red circle", 3),
+        ("00001_4.png", "a red circle", 4),
+        ("00002_3.png", "a blue square", 3),
+        ("00003_4.png", "a blue square", 4),
+    ]
+    assert rows[0]["settings"]["top_k"] == 20 and rows[0]["window"] == 3
+    image = Image.open(tmp_path / "out" / "00002_3.png")
+    assert image.text == {"prompt": "a blue square", "seed": "3"}
+    assert same(image, generator.images(["a blue square"], [3])[0])
+    windows = load_file(tmp_path / "out" / "00002_3.windows.safetensors")["windows"]
+    assert windows.shape == (16, 3, 1)
+    assert same(generator.pictures(windows[None, :, 0])[0], image)
+    strip = Image.open(tmp_path / "out" / "00002_3.revisions.png")
+    assert strip.size == (3 * 8 + 2 * 2, 8)
+    assert same(strip.crop((20, 0, 28, 8)), image)
+    assert generate.main(command[:-1]) == 0
+    assert (tmp_path / "out" / "00004_3.png").is_file(), "a folder in use is added to"
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["--ckpt", "nowhere", "--prompt", "a"], "no checkpoint at nowhere"),
+        (["--ckpt", "nowhere"], "no prompts: give --prompt"),
+        (["--ckpt", "nowhere", "--prompts-file", "none.txt"], "none.txt"),
+        (["--ckpt", "nowhere", "--prompt", "a", "--seed", "-1"], "seed is -1"),
+        (["--ckpt", "nowhere", "--prompt", "a", "--device", "tpu9"], "device is 'tpu9'"),
+        (["--ckpt", "CKPT", "--prompt", "a", "--temperature", "0", "--device", "cpu"], "temperature is 0.0"),
+    ],
+)
+def test_mistakes_are_sentences(ckpt, capsys, tmp_path, monkeypatch, arguments, sentence):
+    monkeypatch.chdir(tmp_path)
+    assert generate.main([str(ckpt) if a == "CKPT" else a for a in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and sentence in error
