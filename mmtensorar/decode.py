@@ -60,7 +60,7 @@ class Sampler:
             logits = torch.full_like(logits, float("-inf")).scatter(-1, kept, logits.gather(-1, kept))
         probs = logits.double().softmax(-1)
         if self.top_p < 1:
-            ordered, order = probs.sort(-1, descending=True, stable=True)
+            ordered, order = probs.sort(dim=-1, descending=True, stable=True)
             # A token stays when those before it do not yet reach top_p, so the first always stays.
             stays = ordered.cumsum(-1) - ordered < self.top_p
             probs = torch.zeros_like(probs).scatter(-1, order, ordered * stays)

@@ -1,0 +1,214 @@
+"""Train a small JanusVQVAE on the pictures of a shard folder: `python -m mmtensorar.train_image_tokenizer RECIPE`.
+
+It exists to make the tiny image tokenizer that ships with the project; released tokenizers are used as they are.
+Stages: the first `warmup_steps` run without quantisation, then the codebook starts from encoder outputs, and codes
+that stay unused are moved onto encoder outputs until `revive_until` (share of the steps).
+"""
+
+import argparse
+import io
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from PIL import Image
+from pydantic import Field, ValidationError
+from torch import Tensor
+
+from mmtensorar.recipe import Section
+from mmtensorar.weights import fill
+
+
+class TokenizerRecipe(Section):
+    """Settings of one training run. shards: folder of tars with .jpg members; out: folder to write."""
+
+    shards: str
+    out: str
+    seed: int = 0
+    start: str | None = Field(None, description="folder of an image tokenizer to train on, instead of a fresh one")
+    image_size: int = Field(ge=16)
+    num_embeddings: int = Field(ge=2)
+    embed_dim: int = 8
+    latent_channels: int = 64
+    base_channels: int = 32
+    channel_multiplier: list[int] = [1, 1, 2, 2]
+    num_res_blocks: int = 1
+    steps: int = Field(ge=1)
+    warmup_steps: int = 200
+    revive_until: float = 0.6
+    batch_size: int = 32
+    lr: float = 1e-3
+    commitment: float = 0.25
+    foreground_weight: float = Field(1.0, ge=1)
+    crop: int | None = Field(None, ge=8, description="pixels a side of the crops of all but the last full_steps")
+    full_steps: int = Field(0, ge=0)
+    crop_batch_size: int = Field(64, ge=1)
+    precision: Literal["bf16", "fp32"] = "bf16"
+    log_every: int = 50
+
+
+def load_pictures(folder: Path, size: int) -> np.ndarray:
+    """Every .jpg of a shard folder as [N, H, W, 3] uint8. Raises ValueError without pictures of that size."""
+    pictures = []
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if member.name.endswith(".jpg"):
+                    image = Image.open(io.BytesIO(tar.extractfile(member).read())).convert("RGB")
+                    if image.size != (size, size):
+                        raise ValueError(f"{path}: {member.name} is {image.size}, expected {size} pixels a side")
+                    pictures.append(np.asarray(image))
+    if not pictures:
+        raise ValueError(f"{folder}: no .jpg in any *.tar; make shards first (data_tools/make_shards.py)")
+    return np.stack(pictures)
+
+
+def quantize(features: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """Nearest unit row for each unit feature. features [N, C], codebook [V, C] -> (rows [N, C], codes [N])."""
+    rows = F.normalize(codebook, dim=-1)
+    codes = (features.detach() @ rows.detach().T).argmax(-1)
+    return rows[codes], codes
+
+
+def pixel_weights(pixels: Tensor, foreground: float) -> Tensor:
+    """[B, 3, H, W] -> [B, 1, H, W]: 1 for the picture's median colour, rising to `foreground` for pixels unlike it.
+
+    Shapes cover a tenth of a picture; unweighted, most of the capacity goes into smooth grounds.
+    """
+    median = pixels.flatten(2).median(-1).values[..., None, None]
+    unlike = (pixels - median).abs().amax(1, keepdim=True).div(0.4).clamp(max=1)
+    return 1 + (foreground - 1) * unlike
+
+
+def crop_on_foreground(pixels: Tensor, unlike: Tensor, size: int, stride: int) -> Tensor:
+    """Cut one size x size crop from each picture, oftener where `unlike` [B, 1, H, W] is high.
+
+    Offsets are multiples of stride, the pixels of one code, so that a crop meets the codes' grid as
+    the picture does. Every place keeps a chance. pixels [B, C, H, W] -> [B, C, size, size].
+    """
+    places = F.avg_pool2d(unlike, size, stride)[:, 0]
+    chosen = torch.multinomial(places.flatten(1) + 0.02, 1)[:, 0]
+    rows, columns = (chosen // places.shape[2] * stride).tolist(), (chosen % places.shape[2] * stride).tolist()
+    return torch.stack([p[:, r : r + size, c : c + size] for p, r, c in zip(pixels, rows, columns, strict=True)])
+
+
+def train(recipe: TokenizerRecipe) -> None:
+    """Run the recipe and write config.json and model.safetensors to `recipe.out`."""
+    from transformers.models.janus.configuration_janus import JanusVQVAEConfig
+    from transformers.models.janus.modeling_janus import JanusVQVAE
+
+    torch.manual_seed(recipe.seed)
+    rng = np.random.default_rng(recipe.seed)
+    pictures = load_pictures(Path(recipe.shards), recipe.image_size)
+    config = JanusVQVAEConfig(
+        embed_dim=recipe.embed_dim,
+        num_embeddings=recipe.num_embeddings,
+        latent_channels=recipe.latent_channels,
+        base_channels=recipe.base_channels,
+        channel_multiplier=recipe.channel_multiplier,
+        num_res_blocks=recipe.num_res_blocks,
+        num_patches=recipe.image_size // 2 ** (len(recipe.channel_multiplier) - 1),
+    )
+    model = JanusVQVAE(config)
+    if recipe.start is not None:
+        fill(model.state_dict(), Path(recipe.start), lambda name: name)
+    for module in [] if recipe.start is not None else model.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+            # transformers' 0.02 normal start makes all features point one way at this width, and they stay so.
+            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+            torch.nn.init.zeros_(module.bias)
+    # Convolutions this narrow run several times faster in this memory layout on CPUs.
+    model = model.to(memory_format=torch.channels_last).train()
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 1e-4}, {"params": rest, "weight_decay": 0.0}],
+        lr=recipe.lr,
+        betas=(0.9, 0.99),
+        fused=True,
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=recipe.lr, total_steps=recipe.steps, pct_start=0.05, final_div_factor=100
+    )
+    usage = torch.full((recipe.num_embeddings,), float(recipe.start is not None))
+    started, seen = time.time(), 0
+    for step in range(recipe.steps):
+        cropped = recipe.crop is not None and step < recipe.steps - recipe.full_steps
+        batch_size = recipe.crop_batch_size if cropped else recipe.batch_size
+        chosen = pictures[rng.integers(len(pictures), size=batch_size)]
+        pixels = torch.from_numpy(chosen).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+        weight_of_pixel = pixel_weights(pixels, recipe.foreground_weight)
+        if cropped:
+            both = torch.cat([pixels, weight_of_pixel], dim=1)
+            both = crop_on_foreground(both, weight_of_pixel - 1, recipe.crop, recipe.image_size // config.num_patches)
+            pixels, weight_of_pixel = both[:, :3].contiguous(memory_format=torch.channels_last), both[:, 3:]
+        seen += batch_size
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
+            features = model.quant_conv(model.encoder(pixels))
+        features = F.normalize(features.float().permute(0, 2, 3, 1), dim=-1)
+        flat = features.reshape(-1, recipe.embed_dim)
+        commitment = torch.zeros(())
+        latent = features
+        if step >= recipe.warmup_steps:
+            weight = model.quantize.embedding.weight
+            with torch.no_grad():
+                if step == recipe.warmup_steps and recipe.start is None:
+                    weight.copy_(flat[torch.randint(len(flat), (len(weight),))])
+                    usage.fill_(1.0)
+                elif step % 20 == 0 and step < recipe.revive_until * recipe.steps:
+                    dead = usage < 0.02
+                    weight[dead] = flat[torch.randint(len(flat), (int(dead.sum()),))]
+                    usage[dead] = 1.0
+            rows, codes = quantize(flat, weight)
+            usage.mul_(0.98).add_(torch.bincount(codes, minlength=len(usage)).clamp(max=1), alpha=0.02)
+            commitment = (rows - flat.detach()).square().sum(-1).mean()
+            commitment = commitment + recipe.commitment * (flat - rows.detach()).square().sum(-1).mean()
+            latent = (flat + (rows - flat).detach()).view_as(features)  # straight-through gradient
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
+            output = model.decoder(model.post_quant_conv(latent.permute(0, 3, 1, 2)))
+        error = output.float() - pixels
+        loss = (weight_of_pixel * (error.abs() + error.square())).mean() + commitment
+        if not torch.isfinite(loss):
+            raise ValueError(f"step {step}: the loss is {loss.item()}; lower lr")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % recipe.log_every == 0 or step == recipe.steps - 1:
+            print(
+                f"step {step}/{recipe.steps} l1 {error.abs().mean():.4f} mse {error.square().mean():.5f} "
+                f"commitment {commitment.item():.4f} codes used {int((usage > 0.02).sum())} "
+                f"{seen / (time.time() - started):.0f} images or crops/s",
+                flush=True,
+            )
+    with torch.no_grad():
+        weight = model.quantize.embedding.weight
+        weight.copy_(F.normalize(weight, dim=-1))  # so that transformers' own encode finds the same codes
+    model.half().save_pretrained(recipe.out)  # its users compute in float32; stored small
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_args(arguments)
+    try:
+        with open(args.recipe) as file:
+            settings = yaml.safe_load(file)
+        settings |= {key: yaml.safe_load(value) for key, _, value in (o.partition("=") for o in args.overrides)}
+        train(TokenizerRecipe(**settings))
+    except (ValidationError, ValueError, OSError) as error:
+        print(f"error: {args.recipe}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

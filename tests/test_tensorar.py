@@ -1,0 +1,322 @@
+"""The model: fresh heads change nothing, windows leak nothing, the loss is the sum it claims to be."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+from mmtensorar.codec import WindowDecoder, WindowEncoder
+from mmtensorar.noise import FixedSchedule, corrupt
+from mmtensorar.tensorar import TensorAR, resolve_offset_weights
+from mmtensorar.windows import slide
+from tests.fakes import FakeBackbone, fake_condition, tiny_janus
+
+BACKBONES = {
+    "one_factor": lambda: FakeBackbone((11,)),
+    "two_factors": lambda: FakeBackbone((5, 7)),
+    "janus": tiny_janus,
+}
+BATCH = 3
+UNCOND = torch.tensor([False, True, False])
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=BACKBONES)
+def backbone(request):
+    return BACKBONES[request.param]()
+
+
+def wrap(backbone, window: int, *, depth: int = 1, schedule=FixedSchedule("linear"), weights=None, **options) -> TensorAR:
+    """A TensorAR with a fresh codec around the backbone itself, not a copy."""
+    codec = [None, None]
+    if window > 1:
+        codec = [part(backbone.dim, window, num_heads=2, depth=depth) for part in (WindowEncoder, WindowDecoder)]
+    return TensorAR(backbone, *codec, schedule, offset_weights=resolve_offset_weights(weights, window), **options)
+
+
+@torch.no_grad()
+def open_codec(model: TensorAR) -> TensorAR:
+    """Move the projections off zero, as training does, so that the codec takes part."""
+    for part in (model.encoder, model.decoder):
+        part.layers[-1].output.weight.normal_(std=0.5)
+    return model
+
+
+def random_codes(backbone) -> Tensor:
+    """[B, T, F]."""
+    shape = (BATCH, backbone.num_tokens)
+    return torch.stack([torch.randint(size, shape) for size in backbone.factor_sizes], dim=-1)
+
+
+def noise(seed: int = 7) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def drafts(rate: float):
+    """A schedule with one rate at every offset above 0."""
+
+    def schedule(shape, generator=None):
+        rates = torch.full(shape, rate)
+        rates[..., 0] = 0
+        return rates
+
+    return schedule
+
+
+# ---- identity ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window, depth", [(2, 1), (3, 1), (4, 1), (3, 2)])
+def test_fresh_heads_change_nothing(backbone, window, depth):
+    """Training starts exactly at the released model, so offset 0 gives its logits bit for bit, noise or not."""
+    plain, model = wrap(backbone, 1), wrap(backbone, window, depth=depth)
+    codes = random_codes(backbone)
+    windows, valid = slide(codes[:, :-1], window)
+    rates = drafts(0.9)(windows.shape[:3])
+    noisy = corrupt(windows, rates, backbone.factor_sizes)
+    with torch.no_grad():
+        expected = plain.hidden(codes[:, :-1, None], valid[:, :1], fake_condition(), UNCOND)
+        hidden = model.hidden(noisy, valid, fake_condition(), UNCOND)
+        assert torch.equal(hidden, expected)
+        for factor in range(len(backbone.factor_sizes)):
+            prev = codes[:, :, None, :factor]
+            logits = model.logits(hidden, prev.expand(-1, -1, window, -1))
+            assert torch.equal(logits[:, :, 0], plain.logits(expected, prev)[:, :, 0])
+
+
+def test_window_1_is_next_token_training(backbone):
+    """K = 1 is the control of every comparison: the plain cross entropy, computed here without TensorAR's code."""
+    codes, condition = random_codes(backbone), fake_condition()
+    loss = wrap(backbone, 1)(codes, condition, UNCOND, noise()).loss
+    prefix = backbone.prefix(condition, UNCOND)
+    embeds = torch.cat([prefix.embeds, backbone.embed(codes[:, :-1])], dim=1)
+    mask = torch.cat([prefix.mask, torch.ones(codes.shape[0], codes.shape[1] - 1, dtype=torch.bool)], dim=1)
+    hidden = backbone(embeds, mask)[:, -codes.shape[1] :]
+    expected = sum(
+        functional.cross_entropy(backbone.head(hidden, codes[..., :factor]).flatten(0, 1), codes[..., factor].flatten())
+        for factor in range(codes.shape[-1])
+    )
+    torch.testing.assert_close(loss, expected)
+
+
+def test_slots_past_the_end_have_no_influence():
+    """They hold zeros, and code 0 is a real token: the mask alone keeps it out."""
+    model = open_codec(wrap(FakeBackbone(), 3))
+    windows, valid = torch.ones(1, 2, 3, 1, dtype=torch.int64), torch.tensor([[True, True, False], [True, False, False]])
+    other = torch.where(valid[None, :, :, None], windows, 9)
+    assert torch.equal(model.encode(windows, valid), model.encode(other, valid))
+    assert not torch.equal(model.encode(windows, ~valid | True), model.encode(other, ~valid | True))
+
+
+def test_the_order_in_a_window_matters():
+    """Without offset positions the encoder would see a bag of drafts."""
+    model = open_codec(wrap(FakeBackbone(), 3))
+    everything = torch.ones(1, 3, dtype=torch.bool)
+    one, two = (model.encode(torch.tensor(w).view(1, 1, 3, 1), everything) for w in ([1, 2, 3], [1, 3, 2]))
+    assert not torch.allclose(one, two)
+
+
+# ---- leakage -------------------------------------------------------------------------------------
+
+
+def rows_that_change(model: TensorAR, token: int) -> list[int]:
+    """Rows whose hidden state or logits, in a training step, differ when one token does."""
+    backbone = model.backbone
+    codes = random_codes(backbone)
+    changed = codes.clone()
+    changed[:, token] = (codes[:, token] + 1) % torch.tensor(backbone.factor_sizes)
+    seen: list[Tensor] = []
+    hidden = model.hidden
+
+    def spy(*arguments):
+        seen.append(hidden(*arguments))
+        return seen[-1]
+
+    model.hidden = spy
+    with torch.no_grad():
+        for tokens in (codes, changed):
+            model(tokens, fake_condition(), UNCOND, noise())
+    first, second = seen
+    nothing = torch.zeros(*first.shape[:2], model.window, 0, dtype=torch.int64)
+    differs = (first != second).any(-1) | (model.logits(first, nothing) != model.logits(second, nothing)).flatten(2).any(-1)
+    return differs.any(0).nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_drafts_that_are_pure_noise_leak_nothing(backbone, depth):
+    """Row t predicts tokens t, t+1, ...; with rate 1 it has seen the truth of tokens before t only."""
+    for token in range(backbone.num_tokens - 1):
+        model = open_codec(wrap(backbone, 3, depth=depth, schedule=drafts(1.0)))
+        assert rows_that_change(model, token) == list(range(token + 1, backbone.num_tokens)), token
+    model = open_codec(wrap(backbone, 3, depth=depth, schedule=drafts(1.0)))
+    assert rows_that_change(model, backbone.num_tokens - 1) == [], "no row comes after the last token"
+
+
+def test_clean_drafts_do_leak(backbone):
+    """The test above can fail: with rate 0, row t is shown tokens t and t+1 and could copy them."""
+    model = open_codec(wrap(backbone, 3, schedule=FixedSchedule("none")))
+    # Token 4 is at offset 2 of window 2, which row 3 has seen.
+    assert rows_that_change(model, 4) == list(range(3, backbone.num_tokens))
+
+
+# ---- loss ----------------------------------------------------------------------------------------
+
+
+def test_loss_per_offset_is_a_mean_over_valid_slots(backbone):
+    """Offset j has T - j targets: computed token by token from the logits, and weighted afterwards."""
+    K, T = 3, backbone.num_tokens
+    model = open_codec(wrap(backbone, K, weights=[1, 0.5, 0.25], schedule=FixedSchedule("none")))
+    codes = random_codes(backbone)
+    windows, valid = slide(codes, K)
+    with torch.no_grad():
+        output = model(codes, fake_condition(), UNCOND)
+        hidden = model.hidden(windows[:, :-1], valid[:-1], fake_condition(), UNCOND)
+        expected = []
+        for offset in range(K):
+            terms = []
+            for factor in range(codes.shape[-1]):
+                log_probs = model.logits(hidden, windows[..., :factor])[:, :, offset].log_softmax(-1)
+                terms.append(
+                    -sum(log_probs[b, t, codes[b, t + offset, factor]] for b in range(BATCH) for t in range(T - offset))
+                )
+            expected.append(sum(terms) / (BATCH * (T - offset)))
+    torch.testing.assert_close(output.loss_per_offset, torch.stack(expected))
+    torch.testing.assert_close(output.loss, expected[0] + 0.5 * expected[1] + 0.25 * expected[2])
+
+
+def gradients(model: TensorAR, codes: Tensor) -> dict[str, Tensor | None]:
+    model.zero_grad()
+    model(codes, fake_condition(), UNCOND, noise()).loss.backward()
+    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("chunk_tokens, most_rows", [(7, 6), (1, 3)])
+def test_chunks_change_memory_and_nothing_else(backbone, chunk_tokens, most_rows):
+    """All logits at once would be the largest tensor of a step; chunks hold K rows at least, and no remainder is lost."""
+    whole = open_codec(wrap(backbone, 3))
+    parts = copy.deepcopy(whole)
+    parts.chunk_tokens = chunk_tokens
+    codes = random_codes(backbone)
+    rows: dict[str, list[int]] = {"whole": [], "parts": []}
+    for name, model in (("whole", whole), ("parts", parts)):
+        model.backbone.head.register_forward_hook(lambda _, __, out, name=name: rows[name].append(out.shape[:-1].numel()))
+    a, b = (model(codes, fake_condition(), UNCOND, noise()) for model in (whole, parts))
+    torch.testing.assert_close(a, b)
+    torch.testing.assert_close(gradients(parts, codes), gradients(whole, codes))
+    assert max(rows["whole"]) == BATCH * backbone.num_tokens * 3
+    assert max(rows["parts"]) == most_rows
+
+
+# ---- gradients -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_every_parameter_gets_a_gradient(backbone, depth):
+    """A parameter without one is dead weight, and under ZeRO a rank that waits.
+
+    At the zero start the layers behind the projections get a tensor of zeros; once those
+    have moved, every gradient has something in it.
+    """
+    model = wrap(backbone, 3, depth=depth)
+    codes = random_codes(backbone)
+    fresh = gradients(model, codes)
+    assert [name for name, gradient in fresh.items() if gradient is None] == []
+    for part in ("encoder", "decoder"):
+        assert fresh[f"{part}.layers.{depth - 1}.output.weight"].any(), "the projection itself leaves zero"
+    assert [name for name, gradient in gradients(open_codec(model), codes).items() if not gradient.any()] == []
+
+
+def test_zero_start_survives_no_reset():
+    """ZeRO-3 empties a weight as its module is built: zeros must come from the constructor, not from a later call."""
+    for part in (WindowEncoder(8, 2, num_heads=2, depth=2), WindowDecoder(8, 2, num_heads=2, depth=2)):
+        assert part.layers[0].output.weight.any() and not part.layers[1].output.weight.any()
+        with torch.no_grad():
+            part.layers[1].output.weight.fill_(1)
+        part.layers[1].output.reset_parameters()
+        assert not part.layers[1].output.weight.any()
+
+
+def test_codec_stays_inside_the_papers_budget():
+    """About 8.6 D^2 parameters for the pair at depth 1."""
+    D = 64
+    pair = [WindowEncoder(D, 4), WindowDecoder(D, 4)]
+    assert 8 * D**2 <= sum(p.numel() for part in pair for p in part.parameters()) <= 8.6 * D**2
+
+
+# ---- settings ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "spec, weights",
+    [
+        (None, [1, 0.1, 0.1]),
+        ("uniform", [1, 1, 1]),
+        ("first_only", [1, 0, 0]),
+        ("geometric", [1, 0.5, 0.25]),
+        ([2, 0, 1], [2, 0, 1]),
+    ],
+)
+def test_offset_weights(spec, weights):
+    """What each form means at K = 3."""
+    assert resolve_offset_weights(spec, 3) == weights
+
+
+def test_offset_weights_of_window_1():
+    """One offset, and every form is plain training."""
+    for spec in (None, "uniform", "first_only", "geometric"):
+        assert resolve_offset_weights(spec, 1) == [1]
+
+
+@pytest.mark.parametrize(
+    "spec, problem",
+    [
+        ("unifrm", "'unifrm'; expected 3 numbers or one of uniform, first_only, geometric"),
+        ([1, 1], "has 2 numbers; expected 3"),
+        ([1, -1, 1], "expected finite numbers >= 0"),
+        ([1, float("nan"), 1], "expected finite numbers >= 0"),
+        ([1, float("inf"), 1], "expected finite numbers >= 0"),
+        ([0, 0, 0], "at least one above 0"),
+    ],
+)
+def test_offset_weights_that_cannot_train_are_refused(spec, problem):
+    with pytest.raises(ValueError, match=problem):
+        resolve_offset_weights(spec, 3)
+
+
+def test_first_only_weights_leave_the_drafts_out():
+    """The loss is then offset 0's, while every offset is still reported."""
+    output = open_codec(wrap(FakeBackbone(), 3, weights="first_only"))(
+        torch.zeros(BATCH, 6, 1, dtype=torch.int64), fake_condition(), UNCOND, noise()
+    )
+    assert output.loss.item() == output.loss_per_offset[0].item()
+    assert len(output.loss_per_offset) == 3 and (output.loss_per_offset > 0).all()
+    assert not output.loss_per_offset.requires_grad
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    """Each names the recipe's key."""
+    with pytest.raises(ValueError, match="tensorar.window is 7; expected 1 to 6"):
+        wrap(FakeBackbone(num_tokens=6), 7)
+    with pytest.raises(ValueError, match="train.loss_chunk_tokens is 0"):
+        wrap(FakeBackbone(), 2, chunk_tokens=0)
+    with pytest.raises(ValueError, match="tensorar.num_heads is 3; expected a divisor of the backbone's width, 16"):
+        WindowEncoder(16, 2, num_heads=3)
+    with pytest.raises(ValueError, match="tensorar.depth is 0"):
+        WindowDecoder(16, 2, depth=0)
+
+
+def test_noise_follows_the_generator_alone():
+    """The same generator gives the same loss whatever the global generator is at."""
+    model, codes = open_codec(wrap(FakeBackbone(), 3)), torch.zeros(BATCH, 6, 1, dtype=torch.int64)
+    losses = []
+    for seed in (1, 1, 2):
+        torch.rand(3)
+        losses.append(model(codes, fake_condition(), UNCOND, noise(seed)).loss.item())
+    assert losses[0] == losses[1] != losses[2]
