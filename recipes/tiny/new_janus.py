@@ -1,0 +1,122 @@
+"""Write an untrained tiny Janus: `python recipes/tiny/new_janus.py --out runs/tiny_start`.
+
+The text tokenizer is a sentencepiece unigram model trained on the shards' captions; the language model has random
+weights. `recipes/tiny/base.yaml` trains it from there.
+"""
+
+import argparse
+import io
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])  # run as a script, the folder of this file stands first
+
+import sentencepiece
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from transformers.models.janus.configuration_janus import JanusConfig
+
+from mmtensorar.backbones import janus
+from mmtensorar.shards import iterate_tar
+
+# Names as in the released text tokenizer; the role marks are whole tokens there too.
+BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
+SPECIAL = (BOS, EOS, PAD, "<begin_of_image>", "<end_of_image>", "<image_placeholder>", "<|User|>", "<|Assistant|>")
+
+
+def train_text_tokenizer(captions: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train sentencepiece on captions and return it as a fast tokenizer with Janus's special tokens first."""
+    buffer = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        # The prompt template's own characters have to be known pieces too.
+        sentence_iterator=iter(captions + [": \n\n :"] * 10),
+        model_writer=buffer,
+        vocab_size=vocab_size,
+        hard_vocab_limit=False,
+        model_type="unigram",
+        normalization_rule_name="identity",
+        user_defined_symbols=list(SPECIAL) + ["\n", ":"],
+        bos_id=-1,
+        eos_id=-1,
+        pad_id=-1,
+        unk_id=0,
+        num_threads=1,
+        minloglevel=2,
+    )
+    trained = sentencepiece.SentencePieceProcessor(model_proto=buffer.getvalue())
+    pieces = [(trained.id_to_piece(i), trained.get_score(i)) for i in range(trained.get_piece_size())]
+    fast = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=False))
+    fast.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first")
+    fast.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="first")
+    fast.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=fast,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        unk_token=pieces[0][0],
+        extra_special_tokens=list(SPECIAL[3:]),
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shards", type=Path, default=Path("data/shapes_base"))
+    parser.add_argument("--image-tokenizer", type=Path, default=Path("runs/tiny_image_tokenizer"))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--width", type=int, default=192)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--vocab-size", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    captions = [
+        sample.members["txt"].decode()
+        for path in sorted(args.shards.glob("*.tar"))[:4]
+        for sample in iterate_tar(path)
+    ]
+    text_tokenizer = train_text_tokenizer(captions, args.vocab_size)
+    vq = JanusConfig().vq_config.__class__.from_pretrained(args.image_tokenizer).to_dict()
+    vq |= {"projection_dim": args.width, "image_token_embed_dim": args.width}
+    grid = vq["num_patches"]
+    config = JanusConfig(
+        text_config={
+            "model_type": "llama",
+            "vocab_size": len(text_tokenizer),
+            "hidden_size": args.width,
+            "intermediate_size": 2 * args.width,
+            "num_hidden_layers": args.layers,
+            "num_attention_heads": args.width // 32,
+            "num_key_value_heads": args.width // 32,
+            "max_position_embeddings": 256,
+            "bos_token_id": text_tokenizer.bos_token_id,
+            "eos_token_id": text_tokenizer.eos_token_id,
+            "pad_token_id": text_tokenizer.pad_token_id,
+        },
+        # Never built; its numbers only have to agree with the grid.
+        vision_config={
+            "image_size": grid,
+            "patch_size": 1,
+            "num_image_tokens": grid * grid,
+            "hidden_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+            "projection_dim": args.width,
+        },
+        vq_config=vq,
+        image_token_id=text_tokenizer.convert_tokens_to_ids("<image_placeholder>"),
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(args.seed)
+    backbone = janus.build(config)
+    with tempfile.TemporaryDirectory() as folder:
+        text_tokenizer.save_pretrained(folder)
+        backbone.save_pretrained(args.out, text_tokenizer=folder)
+    count = sum(p.numel() for p in backbone.parameters())
+    print(f"{args.out}: {count / 1e6:.2f} M parameters, {len(text_tokenizer)} text tokens, {grid * grid} image tokens")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""Write a finished run as shipped weights: `python recipes/tiny/ship.py runs/tiny_base/model recipes/tiny/weights/base`.
+
+The same consolidated checkpoint, with the backbone's weights rounded to float16 so that it stays small.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])  # run as a script, the folder of this file stands first
+
+import torch
+
+from mmtensorar import checkpoint
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", type=Path, help="consolidated checkpoint")
+    parser.add_argument("out", type=Path)
+    args = parser.parse_args()
+    loaded = checkpoint.load(args.source, dtype=torch.float16)
+    checkpoint.save(args.out, loaded.model, loaded.recipe, step=checkpoint.read_index(args.source)["step"])
+    size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
+    print(f"{args.out}: {size / 2**20:.1f} MiB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
