@@ -124,6 +124,7 @@ class JanusBackbone(nn.Module):
         self.num_tokens = config.vq_config.num_patches**2
         self.factor_sizes = (config.vq_config.num_embeddings,)
         self.text_tokenizer: PreTrainedTokenizerFast | None = None
+        self._activation_checkpointing = False
         self.language_model = AutoModel.from_config(config.text_config)
         # The table moves into the prefix module, which uses it: a parameter has one owner.
         self.prefix = JanusPrefix(self.language_model.embed_tokens, pad_id)
@@ -133,14 +134,15 @@ class JanusBackbone(nn.Module):
 
     @property
     def activation_checkpointing(self) -> bool:
-        return self.language_model.is_gradient_checkpointing
+        return self._activation_checkpointing
 
     @activation_checkpointing.setter
     def activation_checkpointing(self, enabled: bool) -> None:
         if enabled:
             self.language_model.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
+        elif self._activation_checkpointing:
             self.language_model.gradient_checkpointing_disable()
+        self._activation_checkpointing = enabled
 
     def new_cache(self, batch_size: int, max_len: int) -> DynamicCache:
         return DynamicCache(config=self.config.text_config)
