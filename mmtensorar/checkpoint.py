@@ -59,7 +59,7 @@ def initial_model(recipe: Recipe) -> TensorAR:
     if recipe.train.init_from is None:
         return build(recipe)
     folder = Path(recipe.train.init_from)
-    read_index(folder)
+    check_files(folder)
     if (source := saved_recipe(folder)).backbone.name != recipe.backbone.name:
         raise ValueError(
             f"train.init_from: {folder} holds a {source.backbone.name} backbone, the recipe asks for {recipe.backbone.name}"
@@ -70,10 +70,11 @@ def initial_model(recipe: Recipe) -> TensorAR:
     if (folder / CODEC).is_file() and model.window > 1:
         codec = load_file(folder / CODEC)
         own = codec_state(model.state_dict())
-        if {k: v.shape for k, v in codec.items()} == {k: v.shape for k, v in own.items()}:
+        same_heads = source.tensorar.num_heads == recipe.tensorar.num_heads  # which no shape shows
+        if same_heads and {k: v.shape for k, v in codec.items()} == {k: v.shape for k, v in own.items()}:
             model.load_state_dict(codec, strict=False)
         else:
-            print(f"note: the codec in {folder} has another shape than the recipe's, so a fresh one is trained")
+            print(f"note: the codec in {folder} has another shape or number of heads than the recipe's, so a fresh one is trained")
     return model
 
 

@@ -262,4 +262,7 @@ def _as_is(batch: RawBatch | Failure) -> RawBatch | Failure:
 
 def _ignore_interrupts(worker: int) -> None:
     # Ctrl-C reaches every process of the terminal; the training loop decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # DeepSpeed's launcher answers it with SIGTERM to the whole tree; a worker that died of it would end the rank
+    # before it could save.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -77,6 +77,23 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     return values.div_(torch.distributed.get_world_size())
 
 
+def agree(failure: str | None, device: torch.device) -> None:
+    """Raise ValueError on every rank when any rank brings a failure, so that none waits for the others for ever."""
+    failed = torch.tensor([float(failure is not None)], device=device)
+    torch.distributed.all_reduce(failed)
+    if failed.item():
+        sentences = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(sentences, failure)
+        raise ValueError("; ".join(dict.fromkeys(sentence for sentence in sentences if sentence)))
+
+
+def grad_norm(engine) -> float | None:
+    """Norm of the reduced gradients before an update, where DeepSpeed keeps none: float32 without ZeRO. Else None."""
+    if engine.bfloat16_enabled() or engine.zero_optimization_stage():
+        return None
+    return float(torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]))
+
+
 def micro_batch_size(recipe: Recipe, world_size: int) -> int:
     """Samples per rank and forward pass. Raises ValueError when the batch does not divide evenly."""
     parts = world_size * recipe.train.grad_accum

@@ -9,12 +9,17 @@ are recomputed; attention adds 4 D S per token and layer forward (causal, half o
 
 from __future__ import annotations
 
-from mmtensorar import checkpoint
+from mmtensorar import backbones, checkpoint, tensorar
 from mmtensorar.recipe import Recipe
 
 GIB = 2**30
 NUM_GPUS = (1, 8, 64)
 PROMPT_TOKENS = 32  # a typical caption with the prompt template; the plan cannot know yours
+
+
+def shapes(recipe: Recipe) -> tensorar.TensorAR:
+    """The recipe's model on the meta device."""
+    return tensorar.build(recipe, backbones.load(recipe.backbone, weights=False, device="meta", sizes_only=True)).to("meta")
 
 
 def parameters(model) -> dict[str, int]:
@@ -58,7 +63,7 @@ def flops_per_step(recipe: Recipe, model) -> tuple[int, int]:
 
 def report(recipe: Recipe) -> str:
     """The plan of a recipe as text. Raises ValueError when the model's configuration cannot be had."""
-    model = checkpoint.build(recipe, weights=False, device="meta")
+    model = shapes(recipe)
     counts = parameters(model)
     total = counts["backbone"] + counts["tensorar"]
     tokens, flops = flops_per_step(recipe, model)

@@ -18,6 +18,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse  # noqa: E402
 import hashlib  # noqa: E402
+import math  # noqa: E402
 import signal  # noqa: E402
 import time  # noqa: E402
 
@@ -104,6 +105,20 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
         if first:
             print(sentence, flush=True)
 
+    # A signal only sets a flag; the step in progress ends on every rank before anything is saved.
+    signals: list[float] = []  # when they came
+
+    def on_signal(received: int, frame) -> None:
+        # Launchers pass a Ctrl-C on as further signals, so only a later one is a second thought.
+        if signals and received == signal.SIGINT and time.monotonic() - signals[0] > 1:
+            raise KeyboardInterrupt
+        if not signals:
+            say("stopping after the step in progress and saving; Ctrl-C again quits at once, without saving")
+        signals.append(time.monotonic())
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+
     deep.micro_batch_size(recipe, world_size)
     progress = find_progress(recipe, resume=resume)
     deep.barrier()  # nobody writes to the run folder before everybody has looked at it
@@ -116,6 +131,13 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
     # ---- model -------------------------------------------------------------------------------
     engine = deep.start(recipe, world_size, device)
     num_tokens = engine.module.backbone.num_tokens
+    image_tokens = (math.prod(image_tokenizer.grid), tuple(image_tokenizer.factor_sizes))
+    if (num_tokens, engine.module.backbone.factor_sizes) != image_tokens:
+        raise ValueError(
+            f"backbone and image tokenizer do not belong together: {recipe.backbone.path} predicts {num_tokens} tokens "
+            f"of {engine.module.backbone.factor_sizes} codes, {recipe.image_tokenizer.path} makes {image_tokens[0]} of "
+            f"{image_tokens[1]}"
+        )
 
     # ---- data --------------------------------------------------------------------------------
     caption_encoder = backbones.caption_encoder(recipe.backbone)
@@ -133,11 +155,6 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
         recipe.save(folder / "recipe.yaml")
         log = StepLog(folder, num_steps=recipe.train.steps, start_step=start_step, log_every=recipe.train.log_every)
 
-    # A signal only sets a flag; the step in progress ends on every rank before anything is saved.
-    signals: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda received, frame: signals.append(received))
-
     # ---- loop --------------------------------------------------------------------------------
     step, saved_step, stopped = start_step, start_step, False
     while step < recipe.train.steps and not stopped:
@@ -147,7 +164,12 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
         lr = engine.get_lr()[0]
         total = None
         for micro in range(recipe.train.grad_accum):
-            codes, condition, uncond = next(batches)
+            failure = None
+            try:
+                codes, condition, uncond = next(batches)
+            except (ValueError, OSError) as error:
+                failure = str(error)
+            deep.agree(failure, device)  # a damaged sample on one rank must not leave the others waiting
             condition = type(condition)(*(part.to(device) for part in condition))
             # Seeded by place in the run, not carried along, so that a resumed run draws the same noise.
             generator = torch.Generator(device).manual_seed(seed_for(recipe.run.seed, rank, step, micro))
@@ -165,11 +187,14 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
                         f"the last checkpoint is of step {saved_step}. Try a lower optim.lr or another run.seed"
                     )
             engine.backward(output.loss)
+            norm = deep.grad_norm(engine) if micro == recipe.train.grad_accum - 1 else None
+            if norm is not None and not math.isfinite(norm):
+                break
             engine.step()
         loss, *loss_per_offset, asked = message
         stopped = asked > 0
-        grad_norm = float(engine.get_global_grad_norm() or 0.0)
-        if grad_norm != grad_norm or grad_norm == float("inf"):
+        grad_norm = norm if norm is not None else float(engine.get_global_grad_norm() or 0.0)
+        if not math.isfinite(grad_norm):
             raise FloatingPointError(
                 f"the gradient is not finite at step {step}: all ranks stop; the last checkpoint is of step {saved_step}"
             )
@@ -243,10 +268,16 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         recipe = Recipe.load(options.recipe, options.overrides)
         train(recipe, resume=options.resume, local_rank=options.local_rank)
-    except (ValueError, OSError, FloatingPointError) as error:
-        # Every rank fails alike; one of them says so.
+    except KeyboardInterrupt:
+        print("stopped at once; the last checkpoint stands", file=sys.stderr, flush=True)
+        return 130
+    except (ValueError, FloatingPointError) as error:
+        # These come on every rank alike; one of them says so.
         if deep.is_first():
             print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except OSError as error:  # a full disk, say: of this rank alone
+        print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     deep.stop_process_group()
     return 0

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-import torch
 
-from mmtensorar import checkpoint, plan
+from mmtensorar import plan
+from mmtensorar.backbones import janus
 from mmtensorar.recipe import Recipe
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -15,7 +15,7 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 @pytest.mark.parametrize("size, expected", [("1b", 1_485_053_952), ("7b", 6_591_791_104)])
 def test_backbone_counts_are_the_released_models(size, expected):
     recipe = Recipe.load(RECIPES / f"janus_pro_{size}.yaml")
-    model = checkpoint.build(recipe, weights=False, device="meta")
+    model = plan.shapes(recipe)
     assert all(parameter.is_meta for parameter in model.parameters()), "a plan must not allocate the model"
     counts = plan.parameters(model)
     assert counts["backbone"] == expected
@@ -35,13 +35,15 @@ def test_zero_memory_on_paper():
 def test_flops_of_a_step_are_near_six_per_weight_and_token():
     """At window 1 nothing but the transformer counts: 6 N per token, plus attention, plus the prompt's tokens."""
     recipe = Recipe.load(RECIPES / "janus_pro_7b.yaml", ["tensorar.window=1", "train.activation_checkpointing=false"])
-    model = checkpoint.build(recipe, weights=False, device="meta")
+    model = plan.shapes(recipe)
     tokens, flops = plan.flops_per_step(recipe, model)
     assert tokens == 128 * 576
     assert flops / (6 * plan.parameters(model)["backbone"] * tokens) == pytest.approx(1, abs=0.1)
 
 
 def test_the_report_loads_no_weights(monkeypatch):
-    monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda *a, **k: pytest.fail("weights were loaded"))
+    """A plan must work where the model was never downloaded."""
+    for name in ("fill", "locate"):
+        monkeypatch.setattr(janus, name, lambda *a, **k: pytest.fail("files were read"))
     text = plan.report(Recipe.load(RECIPES / "janus_pro_7b.yaml"))
     assert "6,591,791,104" in text and "64 GPUs" in text and "FLOPs" in text

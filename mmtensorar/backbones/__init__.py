@@ -64,14 +64,15 @@ def _module(section: Section):
     return importlib.import_module(f"mmtensorar.backbones.{section.name}")
 
 
-def load(section: Section, *, weights: bool = True, device: str = "cpu") -> Backbone:
+def load(section: Section, *, weights: bool = True, device: str = "cpu", sizes_only: bool = False) -> Backbone:
     """The backbone a recipe names, in float32 and train mode.
 
     weights: False builds it with random weights, reading the configuration only. device:
-    "meta" (without weights) builds the shapes alone. Raises ValueError or OSError, naming
+    "meta" (without weights) builds the shapes alone. sizes_only: for a plan, the sizes of a released model may come
+    from our own table, so that nothing is downloaded; such a backbone cannot be saved. Raises ValueError or OSError, naming
     the path, when there is no such model or it does not fit.
     """
-    return _module(section).load(section, weights=weights, device=device)
+    return _module(section).load(section, weights=weights, device=device, sizes_only=sizes_only)
 
 
 def caption_encoder(section: Section) -> CaptionEncoder:

@@ -38,7 +38,7 @@ KEYS = {
 }
 
 # Sizes of the released models (their config.json; the 7B's leaves most to Llama's defaults), so
-# that a plan needs no download. Anything else about them is read from the downloaded config.
+# that a plan needs no download. Training and generation read the downloaded config and text tokenizer.
 RELEASED = {
     f"{owner}/Janus-Pro-{size}": {
         "text_config": {
@@ -184,9 +184,9 @@ def build(config: JanusConfig, pad_id: int | None = None, device: str | torch.de
         return JanusBackbone(config, pad_id)
 
 
-def load(section: Config, *, weights: bool = True, device: str = "cpu") -> JanusBackbone:
+def load(section: Config, *, weights: bool = True, device: str = "cpu", sizes_only: bool = False) -> JanusBackbone:
     """See mmtensorar.backbones.load."""
-    if not weights and section.path in RELEASED and not Path(section.path).is_dir():
+    if sizes_only and section.path in RELEASED and not Path(section.path).is_dir():
         return build(_with_attention(JanusConfig(**RELEASED[section.path]), section), device=device)
     folder = locate(section.path, key="backbone.path", weights=weights)
     config = _with_attention(JanusConfig.from_dict(read_config(folder, "janus", key="backbone.path")), section)

@@ -1,6 +1,6 @@
 """The main job on the embedded world, end to end: what `make demo` runs.
 
-Each stage is a public command, printed before it runs; a stage whose result is there already is skipped. Everything
+Each stage is a public command, printed before it runs; a stage whose result is there already says so and ends at once. Everything
 lands in data/ and runs/ under the current folder.
 """
 
@@ -22,14 +22,18 @@ CHECKPOINTS = {
 }
 
 
-def run(title: str, *command: str, done: Path | None = None) -> None:
-    """Run one stage unless `done` exists. Ends the demo with the stage's exit code when it fails."""
-    if done is not None and done.exists():
-        print(f"== {title}: reusing {done}", flush=True)
-        return
+def run(title: str, *command: str) -> None:
+    """Run one stage; it decides itself what it can reuse. Ends the demo with the stage's exit code when it fails."""
     print(f"\n== {title}\n$ {shlex.join(command)}", flush=True)
     started = time.monotonic()
-    code = subprocess.run(command, cwd=ROOT, env=os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}).returncode
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"})
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        # The stage got the signal too, and may be saving.
+        process.wait()
+        print("\nstopped; `make demo` goes on from here", file=sys.stderr)
+        sys.exit(130)
     if code:
         print(f"error: {title} ended with exit code {code}; the command was: {shlex.join(command)}", file=sys.stderr)
         sys.exit(code)
@@ -55,21 +59,20 @@ def main() -> int:
         run(
             f"fine-tune: {TINY}/{name}.yaml",
             *("deepspeed", "--num_accelerators", "2", "mmtensorar/train.py", f"{TINY}/{name}.yaml", "--resume"),
-            done=ROOT / f"runs/{name}/model/checkpoint.json",
         )
-    summaries = []
+    summaries, folders = [], []
     for name, folder in CHECKPOINTS.items():
         out = f"runs/eval/{name.split()[0].lower()}"
         run(
             f"generate and score: {name}",
             *(python, "-m", "eval.geneval", "--ckpt", folder, "--suite", "shapes", "--out", out),
-            done=ROOT / out / "summary.json",
         )
         summaries.append(f"{name}={out}/summary.json")
+        folders.append(f"{name}={out}")
     print()
     run("results", python, "-m", "eval.report_table", *summaries)
     gallery = "runs/eval/gallery.png"
-    run("gallery", python, "-m", "eval.gallery", "runs/eval/tensorar", "--out", gallery)
+    run("gallery", python, "-m", "eval.gallery", *folders, "--out", gallery)
     print(f"\ngallery: {ROOT / gallery}")
     return 0
 
