@@ -160,14 +160,7 @@ class Recipe(Section):
 
         Raises RecipeError, naming the file and each key, with all problems at once.
         """
-        settings = read_settings(path)
-        problems = []
-        for override in overrides:
-            problems += _override(settings, override)
-        recipe, invalid = _validate(cls, settings)
-        if problems + invalid:
-            raise RecipeError(_report(str(path), problems + invalid))
-        return recipe
+        return read_recipe(cls, path, overrides)
 
     def save(self, path: str | Path) -> None:
         """Write the resolved recipe, which loads again as it is."""
@@ -208,6 +201,18 @@ def named_section(key: str, settings: Any) -> tuple[Section | None, list[tuple[s
 
 
 # ---- reading -------------------------------------------------------------------------------------
+
+
+def read_recipe(model: type[Section], path: str | Path, overrides: Sequence[str] = ()) -> Section:
+    """A recipe file with overrides on top, validated by any model; see Recipe.load."""
+    settings = read_settings(path)
+    problems = []
+    for override in overrides:
+        problems += _override(settings, override)
+    recipe, invalid = _validate(model, settings)
+    if problems + invalid:
+        raise RecipeError(_report(str(path), problems + invalid))
+    return recipe
 
 
 class _Loader(yaml.SafeLoader):
@@ -301,7 +306,7 @@ def _override(settings: dict, override: str) -> list[tuple[str, str]]:
 # ---- validation ----------------------------------------------------------------------------------
 
 
-def _validate(cls: type[Recipe], settings: dict) -> tuple[Recipe | None, list[tuple[str, str]]]:
+def _validate(cls: type[Section], settings: dict) -> tuple[Section | None, list[tuple[str, str]]]:
     settings, problems = dict(settings), []
     for key in PACKAGES:
         if key in settings:

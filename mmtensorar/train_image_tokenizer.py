@@ -6,9 +6,7 @@ that stay unused are moved onto encoder outputs until `revive_until` (share of t
 """
 
 import argparse
-import io
 import sys
-import tarfile
 import time
 from pathlib import Path
 from typing import Literal
@@ -16,17 +14,16 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-import yaml
-from PIL import Image
-from pydantic import Field, ValidationError
+from pydantic import Field
 from torch import Tensor
 
-from mmtensorar.recipe import Section
+from mmtensorar.recipe import Section, read_recipe
+from mmtensorar.shards import Manifest, decode_image, image_member, iterate_shard
 from mmtensorar.weights import fill
 
 
-class TokenizerRecipe(Section):
-    """Settings of one training run. shards: folder of tars with .jpg members; out: folder to write."""
+class ImageTokenizerRecipe(Section):
+    """Settings of one training run. shards: a folder made by data_tools; out: folder to write."""
 
     shards: str
     out: str
@@ -54,18 +51,15 @@ class TokenizerRecipe(Section):
 
 
 def load_pictures(folder: Path, size: int) -> np.ndarray:
-    """Every .jpg of a shard folder as [N, H, W, 3] uint8. Raises ValueError without pictures of that size."""
+    """Every picture of a shard folder as [N, H, W, 3] uint8. Raises ValueError for damage or another size."""
     pictures = []
-    for path in sorted(folder.glob("*.tar")):
-        with tarfile.open(path) as tar:
-            for member in tar:
-                if member.name.endswith(".jpg"):
-                    image = Image.open(io.BytesIO(tar.extractfile(member).read())).convert("RGB")
-                    if image.size != (size, size):
-                        raise ValueError(f"{path}: {member.name} is {image.size}, expected {size} pixels a side")
-                    pictures.append(np.asarray(image))
-    if not pictures:
-        raise ValueError(f"{folder}: no .jpg in any *.tar; make shards first (data_tools/make_shards.py)")
+    for shard in Manifest.read(folder).shards:
+        for sample in iterate_shard(folder, shard):
+            where = f"{folder / shard.name}: sample {sample.key}"
+            image = decode_image(image_member(sample, where), where)
+            if image.size != (size, size):
+                raise ValueError(f"{where}: the picture is {image.width}x{image.height}, expected {size} pixels a side")
+            pictures.append(np.asarray(image))
     return np.stack(pictures)
 
 
@@ -98,7 +92,7 @@ def crop_on_foreground(pixels: Tensor, unlike: Tensor, size: int, stride: int) -
     return torch.stack([p[:, r : r + size, c : c + size] for p, r, c in zip(pixels, rows, columns, strict=True)])
 
 
-def train(recipe: TokenizerRecipe) -> None:
+def train(recipe: ImageTokenizerRecipe) -> None:
     """Run the recipe and write config.json and model.safetensors to `recipe.out`."""
     from transformers.models.janus.configuration_janus import JanusVQVAEConfig
     from transformers.models.janus.modeling_janus import JanusVQVAE
@@ -200,12 +194,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args(arguments)
     try:
-        with open(args.recipe) as file:
-            settings = yaml.safe_load(file)
-        settings |= {key: yaml.safe_load(value) for key, _, value in (o.partition("=") for o in args.overrides)}
-        train(TokenizerRecipe(**settings))
-    except (ValidationError, ValueError, OSError) as error:
-        print(f"error: {args.recipe}: {error}", file=sys.stderr)
+        train(read_recipe(ImageTokenizerRecipe, args.recipe, args.overrides))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -229,6 +229,6 @@ def test_every_recipe_loads(file):
 
 
 def test_the_image_tokenizer_recipe_fits_its_own_class():
-    from mmtensorar.train_image_tokenizer import TokenizerRecipe
+    from mmtensorar.train_image_tokenizer import ImageTokenizerRecipe
 
-    TokenizerRecipe.model_validate(yaml.load((ROOT / "recipes" / "tiny" / "image_tokenizer.yaml").read_text(), Loader=module._Loader))
+    ImageTokenizerRecipe.model_validate(yaml.load((ROOT / "recipes" / "tiny" / "image_tokenizer.yaml").read_text(), Loader=module._Loader))

@@ -1,0 +1,50 @@
+"""The image tokenizer's trainer: its recipe is strict, and what it writes is an image tokenizer that loads."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_tools import make_shards
+from mmtensorar import image_tokenizers, train_image_tokenizer
+from mmtensorar.train_image_tokenizer import ImageTokenizerRecipe, crop_on_foreground, pixel_weights
+
+SHIPPED = Path(__file__).resolve().parents[1] / "recipes/tiny/image_tokenizer.yaml"
+
+
+def test_a_few_steps_write_an_image_tokenizer(tmp_path, capsys):
+    """Crops, then whole pictures, then a folder that the recipes' janus_vq loads."""
+    shards, out = tmp_path / "shards", tmp_path / "out"
+    made = ["--synthesize", "shapes", "--num-samples", "8", "--out", str(shards), "--workers", "1"]
+    assert make_shards.main(made) == 0
+    few = ["steps=4", "warmup_steps=1", "full_steps=1", "batch_size=2", "crop_batch_size=2", "num_embeddings=16"]
+    assert train_image_tokenizer.main([str(SHIPPED), f"shards={shards}", f"out={out}", *few]) == 0
+    made = image_tokenizers.load(image_tokenizers.section({"name": "janus_vq", "path": str(out)}))
+    assert (made.image_size, made.grid, made.factor_sizes) == (64, (8, 8), (16,))
+    codes = made.encode(torch.zeros(1, 3, 64, 64))
+    assert made.decode(codes).shape == (1, 3, 64, 64)
+
+
+def test_mistakes_are_sentences(tmp_path, capsys):
+    assert train_image_tokenizer.main([str(SHIPPED), "stepz=4"]) == 2
+    assert "did you mean steps?" in capsys.readouterr().err
+    assert train_image_tokenizer.main([str(SHIPPED), f"shards={tmp_path}"]) == 2
+    assert "has no manifest.json" in capsys.readouterr().err
+
+
+def test_crops_keep_to_the_grid_of_codes_and_find_the_foreground():
+    """One bright pixel in the last cell: nearly every crop of 16 holds it, and every crop starts on a multiple of 8."""
+    pixels = torch.arange(64.0).expand(200, 1, 64, 64).clone()
+    pixels[:, :, 60, 60] = 1e4
+    weights = pixel_weights(pixels.expand(-1, 3, -1, -1) / 1e4, 3.0)
+    assert weights.min() == 1 and weights.max() == 3
+    torch.manual_seed(0)
+    crops = crop_on_foreground(pixels, (pixels > 1e3).float() * 100, 16, 8)
+    assert crops.shape == (200, 1, 16, 16)
+    assert (crops[:, 0, 0, 0] % 8 == 0).all(), "the first column of a crop starts a code"
+    assert (crops.flatten(1).max(1).values == 1e4).float().mean() > 0.2
+
+
+def test_the_recipe_is_validated():
+    with pytest.raises(ValueError):
+        ImageTokenizerRecipe(shards="a", out="b", image_size=64, num_embeddings=1, steps=1)
