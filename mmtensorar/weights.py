@@ -1,36 +1,49 @@
-"""Files of released models: find the folder, read config.json, fill a module from safetensors.
+"""Files of released models: find them, read config.json, fill a module from safetensors or from PyTorch's own files.
 
-Only JSON and safetensors are read, so nothing in a downloaded folder can run code.
+PyTorch files (.pt, .pth, .bin) are read with weights_only, so nothing in a downloaded file can run code.
 """
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import json
-from collections.abc import Callable, Mapping
+import pickle
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 WEIGHTS = "model.safetensors"
+TORCH_WEIGHTS = "pytorch_model.bin"
+TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 
 
-def locate(path: str, *, key: str, weights: bool = True) -> Path:
-    """The local folder of a path or Hugging Face id, downloading the id's files when needed.
+def locate(path: str, *, key: str, weights: bool = True, torch_files: bool = False) -> Path:
+    """The local folder (or weights file) of a path, or the folder of a Hugging Face id, downloading it when needed.
 
-    key: the recipe's name for the setting. weights: False fetches the JSON files only.
-    Raises ValueError naming key and path when there is neither.
+    key: the recipe's name for the setting. weights: False fetches the JSON files only. torch_files: when an id has no
+    safetensors, its .bin files will do. Raises ValueError naming key and path when there is neither.
     """
-    if (folder := Path(path)).is_dir():
-        return folder
-    # An id is owner/name; everything else can only have been meant as a folder.
+    if (found := Path(path)).is_dir() or found.is_file():
+        return found
+    # An id is owner/name; everything else can only have been meant as a folder or file.
+    if found.suffix in (*TORCH_SUFFIXES, ".safetensors"):
+        raise ValueError(f"{key}: no file {path}")
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
         raise ValueError(f"{key}: no folder {path}")
     try:
-        return Path(snapshot_download(path, allow_patterns=["*.json", *(["*.safetensors"] if weights else [])]))
+        folder = Path(snapshot_download(path, allow_patterns=["*.json", *(["*.safetensors"] if weights else [])]))
+        if weights and torch_files and not list(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(path, allow_patterns=["*.json", "*.bin"]))
+        return folder
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{key}: {path} is no folder, nor a Hugging Face id that can be had now ({reason})") from None
@@ -38,6 +51,8 @@ def locate(path: str, *, key: str, weights: bool = True) -> Path:
 
 def read_config(folder: Path, *model_types: str, key: str) -> dict:
     """config.json of a folder. Raises ValueError when it is missing, is not JSON, or is of another model_type."""
+    if folder.is_file():
+        raise ValueError(f"{key}: {folder} is a file; expected a folder with config.json")
     path = folder / "config.json"
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
@@ -51,42 +66,140 @@ def read_config(folder: Path, *model_types: str, key: str) -> dict:
     return settings
 
 
-@torch.no_grad()
-def fill(state: Mapping[str, Tensor], folder: Path, rename: Callable[[str], str]) -> None:
-    """Copy a checkpoint's tensors into state, in place, a file at a time; other tensors are never read.
+def parse_config(architecture: type[BaseModel], settings: Mapping[str, Any], folder: Path):
+    """The settings of a folder's config.json as an architecture. Raises ValueError naming the first that is wrong."""
+    try:
+        return architecture.model_validate({key: value for key, value in settings.items() if key != "model_type"})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{folder / 'config.json'}: {where + ': ' if where else ''}{first['msg']}") from None
 
-    state: our names -> tensors that receive the values. rename: our name -> the name in the files.
-    Raises ValueError naming the file and the tensors that are missing or have another shape.
+
+# ---- tensors -------------------------------------------------------------------------------------
+
+
+class Checkpoint:
+    """The tensors of a file or folder by name; their values are read when they are asked for, a file at a time.
+
+    shapes: name -> shape. others: what else a PyTorch file holds beside its state dict (steps, args), by its key.
     """
-    files = _files(folder)
+
+    def __init__(self, path: Path, wrappers: Sequence[str] = ()):
+        """path: a weights file, or a folder with model.safetensors or pytorch_model.bin, each whole or in parts.
+
+        wrappers: keys of a PyTorch file that may hold the state dict, the first that is there winning; without any of
+        them the file is the state dict itself. Raises ValueError naming a file that is missing or cannot be read.
+        """
+        self.path = path
+        self.shapes: dict[str, list[int]] = {}
+        self.others: dict[str, Any] = {}
+        self._wrappers = wrappers
+        self._files: dict[str, Path] = {}
+        for file, names in _parts(path).items():
+            if file.suffix in TORCH_SUFFIXES:
+                state, others = _read_torch(file, wrappers)
+                self.others.update(others)
+                shapes = {name: list(value.shape) for name, value in state.items()}
+            else:
+                with _open(file) as opened:
+                    shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}
+            if lost := sorted(set(names or ()) - shapes.keys()):
+                raise ValueError(f"{file}: {_some(lost, 'missing')}, though the index names them there")
+            self.shapes.update(shapes)
+            self._files.update(dict.fromkeys(shapes, file))
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """(name, value) of the named tensors, file after file."""
+        names = set(names)
+        for file in sorted({self._files[name] for name in names}):
+            here = sorted(name for name in names if self._files[name] == file)
+            if file.suffix in TORCH_SUFFIXES:
+                state, _ = _read_torch(file, self._wrappers)
+                yield from ((name, state[name]) for name in here)
+            else:
+                with _open(file) as opened:
+                    yield from ((name, opened.get_tensor(name)) for name in here)
+
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._files[name]
+
+
+@torch.no_grad()
+def fill(
+    state: Mapping[str, Tensor],
+    source: Path | Checkpoint,
+    rename: Callable[[str], str] = str,
+    *,
+    ignore: Callable[[str], bool] | None = None,
+) -> None:
+    """Copy a checkpoint's tensors into state, in place; values that state has no place for are never read.
+
+    state: our names -> tensors that receive the values. rename: our name -> the name in the files. ignore: whether a
+    tensor that state has no place for is one to pass over; None passes over all of them. Raises ValueError naming the
+    file and the tensors that are missing, unexpected or of another shape; then state is as it was.
+    """
+    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
     wanted = {rename(name): value for name, value in state.items()}
-    if missing := sorted(wanted.keys() - files.keys()):
-        raise ValueError(f"{folder}: {len(missing)} tensors are missing, among them {', '.join(missing[:10])}")
-    for path in sorted({files[name] for name in wanted}):
-        with _open(path) as file:
-            for name in (name for name in wanted if files[name] == path):
-                value = file.get_tensor(name)
-                if value.shape != wanted[name].shape:
-                    raise ValueError(
-                        f"{path}: {name} has shape {list(value.shape)}, config.json expects {list(wanted[name].shape)}"
-                    )
-                wanted[name].copy_(value)
+    problems = []
+    if missing := sorted(wanted.keys() - checkpoint.shapes.keys()):
+        problems.append(_some(missing, "missing"))
+    if ignore is not None:
+        if unexpected := sorted(name for name in checkpoint.shapes.keys() - wanted.keys() if not ignore(name)):
+            problems.append(_some(unexpected, "unexpected"))
+    if problems:
+        raise ValueError(f"{checkpoint.path}: {'; '.join(problems)}")
+    different = [
+        f"{checkpoint.file(name)}: {name} has shape {checkpoint.shapes[name]}, expected {list(value.shape)}"
+        for name, value in wanted.items()
+        if checkpoint.shapes[name] != list(value.shape)
+    ]
+    if different:
+        more = f" (and {len(different) - 10} more)" if len(different) > 10 else ""
+        raise ValueError("; ".join(different[:10]) + more)
+    for name, value in checkpoint.read(wanted):
+        wanted[name].copy_(value)
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> safetensors file, for a folder with one file or an index of several."""
-    index = folder / f"{WEIGHTS}.index.json"
-    if index.is_file():
-        try:
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-            raise ValueError(f"{index}: no weight_map in it") from None
-        if outside := [name for name in names.values() if Path(name).name != name]:
-            raise ValueError(f"{index}: names a file outside the folder, {outside[0]!r}")
-        return {tensor: folder / name for tensor, name in names.items()}
-    path = folder / WEIGHTS
-    with _open(path) as file:
-        return dict.fromkeys(file.keys(), path)
+def weight_hash(state: Mapping[str, Tensor]) -> str:
+    """sha256 over names, shapes and float32 values: the same weights in any file layout."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(name.encode() + str(list(value.shape)).encode())
+        digest.update(value.detach().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _some(names: list[str], what: str) -> str:
+    plural = "tensors are" if len(names) > 1 else "tensor is"
+    return f"{len(names)} {plural} {what}, {'among them ' if len(names) > 10 else ''}{', '.join(names[:10])}"
+
+
+def _parts(path: Path) -> dict[Path, list[str] | None]:
+    """File -> names that an index says are in it (None without an index), for a file or a folder."""
+    if path.is_file():
+        return {path: None}
+    for name in (WEIGHTS, TORCH_WEIGHTS):
+        index = path / f"{name}.index.json"
+        if index.is_file():
+            return _indexed(index)
+        if (path / name).is_file():
+            return {path / name: None}
+    raise ValueError(f"{path / WEIGHTS} is missing")
+
+
+def _indexed(index: Path) -> dict[Path, list[str]]:
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        parts: dict[Path, list[str]] = {}
+        for tensor, name in names.items():
+            if Path(name).name != name:
+                raise ValueError(f"{index}: names a file outside the folder, {name!r}")
+            parts.setdefault(index.parent / name, []).append(tensor)
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{index}: no weight_map in it") from None
+    return parts
 
 
 def _open(path: Path):
@@ -96,3 +209,29 @@ def _open(path: Path):
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: cannot be read as safetensors ({error})") from None
+
+
+def _read_torch(path: Path, wrappers: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state dict in a PyTorch file and what else is in it; values stay on disk until they are used."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
+    try:
+        # Training checkpoints hold their command line as a Namespace: a plain record, which runs nothing.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: cannot be read as PyTorch weights ({reason})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds {type(content).__name__}, expected a state dict")
+    others = {}
+    for key in wrappers:
+        if isinstance(content.get(key), dict):
+            others = {name: value for name, value in content.items() if name != key}
+            content = content[key]
+            break
+    odd = [str(name) for name, value in content.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
+    if odd:
+        looked = f", nor is one under {', '.join(wrappers)}" if wrappers else ""
+        raise ValueError(f"{path}: no state dict: it has {', '.join(odd[:10])}{looked}")
+    return content, others

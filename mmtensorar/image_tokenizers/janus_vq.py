@@ -5,7 +5,6 @@ Shapes: B batch, H W pixels, T image tokens, C code width, V codebook size.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +16,7 @@ from transformers.models.janus.configuration_janus import JanusConfig, JanusVQVA
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from mmtensorar.recipe import Section
-from mmtensorar.weights import fill, locate, read_config
+from mmtensorar.weights import fill, locate, read_config, weight_hash
 
 # Where the VQ model's tensors are in a whole Janus checkpoint.
 INSIDE_JANUS = "model.vqmodel."
@@ -42,7 +41,7 @@ class JanusVQ(nn.Module):
         self.grid = (side, side)
         self.image_size = side * 2 ** (len(model.config.channel_multiplier) - 1)
         self.factor_sizes = (model.config.num_embeddings,)
-        self.weight_hash = _hash(model)
+        self.weight_hash = weight_hash(model.state_dict())
 
     def train(self, mode: bool = True) -> JanusVQ:
         return self  # always in eval mode, also inside a model that trains
@@ -87,10 +86,3 @@ def load(section: Config) -> JanusVQ:
     fill(model.state_dict(), folder, lambda name: inside + name)
     return JanusVQ(model)
 
-
-def _hash(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode() + str(list(value.shape)).encode())
-        digest.update(value.detach().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()
