@@ -21,9 +21,9 @@ from mmtensorar.windows import valid_slots
 class Sampler:
     """How a token is drawn from logits.
 
-    temperature: > 0. top_k: keep the k likeliest, 0 keeps all. top_p: keep the smallest
-    set of likeliest tokens with at least this probability, 1 keeps all. greedy: take the
-    likeliest everywhere; greedy_drafts: only at offsets above 0.
+    temperature: > 0. top_k: keep the k likeliest and those as likely as the k-th, 0 keeps
+    all. top_p: keep likeliest tokens until they have more than this probability, 1 keeps
+    all. greedy: take the likeliest everywhere; greedy_drafts: only at offsets above 0.
     Raises ValueError for a value out of range.
     """
 
@@ -55,14 +55,14 @@ class Sampler:
         """[..., V] -> [..., V] float64, not normalised; a token filtered out is exactly 0."""
         logits = logits.float() / self.temperature
         if 0 < self.top_k < logits.shape[-1]:
-            # By index, not by value: ties at the edge must not let more than k through.
-            kept = logits.topk(self.top_k, dim=-1).indices
-            logits = torch.full_like(logits, float("-inf")).scatter(-1, kept, logits.gather(-1, kept))
+            # By value: ties at the edge all stay, as in the samplers that the released models come with.
+            edge = logits.topk(self.top_k, dim=-1).values[..., -1:]
+            logits = logits.masked_fill(logits < edge, float("-inf"))
         probs = logits.double().softmax(-1)
         if self.top_p < 1:
             ordered, order = probs.sort(dim=-1, descending=True, stable=True)
-            # A token stays when those before it do not yet reach top_p, so the first always stays.
-            stays = ordered.cumsum(-1) - ordered < self.top_p
+            # A token stays when those before it do not yet exceed top_p, so the first always stays.
+            stays = ordered.cumsum(-1) - ordered <= self.top_p
             probs = torch.zeros_like(probs).scatter(-1, order, ordered * stays)
         return probs
 
@@ -92,6 +92,7 @@ def decode(
     sampler: Sampler,
     *,
     cfg_scale: float = 1.0,
+    cfg_tokens: int | None = None,
     generator: Generator | Sequence[Generator] | None = None,
     keep_trace: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -99,9 +100,10 @@ def decode(
     """Generate one image per row of the condition, in T backbone steps whatever the window.
 
     condition: B rows, on any device. cfg_scale: s in uncond + s (cond - uncond), applied to
-    the logits of every offset; 1 runs no uncond rows. generator: one for the batch, or one
-    per row, which makes a row independent of its neighbours; None draws from the global
-    one. progress is called with (tokens done, T) after each step.
+    the logits of every offset; 1 runs no uncond rows. cfg_tokens: guide the first so many steps
+    only; None guides all. generator: one for the batch, or one per row, which makes a row
+    independent of its neighbours; None draws from the global one. progress is called with
+    (tokens done, T) after each step.
     The model should be in eval mode. Raises ValueError when the number of generators is not B.
     """
     backbone, K = model.backbone, model.window
@@ -136,7 +138,9 @@ def decode(
             logits = model.logits(hidden, both(window)).float()[:, 0]  # [R, K, V_f]
             if guided:
                 cond_logits, uncond_logits = logits.chunk(2)
-                logits = uncond_logits + cfg_scale * (cond_logits - uncond_logits)
+                logits = cond_logits
+                if cfg_tokens is None or t < cfg_tokens:
+                    logits = uncond_logits + cfg_scale * (cond_logits - uncond_logits)
             tokens = sampler(logits, uniform[:, t, factor])
             window = torch.cat([window, tokens[:, None, :, None]], dim=-1)
         trace[:, t] = window[:, 0] * valid[t, :, None]

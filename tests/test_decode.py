@@ -199,9 +199,28 @@ def test_filters_by_hand(sampler, expected):
     assert shares(sampler, 0.2, 0.5, 0.3) == pytest.approx([expected[2], expected[0], expected[1]], abs=1e-6)
 
 
-def test_ties_do_not_widen_top_k():
-    """Keeping everything as likely as the k-th let more than k through."""
-    assert shares(Sampler(top_k=2), 0.25, 0.25, 0.25, 0.25).count(0) == 2
+def test_ties_at_the_edge_of_top_k_all_stay():
+    """As in the original samplers, which compare values: choosing by index favoured low code numbers among equals."""
+    assert shares(Sampler(top_k=2), 0.25, 0.25, 0.25, 0.25) == pytest.approx([0.25] * 4)
+    assert shares(Sampler(top_k=2), 0.4, 0.2, 0.2, 0.1, 0.1) == pytest.approx([0.5, 0.25, 0.25, 0, 0])
+
+
+def test_guidance_of_the_first_tokens_only():
+    """A guided step differs from a plain one, so the image follows the guided one exactly as long as it should."""
+    model = make("janus", 1)
+    scores = {}
+    for tokens in (None, 0, 2):
+        seen = []
+
+        def keep(logits: Tensor, uniform: Tensor, seen=seen) -> Tensor:
+            seen.append(logits[:, 0])
+            return torch.zeros(logits.shape[:2], dtype=torch.int64)  # the same input whatever the logits
+
+        decode(model, fake_condition(), keep, cfg_scale=4.0, cfg_tokens=tokens)
+        scores[tokens] = torch.stack(seen, dim=1)
+    assert torch.equal(scores[2][:, :2], scores[None][:, :2])
+    assert torch.equal(scores[2][:, 2:], scores[0][:, 2:])
+    assert not torch.equal(scores[0][:, 1], scores[None][:, 1])
 
 
 @pytest.mark.parametrize(
