@@ -14,7 +14,7 @@ from mmtensorar.recipe import Recipe
 
 GIB = 2**30
 NUM_GPUS = (1, 8, 64)
-PROMPT_TOKENS = 32  # a typical caption with the prompt template; the plan cannot know yours
+PROMPT_TOKENS = 32  # a typical caption with the prompt template, where its length is free; the plan cannot know yours
 
 
 def shapes(recipe: Recipe) -> tensorar.TensorAR:
@@ -42,7 +42,8 @@ def state_bytes(total: int, trainable: int, *, stage: int, num_gpus: int, precis
 def flops_per_step(recipe: Recipe, model) -> tuple[int, int]:
     """(image tokens, FLOPs) of one optimiser step over all ranks. Parameters of tables count nothing."""
     K, T, D = model.window, model.backbone.num_tokens, model.backbone.dim
-    rows = PROMPT_TOKENS + T
+    prefix_len = prompt_tokens(model)
+    rows = prefix_len + T
     per_sample = 0
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2 or "embed_tokens" in name or "embeddings" in name or "offset_" in name:
@@ -52,13 +53,20 @@ def flops_per_step(recipe: Recipe, model) -> tuple[int, int]:
             times = K * T
         elif name.startswith("decoder"):
             times = (K + 1) * T
+        elif name.startswith("backbone.prefix"):
+            times = prefix_len
         else:
             times = rows
         per_sample += 2 * parameter.numel() * times
-    num_layers = len(model.backbone.language_model.layers) if hasattr(model.backbone, "language_model") else 0
-    per_sample += num_layers * 2 * D * rows * rows
+    layers = getattr(getattr(model.backbone, "language_model", model.backbone), "layers", ())
+    per_sample += len(layers) * 2 * D * rows * rows
     passes = 4 if recipe.train.activation_checkpointing else 3
     return recipe.data.batch_size * T, recipe.data.batch_size * per_sample * passes
+
+
+def prompt_tokens(model) -> int:
+    """Places of a prompt: the backbone's own number where it is fixed."""
+    return getattr(getattr(model.backbone, "config", None), "prefix_len", PROMPT_TOKENS)
 
 
 def report(recipe: Recipe) -> str:
@@ -84,7 +92,7 @@ def report(recipe: Recipe) -> str:
         lines.append(f"  ZeRO-{stage}     " + "".join(f"{value:>10.1f}" for value in row))
     lines += [
         f"step         {recipe.data.batch_size} images, {tokens:,} image tokens, {tokens * model.window:,} predictions",
-        f"             {flops:.3g} FLOPs with {PROMPT_TOKENS} prompt tokens an image"
+        f"             {flops:.3g} FLOPs with {prompt_tokens(model)} prompt tokens an image"
         + (", activations recomputed" if recipe.train.activation_checkpointing else ""),
         f"run          {recipe.train.steps:,} steps, {tokens * recipe.train.steps:,} image tokens, "
         f"{flops * recipe.train.steps:.3g} FLOPs",

@@ -139,6 +139,9 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
             f"{image_tokens[1]}"
         )
 
+    if hasattr(recipe.backbone, "attn_implementation"):
+        say(f"attention: {recipe.backbone.attn_implementation}")
+
     # ---- data --------------------------------------------------------------------------------
     caption_encoder = backbones.caption_encoder(recipe.backbone)
 

@@ -128,3 +128,28 @@ def tiny_janus(num_codes: int = 11, side: int = 3):
         vq_config=dict(num_embeddings=num_codes, embed_dim=8, image_token_embed_dim=16, projection_dim=16),
     )
     return janus.build(config)
+
+
+def tiny_llamagen(condition: str = "class", **changes):
+    """A real LlamaGen with random weights, width 16, 9 image tokens; its captions have 5 slots of 6 numbers."""
+    from mmtensorar.backbones import llamagen
+
+    sizes = dict(dim=16, num_layers=2, num_heads=2, num_kv_heads=1, ffn_dim=24, vocab_size=11, num_tokens=9)
+    kind = dict(prefix_len=5, caption_dim=6) if condition == "text" else dict(num_classes=7)
+    backbone = llamagen.LlamaGenBackbone(llamagen.Architecture(condition=condition, **(sizes | kind | changes)))
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            if parameter.ndim > 1:
+                # Large enough that the likeliest token is not a matter of rounding; the head starts at zero.
+                parameter.normal_(std=0.5)
+    return backbone
+
+
+def llamagen_condition(backbone, batch: int = 3) -> Condition:
+    """Class ids, or captions of different lengths, left-padded with zeros."""
+    config = backbone.config
+    if config.condition == "class":
+        return Condition(torch.arange(batch)[:, None] % config.num_classes, torch.ones(batch, 1, dtype=torch.bool))
+    mask = torch.arange(config.prefix_len) >= (2 * torch.arange(batch) % config.prefix_len)[:, None]
+    features = torch.randn(batch, config.prefix_len, config.caption_dim, generator=torch.Generator().manual_seed(1))
+    return Condition(features * mask[..., None], mask)

@@ -19,7 +19,7 @@ from mmtensorar.recipe import Section
 class Condition(NamedTuple):
     """What the prompts became, on the CPU, in the loader."""
 
-    values: Tensor  # [B, P] int64 token ids
+    values: Tensor  # [B, P] int64 token ids, [B, P, C] features of a text encoder, or [B, 1] int64 class ids
     mask: Tensor  # [B, P] bool, left-padded: column P - 1 is always real
 
 

@@ -21,6 +21,7 @@ from transformers import AutoModel, DynamicCache, PreTrainedTokenizerFast
 from transformers.models.janus.configuration_janus import JanusConfig
 from transformers.models.janus.modeling_janus import JanusVQVAEAlignerMLP, JanusVQVAEHead
 
+from mmtensorar import attention
 from mmtensorar.backbones import Condition, Prefix
 from mmtensorar.recipe import Section
 from mmtensorar.weights import fill, locate, read_config
@@ -70,7 +71,7 @@ class Config(Section):
     name: Literal["janus"]
     path: str = Field(min_length=1)
     text_tokenizer: str | None = None
-    attn_implementation: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+    attn_implementation: attention.Implementation = "sdpa"
 
 
 class JanusEmbed(nn.Module):
@@ -200,14 +201,7 @@ def load(section: Config, *, weights: bool = True, device: str = "cpu", sizes_on
 
 
 def _with_attention(config: JanusConfig, section: Config) -> JanusConfig:
-    if section.attn_implementation == "flash_attention_2":
-        from transformers.utils import is_flash_attn_2_available
-
-        if not is_flash_attn_2_available():
-            raise ValueError(
-                "backbone.attn_implementation is flash_attention_2, but flash-attn is not usable here "
-                "(it needs a CUDA GPU and `pip install -e '.[flash]'`); sdpa is the default"
-            )
+    attention.require(section.attn_implementation, key="backbone.attn_implementation")
     config.text_config._attn_implementation = section.attn_implementation
     return config
 
