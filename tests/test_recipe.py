@@ -11,6 +11,7 @@ from mmtensorar.recipe import Recipe, RecipeError
 ROOT = Path(__file__).resolve().parents[1]
 # The one file there that is no recipe of mmtensorar.train, but of mmtensorar.train_image_tokenizer.
 RECIPES = sorted(set((ROOT / "recipes").rglob("*.yaml")) - {ROOT / "recipes" / "tiny" / "image_tokenizer.yaml"})
+KNOWN = ", ".join(module.known_names("backbone"))
 
 MINIMAL = """
 run: {name: test}
@@ -52,7 +53,8 @@ def test_mistakes_in_named_sections_come_with_the_others(path):
     report = "\n".join(mistakes(path, "backbone.pth=x", "image_tokenizer.name=janus_qv", "train.steps=0"))
     assert "3 problems" in report
     assert "backbone.pth          unknown key; did you mean backbone.path?" in report
-    assert "image_tokenizer.name  expected one of janus_vq, got 'janus_qv'; did you mean janus_vq?" in report
+    known = ", ".join(module.known_names("image_tokenizer"))
+    assert f"image_tokenizer.name  expected one of {known}, got 'janus_qv'; did you mean janus_vq?" in report
     assert "train.steps           expected an integer >= 1, got 0" in report
 
 
@@ -73,8 +75,9 @@ def test_settings_that_do_not_fit_each_other_come_together(path):
         ("window=3", "window  unknown key; did you mean tensorar.window?"),  # right key, section forgotten
         ("data.lr=1", "data.lr  unknown key; did you mean optim.lr?"),
         ("optim.xyz=1", "optim.xyz  unknown key; known here: optim.lr, optim.tensorar_lr, optim.betas"),
-        ("backbone.name=lama", "backbone.name  expected one of janus, got 'lama'"),
-        ("backbone=janus", "backbone  expected settings with a name (janus), got 'janus'"),
+        ("backbone.name=gpt", f"backbone.name  expected one of {KNOWN}, got 'gpt'"),
+        ("backbone.name=lamagen", f"backbone.name  expected one of {KNOWN}, got 'lamagen'; did you mean llamagen?"),
+        ("backbone=janus", f"backbone  expected settings with a name ({KNOWN}), got 'janus'"),
         ("backbone.path=", "backbone.path  expected text, not empty, got None"),
         ("train.steps=1.5", "train.steps  expected an integer >= 1, got 1.5"),
         ("train.precision=fp16", "train.precision  expected 'bf16' or 'fp32', got 'fp16'"),
