@@ -85,18 +85,19 @@ class Checkpoint:
     shapes: name -> shape. others: what else a PyTorch file holds beside its state dict (steps, args), by its key.
     """
 
-    def __init__(self, path: Path, wrappers: Sequence[str] = ()):
+    def __init__(self, path: Path, wrappers: Sequence[str] = (), *, optional: bool = False):
         """path: a weights file, or a folder with model.safetensors or pytorch_model.bin, each whole or in parts.
 
         wrappers: keys of a PyTorch file that may hold the state dict, the first that is there winning; without any of
-        them the file is the state dict itself. Raises ValueError naming a file that is missing or cannot be read.
+        them the file is the state dict itself. optional: a folder without weights is one without tensors. Raises
+        ValueError naming a file that is missing or cannot be read.
         """
         self.path = path
         self.shapes: dict[str, list[int]] = {}
         self.others: dict[str, Any] = {}
         self._wrappers = wrappers
         self._files: dict[str, Path] = {}
-        for file, names in _parts(path).items():
+        for file, names in _parts(path, optional=optional).items():
             if file.suffix in TORCH_SUFFIXES:
                 state, others = _read_torch(file, wrappers)
                 self.others.update(others)
@@ -176,7 +177,7 @@ def _some(names: list[str], what: str) -> str:
     return f"{len(names)} {plural} {what}, {'among them ' if len(names) > 10 else ''}{', '.join(names[:10])}"
 
 
-def _parts(path: Path) -> dict[Path, list[str] | None]:
+def _parts(path: Path, *, optional: bool) -> dict[Path, list[str] | None]:
     """File -> names that an index says are in it (None without an index), for a file or a folder."""
     if path.is_file():
         return {path: None}
@@ -186,6 +187,8 @@ def _parts(path: Path) -> dict[Path, list[str] | None]:
             return _indexed(index)
         if (path / name).is_file():
             return {path / name: None}
+    if optional:
+        return {}
     raise ValueError(f"{path / WEIGHTS} is missing")
 
 

@@ -263,9 +263,9 @@ def test_a_tensor_of_another_shape_is_named_with_its_file(saved):
         load(saved)
 
 
-@pytest.mark.parametrize("model_type", ["multi_modality", "llama", None])
+@pytest.mark.parametrize("model_type", ["llama", None])
 def test_another_model_type_is_refused(saved, model_type):
-    """DeepSeek's own layout is multi_modality; its tensors have other names."""
+    """A language model has tensors of the same names."""
     settings = json.loads((saved / "config.json").read_text()) | {"model_type": model_type}
     (saved / "config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=rf"config\.json: model_type is {model_type!r}, expected 'janus'"):
@@ -281,6 +281,52 @@ def test_absent_and_unreadable_files_are_named(saved, tmp_path):
     (saved / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"model\.safetensors is missing"):
         load(saved)
+
+
+# ---- DeepSeek's layout ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def deepseek_folder(reference, tmp_path) -> Path:
+    """The same model as DeepSeek stores it, in two safetensors files with an index."""
+    tensors = load_file(FIXTURES / "t2i_tiny_deepseek.safetensors")
+    weights = {k.removeprefix("weights/"): v for k, v in tensors.items() if k.startswith("weights/")}
+    names = sorted(weights)
+    parts = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+    for file, here in parts.items():
+        save_file({name: weights[name] for name in here}, tmp_path / file)
+    index = {"weight_map": {name: file for file, here in parts.items() for name in here}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    settings = reference.manifest["config"]["deepseek"]
+    settings = settings | {"language_config": settings["language_config"] | {"pad_token_id": 3}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    return tmp_path
+
+
+def test_both_layouts_are_one_model(deepseek_folder, folder, vq, tmp_path):
+    """Weights, sizes and weight hash are equal, so shards encoded with one fit a recipe with the other."""
+    deepseek, hub = load(deepseek_folder), load(folder)
+    assert all(torch.equal(value, hub.state_dict()[name]) for name, value in deepseek.state_dict().items())
+    assert (deepseek.num_tokens, deepseek.dim, deepseek.factor_sizes) == (hub.num_tokens, hub.dim, hub.factor_sizes)
+    alike = image_tokenizers.load(janus_vq.Config(name="janus_vq", path=str(deepseek_folder)))
+    assert (alike.weight_hash, alike.grid, alike.image_size) == (vq.weight_hash, vq.grid, vq.image_size)
+    deepseek.save_pretrained(tmp_path / "saved")
+    assert all(torch.equal(value, hub.state_dict()[name]) for name, value in load(tmp_path / "saved").state_dict().items())
+
+
+def test_a_deepseek_config_that_lacks_a_part_is_named(deepseek_folder):
+    settings = json.loads((deepseek_folder / "config.json").read_text())
+    del settings["gen_head_config"]
+    (deepseek_folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"config\.json: 'gen_head_config' is missing"):
+        load(deepseek_folder)
+
+
+def test_a_part_that_is_missing_is_named(deepseek_folder):
+    """One of the two shards of the 7B forgotten in a download."""
+    (deepseek_folder / "model-2.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model-2\.safetensors is missing"):
+        load(deepseek_folder)
 
 
 # ---- prompts -------------------------------------------------------------------------------------

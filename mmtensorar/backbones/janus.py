@@ -1,8 +1,9 @@
 """Janus and Janus-Pro, text to image, on transformers' own classes.
 
 Only the generation path is built and loaded: language model, generation embeddings,
-aligner and head. The vision tower, its aligner and lm_head play no part; the VQ model is
-an image tokenizer (image_tokenizers/janus_vq.py). Prompt, padding and the unconditional
+aligner and head, from the layout of transformers or of DeepSeek (saving is in that of
+transformers). The vision tower, its aligner and lm_head play no part; the VQ model is an image
+tokenizer (image_tokenizers/janus_vq.py). Prompt, padding and the unconditional
 prompt follow the official sampler (deepseek-ai/Janus at 1daa72f, generation_inference.py).
 Shapes: B batch, P prefix, S rows, T image tokens, D width, V codebook size.
 """
@@ -21,13 +22,15 @@ from transformers import AutoModel, DynamicCache, PreTrainedTokenizerFast
 from transformers.models.janus.configuration_janus import JanusConfig
 from transformers.models.janus.modeling_janus import JanusVQVAEAlignerMLP, JanusVQVAEHead
 
-from mmtensorar import attention
+from mmtensorar import attention, deepseek
 from mmtensorar.backbones import Condition, Prefix
 from mmtensorar.recipe import Section
-from mmtensorar.weights import fill, locate, read_config
+from mmtensorar.weights import Checkpoint, fill, locate, read_config
 
 PROMPT = "<|User|>: {caption}\n\n<|Assistant|>:<begin_of_image>"
 BEGIN_OF_IMAGE = "<begin_of_image>"
+# Looked up by name where a tokenizer file gives them no role.
+SPECIAL = {"bos_token": "<｜begin▁of▁sentence｜>", "pad_token": "<｜▁pad▁｜>"}
 
 # Our names -> the names in a transformers checkpoint.
 KEYS = {
@@ -57,7 +60,7 @@ RELEASED = {
         "vq_config": {"projection_dim": width, "image_token_embed_dim": width},
         "tie_word_embeddings": False,
     }
-    for owner in ("deepseek-community",)
+    for owner in ("deepseek-community", "deepseek-ai")
     for size, width, inner, layers, heads, pad in (
         ("1B", 2048, 5632, 24, 16, 100002),
         ("7B", 4096, 11008, 30, 32, 100015),
@@ -66,7 +69,7 @@ RELEASED = {
 
 
 class Config(Section):
-    """path: a folder, or a Hugging Face id, in the transformers layout. text_tokenizer: None is in path."""
+    """path: a folder or Hugging Face id, in the layout of transformers or DeepSeek. text_tokenizer: None is in path."""
 
     name: Literal["janus"]
     path: str = Field(min_length=1)
@@ -189,14 +192,21 @@ def load(section: Config, *, weights: bool = True, device: str = "cpu", sizes_on
     """See mmtensorar.backbones.load."""
     if sizes_only and section.path in RELEASED and not Path(section.path).is_dir():
         return build(_with_attention(JanusConfig(**RELEASED[section.path]), section), device=device)
-    folder = locate(section.path, key="backbone.path", weights=weights)
-    config = _with_attention(JanusConfig.from_dict(read_config(folder, "janus", key="backbone.path")), section)
+    folder = locate(section.path, key="backbone.path", weights=weights, torch_files=True)
+    settings = read_config(folder, "janus", deepseek.MODEL_TYPE, key="backbone.path")
+    source: Path | Checkpoint = folder
+    if settings["model_type"] == deepseek.MODEL_TYPE:
+        source = Checkpoint(folder, optional=not weights)
+        config, rename = deepseek.config(settings, source.shapes, folder), deepseek.backbone_name
+    else:
+        config, rename = JanusConfig.from_dict(settings), _released_name
+    config = _with_attention(config, section)
     text_tokenizer = _load_text_tokenizer(section.text_tokenizer or folder, required=section.text_tokenizer is not None)
     pad_id = None if text_tokenizer is None else text_tokenizer.pad_token_id
     backbone = build(config, pad_id, device)
     backbone.text_tokenizer = text_tokenizer
     if weights:
-        fill(backbone.state_dict(), folder, _released_name)
+        fill(backbone.state_dict(), source, rename)
     return backbone
 
 
@@ -220,7 +230,12 @@ def _load_text_tokenizer(source: str | Path, *, required: bool = True) -> PreTra
             raise ValueError(f"{folder}: no tokenizer.json, so there is no text tokenizer")
         return None
     # Not AutoTokenizer: its Llama class replaces the file's own pre-tokenizer.
-    return PreTrainedTokenizerFast.from_pretrained(folder)
+    text_tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    for role, name in SPECIAL.items():
+        unknown = (None, text_tokenizer.unk_token_id)
+        if getattr(text_tokenizer, role) is None and text_tokenizer.convert_tokens_to_ids(name) not in unknown:
+            setattr(text_tokenizer, role, name)
+    return text_tokenizer
 
 
 class _CaptionEncoder:

@@ -15,15 +15,17 @@ from torch import Tensor, nn
 from transformers.models.janus.configuration_janus import JanusConfig, JanusVQVAEConfig
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
+from mmtensorar import deepseek
+from mmtensorar.image_tokenizers import llamagen_vq
 from mmtensorar.recipe import Section
-from mmtensorar.weights import fill, locate, read_config, weight_hash
+from mmtensorar.weights import Checkpoint, fill, locate, read_config, weight_hash
 
 # Where the VQ model's tensors are in a whole Janus checkpoint.
 INSIDE_JANUS = "model.vqmodel."
 
 
 class Config(Section):
-    """path: a folder or Hugging Face id, of a whole Janus model (transformers layout) or of its VQ model alone."""
+    """path: a folder or Hugging Face id, of a whole Janus (layout of transformers or DeepSeek) or of its VQ model."""
 
     name: Literal["janus_vq"]
     path: str = Field(min_length=1)
@@ -76,13 +78,35 @@ class JanusVQ(nn.Module):
 
 def load(section: Config) -> JanusVQ:
     """See mmtensorar.image_tokenizers.load."""
-    folder = locate(section.path, key="image_tokenizer.path")
-    settings = read_config(folder, "janus", "janus_vqgan", key="image_tokenizer.path")
+    folder = locate(section.path, key="image_tokenizer.path", torch_files=True)
+    settings = read_config(folder, "janus", "janus_vqgan", deepseek.MODEL_TYPE, key="image_tokenizer.path")
+    source, rename = Checkpoint(folder), str
     if settings["model_type"] == "janus":
-        config, inside = JanusConfig.from_dict(settings).vq_config, INSIDE_JANUS
+        config, rename = JanusConfig.from_dict(settings).vq_config, INSIDE_JANUS.__add__
+    elif settings["model_type"] == deepseek.MODEL_TYPE:
+        config, rename = _deepseek_config(settings, source), deepseek.vq_name
     else:
-        config, inside = JanusVQVAEConfig.from_dict(settings), ""
+        config = JanusVQVAEConfig.from_dict(settings)
     model = JanusVQVAE(config)
-    fill(model.state_dict(), folder, lambda name: inside + name)
+    fill(model.state_dict(), source, rename)
     return JanusVQ(model)
+
+
+def _deepseek_config(settings: dict, source: Checkpoint) -> JanusVQVAEConfig:
+    """DeepSeek's code holds the sizes of the VQ model, which is LlamaGen's; here its tensors tell them."""
+    inside = {
+        name.removeprefix(deepseek.VQ): shape for name, shape in source.shapes.items() if name.startswith(deepseek.VQ)
+    }
+    sizes = llamagen_vq.inferred(inside, source.path)
+    if sizes.encoder_ch_mult != sizes.decoder_ch_mult:
+        raise ValueError(f"{source.path}: the VQ model's encoder and decoder differ in width, which Janus's do not")
+    return deepseek.config(
+        settings,
+        source.shapes,
+        source.path,
+        base_channels=sizes.ch,
+        channel_multiplier=sizes.encoder_ch_mult,
+        num_res_blocks=sizes.num_res_blocks,
+        latent_channels=sizes.z_channels,
+    ).vq_config
 
