@@ -1,0 +1,23 @@
+"""Parity: our models beside tensors recorded from the original code.
+
+    python -m tests.parity FIXTURE_DIR [...]
+
+A fixture folder holds cases, each NAME.json (a manifest with `calls`) and NAME.safetensors (weights/, inputs/ and
+outputs/). The manifest's `family` names the adapter, tests/parity/FAMILY.py, with two functions:
+
+    load(manifest, weights) -> subject      weights: official names -> float32 tensors, without `weights/`
+    run(subject, call, inputs) -> outputs   full names both: `inputs/...` (and recorded outputs that the call's
+                                            arguments name), `outputs/...`
+
+Adapters take settings from the manifest's `config` and a call's `args`, never from ids. They raise Unsupported for a
+call that they do not expose, and ValueError in `load` for a manifest that they cannot build a model from.
+"""
+
+
+class Unsupported(Exception):
+    """A call that our implementation does not expose: skipped when the manifest marks it optional, else a failure."""
+
+
+def by_last_name(call: dict, found: dict) -> dict:
+    """{last part of a name: tensor} -> {the call's full output name: tensor}, for those that were found."""
+    return {name: found[last] for name in call["outputs"] if (last := name.rsplit("/", 1)[1]) in found}

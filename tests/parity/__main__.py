@@ -1,0 +1,219 @@
+"""Run every call of every fixture and compare; see tests/parity/__init__.py.
+
+Exit 0: all calls passed (optional ones may be skipped). 1: a call failed. 2: a manifest that cannot be run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import math
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.parity import Unsupported
+
+FORMAT = 1
+# comparison -> the numbers that its rule must have
+COMPARISONS = {"equal": (), "allclose": ("atol", "rtol"), "max_abs_diff": ("max",)}
+
+
+class BadManifest(Exception):
+    """One sentence on what cannot be run."""
+
+
+class Case(NamedTuple):
+    path: Path
+    manifest: dict
+    tensors: dict[str, Tensor]
+
+    @property
+    def name(self) -> str:
+        return f"{self.path.parent.name}/{self.path.stem}"
+
+
+class Result(NamedTuple):
+    """One output beside its record. difference: largest absolute one, nan where there is no number for it."""
+
+    output: str
+    comparison: str
+    difference: float
+    problem: str | None
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def read_cases(folder: Path) -> list[Case]:
+    """The cases of a folder, each checked as far as can be without running it. Raises BadManifest."""
+    if not folder.is_dir():
+        raise BadManifest(f"{folder}: no such folder")
+    cases = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
+            raise BadManifest(f"{path}: cannot be read as JSON ({error})") from None
+        if isinstance(manifest, dict) and "calls" in manifest:  # others, such as facts.json, are no cases
+            cases.append(read_case(path, manifest))
+    if not cases:
+        raise BadManifest(f"{folder}: no case in it (a NAME.json with calls)")
+    return cases
+
+
+def read_case(path: Path, manifest: dict) -> Case:
+    if manifest.get("format") != FORMAT:
+        raise BadManifest(f"{path}: format is {manifest.get('format')!r}, expected {FORMAT}")
+    families = sorted(file.stem for file in Path(__file__).parent.glob("*.py") if not file.stem.startswith("_"))
+    if manifest.get("family") not in families:
+        raise BadManifest(f"{path}: family is {manifest.get('family')!r}, expected one of {', '.join(families)}")
+    stored = path.with_suffix(".safetensors")
+    try:
+        tensors = load_file(stored)
+    except (SafetensorError, OSError) as error:
+        raise BadManifest(f"{stored}: cannot be read as safetensors ({error})") from None
+    if not isinstance(manifest["calls"], list) or not manifest["calls"]:
+        raise BadManifest(f"{path}: calls is empty or no list")
+    for number, call in enumerate(manifest["calls"]):
+        if not (isinstance(call, dict) and isinstance(call.get("id"), str)):
+            raise BadManifest(f"{path}: call {number} has no id")
+        if not (isinstance(call.get("outputs"), dict) and call["outputs"]):
+            raise BadManifest(f"{path}: call {call['id']} has no outputs to compare")
+        for name, rule in call["outputs"].items():
+            check_rule(rule, f"{path}: call {call['id']}: {name}")
+            if not list(matching(name, tensors)):
+                raise BadManifest(f"{path}: call {call['id']}: {name} is not in {stored.name}")
+        for name in call.get("inputs", ()):
+            if name not in tensors:
+                raise BadManifest(f"{path}: call {call['id']}: {name} is not in {stored.name}")
+    return Case(path, manifest, tensors)
+
+
+def check_rule(rule: object, where: str) -> None:
+    comparison = rule.get("compare") if isinstance(rule, dict) else None
+    if comparison not in COMPARISONS:
+        raise BadManifest(f"{where}: compare is {comparison!r}, expected one of {', '.join(COMPARISONS)}")
+    for key in COMPARISONS[comparison]:
+        number = rule.get(key)
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < math.inf:
+            raise BadManifest(f"{where}: {key} is {number!r}, expected a number of 0 or more")
+
+
+def matching(name: str, tensors: dict[str, Tensor]) -> Iterator[str]:
+    """Recorded tensors that an output's name means: itself, or with a trailing * all that begin so."""
+    if name.endswith("*"):
+        yield from (stored for stored in sorted(tensors) if stored.startswith(name[:-1]))
+    elif name in tensors:
+        yield name
+
+
+# ---- running -------------------------------------------------------------------------------------
+
+
+def build(case: Case):
+    """(adapter, subject) of a case. Raises BadManifest."""
+    adapter = importlib.import_module(f"tests.parity.{case.manifest['family']}")
+    weights = {
+        name.removeprefix("weights/"): value.float() if value.is_floating_point() else value
+        for name, value in case.tensors.items()
+        if name.startswith("weights/")
+    }
+    try:
+        return adapter, adapter.load(case.manifest, weights)
+    except KeyError as error:
+        raise BadManifest(f"{case.path}: no model can be built without {error}") from None
+    except (ValueError, TypeError) as error:
+        raise BadManifest(f"{case.path}: no model can be built from it ({error})") from None
+
+
+def inputs_of(case: Case, call: dict) -> dict[str, Tensor]:
+    """All inputs, and the recorded outputs that the call's arguments name in words or as they are."""
+    named = set(re.findall(r"outputs/[\w/.]+", json.dumps(call.get("args", {}))))
+    return {name: value for name, value in case.tensors.items() if name.startswith("inputs/") or name in named}
+
+
+def compare(output: str, found: Tensor | None, expected: Tensor, rule: dict) -> Result:
+    comparison = rule["compare"]
+    if found is None:
+        return Result(output, comparison, math.nan, "the adapter did not return it")
+    if found.shape != expected.shape:
+        return Result(output, comparison, math.nan, f"shape {list(found.shape)}, recorded {list(expected.shape)}")
+    found, expected = found.detach().double(), expected.double()
+    # Equal infinities differ by nothing; a nan is never within any limit.
+    difference = torch.where(found == expected, 0, (found - expected).abs())
+    largest = difference.max().item() if difference.numel() else 0.0
+    limit = {
+        "equal": lambda: torch.zeros_like(expected),
+        "allclose": lambda: rule["atol"] + rule["rtol"] * expected.abs(),
+        "max_abs_diff": lambda: torch.full_like(expected, rule["max"]),
+    }[comparison]()
+    # Beside an infinite record the relative limit is infinite too, and would let any number pass.
+    limit = torch.where(expected.isfinite(), limit, 0)
+    outside = int((~(difference <= limit)).sum())
+    return Result(output, comparison, largest, f"{outside} of {found.numel()} values outside" if outside else None)
+
+
+def run_call(case: Case, adapter, subject, call: dict) -> list[Result] | None:
+    """The call's comparisons; None when it is optional and our implementation does not expose it."""
+    recorded = [(name, rule) for pattern, rule in call["outputs"].items() for name in matching(pattern, case.tensors)]
+    try:
+        found = adapter.run(subject, call, inputs_of(case, call))
+    except Unsupported as reason:
+        if call.get("optional"):
+            return None
+        found, problem = {}, f"not supported: {reason}"
+    except Exception as error:  # whatever our code did wrong is this call's failure, and the others still count
+        found, problem = {}, f"{type(error).__name__}: {error}"
+    else:
+        return [compare(name, found.get(name), case.tensors[name], rule) for name, rule in recorded]
+    return [Result(name, rule["compare"], math.nan, problem) for name, rule in recorded]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.parity", description="Compare our models with tensors recorded from the original code."
+    )
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FIXTURE_DIR")
+    options = parser.parse_args(arguments)
+    counts = {"pass": 0, "FAIL": 0, "skipped": 0}
+    try:
+        cases = [case for folder in options.folders for case in read_cases(folder)]
+        for case in cases:
+            adapter, subject = build(case)
+            for call in case.manifest["calls"]:
+                results = run_call(case, adapter, subject, call)
+                counts[report(f"{case.name} {call['id']}", results)] += 1
+    except BadManifest as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    print(f"{counts['pass']} calls passed, {counts['FAIL']} failed, {counts['skipped']} optional ones skipped")
+    return 1 if counts["FAIL"] else 0
+
+
+def report(name: str, results: list[Result] | None) -> str:
+    """Print a call's line, and one per output that failed; returns the verdict."""
+    if results is None:
+        print(f"{name:<50} {'optional, not exposed':<30} {'':>10}  skipped")
+        return "skipped"
+    verdict = "FAIL" if any(result.problem for result in results) else "pass"
+    comparisons = ", ".join(dict.fromkeys(result.comparison for result in results))
+    differences = [result.difference for result in results]
+    largest = math.nan if any(map(math.isnan, differences)) else max(differences)
+    print(f"{name:<50} {comparisons:<30} {largest:>10.2e}  {verdict}")
+    for result in results:
+        if result.problem:
+            print(f"    {result.output}: {result.comparison}, {result.difference:.2e}: {result.problem}")
+    return verdict
+
+
+if __name__ == "__main__":
+    sys.exit(main())
