@@ -453,3 +453,45 @@ def test_cleaning_says_which_package_it_needs(monkeypatch):
     with pytest.raises(ValueError, match=r"needs the package ftfy: pip install -e '\.\[text\]'"):
         captions.T5Features("x", num_slots=5, dim=6)
     assert captions.prepare(" A Cat ", "lower") == "a cat" and captions.prepare(" A Cat ", "none") == " A Cat "
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+def test_two_ranks_train_a_text_conditional_model_under_zero_3(t5_folder, tmp_path):
+    """From captions to a checkpoint that loads: one step in bf16, after which the null caption is still exact."""
+    pytest.importorskip("deepspeed")
+    from mmtensorar import checkpoint, image_tokenizers
+    from mmtensorar.image_tokenizers import llamagen_vq
+    from tests.test_train import run, write_shards
+
+    backbone = tiny_llamagen("text", num_tokens=16, vocab_size=32)
+    backbone.save_pretrained(tmp_path / "gpt")
+    sizes = dict(codebook_size=32, ch=32, num_res_blocks=1, z_channels=8)
+    architecture = llamagen_vq.Architecture(**sizes, encoder_ch_mult=[1, 1], decoder_ch_mult=[1, 1])
+    llamagen_vq.LlamaGenVQ(llamagen_vq.VQModel(architecture), 8).save_pretrained(tmp_path / "vq")
+    recipe = {
+        "run": {"name": "zero", "out": str(tmp_path / "runs")},
+        "backbone": {
+            "name": "llamagen",
+            "path": str(tmp_path / "gpt"),
+            "text_encoder": str(t5_folder),
+            "caption_cleaning": "lower",
+        },
+        "image_tokenizer": {"name": "llamagen_vq", "path": str(tmp_path / "vq")},
+        "tensorar": {"window": 4, "num_heads": 2},
+        "data": {"shards": str(tmp_path / "shards"), "batch_size": 4, "shuffle": 0, "uncond_rate": 0.5},
+        "train": {"steps": 1, "log_every": 1, "save_every": 0, "activation_checkpointing": True},
+        "zero": {"stage": 3},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    write_shards(tmp_path / "shards", image_tokenizers.load(llamagen_vq.Config(**recipe["image_tokenizer"])))
+    done = run(tmp_path, ranks=2)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert "attention: sdpa" in done.stdout
+    loaded = checkpoint.load(tmp_path / "runs" / "zero" / "model")
+    trained = loaded.model.backbone
+    assert torch.equal(trained.prefix.null_caption, backbone.prefix.null_caption)
+    assert not torch.equal(trained.layers[0].attention.wqkv.weight, backbone.layers[0].attention.wqkv.weight)
+    codes = decode(loaded.model, loaded.caption_encoder(["a red circle"]), GREEDY, cfg_scale=2.0).codes
+    assert loaded.image_tokenizer.decode(codes).shape == (1, 3, 8, 8)
