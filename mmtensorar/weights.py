@@ -1,6 +1,6 @@
 """Files of released models: find them, read config.json, fill a module from safetensors or from PyTorch's own files.
 
-PyTorch files (.pt, .pth, .bin) are read with weights_only, so nothing in a downloaded file can run code.
+PyTorch files (.pt, .pth, .ckpt, .bin) are read with weights_only, so nothing in a downloaded file can run code.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ import argparse
 import hashlib
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
@@ -23,7 +24,7 @@ from torch import Tensor
 
 WEIGHTS = "model.safetensors"
 TORCH_WEIGHTS = "pytorch_model.bin"
-TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 
 
 def locate(path: str, *, key: str, weights: bool = True, torch_files: bool = False) -> Path:
@@ -47,6 +48,36 @@ def locate(path: str, *, key: str, weights: bool = True, torch_files: bool = Fal
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{key}: {path} is no folder, nor a Hugging Face id that can be had now ({reason})") from None
+
+
+def locate_checkpoint(path: str, *, key: str) -> Path:
+    """Where a model's weights are: a folder with model.safetensors (or its index), or one weights file.
+
+    path: such a folder or file, a folder with one weights file of any name, a Hugging Face id of such a folder, or an
+    id with a file's name behind it (OWNER/NAME/FILE), which fetches no other file.
+    Raises ValueError naming key and path when there is none, or several.
+    """
+    suffixes = (*TORCH_SUFFIXES, ".safetensors")
+    if not (found := Path(path)).exists():
+        of_file = found.suffix in suffixes
+        if path.count("/") != 1 + of_file or path.startswith((".", "/", "~")):
+            raise ValueError(f"{key}: no {'file' if of_file else 'folder'} {path}")
+        try:
+            if of_file:
+                return Path(hf_hub_download(*path.rsplit("/", 1)))
+            found = Path(snapshot_download(path, allow_patterns=["*.json", *(f"*{suffix}" for suffix in suffixes)]))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{key}: {path} is not here, nor to be had from Hugging Face now ({reason})") from None
+    if found.is_file() or (found / WEIGHTS).is_file() or (found / f"{WEIGHTS}.index.json").is_file():
+        return found
+    files = sorted(file for file in found.iterdir() if file.suffix in suffixes)
+    if len(files) != 1:
+        if not files:
+            raise ValueError(f"{key}: {found} has no {WEIGHTS}, nor another weights file")
+        have = ", ".join(file.name for file in files)
+        raise ValueError(f"{key}: {found} has {have}; give one of these files as the path")
+    return files[0]
 
 
 def read_config(folder: Path, *model_types: str, key: str) -> dict:
@@ -74,6 +105,20 @@ def parse_config(architecture: type[BaseModel], settings: Mapping[str, Any], fol
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ValueError(f"{folder / 'config.json'}: {where + ': ' if where else ''}{first['msg']}") from None
+
+
+def own_config(architecture: type[BaseModel], source: Path, model_type: str):
+    """The config.json in a folder or beside a file as an architecture; None when there is none of that model_type.
+
+    Official checkpoints come without one, or with one that says something else. Raises ValueError naming the file and
+    the first setting that is wrong.
+    """
+    folder = source if source.is_dir() else source.parent
+    try:
+        settings = read_config(folder, model_type, key="path")
+    except ValueError:
+        return None
+    return parse_config(architecture, settings, folder)
 
 
 # ---- tensors -------------------------------------------------------------------------------------
@@ -223,7 +268,9 @@ def _read_torch(path: Path, wrappers: Sequence[str]) -> tuple[dict[str, Tensor],
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        # torch's message is a page; what matters in it is the class that the file wants.
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it holds a {refused[1]}" if refused else (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path}: cannot be read as PyTorch weights ({reason})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds {type(content).__name__}, expected a state dict")
