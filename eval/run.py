@@ -88,6 +88,7 @@ def generate(
 def claim(out: Path, settings: dict) -> None:
     """Record the settings in out, or raise ValueError when it holds images that they did not make."""
     path = out / RECORD
+    settings = json.loads(json.dumps(settings))  # tuples come back from the record as lists
     if not path.is_file():
         if any(item.name.isdigit() for item in out.iterdir()):
             raise ValueError(f"{out} holds images but no {RECORD}, so their origin is unknown; choose another --out")

@@ -6,9 +6,11 @@ never in past keys. Shapes: B batch, P prefix, T image tokens, K window, F facto
 V vocabulary; R rows, B or with guidance 2B.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -17,29 +19,56 @@ from mmtensorar.tensorar import Condition, TensorAR
 from mmtensorar.windows import valid_slots
 
 
+# The settings that may be one number, or a list with one per factor of a code.
+PER_FACTOR = ("temperature", "top_k", "top_p")
+
+
+def per_factor(value: Any, num_factors: int, name: str) -> list:
+    """One number per factor, from a setting that is one number for all or a list of so many. Raises ValueError."""
+    if not isinstance(value, Sequence):
+        return [value] * num_factors
+    if len(value) != num_factors:
+        raise ValueError(
+            f"{name} has {len(value)} numbers ({', '.join(map(str, value))}); expected one number, "
+            f"or one per factor of a code, {num_factors}"
+        )
+    return list(value)
+
+
 @dataclass(frozen=True)
 class Sampler:
     """How a token is drawn from logits.
 
     temperature: > 0. top_k: keep the k likeliest and those as likely as the k-th, 0 keeps
     all. top_p: keep likeliest tokens until they have more than this probability, 1 keeps
-    all. greedy: take the likeliest everywhere; greedy_drafts: only at offsets above 0.
+    all. Each of these is one number, or a list with one per factor of a code. greedy: take
+    the likeliest everywhere; greedy_drafts: only at offsets above 0.
     Raises ValueError for a value out of range.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    temperature: float | Sequence[float] = 1.0
+    top_k: int | Sequence[int] = 0
+    top_p: float | Sequence[float] = 1.0
     greedy: bool = False
     greedy_drafts: bool = False
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"temperature is {self.temperature}; expected a number above 0 (or greedy decoding)")
-        if self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}; expected 0 (off) or more")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; expected a number above 0 and at most 1")
+        self._check("temperature", lambda x: x > 0, "a number above 0 (or greedy decoding)")
+        self._check("top_k", lambda x: x >= 0, "0 (off) or more")
+        self._check("top_p", lambda x: 0 < x <= 1, "a number above 0 and at most 1")
+
+    def _check(self, name: str, fits: Callable[[float], bool], expected: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, Sequence):
+            value = tuple(value)  # a list would make the sampler unhashable, and unlike one with an equal tuple
+            object.__setattr__(self, name, value)
+        if not all(map(fits, value if isinstance(value, tuple) else (value,))):
+            raise ValueError(f"{name} is {value}; expected {expected}")
+
+    def per_factor(self, num_factors: int) -> list[Sampler]:
+        """One sampler of single numbers per factor. Raises ValueError for a list of another length."""
+        columns = [per_factor(getattr(self, name), num_factors, name) for name in PER_FACTOR]
+        return [replace(self, **dict(zip(PER_FACTOR, row, strict=True))) for row in zip(*columns, strict=True)]
 
     def __call__(self, logits: Tensor, uniform: Tensor) -> Tensor:
         """Logits [B, K, V], numbers in [0, 1) [B, K] float64 -> tokens [B, K] int64."""
@@ -89,9 +118,9 @@ class Decoded(NamedTuple):
 def decode(
     model: TensorAR,
     condition: Condition,
-    sampler: Sampler,
+    sampler: Sampler | Callable[[Tensor, Tensor], Tensor],
     *,
-    cfg_scale: float = 1.0,
+    cfg_scale: float | Sequence[float] = 1.0,
     cfg_tokens: int | None = None,
     generator: Generator | Sequence[Generator] | None = None,
     keep_trace: bool = False,
@@ -99,12 +128,15 @@ def decode(
 ) -> Decoded:
     """Generate one image per row of the condition, in T backbone steps whatever the window.
 
-    condition: B rows, on any device. cfg_scale: s in uncond + s (cond - uncond), applied to
-    the logits of every offset; 1 runs no uncond rows. cfg_tokens: guide the first so many steps
-    only; None guides all. generator: one for the batch, or one per row, which makes a row
-    independent of its neighbours; None draws from the global one. progress is called with
-    (tokens done, T) after each step.
-    The model should be in eval mode. Raises ValueError when the number of generators is not B.
+    condition: B rows, on any device. sampler: or any function of logits [B, K, V] and numbers
+    [B, K] to tokens [B, K], called for one factor after the other. cfg_scale: s in
+    uncond + s (cond - uncond), applied to the logits of every offset, one number or one per
+    factor; 1 everywhere runs no uncond rows. The guided token of a factor goes to both halves
+    before the logits of the next. cfg_tokens: guide the first so many steps only; None guides
+    all. generator: one for the batch, or one per row, which makes a row independent of its
+    neighbours; None draws from the global one. progress is called with (tokens done, T) after
+    each step. The model should be in eval mode.
+    Raises ValueError when the number of generators is not B, or of a setting's numbers not F.
     """
     backbone, K = model.backbone, model.window
     T, sizes = backbone.num_tokens, backbone.factor_sizes
@@ -112,9 +144,11 @@ def decode(
     values, mask = condition.values.to(device), condition.mask.to(device)
     B = len(values)
     uniform = _uniform((T, len(sizes), K), B, generator).to(device)  # [B, T, F, K]
+    scales = per_factor(cfg_scale, len(sizes), "cfg_scale")
+    samplers = sampler.per_factor(len(sizes)) if isinstance(sampler, Sampler) else [sampler] * len(sizes)
 
     uncond = torch.zeros(B, dtype=torch.bool, device=device)
-    guided = cfg_scale != 1
+    guided = any(scale != 1 for scale in scales)
     if guided:
         values, mask = values.repeat(2, *[1] * (values.ndim - 1)), mask.repeat(2, 1)
         uncond = torch.cat([uncond, ~uncond])
@@ -140,8 +174,8 @@ def decode(
                 cond_logits, uncond_logits = logits.chunk(2)
                 logits = cond_logits
                 if cfg_tokens is None or t < cfg_tokens:
-                    logits = uncond_logits + cfg_scale * (cond_logits - uncond_logits)
-            tokens = sampler(logits, uniform[:, t, factor])
+                    logits = uncond_logits + scales[factor] * (cond_logits - uncond_logits)
+            tokens = samplers[factor](logits, uniform[:, t, factor])
             window = torch.cat([window, tokens[:, None, :, None]], dim=-1)
         trace[:, t] = window[:, 0] * valid[t, :, None]
         if t + 1 < T:

@@ -33,20 +33,23 @@ from tqdm import tqdm
 
 from mmtensorar import checkpoint
 from mmtensorar.decode import Decoded, Sampler, decode
+from mmtensorar.recipe import one_or_several
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Sampling(Sampler):
-    """A sampler and the guidance scale; cfg_scale 1 is no guidance. Raises ValueError for a value out of range."""
+    """A sampler and the guidance scale, one number or one per factor; 1 is no guidance.
 
-    cfg_scale: float = 1.0
+    Raises ValueError for a value out of range.
+    """
+
+    cfg_scale: float | Sequence[float] = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.cfg_scale >= 0 and isfinite(self.cfg_scale)):
-            raise ValueError(f"cfg_scale is {self.cfg_scale}; expected a number, 0 or more")
+        self._check("cfg_scale", lambda x: x >= 0 and isfinite(x), "a number, 0 or more")
 
 
 class Generator:
@@ -281,11 +284,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--seed", type=int, default=0, help="of each prompt's first image; the next ones count up")
     parser.add_argument("--trace", action="store_true", help="also write each image's windows and revisions")
-    group = parser.add_argument_group("sampling", "defaults come from the checkpoint's recipe")
-    group.add_argument("--cfg-scale", type=float, help="guidance: uncond + scale * (cond - uncond); 1 is off")
-    group.add_argument("--temperature", type=float)
-    group.add_argument("--top-k", type=int, help="keep the k likeliest tokens; 0 keeps all")
-    group.add_argument("--top-p", type=float, help="keep the likeliest tokens with this probability together; 1 keeps all")
+    group = parser.add_argument_group(
+        "sampling", "defaults come from the checkpoint's recipe; A,B gives each factor of a code its own number"
+    )
+    number, count = one_or_several(float), one_or_several(int)
+    group.add_argument("--cfg-scale", type=number, help="guidance: uncond + scale * (cond - uncond); 1 is off")
+    group.add_argument("--temperature", type=number)
+    group.add_argument("--top-k", type=count, help="keep the k likeliest tokens; 0 keeps all")
+    group.add_argument("--top-p", type=number, help="keep likeliest tokens with this probability together; 1 keeps all")
     group.add_argument(
         "--greedy-drafts", action=argparse.BooleanOptionalAction, default=None, help="likeliest token at offsets above 0"
     )

@@ -15,10 +15,10 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from annotated_types import Ge, Gt, Le, Lt, MinLen
@@ -105,13 +105,20 @@ class Zero(Section):
     extra: dict[str, Any] = {}
 
 
-class SamplerSettings(Section):
-    """How pictures are drawn by default: sample grids during training, generation, evaluation."""
+Number = TypeVar("Number")
+PerFactor = Number | Annotated[list[Number], MinLen(1)]
 
-    temperature: float = Field(1.0, gt=0)
-    top_k: int = Field(0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    cfg_scale: float = Field(5.0, ge=0)
+
+class SamplerSettings(Section):
+    """How pictures are drawn by default: sample grids during training, generation, evaluation.
+
+    Each number may be a list with one per factor of a code (two in Open-MAGVIT2).
+    """
+
+    temperature: PerFactor[Annotated[float, Gt(0)]] = 1.0
+    top_k: PerFactor[Annotated[int, Ge(0)]] = 0
+    top_p: PerFactor[Annotated[float, Gt(0), Le(1)]] = 1.0
+    cfg_scale: PerFactor[Annotated[float, Ge(0)]] = 5.0
     greedy_drafts: bool = False
 
 
@@ -198,6 +205,17 @@ def named_section(key: str, settings: Any) -> tuple[Section | None, list[tuple[s
         return config.model_validate(settings), []
     except ValidationError as error:
         return None, _problems(error, (key,), config, settings)
+
+
+def one_or_several(kind: type) -> Callable[[str], Any]:
+    """For a command line: text -> a number, or of comma-separated numbers a list with one per factor of a code."""
+
+    def parse(text: str) -> Any:
+        numbers = [kind(part) for part in text.split(",")]
+        return numbers if len(numbers) > 1 else numbers[0]
+
+    parse.__name__ = f"{kind.__name__} or comma-separated list of one per factor"  # argparse: invalid ... value
+    return parse
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -365,19 +383,24 @@ _SIGNS = {Ge: ">=", Gt: ">", Le: "<=", Lt: "<"}
 
 
 def _expected(kind: Any, field: FieldInfo | None = None) -> str:
-    """A type in words, with the bounds that a field puts on it: `an integer >= 1`."""
+    """A type in words, with the bounds that a field or annotation puts on it: `an integer >= 1`."""
     origin, arguments = get_origin(kind) or kind, get_args(kind)
-    if origin in (Union, UnionType):
+    bounds = field.metadata if field else ()
+    if origin is Annotated:
+        kind, *bounds = arguments
+        words = _expected(kind)
+    elif origin in (Union, UnionType):
         words = " or ".join(map(_expected, arguments))
     elif origin is Literal:
         words = " or ".join(map(repr, arguments))
     elif origin in (list, tuple):
         count = f"{len(arguments)} " if origin is tuple else ""
-        words = f"a list of {count}{_expected(arguments[0]).split()[-1]}s"
+        noun, *rest = _expected(arguments[0]).removeprefix("a ").removeprefix("an ").split(" ")
+        words = " ".join([f"a list of {count}{noun}s", *rest])
     else:
         words = _KINDS.get(origin, "settings (key: value)")
     limits = []
-    for bound in field.metadata if field else ():
+    for bound in bounds:
         if type(bound) in _SIGNS:
             limits.append(f"{_SIGNS[type(bound)]} {getattr(bound, type(bound).__name__.lower())}")
         elif isinstance(bound, MinLen):

@@ -26,7 +26,7 @@ import torch  # noqa: E402
 
 from mmtensorar import backbones, checkpoint, data, image_tokenizers  # noqa: E402
 from mmtensorar import engine as deep  # noqa: E402
-from mmtensorar.decode import Sampler, decode  # noqa: E402
+from mmtensorar.decode import Sampler, decode, per_factor  # noqa: E402
 from mmtensorar.metrics import StepLog, peak_memory_gib  # noqa: E402
 from mmtensorar.recipe import Recipe  # noqa: E402
 
@@ -138,6 +138,9 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
             f"of {engine.module.backbone.factor_sizes} codes, {recipe.image_tokenizer.path} makes {image_tokens[0]} of "
             f"{image_tokens[1]}"
         )
+    # Settings per factor are checked now, not at the first sample grid or by whoever loads the finished model.
+    sampler(recipe).per_factor(len(image_tokens[1]))
+    per_factor(recipe.sampler.cfg_scale, len(image_tokens[1]), "cfg_scale")
 
     if hasattr(recipe.backbone, "attn_implementation"):
         say(f"attention: {recipe.backbone.attn_implementation}")
@@ -243,20 +246,17 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
         say(f"finished {step} steps; the model is in {folder / 'model'}")
 
 
+def sampler(recipe: Recipe) -> Sampler:
+    return Sampler(**recipe.sampler.model_dump(exclude={"cfg_scale"}))
+
+
 def sample(engine, recipe: Recipe, caption_encoder, image_tokenizer, device: torch.device) -> torch.Tensor:
     """One image per train.sample_prompts: pixels [N, 3, H, W] in [-1, 1], on the CPU. Same noise at every call."""
-    settings = recipe.sampler
-    sampler = Sampler(
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        greedy_drafts=settings.greedy_drafts,
-    )
     condition = caption_encoder(list(recipe.train.sample_prompts))
     condition = type(condition)(*(part.to(device) for part in condition))
     generator = torch.Generator(device).manual_seed(recipe.run.seed)
     with deep.whole(engine) as model:
-        decoded = decode(model, condition, sampler, cfg_scale=settings.cfg_scale, generator=generator)
+        decoded = decode(model, condition, sampler(recipe), cfg_scale=recipe.sampler.cfg_scale, generator=generator)
     with torch.no_grad():
         return image_tokenizer.decode(decoded.codes.cpu()).float().cpu()
 

@@ -247,6 +247,47 @@ def test_greedy_drafts_are_greedy_at_drafts_only():
     assert Sampler(greedy=True)(logits, high).tolist() == [[0, 0, 0]]
 
 
+def test_each_factor_has_its_own_settings():
+    """Lists are one number per factor, single numbers are for all; a list of another length is refused."""
+    sampler = Sampler(temperature=[0.5, 2.0], top_k=3, top_p=(0.9, 1), greedy_drafts=True)
+    assert sampler.per_factor(2) == [
+        Sampler(temperature=0.5, top_k=3, top_p=0.9, greedy_drafts=True),
+        Sampler(temperature=2.0, top_k=3, top_p=1, greedy_drafts=True),
+    ]
+    with pytest.raises(ValueError, match=r"temperature has 2 numbers \(0.5, 2.0\); expected one number, or one per factor"):
+        sampler.per_factor(1)
+    with pytest.raises(ValueError, match="cfg_scale has 3 numbers"):
+        decode(make("two_factors", 1), fake_condition(), GREEDY, cfg_scale=[1, 2, 3])
+
+
+def test_one_number_is_that_number_for_every_factor():
+    model = make("two_factors", 3)
+    images = [
+        decode(model, fake_condition(), sampler, cfg_scale=scale, generator=generators(1, 2, 3)).codes
+        for sampler, scale in (
+            (Sampler(temperature=0.8, top_k=4), 3.0),
+            (Sampler(temperature=[0.8, 0.8], top_k=[4, 4]), (3.0, 3.0)),
+        )
+    ]
+    assert torch.equal(*images)
+
+
+def test_a_factors_guidance_is_its_own():
+    """The first factor of the first token knows nothing of the second's scale; the second factor follows it."""
+    model = make("two_factors", 1)
+    seen = {}
+    for scales in ([4.0, 1.0], [4.0, 6.0], [1.0, 6.0]):
+        logits = seen[tuple(scales)] = []
+
+        def keep(shown: Tensor, uniform: Tensor, logits=logits) -> Tensor:
+            logits.append(shown)
+            return torch.zeros_like(uniform, dtype=torch.int64)
+
+        decode(model, fake_condition(), keep, cfg_scale=scales)
+    assert torch.equal(seen[4.0, 1.0][0], seen[4.0, 6.0][0]) and not torch.equal(seen[4.0, 6.0][0], seen[1.0, 6.0][0])
+    assert torch.equal(seen[4.0, 6.0][1], seen[1.0, 6.0][1]) and not torch.equal(seen[4.0, 1.0][1], seen[4.0, 6.0][1])
+
+
 @pytest.mark.parametrize(
     "settings, problem",
     [
@@ -255,6 +296,7 @@ def test_greedy_drafts_are_greedy_at_drafts_only():
         ({"top_k": -1}, "top_k is -1"),
         ({"top_p": 0}, "top_p is 0"),
         ({"top_p": 1.1}, "top_p is 1.1"),
+        ({"temperature": [1.0, 0]}, r"temperature is \(1.0, 0\); expected a number above 0"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, problem):

@@ -72,6 +72,16 @@ def test_settings_come_from_the_recipe_unless_given(generator):
         generator.sampling(cfg_scale=-1.0)
 
 
+def test_a_number_per_factor_on_the_command_line(ckpt, capsys, tmp_path):
+    """Janus has one factor, so a list of one number is fine and a list of two is refused before any picture."""
+    command = ["--ckpt", str(ckpt), "--device", "cpu", "--prompt", "a red circle", "--out", str(tmp_path)]
+    assert generate.main([*command, "--cfg-scale", "1.9,2.0"]) == 2
+    assert "cfg_scale has 2 numbers (1.9, 2.0); expected one number, or one per factor" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        generate.main([*command, "--top-k", "1.5"])
+    assert "invalid int or comma-separated list" in capsys.readouterr().err
+
+
 def test_bf16_runs_on_the_cpu(ckpt):
     generator = Generator.load(ckpt, device="cpu", precision="bf16")
     assert next(generator.model.parameters()).dtype == torch.float32

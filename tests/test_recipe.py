@@ -87,6 +87,9 @@ def test_settings_that_do_not_fit_each_other_come_together(path):
         ("tensorar.offset_weights=unifrm", "'uniform' or 'first_only' or 'geometric' or null, got 'unifrm'"),
         ("tensorar.offset_weights=[1, a, 1, 1]", "expected a list of numbers or 'uniform'"),
         ("train.sample_prompts=[a, 2]", "train.sample_prompts  expected a list of texts, got ['a', 2]"),
+        ("sampler.top_k=1.5", "expected an integer >= 0 or a list of integers >= 0, not empty, got 1.5"),
+        ("sampler.cfg_scale=[2, -1]", "expected a number >= 0 or a list of numbers >= 0, not empty, got [2, -1]"),
+        ("sampler.top_p=[]", "a list of numbers > 0 and <= 1, not empty, got []"),
         ("run.name=a/b", "run.name  expected text like ^[A-Za-z0-9]"),
         ("tensorar=3", "tensorar  expected settings (key: value), got 3"),
         ("train.steps", "train.steps  expected key=value on the command line"),
@@ -162,6 +165,14 @@ def test_command_line_values_are_yaml(path):
     # Nothing checks what goes to DeepSpeed, so the text "1e9" would get there.
     assert recipe.zero.extra == {"sub_group_size": 1_000_000_000}
     assert recipe.run.name == "1e9"
+
+
+def test_sampler_numbers_may_be_one_per_factor(path):
+    """A code of two factors has two temperatures; what is saved is what was given."""
+    recipe = Recipe.load(path, ["sampler.cfg_scale=[1.9, 2]", "sampler.temperature=1.1"])
+    assert (recipe.sampler.cfg_scale, recipe.sampler.temperature, recipe.sampler.top_k) == ([1.9, 2.0], 1.1, 0)
+    recipe.save(path.with_name("resolved.yaml"))
+    assert Recipe.load(path.with_name("resolved.yaml")) == recipe
 
 
 def test_the_last_override_wins(path):

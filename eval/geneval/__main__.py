@@ -25,6 +25,7 @@ from eval.geneval import ceiling
 from eval.geneval import suite as suites
 from eval.geneval.score import by_class, judge, summarize
 from eval.geneval.suite import Suite
+from mmtensorar.recipe import one_or_several
 
 NUM_IMAGES = 4  # per prompt, as GenEval
 
@@ -149,7 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     group = parser.add_argument_group("sampling, with --ckpt", "defaults come from the checkpoint's recipe")
     for name, kind in (("--cfg-scale", float), ("--temperature", float), ("--top-k", int), ("--top-p", float)):
-        group.add_argument(name, type=kind)
+        group.add_argument(name, type=one_or_several(kind), help="A,B gives each factor of a code its own number")
     group.add_argument("--greedy-drafts", action=argparse.BooleanOptionalAction, default=None)
     group.add_argument("--batch-size", type=int, default=16, help="images at a time (default 16)")
     group.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU if there is one")
