@@ -9,6 +9,8 @@ are recomputed; attention adds 4 D S per token and layer forward (causal, half o
 
 from __future__ import annotations
 
+from torch import nn
+
 from mmtensorar import backbones, checkpoint, tensorar
 from mmtensorar.recipe import Recipe
 
@@ -44,12 +46,15 @@ def flops_per_step(recipe: Recipe, model) -> tuple[int, int]:
     K, T, D = model.window, model.backbone.num_tokens, model.backbone.dim
     prefix_len = prompt_tokens(model)
     rows = prefix_len + T
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     per_sample = 0
     for name, parameter in model.named_parameters():
-        if parameter.ndim < 2 or "embed_tokens" in name or "embeddings" in name or "offset_" in name:
+        if parameter.ndim < 2 or id(parameter) in tables or "offset_" in name:
             continue
         # The embedding maps and the codec see K slots of each window, the head predicts K tokens.
-        if name.startswith("backbone.head") or name.startswith("backbone.embed") or name.startswith("encoder"):
+        if name.startswith("backbone.head.factorized_blocks"):
+            times = 3 * K * T  # one place for the first factor, two for the second
+        elif name.startswith("backbone.head") or name.startswith("backbone.embed") or name.startswith("encoder"):
             times = K * T
         elif name.startswith("decoder"):
             times = (K + 1) * T

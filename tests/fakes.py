@@ -153,3 +153,30 @@ def llamagen_condition(backbone, batch: int = 3) -> Condition:
     mask = torch.arange(config.prefix_len) >= (2 * torch.arange(batch) % config.prefix_len)[:, None]
     features = torch.randn(batch, config.prefix_len, config.caption_dim, generator=torch.Generator().manual_seed(1))
     return Condition(features * mask[..., None], mask)
+
+
+def tiny_open_magvit2(side: int = 3):
+    """A real Open-MAGVIT2 backbone with random weights, width 32, side * side tokens of 2 + 3 bits, 5 classes."""
+    from mmtensorar.backbones import open_magvit2
+
+    config = open_magvit2.Architecture(
+        dim=32,
+        num_heads=2,
+        spatial_layers=2,
+        factorized_layers=2,
+        factorized_bits=(2, 3),
+        num_classes=5,
+        grid=side,
+        ffn_width=48,
+    )
+    backbone = open_magvit2.OpenMagvit2Backbone(config)
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            # Large enough that the likeliest token is not a matter of rounding; norms stay about 1.
+            parameter.copy_(torch.randn(parameter.shape) * 0.3 + (parameter.ndim == 1))
+    return backbone
+
+
+def class_condition(*classes: int) -> Condition:
+    values = torch.tensor(classes)[:, None]
+    return Condition(values, torch.ones_like(values, dtype=torch.bool))
