@@ -79,17 +79,21 @@ def write_tiny_janus(folder: Path) -> None:
     model.model.vqmodel.save_pretrained(folder / "vq")
 
 
-def write_shards(folder: Path, image_tokenizer) -> None:
+CAPTIONS = [["a red circle", "a blue square"], ["a green circle", "a red square"]]
+
+
+def write_shards(folder: Path, image_tokenizer, captions_of_shards: list[list[str]] = CAPTIONS) -> None:
     """Two shards of two samples: with batch 4 every step sees the whole set, however ranks share it."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     shards = []
-    for number, captions in enumerate([["a red circle", "a blue square"], ["a green circle", "a red square"]]):
+    for number, captions in enumerate(captions_of_shards):
         path = folder / f"{number:05d}.tar"
         with tarfile.open(path, "w") as tar:
             for i, caption in enumerate(captions):
                 codes, image = io.BytesIO(), io.BytesIO()
-                np.save(codes, rng.integers(NUM_CODES, size=(1, SIDE * SIDE, 1)).astype(np.uint16))
+                drawn = [rng.integers(size, size=(1, SIDE * SIDE)) for size in image_tokenizer.factor_sizes]
+                np.save(codes, np.stack(drawn, axis=-1).astype(np.uint16))
                 from PIL import Image
 
                 Image.new("RGB", (8, 8)).save(image, "JPEG")
