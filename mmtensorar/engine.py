@@ -264,15 +264,23 @@ def full_state_dict(engine) -> dict[str, Tensor] | None:
     return state
 
 
-def save(engine, folder: Path, *, step: int, keep_last: int) -> None:
-    """Write folder/step_XXXXXX for resuming and delete all but the newest keep_last. Every rank calls it."""
-    tag = f"step_{step:06d}"
-    recorded = {
-        "step": step,
+def _must_match(engine, fingerprint: str) -> dict:
+    """What a run and its continuation have in common besides the recipe."""
+    return {
         "world_size": torch.distributed.get_world_size(),
         "zero_stage": engine.zero_optimization_stage(),
         "grad_accum": engine.gradient_accumulation_steps(),
+        "shards": fingerprint,
     }
+
+
+def save(engine, folder: Path, fingerprint: str, *, step: int, keep_last: int) -> None:
+    """Write folder/step_XXXXXX for resuming and delete all but the newest keep_last. Every rank calls it.
+
+    fingerprint: of the shards (Manifest.fingerprint).
+    """
+    tag = f"step_{step:06d}"
+    recorded = {"step": step, **_must_match(engine, fingerprint)}
     engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step}, save_latest=False)
     barrier()
     if torch.distributed.get_rank() == 0:
@@ -300,25 +308,26 @@ def _recorded(folder: Path, latest: Path) -> dict:
     path = folder / tag / STATE
     if not path.is_file():
         raise ValueError(f"{latest} names {tag!r}, but {path} is missing: the checkpoint is incomplete")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        recorded = None
+    if not isinstance(recorded, dict) or not isinstance(recorded.get("step"), int):
+        raise ValueError(f"{path}: expected JSON with a step, the checkpoint is damaged")
+    return recorded
 
 
-def resume(engine, folder: Path) -> int:
+def resume(engine, folder: Path, fingerprint: str) -> int:
     """Load the checkpoint that `latest` names into the engine; returns its step.
 
-    Raises ValueError when it was written with another number of ranks, ZeRO stage or
-    accumulation: then neither the parts nor the order of the data would continue it.
+    Raises ValueError when it was written with another number of ranks, ZeRO stage or accumulation, or from other
+    shards: then neither the parts nor the order of the data would continue it.
     """
     recorded = _recorded(folder, folder / "latest")
-    now = {
-        "world_size": torch.distributed.get_world_size(),
-        "zero_stage": engine.zero_optimization_stage(),
-        "grad_accum": engine.gradient_accumulation_steps(),
-    }
-    for key, value in now.items():
-        if recorded[key] != value:
+    for key, value in _must_match(engine, fingerprint).items():
+        if recorded.get(key) != value:
             raise ValueError(
-                f"cannot resume {folder}: saved with {key} {recorded[key]}, this run has {value}; "
+                f"cannot resume {folder}: saved with {key} {recorded.get(key)}, this run has {value}; "
                 "start a new run with train.init_from set to a consolidated checkpoint instead"
             )
     loaded, client = engine.load_checkpoint(str(folder), tag=f"step_{recorded['step']:06d}")

@@ -126,7 +126,7 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
         say(f"{folder} is already at step {progress} of {recipe.train.steps}: nothing to do")
         return
     image_tokenizer = image_tokenizers.load(recipe.image_tokenizer)
-    data.preflight(recipe, image_tokenizer, world_size=world_size)
+    fingerprint = data.preflight(recipe, image_tokenizer, world_size=world_size)
 
     # ---- model -------------------------------------------------------------------------------
     engine = deep.start(recipe, world_size, device)
@@ -143,7 +143,7 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
     caption_encoder = backbones.caption_encoder(recipe.backbone)
 
     # ---- resume ------------------------------------------------------------------------------
-    start_step = deep.resume(engine, folder / "checkpoints") if progress is not None else 0
+    start_step = deep.resume(engine, folder / "checkpoints", fingerprint) if progress is not None else 0
     if start_step:
         say(f"continuing {folder} after step {start_step}")
     batches = data.stream(
@@ -222,7 +222,7 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
         # ---- save ----------------------------------------------------------------------------
         last = step == recipe.train.steps or stopped
         if last or (recipe.train.save_every and step % recipe.train.save_every == 0):
-            deep.save(engine, folder / "checkpoints", step=step, keep_last=recipe.train.keep_last)
+            deep.save(engine, folder / "checkpoints", fingerprint, step=step, keep_last=recipe.train.keep_last)
             saved_step = step
             # A stopped run gets no model/: its presence says that the run is finished.
             if step == recipe.train.steps:
