@@ -103,8 +103,10 @@ def save(
     if folder.exists() and not (folder / INDEX).is_file() and any(folder.iterdir()):
         raise ValueError(f"{folder} exists and is not a checkpoint (no {INDEX}): choose another folder")
     if state_dict is not None:
-        model = build(recipe, weights=False)
-        _fill(model, state_dict, "the gathered state dict")
+        # On the meta device the model takes the given tensors over; a second copy in float32 would not fit beside 7B.
+        model = build(recipe, weights=False, device="meta")
+        _check_names(model.state_dict(), state_dict, "the gathered state dict")
+        model.load_state_dict(dict(state_dict), strict=True, assign=True)
     assert model is not None, "save needs a model or a state dict"
 
     partial = folder.with_name(folder.name + ".partial")
