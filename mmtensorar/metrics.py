@@ -124,14 +124,16 @@ def image_grid(pixels: torch.Tensor):
     """Pixels [N, 3, H, W] in [-1, 1] -> one PIL image, as square a grid as N allows, row by row."""
     from PIL import Image
 
-    images = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    num, height, width, _ = images.shape
+    from mmtensorar.generate import to_images
+
+    images = to_images(pixels)
+    num, (width, height) = len(images), images[0].size
     columns = int(num**0.5)
     columns += columns * columns < num
     rows = -(-num // columns)
     grid = Image.new("RGB", (columns * width, rows * height), "white")
     for place, image in enumerate(images):
-        grid.paste(Image.fromarray(image), (place % columns * width, place // columns * height))
+        grid.paste(image, (place % columns * width, place // columns * height))
     return grid
 
 
