@@ -176,12 +176,12 @@ def coverage(shape: str, radius: float, x: float, y: float, size: int) -> np.nda
 def _place(rng: np.random.Generator, count: int, relation: str | None, size: int) -> list[tuple[float, float, float]]:
     """Centres and radii (x, y, radius) that neither touch each other nor the border; by rejection.
 
-    Centres lie on a lattice of 4 pixels and radii are whole pixels (at size 64), so that a small image tokenizer
-    meets each outline in a few places only.
+    Centres lie on a lattice of 8 pixels, the pixels of one image code, and radii are whole pixels (at size 64), so
+    that a small image tokenizer meets each outline in one place only.
     """
     unit = size / 64
-    low, high = {1: (11, 18), 2: (10, 14), 3: (9, 11), 4: (9, 10)}[count]
-    gap, margin, lattice = 3 * unit, 3 * unit, 4 * unit
+    low, high = {1: (11, 18), 2: (10, 13), 3: (9, 11), 4: (9, 10)}[count]
+    gap, margin, lattice = 3 * unit, 3 * unit, 8 * unit
     while True:
         placed: list[tuple[float, float, float]] = []
         for _ in range(60):
@@ -208,10 +208,7 @@ def _place(rng: np.random.Generator, count: int, relation: str | None, size: int
 
 def draw(scene: Scene, rng: np.random.Generator, size: int = 64) -> Image.Image:
     """Draw a scene, anti-aliased, upright shapes that do not touch. size: pixels a side. Returns an RGB image."""
-    first, second = (np.array(GROUNDS[i], np.float32) for i in rng.integers(len(GROUNDS), size=2))
-    ramp = np.linspace(0, 1, size, dtype=np.float32)
-    ramp = ramp[None, :] if rng.random() < 0.5 else ramp[:, None]
-    pixels = first + (second - first) * np.broadcast_to(ramp, (size, size))[..., None]
+    pixels = np.full((size, size, 3), GROUNDS[rng.integers(len(GROUNDS))], np.float32)
     free = [name for name in COLORS if name not in {o.color for o in scene.objects}]
     shared = free[rng.integers(len(free))]
     for item, (x, y, radius) in zip(scene.objects, _place(rng, len(scene.objects), scene.relation, size), strict=True):

@@ -17,11 +17,11 @@ def found(scene: Scene, image) -> bool:
 
 def test_the_detector_confirms_what_was_drawn():
     confirmed = 0
-    for index in range(200):
+    for index in range(1000):
         rng = np.random.default_rng(index)
         scene = sample_scene(rng)
         confirmed += found(scene, draw(scene, rng))
-    assert confirmed >= 198
+    assert confirmed >= 990
 
 
 @pytest.mark.parametrize("shape", SHAPES)
