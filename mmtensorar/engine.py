@@ -171,7 +171,22 @@ def start(recipe: Recipe, world_size: int, device: torch.device):
         config=config,
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
     )
+    if masters := _masters(engine):
+        # Here DeepSpeed makes the moments by a step with zero gradients, which decays the weights and puts the bias
+        # correction one step ahead. Undo it: torch makes them anew at the first real step.
+        engine.optimizer.optimizer.state.clear()
+        for parameter in engine.module.parameters():
+            if id(parameter) in masters:
+                masters[id(parameter)].data.copy_(parameter.data)
     return engine
+
+
+def _masters(engine) -> dict[int, Tensor]:
+    """In bfloat16 without ZeRO: a parameter's id -> its float32 master copy, which DeepSpeed's accessors do not know."""
+    if engine.zero_optimization_stage() or not engine.bfloat16_enabled():
+        return {}
+    groups = zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True)
+    return {id(p): master for group in groups for p, master in zip(*group, strict=True)}
 
 
 def _partitioned_model(recipe: Recipe, config: dict, device: torch.device):
@@ -248,9 +263,11 @@ def full_state_dict(engine) -> dict[str, Tensor] | None:
     Every rank must call it, since ZeRO gathers each parameter from all of them.
     """
     rank = torch.distributed.get_rank()
-    state = {}
+    state, masters = {}, _masters(engine)
     for name, parameter in engine.module.named_parameters(remove_duplicate=False):
-        value = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+        value = masters.get(id(parameter))
+        if value is None and parameter.requires_grad:
+            value = safe_get_full_fp32_param(parameter)
         if value is None:  # no master copy: float32 training without ZeRO, or a frozen parameter
             partitioned = hasattr(parameter, "ds_id")
             with deepspeed.zero.GatheredParameters([parameter], enabled=partitioned):
