@@ -14,7 +14,6 @@ both shapes also have a colour ("a red circle left of a blue star").
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from PIL import Image
@@ -156,21 +155,16 @@ def sample_scene(rng: np.random.Generator, skill: str | None = None) -> Scene:
     return Scene(skill, TEMPLATES[rng.integers(len(TEMPLATES))] % phrase, objects, relation)
 
 
-@lru_cache(maxsize=4096)
-def _coverage_cached(shape: str, radius: float, x: float, y: float, size: int) -> np.ndarray:
-    samples = 6
-    grid = (np.arange(size * samples) + 0.5) / samples
-    u, v = (grid - x) / radius, (grid - y) / radius
-    inside = _INSIDE[shape](u[None, :], v[:, None])
-    return inside.reshape(size, samples, size, samples).mean((1, 3)).astype(np.float32)
-
-
 def coverage(shape: str, radius: float, x: float, y: float, size: int) -> np.ndarray:
     """Share of each pixel that the shape covers, from 6x6 samples a pixel.
 
     radius, x, y: pixels; x, y is the centre. Returns [size, size] float32 in [0, 1].
     """
-    return _coverage_cached(shape, float(radius), float(x), float(y), int(size))
+    samples = 6
+    grid = (np.arange(size * samples) + 0.5) / samples
+    u, v = (grid - x) / radius, (grid - y) / radius
+    inside = _INSIDE[shape](u[None, :], v[:, None])
+    return inside.reshape(size, samples, size, samples).mean((1, 3)).astype(np.float32)
 
 
 def _place(rng: np.random.Generator, count: int, relation: str | None, size: int) -> list[tuple[float, float, float]]:
@@ -214,6 +208,6 @@ def draw(scene: Scene, rng: np.random.Generator, size: int = 64) -> Image.Image:
     for item, (x, y, radius) in zip(scene.objects, _place(rng, len(scene.objects), scene.relation, size), strict=True):
         # Counted things share a colour; otherwise each open colour is drawn on its own.
         name = item.color or (shared if scene.skill == "counting" else free[rng.integers(len(free))])
-        alpha = _coverage_cached.__wrapped__(item.shape, radius, x, y, size)[..., None]
+        alpha = coverage(item.shape, radius, x, y, size)[..., None]
         pixels = pixels + alpha * (np.array(COLORS[name], np.float32) - pixels)
     return Image.fromarray(np.clip(pixels + 0.5, 0, 255).astype(np.uint8), "RGB")

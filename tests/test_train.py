@@ -116,7 +116,7 @@ def finish(process: subprocess.Popen, *, timeout_s: int) -> subprocess.Completed
 
 
 def run(bench: Path, *arguments: str, ranks: int = 1) -> subprocess.CompletedProcess:
-    return finish(start(bench, *arguments, ranks=ranks), timeout_s=240)  # the first ever run compiles a CPU operator
+    return finish(start(bench, *arguments, ranks=ranks), timeout_s=240)
 
 
 def run_until(number: int, bench: Path, name: str, *arguments: str, ranks: int = 1) -> subprocess.CompletedProcess:

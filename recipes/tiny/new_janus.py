@@ -1,6 +1,6 @@
 """Write an untrained tiny Janus: `python recipes/tiny/new_janus.py --out runs/tiny_start`.
 
-The text tokenizer is a sentencepiece unigram model trained on the shards' captions; the language model has random
+The text tokenizer is a sentencepiece word model trained on the shards' captions; the language model has random
 weights. `recipes/tiny/base.yaml` trains it from there.
 """
 
