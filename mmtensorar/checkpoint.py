@@ -144,6 +144,8 @@ def read_index(folder: str | Path) -> dict:
     found = index.get("format") if isinstance(index, dict) else None
     if found != FORMAT:
         raise ValueError(f"{path}: checkpoint format {found!r}, expected {FORMAT}")
+    if not isinstance(index.get("sha256"), dict) or not isinstance(index.get("step"), int):
+        raise ValueError(f"{path}: expected a step and the sha256 of each file, the checkpoint is damaged")
     return index
 
 
@@ -171,6 +173,9 @@ def saved_recipe(folder: str | Path) -> Recipe:
     backbone = {"path": str(folder / "backbone")}
     if hasattr(recipe.backbone, "text_tokenizer"):
         backbone["text_tokenizer"] = None
+    if hasattr(recipe.backbone, "attn_implementation"):
+        # A matter of the machine that trained; this one may have no flash-attn.
+        backbone["attn_implementation"] = "sdpa"
     return recipe.model_copy(
         update={
             "backbone": recipe.backbone.model_copy(update=backbone),

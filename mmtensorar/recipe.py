@@ -149,6 +149,10 @@ class Recipe(Section):
                 f"tensorar.offset_weights has {len(weights)} numbers, tensorar.window is {self.tensorar.window}; "
                 "expected one number per offset"
             )
+        if isinstance(weights, list) and (min(weights, default=0) < 0 or not any(weights)):
+            problems.append(f"tensorar.offset_weights is {weights}; expected numbers >= 0, at least one above 0")
+        if "stage" in self.zero.extra:
+            problems.append("zero.extra.stage has a setting of its own, zero.stage")
         if self.data.batch_size % self.train.grad_accum:
             problems.append(
                 f"data.batch_size {self.data.batch_size} is not a multiple of train.grad_accum {self.train.grad_accum}"

@@ -178,6 +178,19 @@ def test_other_shards_do_not_continue_a_run(bench, whole_run):
     assert done.returncode == 2 and "saved with shards 0123" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_run_killed_before_its_model_was_written_gets_it(bench, whole_run):
+    """The last checkpoint stands, model/ does not: resuming writes it without a further step."""
+    copy = bench / "runs" / "unwritten"
+    shutil.copytree(bench / "runs" / "whole", copy)
+    shutil.rmtree(copy / "model")
+    (copy / "recipe.yaml").write_text((copy / "recipe.yaml").read_text().replace("name: whole", "name: unwritten"))
+    done = run(bench, "run.name=unwritten", "--resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    written, whole = (load_file(bench / "runs" / name / "model" / checkpoint.CODEC) for name in ("unwritten", "whole"))
+    assert all(torch.equal(written[name], value) for name, value in whole.items())
+    assert rows(bench, "unwritten") == whole_run
+
+
 def test_run_folder_is_complete(bench, whole_run):
     folder = bench / "runs" / "whole"
     assert [row["step"] for row in whole_run] == [1, 2, 3, 4]

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.janus.configuration_janus import JanusConfig
 
 from mmtensorar.backbones import janus
-from mmtensorar.shards import iterate_tar
+from mmtensorar.shards import Manifest, iterate_shard
 
 # Names as in the released text tokenizer; the role marks are whole tokens there too.
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
@@ -83,11 +83,12 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    captions = [
-        sample.members["txt"].decode()
-        for path in sorted(args.shards.glob("*.tar"))[:4]
-        for sample in iterate_tar(path)
-    ]
+    try:
+        shards = Manifest.read(args.shards).shards[:4]
+        captions = [sample.members["txt"].decode() for shard in shards for sample in iterate_shard(args.shards, shard)]
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     text_tokenizer = train_text_tokenizer(captions)
     vq = JanusConfig().vq_config.__class__.from_pretrained(args.image_tokenizer).to_dict()
     vq |= {"projection_dim": args.width, "image_token_embed_dim": args.width}

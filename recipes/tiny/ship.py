@@ -22,8 +22,14 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="sampler.key=value")
     args = parser.parse_args()
-    loaded = checkpoint.load(args.source, dtype=torch.float16)
-    sampler = Recipe.load(args.source / "recipe.yaml", args.overrides).sampler
+    if other := [setting for setting in args.overrides if not setting.startswith("sampler.")]:
+        parser.error(f"{other[0]}: only settings of the sampler can change after training")
+    try:
+        loaded = checkpoint.load(args.source, dtype=torch.float16)
+        sampler = Recipe.load(args.source / "recipe.yaml", args.overrides).sampler
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     recipe = loaded.recipe.model_copy(update={"sampler": sampler})
     checkpoint.save(args.out, loaded.model, recipe, step=checkpoint.read_index(args.source)["step"])
     size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
