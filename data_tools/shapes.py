@@ -14,7 +14,6 @@ both shapes also have a colour ("a red circle left of a blue star").
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from PIL import Image
@@ -156,8 +155,11 @@ def sample_scene(rng: np.random.Generator, skill: str | None = None) -> Scene:
     return Scene(skill, TEMPLATES[rng.integers(len(TEMPLATES))] % phrase, objects, relation)
 
 
-@lru_cache(maxsize=4096)
-def _coverage_cached(shape: str, radius: float, x: float, y: float, size: int) -> np.ndarray:
+def coverage(shape: str, radius: float, x: float, y: float, size: int) -> np.ndarray:
+    """Share of each pixel that the shape covers, from 6x6 samples a pixel.
+
+    radius, x, y: pixels; x, y is the centre. Returns [size, size] float32 in [0, 1].
+    """
     samples = 6
     grid = (np.arange(size * samples) + 0.5) / samples
     u, v = (grid - x) / radius, (grid - y) / radius
@@ -165,23 +167,15 @@ def _coverage_cached(shape: str, radius: float, x: float, y: float, size: int) -
     return inside.reshape(size, samples, size, samples).mean((1, 3)).astype(np.float32)
 
 
-def coverage(shape: str, radius: float, x: float, y: float, size: int) -> np.ndarray:
-    """Share of each pixel that the shape covers, from 6x6 samples a pixel.
-
-    radius, x, y: pixels; x, y is the centre. Returns [size, size] float32 in [0, 1].
-    """
-    return _coverage_cached(shape, float(radius), float(x), float(y), int(size))
-
-
 def _place(rng: np.random.Generator, count: int, relation: str | None, size: int) -> list[tuple[float, float, float]]:
     """Centres and radii (x, y, radius) that neither touch each other nor the border; by rejection.
 
-    Centres lie on a lattice of 4 pixels and radii are whole pixels (at size 64), so that a small image tokenizer
-    meets each outline in a few places only.
+    Centres lie on a lattice of 8 pixels, the pixels of one image code, and radii are whole pixels (at size 64), so
+    that a small image tokenizer meets each outline in one place only.
     """
     unit = size / 64
-    low, high = {1: (11, 18), 2: (10, 14), 3: (9, 11), 4: (9, 10)}[count]
-    gap, margin, lattice = 3 * unit, 3 * unit, 4 * unit
+    low, high = {1: (11, 18), 2: (10, 13), 3: (9, 11), 4: (9, 10)}[count]
+    gap, margin, lattice = 3 * unit, 3 * unit, 8 * unit
     while True:
         placed: list[tuple[float, float, float]] = []
         for _ in range(60):
@@ -208,15 +202,12 @@ def _place(rng: np.random.Generator, count: int, relation: str | None, size: int
 
 def draw(scene: Scene, rng: np.random.Generator, size: int = 64) -> Image.Image:
     """Draw a scene, anti-aliased, upright shapes that do not touch. size: pixels a side. Returns an RGB image."""
-    first, second = (np.array(GROUNDS[i], np.float32) for i in rng.integers(len(GROUNDS), size=2))
-    ramp = np.linspace(0, 1, size, dtype=np.float32)
-    ramp = ramp[None, :] if rng.random() < 0.5 else ramp[:, None]
-    pixels = first + (second - first) * np.broadcast_to(ramp, (size, size))[..., None]
+    pixels = np.full((size, size, 3), GROUNDS[rng.integers(len(GROUNDS))], np.float32)
     free = [name for name in COLORS if name not in {o.color for o in scene.objects}]
     shared = free[rng.integers(len(free))]
     for item, (x, y, radius) in zip(scene.objects, _place(rng, len(scene.objects), scene.relation, size), strict=True):
         # Counted things share a colour; otherwise each open colour is drawn on its own.
         name = item.color or (shared if scene.skill == "counting" else free[rng.integers(len(free))])
-        alpha = _coverage_cached.__wrapped__(item.shape, radius, x, y, size)[..., None]
+        alpha = coverage(item.shape, radius, x, y, size)[..., None]
         pixels = pixels + alpha * (np.array(COLORS[name], np.float32) - pixels)
     return Image.fromarray(np.clip(pixels + 0.5, 0, 255).astype(np.uint8), "RGB")

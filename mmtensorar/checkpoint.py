@@ -103,8 +103,10 @@ def save(
     if folder.exists() and not (folder / INDEX).is_file() and any(folder.iterdir()):
         raise ValueError(f"{folder} exists and is not a checkpoint (no {INDEX}): choose another folder")
     if state_dict is not None:
-        model = build(recipe, weights=False)
-        _fill(model, state_dict, "the gathered state dict")
+        # On the meta device the model takes the given tensors over; a second copy in float32 would not fit beside 7B.
+        model = build(recipe, weights=False, device="meta")
+        _check_names(model.state_dict(), state_dict, "the gathered state dict")
+        model.load_state_dict(dict(state_dict), strict=True, assign=True)
     assert model is not None, "save needs a model or a state dict"
 
     partial = folder.with_name(folder.name + ".partial")
@@ -142,6 +144,8 @@ def read_index(folder: str | Path) -> dict:
     found = index.get("format") if isinstance(index, dict) else None
     if found != FORMAT:
         raise ValueError(f"{path}: checkpoint format {found!r}, expected {FORMAT}")
+    if not isinstance(index.get("sha256"), dict) or not isinstance(index.get("step"), int):
+        raise ValueError(f"{path}: expected a step and the sha256 of each file, the checkpoint is damaged")
     return index
 
 
@@ -169,6 +173,9 @@ def saved_recipe(folder: str | Path) -> Recipe:
     backbone = {"path": str(folder / "backbone")}
     if hasattr(recipe.backbone, "text_tokenizer"):
         backbone["text_tokenizer"] = None
+    if hasattr(recipe.backbone, "attn_implementation"):
+        # A matter of the machine that trained; this one may have no flash-attn.
+        backbone["attn_implementation"] = "sdpa"
     return recipe.model_copy(
         update={
             "backbone": recipe.backbone.model_copy(update=backbone),

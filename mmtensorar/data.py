@@ -39,8 +39,11 @@ SHARD_ORDER, DRAWS = 0, 1
 # ---- before training -------------------------------------------------------------------------
 
 
-def preflight(recipe: Recipe, image_tokenizer, *, world_size: int) -> None:
-    """Raise ValueError, naming both sides, when the shards do not fit the recipe's image tokenizer or the ranks."""
+def preflight(recipe: Recipe, image_tokenizer, *, world_size: int) -> str:
+    """The fingerprint of the shards.
+
+    Raises ValueError, naming both sides, when they do not fit the recipe's image tokenizer or the ranks.
+    """
     folder = recipe.data.shards
     manifest = Manifest.read(folder)
     codes = _codes(manifest, folder)
@@ -60,6 +63,7 @@ def preflight(recipe: Recipe, image_tokenizer, *, world_size: int) -> None:
             f"recipe's is {image_tokenizer.name} {image_tokenizer.weight_hash[:12]}; run data_tools/encode_codes.py again"
         )
     _check_num_shards(recipe, manifest, world_size)
+    return manifest.fingerprint
 
 
 def _codes(manifest: Manifest, folder: str) -> Codes:

@@ -17,6 +17,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed  # noqa: E402
+import deepspeed.ops  # noqa: E402
 from deepspeed.utils import safe_get_full_fp32_param  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -53,6 +54,9 @@ def start_process_group(local_rank: int) -> tuple[int, int, torch.device]:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+    if device.type == "cpu":
+        # DeepSpeed would compile it here, and fail where there is no C++ compiler; gloo does the same work.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
     return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
 
@@ -171,7 +175,22 @@ def start(recipe: Recipe, world_size: int, device: torch.device):
         config=config,
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
     )
+    if masters := _masters(engine):
+        # Here DeepSpeed makes the moments by a step with zero gradients, which decays the weights and puts the bias
+        # correction one step ahead. Undo it: torch makes them anew at the first real step.
+        engine.optimizer.optimizer.state.clear()
+        for parameter in engine.module.parameters():
+            if id(parameter) in masters:
+                masters[id(parameter)].data.copy_(parameter.data)
     return engine
+
+
+def _masters(engine) -> dict[int, Tensor]:
+    """In bfloat16 without ZeRO: a parameter's id -> its float32 master copy, which DeepSpeed's accessors do not know."""
+    if engine.zero_optimization_stage() or not engine.bfloat16_enabled():
+        return {}
+    groups = zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True)
+    return {id(p): master for group in groups for p, master in zip(*group, strict=True)}
 
 
 def _partitioned_model(recipe: Recipe, config: dict, device: torch.device):
@@ -248,9 +267,11 @@ def full_state_dict(engine) -> dict[str, Tensor] | None:
     Every rank must call it, since ZeRO gathers each parameter from all of them.
     """
     rank = torch.distributed.get_rank()
-    state = {}
+    state, masters = {}, _masters(engine)
     for name, parameter in engine.module.named_parameters(remove_duplicate=False):
-        value = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+        value = masters.get(id(parameter))
+        if value is None and parameter.requires_grad:
+            value = safe_get_full_fp32_param(parameter)
         if value is None:  # no master copy: float32 training without ZeRO, or a frozen parameter
             partitioned = hasattr(parameter, "ds_id")
             with deepspeed.zero.GatheredParameters([parameter], enabled=partitioned):
@@ -264,15 +285,23 @@ def full_state_dict(engine) -> dict[str, Tensor] | None:
     return state
 
 
-def save(engine, folder: Path, *, step: int, keep_last: int) -> None:
-    """Write folder/step_XXXXXX for resuming and delete all but the newest keep_last. Every rank calls it."""
-    tag = f"step_{step:06d}"
-    recorded = {
-        "step": step,
+def _must_match(engine, fingerprint: str) -> dict:
+    """What a run and its continuation have in common besides the recipe."""
+    return {
         "world_size": torch.distributed.get_world_size(),
         "zero_stage": engine.zero_optimization_stage(),
         "grad_accum": engine.gradient_accumulation_steps(),
+        "shards": fingerprint,
     }
+
+
+def save(engine, folder: Path, fingerprint: str, *, step: int, keep_last: int) -> None:
+    """Write folder/step_XXXXXX for resuming and delete all but the newest keep_last. Every rank calls it.
+
+    fingerprint: of the shards (Manifest.fingerprint).
+    """
+    tag = f"step_{step:06d}"
+    recorded = {"step": step, **_must_match(engine, fingerprint)}
     engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step}, save_latest=False)
     barrier()
     if torch.distributed.get_rank() == 0:
@@ -300,25 +329,26 @@ def _recorded(folder: Path, latest: Path) -> dict:
     path = folder / tag / STATE
     if not path.is_file():
         raise ValueError(f"{latest} names {tag!r}, but {path} is missing: the checkpoint is incomplete")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        recorded = None
+    if not isinstance(recorded, dict) or not isinstance(recorded.get("step"), int):
+        raise ValueError(f"{path}: expected JSON with a step, the checkpoint is damaged")
+    return recorded
 
 
-def resume(engine, folder: Path) -> int:
+def resume(engine, folder: Path, fingerprint: str) -> int:
     """Load the checkpoint that `latest` names into the engine; returns its step.
 
-    Raises ValueError when it was written with another number of ranks, ZeRO stage or
-    accumulation: then neither the parts nor the order of the data would continue it.
+    Raises ValueError when it was written with another number of ranks, ZeRO stage or accumulation, or from other
+    shards: then neither the parts nor the order of the data would continue it.
     """
     recorded = _recorded(folder, folder / "latest")
-    now = {
-        "world_size": torch.distributed.get_world_size(),
-        "zero_stage": engine.zero_optimization_stage(),
-        "grad_accum": engine.gradient_accumulation_steps(),
-    }
-    for key, value in now.items():
-        if recorded[key] != value:
+    for key, value in _must_match(engine, fingerprint).items():
+        if recorded.get(key) != value:
             raise ValueError(
-                f"cannot resume {folder}: saved with {key} {recorded[key]}, this run has {value}; "
+                f"cannot resume {folder}: saved with {key} {recorded.get(key)}, this run has {value}; "
                 "start a new run with train.init_from set to a consolidated checkpoint instead"
             )
     loaded, client = engine.load_checkpoint(str(folder), tag=f"step_{recorded['step']:06d}")

@@ -55,8 +55,8 @@ class Sampling(Sampler):
 class Generator:
     """A loaded checkpoint that turns prompts into images.
 
-    An image depends on its prompt and seed alone: every row draws from its own generator, so the same seed gives
-    the same random numbers in any batch. A row's floats may still differ in the last bits between batches, because
+    Every row draws from its own generator, so the same prompt and seed give the same random numbers in any batch. A row's
+    floats may still differ in the last bits between batches, because
     prompts are padded to the longest of the batch, and then a token near a tie may come out differently. Equal
     batches give equal images.
     """

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 
 def peak_memory_gib() -> float:
@@ -102,9 +103,9 @@ class StepLog:
             f"{left_min:.0f} min left"
         )
 
-    def images(self, step: int, pixels: torch.Tensor) -> Path:
-        """Save pixels [N, 3, H, W] in [-1, 1] as one grid, samples/step_N.png; returns its path."""
-        grid = image_grid(pixels)
+    def images(self, step: int, images: list[Image.Image]) -> Path:
+        """Save pictures as one grid, samples/step_N.png; returns its path."""
+        grid = image_grid(images)
         path = self.folder / "samples" / f"step_{step}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         grid.save(path)
@@ -120,18 +121,15 @@ class StepLog:
             self.curves.close()
 
 
-def image_grid(pixels: torch.Tensor):
-    """Pixels [N, 3, H, W] in [-1, 1] -> one PIL image, as square a grid as N allows, row by row."""
-    from PIL import Image
-
-    images = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    num, height, width, _ = images.shape
+def image_grid(images: list[Image.Image]) -> Image.Image:
+    """Pictures of one size -> one picture, as square a grid as their number allows, row by row."""
+    num, (width, height) = len(images), images[0].size
     columns = int(num**0.5)
     columns += columns * columns < num
     rows = -(-num // columns)
     grid = Image.new("RGB", (columns * width, rows * height), "white")
     for place, image in enumerate(images):
-        grid.paste(Image.fromarray(image), (place % columns * width, place // columns * height))
+        grid.paste(image, (place % columns * width, place // columns * height))
     return grid
 
 

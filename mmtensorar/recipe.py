@@ -22,8 +22,9 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from annotated_types import Ge, Gt, Le, Lt, MinLen
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 
 class RecipeError(ValueError):
@@ -34,6 +35,15 @@ class Section(BaseModel):
     """A group of settings: unknown keys are refused, values do not change after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic takes true for 1.
+        kind = cls.model_fields[info.field_name].annotation
+        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
+            raise PydanticCustomError("truth", "true and false are no numbers")
+        return value
 
 
 class Run(Section):
@@ -147,6 +157,10 @@ class Recipe(Section):
                 f"tensorar.offset_weights has {len(weights)} numbers, tensorar.window is {self.tensorar.window}; "
                 "expected one number per offset"
             )
+        if isinstance(weights, list) and (min(weights, default=0) < 0 or not any(weights)):
+            problems.append(f"tensorar.offset_weights is {weights}; expected numbers >= 0, at least one above 0")
+        if "stage" in self.zero.extra:
+            problems.append("zero.extra.stage has a setting of its own, zero.stage")
         if self.data.batch_size % self.train.grad_accum:
             problems.append(
                 f"data.batch_size {self.data.batch_size} is not a multiple of train.grad_accum {self.train.grad_accum}"

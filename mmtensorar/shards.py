@@ -250,6 +250,12 @@ class Manifest(_Record):
             raise ValueError("two shards have the same name")
         return self
 
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the shards' names and contents: two sets with one fingerprint feed a run alike."""
+        content = json.dumps([[shard.name, shard.num_samples, shard.sha256] for shard in self.shards])
+        return hashlib.sha256(content.encode()).hexdigest()
+
     @classmethod
     def read(cls, folder: Path | str) -> Manifest:
         """The manifest of a shard folder, whose shards are all there (their content is not read).

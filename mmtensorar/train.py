@@ -27,10 +27,12 @@ import torch  # noqa: E402
 from mmtensorar import backbones, checkpoint, data, image_tokenizers  # noqa: E402
 from mmtensorar import engine as deep  # noqa: E402
 from mmtensorar.decode import Sampler, decode, per_factor  # noqa: E402
+from mmtensorar.generate import to_images  # noqa: E402
 from mmtensorar.metrics import StepLog, peak_memory_gib  # noqa: E402
 from mmtensorar.recipe import Recipe  # noqa: E402
 
-# Settings that may change between a run and its continuation: none of them alters a past step.
+# Settings that may change between a run and its continuation: none of them alters a past step. (Other train.steps do
+# stretch the rest of the learning rate's cosine; a run extended so is not one that was planned longer.)
 FREE_ON_RESUME = {
     "run": {"out"},
     "train": {"steps", "log_every", "save_every", "sample_every", "sample_prompts", "keep_last", "resume"},
@@ -122,11 +124,12 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
     deep.micro_batch_size(recipe, world_size)
     progress = find_progress(recipe, resume=resume)
     deep.barrier()  # nobody writes to the run folder before everybody has looked at it
-    if progress is not None and progress >= recipe.train.steps:
+    exported = (folder / "model" / checkpoint.INDEX).is_file() and checkpoint.read_index(folder / "model")["step"]
+    if progress is not None and progress >= recipe.train.steps and exported == progress:
         say(f"{folder} is already at step {progress} of {recipe.train.steps}: nothing to do")
         return
     image_tokenizer = image_tokenizers.load(recipe.image_tokenizer)
-    data.preflight(recipe, image_tokenizer, world_size=world_size)
+    fingerprint = data.preflight(recipe, image_tokenizer, world_size=world_size)
 
     # ---- model -------------------------------------------------------------------------------
     engine = deep.start(recipe, world_size, device)
@@ -149,7 +152,7 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
     caption_encoder = backbones.caption_encoder(recipe.backbone)
 
     # ---- resume ------------------------------------------------------------------------------
-    start_step = deep.resume(engine, folder / "checkpoints") if progress is not None else 0
+    start_step = deep.resume(engine, folder / "checkpoints", fingerprint) if progress is not None else 0
     if start_step:
         say(f"continuing {folder} after step {start_step}")
     batches = data.stream(
@@ -223,23 +226,24 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
             # from all ranks, so rank 0 alone would wait for ever.
             pixels = sample(engine, recipe, caption_encoder, image_tokenizer, device)
             if log is not None:
-                log.images(step, pixels)
+                log.images(step, to_images(pixels))
 
         # ---- save ----------------------------------------------------------------------------
         last = step == recipe.train.steps or stopped
         if last or (recipe.train.save_every and step % recipe.train.save_every == 0):
-            deep.save(engine, folder / "checkpoints", step=step, keep_last=recipe.train.keep_last)
+            deep.save(engine, folder / "checkpoints", fingerprint, step=step, keep_last=recipe.train.keep_last)
             saved_step = step
-            # A stopped run gets no model/: its presence says that the run is finished.
-            if step == recipe.train.steps:
-                state_dict = deep.full_state_dict(engine)
-                if first:
-                    checkpoint.save(folder / "model", None, recipe, state_dict=state_dict, step=step)
-                deep.barrier()
 
     # ---- finish ------------------------------------------------------------------------------
     if log is not None:
         log.close()
+    if step >= recipe.train.steps:
+        # A stopped run gets no model/: its presence says that the run is finished. Outside the loop, so that a run
+        # killed between its last checkpoint and this line gets it when it is resumed.
+        state_dict = deep.full_state_dict(engine)
+        if first:
+            checkpoint.save(folder / "model", None, recipe, state_dict=state_dict, step=step)
+        deep.barrier()
     if step < recipe.train.steps:
         say(f"stopped by a signal after step {step}; saved to {folder / 'checkpoints'}. Add --resume to continue")
     else:

@@ -198,6 +198,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; nothing was written, the same command starts afresh", file=sys.stderr)
+        return 130
     return 0
 
 

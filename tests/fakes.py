@@ -1,4 +1,6 @@
-"""A tiny backbone with every seam of the protocol, for tests that need no released model."""
+"""Tiny backbones for tests that need no released model: one with every seam of the protocol, and Janus itself."""
+
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -105,29 +107,65 @@ def fake_condition(batch: int = 3, length: int = 5) -> Condition:
 
 def tiny_janus(num_codes: int = 11, side: int = 3):
     """A real Janus backbone with random weights, width 16, side * side image tokens; takes fake_condition's words."""
-    from transformers import JanusConfig
-
     from mmtensorar.backbones import janus
 
-    config = JanusConfig(
-        text_config=dict(
-            model_type="llama",
-            vocab_size=12,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            pad_token_id=PAD,
-            # Large enough that the likeliest token is not a matter of rounding.
-            initializer_range=0.3,
-        ),
+    text = dict(vocab_size=12, hidden_size=16, intermediate_size=24, max_position_embeddings=64, pad_token_id=PAD)
+    # The range is large enough that the likeliest token is not a matter of rounding.
+    return janus.build(_janus_config(num_codes, side, initializer_range=0.3, **text))
+
+
+def write_tiny_janus(folder: Path, num_codes: int = 32, side: int = 4) -> None:
+    """A random Janus of width 32 with a word-level text tokenizer, in the released layout; its VQ model in folder/vq."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import JanusForConditionalGeneration, PreTrainedTokenizerFast
+
+    special = ["<unk>", "<｜▁pad▁｜>", "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<begin_of_image>", "<end_of_image>"]
+    words = special + ["a", "red", "blue", "green", "circle", "square", "User", "Assistant", ":", "<", ">", "|"]
+    text_tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    text_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    text_tokenizer.add_special_tokens(special)
+    PreTrainedTokenizerFast(
+        tokenizer_object=text_tokenizer,
+        unk_token="<unk>",
+        pad_token="<｜▁pad▁｜>",
+        bos_token="<｜begin▁of▁sentence｜>",
+        eos_token="<｜end▁of▁sentence｜>",
+    ).save_pretrained(folder)
+    text = dict(vocab_size=64, hidden_size=32, intermediate_size=64, max_position_embeddings=256)
+    config = _janus_config(num_codes, side, pad_token_id=1, bos_token_id=2, eos_token_id=3, **text)
+    torch.manual_seed(0)
+    model = JanusForConditionalGeneration(config)
+    model.save_pretrained(folder)
+    model.model.vqmodel.save_pretrained(folder / "vq")
+
+
+def _janus_config(num_codes: int, side: int, *, hidden_size: int, **text):
+    """Two layers and two heads; text: the rest of the language model's settings."""
+    from transformers import JanusConfig
+
+    heads = dict(num_attention_heads=2, num_key_value_heads=2)
+    return JanusConfig(
+        text_config=dict(model_type="llama", hidden_size=hidden_size, num_hidden_layers=2, **heads, **text),
         # transformers derives the code grid from image_size // patch_size.
-        vision_config=dict(image_size=4 * side, patch_size=4),
-        vq_config=dict(num_embeddings=num_codes, embed_dim=8, image_token_embed_dim=16, projection_dim=16),
+        vision_config=dict(
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=4 * side,
+            patch_size=4,
+            projection_dim=hidden_size,
+        ),
+        vq_config=dict(
+            embed_dim=8,
+            num_embeddings=num_codes,
+            latent_channels=8,
+            base_channels=32,
+            channel_multiplier=[1, 1],
+            num_res_blocks=1,
+            image_token_embed_dim=hidden_size,
+            projection_dim=hidden_size,
+        ),
     )
-    return janus.build(config)
 
 
 def tiny_llamagen(condition: str = "class", **changes):

@@ -1,16 +1,18 @@
 """Consolidated checkpoints: what is saved loads again, and a broken folder is named in one sentence."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from mmtensorar import checkpoint
+from mmtensorar import backbones, checkpoint
 from mmtensorar.recipe import Recipe
-from tests.test_train import write_tiny_janus
+from tests.fakes import write_tiny_janus
 
 
 @pytest.fixture(scope="module")
@@ -21,12 +23,12 @@ def bench(tmp_path_factory):
     return folder
 
 
-def make(bench, window: int, **train) -> Recipe:
+def make(bench, window: int, *, num_heads: int = 2, **train) -> Recipe:
     recipe = {
         "run": {"name": "test", "out": str(bench / "runs")},
         "backbone": {"name": "janus", "path": str(bench / "janus")},
         "image_tokenizer": {"name": "janus_vq", "path": str(bench / "janus" / "vq")},
-        "tensorar": {"window": window, "num_heads": 2},
+        "tensorar": {"window": window, "num_heads": num_heads},
         "data": {"shards": "none", "batch_size": 4},
         "train": {"steps": 1, **train},
     }
@@ -48,6 +50,12 @@ def saved(bench):
 
 def equal(a, b) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
 
 
 def test_round_trip(bench, saved):
@@ -79,11 +87,28 @@ def test_window_1_has_no_codec_file(bench, saved):
 def test_init_from_takes_the_codec_only_when_it_fits(bench, saved):
     same = checkpoint.initial_model(make(bench, 3, init_from=str(bench / "model")))
     assert equal(same.state_dict(), saved)
-    other = checkpoint.initial_model(make(bench, 4, init_from=str(bench / "model")))
-    assert equal(checkpoint.codec_state(other.state_dict()), checkpoint.codec_state(checkpoint.initial_model(make(bench, 4)).state_dict()))
-    assert torch.equal(
-        next(other.backbone.parameters()), next(same.backbone.parameters())
-    ), "the backbone comes from the checkpoint either way"
+    # The number of heads changes no shape: the saved codec would load, and compute something else.
+    for window, num_heads in (4, 2), (3, 4):
+        other = checkpoint.initial_model(make(bench, window, num_heads=num_heads, init_from=str(bench / "model")))
+        fresh = checkpoint.initial_model(make(bench, window, num_heads=num_heads))
+        assert equal(checkpoint.codec_state(other.state_dict()), checkpoint.codec_state(fresh.state_dict()))
+        assert equal(other.backbone.state_dict(), same.backbone.state_dict()), "it comes from the checkpoint either way"
+
+
+def test_init_from_a_damaged_folder_is_refused(bench, saved, tmp_path):
+    """Otherwise a training run of days would start from spoilt weights."""
+    shutil.copytree(bench / "model", tmp_path / "model")
+    damage(tmp_path / "model" / "backbone" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"checkpoint .*: backbone/model\.safetensors is damaged, its sha256 is"):
+        checkpoint.initial_model(make(bench, 3, init_from=str(tmp_path / "model")))
+
+
+def test_a_saved_backbone_keeps_its_text_tokenizer(bench, saved):
+    captions = ["a red circle", "a blue square"]
+    before = backbones.caption_encoder(make(bench, 3).backbone)(captions)
+    after = checkpoint.load(bench / "model").caption_encoder(captions)
+    assert all(map(torch.equal, before, after))
+    assert not torch.equal(after.values[0], after.values[1]), "the words are known"
 
 
 def test_absent_folder_is_named(tmp_path):
@@ -92,13 +117,9 @@ def test_absent_folder_is_named(tmp_path):
 
 
 def test_damage_is_named(bench, saved, tmp_path):
-    import shutil
-
     shutil.copytree(bench / "model", tmp_path / "model")
     path = tmp_path / "model" / checkpoint.CODEC
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
+    damage(path)
     with pytest.raises(ValueError, match="tensorar.safetensors is damaged"):
         checkpoint.load(tmp_path / "model")
     path.unlink()

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from mmtensorar import checkpoint, generate
 from mmtensorar.generate import Generator, Sampling, revisions
 from mmtensorar.recipe import Recipe
-from tests.test_train import write_tiny_janus
+from tests.fakes import write_tiny_janus
 
 PROMPTS = ["a red circle", "a blue square"]
 

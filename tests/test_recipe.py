@@ -80,6 +80,9 @@ def test_settings_that_do_not_fit_each_other_come_together(path):
         ("backbone=janus", f"backbone  expected settings with a name ({KNOWN}), got 'janus'"),
         ("backbone.path=", "backbone.path  expected text, not empty, got None"),
         ("train.steps=1.5", "train.steps  expected an integer >= 1, got 1.5"),
+        ("train.steps=true", "train.steps  expected an integer >= 1, got True"),  # which pydantic takes for 1
+        ("tensorar.offset_weights=[1, -1, 1, 1]", "tensorar.offset_weights is [1.0, -1.0, 1.0, 1.0]; expected numbers >= 0"),
+        ("zero.extra.stage=2", "zero.extra.stage has a setting of its own, zero.stage"),
         ("train.precision=fp16", "train.precision  expected 'bf16' or 'fp32', got 'fp16'"),
         ("data.uncond_rate=2", "data.uncond_rate  expected a number >= 0 and <= 1, got 2"),
         ("optim.lr=.inf", "optim.lr  expected a number > 0, got inf"),

@@ -1,10 +1,18 @@
 """The shapes world: captions and pictures agree, and the exact detector reads them back."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from data_tools.shapes import COLORS, SHAPES, SKILLS, Object, Scene, draw, sample_scene
+from eval.geneval import suite
+from eval.geneval.ceiling import measure
 from eval.geneval.detect import ShapesDetector
+from mmtensorar import checkpoint
+from mmtensorar.generate import Generator
+
+SHIPPED = Path(__file__).resolve().parents[1] / "recipes/tiny/weights/base"
 
 
 def found(scene: Scene, image) -> bool:
@@ -17,11 +25,21 @@ def found(scene: Scene, image) -> bool:
 
 def test_the_detector_confirms_what_was_drawn():
     confirmed = 0
-    for index in range(200):
+    for index in range(1000):
         rng = np.random.default_rng(index)
         scene = sample_scene(rng)
         confirmed += found(scene, draw(scene, rng))
-    assert confirmed >= 198
+    assert confirmed >= 990
+
+
+def test_the_shipped_base_is_whole_small_and_good_enough():
+    """At most 8 MB; 95 % of pictures survive its image tokenizer; it generates."""
+    loaded = checkpoint.load(SHIPPED)  # compares every file with its sha256
+    assert sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) <= 8e6
+    bounds = measure(suite.load("shapes"), loaded.image_tokenizer, num_images=200)
+    assert bounds["ceiling"]["round_trip"]["overall"] >= 0.95
+    (image,) = Generator(loaded).images(["a red circle"], [0])
+    assert image.size == (64, 64) and len(image.getcolors(64 * 64)) > 1
 
 
 @pytest.mark.parametrize("shape", SHAPES)

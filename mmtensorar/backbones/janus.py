@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import transformers
 from huggingface_hub import save_torch_state_dict
 from pydantic import Field
 from torch import Tensor, nn
@@ -142,10 +143,16 @@ class JanusBackbone(nn.Module):
 
     @activation_checkpointing.setter
     def activation_checkpointing(self, enabled: bool) -> None:
+        # transformers renamed both; and it warns of missing input embeddings, which only adapters need.
+        model, verbosity = self.language_model, transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()
         if enabled:
-            self.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         elif self._activation_checkpointing:
-            self.language_model.gradient_checkpointing_disable()
+            disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+            disable()
+        transformers.logging.set_verbosity(verbosity)
         self._activation_checkpointing = enabled
 
     def new_cache(self, batch_size: int, max_len: int) -> DynamicCache:
@@ -245,6 +252,8 @@ class _CaptionEncoder:
         self.text_tokenizer = _load_text_tokenizer(section.text_tokenizer or section.path)
         # Ids are looked up by name: the 1B and the 7B number their special tokens differently.
         self.bos_id, self.pad_id = self.text_tokenizer.bos_token_id, self.text_tokenizer.pad_token_id
+        added = self.text_tokenizer.added_tokens_decoder.values()
+        self.special_names = [token.content for token in added if token.special and len(token.content) > 1]
         begin = self.text_tokenizer.convert_tokens_to_ids(BEGIN_OF_IMAGE)
         unknown = {None, self.text_tokenizer.unk_token_id}
         if self.bos_id is None or self.pad_id is None or begin in unknown:
@@ -255,7 +264,7 @@ class _CaptionEncoder:
 
     def __call__(self, captions: Sequence[str]) -> Condition:
         """B captions -> values [B, P] int64, mask [B, P] bool."""
-        prompts = [PROMPT.format(caption=caption) for caption in captions]
+        prompts = [PROMPT.format(caption=self._plain(caption)) for caption in captions]
         # BOS is added here, since whether a tokenizer file does it by itself varies.
         rows = self.text_tokenizer(prompts, add_special_tokens=False)["input_ids"]
         rows = [[self.bos_id, *row] for row in rows]
@@ -263,6 +272,12 @@ class _CaptionEncoder:
         values = torch.tensor([[self.pad_id] * (P - len(row)) + row for row in rows])
         mask = torch.tensor([[False] * (P - len(row)) + [True] * len(row) for row in rows])
         return Condition(values, mask)
+
+    def _plain(self, caption: str) -> str:
+        """The caption with the names of special tokens broken by a space: it is text, and must not end the prompt."""
+        for name in self.special_names:
+            caption = caption.replace(name, f"{name[0]} {name[1:]}")
+        return caption
 
 
 def caption_encoder(section: Config) -> _CaptionEncoder:

@@ -1,6 +1,6 @@
 """Write an untrained tiny Janus: `python recipes/tiny/new_janus.py --out runs/tiny_start`.
 
-The text tokenizer is a sentencepiece unigram model trained on the shards' captions; the language model has random
+The text tokenizer is a sentencepiece word model trained on the shards' captions; the language model has random
 weights. `recipes/tiny/base.yaml` trains it from there.
 """
 
@@ -19,25 +19,25 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.janus.configuration_janus import JanusConfig
 
 from mmtensorar.backbones import janus
-from mmtensorar.shards import iterate_tar
+from mmtensorar.shards import Manifest, iterate_shard
 
 # Names as in the released text tokenizer; the role marks are whole tokens there too.
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 SPECIAL = (BOS, EOS, PAD, "<begin_of_image>", "<end_of_image>", "<image_placeholder>", "<|User|>", "<|Assistant|>")
 
 
-def train_text_tokenizer(captions: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train sentencepiece on captions and return it as a fast tokenizer with Janus's special tokens first."""
+def train_sentencepiece(lines: list[str], model_type: str) -> list[tuple[str, float]]:
+    """Train a sentencepiece model and return its pieces with their log probabilities, the unknown piece first."""
     buffer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        # The prompt template's own characters have to be known pieces too.
-        sentence_iterator=iter(captions + [": \n\n :"] * 10),
+        sentence_iterator=iter(lines),
         model_writer=buffer,
-        vocab_size=vocab_size,
+        vocab_size=1000,  # far above what a caption grammar needs, so all words are kept
         hard_vocab_limit=False,
-        model_type="unigram",
+        model_type=model_type,
+        character_coverage=1.0,
         normalization_rule_name="identity",
-        user_defined_symbols=list(SPECIAL) + ["\n", ":"],
+        user_defined_symbols=["\n"],  # sentencepiece would drop it at the end of a line
         bos_id=-1,
         eos_id=-1,
         pad_id=-1,
@@ -46,7 +46,20 @@ def train_text_tokenizer(captions: list[str], vocab_size: int) -> PreTrainedToke
         minloglevel=2,
     )
     trained = sentencepiece.SentencePieceProcessor(model_proto=buffer.getvalue())
-    pieces = [(trained.id_to_piece(i), trained.get_score(i)) for i in range(trained.get_piece_size())]
+    return [(trained.id_to_piece(i), trained.get_score(i)) for i in range(trained.get_piece_size())]
+
+
+def train_text_tokenizer(captions: list[str]) -> PreTrainedTokenizerFast:
+    """Train sentencepiece on captions and return it as a fast tokenizer with Janus's special tokens first.
+
+    Pieces are the words of the captions; other words fall apart into characters. (Sentencepiece's unigram model
+    looks for pieces in the list of distinct words, where "red" occurs once, and so spelled most colours.)
+    """
+    words = dict(train_sentencepiece(captions, "word"))
+    # The prompt template's own characters have to be known too.
+    letters = [piece for piece, _ in train_sentencepiece(captions + [":"] * 10, "char") if piece not in words]
+    unknown, *rest = words.items()
+    pieces = [unknown, *((name, 0.0) for name in SPECIAL), *rest, *((letter, -40.0) for letter in letters)]
     fast = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=False))
     fast.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first")
     fast.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="first")
@@ -68,15 +81,15 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--vocab-size", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    captions = [
-        sample.members["txt"].decode()
-        for path in sorted(args.shards.glob("*.tar"))[:4]
-        for sample in iterate_tar(path)
-    ]
-    text_tokenizer = train_text_tokenizer(captions, args.vocab_size)
+    try:
+        shards = Manifest.read(args.shards).shards[:4]
+        captions = [sample.members["txt"].decode() for shard in shards for sample in iterate_shard(args.shards, shard)]
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    text_tokenizer = train_text_tokenizer(captions)
     vq = JanusConfig().vq_config.__class__.from_pretrained(args.image_tokenizer).to_dict()
     vq |= {"projection_dim": args.width, "image_token_embed_dim": args.width}
     grid = vq["num_patches"]
