@@ -183,3 +183,19 @@ def _replace(text: str, steps: Sequence[tuple[str, str]]) -> str:
     for pattern, replacement in steps:
         text = re.sub(pattern, replacement, text)
     return text
+
+
+class ClassNumbers:
+    """Class numbers as text ("207", which is what such a sample's caption holds) -> Condition."""
+
+    def __init__(self, num_classes: int):
+        self.num_classes = num_classes
+
+    def __call__(self, captions: Sequence[str]) -> Condition:
+        """B numbers -> values [B, 1] int64, mask [B, 1] bool. Raises ValueError for another caption."""
+        for caption in captions:
+            if not (caption.strip().isdecimal() and int(caption) < self.num_classes):
+                raise ValueError(
+                    f"{caption!r} is no class of this class-conditional backbone; expected 0 to {self.num_classes - 1}"
+                )
+        return Condition(torch.tensor([[int(c)] for c in captions]), torch.ones(len(captions), 1, dtype=torch.bool))

@@ -16,7 +16,7 @@ from tests.parity import __main__ as command
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = ROOT.parent / "shared" / "parity"
-FOLDERS = [FIXTURES / name for name in ("llamagen", "janus") if (FIXTURES / name).is_dir()]
+FOLDERS = [FIXTURES / name for name in ("llamagen", "janus", "open_magvit2") if (FIXTURES / name).is_dir()]
 
 needs_fixtures = pytest.mark.skipif(not FOLDERS, reason="the parity fixtures are not beside this checkout")
 

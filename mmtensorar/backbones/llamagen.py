@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -472,27 +471,11 @@ def _check_claims(section: Config, config: Architecture, path: Path) -> None:
 # ---- conditions ----------------------------------------------------------------------------------
 
 
-class _ClassEncoder:
-    """Class numbers as text ("207", which is what such a sample's caption holds) -> Condition."""
-
-    def __init__(self, num_classes: int):
-        self.num_classes = num_classes
-
-    def __call__(self, captions: Sequence[str]) -> Condition:
-        """B numbers -> values [B, 1] int64, mask [B, 1] bool."""
-        for caption in captions:
-            if not (caption.strip().isdecimal() and int(caption) < self.num_classes):
-                raise ValueError(
-                    f"{caption!r} is no class of this class-conditional backbone; expected 0 to {self.num_classes - 1}"
-                )
-        return Condition(torch.tensor([[int(c)] for c in captions]), torch.ones(len(captions), 1, dtype=torch.bool))
-
-
-def caption_encoder(section: Config) -> _ClassEncoder | captions.T5Features:
+def caption_encoder(section: Config) -> captions.ClassNumbers | captions.T5Features:
     """See mmtensorar.backbones.caption_encoder."""
     config, _ = _find(section)
     if config.condition == "class":
-        return _ClassEncoder(config.num_classes)
+        return captions.ClassNumbers(config.num_classes)
     return captions.T5Features(
         section.text_encoder, num_slots=config.prefix_len, dim=config.caption_dim, cleaning=section.caption_cleaning
     )

@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmtensorar import attention
 from mmtensorar.backbones import Condition, Prefix
+from mmtensorar.captions import ClassNumbers
 from mmtensorar.recipe import Section
 from mmtensorar.weights import Checkpoint, fill, locate_checkpoint, own_config
 
@@ -414,25 +414,8 @@ def _differences(found: Architecture, expected: Architecture) -> str:
     return ", ".join(f"{name} {a}, expected {b}" for (name, a), (_, b) in pairs if a != b)
 
 
-class _ClassEncoder:
-    """Captions that are class numbers -> Condition."""
-
-    def __init__(self, num_classes: int):
-        self.num_classes = num_classes
-
-    def __call__(self, captions: Sequence[str]) -> Condition:
-        """B class numbers, as text -> values [B, 1] int64, mask [B, 1] bool. Raises ValueError for another caption."""
-        for caption in captions:
-            if not (caption.strip().isdecimal() and int(caption) < self.num_classes):
-                raise ValueError(
-                    f"open_magvit2 draws classes: expected a number from 0 to {self.num_classes - 1}, got {caption!r}"
-                )
-        values = torch.tensor([[int(caption)] for caption in captions])
-        return Condition(values, torch.ones_like(values, dtype=torch.bool))
-
-
-def caption_encoder(section: Config) -> _ClassEncoder:
+def caption_encoder(section: Config) -> ClassNumbers:
     """See mmtensorar.backbones.caption_encoder."""
     if section.size is not None or section.path in HUB_IDS:
-        return _ClassEncoder(RELEASED["B"].num_classes)
-    return _ClassEncoder(_config(locate_checkpoint(section.path, key="backbone.path"), None).num_classes)
+        return ClassNumbers(RELEASED["B"].num_classes)
+    return ClassNumbers(_config(locate_checkpoint(section.path, key="backbone.path"), None).num_classes)
