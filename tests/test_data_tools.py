@@ -249,7 +249,7 @@ class FakeImageTokenizer:
     def __init__(self, weight_hash: str = "a" * 64):
         self.weight_hash, self.num_encoded = weight_hash, 0
 
-    def to(self, device):
+    def to(self, device, memory_format=None):
         return self
 
     def encode(self, pixels):
