@@ -18,5 +18,5 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
-clean:
-	rm -rf data runs
+clean: # what the demo made
+	rm -rf data/shapes runs/plain runs/tensorar runs/eval

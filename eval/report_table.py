@@ -78,12 +78,27 @@ def notes(summaries: Mapping[str, dict]) -> str:
     first = next(iter(summaries.values()))
     seeds = [str(s["seed"]) if s.get("seed") is not None else "unknown" for s in summaries.values()]
     seed = seeds[0] if len(set(seeds)) == 1 else ", ".join(f"{s} ({name})" for name, s in zip(summaries, seeds, strict=True))
+    sampling = {name: _sampling(summary) for name, summary in summaries.items()}
+    if len(set(sampling.values())) == 1:
+        sampled = next(iter(sampling.values()))
+    else:
+        sampled = "; ".join(f"{name}: {told}" for name, told in sampling.items())
     pictures = [bound["num_images"] for s in summaries.values() for bound in _bounds(s).values()]
     drawn = f" Ceiling and chance: {pictures[0]} drawn pictures." if pictures else ""
     return (
-        f"Suite {first['suite']}, detector {first['detector']}, seed {seed}. Percent correct [95 % interval, clustered by "
+        f"Suite {first['suite']}, detector {first['detector']}, seed {seed}. Sampling: {sampled}. Percent correct [95 % interval, clustered by "
         f"prompt]; overall is the mean of the skills.{drawn}"
     )
+
+
+def _sampling(summary: dict) -> str:
+    """Window and sampler settings in words; models are compared fairly only when each has those that suit it."""
+    record = summary.get("generation") or {}
+    settings = record.get("sampling")
+    if not settings:
+        return "unknown"
+    told = {"K": record.get("window"), **settings}
+    return ", ".join(f"{key} {value}" for key, value in told.items() if value not in (None, False))
 
 
 def render(summaries: Mapping[str, dict], *, markdown: bool = False) -> str:
@@ -110,6 +125,12 @@ def read_summary(path: Path) -> dict:
     missing = [key for key in ("suite", "detector", "num_images", "skills", "overall") if key not in summary]
     if missing:
         raise ValueError(f"{path}: not a summary of an evaluation, it has no {', '.join(missing)}")
+    try:
+        if not isinstance(summary["skills"], dict):
+            raise TypeError(f"skills, {summary['skills']!r}")
+        rows({"": summary}), notes({"": summary})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: damaged, {type(error).__name__} at {error}") from None
     return summary
 
 

@@ -73,9 +73,28 @@ def initial_model(recipe: Recipe) -> TensorAR:
         same_heads = source.tensorar.num_heads == recipe.tensorar.num_heads  # which no shape shows
         if same_heads and {k: v.shape for k, v in codec.items()} == {k: v.shape for k, v in own.items()}:
             model.load_state_dict(codec, strict=False)
-        else:
+        elif os.environ.get("RANK", "0") == "0":  # without ZeRO-3 every rank comes here
             print(f"note: the codec in {folder} has another shape or number of heads than the recipe's, so a fresh one is trained")
     return model
+
+
+def start_fingerprint(recipe: Recipe) -> str:
+    """sha256 over the files that a run starts from, so that a run is not continued on other weights.
+
+    Of each file its name, size, and first and last MiB count: enough to tell trainings apart, and quick at any size. A
+    hub id stands for itself.
+    """
+    folder = Path(recipe.train.init_from or recipe.backbone.path)
+    files = [folder] if folder.is_file() else sorted(path for path in folder.rglob("*") if path.is_file())
+    digest = hashlib.sha256(b"" if files else str(folder).encode())
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder)} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(2**20))
+            file.seek(max(0, size - 2**20))
+            digest.update(file.read())
+    return digest.hexdigest()
 
 
 def codec_state(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

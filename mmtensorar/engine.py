@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -115,8 +116,6 @@ def settings(recipe: Recipe, world_size: int) -> dict:
     if recipe.zero.offload_optimizer != "none":
         zero["offload_optimizer"] = {"device": recipe.zero.offload_optimizer}
     if recipe.zero.offload_params != "none":
-        if recipe.zero.stage != 3:
-            raise ValueError(f"zero.offload_params needs zero.stage 3, got {recipe.zero.stage}")
         zero["offload_param"] = {"device": recipe.zero.offload_params}
     zero.update(recipe.zero.extra)
     return {
@@ -285,23 +284,23 @@ def full_state_dict(engine) -> dict[str, Tensor] | None:
     return state
 
 
-def _must_match(engine, fingerprint: str) -> dict:
+def _must_match(engine, fingerprints: Mapping[str, str]) -> dict:
     """What a run and its continuation have in common besides the recipe."""
     return {
         "world_size": torch.distributed.get_world_size(),
         "zero_stage": engine.zero_optimization_stage(),
         "grad_accum": engine.gradient_accumulation_steps(),
-        "shards": fingerprint,
+        **fingerprints,
     }
 
 
-def save(engine, folder: Path, fingerprint: str, *, step: int, keep_last: int) -> None:
+def save(engine, folder: Path, fingerprints: Mapping[str, str], *, step: int, keep_last: int) -> None:
     """Write folder/step_XXXXXX for resuming and delete all but the newest keep_last. Every rank calls it.
 
-    fingerprint: of the shards (Manifest.fingerprint).
+    fingerprints: of the run's inputs, {"shards": Manifest.fingerprint, "start": checkpoint.start_fingerprint}.
     """
     tag = f"step_{step:06d}"
-    recorded = {"step": step, **_must_match(engine, fingerprint)}
+    recorded = {"step": step, **_must_match(engine, fingerprints)}
     engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step}, save_latest=False)
     barrier()
     if torch.distributed.get_rank() == 0:
@@ -338,20 +337,36 @@ def _recorded(folder: Path, latest: Path) -> dict:
     return recorded
 
 
-def resume(engine, folder: Path, fingerprint: str) -> int:
-    """Load the checkpoint that `latest` names into the engine; returns its step.
-
-    Raises ValueError when it was written with another number of ranks, ZeRO stage or accumulation, or from other
-    shards: then neither the parts nor the order of the data would continue it.
-    """
+def check_recorded(folder: Path, expected: Mapping[str, object]) -> int:
+    """Step of the checkpoint that `latest` names. Raises ValueError when it was written under other conditions."""
     recorded = _recorded(folder, folder / "latest")
-    for key, value in _must_match(engine, fingerprint).items():
+    for key, value in expected.items():
         if recorded.get(key) != value:
             raise ValueError(
-                f"cannot resume {folder}: saved with {key} {recorded.get(key)}, this run has {value}; "
-                "start a new run with train.init_from set to a consolidated checkpoint instead"
+                f"cannot resume {folder.parent}: saved with {key} {recorded.get(key)}, this run has {value}; delete the "
+                "folder or choose another run.name, and to go on from its model set train.init_from"
             )
-    loaded, client = engine.load_checkpoint(str(folder), tag=f"step_{recorded['step']:06d}")
+    return recorded["step"]
+
+
+def resume(engine, folder: Path, fingerprints: Mapping[str, str]) -> int:
+    """Load the checkpoint that `latest` names into the engine; returns its step.
+
+    Raises ValueError when it is damaged, or was written with another number of ranks, ZeRO stage or accumulation, or
+    from other shards or weights: then neither the parts nor the order of the data would continue it.
+    """
+    step = check_recorded(folder, _must_match(engine, fingerprints))
+    tag = f"step_{step:06d}"
+    try:
+        loaded, client = engine.load_checkpoint(str(folder), tag=tag)
+    except (RuntimeError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise ValueError(_damaged(folder, tag, f"{type(error).__name__}: {error}".splitlines()[0])) from error
     if loaded is None:
-        raise ValueError(f"cannot resume {folder}: DeepSpeed could not load step {recorded['step']}")
+        raise ValueError(_damaged(folder, tag, "files are missing"))
     return client["step"]
+
+
+def _damaged(folder: Path, tag: str, reason: str) -> str:
+    older = sorted(path.name for path in folder.glob("step_*") if path.name != tag)
+    remedy = f"write {older[-1]} into {folder / 'latest'} to go on from there" if older else "no older one is left"
+    return f"cannot resume {folder.parent}: the checkpoint {folder / tag} is damaged ({reason}); {remedy}"

@@ -124,12 +124,15 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
     deep.micro_batch_size(recipe, world_size)
     progress = find_progress(recipe, resume=resume)
     deep.barrier()  # nobody writes to the run folder before everybody has looked at it
+    fingerprints = {"start": checkpoint.start_fingerprint(recipe)}
     exported = (folder / "model" / checkpoint.INDEX).is_file() and checkpoint.read_index(folder / "model")["step"]
+    if progress is not None:
+        deep.check_recorded(folder / "checkpoints", fingerprints)
     if progress is not None and progress >= recipe.train.steps and exported == progress:
         say(f"{folder} is already at step {progress} of {recipe.train.steps}: nothing to do")
         return
     image_tokenizer = image_tokenizers.load(recipe.image_tokenizer)
-    fingerprint = data.preflight(recipe, image_tokenizer, world_size=world_size)
+    fingerprints["shards"] = data.preflight(recipe, image_tokenizer, world_size=world_size)
 
     # ---- model -------------------------------------------------------------------------------
     engine = deep.start(recipe, world_size, device)
@@ -152,9 +155,11 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
     caption_encoder = backbones.caption_encoder(recipe.backbone)
 
     # ---- resume ------------------------------------------------------------------------------
-    start_step = deep.resume(engine, folder / "checkpoints", fingerprint) if progress is not None else 0
+    start_step = deep.resume(engine, folder / "checkpoints", fingerprints) if progress is not None else 0
     if start_step:
         say(f"continuing {folder} after step {start_step}")
+        if first and (planned := Recipe.load(folder / "recipe.yaml", []).train.steps) != recipe.train.steps:
+            say(f"note: train.steps was {planned}, now {recipe.train.steps}: from here the learning rate follows the new length")
     batches = data.stream(
         recipe, caption_encoder, rank=rank, world_size=world_size, skip_batches=start_step * recipe.train.grad_accum
     )
@@ -231,7 +236,7 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
         # ---- save ----------------------------------------------------------------------------
         last = step == recipe.train.steps or stopped
         if last or (recipe.train.save_every and step % recipe.train.save_every == 0):
-            deep.save(engine, folder / "checkpoints", fingerprint, step=step, keep_last=recipe.train.keep_last)
+            deep.save(engine, folder / "checkpoints", fingerprints, step=step, keep_last=recipe.train.keep_last)
             saved_step = step
 
     # ---- finish ------------------------------------------------------------------------------

@@ -239,6 +239,14 @@ def test_table(scored, capsys):
     assert capsys.readouterr().out.startswith("| model ")
 
 
+@pytest.mark.parametrize("damage", [{"skills": {"colors": {}}}, {"overall": 0.5}, {"skills": []}, {"ceiling": {"drawn": {"x": 1}}}])
+def test_a_damaged_summary_is_one_sentence(scored, tmp_path, capsys, damage):
+    path = tmp_path / "summary.json"
+    path.write_text(json.dumps(json.loads((scored["good"] / "summary.json").read_text()) | damage))
+    assert report_table.main([str(path)]) == 2
+    assert f"error: {path}: damaged" in capsys.readouterr().err
+
+
 def test_table_keeps_detectors_apart(scored, tmp_path, capsys):
     summary = json.loads((scored["good"] / "summary.json").read_text()) | {"detector": "other"}
     (tmp_path / "summary.json").write_text(json.dumps(summary))

@@ -183,6 +183,31 @@ def test_other_shards_do_not_continue_a_run(bench, whole_run):
     assert done.returncode == 2 and "saved with shards 0123" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_other_starting_weights_do_not_continue_a_run(bench, whole_run):
+    """A finished fine-tune was reused though the weights it started from had been replaced."""
+    name = cut(bench, "whole", "other_start")
+    janus = bench / "janus_retrained"
+    shutil.copytree(bench / "janus", janus)
+    recipe = bench / "runs" / name / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(bench / "janus") + "\n", str(janus) + "\n", 1))
+    weights = janus / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    done = run(bench, f"run.name={name}", f"backbone.path={janus}", "--resume")
+    assert done.returncode == 2 and "saved with start " in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_damaged_checkpoint_is_one_sentence(bench, whole_run):
+    """Cut off by a full disk, say. An older checkpoint is named where there is one."""
+    name = cut(bench, "whole", "damaged")
+    folder = bench / "runs" / name / "checkpoints" / "step_000002"
+    for path in folder.glob("*.pt"):
+        path.write_bytes(path.read_bytes()[:100])
+    done = run(bench, f"run.name={name}", "--resume")
+    assert done.returncode == 2 and "is damaged" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_a_run_killed_before_its_model_was_written_gets_it(bench, whole_run):
     """The last checkpoint stands, model/ does not: resuming writes it without a further step."""
     copy = bench / "runs" / "unwritten"

@@ -10,6 +10,7 @@ meets them all. The suite measures pictures for known words, not new words.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from itertools import count
 from pathlib import Path
 
@@ -27,7 +28,7 @@ PICTURE_SEED = 30_000
 
 @dataclass(frozen=True)
 class Suite:
-    """prompts: metadata, grouped by skill. classes: what the detector knows. detector: makes it, which may be costly.
+    """prompts: metadata, grouped by skill. classes: what the detector knows. detector: gives it, loaded at the first call.
 
     picture: number -> metadata and a correct picture of the given size in pixels, where the suite can draw them;
     consecutive numbers go round the skills.
@@ -58,7 +59,7 @@ def shapes(num_prompts: int | None = None) -> Suite:
     # The detector's scores are overlaps with a template, cut by itself, and no confidences: GenEval's stricter
     # threshold for counting has no meaning for them.
     settings = Settings(counting_threshold=Settings.threshold)
-    return Suite("shapes", tuple(prompts), SHAPES, ShapesDetector, settings, _shapes_picture)
+    return Suite("shapes", tuple(prompts), SHAPES, cache(ShapesDetector), settings, _shapes_picture)
 
 
 SUITES: dict[str, Callable[[int | None], Suite]] = {"shapes": shapes}
