@@ -81,3 +81,14 @@ def test_the_report_loads_no_weights(monkeypatch):
         monkeypatch.setattr(janus, name, lambda *a, **k: pytest.fail("files were read"))
     text = plan.report(Recipe.load(RECIPES / "janus_pro_7b.yaml"))
     assert "6,591,791,104" in text and "64 GPUs" in text and "FLOPs" in text
+
+
+def test_what_a_plan_without_files_needs_is_said(tmp_path, monkeypatch, capsys):
+    """Released sizes are known here; which of them a missing file would be is not."""
+    monkeypatch.chdir(tmp_path)
+    for name, unsaid in (("llamagen", ["size", "image_size"]), ("open_magvit2", ["size"])):
+        path, keys = f"models/{name}.ckpt", ", ".join(f"backbone.{key}" for key in unsaid)
+        changes = [f"backbone.path={path}", *(f"backbone.{key}=null" for key in unsaid)]
+        assert main([str(RECIPES / name / "b_256.yaml"), *changes, "--plan"]) == 2
+        said = f"no file {path}; to plan a released model without its file, set {keys}\n"
+        assert capsys.readouterr().err == f"error: backbone.path: {said}"

@@ -199,7 +199,8 @@ def test_extends_merges_sections_and_replaces_lists(path):
 def test_another_backbone_takes_no_settings_of_the_one_it_replaces(path):
     """Open-MAGVIT2 on top of a LlamaGen recipe: image_size means nothing to it, and would be refused."""
     top, changed = path.with_name("top.yaml"), path.with_name("changed.yaml")
-    path.write_text(MINIMAL.replace("{name: janus, path: models/janus}", "{name: llamagen, path: a.pt, image_size: 256}"))
+    llamagen = "{name: llamagen, path: a.pt, image_size: 256}"
+    path.write_text(MINIMAL.replace("{name: janus, path: models/janus}", llamagen))
     top.write_text("extends: minimal.yaml\nbackbone: {name: open_magvit2, path: a.ckpt}\n")
     assert Recipe.load(top).backbone.model_dump(exclude_defaults=True) == {"name": "open_magvit2", "path": "a.ckpt"}
     changed.write_text("extends: minimal.yaml\nbackbone: {name: llamagen, path: b.pt}\n")

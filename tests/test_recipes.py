@@ -85,9 +85,10 @@ def test_no_file_repeats_what_it_extends_and_no_two_runs_share_a_folder():
         *bases, (_, stated) = module._with_bases(path)
         if bases:
             base = leaves(module._merge_all(bases))
-            repeated = [key for key, value in leaves(stated).items() if base.get(key) == value]
-            replaced = stated.get("backbone", {}).get("name") or stated.get("image_tokenizer", {}).get("name")
-            assert not repeated or replaced, f"{path}: {repeated}"
+            # Another module's section starts from nothing, so it may happen to say the same.
+            replaced = {key for key in module.PACKAGES if "name" in stated.get(key, {})}
+            repeated = {key for key, value in leaves(stated).items() if base.get(key) == value}
+            assert not {key for key in repeated if key.partition(".")[0] not in replaced}, path
     folders = [Recipe.load(path).run_dir for path in RECIPES]
     assert len(set(folders)) == len(folders)
 
@@ -170,7 +171,8 @@ def write_standin(section: module.Section, target: Path) -> None:
     else:
         # An official file of the transformer holds the image tokenizer too.
         lfq = open_magvit2_lfq.LFQ(open_magvit2_lfq.RELEASED[2])
-        model = open_magvit2.OpenMagvit2Backbone(open_magvit2.RELEASED[re.search(r"AR_256_(\w+)\.ckpt", target.name)[1]])
+        size = re.fullmatch(r"AR_256_(\w+)\.ckpt", target.name)[1]
+        model = open_magvit2.OpenMagvit2Backbone(open_magvit2.RELEASED[size])
         state = {open_magvit2.official_name(name): value for name, value in model.state_dict().items()}
         state |= {open_magvit2_lfq.INSIDE_AR + name: value for name, value in lfq.state_dict().items()}
         torch.save({"state_dict": state, "epoch": 1}, target)
@@ -204,7 +206,7 @@ def one_process():
         signal.signal(number, handler)
 
 
-def shrunken(path: Path, out: Path) -> Recipe:
+def shrunken(path: Path, out: Path, *changes: str) -> Recipe:
     """The recipe as it is, but for the number of steps and samples, and the pixels a side of small pictures."""
     recipe = Recipe.load(path)
     overrides = [f"run.out={out}", f"data.batch_size={2 * recipe.train.grad_accum}", "data.num_workers=0"]
@@ -214,26 +216,56 @@ def shrunken(path: Path, out: Path) -> Recipe:
         overrides.append(f"image_tokenizer.image_size={image_size * 2 // (SCALE * 16)}")
     if importlib.util.find_spec("ftfy") is None and hasattr(recipe.backbone, "caption_cleaning"):
         overrides.append("backbone.caption_cleaning=lower")
-    return Recipe.load(path, overrides)
+    return Recipe.load(path, [*overrides, *changes])
+
+
+def write_shards_of(recipe: Recipe) -> None:
+    from tests.test_train import write_shards
+
+    shards = Path(recipe.data.shards)
+    if not shards.exists():
+        shards.parent.mkdir(parents=True, exist_ok=True)
+        by_class = recipe.backbone.name == "open_magvit2" or getattr(recipe.backbone, "condition", None) == "class"
+        captions = {"captions_of_shards": [["0", "7"], ["207", "999"]]} if by_class else {}
+        write_shards(shards, image_tokenizers.load(recipe.image_tokenizer), **captions)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
 def test_one_real_training_step(path, standins, one_process, tmp_path, monkeypatch):
     from mmtensorar.train import train
-    from tests.test_train import write_shards
 
     monkeypatch.chdir(standins)
     shrink_released(monkeypatch)
     recipe = shrunken(path, tmp_path)
-    shards = Path(recipe.data.shards)
-    if not shards.exists():
-        shards.parent.mkdir(parents=True, exist_ok=True)
-        by_class = recipe.backbone.name == "open_magvit2" or getattr(recipe.backbone, "condition", None) == "class"
-        captions = [["0", "7"], ["207", "999"]] if by_class else [["a red circle", "a blue square"], ["a circle", "a square"]]
-        write_shards(shards, image_tokenizers.load(recipe.image_tokenizer), captions)
+    write_shards_of(recipe)
+    assert "FLOPs" in plan.report(recipe)
     train(recipe)
     (row,) = metrics.read_log(recipe.run_dir / "log.jsonl")
     assert len(row["loss_per_offset"]) == recipe.tensorar.window
     assert math.isfinite(row["loss"]) and row["grad_norm"] > 0
     assert (recipe.run_dir / "samples" / "step_1.png").is_file()
     assert checkpoint.check_files(recipe.run_dir / "model")["step"] == 1
+
+
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        ("backbone.path=models/llamagen/c2i_L_256.pt", "backbone.size is B .*c2i_L_256.pt has width 64"),
+        ("backbone.image_size=384", "c2i_B_256.pt is a checkpoint for 256 pixels"),
+        ("backbone.condition=text", "c2i_B_256.pt is class-conditional"),
+        ("image_tokenizer.image_size=12", "grid: data/imagenet_256_llamagen has images of 4x4 codes"),
+        ("tensorar.num_heads=7", "tensorar.num_heads is 7; expected a divisor"),
+        ("sampler.cfg_scale=[1.9, 2]", "cfg_scale"),
+        ("train.sample_prompts=[a red circle]", "'a red circle' is no class"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_its_files_fails(change, problem, standins, one_process, tmp_path, monkeypatch):
+    """What the stand-ins are for: they are as particular as the released files."""
+    from mmtensorar.train import train
+
+    monkeypatch.chdir(standins)
+    shrink_released(monkeypatch)
+    path = ROOT / "recipes/llamagen/b_256.yaml"
+    write_shards_of(shrunken(path, tmp_path))
+    with pytest.raises(ValueError, match=problem):
+        train(shrunken(path, tmp_path, change))
