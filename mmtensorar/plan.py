@@ -9,6 +9,8 @@ are recomputed; attention adds 4 D S per token and layer forward (causal, half o
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from torch import nn
 
 from mmtensorar import backbones, checkpoint, tensorar
@@ -20,8 +22,16 @@ PROMPT_TOKENS = 32  # a typical caption with the prompt template, where its leng
 
 
 def shapes(recipe: Recipe) -> tensorar.TensorAR:
-    """The recipe's model on the meta device."""
-    return tensorar.build(recipe, backbones.load(recipe.backbone, weights=False, device="meta", sizes_only=True)).to("meta")
+    """The recipe's model on the meta device. Raises ValueError when neither its files nor its sizes are at hand."""
+    section = recipe.backbone
+    try:
+        backbone = backbones.load(section, weights=False, device="meta", sizes_only=True)
+    except ValueError as error:
+        unsaid = [f"backbone.{key}" for key in ("size", "condition", "image_size") if getattr(section, key, "") is None]
+        if unsaid and not Path(section.path).exists():
+            raise ValueError(f"{error}; to plan a released model without its file, set {', '.join(unsaid)}") from None
+        raise
+    return tensorar.build(recipe, backbone).to("meta")
 
 
 def parameters(model) -> dict[str, int]:

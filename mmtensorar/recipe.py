@@ -4,13 +4,17 @@
     python -m mmtensorar.recipe RECIPE.yaml [key=value ...] --plan    sizes, memory and FLOPs; loads no weights
 
 A recipe may start from another one: `extends: other.yaml`, a path relative to the file, whose
-settings come first. Relative paths in settings are relative to the working directory.
+settings come first. Sections are merged key by key; lists are replaced, and so is a backbone or
+image_tokenizer section that changes the name. Relative paths in settings are relative to the
+working directory. The recipe of mmtensorar.train_image_tokenizer is checked and printed too.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import difflib
+import functools
 import importlib
 import os
 import re
@@ -44,6 +48,10 @@ class Section(BaseModel):
         if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
             raise PydanticCustomError("truth", "true and false are no numbers")
         return value
+
+    def dump(self) -> str:
+        """The settings as YAML, which loads again as it is."""
+        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 class Run(Section):
@@ -190,9 +198,6 @@ class Recipe(Section):
         partial.write_text(self.dump(), encoding="utf-8")
         os.replace(partial, path)
 
-    def dump(self) -> str:
-        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-
 
 # ---- sections chosen by name ---------------------------------------------------------------------
 
@@ -237,14 +242,30 @@ def one_or_several(kind: type) -> Callable[[str], Any]:
 
 def read_recipe(model: type[Section], path: str | Path, overrides: Sequence[str] = ()) -> Section:
     """A recipe file with overrides on top, validated by any model; see Recipe.load."""
-    settings = read_settings(path)
+    files = _with_bases(Path(path))
+    settings = _merge_all(files)
+    if model is Recipe and (kind := recipe_class(settings)) is not Recipe:
+        raise RecipeError(f"{path}: a recipe of {kind.__module__}, not of mmtensorar.train")
     problems = []
     for override in overrides:
         problems += _override(settings, override)
     recipe, invalid = _validate(model, settings)
-    if problems + invalid:
-        raise RecipeError(_report(str(path), problems + invalid))
+    given = tuple(override.partition("=")[0] + "." for override in overrides)
+    problems += [(key, text if f"{key}.".startswith(given) else text + _set_in(key, files)) for key, text in invalid]
+    if problems:
+        raise RecipeError(_report(str(path), problems))
     return recipe
+
+
+def recipe_class(settings: dict) -> type[Section]:
+    """What validates a file's settings: Recipe, or the image tokenizer trainer's class.
+
+    A file is the latter's when it has keys of its own at the top and none of Recipe's.
+    """
+    if settings.keys() & Recipe.model_fields.keys():
+        return Recipe
+    other = importlib.import_module("mmtensorar.train_image_tokenizer").ImageTokenizerRecipe
+    return other if settings.keys() & other.model_fields.keys() else Recipe
 
 
 class _Loader(yaml.SafeLoader):
@@ -273,20 +294,25 @@ for _kind in (_Loader, _Dumper):
     _kind.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789"))
 
 
-def read_settings(path: str | Path, _chain: tuple[Path, ...] = ()) -> dict:
+def read_settings(path: str | Path) -> dict:
     """The settings of a recipe file on top of those it extends, before validation.
 
     Raises RecipeError for a file that is missing, is not YAML, or extends itself.
     """
-    path = Path(path)
-    if path.resolve() in _chain:
-        raise RecipeError(f"{path}: extends itself through {' -> '.join(p.name for p in _chain)}")
+    return _merge_all(_with_bases(Path(path)))
+
+
+def _with_bases(path: Path, extended_by: tuple[Path, ...] = ()) -> list[tuple[Path, dict]]:
+    """(file, what it states itself) of a recipe and of all that it extends, the last base first."""
+    if path.resolve() in [user.resolve() for user in extended_by]:
+        raise RecipeError(f"{path}: extends itself through {' -> '.join(user.name for user in extended_by)}")
     try:
         settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         near = _nearest(path.name, [p.name for p in path.parent.glob("*.yaml")]) if path.parent.is_dir() else None
         hint = f"; did you mean {path.parent / near}?" if near else ""
-        raise RecipeError(f"no recipe at {path}{hint}") from None
+        wanted = f", which {extended_by[-1]} extends" if extended_by else ""
+        raise RecipeError(f"no recipe at {path}{wanted}{hint}") from None
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
@@ -300,18 +326,36 @@ def read_settings(path: str | Path, _chain: tuple[Path, ...] = ()) -> dict:
         raise RecipeError(f"{path}: expected settings (key: value), got {found}")
     base = settings.pop("extends", None)
     if base is None:
-        return settings
+        return [(path, settings)]
     if not isinstance(base, str):
         raise RecipeError(f"{path}: extends: expected the path of a recipe, got {base!r}")
-    return _merged(read_settings(path.parent / base, (*_chain, path.resolve())), settings)
+    return [*_with_bases(path.parent / base, (*extended_by, path)), (path, settings)]
+
+
+def _merge_all(files: list[tuple[Path, dict]]) -> dict:
+    # A copy, since overrides change it in place and _set_in wants to know what the files state.
+    return copy.deepcopy(functools.reduce(_merged, (settings for _, settings in files)))
 
 
 def _merged(base: dict, top: dict) -> dict:
     merged = dict(base)
     for key, value in top.items():
         both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        if both and key in PACKAGES and value.get("name", base[key].get("name")) != base[key].get("name"):
+            both = False  # the settings of another module mean nothing to this one
         merged[key] = _merged(base[key], value) if both else value
     return merged
+
+
+def _set_in(key: str, files: list[tuple[Path, dict]]) -> str:
+    """' (in FILE)' for a setting that comes from a base of the last file, else ''."""
+    absent = object()
+    for path, settings in reversed(files):
+        for part in key.split("."):
+            settings = settings.get(part, absent) if isinstance(settings, dict) else absent
+        if settings is not absent:
+            return "" if path == files[-1][0] else f" (in {path})"
+    return ""
 
 
 def _override(settings: dict, override: str) -> list[tuple[str, str]]:
@@ -468,7 +512,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--plan", action="store_true", help="print parameters, memory and FLOPs; loads no weights")
     options = parser.parse_intermixed_args(arguments)
     try:
-        recipe = Recipe.load(options.recipe, options.overrides)
+        recipe = read_recipe(recipe_class(read_settings(options.recipe)), options.recipe, options.overrides)
+        if options.plan and not isinstance(recipe, Recipe):
+            raise RecipeError(f"{options.recipe}: a recipe of {type(recipe).__module__}, for which there is no plan")
         if options.plan:
             from mmtensorar import plan
 

@@ -1,12 +1,13 @@
 """The plan counts the released models without their weights."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from mmtensorar import plan
 from mmtensorar.backbones import janus
-from mmtensorar.recipe import Recipe
+from mmtensorar.recipe import Recipe, main
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
@@ -24,22 +25,37 @@ def test_backbone_counts_are_the_released_models(size, expected):
     assert counts["trainable"] == counts["backbone"] + counts["tensorar"]
 
 
+# The released models' parameters, and the share that the paper says TensorAR adds (its class-conditional table).
 @pytest.mark.parametrize(
-    "size, expected, most", [("B", 343_570_432, 0.027), ("L", 804_362_240, 0.020), ("XL", 1_486_679_040, 0.020)]
+    "name, expected, most",
+    [
+        ("llamagen/b_256", 110_888_448, 4.6),
+        ("llamagen/l_256", 342_910_976, 2.7),
+        ("llamagen/xl_384", 774_699_520, 1.9),
+        ("llamagen/xxl_384", 1_410_972_672, 1.5),
+        ("open_magvit2/b_256", 343_570_432, 2.7),
+        ("open_magvit2/l_256", 804_362_240, 2.0),
+        ("open_magvit2/xl_256", 1_486_679_040, 2.0),  # not in the table
+    ],
 )
-def test_open_magvit2_is_the_released_model_and_the_codec_in_budget(size, expected, most):
-    """The paper adds 2.7 % to B and 2.0 % to L; no file is needed to count."""
-    backbone = f"backbone={{name: open_magvit2, path: AR_256_{size}.ckpt, size: {size}}}"
-    recipe = Recipe.load(RECIPES / "janus_pro_1b.yaml", [backbone, "tensorar.depth=1"])
-    counts = plan.parameters(model := plan.shapes(recipe))
+def test_the_recipes_keep_to_the_papers_budget(name, expected, most, tmp_path, monkeypatch, capsys):
+    """As a user reads it, at depth 1, and with no file of the model here."""
+    monkeypatch.chdir(tmp_path)
+    assert main([str(RECIPES / f"{name}.yaml"), "--plan"]) == 0
+    printed = capsys.readouterr().out
+    backbone, added, share = re.search(r"backbone +([\d,]+)\s+TensorAR +([\d,]+) +\(\+(.*)%\)", printed).groups()
+    backbone, added = (int(number.replace(",", "")) for number in (backbone, added))
+    assert backbone == expected
+    assert 0 < 100 * added / backbone <= most and float(share) == pytest.approx(100 * added / backbone, abs=0.01)
+
+
+def test_flops_of_a_factorised_head():
+    """Six per weight and place, of which the factorised blocks see three per token."""
+    plain = Recipe.load(RECIPES / "open_magvit2" / "b_256_plain.yaml")
+    model = plan.shapes(plain)
     assert all(parameter.is_meta for parameter in model.parameters())
-    assert counts["backbone"] == expected
-    assert counts["tensorar"] / expected <= most
-    # Six per weight and place, of which the factorised blocks see three per token.
-    changes = [backbone, "tensorar.window=1", "train.activation_checkpointing=false"]
-    plain = Recipe.load(RECIPES / "janus_pro_1b.yaml", changes)
-    tokens, flops = plan.flops_per_step(plain, plan.shapes(plain))
-    assert flops / (6 * expected * tokens) == pytest.approx(1.15, abs=0.1)
+    tokens, flops = plan.flops_per_step(plain, model)
+    assert flops / (6 * plan.parameters(model)["backbone"] * tokens) == pytest.approx(1.15, abs=0.1)
 
 
 def test_zero_memory_on_paper():
@@ -65,3 +81,14 @@ def test_the_report_loads_no_weights(monkeypatch):
         monkeypatch.setattr(janus, name, lambda *a, **k: pytest.fail("files were read"))
     text = plan.report(Recipe.load(RECIPES / "janus_pro_7b.yaml"))
     assert "6,591,791,104" in text and "64 GPUs" in text and "FLOPs" in text
+
+
+def test_what_a_plan_without_files_needs_is_said(tmp_path, monkeypatch, capsys):
+    """Released sizes are known here; which of them a missing file would be is not."""
+    monkeypatch.chdir(tmp_path)
+    for name, unsaid in (("llamagen", ["size", "image_size"]), ("open_magvit2", ["size"])):
+        path, keys = f"models/{name}.ckpt", ", ".join(f"backbone.{key}" for key in unsaid)
+        changes = [f"backbone.path={path}", *(f"backbone.{key}=null" for key in unsaid)]
+        assert main([str(RECIPES / name / "b_256.yaml"), *changes, "--plan"]) == 2
+        said = f"no file {path}; to plan a released model without its file, set {keys}\n"
+        assert capsys.readouterr().err == f"error: backbone.path: {said}"

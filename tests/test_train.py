@@ -46,7 +46,7 @@ def write_shards(folder: Path, image_tokenizer, captions_of_shards=CAPTIONS) -> 
         samples = []
         for i, caption in enumerate(captions):
             members = {"jpg": image.getvalue(), "txt": caption.encode(), "json": b"{}"}
-            shape, sizes = (1, SIDE * SIDE), image_tokenizer.factor_sizes
+            shape, sizes = (1, int(np.prod(image_tokenizer.grid))), image_tokenizer.factor_sizes
             drawn = [rng.integers(size, size=shape, dtype=np.uint16) for size in sizes]
             members["codes.npy"] = encode_codes(np.stack(drawn, axis=-1))
             samples.append(Sample(f"{number}{i}", members))
