@@ -13,7 +13,8 @@ LlamaGen's is a file of its own. Numbers stay as they are stored; source.json ha
     open_magvit2   a .ckpt file, {"state_dict": tensors}, with the image tokenizer inside
     janus          a folder in the layout of the Janus it began as (--base, else its recipe's backbone.path), from
                    which come the parts that play no role here: vision tower, its aligner and lm_head
-An image tokenizer's folder can be written back too (llamagen_vq, open_magvit2_lfq).
+An image tokenizer's folder can be written back too (llamagen_vq, open_magvit2_lfq). Open-MAGVIT2's is written as the raw
+weights even where the averaged ones are in use, since a folder of ours holds one of the two.
 
 Neither direction holds more than about one shard in memory (but files older than PyTorch 1.6's format come in whole).
 DST appears when it is complete, and is never replaced.
@@ -40,6 +41,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmtensorar import backbones, checkpoint, deepseek, image_tokenizers
+from mmtensorar.backbones.llamagen import PIXELS_PER_TOKEN
 from mmtensorar.image_tokenizers import janus_vq, open_magvit2_lfq
 from mmtensorar.recipe import Recipe, Section, known_names, named_section
 from mmtensorar.weights import TORCH_SUFFIXES, Checkpoint, Unread, locate_checkpoint, read_config, sha256, write
@@ -67,7 +69,8 @@ SAMPLERS = {
     ("janus", None): {"cfg_scale": 5.0},
 }
 OFFICIAL_VQ = re.compile(r"vq_ds\d+_(c2i|t2i)\.\w+")
-NO_IMAGE_TOKENIZER = {"llamagen": "llamagen_vq", "open_magvit2": "open_magvit2_lfq", "janus": "janus_vq"}
+# Backbone -> the image tokenizer that its files hold too.
+INSIDE = {"open_magvit2": "open_magvit2_lfq", "janus": "janus_vq"}
 
 
 class Source(NamedTuple):
@@ -142,7 +145,8 @@ def convert(
     tokenizer_source = _its_tokenizer(source, image_tokenizer)
     tokenizer_section = None
     if tokenizer_source is not None:
-        pixels = _pixels(unread.model) if tokenizer_source.kind == "llamagen_vq" else None
+        # All LlamaGen backbones are made for 16 pixels a token.
+        pixels = math.isqrt(unread.model.num_tokens) * PIXELS_PER_TOKEN if tokenizer_source.kind == "llamagen_vq" else None
         tokenizer_section = _section("image_tokenizer", tokenizer_source, image_size=pixels)
         loaded = image_tokenizers.load(tokenizer_section)
         _check_fit(source, unread.model, tokenizer_source, loaded)
@@ -154,11 +158,11 @@ def convert(
         # Without one the name and a path that leads nowhere hold its place.
         "image_tokenizer": tokenizer_section.model_dump()
         if tokenizer_section
-        else {"name": NO_IMAGE_TOKENIZER[source.kind], "path": "none"},
+        else {"name": INSIDE.get(source.kind, "llamagen_vq"), "path": "none"},
         "tensorar": {"window": 1},
         "data": {"shards": "none", "batch_size": 1},
         "train": {"steps": 1},
-        "sampler": SAMPLERS[source.kind, condition],
+        "sampler": SAMPLERS.get((source.kind, condition), {}),
     }
     with appearing(folder) as partial:
         partial.mkdir()
@@ -187,8 +191,7 @@ def _its_tokenizer(source: Source, given: str | None) -> Source | None:
     """The image tokenizer given with a backbone, or the one inside it."""
     if given is not None:
         found = find(given, key="--image-tokenizer")
-        inside = {"janus": "janus_vq", "open_magvit2": "open_magvit2_lfq"}
-        if (kind := inside.get(found.kind, found.kind)) not in IMAGE_TOKENIZERS:
+        if (kind := INSIDE.get(found.kind, found.kind)) not in IMAGE_TOKENIZERS:
             raise ValueError(f"--image-tokenizer: {found.path} is a {found.kind} backbone")
         return found._replace(kind=kind)
     if source.kind == "janus":
@@ -196,13 +199,6 @@ def _its_tokenizer(source: Source, given: str | None) -> Source | None:
     if source.kind == "open_magvit2" and any(n.startswith(open_magvit2_lfq.INSIDE_AR) for n in source.tensors.shapes):
         return source._replace(kind="open_magvit2_lfq")
     return None
-
-
-def _pixels(backbone: Any) -> int:
-    """Pixels a side of the images of a LlamaGen, all of which are made for 16 a token."""
-    from mmtensorar.backbones.llamagen import PIXELS_PER_TOKEN
-
-    return math.isqrt(backbone.num_tokens) * PIXELS_PER_TOKEN
 
 
 def _check_fit(source: Source, backbone: Any, tokenizer_source: Source, image_tokenizer: Any) -> None:

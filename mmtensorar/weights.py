@@ -110,6 +110,15 @@ def parse_config(architecture: type[BaseModel], settings: Mapping[str, Any], fol
         raise ValueError(f"{folder / 'config.json'}: {where + ': ' if where else ''}{first['msg']}") from None
 
 
+def hub_config(kind: type, settings: dict[str, Any], folder: Path):
+    """A config.json's settings as a configuration of transformers. Raises ValueError naming the file."""
+    try:
+        return kind.from_dict(settings)
+    except Exception as error:  # any: settings from outside go through code that expects good ones
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{folder / 'config.json'}: no {kind.__name__} ({reason[:300]})") from None
+
+
 def own_config(architecture: type[BaseModel], source: Path, model_type: str):
     """The config.json in a folder or beside a file as an architecture; None when there is none of that model_type.
 

@@ -26,7 +26,7 @@ from transformers.models.janus.modeling_janus import JanusVQVAEAlignerMLP, Janus
 from mmtensorar import attention, deepseek
 from mmtensorar.backbones import Condition, Prefix
 from mmtensorar.recipe import Section
-from mmtensorar.weights import Checkpoint, Unread, fill, locate, read_config
+from mmtensorar.weights import Checkpoint, Unread, fill, hub_config, locate, read_config
 
 PROMPT = "<|User|>: {caption}\n\n<|Assistant|>:<begin_of_image>"
 BEGIN_OF_IMAGE = "<begin_of_image>"
@@ -229,7 +229,7 @@ def _find(
         source = Checkpoint(folder, optional=not weights)
         config, rename = deepseek.config(settings, source.shapes, folder), deepseek.backbone_name
     else:
-        config, rename = JanusConfig.from_dict(settings), _released_name
+        config, rename = hub_config(JanusConfig, settings, folder), _released_name
     text_tokenizer = _load_text_tokenizer(section.text_tokenizer or folder, required=section.text_tokenizer is not None)
     return _with_attention(config, section), source, rename, text_tokenizer
 
