@@ -69,8 +69,11 @@ SAMPLERS = {
     ("janus", None): {"cfg_scale": 5.0},
 }
 OFFICIAL_VQ = re.compile(r"vq_ds\d+_(c2i|t2i)\.\w+")
-# Backbone -> the image tokenizer that its files hold too.
-INSIDE = {"open_magvit2": "open_magvit2_lfq", "janus": "janus_vq"}
+# Backbone -> the image tokenizer that its files hold too, and how its tensors' names begin there.
+INSIDE = {
+    "open_magvit2": ("open_magvit2_lfq", (open_magvit2_lfq.INSIDE_AR,)),
+    "janus": ("janus_vq", (janus_vq.INSIDE_JANUS, deepseek.VQ)),
+}
 
 
 class Source(NamedTuple):
@@ -158,7 +161,7 @@ def convert(
         # Without one the name and a path that leads nowhere hold its place.
         "image_tokenizer": tokenizer_section.model_dump()
         if tokenizer_section
-        else {"name": INSIDE.get(source.kind, "llamagen_vq"), "path": "none"},
+        else {"name": INSIDE.get(source.kind, ("llamagen_vq",))[0], "path": "none"},
         "tensorar": {"window": 1},
         "data": {"shards": "none", "batch_size": 1},
         "train": {"steps": 1},
@@ -191,14 +194,17 @@ def _its_tokenizer(source: Source, given: str | None) -> Source | None:
     """The image tokenizer given with a backbone, or the one inside it."""
     if given is not None:
         found = find(given, key="--image-tokenizer")
-        if (kind := INSIDE.get(found.kind, found.kind)) not in IMAGE_TOKENIZERS:
+        if found.kind in IMAGE_TOKENIZERS:
+            return found
+        if (inside := _inside(found)) is None:
             raise ValueError(f"--image-tokenizer: {found.path} is a {found.kind} backbone")
-        return found._replace(kind=kind)
-    if source.kind == "janus":
-        return source._replace(kind="janus_vq")
-    if source.kind == "open_magvit2" and any(n.startswith(open_magvit2_lfq.INSIDE_AR) for n in source.tensors.shapes):
-        return source._replace(kind="open_magvit2_lfq")
-    return None
+        return inside
+    return _inside(source)
+
+
+def _inside(source: Source) -> Source | None:
+    kind, starts = INSIDE.get(source.kind, (None, ()))
+    return source._replace(kind=kind) if any(name.startswith(starts) for name in source.tensors.shapes) else None
 
 
 def _check_fit(source: Source, backbone: Any, tokenizer_source: Source, image_tokenizer: Any) -> None:

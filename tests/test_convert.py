@@ -185,6 +185,10 @@ def test_open_magvit2_there_and_back(tmp_path):
     assert loaded.image_tokenizer.weight_hash == inside.weight_hash
     assert run("--original", folder, tmp_path / "back.ckpt") == 0
     assert equal(state(tmp_path / "back.ckpt", "state_dict"), state(source, "state_dict"))
+    # A run can start from the folder.
+    settings = [f"train.init_from={folder}", "tensorar.window=3", "tensorar.num_heads=2"]
+    started = checkpoint.initial_model(Recipe.load(folder / "recipe.yaml", settings))
+    assert started.window == 3 and equal(started.backbone.state_dict(), direct.state_dict())
     # The tokenizer alone, from the same file and back.
     assert run(source, tmp_path / "lfq", "--kind", "open_magvit2_lfq") == 0
     assert run("--original", tmp_path / "lfq", tmp_path / "lfq.ckpt") == 0
@@ -331,6 +335,12 @@ def test_generate_takes_the_folder(hub, tmp_path):
     options = ["--ckpt", str(tmp_path / "model"), "--prompt", "a red circle", "--out", str(tmp_path / "out")]
     assert generate.main(options) == 0
     assert len(list((tmp_path / "out").glob("*.png"))) == 1
+    # Our own parts are sources too: a backbone that holds no image tokenizer, and one beside it.
+    parts = tmp_path / "model"
+    assert run(parts / "backbone", tmp_path / "again", "--image-tokenizer", parts / "image_tokenizer") == 0
+    assert equal(checkpoint.load(tmp_path / "again").model.state_dict(), checkpoint.load(parts).model.state_dict())
+    assert run(parts / "backbone", tmp_path / "alone") == 0
+    assert checkpoint.load(tmp_path / "alone").image_tokenizer is None
 
 
 def test_what_janus_needs_to_go_back(hub, tmp_path, capsys):
