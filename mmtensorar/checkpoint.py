@@ -34,7 +34,10 @@ CODEC_PARTS = ("encoder.", "decoder.")
 
 
 class Loaded(NamedTuple):
-    """What a consolidated checkpoint holds; image_tokenizer may be None. The model is in eval mode on the asked device."""
+    """What a consolidated checkpoint holds. The model is in eval mode on the asked device.
+
+    image_tokenizer: None in a converted release that came without.
+    """
 
     model: TensorAR
     image_tokenizer: Any

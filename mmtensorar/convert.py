@@ -13,8 +13,8 @@ LlamaGen's is a file of its own. Numbers stay as they are stored; source.json ha
     open_magvit2   a .ckpt file, {"state_dict": tensors}, with the image tokenizer inside
     janus          a folder in the layout of the Janus it began as (--base, else its recipe's backbone.path), from
                    which come the parts that play no role here: vision tower, its aligner and lm_head
-An image tokenizer's folder can be written back too (llamagen_vq, open_magvit2_lfq). Open-MAGVIT2's is written as the raw
-weights even where the averaged ones are in use, since a folder of ours holds one of the two.
+An image tokenizer's folder can be written back too (llamagen_vq, open_magvit2_lfq). Open-MAGVIT2's is written as the
+raw weights even where the averaged ones are in use, since a folder of ours holds one of the two.
 
 Neither direction holds more than about one shard in memory (but files older than PyTorch 1.6's format come in whole).
 DST appears when it is complete, and is never replaced.
@@ -148,8 +148,9 @@ def convert(
     tokenizer_source = _its_tokenizer(source, image_tokenizer)
     tokenizer_section = None
     if tokenizer_source is not None:
-        # All LlamaGen backbones are made for 16 pixels a token.
-        pixels = math.isqrt(unread.model.num_tokens) * PIXELS_PER_TOKEN if tokenizer_source.kind == "llamagen_vq" else None
+        pixels = None
+        if tokenizer_source.kind == "llamagen_vq":
+            pixels = math.isqrt(unread.model.num_tokens) * PIXELS_PER_TOKEN  # which all LlamaGen backbones are made for
         tokenizer_section = _section("image_tokenizer", tokenizer_source, image_size=pixels)
         loaded = image_tokenizers.load(tokenizer_section)
         _check_fit(source, unread.model, tokenizer_source, loaded)
@@ -171,14 +172,16 @@ def convert(
         partial.mkdir()
         (partial / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
         Recipe.load(partial / "recipe.yaml").save(partial / "recipe.yaml")
-        write(partial / "backbone", _with_bar(unread, f"{source.kind} to {folder.name}"))
+        tensors = _tensors_bar(unread.tensors(), len(unread.model.state_dict()), f"{source.kind} to {folder.name}")
+        write(partial / "backbone", tensors)
         unread.model.save_config(partial / "backbone")
         if tokenizer_source is not None:
             loaded.save_pretrained(partial / "image_tokenizer")
         _record(partial, backbone=source, image_tokenizer=tokenizer_source)
-        with _bytes_bar([path for path in partial.rglob("*") if path.is_file()], "sha256 of what is written") as bar:
+        size = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+        with _bytes_bar(size, "sha256 of what is written") as bar:
             checkpoint.write_index(partial, 0, bar.update)
-    without = "" if tokenizer_source else ", without image tokenizer (--image-tokenizer), so it makes codes but no images"
+    without = "" if tokenizer_source else ", without image tokenizer (--image-tokenizer): it makes codes, but no images"
     return f"{folder}: checkpoint of {source.kind}, {unread.model.num_tokens} tokens an image{without}"
 
 
@@ -235,7 +238,7 @@ def _record(folder: Path, **sources: Source | None) -> None:
     """Write source.json: kind, path and the SHA-256 of each file."""
     found = {name: source for name, source in sources.items() if source is not None}
     paths = dict.fromkeys(path for source in found.values() for path in source.files)
-    with _bytes_bar(paths, "sha256 of the source") as bar:
+    with _bytes_bar(sum(path.stat().st_size for path in paths), "sha256 of the source") as bar:
         digests = {path: sha256(path, bar.update) for path in paths}
     record = {
         name: {
@@ -282,13 +285,15 @@ def original(folder: Path, target: Path, *, base: str | None = None, drop_tensor
     if kind == "janus":
         _original_janus(folder, unread, image_tokenizer, target, base)
         return f"{target}: Janus in its original layout{lost}"
-    tensors = dict(_with_bar(unread, f"{kind} to {target.name}"))
+    tensors = dict(unread.tensors())  # they stay on disk until they are used
     if kind == "llamagen":
         _torch_save({"model": tensors}, target)
         return f'{target}: LlamaGen{lost}; a dictionary with the key "model", which the original sampling scripts read'
     if image_tokenizer is not None:
         inside = image_tokenizer.state_dict().items()
         tensors |= {open_magvit2_lfq.INSIDE_AR + name: value for name, value in inside}
+    else:
+        lost += f"{', and' if lost else ','} without image tokenizer, which the original code expects inside"
     _torch_save({"state_dict": tensors}, target)
     return f'{target}: Open-MAGVIT2{lost}; a dictionary with the key "state_dict", which the original code reads'
 
@@ -297,18 +302,33 @@ def _original_tokenizer(folder: Path, target: Path) -> str:
     source = find(str(folder), key="CKPT")
     wrapper = {"llamagen_vq": "model", "open_magvit2_lfq": "state_dict"}.get(source.kind)
     if wrapper is None:
-        raise ValueError(f"{folder} is a {source.kind}; --original writes checkpoints, llamagen_vq and open_magvit2_lfq")
+        raise ValueError(f"{folder} is a {source.kind}; --original takes checkpoints, llamagen_vq and open_magvit2_lfq")
     image_tokenizer = image_tokenizers.load(_section("image_tokenizer", source))
     model = image_tokenizer.model if source.kind == "llamagen_vq" else image_tokenizer
     _torch_save({wrapper: model.state_dict()}, target)
-    return f'{target}: image tokenizer {source.kind}; a dictionary with the key "{wrapper}", which the original code reads'
+    return f'{target}: image tokenizer {source.kind}; a dictionary with the key "{wrapper}", as the original code reads'
 
 
 def _torch_save(content: dict[str, dict[str, Tensor]], target: Path) -> None:
     if target.suffix not in TORCH_SUFFIXES:
         raise ValueError(f"DST is {target}; expected a file that ends in {', '.join(TORCH_SUFFIXES)}")
-    with appearing(target) as partial:
-        torch.save(content, partial)
+    size = sum(value.nbytes for tensors in content.values() for value in tensors.values())
+    with appearing(target) as partial, _bytes_bar(size, f"writing {target.name}") as bar, partial.open("wb") as file:
+        torch.save(content, _Counted(file, bar))
+
+
+class _Counted:
+    """A file whose progress is shown: torch.save takes whatever has these methods."""
+
+    def __init__(self, file, bar: tqdm):
+        self.file, self.bar = file, bar
+
+    def write(self, content) -> int:
+        self.bar.update(len(content))
+        return self.file.write(content)
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def _original_janus(folder: Path, unread: Unread, image_tokenizer: Any, target: Path, base: str | None) -> None:
@@ -326,7 +346,7 @@ def _original_janus(folder: Path, unread: Unread, image_tokenizer: Any, target: 
         if shapes.get(name) != saved_shapes[saved]:
             found = f"has shape {shapes[name]} there" if name in shapes else "is not there"
             raise ValueError(f"{path} is not what {folder} began as: {name} {found}, expected {saved_shapes[saved]}")
-    trained = {saved: value for saved, value in unread.tensors()}  # they stay on disk until they are used
+    trained = dict(unread.tensors())  # they stay on disk until they are used
     values = {name: trained[saved] for name, saved in names.items()}
     base_folder = began_as.source.path
     in_transformers = read_config(base_folder, "janus", deepseek.MODEL_TYPE, key="--base")["model_type"] == "janus"
@@ -337,7 +357,7 @@ def _original_janus(folder: Path, unread: Unread, image_tokenizer: Any, target: 
     widened: list[str] = []
 
     def merged() -> Iterator[tuple[str, Tensor]]:
-        for name, value in tqdm(began_as.source.read(shapes), total=len(shapes), desc=f"janus to {target.name}", unit="tensor"):
+        for name, value in _tensors_bar(began_as.source.read(shapes), len(shapes), f"janus to {target.name}"):
             own = values.get(name, value)
             if own.dtype != value.dtype and torch.equal(own.to(value.dtype).to(own.dtype), own):
                 own = own.to(value.dtype)
@@ -411,12 +431,11 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _with_bar(unread: Unread, what: str) -> Iterator[tuple[str, Tensor]]:
-    return tqdm(unread.tensors(), total=len(unread.model.state_dict()), desc=what, unit="tensor", file=sys.stderr)
+def _tensors_bar(tensors: Iterator[tuple[str, Tensor]], total: int, what: str) -> tqdm:
+    return tqdm(tensors, total=total, desc=what, unit="tensor", file=sys.stderr)
 
 
-def _bytes_bar(paths, what: str) -> tqdm:
-    size = sum(path.stat().st_size for path in paths)
+def _bytes_bar(size: int, what: str) -> tqdm:
     return tqdm(total=size, desc=what, unit="B", unit_scale=True, file=sys.stderr)
 
 
@@ -425,19 +444,19 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m mmtensorar.convert",
         description="Convert a released checkpoint to a folder of this project, or back.",
     )
-    parser.add_argument("source", metavar="SRC", help="released file, folder or Hugging Face id; with --original a checkpoint")
+    parser.add_argument("source", metavar="SRC", help="released file, folder or hub id; with --original a checkpoint")
     parser.add_argument("target", metavar="DST", type=Path, help="what is made; must not exist")
     group = parser.add_argument_group("to a folder of this project")
-    group.add_argument("--kind", choices=[*BACKBONES, *IMAGE_TOKENIZERS], help="what SRC is, where its tensors do not tell")
-    group.add_argument("--image-tokenizer", metavar="PATH", help="the backbone's, where SRC does not hold it (LlamaGen)")
-    group.add_argument("--image-size", metavar="PIXELS", type=int, help="a side, where a LlamaGen file does not tell it")
-    group.add_argument("--text-tokenizer", metavar="PATH", help="Janus: a folder with tokenizer.json, where SRC has none")
-    group.add_argument("--text-encoder", metavar="PATH", help="LlamaGen text-conditional: T5 (default google/flan-t5-xl)")
-    group.add_argument("--caption-cleaning", help="LlamaGen text-conditional: original (default), lower or none")
+    group.add_argument("--kind", choices=[*BACKBONES, *IMAGE_TOKENIZERS], help="what SRC is, if its tensors do not tell")
+    group.add_argument("--image-tokenizer", metavar="PATH", help="the backbone's, where SRC holds none (LlamaGen)")
+    group.add_argument("--image-size", metavar="PIXELS", type=int, help="a side, of a LlamaGen file that does not tell")
+    group.add_argument("--text-tokenizer", metavar="PATH", help="Janus: a folder with tokenizer.json, if SRC has none")
+    group.add_argument("--text-encoder", metavar="PATH", help="LlamaGen, text: its T5 (default google/flan-t5-xl)")
+    group.add_argument("--caption-cleaning", help="LlamaGen, text: original (default), lower or none")
     back = parser.add_argument_group("back")
     back.add_argument("--original", action="store_true", help="write the checkpoint SRC in its authors' layout")
-    back.add_argument("--base", metavar="PATH", help="Janus: the original, for what is not trained (default: the recipe's)")
-    back.add_argument("--drop-tensorar", action="store_true", help="write the backbone alone of a model with window above 1")
+    back.add_argument("--base", metavar="PATH", help="Janus: the original, for untrained parts (default: the recipe's)")
+    back.add_argument("--drop-tensorar", action="store_true", help="of a window above 1, write the backbone alone")
     options = parser.parse_args(arguments)
     forth = {
         name: getattr(options, name)
@@ -447,7 +466,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for name, value in (forth if options.original else back_only).items():
             if value:
-                raise ValueError(f"--{name.replace('_', '-')} has no use {'with' if options.original else 'without'} --original")
+                option, which = name.replace("_", "-"), "with" if options.original else "without"
+                raise ValueError(f"--{option} has no use {which} --original")
         if os.path.lexists(options.target):
             raise ValueError(f"DST: {options.target} exists already; give another name, or remove it")
         if options.original:

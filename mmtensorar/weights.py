@@ -259,7 +259,7 @@ def _match(
 
 
 def write(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Write tensors as model.safetensors, or as shards of SHARD_BYTES and an index; no more than a shard is in memory."""
+    """Write model.safetensors, or shards of SHARD_BYTES and an index; no more than a shard is in memory."""
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[list[str]] = []
     shard: dict[str, Tensor] = {}

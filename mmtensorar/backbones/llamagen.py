@@ -54,9 +54,9 @@ PIXELS_PER_TOKEN = 16  # a side, with the VQ-16 tokenizer that all released mode
 class Config(Section):
     """path: a .pt or .safetensors file with official names, or a folder or Hugging Face id with config.json.
 
-    size, condition and image_size (pixels a side) say what path should hold, and are checked against it. A file tells its
-    image size by its official name or its saved arguments only, else image_size is required; a plan without the file
-    needs all three.
+    size, condition and image_size (pixels a side) say what path should hold, and are checked against it. A file tells
+    its image size by its official name or its saved arguments only, else image_size is required; a plan without the
+    file needs all three.
     text_encoder, caption_cleaning: for text-conditional models, see mmtensorar.captions.
     """
 
