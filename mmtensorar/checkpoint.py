@@ -4,17 +4,17 @@
       recipe.yaml            the resolved recipe of the run
       backbone/              config.json, model.safetensors, text tokenizer files
       tensorar.safetensors   weights of the window encoder and decoder; absent at window 1
-      image_tokenizer/       config.json, model.safetensors
+      image_tokenizer/       config.json, model.safetensors; absent where a conversion was given none
+      source.json            of a converted release: kind and sha256 of the files it came from
       checkpoint.json        format version, step, sha256 per file; written last
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from mmtensorar import backbones, image_tokenizers, tensorar
 from mmtensorar.recipe import Recipe
 from mmtensorar.tensorar import TensorAR
+from mmtensorar.weights import sha256
 
 FORMAT = 1
 INDEX = "checkpoint.json"
@@ -33,7 +34,10 @@ CODEC_PARTS = ("encoder.", "decoder.")
 
 
 class Loaded(NamedTuple):
-    """What a consolidated checkpoint holds. The model is in eval mode on the asked device."""
+    """What a consolidated checkpoint holds. The model is in eval mode on the asked device.
+
+    image_tokenizer: None in a converted release that came without.
+    """
 
     model: TensorAR
     image_tokenizer: Any
@@ -138,9 +142,7 @@ def save(
         save_file({name: value.detach().cpu().contiguous() for name, value in codec.items()}, partial / CODEC)
     image_tokenizers.load(recipe.image_tokenizer).save_pretrained(partial / "image_tokenizer")
 
-    files = {str(path.relative_to(partial)): _sha256(path) for path in sorted(partial.rglob("*")) if path.is_file()}
-    index = {"format": FORMAT, "step": step, "sha256": files}
-    (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_index(partial, step)
     # Renaming onto a folder that holds files fails, so the old one steps aside first and is
     # deleted only when the new one stands.
     old = folder.with_name(folder.name + ".old")
@@ -149,6 +151,14 @@ def save(
         os.replace(folder, old)
     os.replace(partial, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def write_index(folder: Path, step: int, progress: Callable[[int], Any] = lambda size: None) -> None:
+    """Write checkpoint.json over all files of a folder; progress: see `weights.sha256`."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = {str(path.relative_to(folder)): sha256(path, progress) for path in paths}
+    index = {"format": FORMAT, "step": step, "sha256": files}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def read_index(folder: str | Path) -> dict:
@@ -179,7 +189,7 @@ def check_files(folder: str | Path) -> dict:
         path = folder / name
         if not path.is_file():
             raise ValueError(f"checkpoint {folder}: {name} is missing, {INDEX} lists it")
-        if (found := _sha256(path)) != expected:
+        if (found := sha256(path)) != expected:
             raise ValueError(f"checkpoint {folder}: {name} is damaged, its sha256 is {found}, expected {expected}")
     return index
 
@@ -212,10 +222,7 @@ def load(
     first. Raises ValueError, naming the folder, for an absent, incomplete or damaged one.
     """
     folder = Path(folder)
-    if verify:
-        check_files(folder)
-    else:
-        read_index(folder)
+    index = check_files(folder) if verify else read_index(folder)
     recipe = saved_recipe(folder)
     model = tensorar.build(recipe, backbones.load(recipe.backbone, device="cpu"))
     if codec_state(model.state_dict()):
@@ -229,7 +236,9 @@ def load(
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model.to(device).eval()
-    image_tokenizer = image_tokenizers.load(recipe.image_tokenizer)
+    image_tokenizer = None
+    if any(name.startswith("image_tokenizer/") for name in index["sha256"]):
+        image_tokenizer = image_tokenizers.load(recipe.image_tokenizer)
     if isinstance(image_tokenizer, torch.nn.Module):
         image_tokenizer.to(device)
     return Loaded(model, image_tokenizer, backbones.caption_encoder(recipe.backbone), recipe)
@@ -247,8 +256,3 @@ def _check_names(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], wh
     for name, value in expected.items():
         if value.shape != found[name].shape:
             raise ValueError(f"{where}: {name} has shape {list(found[name].shape)}, expected {list(value.shape)}")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

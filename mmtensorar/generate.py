@@ -63,6 +63,8 @@ class Generator:
 
     def __init__(self, loaded: checkpoint.Loaded, *, precision: str = "fp32"):
         self.model, self.image_tokenizer, self.caption_encoder, self.recipe = loaded
+        if self.image_tokenizer is None:
+            raise ValueError("the checkpoint has no image tokenizer: convert it again, with --image-tokenizer")
         self.device = next(self.model.parameters()).device
         self.precision = precision
 

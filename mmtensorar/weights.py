@@ -13,18 +13,20 @@ import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 WEIGHTS = "model.safetensors"
 TORCH_WEIGHTS = "pytorch_model.bin"
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
+SHARD_BYTES = 2 * 10**9
 
 
 def locate(path: str, *, key: str, weights: bool = True, torch_files: bool = False) -> Path:
@@ -51,7 +53,7 @@ def locate(path: str, *, key: str, weights: bool = True, torch_files: bool = Fal
 
 
 def locate_checkpoint(path: str, *, key: str) -> Path:
-    """Where a model's weights are: a folder with model.safetensors (or its index), or one weights file.
+    """Where a model's weights are: a folder with model.safetensors or pytorch_model.bin (or an index), or one file.
 
     path: such a folder or file, a folder with one weights file of any name, a Hugging Face id of such a folder, or an
     id with a file's name behind it (OWNER/NAME/FILE), which fetches no other file.
@@ -69,7 +71,8 @@ def locate_checkpoint(path: str, *, key: str) -> Path:
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"{key}: {path} is not here, nor to be had from Hugging Face now ({reason})") from None
-    if found.is_file() or (found / WEIGHTS).is_file() or (found / f"{WEIGHTS}.index.json").is_file():
+    names = [name + suffix for name in (WEIGHTS, TORCH_WEIGHTS) for suffix in ("", ".index.json")]
+    if found.is_file() or any((found / name).is_file() for name in names):
         return found
     files = sorted(file for file in found.iterdir() if file.suffix in suffixes)
     if len(files) != 1:
@@ -105,6 +108,15 @@ def parse_config(architecture: type[BaseModel], settings: Mapping[str, Any], fol
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ValueError(f"{folder / 'config.json'}: {where + ': ' if where else ''}{first['msg']}") from None
+
+
+def hub_config(kind: type, settings: dict[str, Any], folder: Path):
+    """A config.json's settings as a configuration of transformers. Raises ValueError naming the file."""
+    try:
+        return kind.from_dict(settings)
+    except Exception as error:  # any: settings from outside go through code that expects good ones
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{folder / 'config.json'}: no {kind.__name__} ({reason[:300]})") from None
 
 
 def own_config(architecture: type[BaseModel], source: Path, model_type: str):
@@ -171,6 +183,33 @@ class Checkpoint:
         """The file that holds a tensor."""
         return self._files[name]
 
+    @property
+    def files(self) -> list[Path]:
+        return sorted(set(self._files.values()))
+
+
+class Unread(NamedTuple):
+    """A model without values and the files that hold them, to be copied without ever being in memory at once.
+
+    model: on the meta device. rename: the name of a tensor of the model -> its name in source. saved_name: -> its name
+    in a folder that the model saves. ignore: see `fill`.
+    """
+
+    model: nn.Module
+    source: Checkpoint
+    rename: Callable[[str], str]
+    saved_name: Callable[[str], str]
+    ignore: Callable[[str], Any] | None = None
+
+    def check(self) -> None:
+        """Raises ValueError like `fill`."""
+        _match(self.model.state_dict(), self.source, self.rename, self.ignore)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name in a saved folder, value) of all tensors, file after file."""
+        saved = {self.rename(name): self.saved_name(name) for name in self.model.state_dict()}
+        return ((saved[name], value) for name, value in self.source.read(saved))
+
 
 @torch.no_grad()
 def fill(
@@ -187,6 +226,18 @@ def fill(
     file and the tensors that are missing, unexpected or of another shape; then state is as it was.
     """
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
+    wanted = _match(state, checkpoint, rename, ignore)
+    for name, value in checkpoint.read(wanted):
+        wanted[name].copy_(value)
+
+
+def _match(
+    state: Mapping[str, Tensor],
+    checkpoint: Checkpoint,
+    rename: Callable[[str], str],
+    ignore: Callable[[str], Any] | None,
+) -> dict[str, Tensor]:
+    """Names in the checkpoint -> the tensors of state. Raises ValueError like `fill`."""
     wanted = {rename(name): value for name, value in state.items()}
     problems = []
     if missing := sorted(wanted.keys() - checkpoint.shapes.keys()):
@@ -204,8 +255,49 @@ def fill(
     if different:
         more = f" (and {len(different) - 10} more)" if len(different) > 10 else ""
         raise ValueError("; ".join(different[:10]) + more)
-    for name, value in checkpoint.read(wanted):
-        wanted[name].copy_(value)
+    return wanted
+
+
+def write(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write model.safetensors, or shards of SHARD_BYTES and an index; no more than a shard is in memory."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[list[str]] = []
+    shard: dict[str, Tensor] = {}
+    total = size = 0
+
+    def end_shard() -> None:
+        nonlocal shard, size, total
+        save_file(shard, folder / f"{len(shards)}.partial", {"format": "pt"})
+        shards.append(list(shard))
+        shard, size, total = {}, 0, total + size
+
+    for name, value in tensors:
+        if shard and size + value.nbytes > SHARD_BYTES:
+            end_shard()
+        # A copy: in a PyTorch file several tensors may be views of one storage, which safetensors refuses.
+        shard[name] = value.detach().clone(memory_format=torch.contiguous_format)
+        size += value.nbytes
+    end_shard()
+    if len(shards) == 1:
+        (folder / "0.partial").rename(folder / WEIGHTS)
+        return
+    places = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"{number}.partial").rename(folder / file)
+        places |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def sha256(path: Path, progress: Callable[[int], Any] = lambda size: None) -> str:
+    """Of a file's content; progress is called with the number of bytes of each piece read."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**24):
+            digest.update(piece)
+            progress(len(piece))
+    return digest.hexdigest()
 
 
 def weight_hash(state: Mapping[str, Tensor]) -> str:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from mmtensorar.recipe import Section
+from mmtensorar.weights import Unread
 
 
 class Condition(NamedTuple):
@@ -56,6 +57,10 @@ class Backbone(Protocol):
         """Write config.json, model.safetensors and the text tokenizer, for `load` to read."""
         ...
 
+    def save_config(self, folder) -> None:
+        """The same into an existing folder, without the weights."""
+        ...
+
 
 CaptionEncoder = Callable[[Sequence[str]], Condition]
 
@@ -73,6 +78,11 @@ def load(section: Section, *, weights: bool = True, device: str = "cpu", sizes_o
     the path, when there is no such model or it does not fit.
     """
     return _module(section).load(section, weights=weights, device=device, sizes_only=sizes_only)
+
+
+def unread(section: Section) -> Unread:
+    """The backbone a recipe names without its values, and the files that hold them. Raises ValueError like `load`."""
+    return _module(section).unread(section)
 
 
 def caption_encoder(section: Section) -> CaptionEncoder:

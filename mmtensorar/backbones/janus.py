@@ -10,7 +10,7 @@ Shapes: B batch, P prefix, S rows, T image tokens, D width, V codebook size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +26,7 @@ from transformers.models.janus.modeling_janus import JanusVQVAEAlignerMLP, Janus
 from mmtensorar import attention, deepseek
 from mmtensorar.backbones import Condition, Prefix
 from mmtensorar.recipe import Section
-from mmtensorar.weights import Checkpoint, fill, locate, read_config
+from mmtensorar.weights import Checkpoint, Unread, fill, hub_config, locate, read_config
 
 PROMPT = "<|User|>: {caption}\n\n<|Assistant|>:<begin_of_image>"
 BEGIN_OF_IMAGE = "<begin_of_image>"
@@ -176,9 +176,12 @@ class JanusBackbone(nn.Module):
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.config.save_pretrained(folder)
         state = {_released_name(name): value.detach().cpu() for name, value in self.state_dict().items()}
         save_torch_state_dict(state, folder, max_shard_size="5GB")
+        self.save_config(folder, text_tokenizer)
+
+    def save_config(self, folder: Path, text_tokenizer: str | Path | None = None) -> None:
+        self.config.save_pretrained(folder)
         if text_tokenizer is not None:
             PreTrainedTokenizerFast.from_pretrained(text_tokenizer).save_pretrained(folder)
         elif self.text_tokenizer is not None:
@@ -199,6 +202,26 @@ def load(section: Config, *, weights: bool = True, device: str = "cpu", sizes_on
     """See mmtensorar.backbones.load."""
     if sizes_only and section.path in RELEASED and not Path(section.path).is_dir():
         return build(_with_attention(JanusConfig(**RELEASED[section.path]), section), device=device)
+    config, source, rename, text_tokenizer = _find(section, weights=weights)
+    backbone = build(config, None if text_tokenizer is None else text_tokenizer.pad_token_id, device)
+    backbone.text_tokenizer = text_tokenizer
+    if weights:
+        fill(backbone.state_dict(), source, rename)
+    return backbone
+
+
+def unread(section: Config) -> Unread:
+    """See mmtensorar.backbones.unread."""
+    config, source, rename, text_tokenizer = _find(section)
+    backbone = build(config, None if text_tokenizer is None else text_tokenizer.pad_token_id, "meta")
+    backbone.text_tokenizer = text_tokenizer
+    return Unread(backbone, source if isinstance(source, Checkpoint) else Checkpoint(source), rename, _released_name)
+
+
+def _find(
+    section: Config, *, weights: bool = True
+) -> tuple[JanusConfig, Path | Checkpoint, Callable[[str], str], PreTrainedTokenizerFast | None]:
+    """Configuration, weights, our names -> those of the weights, and the text tokenizer where there is one."""
     folder = locate(section.path, key="backbone.path", weights=weights, torch_files=True)
     settings = read_config(folder, "janus", deepseek.MODEL_TYPE, key="backbone.path")
     source: Path | Checkpoint = folder
@@ -206,15 +229,9 @@ def load(section: Config, *, weights: bool = True, device: str = "cpu", sizes_on
         source = Checkpoint(folder, optional=not weights)
         config, rename = deepseek.config(settings, source.shapes, folder), deepseek.backbone_name
     else:
-        config, rename = JanusConfig.from_dict(settings), _released_name
-    config = _with_attention(config, section)
+        config, rename = hub_config(JanusConfig, settings, folder), _released_name
     text_tokenizer = _load_text_tokenizer(section.text_tokenizer or folder, required=section.text_tokenizer is not None)
-    pad_id = None if text_tokenizer is None else text_tokenizer.pad_token_id
-    backbone = build(config, pad_id, device)
-    backbone.text_tokenizer = text_tokenizer
-    if weights:
-        fill(backbone.state_dict(), source, rename)
-    return backbone
+    return _with_attention(config, section), source, rename, text_tokenizer
 
 
 def _with_attention(config: JanusConfig, section: Config) -> JanusConfig:

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from mmtensorar import attention, captions
 from mmtensorar.backbones import Condition, Prefix
 from mmtensorar.recipe import Section
-from mmtensorar.weights import Checkpoint, fill, locate, parse_config, read_config
+from mmtensorar.weights import Checkpoint, Unread, fill, locate, parse_config, read_config
 
 # Our names -> the official ones; the others are the same.
 KEYS = {
@@ -54,8 +54,9 @@ PIXELS_PER_TOKEN = 16  # a side, with the VQ-16 tokenizer that all released mode
 class Config(Section):
     """path: a .pt or .safetensors file with official names, or a folder or Hugging Face id with config.json.
 
-    size, condition and image_size (pixels a side) say what path should hold, and are checked against it. A file alone
-    does not tell its image size, so there image_size is required; a plan without the file needs all three.
+    size, condition and image_size (pixels a side) say what path should hold, and are checked against it. A file tells
+    its image size by its official name or its saved arguments only, else image_size is required; a plan without the
+    file needs all three.
     text_encoder, caption_cleaning: for text-conditional models, see mmtensorar.captions.
     """
 
@@ -334,9 +335,12 @@ class LlamaGenBackbone(nn.Module):
         """Write config.json and safetensors under the official tensor names."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_config(self.config, folder)
+        self.save_config(folder)
         state = {official_name(name): value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         save_torch_state_dict(state, folder, max_shard_size="5GB")
+
+    def save_config(self, folder: Path) -> None:
+        write_config(self.config, folder)
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -364,6 +368,15 @@ def load(section: Config, *, weights: bool = True, device: str = "cpu", sizes_on
     if weights:
         fill(backbone.state_dict(), source, official_name, ignore=COMPUTED.fullmatch)
     return backbone
+
+
+def unread(section: Config) -> Unread:
+    """See mmtensorar.backbones.unread."""
+    config, source = _find(section, weights=True)
+    with torch.device("meta"):
+        backbone = LlamaGenBackbone(config)
+    source = source if isinstance(source, Checkpoint) else Checkpoint(source)
+    return Unread(backbone, source, official_name, official_name, COMPUTED.fullmatch)
 
 
 def _find(
@@ -423,9 +436,10 @@ def _inferred(source: Checkpoint, image_size: int | None) -> Architecture:
             f"{path}: neither cls_embedding.embedding_table.weight (class-conditional) nor "
             "cls_embedding.uncond_embedding (text-conditional) is in it"
         )
+    made_for = _made_for(source)
+    image_size = image_size or made_for
     if image_size is None:
         raise ValueError(f"backbone.image_size: {path} does not tell its image size; released are 256, 384 and 512")
-    made_for = _made_for(source)
     if made_for not in (None, image_size):
         raise ValueError(f"backbone.image_size is {image_size}, but {path} is a checkpoint for {made_for} pixels")
     condition = {"condition": "class", "num_classes": classes[0] - 1} if classes else {

@@ -28,7 +28,7 @@ from mmtensorar import attention
 from mmtensorar.backbones import Condition, Prefix
 from mmtensorar.captions import ClassNumbers
 from mmtensorar.recipe import Section
-from mmtensorar.weights import Checkpoint, fill, locate_checkpoint, own_config
+from mmtensorar.weights import Checkpoint, Unread, fill, locate_checkpoint, own_config
 
 MODEL_TYPE = "open_magvit2"
 NORM_EPS = 1e-5
@@ -346,9 +346,12 @@ class OpenMagvit2Backbone(nn.Module):
         """Write config.json, and safetensors under the official names."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_config(self.config, folder)
+        self.save_config(folder)
         state = {official_name(name): value.detach().cpu() for name, value in self.state_dict().items()}
         save_torch_state_dict(state, folder, max_shard_size="5GB")
+
+    def save_config(self, folder: Path) -> None:
+        write_config(self.config, folder)
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -377,6 +380,14 @@ def load(
         backbone.to_empty(device=device)
         fill(backbone.state_dict(), Checkpoint(source, WRAPPERS), official_name, ignore=OTHERS.match)
     return backbone
+
+
+def unread(section: Config) -> Unread:
+    """See mmtensorar.backbones.unread."""
+    source = locate_checkpoint(section.path, key="backbone.path")
+    with torch.device("meta"):
+        backbone = OpenMagvit2Backbone(_config(source, section.size or HUB_IDS.get(section.path)))
+    return Unread(backbone, Checkpoint(source, WRAPPERS), official_name, official_name, OTHERS.match)
 
 
 def official_name(name: str) -> str:

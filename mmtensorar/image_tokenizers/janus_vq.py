@@ -18,7 +18,7 @@ from transformers.models.janus.modeling_janus import JanusVQVAE
 from mmtensorar import deepseek
 from mmtensorar.image_tokenizers import llamagen_vq
 from mmtensorar.recipe import Section
-from mmtensorar.weights import Checkpoint, fill, locate, read_config, weight_hash
+from mmtensorar.weights import Checkpoint, fill, hub_config, locate, read_config, weight_hash
 
 # Where the VQ model's tensors are in a whole Janus checkpoint.
 INSIDE_JANUS = "model.vqmodel."
@@ -82,11 +82,11 @@ def load(section: Config) -> JanusVQ:
     settings = read_config(folder, "janus", "janus_vqgan", deepseek.MODEL_TYPE, key="image_tokenizer.path")
     source, rename = Checkpoint(folder), str
     if settings["model_type"] == "janus":
-        config, rename = JanusConfig.from_dict(settings).vq_config, INSIDE_JANUS.__add__
+        config, rename = hub_config(JanusConfig, settings, folder).vq_config, INSIDE_JANUS.__add__
     elif settings["model_type"] == deepseek.MODEL_TYPE:
         config, rename = _deepseek_config(settings, source), deepseek.vq_name
     else:
-        config = JanusVQVAEConfig.from_dict(settings)
+        config = hub_config(JanusVQVAEConfig, settings, folder)
     model = JanusVQVAE(config)
     fill(model.state_dict(), source, rename)
     return JanusVQ(model)
