@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from mmtensorar import backbones, image_tokenizers, tensorar
 from mmtensorar.recipe import Recipe
+from mmtensorar.shards import sha256
 from mmtensorar.tensorar import TensorAR
 
 FORMAT = 1
@@ -119,7 +119,7 @@ def save(
         save_file({name: value.detach().cpu().contiguous() for name, value in codec.items()}, partial / CODEC)
     image_tokenizers.load(recipe.image_tokenizer).save_pretrained(partial / "image_tokenizer")
 
-    files = {str(path.relative_to(partial)): _sha256(path) for path in sorted(partial.rglob("*")) if path.is_file()}
+    files = {str(path.relative_to(partial)): sha256(path) for path in sorted(partial.rglob("*")) if path.is_file()}
     index = {"format": FORMAT, "step": step, "sha256": files}
     (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     # Renaming onto a folder that holds files fails, so the old one steps aside first and is
@@ -160,7 +160,7 @@ def check_files(folder: str | Path) -> dict:
         path = folder / name
         if not path.is_file():
             raise ValueError(f"checkpoint {folder}: {name} is missing, {INDEX} lists it")
-        if (found := _sha256(path)) != expected:
+        if (found := sha256(path)) != expected:
             raise ValueError(f"checkpoint {folder}: {name} is damaged, its sha256 is {found}, expected {expected}")
     return index
 
@@ -228,8 +228,3 @@ def _check_names(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], wh
     for name, value in expected.items():
         if value.shape != found[name].shape:
             raise ValueError(f"{where}: {name} has shape {list(found[name].shape)}, expected {list(value.shape)}")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
