@@ -35,8 +35,8 @@ def sample_problems(sample: Sample, where: str, manifest: Manifest) -> list[str]
         ("t5.npy", manifest.text_features, "text features", shards.decode_features, shards.check_features),
     ):
         if (entry is not None) != (member in sample.members):
-            found = "no" if entry else "has"
-            problems.append(f"{where}: {found} {member}, but the manifest says that the set has {'' if entry else 'no '}{what}")
+            found, said = ("no", "") if entry else ("has", "no ")
+            problems.append(f"{where}: {found} {member}, but the manifest says that the set has {said}{what}")
         elif entry is not None:
             check(lambda: check_array(decode(sample.members[member], where), entry, where))
     return problems

@@ -1,8 +1,8 @@
 """Add image codes to shards: a codes.npy member per sample, uint16 [A, T, F] of A crops.
 
     python data_tools/encode_codes.py data/mine --image-tokenizer deepseek-community/Janus-Pro-7B
-    python data_tools/encode_codes.py data/imagenet --name llamagen_vq --image-tokenizer vq_ds16_c2i.pt --image-size 256 \\
-        --crops 10
+    python data_tools/encode_codes.py data/imagenet --name llamagen_vq --image-tokenizer vq_ds16_c2i.pt \\
+        --image-size 256 --crops 10
 
 Without --crops the pictures are encoded as they are, and have to be of the image tokenizer's size. With --crops 10
 they have to be larger: four corners, the centre, and the mirror image of each, of which training draws one each time.
@@ -61,7 +61,8 @@ def encode_shard(
     with ThreadPoolExecutor() as threads:  # Pillow decodes outside Python's lock
         while batch := list(islice(samples, max(1, batch_size // A))):
             where = [f"{path}: sample {sample.key}" for sample in batch]
-            pixels = image_tokenizers.to_pixels(list(threads.map(lambda pair: picture(*pair, image_size), zip(batch, where))))
+            images = threads.map(lambda sample, place: picture(sample, place, image_size), batch, where)
+            pixels = image_tokenizers.to_pixels(list(images))
             if A > 1:
                 pixels = torch.cat([ten_crops(image, size) for image in pixels])  # [B * A, 3, H, W]
             with torch.inference_mode():
@@ -125,8 +126,8 @@ def main(arguments: list[str] | None = None) -> int:
         type=int,
         choices=[1, 10],
         default=1,
-        help="codes per image: 1, the image as it is, or 10, for shards made with an --image-size of 1.1 times the image "
-        "tokenizer's, rounded down (281 for 256, 422 for 384)",
+        help="codes per image: 1, the image as it is, or 10, for shards made with an --image-size of 1.1 times the "
+        "image tokenizer's, rounded down (281 for 256, 422 for 384)",
     )
     options = parser.parse_args(arguments)
     if options.batch_size < 1:

@@ -5,6 +5,7 @@
 For text-conditional LlamaGen; training reads them with data.text_features=cached, and then needs no text encoder.
 Encoder, cleaning and number of tokens are those of the recipe, or training refuses them. The encoder runs as in
 training (on a GPU in bf16, on a CPU in float32), for T5's activations overflow in float16; what it returns fits.
+The loader's shuffle buffer holds features, up to 0.5 MB a sample of flan-t5-xl's: lower data.shuffle where memory is short.
 Features of another encoder are replaced. The set stays as it was until all shards are encoded; an interrupted run goes
 on where it stopped when the same command is given again.
 """
@@ -62,7 +63,8 @@ def encode(folder: Path, encoder: T5Features, *, batch_size: int) -> None:
     Staging.recover(folder)
     manifest = Manifest.read(folder)
     if manifest.classes is not None:
-        raise ValueError(f"{folder}: its captions are numbers of {len(manifest.classes)} classes, which have no text features")
+        classes = len(manifest.classes)
+        raise ValueError(f"{folder}: its captions are numbers of {classes} classes, which have no text features")
     expected = TextFeatures(
         text_encoder=encoder.path,
         weight_hash=encoder_hash(encoder.path, key="--text-encoder"),
@@ -79,7 +81,8 @@ def encode(folder: Path, encoder: T5Features, *, batch_size: int) -> None:
         print(f"{folder}: {manifest.num_samples} captions have {what}, cleaning {encoder.cleaning}")
     size = sum(stored_bytes(folder / shard.name) for shard in manifest.shards)
     each = size / manifest.num_samples
-    print(f"{size} bytes in the shards, {each:.0f} a caption: {each * 1e6:.3g} bytes ({each / 1e3:.3g} GB) per million captions")
+    million = f"{each * 1e6:.3g} bytes ({each / 1e3:.3g} GB) per million captions"
+    print(f"{size} bytes in the shards, {each:.0f} a caption: {million}")
 
 
 def stored_bytes(path: Path) -> int:
@@ -103,7 +106,9 @@ def main(arguments: list[str] | None = None) -> int:
         default="original",
         help="as in backbone.caption_cleaning (default: original, LlamaGen's)",
     )
-    parser.add_argument("--max-tokens", type=int, default=120, help="longer captions are cut (default: 120, LlamaGen's)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=120, help="longer captions are cut (default: 120, LlamaGen's)"
+    )
     parser.add_argument("--batch-size", type=int, default=32, help="captions encoded at a time")
     options = parser.parse_args(arguments)
     for name in ("max_tokens", "batch_size"):

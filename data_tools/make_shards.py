@@ -2,7 +2,7 @@
 
     python data_tools/make_shards.py --folder my_images --out data/mine          a.jpg beside a.txt, at any depth
     python data_tools/make_shards.py --jsonl my_images/list.jsonl --out data/mine    {"image": path, "caption": text}
-    python data_tools/make_shards.py --class-folder imagenet/train --image-size 281 --out data/imagenet    one sub-folder per class
+    python data_tools/make_shards.py --class-folder imagenet/train --out data/imagenet    a sub-folder per class
     python data_tools/make_shards.py --synthesize shapes --num-samples 4096 --out data/shapes
 
 The same arguments give the same bytes, whatever the number of workers. A finished set is reused; an interrupted run
@@ -171,7 +171,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--class-folder",
         type=Path,
         metavar="ROOT",
-        help="images in one sub-folder per class; the sorted names give the class numbers, as in torchvision's ImageFolder",
+        help="images in one sub-folder per class; the sorted names give the class numbers, as in torchvision's "
+        "ImageFolder",
     )
     source.add_argument("--jsonl", type=Path, help='lines {"image": path relative to this file, "caption": text}')
     source.add_argument("--synthesize", choices=["shapes"], help="draw an embedded world")
@@ -179,8 +180,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--image-size",
         type=positive,
-        help="pixels a side (default: 384; 64 for shapes): the image tokenizer's size, or, for encode_codes.py --crops 10, "
-        "a larger one; LlamaGen's is 1.1 times, 281 for 256 and 422 for 384",
+        help="pixels a side (default: 384; 64 for shapes): the image tokenizer's size, or a larger one for "
+        "encode_codes.py --crops 10; LlamaGen's is 1.1 times, 281 for 256 and 422 for 384",
     )
     parser.add_argument("--num-samples", type=positive, help="pictures to draw (--synthesize only; default 4096)")
     parser.add_argument("--samples-per-shard", type=positive, default=1000)

@@ -96,7 +96,7 @@ def left_pad(features: Sequence[Tensor], num_slots: int) -> Condition:
 
 
 def encoder_hash(path: str, *, key: str = "backbone.text_encoder") -> str:
-    """sha256 over the tensors that make a T5's features, the same in any file layout and with its decoder or without."""
+    """sha256 over the tensors that make a T5's features: the same in any file layout, with a decoder or without."""
     checkpoint = Checkpoint(locate(path, key=key))
     # embed_tokens is shared.weight again, in those files that hold it.
     parts = re.compile(r"shared\.weight|encoder\.(?!embed_tokens).+")
@@ -126,7 +126,8 @@ def _cleaning_packages():
         from bs4 import BeautifulSoup
     except ImportError as error:
         raise ValueError(
-            f"caption_cleaning is original, which needs the package {error.name}: pip install -e '.[text]'; or set it to lower"
+            f"caption_cleaning is original, which needs the package {error.name}: pip install -e '.[text]'; "
+            "or set it to lower"
         ) from None
     return ftfy, BeautifulSoup
 

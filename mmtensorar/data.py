@@ -94,11 +94,14 @@ def _check_condition(recipe: Recipe, manifest: Manifest, caption_encoder: Captio
         if not isinstance(caption_encoder, ClassNumbers):
             raise ValueError(f"{folder} holds images of numbered classes, but the {backbone} backbone takes captions")
         if len(classes) > caption_encoder.num_classes:
-            raise ValueError(f"{folder} has {len(classes)} classes, the {backbone} backbone {caption_encoder.num_classes}")
+            num_classes = caption_encoder.num_classes
+            raise ValueError(f"{folder} has {len(classes)} classes, the {backbone} backbone {num_classes}")
     if recipe.data.text_features == "live":
         return
     if not isinstance(caption_encoder, T5Features):
-        raise ValueError(f"data.text_features is cached, but the {backbone} backbone takes no text features; expected live")
+        raise ValueError(
+            f"data.text_features is cached, but the {backbone} backbone takes no text features; expected live"
+        )
     text, encoder = _text_features(manifest, folder), caption_encoder
     pairs = {
         "features as wide as": (text.width, encoder.dim),

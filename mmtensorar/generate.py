@@ -92,7 +92,7 @@ class Generator:
         return Sampling(**(self.recipe.sampler.model_dump() | given))
 
     def check(self, prompts: Sequence[str | int]) -> None:
-        """Raise ValueError unless prompts are what this model is conditioned on: captions, or numbers of its classes."""
+        """Raise ValueError unless prompts are what the model is conditioned on: captions, or numbers of its classes."""
         if isinstance(self.caption_encoder, ClassNumbers):
             # "207" is what shards and evaluation suites call class 207.
             if captions := [prompt for prompt in prompts if isinstance(prompt, str) and not prompt.strip().isdecimal()]:
@@ -104,7 +104,8 @@ class Generator:
             self.caption_encoder(prompts)
         elif numbers := [prompt for prompt in prompts if not isinstance(prompt, str)]:
             raise ValueError(
-                f"this model is text-conditional: it takes prompts (--prompt), and no class numbers such as {numbers[0]}"
+                "this model is text-conditional: it takes prompts (--prompt), and no class numbers such as "
+                f"{numbers[0]}"
             )
 
     @torch.no_grad()
@@ -150,7 +151,12 @@ class Generator:
         return to_images(self.image_tokenizer.decode(codes.to(self.device)))
 
     def images(
-        self, prompts: Sequence[str | int], seeds: Sequence[int], sampling: Sampling | None = None, *, batch_size: int = 16
+        self,
+        prompts: Sequence[str | int],
+        seeds: Sequence[int],
+        sampling: Sampling | None = None,
+        *,
+        batch_size: int = 16,
     ) -> list[Image.Image]:
         """One image per prompt and seed, in order. Raises ValueError like `decode`."""
         images = []
@@ -288,7 +294,7 @@ def write_images(generator: Generator, prompts: Sequence[str | int], options: ar
 
 
 def write_trace(generator: Generator, windows: Tensor, path: Path, **named: object) -> None:
-    """Next to an image's path: its windows [T, K, F], and the strip of its revisions. named: prompt or class, and seed."""
+    """Next to an image's path: its windows [T, K, F], and the strip of its revisions. named: see _named; the seed."""
     metadata = {key: str(value) for key, value in named.items()}
     metadata["windows"] = "[T, K, F]; windows[t, j] is token t + j at step t"
     save_file({"windows": windows.cpu().contiguous()}, path.with_suffix(".windows.safetensors"), metadata)
@@ -302,7 +308,9 @@ def write_trace(generator: Generator, windows: Tensor, path: Path, **named: obje
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m mmtensorar.generate", description="Generate images from captions or class numbers.")
+    parser = argparse.ArgumentParser(
+        prog="python -m mmtensorar.generate", description="Generate images from captions or class numbers."
+    )
     parser.add_argument("--ckpt", type=Path, required=True, help="consolidated checkpoint, such as runs/NAME/model")
     parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
     parser.add_argument("--prompts-file", type=Path, help="one prompt a line")

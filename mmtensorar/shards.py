@@ -167,7 +167,8 @@ def picture(sample: Sample, where: str, image_size: int) -> Image.Image:
     """The sample's picture as RGB. Raises ValueError when it is damaged, or not the size that the manifest says."""
     image = decode_image(image_member(sample, where), where)
     if image.size != (image_size, image_size):
-        raise ValueError(f"{where}: the image is {image.width}x{image.height}; the manifest says {image_size}x{image_size}")
+        said = f"the manifest says {image_size}x{image_size}"
+        raise ValueError(f"{where}: the image is {image.width}x{image.height}; {said}")
     return image
 
 
@@ -208,7 +209,7 @@ def _encode_array(array: np.ndarray) -> bytes:
 
 
 def _decode_array(content: bytes, where: str, dtype: type, letters: str) -> np.ndarray:
-    """where: names the member too. letters: the axes expected. Raises ValueError for anything else, objects included."""
+    """where: names the member too. letters: its axes. Raises ValueError for anything else, objects included."""
     try:
         # What np.load does for this format; np.load itself would also open zip archives.
         array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
@@ -246,9 +247,8 @@ def check_features(features: np.ndarray, expected: TextFeatures, where: str) -> 
     """Raise ValueError unless features [P, C] are as wide and at most as long as the manifest says, and finite."""
     tokens, width = features.shape
     if width != expected.width or not 1 <= tokens <= expected.max_tokens:
-        raise ValueError(
-            f"{where}: t5.npy has shape {[tokens, width]}, the manifest says [1 to {expected.max_tokens}, {expected.width}]"
-        )
+        said = f"the manifest says [1 to {expected.max_tokens}, {expected.width}]"
+        raise ValueError(f"{where}: t5.npy has shape {[tokens, width]}, {said}")
     if not np.isfinite(features).all():
         raise ValueError(f"{where}: t5.npy holds numbers that are not finite")
 
@@ -455,14 +455,20 @@ class Staging:
 
 
 def rewrite(
-    folder: Path, manifest: Manifest, change: Callable[[Shard], Iterator[Sample]], *, desc: str, unit: str, **entry: _Record
+    folder: Path,
+    manifest: Manifest,
+    change: Callable[[Shard], Iterator[Sample]],
+    *,
+    desc: str,
+    unit: str,
+    **entry: _Record,
 ) -> None:
     """Replace every shard of a set by change(shard), all at once at the end, and the manifest's entry with them.
 
     An interrupted call goes on where it stopped when it is made again with an equal manifest and entry.
     """
     # The source set is part of the purpose: shards made from another set are not picked up.
-    purpose = {"set": manifest.model_dump(mode="json")} | {key: value.model_dump(mode="json") for key, value in entry.items()}
+    purpose = {key: value.model_dump(mode="json") for key, value in {"set": manifest, **entry}.items()}
     staging = Staging(folder, purpose)
     shards = []
     with tqdm(desc=desc, unit=f" {unit}", total=manifest.num_samples, disable=None) as progress:

@@ -18,7 +18,8 @@ def vq(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vq") / "llamagen"
     small = dict(codebook_size=16, code_dim=4, ch=32, encoder_ch_mult=[1, 1], decoder_ch_mult=[1, 1], num_res_blocks=1)
     torch.manual_seed(0)
-    llamagen_vq.LlamaGenVQ(llamagen_vq.VQModel(llamagen_vq.Architecture(**small, z_channels=8)), 8).save_pretrained(folder)
+    model = llamagen_vq.VQModel(llamagen_vq.Architecture(**small, z_channels=8))
+    llamagen_vq.LlamaGenVQ(model, 8).save_pretrained(folder)
     return folder
 
 

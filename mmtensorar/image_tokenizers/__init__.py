@@ -79,11 +79,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image-tokenizer", "--tokenizer", required=True, metavar="PATH", help="its weights: folder, file or hub id"
     )
+    known = ", ".join(known_names("image_tokenizer"))
+    parser.add_argument("--name", default="janus_vq", help=f"kind of image tokenizer: {known} (default: janus_vq)")
     parser.add_argument(
-        "--name", default="janus_vq", help=f"kind of image tokenizer: {', '.join(known_names('image_tokenizer'))} (default: janus_vq)"
-    )
-    parser.add_argument(
-        "--image-size", type=int, metavar="PIXELS", help="pixels a side it works at, where its files do not tell (llamagen_vq)"
+        "--image-size",
+        type=int,
+        metavar="PIXELS",
+        help="pixels a side it works at, where its files do not tell (llamagen_vq)",
     )
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
 

@@ -1,6 +1,6 @@
 """Image tokenizers on their own.
 
-    python -m mmtensorar.image_tokenizers roundtrip --tokenizer FOLDER_OR_FILE [--name llamagen_vq] a.png [b.jpg] --out out/
+    python -m mmtensorar.image_tokenizers roundtrip --tokenizer FOLDER_OR_FILE --name llamagen_vq a.png [b.jpg] --out out/
 
 roundtrip encodes pictures and decodes their codes: what a model on this tokenizer can show at best. Per picture it
 writes out/NAME.roundtrip.png, original left and reconstruction right, and prints the PSNR.
@@ -55,7 +55,9 @@ def write_roundtrips(image_tokenizer, paths: list[Path], out: Path) -> Iterator[
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m mmtensorar.image_tokenizers", description="Image tokenizers on their own.")
+    parser = argparse.ArgumentParser(
+        prog="python -m mmtensorar.image_tokenizers", description="Image tokenizers on their own."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("roundtrip", help="encode and decode pictures, side by side, with their PSNR")
     command.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="JPEG, PNG or WEBP")
