@@ -1,7 +1,7 @@
 """Read every sample of a shard folder: `python data_tools/check_shards.py data/mine`. Exit code 2 when something is wrong.
 
-Checked: the manifest; each shard's digest, structure and number of samples; each picture, caption, json and codes
-member; that no key is in two shards. Every problem is listed with shard and key.
+Checked: the manifest; each shard's digest, structure and number of samples; each picture, caption or class number,
+json, codes and text features; that no key is in two shards. Every problem is listed with shard and key.
 """
 
 import sys
@@ -28,36 +28,31 @@ def sample_problems(sample: Sample, where: str, manifest: Manifest) -> list[str]
         except ValueError as error:
             problems.append(str(error))
 
-    check(_check_image, sample, where, manifest.image_size)
-    check(_check_text, sample, where)
-    if manifest.codes is not None:
-        check(_check_codes, sample, where, manifest)
-    elif "codes.npy" in sample.members:
-        problems.append(f"{where}: has codes.npy, but the manifest says that the set has no codes")
+    check(shards.picture, sample, where, manifest.image_size)
+    check(_check_text, sample, where, manifest.classes)
+    for member, entry, what, decode, check_array in (
+        ("codes.npy", manifest.codes, "codes", shards.decode_codes, shards.check_codes),
+        ("t5.npy", manifest.text_features, "text features", shards.decode_features, shards.check_features),
+    ):
+        if (entry is not None) != (member in sample.members):
+            found, said = ("no", "") if entry else ("has", "no ")
+            problems.append(f"{where}: {found} {member}, but the manifest says that the set has {said}{what}")
+        elif entry is not None:
+            check(lambda: check_array(decode(sample.members[member], where), entry, where))
     return problems
 
 
-def _check_image(sample: Sample, where: str, image_size: int) -> None:
-    image = shards.decode_image(shards.image_member(sample, where), where)
-    if image.size != (image_size, image_size):
-        raise ValueError(f"{where}: the image is {image.width}x{image.height}; the manifest says {image_size}x{image_size}")
-
-
-def _check_text(sample: Sample, where: str) -> None:
+def _check_text(sample: Sample, where: str, classes: tuple[str, ...] | None) -> None:
     for extension in ("txt", "json"):
         if extension not in sample.members:
             raise ValueError(f"{where}: no {extension} member")
-    shards.decode_caption(sample.members["txt"], where)
+    caption = shards.decode_caption(sample.members["txt"], where)
+    if classes is not None and not (caption.isdecimal() and int(caption) < len(classes)):
+        raise ValueError(f"{where}: {caption!r} is no number of the manifest's {len(classes)} classes")
     try:
         json.loads(sample.members["json"])
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: the json member is not JSON ({error})") from error
-
-
-def _check_codes(sample: Sample, where: str, manifest: Manifest) -> None:
-    if "codes.npy" not in sample.members:
-        raise ValueError(f"{where}: no codes.npy member, but the manifest says that the set has codes")
-    shards.check_codes(shards.decode_codes(sample.members["codes.npy"], where), manifest.codes, where)
 
 
 def shard_problems(folder: Path, shard: Shard, manifest: Manifest, seen: dict[str, str], progress: tqdm) -> list[str]:
@@ -98,10 +93,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
-    codes = f"codes of {manifest.codes.image_tokenizer}" if manifest.codes else "no codes"
+    parts = [f"{manifest.image_size} pixels"]
+    if manifest.classes:
+        parts.append(f"{len(manifest.classes)} classes")
+    codes, text = manifest.codes, manifest.text_features
+    crops = f" ({codes.crops} crops)" if codes and codes.crops > 1 else ""
+    parts.append(f"codes of {codes.image_tokenizer}{crops}" if codes else "no codes")
+    if text:
+        parts.append(f"text features of {text.text_encoder}")
     print(
         f"{folder}: {len(seen)} of {manifest.num_samples} samples read in {len(manifest.shards)} shards, "
-        f"{manifest.image_size} pixels, {codes}, {len(problems) or 'no'} problems"
+        f"{', '.join(parts)}, {len(problems) or 'no'} problems"
     )
     return 2 if problems else 0
 

@@ -2,6 +2,7 @@
 
     python data_tools/make_shards.py --folder my_images --out data/mine          a.jpg beside a.txt, at any depth
     python data_tools/make_shards.py --jsonl my_images/list.jsonl --out data/mine    {"image": path, "caption": text}
+    python data_tools/make_shards.py --class-folder imagenet/train --out data/imagenet    a sub-folder per class
     python data_tools/make_shards.py --synthesize shapes --num-samples 4096 --out data/shapes
 
 The same arguments give the same bytes, whatever the number of workers. A finished set is reused; an interrupted run
@@ -27,20 +28,18 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
-from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from data_tools import sources
-from mmtensorar.shards import MANIFEST, Manifest, Sample, Shard, Staging, sha256, write_tar
+from mmtensorar.shards import MANIFEST, Manifest, Sample, Shard, Staging, sha256, square, write_tar
 
 
 def make_sample(key: str, item: sources.Item, image_size: int) -> Sample:
-    """Load one item and make it square: shorter side to image_size, then the centre; upscaled where it must be."""
+    """Load one item and make it square."""
     image = item.image()
     meta = item.meta | {"size": list(image.size)}
-    image = ImageOps.fit(image, (image_size, image_size), method=Image.Resampling.BICUBIC)
     jpeg = io.BytesIO()
-    image.save(jpeg, "JPEG", quality=95, subsampling=0)
+    square(image, image_size).save(jpeg, "JPEG", quality=95, subsampling=0)
     return Sample(
         key, {"jpg": jpeg.getvalue(), "txt": item.caption.encode(), "json": json.dumps(meta, sort_keys=True).encode()}
     )
@@ -79,24 +78,27 @@ def follow_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def read_source(options: argparse.Namespace) -> tuple[str, list[sources.Item]]:
-    """The source's description for the manifest, and its items in the order of the shards."""
+def read_source(options: argparse.Namespace) -> tuple[str, list[sources.Item], tuple[str, ...] | None]:
+    """The source's description for the manifest, its items in the order of the shards, and the names of its classes."""
     if options.synthesize:
         size = options.image_size
         # Drawn at random already; and a set of more samples begins with the samples of a smaller one.
-        return "shapes", list(sources.synthesize_shapes(options.num_samples, seed=options.seed, size=size))
-    path = options.folder or options.jsonl
-    found = sources.folder(path) if options.folder else sources.jsonl(path)
+        return "shapes", list(sources.synthesize_shapes(options.num_samples, seed=options.seed, size=size)), None
+    kinds = {"folder": sources.folder, "class_folder": sources.class_folder, "jsonl": sources.jsonl}
+    kind, path = next((kind, path) for kind in kinds if (path := getattr(options, kind)))
+    classes = sources.class_names(path) if kind == "class_folder" else None
+    found = kinds[kind](path)
     items = list(tqdm(found, desc="listing", unit=" images", disable=None))
     # Names, captions and file sizes, so that a changed source is not taken for the old one.
     digest = hashlib.sha256(json.dumps([(i.key, i.caption, i.meta) for i in items], sort_keys=True).encode()).hexdigest()
     order = np.random.default_rng(options.seed).permutation(len(items))
-    kind = "folder" if options.folder else "jsonl"
-    return f"{kind} {path.resolve().name} {digest[:16]}", [items[i] for i in order]
+    return f"{kind} {path.resolve().name} {digest[:16]}", [items[i] for i in order], classes
 
 
 def describe(manifest: Manifest) -> str:
-    return f"{manifest.num_samples} samples of {manifest.source!r}, {manifest.image_size} pixels, seed {manifest.seed}"
+    of_classes = f" in {len(manifest.classes)} classes" if manifest.classes else ""
+    source = f"{manifest.source!r}{of_classes}"
+    return f"{manifest.num_samples} samples of {source}, {manifest.image_size} pixels, seed {manifest.seed}"
 
 
 def make(options: argparse.Namespace) -> None:
@@ -111,7 +113,7 @@ def make(options: argparse.Namespace) -> None:
             raise ValueError(
                 f"{out} is not a shard folder: it has no {MANIFEST}, but {strangers[0].name}; choose another --out"
             )
-    source, items = read_source(options)
+    source, items, classes = read_source(options)
     starts = range(0, len(items), per_shard)
     # What the shards depend on. A set that has had codes added still is this set.
     wanted = {
@@ -147,6 +149,7 @@ def make(options: argparse.Namespace) -> None:
         shards=tuple(finished[name] for name in sorted(finished)),
         num_samples=len(items),
         image_size=options.image_size,
+        classes=classes,
         source=source,
         seed=options.seed,
     )
@@ -164,10 +167,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--folder", type=Path, help="images with a .txt caption of the same name, at any depth")
+    source.add_argument(
+        "--class-folder",
+        type=Path,
+        metavar="ROOT",
+        help="images in one sub-folder per class; the sorted names give the class numbers, as in torchvision's "
+        "ImageFolder",
+    )
     source.add_argument("--jsonl", type=Path, help='lines {"image": path relative to this file, "caption": text}')
     source.add_argument("--synthesize", choices=["shapes"], help="draw an embedded world")
     parser.add_argument("--out", type=Path, required=True, help="shard folder to make")
-    parser.add_argument("--image-size", type=positive, help="pixels a side (default: 384; 64 for shapes)")
+    parser.add_argument(
+        "--image-size",
+        type=positive,
+        help="pixels a side (default: 384; 64 for shapes): the image tokenizer's size, or a larger one for "
+        "encode_codes.py --crops 10; LlamaGen's is 1.1 times, 281 for 256 and 422 for 384",
+    )
     parser.add_argument("--num-samples", type=positive, help="pictures to draw (--synthesize only; default 4096)")
     parser.add_argument("--samples-per-shard", type=positive, default=1000)
     parser.add_argument("--seed", type=int, default=0, help="of the order, and of what is drawn")

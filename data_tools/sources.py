@@ -46,21 +46,52 @@ def folder(root: Path) -> Iterator[Item]:
     """
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder")
-    # By parts, so that the order does not depend on the separator.
-    files = sorted((p for p in root.rglob("*") if p.is_file() and not p.name.startswith(".")), key=lambda p: p.parts)
-    images = [path for path in files if path.suffix.lower() in SUFFIXES]
-    ignored = [path for path in files if path.suffix.lower() not in (*SUFFIXES, ".txt")]
-    if ignored:
-        print(f"note: left out {len(ignored)} files that are not jpg, png or webp, such as {ignored[0]}", file=sys.stderr)
-    if not images:
-        raise ValueError(f"{root}: no {', '.join(SUFFIXES)} files in it")
-    for path in images:
+    for path in _images(root, captions=True):
         caption_path = path.with_suffix(".txt")
         if not caption_path.is_file():
             raise ValueError(f"{path}: no caption; expected it in {caption_path}")
         name = path.relative_to(root).as_posix()
         meta = {"source": "folder", "name": name, "num_bytes": path.stat().st_size}
         yield Item(name, partial(open_image, path), decode_caption(caption_path.read_bytes(), str(caption_path)), meta)
+
+
+def _images(root: Path, *, captions: bool = False) -> list[Path]:
+    """Every jpg, png and webp below a folder, sorted; other files (but captions) are counted aloud."""
+    # By parts, so that the order does not depend on the separator.
+    files = sorted((p for p in root.rglob("*") if p.is_file() and not p.name.startswith(".")), key=lambda p: p.parts)
+    images = [path for path in files if path.suffix.lower() in SUFFIXES]
+    expected = (*SUFFIXES, ".txt") if captions else SUFFIXES
+    ignored = [path for path in files if path.suffix.lower() not in expected]
+    if ignored:
+        print(f"note: left out {len(ignored)} files that are not jpg, png or webp, such as {ignored[0]}", file=sys.stderr)
+    if not images:
+        raise ValueError(f"{root}: no {', '.join(SUFFIXES)} files in it")
+    return images
+
+
+def class_names(root: Path) -> tuple[str, ...]:
+    """Names of a folder's sub-folders, sorted: a class's place in them is its number.
+
+    Hidden ones are none: an editor's folder would shift every number. Raises ValueError when there is no sub-folder.
+    """
+    if not root.is_dir():
+        raise ValueError(f"{root}: no such folder")
+    names = tuple(sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")))
+    if not names:
+        raise ValueError(f"{root}: no sub-folders in it; expected one per class")
+    return names
+
+
+def class_folder(root: Path) -> Iterator[Item]:
+    """Every jpg, png and webp below the sub-folders of a folder; the caption is the number of its class.
+
+    Pictures beside the sub-folders are left out. Raises ValueError for a class without pictures: left out, it would
+    shift the numbers of those after it, and kept, its number would never be trained.
+    """
+    for number, name in enumerate(class_names(root)):
+        for path in _images(root / name):
+            meta = {"source": "class_folder", "name": path.relative_to(root).as_posix(), "class": name}
+            yield Item(meta["name"], partial(open_image, path), str(number), meta | {"num_bytes": path.stat().st_size})
 
 
 def jsonl(path: Path) -> Iterator[Item]:

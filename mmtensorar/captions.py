@@ -1,4 +1,4 @@
-"""Captions to features of a T5 encoder, with the caption cleaning that LlamaGen was trained with.
+"""Captions to features of a T5 encoder, with the caption cleaning that LlamaGen was trained with; class numbers.
 
 `clean` takes the steps of FoundationVision/LlamaGen at ce98ec4 in its order, in expressions of our own; it needs the
 packages ftfy and beautifulsoup4. Shapes: B batch, P caption slots, C width of a feature.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mmtensorar.backbones import Condition
-from mmtensorar.weights import locate
+from mmtensorar.weights import Checkpoint, locate, read_config, weight_hash
 
 # original: clean, twice, as the original does. lower: lower case without surrounding white space, what the original
 # does when its cleaning is off. none: as written.
@@ -27,11 +27,12 @@ class T5Features:
     """Captions -> Condition of features, left-padded to num_slots.
 
     The encoder is read when the first captions come, so until then this can be sent to loader workers. It runs on the
-    GPU in bf16, as the original's default, or on a CPU in float32. Raises ValueError when there is no such encoder, its
-    features are not dim wide, or a package that the cleaning needs is absent.
+    GPU in bf16, as the original's default, or on a CPU in float32. dim: C that the backbone was trained with, or None
+    for any. Raises ValueError when there is no such encoder, its features are not dim wide, or a package that the
+    cleaning needs is absent.
     """
 
-    def __init__(self, path: str, *, num_slots: int, dim: int, cleaning: Cleaning = "original"):
+    def __init__(self, path: str, *, num_slots: int, dim: int | None, cleaning: Cleaning = "original"):
         self.path, self.num_slots, self.dim, self.cleaning = path, num_slots, dim, cleaning
         self._encoder = None
         if cleaning == "original":
@@ -39,12 +40,16 @@ class T5Features:
 
     def __call__(self, captions: Sequence[str]) -> Condition:
         """B captions -> values [B, P, C] float32, mask [B, P] bool, on the CPU."""
+        return left_pad(self.features(captions), self.num_slots)
+
+    def features(self, captions: Sequence[str]) -> list[Tensor]:
+        """B captions -> B features [tokens, C] float32 on the CPU; each as long as its caption, cut at num_slots."""
         if self._encoder is None:
             self._load()
         batch = self._text_tokenizer(
             [prepare(caption, self.cleaning) for caption in captions],
             max_length=self.num_slots,
-            padding="max_length",
+            padding="longest",
             truncation=True,
             return_tensors="pt",
         )
@@ -53,7 +58,8 @@ class T5Features:
             features = self._encoder(
                 input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device)
             ).last_hidden_state
-        return left_pad(features.float().cpu(), batch["attention_mask"].bool())
+        lengths = batch["attention_mask"].sum(1).tolist()
+        return [row[:length] for row, length in zip(features.float().cpu(), lengths, strict=True)]
 
     def _load(self) -> None:
         from transformers import PreTrainedTokenizerFast, T5EncoderModel
@@ -65,7 +71,7 @@ class T5Features:
         encoder = T5EncoderModel.from_pretrained(
             folder, dtype=torch.bfloat16 if on_gpu else torch.float32, use_safetensors=True
         )
-        if encoder.config.d_model != self.dim:
+        if self.dim not in (None, encoder.config.d_model):
             raise ValueError(
                 f"backbone.text_encoder: {self.path} makes features of {encoder.config.d_model}, the backbone was "
                 f"trained with {self.dim}"
@@ -76,17 +82,33 @@ class T5Features:
         self._encoder = encoder.eval().requires_grad_(False).to("cuda" if on_gpu else "cpu")
 
 
-def left_pad(features: Tensor, mask: Tensor) -> Condition:
-    """Features [B, P, C] padded on the right, mask [B, P] bool -> the same on the left, with zeros as padding.
+def left_pad(features: Sequence[Tensor], num_slots: int) -> Condition:
+    """B features [tokens, C] -> values [B, P, C] of num_slots places, zeros first, and their mask.
 
     LlamaGen has the caption's end next to the image tokens.
     """
-    P = mask.shape[1]
-    places = torch.arange(P, device=mask.device)
-    lengths = mask.sum(1, keepdim=True)
-    moved = features.gather(1, ((places + lengths) % P)[..., None].expand_as(features))
-    mask = places >= P - lengths
-    return Condition(moved * mask[..., None], mask)
+    values = torch.zeros(len(features), num_slots, features[0].shape[1])
+    mask = torch.zeros(len(features), num_slots, dtype=torch.bool)
+    for row, feature in enumerate(features):
+        values[row, num_slots - len(feature) :] = feature
+        mask[row, num_slots - len(feature) :] = True
+    return Condition(values, mask)
+
+
+def encoder_hash(path: str, *, key: str = "backbone.text_encoder") -> str:
+    """sha256 over the tensors that make a T5's features: the same in any file layout, with a decoder or without."""
+    checkpoint = Checkpoint(locate(path, key=key))
+    # embed_tokens is shared.weight again, in those files that hold it.
+    parts = re.compile(r"shared\.weight|encoder\.(?!embed_tokens).+")
+    names = [name for name in checkpoint.shapes if parts.fullmatch(name)]
+    if "shared.weight" not in names or len(names) == 1:
+        raise ValueError(f"{key}: {path} holds no T5 encoder")
+    return weight_hash(dict(checkpoint.read(names)))
+
+
+def encoder_width(path: str, *, key: str = "backbone.text_encoder") -> int:
+    """C of a T5's features, from its config.json."""
+    return read_config(locate(path, key=key, weights=False), "t5", key=key)["d_model"]
 
 
 # ---- cleaning ------------------------------------------------------------------------------------
@@ -104,7 +126,7 @@ def _cleaning_packages():
         from bs4 import BeautifulSoup
     except ImportError as error:
         raise ValueError(
-            f"backbone.caption_cleaning is original, which needs the package {error.name}: pip install -e '.[text]'; "
+            f"caption_cleaning is original, which needs the package {error.name}: pip install -e '.[text]'; "
             "or set it to lower"
         ) from None
     return ftfy, BeautifulSoup
@@ -186,15 +208,15 @@ def _replace(text: str, steps: Sequence[tuple[str, str]]) -> str:
 
 
 class ClassNumbers:
-    """Class numbers as text ("207", which is what such a sample's caption holds) -> Condition."""
+    """Class numbers (207, or "207", which is what such a sample's caption holds) -> Condition."""
 
     def __init__(self, num_classes: int):
         self.num_classes = num_classes
 
-    def __call__(self, captions: Sequence[str]) -> Condition:
+    def __call__(self, captions: Sequence[str | int]) -> Condition:
         """B numbers -> values [B, 1] int64, mask [B, 1] bool. Raises ValueError for another caption."""
         for caption in captions:
-            if not (caption.strip().isdecimal() and int(caption) < self.num_classes):
+            if not (str(caption).strip().isdecimal() and int(caption) < self.num_classes):
                 raise ValueError(
                     f"{caption!r} is no class of this class-conditional backbone; expected 0 to {self.num_classes - 1}"
                 )

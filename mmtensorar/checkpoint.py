@@ -24,8 +24,8 @@ from torch import Tensor
 
 from mmtensorar import backbones, image_tokenizers, tensorar
 from mmtensorar.recipe import Recipe
+from mmtensorar.shards import sha256
 from mmtensorar.tensorar import TensorAR
-from mmtensorar.weights import sha256
 
 FORMAT = 1
 INDEX = "checkpoint.json"
@@ -154,7 +154,7 @@ def save(
 
 
 def write_index(folder: Path, step: int, progress: Callable[[int], Any] = lambda size: None) -> None:
-    """Write checkpoint.json over all files of a folder; progress: see `weights.sha256`."""
+    """Write checkpoint.json over all files of a folder; progress: see `shards.sha256`."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     files = {str(path.relative_to(folder)): sha256(path, progress) for path in paths}
     index = {"format": FORMAT, "step": step, "sha256": files}

@@ -44,7 +44,8 @@ from mmtensorar import backbones, checkpoint, deepseek, image_tokenizers
 from mmtensorar.backbones.llamagen import PIXELS_PER_TOKEN
 from mmtensorar.image_tokenizers import janus_vq, open_magvit2_lfq
 from mmtensorar.recipe import Recipe, Section, known_names, named_section
-from mmtensorar.weights import TORCH_SUFFIXES, Checkpoint, Unread, locate_checkpoint, read_config, sha256, write
+from mmtensorar.shards import sha256
+from mmtensorar.weights import TORCH_SUFFIXES, Checkpoint, Unread, locate_checkpoint, read_config, write
 
 BACKBONES, IMAGE_TOKENIZERS = known_names("backbone"), known_names("image_tokenizer")
 WRAPPERS = ("ema", "model", "module", "state_dict")  # of all kinds; here only names are looked at

@@ -28,9 +28,22 @@ import webdataset as wds
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from mmtensorar import backbones
 from mmtensorar.backbones import CaptionEncoder, Condition
+from mmtensorar.captions import ClassNumbers, T5Features, encoder_hash, left_pad
 from mmtensorar.recipe import Recipe
-from mmtensorar.shards import Codes, Manifest, Shard, check_codes, decode_caption, decode_codes, iterate_shard
+from mmtensorar.shards import (
+    Codes,
+    Manifest,
+    Shard,
+    TextFeatures,
+    check_codes,
+    check_features,
+    decode_caption,
+    decode_codes,
+    decode_features,
+    iterate_shard,
+)
 
 # Separate the random streams that share seed, epoch and reader.
 SHARD_ORDER, DRAWS = 0, 1
@@ -42,7 +55,7 @@ SHARD_ORDER, DRAWS = 0, 1
 def preflight(recipe: Recipe, image_tokenizer, *, world_size: int) -> str:
     """The fingerprint of the shards.
 
-    Raises ValueError, naming both sides, when they do not fit the recipe's image tokenizer or the ranks.
+    Raises ValueError, naming both sides, when they do not fit the recipe's image tokenizer, backbone or ranks.
     """
     folder = recipe.data.shards
     manifest = Manifest.read(folder)
@@ -63,6 +76,8 @@ def preflight(recipe: Recipe, image_tokenizer, *, world_size: int) -> str:
             f"recipe's is {image_tokenizer.name} {image_tokenizer.weight_hash[:12]}; run data_tools/encode_codes.py again"
         )
     _check_num_shards(recipe, manifest, world_size)
+    if manifest.classes is not None or recipe.data.text_features == "cached":
+        _check_condition(recipe, manifest, backbones.caption_encoder(recipe.backbone))
     return manifest.fingerprint
 
 
@@ -70,6 +85,48 @@ def _codes(manifest: Manifest, folder: str) -> Codes:
     if manifest.codes is None:
         raise ValueError(f"{folder} has no image codes; run data_tools/encode_codes.py on it")
     return manifest.codes
+
+
+def _check_condition(recipe: Recipe, manifest: Manifest, caption_encoder: CaptionEncoder) -> None:
+    """Raise ValueError unless the shards' classes or cached features are those that the backbone takes."""
+    folder, backbone = recipe.data.shards, recipe.backbone.name
+    if (classes := manifest.classes) is not None:
+        if not isinstance(caption_encoder, ClassNumbers):
+            raise ValueError(f"{folder} holds images of numbered classes, but the {backbone} backbone takes captions")
+        if len(classes) > caption_encoder.num_classes:
+            num_classes = caption_encoder.num_classes
+            raise ValueError(f"{folder} has {len(classes)} classes, the {backbone} backbone {num_classes}")
+    if recipe.data.text_features == "live":
+        return
+    if not isinstance(caption_encoder, T5Features):
+        raise ValueError(
+            f"data.text_features is cached, but the {backbone} backbone takes no text features; expected live"
+        )
+    text, encoder = _text_features(manifest, folder), caption_encoder
+    pairs = {
+        "features as wide as": (text.width, encoder.dim),
+        "tokens a caption up to": (text.max_tokens, encoder.num_slots),
+        "caption cleaning": (text.cleaning, encoder.cleaning),
+    }
+    # The weights decide where they are at hand; training on cached features needs no text encoder otherwise.
+    if not Path(encoder.path).is_dir():
+        pairs["text encoder"] = (text.text_encoder, encoder.path)
+    elif (found := encoder_hash(encoder.path)) != text.weight_hash:
+        pairs["text encoder"] = (f"{text.text_encoder} {text.weight_hash[:12]}", f"{encoder.path} {found[:12]}")
+    for what, (cached, wanted) in pairs.items():
+        if cached != wanted:
+            raise ValueError(
+                f"{what}: {folder} has {cached} in its text features, the recipe's backbone {wanted}; run "
+                "data_tools/encode_text.py again, or set data.text_features to live"
+            )
+
+
+def _text_features(manifest: Manifest, folder: str) -> TextFeatures:
+    if manifest.text_features is None:
+        raise ValueError(
+            f"data.text_features is cached, but {folder} has no text features; run data_tools/encode_text.py on it"
+        )
+    return manifest.text_features
 
 
 def _sizes(factor_sizes: tuple[int, ...]) -> str:
@@ -90,7 +147,7 @@ def _check_num_shards(recipe: Recipe, manifest: Manifest, world_size: int) -> No
 
 @dataclass(frozen=True)
 class Reader:
-    """One of num_readers, and all that its stream depends on."""
+    """One of num_readers, and all that its stream depends on. cached: whether it reads text features."""
 
     folder: Path
     manifest: Manifest
@@ -100,6 +157,7 @@ class Reader:
     batch_size: int
     number: int
     num_readers: int
+    cached: bool
 
 
 class Row(NamedTuple):
@@ -108,16 +166,27 @@ class Row(NamedTuple):
     where: str
     codes: bytes
     caption: bytes
+    features: bytes | None
     crop: int = 0
     uncond: bool = False
 
 
+class Decoded(NamedTuple):
+    """One row of a batch. codes: [T, F] uint16. features: [tokens, C] float16 when they are cached."""
+
+    codes: np.ndarray
+    caption: str
+    uncond: bool
+    features: np.ndarray | None
+
+
 class RawBatch(NamedTuple):
-    """What a reader hands over. codes: [b, T, F] uint16. uncond: [b] bool."""
+    """What a reader hands over. codes: [b, T, F] uint16. uncond: [b] bool. features: b of them, or of None."""
 
     codes: np.ndarray
     captions: list[str]
     uncond: np.ndarray
+    features: list[np.ndarray | None]
 
 
 def shard_list(reader: Reader, epoch: int) -> list[Shard]:
@@ -126,15 +195,16 @@ def shard_list(reader: Reader, epoch: int) -> list[Shard]:
     return [reader.manifest.shards[i] for i in order[reader.number :: reader.num_readers]]
 
 
-def read(shards: Iterator[Shard], folder: Path) -> Iterator[Row]:
+def read(shards: Iterator[Shard], folder: Path, *, cached: bool) -> Iterator[Row]:
     for shard in shards:
         for sample in iterate_shard(folder, shard):
             where = f"{folder / shard.name}: sample {sample.key}"
-            for extension in ("txt", "codes.npy"):
+            for extension in ("txt", "codes.npy", *(["t5.npy"] if cached else [])):
                 if extension not in sample.members:
                     raise ValueError(f"{where}: no {extension} member")
-            # The picture is dropped here: the shuffle buffer holds codes and captions only.
-            yield Row(where, sample.members["codes.npy"], sample.members["txt"])
+            # The picture is dropped here: the shuffle buffer holds what training takes only.
+            features = sample.members["t5.npy"] if cached else None
+            yield Row(where, sample.members["codes.npy"], sample.members["txt"], features)
 
 
 def draw(rows: Iterator[Row], reader: Reader, epoch: int) -> Iterator[Row]:
@@ -150,7 +220,7 @@ def one_epoch(reader: Reader, epoch: int, skip: int) -> wds.DataPipeline:
     shuffled = random.Random(f"{reader.seed}/{epoch}/{reader.number}")
     return wds.DataPipeline(
         partial(iter, shard_list(reader, epoch)),
-        partial(read, folder=reader.folder),
+        partial(read, folder=reader.folder, cached=reader.cached),
         wds.shuffle(reader.shuffle, initial=reader.shuffle, rng=shuffled) if reader.shuffle else None,
         partial(draw, reader=reader, epoch=epoch),
         wds.slice(skip, None),
@@ -166,17 +236,20 @@ def endless(reader: Reader, skip: int) -> Iterator[Row]:
         skip = max(0, skip - num_rows)
 
 
-def decode(rows: Iterator[Row], codes: Codes) -> Iterator[tuple[np.ndarray, str, bool]]:
-    """Row -> (codes [T, F] uint16, caption, uncond)."""
+def decode(rows: Iterator[Row], manifest: Manifest) -> Iterator[Decoded]:
     for row in rows:
         crops = decode_codes(row.codes, row.where)  # [A, T, F]
-        check_codes(crops, codes, row.where)
-        yield crops[row.crop], decode_caption(row.caption, row.where), row.uncond
+        check_codes(crops, manifest.codes, row.where)
+        features = None
+        if row.features is not None:
+            features = decode_features(row.features, row.where)
+            check_features(features, manifest.text_features, row.where)
+        yield Decoded(crops[row.crop], decode_caption(row.caption, row.where), row.uncond, features)
 
 
-def collate(rows: list[tuple[np.ndarray, str, bool]]) -> RawBatch:
-    codes, captions, uncond = zip(*rows, strict=True)
-    return RawBatch(np.stack(codes), list(captions), np.array(uncond, dtype=bool))
+def collate(rows: list[Decoded]) -> RawBatch:
+    codes, captions, uncond, features = zip(*rows, strict=True)
+    return RawBatch(np.stack(codes), list(captions), np.array(uncond, dtype=bool), list(features))
 
 
 # ---- the stream ------------------------------------------------------------------------------
@@ -205,7 +278,7 @@ class Readers(IterableDataset):
         reader = self.readers[index]
         batches = wds.DataPipeline(
             partial(endless, reader, turns * reader.batch_size),
-            partial(decode, codes=reader.manifest.codes),
+            partial(decode, manifest=reader.manifest),
             wds.batched(reader.batch_size, collation_fn=collate, partial=False),
         )
         try:
@@ -231,6 +304,8 @@ def stream(
     manifest = Manifest.read(folder)
     _codes(manifest, folder)
     _check_num_shards(recipe, manifest, world_size)
+    cached = settings.text_features == "cached"
+    num_slots = _text_features(manifest, folder).max_tokens if cached else None
     workers = max(1, settings.num_workers)
     readers = tuple(
         Reader(
@@ -242,6 +317,7 @@ def stream(
             batch_size=settings.batch_size // (world_size * recipe.train.grad_accum),
             number=rank * workers + worker,
             num_readers=world_size * workers,
+            cached=cached,
         )
         for worker in range(workers)
     )
@@ -257,7 +333,11 @@ def stream(
         if isinstance(batch, Failure):
             raise ValueError(batch.sentence)
         # Captions are encoded here, not in the workers, which then need neither text tokenizer nor its threads.
-        yield torch.from_numpy(batch.codes.astype(np.int64)), caption_encoder(batch.captions), torch.from_numpy(batch.uncond)
+        if cached:
+            condition = left_pad([torch.from_numpy(features) for features in batch.features], num_slots)
+        else:
+            condition = caption_encoder(batch.captions)
+        yield torch.from_numpy(batch.codes.astype(np.int64)), condition, torch.from_numpy(batch.uncond)
 
 
 def _as_is(batch: RawBatch | Failure) -> RawBatch | Failure:

@@ -1,11 +1,13 @@
-"""Captions to images with a consolidated checkpoint.
+"""Captions, or class numbers, to images with a consolidated checkpoint.
 
     python -m mmtensorar.generate --ckpt FOLDER --prompt "a red circle" [--prompt ...] --num-images 4 --out out/
+    python -m mmtensorar.generate --ckpt FOLDER --class 207 360 --num-images 4 --out out/
 
 From Python:
 
     generator = Generator.load("runs/NAME/model")
     images = generator.images(["a red circle", "a blue star"], seeds=[0, 1])
+    images = generator.images([207, 360], seeds=[0, 1])      of a class-conditional model
 
 Image j of a prompt has seed --seed + j. The output folder receives {number}_{seed}.png and one line per image in
 prompts.jsonl; a folder in use is added to, nothing in it is replaced. --trace adds, per image, every window
@@ -32,7 +34,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmtensorar import checkpoint
+from mmtensorar.captions import ClassNumbers
 from mmtensorar.decode import Decoded, Sampler, decode
+from mmtensorar.image_tokenizers import to_images
 from mmtensorar.recipe import one_or_several
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -53,7 +57,7 @@ class Sampling(Sampler):
 
 
 class Generator:
-    """A loaded checkpoint that turns prompts into images.
+    """A loaded checkpoint that turns prompts into images. A prompt is a caption, or a class number.
 
     Every row draws from its own generator, so the same prompt and seed give the same random numbers in any batch. A row's
     floats may still differ in the last bits between batches, because
@@ -89,10 +93,27 @@ class Generator:
         given = {key: value for key, value in settings.items() if value is not None}
         return Sampling(**(self.recipe.sampler.model_dump() | given))
 
+    def check(self, prompts: Sequence[str | int]) -> None:
+        """Raise ValueError unless prompts are what the model is conditioned on: captions, or numbers of its classes."""
+        if isinstance(self.caption_encoder, ClassNumbers):
+            # "207" is what shards and evaluation suites call class 207.
+            if captions := [prompt for prompt in prompts if isinstance(prompt, str) and not prompt.strip().isdecimal()]:
+                last = self.caption_encoder.num_classes - 1
+                raise ValueError(
+                    f"this model is class-conditional: it takes class numbers (--class), 0 to {last}, and no prompts "
+                    f"such as {captions[0]!r}"
+                )
+            self.caption_encoder(prompts)
+        elif numbers := [prompt for prompt in prompts if not isinstance(prompt, str)]:
+            raise ValueError(
+                "this model is text-conditional: it takes prompts (--prompt), and no class numbers such as "
+                f"{numbers[0]}"
+            )
+
     @torch.no_grad()
     def decode(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | int],
         seeds: Sequence[int],
         sampling: Sampling | None = None,
         *,
@@ -102,12 +123,13 @@ class Generator:
         """One batch of image codes [B, T, F], and with keep_trace the windows [B, T, K, F].
 
         progress is called with (tokens done, T) after each step. Raises ValueError unless there is one seed, 0 or
-        more, per prompt, and when the GPU's memory is too small for the batch.
+        more, per prompt, for prompts of the wrong kind, and when the GPU's memory is too small for the batch.
         """
         if len(prompts) != len(seeds) or not prompts:
             raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds; expected one seed per prompt, at least one")
         for seed in seeds:
             _check_seed(seed)
+        self.check(prompts)
         sampling = sampling or self.sampling()
         # CPU generators: a seed means the same numbers on every device.
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -131,7 +153,12 @@ class Generator:
         return to_images(self.image_tokenizer.decode(codes.to(self.device)))
 
     def images(
-        self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling | None = None, *, batch_size: int = 16
+        self,
+        prompts: Sequence[str | int],
+        seeds: Sequence[int],
+        sampling: Sampling | None = None,
+        *,
+        batch_size: int = 16,
     ) -> list[Image.Image]:
         """One image per prompt and seed, in order. Raises ValueError like `decode`."""
         images = []
@@ -161,12 +188,6 @@ def _device(name: str | None) -> torch.device:
     if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
         raise ValueError(f"device is {name!r}, but {torch.cuda.device_count()} GPUs are visible")
     return device
-
-
-def to_images(pixels: Tensor) -> list[Image.Image]:
-    """Pixels [B, 3, H, W] in [-1, 1], clamped -> RGB images."""
-    arrays = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(array) for array in arrays]
 
 
 def revisions(trace: Tensor) -> Tensor:
@@ -208,9 +229,13 @@ def _at_least_1(text: str) -> int:
     return number
 
 
-def _prompts(options: argparse.Namespace) -> list[str]:
-    """Prompts of --prompt, then those of --prompts-file, whose empty lines are passed over."""
+def _prompts(options: argparse.Namespace) -> list[str] | list[int]:
+    """Numbers of --class; or prompts of --prompt, then those of --prompts-file, whose empty lines are passed over."""
     prompts = list(options.prompt)
+    if options.classes:
+        if prompts or options.prompts_file is not None:
+            raise ValueError("--class and prompts were given; a model takes the one or the other")
+        return options.classes
     if options.prompts_file is not None:
         try:
             lines = options.prompts_file.read_text(encoding="utf-8").splitlines()
@@ -218,12 +243,18 @@ def _prompts(options: argparse.Namespace) -> list[str]:
             raise ValueError(f"{options.prompts_file}: not UTF-8") from None
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise ValueError("no prompts: give --prompt TEXT or --prompts-file FILE")
+        raise ValueError("no prompts: give --prompt TEXT or --prompts-file FILE, or --class NUMBER")
     return prompts
 
 
-def write_images(generator: Generator, prompts: Sequence[str], options: argparse.Namespace) -> list[Path]:
+def _named(prompt: str | int) -> dict[str, str | int]:
+    """A prompt as it stands in prompts.jsonl and in the files."""
+    return {"prompt" if isinstance(prompt, str) else "class": prompt}
+
+
+def write_images(generator: Generator, prompts: Sequence[str | int], options: argparse.Namespace) -> list[Path]:
     """Generate --num-images per prompt into --out; returns the pictures' paths."""
+    generator.check(prompts)
     sampling = sampling_from(generator, options)
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
@@ -247,13 +278,13 @@ def write_images(generator: Generator, prompts: Sequence[str], options: argparse
             for row, image in enumerate(generator.pictures(decoded.codes)):
                 prompt, seed = batch[row]
                 path = out / f"{first + start + row:05d}_{seed}.png"
-                save_png(image, path, prompt=prompt, seed=seed)
+                named = _named(prompt) | {"seed": seed}
+                save_png(image, path, **named)
                 if decoded.trace is not None:
-                    write_trace(generator, decoded.trace[row], path, prompt=prompt, seed=seed)
+                    write_trace(generator, decoded.trace[row], path, **named)
                 line = {
                     "file": path.name,
-                    "prompt": prompt,
-                    "seed": seed,
+                    **named,
                     "settings": asdict(sampling) | {"precision": generator.precision, "batch_size": options.batch_size},
                     "window": generator.model.window,
                     "checkpoint": str(options.ckpt),
@@ -264,9 +295,10 @@ def write_images(generator: Generator, prompts: Sequence[str], options: argparse
     return paths
 
 
-def write_trace(generator: Generator, windows: Tensor, path: Path, *, prompt: str, seed: int) -> None:
-    """Next to an image's path: its windows [T, K, F], and the strip of its revisions."""
-    metadata = {"prompt": prompt, "seed": str(seed), "windows": "[T, K, F]; windows[t, j] is token t + j at step t"}
+def write_trace(generator: Generator, windows: Tensor, path: Path, **named: object) -> None:
+    """Next to an image's path: its windows [T, K, F], and the strip of its revisions. named: see _named; the seed."""
+    metadata = {key: str(value) for key, value in named.items()}
+    metadata["windows"] = "[T, K, F]; windows[t, j] is token t + j at step t"
     save_file({"windows": windows.cpu().contiguous()}, path.with_suffix(".windows.safetensors"), metadata)
     pictures = generator.pictures(revisions(windows[None])[0])
     width, height = pictures[0].size
@@ -274,14 +306,25 @@ def write_trace(generator: Generator, windows: Tensor, path: Path, *, prompt: st
     strip = Image.new("RGB", (len(pictures) * (width + gap) - gap, height), "white")
     for place, picture in enumerate(pictures):
         strip.paste(picture, (place * (width + gap), 0))
-    save_png(strip, path.with_suffix(".revisions.png"), prompt=prompt, seed=seed)
+    save_png(strip, path.with_suffix(".revisions.png"), **named)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m mmtensorar.generate", description="Generate images from captions.")
+    parser = argparse.ArgumentParser(
+        prog="python -m mmtensorar.generate", description="Generate images from captions or class numbers."
+    )
     parser.add_argument("--ckpt", type=Path, required=True, help="consolidated checkpoint, such as runs/NAME/model")
     parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
     parser.add_argument("--prompts-file", type=Path, help="one prompt a line")
+    parser.add_argument(
+        "--class",
+        dest="classes",
+        type=int,
+        nargs="+",
+        action="extend",
+        metavar="NUMBER",
+        help="class numbers, instead of prompts, for a class-conditional model",
+    )
     parser.add_argument("--num-images", type=_at_least_1, default=1, help="per prompt (default 1)")
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--seed", type=int, default=0, help="of each prompt's first image; the next ones count up")

@@ -74,7 +74,9 @@ class Data(Section):
     """shards: a folder made by data_tools. batch_size: samples of one optimiser step over all ranks.
 
     shuffle: samples in each reader's shuffle buffer. uncond_rate: share of rows trained without
-    their prompt, which guidance needs.
+    their prompt, which guidance needs. text_features: of a backbone that reads a text encoder's
+    features; live encodes the captions in the training step, cached takes what
+    data_tools/encode_text.py has put into the shards.
     """
 
     shards: str
@@ -82,6 +84,7 @@ class Data(Section):
     shuffle: int = Field(1000, ge=0)
     uncond_rate: float = Field(0.1, ge=0, le=1)
     num_workers: int = Field(0, ge=0)
+    text_features: Literal["live", "cached"] = "live"
 
 
 class Optim(Section):

@@ -3,8 +3,9 @@
 A sample is every consecutive member of a tar with one key:
 
     {key}.jpg  RGB as collected (also png, webp)     {key}.txt  caption, UTF-8     {key}.json  source, size, ...
-    {key}.codes.npy  uint16 [A, T, F], A crops       {key}.t5.npy  features of the caption
+    {key}.codes.npy  uint16 [A, T, F], A crops       {key}.t5.npy  float16 [P, C], features of the caption
 
+In a set of classes the caption is the class's number; the manifest says which name has which number.
 `manifest.json` names the shards and says what is in them. It is written last, so a folder with a manifest is
 complete. What is read here may come from anywhere: nothing is unpickled, nothing is extracted to disk, sizes are
 bounded before they are believed, and damage is a ValueError that names shard and key.
@@ -21,13 +22,14 @@ import shutil
 import tarfile
 import tokenize
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from tqdm import tqdm
 
 MANIFEST = "manifest.json"
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
@@ -161,6 +163,20 @@ def decode_image(content: bytes, where: str, *, upright: bool = False) -> Image.
         raise ValueError(f"{where}: unreadable image ({reason})") from error
 
 
+def picture(sample: Sample, where: str, image_size: int) -> Image.Image:
+    """The sample's picture as RGB. Raises ValueError when it is damaged, or not the size that the manifest says."""
+    image = decode_image(image_member(sample, where), where)
+    if image.size != (image_size, image_size):
+        said = f"the manifest says {image_size}x{image_size}"
+        raise ValueError(f"{where}: the image is {image.width}x{image.height}; {said}")
+    return image
+
+
+def square(image: Image.Image, image_size: int) -> Image.Image:
+    """The centre of a picture: its shorter side resized to image_size, upscaled where it must be."""
+    return ImageOps.fit(image, (image_size, image_size), method=Image.Resampling.BICUBIC)
+
+
 def decode_caption(content: bytes, where: str) -> str:
     """Caption without surrounding white space. Raises ValueError when it is not UTF-8, too long or empty."""
     if len(content) > EXTENSIONS["txt"]:
@@ -177,22 +193,43 @@ def decode_caption(content: bytes, where: str) -> str:
 def encode_codes(codes: np.ndarray) -> bytes:
     """codes: [A, T, F] uint16 -> content of a codes.npy member."""
     assert codes.dtype == np.uint16 and codes.ndim == 3
+    return _encode_array(codes)
+
+
+def encode_features(features: np.ndarray) -> bytes:
+    """features: [P, C] float16 -> content of a t5.npy member."""
+    assert features.dtype == np.float16 and features.ndim == 2
+    return _encode_array(features)
+
+
+def _encode_array(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    np.save(buffer, codes, allow_pickle=False)
+    np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()
 
 
-def decode_codes(content: bytes, where: str) -> np.ndarray:
-    """Content of a codes.npy member -> [A, T, F] uint16. Raises ValueError for anything else, objects included."""
+def _decode_array(content: bytes, where: str, dtype: type, letters: str) -> np.ndarray:
+    """where: names the member too. letters: its axes. Raises ValueError for anything else, objects included."""
     try:
         # What np.load does for this format; np.load itself would also open zip archives.
-        codes = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+        array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
     # All that a hostile header makes numpy raise; the last three come from its parser.
     except (ValueError, OSError, EOFError, MemoryError, TypeError, SyntaxError, tokenize.TokenError) as error:
-        raise ValueError(f"{where}: codes.npy is not a plain numpy array ({error})") from error
-    if codes.dtype != np.uint16 or codes.ndim != 3:
-        raise ValueError(f"{where}: codes.npy holds {codes.dtype} {list(codes.shape)}; expected uint16 [A, T, F]")
-    return codes
+        raise ValueError(f"{where} is not a plain numpy array ({error})") from error
+    if array.dtype != dtype or array.ndim != len(letters):
+        expected = f"{np.dtype(dtype)} [{', '.join(letters)}]"
+        raise ValueError(f"{where} holds {array.dtype} {list(array.shape)}; expected {expected}")
+    return array
+
+
+def decode_codes(content: bytes, where: str) -> np.ndarray:
+    """Content of a codes.npy member -> [A, T, F] uint16. Raises ValueError for anything else."""
+    return _decode_array(content, f"{where}: codes.npy", np.uint16, "ATF")
+
+
+def decode_features(content: bytes, where: str) -> np.ndarray:
+    """Content of a t5.npy member -> [P, C] float16. Raises ValueError for anything else."""
+    return _decode_array(content, f"{where}: t5.npy", np.float16, "PC")
 
 
 def check_codes(codes: np.ndarray, expected: Codes, where: str) -> None:
@@ -204,6 +241,16 @@ def check_codes(codes: np.ndarray, expected: Codes, where: str) -> None:
         largest = int(codes[..., factor].max())
         if largest >= size:
             raise ValueError(f"{where}: codes.npy holds code {largest}, but factor {factor} has {size} codes")
+
+
+def check_features(features: np.ndarray, expected: TextFeatures, where: str) -> None:
+    """Raise ValueError unless features [P, C] are as wide and at most as long as the manifest says, and finite."""
+    tokens, width = features.shape
+    if width != expected.width or not 1 <= tokens <= expected.max_tokens:
+        said = f"the manifest says [1 to {expected.max_tokens}, {expected.width}]"
+        raise ValueError(f"{where}: t5.npy has shape {[tokens, width]}, {said}")
+    if not np.isfinite(features).all():
+        raise ValueError(f"{where}: t5.npy holds numbers that are not finite")
 
 
 # ---- manifest --------------------------------------------------------------------------------
@@ -231,14 +278,32 @@ class Codes(_Record):
     crops: int = Field(ge=1)
 
 
+class TextFeatures(_Record):
+    """What the t5.npy members are: of which text encoder, [at most max_tokens, width], of captions cleaned how.
+
+    cleaning: see mmtensorar.captions.Cleaning; none is the caption as written.
+    """
+
+    text_encoder: str
+    weight_hash: str
+    width: int = Field(ge=1)
+    max_tokens: int = Field(ge=1)
+    cleaning: str
+
+
 class Manifest(_Record):
-    """What a shard folder holds. image_size: pixels a side. source, seed: where the samples came from."""
+    """What a shard folder holds. image_size: pixels a side. source, seed: where the samples came from.
+
+    classes: the names of the classes, in the order of their numbers, when the captions are class numbers.
+    """
 
     format: Literal[1] = 1
     shards: tuple[Shard, ...] = Field(min_length=1)
     num_samples: int
     image_size: int = Field(ge=1)
     codes: Codes | None = None
+    text_features: TextFeatures | None = None
+    classes: tuple[str, ...] | None = None
     source: str
     seed: int
 
@@ -335,9 +400,14 @@ def write_tar(path: Path, samples: Iterable[Sample]) -> Shard:
     return Shard(name=path.name, num_samples=num_samples, sha256=digest)
 
 
-def sha256(path: Path) -> str:
+def sha256(path: Path, progress: Callable[[int], Any] = lambda size: None) -> str:
+    """Of a file's content; progress is called with the number of bytes of each piece read."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while piece := file.read(2**24):
+            digest.update(piece)
+            progress(len(piece))
+    return digest.hexdigest()
 
 
 class Staging:
@@ -387,3 +457,37 @@ class Staging:
                     os.replace(staged / name, folder / name)
             os.replace(path, folder / MANIFEST)
             shutil.rmtree(staged)
+
+
+def rewrite(
+    folder: Path,
+    manifest: Manifest,
+    change: Callable[[Shard], Iterator[Sample]],
+    *,
+    desc: str,
+    unit: str,
+    **entry: _Record,
+) -> None:
+    """Replace every shard of a set by change(shard), all at once at the end, and the manifest's entry with them.
+
+    An interrupted call goes on where it stopped when it is made again with an equal manifest and entry.
+    """
+    # The source set is part of the purpose: shards made from another set are not picked up.
+    purpose = {key: value.model_dump(mode="json") for key, value in {"set": manifest, **entry}.items()}
+    staging = Staging(folder, purpose)
+    shards = []
+    with tqdm(desc=desc, unit=f" {unit}", total=manifest.num_samples, disable=None) as progress:
+
+        def counted(samples: Iterator[Sample]) -> Iterator[Sample]:
+            for sample in samples:
+                yield sample
+                progress.update(1)
+
+        for shard in manifest.shards:
+            target = staging.path / shard.name
+            if staging.finished(shard.name):
+                shards.append(shard.model_copy(update={"sha256": sha256(target)}))
+                progress.update(shard.num_samples)
+            else:
+                shards.append(write_tar(target, counted(change(shard))))
+    staging.commit(manifest.model_copy(update={"shards": tuple(shards), **entry}))

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from mmtensorar.image_tokenizers import to_pixels
 from mmtensorar.recipe import Section, read_recipe
-from mmtensorar.shards import Manifest, decode_image, image_member, iterate_shard
+from mmtensorar.shards import Manifest, iterate_shard, picture
 from mmtensorar.weights import fill
 
 
@@ -52,14 +53,13 @@ class ImageTokenizerRecipe(Section):
 
 def load_pictures(folder: Path, size: int) -> np.ndarray:
     """Every picture of a shard folder as [N, H, W, 3] uint8. Raises ValueError for damage or another size."""
+    manifest = Manifest.read(folder)
+    if manifest.image_size != size:
+        raise ValueError(f"{folder} has pictures of {manifest.image_size} pixels a side, image_size is {size}")
     pictures = []
-    for shard in Manifest.read(folder).shards:
+    for shard in manifest.shards:
         for sample in iterate_shard(folder, shard):
-            where = f"{folder / shard.name}: sample {sample.key}"
-            image = decode_image(image_member(sample, where), where)
-            if image.size != (size, size):
-                raise ValueError(f"{where}: the picture is {image.width}x{image.height}, expected {size} pixels a side")
-            pictures.append(np.asarray(image))
+            pictures.append(np.asarray(picture(sample, f"{folder / shard.name}: sample {sample.key}", size)))
     return np.stack(pictures)
 
 
@@ -136,7 +136,7 @@ def train(recipe: ImageTokenizerRecipe) -> None:
         cropped = recipe.crop is not None and step < recipe.steps - recipe.full_steps
         batch_size = recipe.crop_batch_size if cropped else recipe.batch_size
         chosen = pictures[rng.integers(len(pictures), size=batch_size)]
-        pixels = torch.from_numpy(chosen).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+        pixels = to_pixels(chosen)
         weight_of_pixel = pixel_weights(pixels, recipe.foreground_weight)
         if cropped:
             both = torch.cat([pixels, weight_of_pixel], dim=1)

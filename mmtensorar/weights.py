@@ -290,16 +290,6 @@ def write(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
     (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def sha256(path: Path, progress: Callable[[int], Any] = lambda size: None) -> str:
-    """Of a file's content; progress is called with the number of bytes of each piece read."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(2**24):
-            digest.update(piece)
-            progress(len(piece))
-    return digest.hexdigest()
-
-
 def weight_hash(state: Mapping[str, Tensor]) -> str:
     """sha256 over names, shapes and float32 values: the same weights in any file layout."""
     digest = hashlib.sha256()

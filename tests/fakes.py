@@ -183,6 +183,22 @@ def tiny_llamagen(condition: str = "class", **changes):
     return backbone
 
 
+def write_tiny_t5(folder: Path, seed: int = 0) -> None:
+    """A random T5 encoder of width 6 whose text tokenizer has one id per word and adds the end token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    words = ["<pad>", "</s>", "<unk>", "a", "red", "circle"]
+    fast = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    fast.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    marks = dict(pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    PreTrainedTokenizerFast(tokenizer_object=fast, **marks).save_pretrained(folder)
+    torch.manual_seed(seed)
+    sizes = dict(vocab_size=6, d_model=6, d_kv=3, d_ff=8, num_layers=1, num_heads=2)
+    T5EncoderModel(T5Config(**sizes, pad_token_id=0, eos_token_id=1)).save_pretrained(folder)
+
+
 def llamagen_condition(backbone, batch: int = 3) -> Condition:
     """Class ids, or captions of different lengths, left-padded with zeros."""
     config = backbone.config

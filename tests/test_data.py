@@ -13,14 +13,15 @@ from PIL import Image
 
 from mmtensorar import data
 from mmtensorar.backbones import Condition
+from mmtensorar.captions import ClassNumbers
 from mmtensorar.recipe import Data, Run, Train
 from mmtensorar.shards import Codes, Manifest, Sample, encode_codes, write_tar
 
 GRID, NUM_CODES = (1, 2), 1000
 
 
-def write_set(folder: Path, counts: list[int]) -> Path:
-    """Shards in which sample i of the set has the caption "i" and the codes [i, i]."""
+def write_set(folder: Path, counts: list[int], crops: int = 1) -> Path:
+    """Shards in which sample i of the set has the caption "i" and the codes [i, i]; crop a of several has [i, a]."""
     folder.mkdir()
     image = io.BytesIO()
     Image.new("RGB", (8, 8)).save(image, "JPEG")
@@ -29,11 +30,12 @@ def write_set(folder: Path, counts: list[int]) -> Path:
         samples = []
         for _ in range(count):
             members = {"jpg": image.getvalue(), "txt": str(index).encode(), "json": b"{}"}
-            members["codes.npy"] = encode_codes(np.full((1, 2, 1), index, np.uint16))
+            codes = [[index, crop if crops > 1 else index] for crop in range(crops)]
+            members["codes.npy"] = encode_codes(np.array(codes, np.uint16)[..., None])
             samples.append(Sample(f"{index:09d}", members))
             index += 1
         shards.append(write_tar(folder / f"{number:05d}.tar", samples))
-    codes = Codes(image_tokenizer="fake", weight_hash="a" * 64, grid=GRID, factor_sizes=(NUM_CODES,), crops=1)
+    codes = Codes(image_tokenizer="fake", weight_hash="a" * 64, grid=GRID, factor_sizes=(NUM_CODES,), crops=crops)
     Manifest(shards=tuple(shards), num_samples=index, image_size=8, codes=codes, source="test", seed=0).write(folder)
     return folder
 
@@ -122,6 +124,23 @@ def test_ranks_share_the_shards_and_the_batch(tmp_path):
     assert sorted(parts[0] + parts[1]) == list(range(24))
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_crop_is_drawn_anew_each_time_and_a_resumed_run_draws_the_same(tmp_path, num_workers):
+    folder = write_set(tmp_path / "set", [5, 7, 6, 4], crops=10)
+
+    def drawn(count: int, *, seed: int = 3, skip: int = 0) -> list[list[list[int]]]:
+        recipe = make_recipe(folder, batch_size=22, seed=seed, num_workers=num_workers)
+        stream = data.stream(recipe, caption_encoder, rank=0, world_size=1, skip_batches=skip)
+        return [codes[..., 0].tolist() for codes, _, _ in islice(stream, count)]
+
+    whole = drawn(40)
+    assert drawn(3, skip=37) == whole[37:] and drawn(2, seed=4) != whole[:2]
+    pairs = [tuple(pair) for batch in whole for pair in batch]
+    assert len(set(pairs)) > 210, "40 epochs of 22 samples show nearly each of their 220 crops"
+    share = np.bincount([crop for _, crop in pairs], minlength=10) / len(pairs)
+    assert share.min() > 0.06 and share.max() < 0.14
+
+
 # ---- what a user can get wrong ---------------------------------------------------------------
 
 
@@ -145,6 +164,28 @@ def test_preflight_accepts_what_fits(folder):
 def test_preflight_names_both_sides_of_a_mismatch(folder, other, sentence):
     with pytest.raises(ValueError, match=sentence):
         data.preflight(make_recipe(folder), fake_tokenizer(**other), world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "sentence"),
+    [
+        (ClassNumbers(3), None),
+        (ClassNumbers(2), "has 3 classes, the fake backbone 2"),
+        (caption_encoder, "holds images of numbered classes, but the fake backbone takes captions"),
+    ],
+)
+def test_classes_are_for_a_backbone_of_as_many_classes(tmp_path, monkeypatch, encoder, sentence):
+    """A text-conditional model would be trained on the captions 0, 1 and 2, without a word."""
+    folder = write_set(tmp_path / "set", [2])
+    Manifest.read(folder).model_copy(update={"classes": ("cat", "dog", "owl")}).write(folder)
+    recipe = make_recipe(folder)
+    recipe.backbone = SimpleNamespace(name="fake")
+    monkeypatch.setattr(data.backbones, "caption_encoder", lambda section: encoder)
+    if sentence is None:
+        data.preflight(recipe, fake_tokenizer(), world_size=1)
+    else:
+        with pytest.raises(ValueError, match=sentence):
+            data.preflight(recipe, fake_tokenizer(), world_size=1)
 
 
 def test_fewer_shards_than_readers_are_refused(folder):

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from data_tools import check_shards, encode_codes, make_shards
-from mmtensorar import shards
+from mmtensorar import image_tokenizers, shards
 from mmtensorar.shards import Manifest, Sample, iterate_tar, write_tar
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -238,6 +238,51 @@ def test_an_error_in_a_worker_process_is_a_sentence_too(tmp_path, pictures):
     assert done.stderr.startswith("error: ") and "b.png: unreadable image" in done.stderr
 
 
+# ---- class folders ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def classes(tmp_path) -> Path:
+    """Three classes of one, two and one picture; a hidden folder, and a picture beside the classes."""
+    folder = tmp_path / "classes"
+    for name in ("n02/a.JPEG", "n10/a.png", "n10/deep/b.png", "cat/c.webp", ".cache/x.png", "readme.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), "red").save(folder / name)
+    return folder
+
+
+def test_sorted_sub_folders_give_the_class_numbers(tmp_path, classes, capsys):
+    """As in torchvision's ImageFolder, which LlamaGen's models were trained with; the manifest keeps the names."""
+    assert make(tmp_path / "set", "--class-folder", classes, "--image-size", 16) == 0
+    assert "in 3 classes" in capsys.readouterr().out
+    manifest = Manifest.read(tmp_path / "set")
+    assert manifest.classes == ("cat", "n02", "n10") and manifest.num_samples == 4
+    found = []
+    for sample in all_samples(tmp_path / "set"):
+        meta = json.loads(sample.members["json"])
+        assert manifest.classes[int(sample.members["txt"])] == meta["class"]
+        found.append((sample.members["txt"].decode(), meta["name"]))
+    assert sorted(found) == [("0", "cat/c.webp"), ("1", "n02/a.JPEG"), ("2", "n10/a.png"), ("2", "n10/deep/b.png")]
+    assert check_shards.main([str(tmp_path / "set")]) == 0
+    assert "3 classes" in capsys.readouterr().out
+
+
+def test_what_is_no_class_folder_is_named(tmp_path, classes, capsys):
+    assert "no such folder" in fails(capsys, make(tmp_path / "set", "--class-folder", tmp_path / "absent"))
+    assert "no sub-folders in it; expected one per class" in fails(
+        capsys, make(tmp_path / "set", "--class-folder", classes / "n02")
+    )
+    (classes / "empty").mkdir()
+    assert "classes/empty: no .jpg" in fails(capsys, make(tmp_path / "set", "--class-folder", classes))
+
+
+def test_a_caption_that_is_no_class_number_is_listed(tmp_path, classes, capsys):
+    assert make(tmp_path / "set", "--class-folder", classes, "--image-size", 16) == 0
+    rewrite(tmp_path / "set", with_member("txt", b"3"))
+    assert check_shards.main([str(tmp_path / "set")]) == 2
+    assert "sample 000000000: '3' is no number of the manifest's 3 classes" in capsys.readouterr().err
+
+
 # ---- encode_codes ----------------------------------------------------------------------------
 
 
@@ -260,9 +305,8 @@ class FakeImageTokenizer:
 
 
 def encode(folder: Path, image_tokenizer, monkeypatch, *arguments: str) -> int:
-    fake = SimpleNamespace(section=lambda settings: settings, load=lambda section: image_tokenizer)
-    monkeypatch.setattr(encode_codes, "image_tokenizers", fake)
-    options = ["--image-tokenizer", "unused", "--batch-size", "2", "--device", "cpu"]
+    monkeypatch.setattr(image_tokenizers, "from_arguments", lambda options: (image_tokenizer, torch.device("cpu")))
+    options = ["--image-tokenizer", "unused", "--batch-size", "2"]
     return encode_codes.main([str(folder), *options, *arguments])
 
 
@@ -322,6 +366,51 @@ def test_what_does_not_fit_the_tokenizer_is_refused(tmp_path, monkeypatch, capsy
     sentence = fails(capsys, encode(tmp_path / "set", FakeImageTokenizer(), monkeypatch))
     assert "24 pixels" in sentence and "takes 16" in sentence
     assert "no such folder" in fails(capsys, encode(tmp_path / "absent", FakeImageTokenizer(), monkeypatch))
+
+
+def ramp_set(folder: Path, size: int) -> Path:
+    """Three pictures whose red rises from left to right, so that every crop and its mirror image differ."""
+    folder.mkdir()
+    for name, offset in (("a", 0), ("b", 5), ("c", 10)):
+        pixels = np.tile(np.arange(size, dtype=np.uint8) * 10 + offset, (size, 1))
+        Image.fromarray(np.stack([pixels, pixels.T, pixels * 0], axis=-1)).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(name)
+    return folder
+
+
+def test_ten_crops_are_corners_and_centre_and_their_mirror_images():
+    """By hand on a picture of 5 pixels a side cut to 2; a value is 10 times the row plus the column."""
+    pixels = (torch.arange(5)[:, None] * 10 + torch.arange(5)).expand(3, 5, 5)
+    crops = encode_codes.ten_crops(pixels, 2)
+    assert crops.shape == (10, 3, 2, 2)
+    assert crops[:5, 0, 0, 0].tolist() == [0, 3, 30, 33, 22]
+    assert crops[5:, 0, 0, 0].tolist() == [4, 1, 34, 31, 22]
+    assert crops[4, 0].tolist() == [[22, 23], [32, 33]] and crops[5, 0].tolist() == [[4, 3], [14, 13]]
+
+
+def test_ten_crops_are_cached_per_picture(tmp_path, monkeypatch, capsys):
+    """Each row of codes.npy is what encoding that crop alone gives, whatever the batch."""
+    assert make(tmp_path / "set", "--folder", ramp_set(tmp_path / "in", 18), "--image-size", 18) == 0
+    assert encode(tmp_path / "set", FakeImageTokenizer(), monkeypatch, "--crops", "10") == 0
+    assert Manifest.read(tmp_path / "set").codes.crops == 10
+    for sample in all_samples(tmp_path / "set"):
+        codes = shards.decode_codes(sample.members["codes.npy"], "")
+        image = image_tokenizers.to_pixels([shards.decode_image(sample.members["jpg"], "")])[0]
+        alone = torch.cat([FakeImageTokenizer().encode(crop[None]) for crop in encode_codes.ten_crops(image, 16)])
+        assert codes.shape == (10, 4, 1) and np.array_equal(codes, alone)
+        assert len(np.unique(codes, axis=0)) > 5
+    assert check_shards.main([str(tmp_path / "set")]) == 0
+    assert "codes of fake (10 crops), no problems" in capsys.readouterr().out
+
+
+def test_crops_need_larger_pictures_and_one_crop_the_exact_size(tmp_path, monkeypatch, capsys):
+    folder = ramp_set(tmp_path / "in", 18)
+    assert make(tmp_path / "exact", "--folder", folder, "--image-size", 16) == 0
+    sentence = fails(capsys, encode(tmp_path / "exact", FakeImageTokenizer(), monkeypatch, "--crops", "10"))
+    assert "10 crops need larger images" in sentence and "--image-size 17" in sentence
+    assert make(tmp_path / "large", "--folder", folder, "--image-size", 18) == 0
+    sentence = fails(capsys, encode(tmp_path / "large", FakeImageTokenizer(), monkeypatch))
+    assert "make the shards with --image-size 16, or add --crops 10" in sentence
 
 
 def test_round_trip_with_the_janus_tokenizer_and_the_loader(tmp_path):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from mmtensorar import checkpoint, generate
 from mmtensorar.generate import Generator, Sampling, revisions
 from mmtensorar.recipe import Recipe
-from tests.fakes import write_tiny_janus
+from tests.fakes import tiny_llamagen, write_tiny_janus
 
 PROMPTS = ["a red circle", "a blue square"]
 
@@ -39,6 +39,27 @@ def ckpt(tmp_path_factory):
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.05)
     checkpoint.save(folder / "model", model, recipe)
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def class_ckpt(ckpt, tmp_path_factory):
+    """A class-conditional LlamaGen of 7 classes on the image tokenizer of the other checkpoint."""
+    folder = tmp_path_factory.mktemp("classes")
+    torch.manual_seed(0)
+    tiny_llamagen(vocab_size=32, num_tokens=16).save_pretrained(folder / "backbone")
+    settings = {
+        "run": {"name": "classes"},
+        "backbone": {"name": "llamagen", "path": str(folder / "backbone")},
+        "image_tokenizer": {"name": "janus_vq", "path": str(ckpt / "image_tokenizer")},
+        "tensorar": {"window": 1},
+        "data": {"shards": "none", "batch_size": 1},
+        "train": {"steps": 1},
+        "sampler": {"cfg_scale": 2.0},
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(settings))
+    recipe = Recipe.load(folder / "recipe.yaml", [])
+    checkpoint.save(folder / "model", checkpoint.initial_model(recipe), recipe)
     return folder / "model"
 
 
@@ -128,6 +149,41 @@ def test_command_line_writes_images_trace_and_record(ckpt, generator, tmp_path):
     assert same(strip.crop((20, 0, 28, 8)), image)
     assert generate.main(command[:-1]) == 0
     assert (tmp_path / "out" / "00004_3.png").is_file(), "a folder in use is added to"
+
+
+def test_classes_from_the_command_line_and_from_python(class_ckpt, tmp_path):
+    """--class takes several numbers and may be repeated; files and record name the class."""
+    command = ["--ckpt", str(class_ckpt), "--device", "cpu", "--out", str(tmp_path), "--trace"]
+    assert generate.main([*command, "--class", "3", "6", "--class", "0"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    assert [(row["file"], row["class"], "prompt" in row) for row in rows] == [
+        ("00000_0.png", 3, False),
+        ("00001_0.png", 6, False),
+        ("00002_0.png", 0, False),
+    ]
+    images = Generator.load(class_ckpt, device="cpu").images([3, 6, 0], seeds=[0, 0, 0])
+    for row, image in zip(rows, images, strict=True):
+        written = Image.open(tmp_path / row["file"])
+        assert written.text == {"class": str(row["class"]), "seed": "0"} and same(written, image)
+    assert not same(images[0], images[1])
+
+
+@pytest.mark.parametrize(
+    "kind, arguments, sentence",
+    [
+        ("text", ["--class", "3"], "is text-conditional: it takes prompts (--prompt), and no class numbers such as 3"),
+        ("class", ["--prompt", "a cat"], "is class-conditional: it takes class numbers (--class), 0 to 6, and no prompts"),
+        ("class", ["--class", "3", "7"], "7 is no class of this class-conditional backbone; expected 0 to 6"),
+        ("class", ["--class", "-1"], "-1 is no class of"),
+        ("class", ["--class", "3", "--prompt", "a cat"], "--class and prompts were given"),
+    ],
+)
+def test_each_model_says_what_it_takes(ckpt, class_ckpt, tmp_path, capsys, kind, arguments, sentence):
+    folder = {"text": ckpt, "class": class_ckpt}[kind]
+    assert generate.main(["--ckpt", str(folder), "--device", "cpu", "--out", str(tmp_path / "out"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and sentence in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

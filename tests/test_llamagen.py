@@ -19,7 +19,7 @@ from mmtensorar import attention, backbones, captions, plan
 from mmtensorar.backbones import Condition, llamagen
 from mmtensorar.decode import Sampler, decode
 from mmtensorar.recipe import Recipe
-from tests.fakes import llamagen_condition, tiny_llamagen
+from tests.fakes import llamagen_condition, tiny_llamagen, write_tiny_t5
 from tests.test_decode import recompute
 from tests.test_tensorar import open_codec, wrap
 
@@ -368,30 +368,16 @@ def test_class_numbers_are_the_captions_of_a_class_conditional_model(tmp_path):
 
 
 def test_left_pad():
-    """The caption's end stands next to the image tokens; the padding is zeros whatever stood there."""
-    features = torch.tensor([[1.0, 2, 3, 4], [5, 6, 9, 9]])[..., None]
-    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()
-    condition = captions.left_pad(features, mask)
+    """The caption's end stands next to the image tokens; the padding is zeros."""
+    condition = captions.left_pad([torch.tensor([[1.0], [2], [3], [4]]), torch.tensor([[5.0], [6]])], 4)
     assert condition.values[..., 0].tolist() == [[1, 2, 3, 4], [0, 0, 5, 6]]
     assert condition.mask.int().tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
 
 
 @pytest.fixture(scope="module")
 def t5_folder(tmp_path_factory) -> Path:
-    """A random T5 encoder of width 6 whose text tokenizer has one id per word and adds the end token."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
-
     folder = tmp_path_factory.mktemp("t5")
-    words = ["<pad>", "</s>", "<unk>", "a", "red", "circle"]
-    fast = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    fast.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    marks = dict(pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    PreTrainedTokenizerFast(tokenizer_object=fast, **marks).save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = dict(vocab_size=6, d_model=6, d_kv=3, d_ff=8, num_layers=1, num_heads=2)
-    T5EncoderModel(T5Config(**sizes, pad_token_id=0, eos_token_id=1)).save_pretrained(folder)
+    write_tiny_t5(folder)
     return folder
 
 

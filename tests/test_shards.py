@@ -167,6 +167,25 @@ def test_random_damage_to_codes_is_always_a_sentence():
             assert str(error).startswith("here: codes.npy")
 
 
+def test_features_round_trip_and_are_checked():
+    """A feature that is not finite would end in a loss that is not, far from its cause."""
+    features = np.arange(6, dtype=np.float16).reshape(3, 2)
+    assert np.array_equal(shards.decode_features(shards.encode_features(features), "here"), features)
+    for wrong in (npy(features.astype(np.float32)), npy(features[None]), b""):
+        with pytest.raises(ValueError, match="^here: t5.npy"):
+            shards.decode_features(wrong, "here")
+    expected = shards.TextFeatures(text_encoder="x", weight_hash="y", width=2, max_tokens=3, cleaning="none")
+    shards.check_features(features, expected, "here")
+    for wrong, sentence in (
+        (np.zeros((4, 2), np.float16), r"t5.npy has shape \[4, 2\], the manifest says \[1 to 3, 2\]"),
+        (np.zeros((0, 2), np.float16), r"t5.npy has shape \[0, 2\]"),
+        (np.zeros((3, 3), np.float16), r"t5.npy has shape \[3, 3\]"),
+        (features + np.float16(np.inf), "not finite"),
+    ):
+        with pytest.raises(ValueError, match=f"^here: {sentence}|^here: t5.npy holds numbers that are {sentence}"):
+            shards.check_features(wrong, expected, "here")
+
+
 def picture(mode="RGB", size=(4, 3), kind="PNG", **options) -> bytes:
     buffer = io.BytesIO()
     Image.new(mode, size).save(buffer, kind, **options)
@@ -222,7 +241,9 @@ def test_manifest_round_trip_and_its_json(tmp_path):
     manifest.write(tmp_path)
     assert Manifest.read(tmp_path) == manifest
     written = json.loads((tmp_path / "manifest.json").read_text())
-    assert list(written) == ["format", "shards", "num_samples", "image_size", "codes", "source", "seed"]
+    assert list(written) == [
+        "format", "shards", "num_samples", "image_size", "codes", "text_features", "classes", "source", "seed"
+    ]  # fmt: skip
     assert written["format"] == 1 and written["codes"] is None
     assert list(written["shards"][0]) == ["name", "num_samples", "sha256"]
 
