@@ -131,7 +131,8 @@ def test_activation_checkpointing_changes_nothing_but_memory(backbone):
 def stand_in_flash_attn() -> SimpleNamespace:
     """The two functions of the flash-attn package that we call, as its documentation defines them, without a GPU."""
 
-    def one(query, key, value):  # [S, H, C], [N, H, C]; causal, aligned at the last key
+    def one(query, key, value):  # [S, H, C], [N, G, C]; causal, aligned at the last key
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
         scores = torch.einsum("shc,nhc->hsn", query.float(), key.float()) * query.shape[-1] ** -0.5
         S, N = scores.shape[1:]
         scores = scores.masked_fill(torch.ones(S, N).tril(N - S) == 0, float("-inf"))

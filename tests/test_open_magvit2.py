@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mmtensorar import attention, backbones, checkpoint, image_tokenizers
+from mmtensorar import attention, backbones, checkpoint, image_tokenizers, layers
 from mmtensorar.backbones import open_magvit2
 from mmtensorar.decode import Sampler, decode
 from mmtensorar.image_tokenizers import open_magvit2_lfq
@@ -54,9 +54,9 @@ def test_every_call_gives_the_originals_numbers(case):
 def test_the_factorised_attention_is_the_spatial_one():
     """Written out for two places, it is causal attention with the first two rows of the places' rotary table."""
     factor = open_magvit2.FactorAttention(32, 2)
-    spatial = open_magvit2.SpatialAttention(32, 2)
+    spatial = layers.SelfAttention(32, 2, 2)
     spatial.load_state_dict(factor.state_dict())
-    table = open_magvit2.rotary_table(3, 16, torch.device("cpu"))
+    table = layers.rotary_table(1, 9, 16, 10000, torch.device("cpu"))
     x = torch.randn(5, 2, 32)
     for length in (1, 2):
         expected = spatial(x[:, :length], table[:length], attention.pattern(None, length, length, "eager"))

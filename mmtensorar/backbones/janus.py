@@ -19,7 +19,8 @@ import transformers
 from huggingface_hub import save_torch_state_dict
 from pydantic import Field
 from torch import Tensor, nn
-from transformers import AutoModel, DynamicCache, PreTrainedTokenizerFast
+from transformers import AutoModel, Cache, PreTrainedTokenizerFast
+from transformers.cache_utils import DynamicLayer
 from transformers.models.janus.configuration_janus import JanusConfig
 from transformers.models.janus.modeling_janus import JanusVQVAEAlignerMLP, JanusVQVAEHead
 
@@ -119,6 +120,19 @@ class JanusHead(nn.Module):
         return self.head(hidden)
 
 
+class JanusCacheLayer(DynamicLayer):
+    """transformers' growing layer, in memory that is taken once: its own copies all earlier places at every step."""
+
+    def __init__(self, max_len: int):
+        super().__init__()
+        self.memory = attention.LayerCache(max_len)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        self.is_initialized = True
+        self.keys, self.values = self.memory.append(key_states, value_states)
+        return self.keys, self.values
+
+
 class JanusBackbone(nn.Module):
     """See mmtensorar.backbones.Backbone. pad_id fills the unconditional prompt."""
 
@@ -155,10 +169,10 @@ class JanusBackbone(nn.Module):
         transformers.logging.set_verbosity(verbosity)
         self._activation_checkpointing = enabled
 
-    def new_cache(self, batch_size: int, max_len: int) -> DynamicCache:
-        return DynamicCache(config=self.config.text_config)
+    def new_cache(self, batch_size: int, max_len: int) -> Cache:
+        return Cache(layers=[JanusCacheLayer(max_len) for _ in self.language_model.layers])
 
-    def forward(self, embeds: Tensor, mask: Tensor, cache: DynamicCache | None = None) -> Tensor:
+    def forward(self, embeds: Tensor, mask: Tensor, cache: Cache | None = None) -> Tensor:
         # Places count from the first real token, whatever the padding.
         places = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
         return self.language_model(
