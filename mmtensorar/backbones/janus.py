@@ -24,7 +24,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.models.janus.configuration_janus import JanusConfig
 from transformers.models.janus.modeling_janus import JanusVQVAEAlignerMLP, JanusVQVAEHead
 
-from mmtensorar import attention, deepseek
+from mmtensorar import attention, deepseek, layers
 from mmtensorar.backbones import Condition, Prefix
 from mmtensorar.recipe import Section
 from mmtensorar.weights import Checkpoint, fill, locate, read_config
@@ -150,6 +150,7 @@ class JanusBackbone(nn.Module):
         self.language_model.embed_tokens = None
         self.embed = JanusEmbed(config)
         self.head = JanusHead(config)
+        layers.quicken(self)
 
     @property
     def activation_checkpointing(self) -> bool:

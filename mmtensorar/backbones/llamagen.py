@@ -168,7 +168,7 @@ class LlamaGenHead(nn.Module):
 
     def __init__(self, config: Architecture):
         super().__init__()
-        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.output = layers.Linear(config.dim, config.vocab_size, bias=False)
 
     def forward(self, hidden: Tensor, prev: Tensor) -> Tensor:
         return self.output(hidden)

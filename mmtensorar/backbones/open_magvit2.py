@@ -113,8 +113,8 @@ class FactorAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        self.wqkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.wo = nn.Linear(dim, dim, bias=False)
+        self.wqkv = layers.Linear(dim, 3 * dim, bias=False)
+        self.wo = layers.Linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., f + 1, D] -> [..., f + 1, D], f = 0 or 1."""
@@ -182,7 +182,7 @@ class OpenMagvit2Head(nn.Module):
             for _ in range(config.factorized_layers)
         )
         self.norm = layers.RMSNorm(config.dim, NORM_EPS)
-        self.heads = nn.ModuleList(nn.Linear(config.dim, 2**bits, bias=False) for bits in config.factorized_bits)
+        self.heads = nn.ModuleList(layers.Linear(config.dim, 2**bits, bias=False) for bits in config.factorized_bits)
 
     def forward(self, hidden: Tensor, prev: Tensor) -> Tensor:
         """[..., D], earlier factors [..., f] int64, f = 0 or 1 -> logits [..., V_f]."""
