@@ -259,8 +259,9 @@ def table(pair: Pair, runs: int) -> list[str]:
         mine, other, window = (fastest_decile(steps[name]) for name in sides)
         medians = [torch.cat(steps[name]).median() for name in sides]
         floor = 1000 * weight_bytes(pair.backbone) / bandwidth()
+        faster, by_median = other / mine, medians[1] / medians[0]
         lines.append(
-            f"| {batch} | {cfg_scale} | {mine:.1f} | {other:.1f} | {other / mine:.2f} | {medians[1] / medians[0]:.2f} | "
+            f"| {batch} | {cfg_scale} | {mine:.1f} | {other:.1f} | {faster:.2f} | {by_median:.2f} | "
             f"{window / mine:.2f} | {floor / mine:.0%} | {sum(equal) / runs:.2%} |"
         )
     progress.close()
@@ -278,6 +279,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     sizes = Sizes(*(getattr(options, name) for name in Sizes._fields))
     try:
+        for name in ("codes", "layers", "heads", "runs", "threads"):
+            if (number := getattr(options, name)) < 1:
+                raise ValueError(f"--{name} is {number}; expected 1 or more")
         sizes.check()
         if options.backbone == "llamagen" and options.reference is None:
             raise ValueError("llamagen needs --reference, a checkout of FoundationVision/LlamaGen")
