@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mmtensorar import attention
 
-MOST_ROWS = 64  # up to which `Linear` multiplies in its own way
+# Where `Linear` multiplies in its own way: up to so many rows, with a weight of at least so many numbers.
+MOST_ROWS, LARGE = 64, 2**19
 
 
 def ffn_width(dim: int, *, multiple_of: int = 256, multiplier: float | None = None) -> int:
@@ -74,15 +75,17 @@ class RMSNorm(nn.Module):
 class Linear(nn.Linear):
     """A linear map that is quick where decoding on the CPU needs it: one place per image, so a few rows.
 
-    There nn.Linear's product is bound by neither memory nor arithmetic (MKL in PyTorch 2.15, two cores with AVX-512).
-    Turned round, the same product takes 0.7 of its time for 16 rows and a quarter for two, and two rows take less than
-    half the time of one, for which MKL uses a single thread. In training, and for whole sequences, nothing differs.
+    For few rows and a large weight nn.Linear's product is bound by neither memory nor arithmetic (MKL in PyTorch 2.15,
+    two threads with AVX-512). Turned round, it takes 0.7 of the time for 16 rows and a quarter for two, and two rows
+    less than half the time of one, for which MKL uses a single thread. With one thread, or a weight that stays in the
+    cache, turning does not pay. In training, for whole sequences and on GPUs nothing differs.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, ..., D] -> [B, S, ..., O]."""
         few = x.shape[1] == 1 and x[..., 0].numel() <= MOST_ROWS
-        if not few or x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled():
+        large = self.weight.numel() >= LARGE and torch.get_num_threads() > 1
+        if not (few and large) or x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled():
             return super().forward(x)
         rows = x.flatten(0, -2)
         product = self.weight @ (rows if len(rows) > 1 else rows.repeat(2, 1)).T  # [O, rows]
