@@ -20,6 +20,30 @@ from torch import Tensor
 Implementation = Literal["sdpa", "flash_attention_2", "eager"]
 
 
+class LayerCache:
+    """Keys and values of one layer, [B, G, max_len, C] each, of which the first `length` places are filled.
+
+    The memory is taken once, at the first append, and what is returned are views of it: a cache that grows by
+    concatenation copies all earlier places at every step.
+    """
+
+    def __init__(self, max_len: int):
+        self.max_len, self.length = max_len, 0
+        self._keys: Tensor | None = None
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, G, S, C] twice -> all keys and values up to here."""
+        if self._keys is None:
+            B, G, _, C = key.shape
+            # Of the key's dtype, which under autocast is not that of the weights.
+            self._keys, self._values = key.new_empty(2, B, G, self.max_len, C)
+        start, self.length = self.length, self.length + key.shape[2]
+        assert self.length <= self.max_len, f"a cache of {self.max_len} places was asked for {self.length}"
+        self._keys[:, :, start : self.length] = key
+        self._values[:, :, start : self.length] = value
+        return self._keys[:, :, : self.length], self._values[:, :, : self.length]
+
+
 class Pattern(NamedTuple):
     """Who sees whom. Made once for a forward pass, since all layers share it."""
 
@@ -64,17 +88,18 @@ def pattern(
 
 def attend(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> Tensor:
     """[B, H, S, C], [B, G, N, C], [B, G, N, C] -> [B, H, S, C], scaled by 1 / sqrt(C)."""
-    if key.shape[1] != query.shape[1]:
-        # Consecutive query heads share one key head.
-        repeats = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     if pattern.implementation == "flash_attention_2":
         return _flash(query, key, value, pattern.mask)
+    # Consecutive query heads share one key head.
+    repeats = query.shape[1] // key.shape[1]
     if pattern.implementation == "eager":
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
         scores = (query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5
         return scores.masked_fill(~pattern.visible, float("-inf")).softmax(-1).to(value.dtype) @ value
     causal = pattern.visible is None and query.shape[2] > 1
-    return functional.scaled_dot_product_attention(query, key, value, attn_mask=pattern.visible, is_causal=causal)
+    return functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=pattern.visible, is_causal=causal, enable_gqa=repeats > 1
+    )
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -99,7 +124,7 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
         causal=True,
     )
     # A padded query sees itself alone: its result is its own value.
-    mixed = value[:, -query.shape[1] :].clone()
+    mixed = value[:, -query.shape[1] :].repeat_interleave(query.shape[2] // value.shape[2], 2)
     mixed[real] = packed
     return mixed.transpose(1, 2)
 

@@ -72,12 +72,11 @@ class Sampler:
 
     def __call__(self, logits: Tensor, uniform: Tensor) -> Tensor:
         """Logits [B, K, V], numbers in [0, 1) [B, K] float64 -> tokens [B, K] int64."""
-        likeliest = logits.argmax(-1)
         if self.greedy:
-            return likeliest
+            return logits.argmax(-1)
         tokens = _invert_cdf(self.probabilities(logits), uniform)
         if self.greedy_drafts:
-            tokens[:, 1:] = likeliest[:, 1:]
+            tokens[:, 1:] = logits[:, 1:].argmax(-1)
         return tokens
 
     def probabilities(self, logits: Tensor) -> Tensor:

@@ -168,6 +168,31 @@ def _janus_config(num_codes: int, side: int, *, hidden_size: int, **text):
     )
 
 
+def tiny_janus_vq():
+    """Janus's VQ model as transformers has it, random: pictures of 6 pixels, 3 x 3 codes of 11."""
+    from mmtensorar.image_tokenizers import janus_vq
+
+    text = dict(vocab_size=12, intermediate_size=24)
+    return janus_vq.JanusVQ(janus_vq.JanusVQVAE(_janus_config(11, 3, hidden_size=16, **text).vq_config))
+
+
+def tiny_llamagen_vq():
+    """LlamaGen's tokenizer, random: pictures of 8 pixels, 4 x 4 codes of 16."""
+    from mmtensorar.image_tokenizers import llamagen_vq
+
+    sizes = dict(codebook_size=16, code_dim=4, ch=32, num_res_blocks=1, z_channels=8)
+    architecture = llamagen_vq.Architecture(**sizes, encoder_ch_mult=[1, 2], decoder_ch_mult=[1, 1])
+    return llamagen_vq.LlamaGenVQ(llamagen_vq.VQModel(architecture), 8)
+
+
+def tiny_lfq(**changes):
+    """Open-MAGVIT2's tokenizer, random: pictures of 6 pixels, 3 x 3 codes of 2 + 3 bits."""
+    from mmtensorar.image_tokenizers import open_magvit2_lfq
+
+    sizes = dict(ch=32, ch_mult=(1, 1), num_res_blocks=1, factorized_bits=(2, 3), image_size=6) | changes
+    return open_magvit2_lfq.LFQ(open_magvit2_lfq.Architecture(**sizes))
+
+
 def tiny_llamagen(condition: str = "class", **changes):
     """A real LlamaGen with random weights, width 16, 9 image tokens; its captions have 5 slots of 6 numbers."""
     from mmtensorar.backbones import llamagen

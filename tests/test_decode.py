@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import decode as benchmark
 from mmtensorar.backbones import Condition
 from mmtensorar.decode import Sampler, decode
 from mmtensorar.tensorar import TensorAR
@@ -62,7 +63,7 @@ def generators(*seeds: int) -> list[torch.Generator]:
 
 @pytest.mark.parametrize("cfg_scale", [1.0, 3.0])
 @pytest.mark.parametrize("window", [1, 3])
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", ["one_factor", "two_factors"])  # test_contract.py has the real ones
 def test_cached_decode_equals_recomputation(name, window, cfg_scale):
     """Every window of every step, with prompts of unequal length: the cache, its places and its mask are exact."""
     model, condition = make(name, window), fake_condition()
@@ -302,3 +303,32 @@ def test_a_factors_guidance_is_its_own():
 def test_settings_out_of_range_are_refused(settings, problem):
     with pytest.raises(ValueError, match=problem):
         Sampler(**settings)
+
+
+# ---- the benchmark -------------------------------------------------------------------------------
+
+TINY = "--dim 16 --layers 2 --heads 2 --codes 11 --tokens 9 --runs 1 --threads 1".split()
+
+
+def test_the_benchmark_compares_equal_tokens(capsys):
+    """Ours and transformers' generate make the same greedy images in the runs that are timed; no time is asserted."""
+    assert benchmark.main(["janus", *TINY]) == 0
+    table = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert [row[0].strip() for row in table[2:]] == ["1", "8"]
+    assert [row[-1].strip() for row in table[2:]] == ["100.00%", "100.00%"]
+    assert all(float(cell) > 0 for row in table[2:] for cell in row[2:7])
+
+
+@pytest.mark.parametrize(
+    "arguments, problem",
+    [
+        (["llamagen"], "llamagen needs --reference"),
+        (["llamagen", "--reference", "nowhere"], "--reference nowhere has no autoregressive/models/gpt.py"),
+        (["janus", "--tokens", "8"], "--tokens is 8; expected a square"),
+        (["janus", "--dim", "20"], "--dim is 20; expected a multiple of 8 and of 4 times --heads, 48"),
+        (["janus", "--runs", "0"], "--runs is 0; expected 1 or more"),
+    ],
+)
+def test_the_benchmark_refuses_what_it_cannot_run(arguments, problem, capsys):
+    assert benchmark.main(arguments) == 2
+    assert capsys.readouterr().err.startswith(f"error: {problem}")

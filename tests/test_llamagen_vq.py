@@ -5,21 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mmtensorar import image_tokenizers
 from mmtensorar.image_tokenizers import llamagen_vq
-
-SIZES = dict(codebook_size=16, code_dim=4, ch=32, num_res_blocks=1, z_channels=8)
+from tests.fakes import tiny_llamagen_vq
 
 
 @pytest.fixture(scope="module")
 def vq() -> llamagen_vq.LlamaGenVQ:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    architecture = llamagen_vq.Architecture(**SIZES, encoder_ch_mult=[1, 2], decoder_ch_mult=[1, 1])
-    return llamagen_vq.LlamaGenVQ(llamagen_vq.VQModel(architecture), 8)
+    return tiny_llamagen_vq()
 
 
 def load(path: Path, **settings) -> llamagen_vq.LlamaGenVQ:
@@ -44,16 +41,6 @@ def test_codes_are_the_nearest_rows(vq):
         assert torch.equal(vq.model.quantize.nearest(features * lengths), codes.flatten(1))
 
 
-def test_frozen_and_of_one_size(vq):
-    assert not any(parameter.requires_grad for parameter in vq.parameters())
-    assert not vq.train().model.training
-    pixels = torch.rand(2, 3, 8, 8) * 2 - 1
-    codes = vq.encode(pixels)
-    assert codes.shape == (2, 16, 1) and codes.dtype == torch.int64 and vq.decode(codes).shape == (2, 3, 8, 8)
-    with pytest.raises(ValueError, match=r"pixels are \[16, 8\], the image tokenizer expects 8 a side"):
-        vq.encode(torch.zeros(1, 3, 16, 8))
-
-
 @pytest.mark.parametrize("released", ["VQ-16", "VQ-8"])
 def test_released_sizes(released):
     """The official parameter counts, and the architecture found again in nothing but the tensors' shapes."""
@@ -76,18 +63,6 @@ def test_official_files_load(vq, wrapper, tmp_path):
     torch.save(content, tmp_path / "vq.pt")
     found = load(tmp_path / "vq.pt", image_size=8)
     assert found.weight_hash == vq.weight_hash and found.model.config == vq.model.config
-
-
-def test_round_trip_in_half_the_size_where_it_loses_nothing(vq, tmp_path):
-    vq.save_pretrained(tmp_path / "full")
-    assert load(tmp_path / "full").weight_hash == vq.weight_hash
-    rounded = llamagen_vq.VQModel(vq.model.config)
-    rounded.load_state_dict({name: value.half().float() for name, value in state_of(vq).items()})
-    rounded = llamagen_vq.LlamaGenVQ(rounded, 8)
-    rounded.save_pretrained(tmp_path / "half")
-    assert load(tmp_path / "half").weight_hash == rounded.weight_hash
-    stored = load_file(tmp_path / "half" / "model.safetensors")
-    assert {value.dtype for value in stored.values()} == {torch.float16}
 
 
 def test_wrong_files_are_refused_by_name(vq, tmp_path):

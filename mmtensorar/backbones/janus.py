@@ -19,11 +19,12 @@ import transformers
 from huggingface_hub import save_torch_state_dict
 from pydantic import Field
 from torch import Tensor, nn
-from transformers import AutoModel, DynamicCache, PreTrainedTokenizerFast
+from transformers import AutoModel, Cache, PreTrainedTokenizerFast
+from transformers.cache_utils import DynamicLayer
 from transformers.models.janus.configuration_janus import JanusConfig
 from transformers.models.janus.modeling_janus import JanusVQVAEAlignerMLP, JanusVQVAEHead
 
-from mmtensorar import attention, deepseek
+from mmtensorar import attention, deepseek, layers
 from mmtensorar.backbones import Condition, Prefix
 from mmtensorar.recipe import Section
 from mmtensorar.weights import Checkpoint, Unread, fill, hub_config, locate, read_config
@@ -119,6 +120,19 @@ class JanusHead(nn.Module):
         return self.head(hidden)
 
 
+class JanusCacheLayer(DynamicLayer):
+    """transformers' growing layer, in memory that is taken once: its own copies all earlier places at every step."""
+
+    def __init__(self, max_len: int):
+        super().__init__()
+        self.memory = attention.LayerCache(max_len)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        self.is_initialized = True
+        self.keys, self.values = self.memory.append(key_states, value_states)
+        return self.keys, self.values
+
+
 class JanusBackbone(nn.Module):
     """See mmtensorar.backbones.Backbone. pad_id fills the unconditional prompt."""
 
@@ -136,6 +150,7 @@ class JanusBackbone(nn.Module):
         self.language_model.embed_tokens = None
         self.embed = JanusEmbed(config)
         self.head = JanusHead(config)
+        layers.quicken(self)
 
     @property
     def activation_checkpointing(self) -> bool:
@@ -155,10 +170,10 @@ class JanusBackbone(nn.Module):
         transformers.logging.set_verbosity(verbosity)
         self._activation_checkpointing = enabled
 
-    def new_cache(self, batch_size: int, max_len: int) -> DynamicCache:
-        return DynamicCache(config=self.config.text_config)
+    def new_cache(self, batch_size: int, max_len: int) -> Cache:
+        return Cache(layers=[JanusCacheLayer(max_len) for _ in self.language_model.layers])
 
-    def forward(self, embeds: Tensor, mask: Tensor, cache: DynamicCache | None = None) -> Tensor:
+    def forward(self, embeds: Tensor, mask: Tensor, cache: Cache | None = None) -> Tensor:
         # Places count from the first real token, whatever the padding.
         places = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
         return self.language_model(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -20,9 +19,8 @@ import torch.nn.functional as functional
 from huggingface_hub import save_torch_state_dict
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from mmtensorar import attention, captions
+from mmtensorar import attention, captions, layers
 from mmtensorar.backbones import Condition, Prefix
 from mmtensorar.recipe import Section
 from mmtensorar.weights import Checkpoint, Unread, fill, locate, parse_config, read_config
@@ -106,118 +104,6 @@ class Architecture(BaseModel):
         return self.dim // self.num_heads
 
 
-def ffn_width(dim: int, *, multiple_of: int = 256, multiplier: float | None = None) -> int:
-    """Hidden width of the feed-forward: two thirds of 4 D (times multiplier), rounded up."""
-    width = int(2 * 4 * dim / 3)
-    if multiplier is not None:
-        width = int(multiplier * width)
-    return -(-width // multiple_of) * multiple_of
-
-
-# ---- positions -----------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=16)
-def rotary_table(prefix_len: int, num_tokens: int, head_dim: int, base: float, device: torch.device) -> Tensor:
-    """[P + T, C / 2] complex64, cos + i sin per pair of channels: a quarter turns by row, a quarter by column.
-
-    Neither a buffer nor a parameter, so that no cast to bf16 ever reaches it.
-    """
-    side = math.isqrt(num_tokens)
-    frequencies = base ** -(torch.arange(0, head_dim // 2, 2, device=device).float() / (head_dim // 2))
-    angles = torch.outer(torch.arange(side, device=device).float(), frequencies)  # [side, C / 4]
-    by_row = angles[:, None].expand(side, side, -1)
-    by_column = angles[None].expand(side, side, -1)
-    angles = torch.cat([by_row, by_column], dim=-1).flatten(0, 1)
-    image = torch.polar(torch.ones_like(angles), angles)
-    # cos = sin = 0 for the prefix, not (1, 0): its queries and keys become zero vectors. The released models were
-    # trained so, and "repairing" this breaks every one of them.
-    return torch.cat([image.new_zeros(prefix_len, image.shape[1]), image])
-
-
-def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """[B, S, H, C], [S, C / 2] -> [B, S, H, C]: neighbouring channels are a pair. In float32, returned in x's dtype."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotary[:, None]).flatten(-2).type_as(x)
-
-
-# ---- layers --------------------------------------------------------------------------------------
-
-
-class RMSNorm(nn.Module):
-    """In float32, back to the input's dtype, then the weight."""
-
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x) * self.weight
-
-
-class LayerCache:
-    """Keys and values of one layer, [B, G, max_len, C] each, of which the first `length` places are filled."""
-
-    def __init__(self, max_len: int):
-        self.max_len, self.length = max_len, 0
-        self._keys: Tensor | None = None
-
-    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, G, S, C] twice -> all keys and values up to here."""
-        if self._keys is None:
-            B, G, _, C = key.shape
-            self._keys, self._values = key.new_empty(2, B, G, self.max_len, C)
-        start, self.length = self.length, self.length + key.shape[2]
-        assert self.length <= self.max_len, "more places than the cache was made for"
-        self._keys[:, :, start : self.length] = key
-        self._values[:, :, start : self.length] = value
-        return self._keys[:, :, : self.length], self._values[:, :, : self.length]
-
-
-class Attention(nn.Module):
-    def __init__(self, config: Architecture):
-        super().__init__()
-        self.head_dim = config.head_dim
-        self.widths = [config.dim, config.num_kv_heads * config.head_dim, config.num_kv_heads * config.head_dim]
-        self.wqkv = nn.Linear(config.dim, sum(self.widths), bias=False)
-        self.wo = nn.Linear(config.dim, config.dim, bias=False)
-
-    def forward(self, x: Tensor, rotary: Tensor, pattern: attention.Pattern, cache: LayerCache | None) -> Tensor:
-        parts = self.wqkv(x).split(self.widths, dim=-1)
-        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # [B, S, H or G, C]
-        query, key = rotate(query, rotary), rotate(key, rotary)
-        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
-        if cache is not None:
-            key, value = cache.append(key, value)
-        mixed = attention.attend(query, key, value, pattern)  # [B, H, S, C]
-        return self.wo(mixed.transpose(1, 2).flatten(2))
-
-
-class FeedForward(nn.Module):
-    def __init__(self, dim: int, hidden: int):
-        super().__init__()
-        self.w1 = nn.Linear(dim, hidden, bias=False)
-        self.w3 = nn.Linear(dim, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w2(functional.silu(self.w1(x)) * self.w3(x))
-
-
-class Block(nn.Module):
-    def __init__(self, config: Architecture):
-        super().__init__()
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attention = Attention(config)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.feed_forward = FeedForward(config.dim, config.ffn_dim)
-
-    def forward(self, x: Tensor, rotary: Tensor, pattern: attention.Pattern, cache: LayerCache | None = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotary, pattern, cache)
-        return x + self.feed_forward(self.ffn_norm(x))
-
-
 # ---- the seams -----------------------------------------------------------------------------------
 
 
@@ -283,7 +169,7 @@ class LlamaGenHead(nn.Module):
 
     def __init__(self, config: Architecture):
         super().__init__()
-        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.output = layers.Linear(config.dim, config.vocab_size, bias=False)
 
     def forward(self, hidden: Tensor, prev: Tensor) -> Tensor:
         return self.output(hidden)
@@ -302,34 +188,38 @@ class LlamaGenBackbone(nn.Module):
         self.factor_sizes = (config.vocab_size,)
         self.prefix = (ClassPrefix if config.condition == "class" else TextPrefix)(config)
         self.embed = LlamaGenEmbed(config)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.layers = nn.ModuleList(
+            layers.Block(
+                layers.SelfAttention(config.dim, config.num_heads, config.num_kv_heads),
+                config.dim,
+                config.ffn_dim,
+                config.norm_eps,
+            )
+            for _ in range(config.num_layers)
+        )
+        self.norm = layers.RMSNorm(config.dim, config.norm_eps)
         self.head = LlamaGenHead(config)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.head.output.weight)
 
-    def new_cache(self, batch_size: int, max_len: int) -> list[LayerCache]:
-        return [LayerCache(max_len) for _ in self.layers]
+    def new_cache(self, batch_size: int, max_len: int) -> list[attention.LayerCache]:
+        return [attention.LayerCache(max_len) for _ in self.layers]
 
-    def forward(self, embeds: Tensor, mask: Tensor, cache: list[LayerCache] | None = None) -> Tensor:
+    def forward(self, embeds: Tensor, mask: Tensor, cache: list[attention.LayerCache] | None = None) -> Tensor:
         start = 0 if cache is None else cache[0].length
         stop = start + embeds.shape[1]
         config = self.config
-        table = rotary_table(config.prefix_len, config.num_tokens, config.head_dim, config.rope_base, embeds.device)
+        table = layers.rotary_table(
+            config.prefix_len, config.num_tokens, config.head_dim, config.rope_base, embeds.device
+        )[start:stop]
         # A class is one place and always there, which a mask on the GPU could only tell by stopping for it.
         padding = mask if config.condition == "text" else None
         pattern = attention.pattern(padding, stop - start, stop, self.attn_implementation, embeds.device)
-        shared = (table[start:stop], pattern)
-        x = embeds
-        for index, layer in enumerate(self.layers):
-            if self.activation_checkpointing and cache is None and torch.is_grad_enabled():
-                # Not reentrant: ZeRO-3 counts on one gradient per parameter and backward.
-                x = checkpoint(layer, x, *shared, use_reentrant=False)
-            else:
-                x = layer(x, *shared, None if cache is None else cache[index])
-        return self.norm(x)
+        checkpointing = self.activation_checkpointing
+        hidden = layers.run(self.layers, embeds, table, pattern, cache, activation_checkpointing=checkpointing)
+        return self.norm(hidden)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and safetensors under the official tensor names."""
@@ -406,7 +296,7 @@ def released(size: str, condition: str, image_size: int) -> Architecture:
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_heads,
-        ffn_dim=ffn_width(dim),
+        ffn_dim=layers.ffn_width(dim),
         vocab_size=16384,
         num_tokens=(image_size // PIXELS_PER_TOKEN) ** 2,
         prefix_len=1 if condition == "class" else 120,

@@ -11,7 +11,6 @@ head width.
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from pathlib import Path
@@ -22,9 +21,8 @@ import torch.nn.functional as functional
 from huggingface_hub import save_torch_state_dict
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from mmtensorar import attention
+from mmtensorar import attention, layers
 from mmtensorar.backbones import Condition, Prefix
 from mmtensorar.captions import ClassNumbers
 from mmtensorar.recipe import Section
@@ -89,7 +87,7 @@ class Architecture(Section):
     @property
     def hidden(self) -> int:
         """Width of the feed-forward layers: 8/3 dim, rounded up to a multiple of 256."""
-        return self.ffn_width or -(-(8 * self.dim // 3) // 256) * 256
+        return self.ffn_width or layers.ffn_width(self.dim)
 
 
 RELEASED = {
@@ -100,90 +98,7 @@ RELEASED = {
 HUB_IDS = {f"TencentARC/Open-MAGVIT2-AR-{size}-256-resolution": size for size in RELEASED}
 
 
-# ---- places --------------------------------------------------------------------------------------
-
-
-@functools.cache
-@torch.inference_mode(False)
-def rotary_table(grid: int, head_dim: int, device: torch.device) -> Tensor:
-    """[1 + grid * grid, 2, Dh / 2] float32: cosine and sine per place and pair of channels.
-
-    Not a buffer, which casting a model to bfloat16 would round.
-    """
-    exponents = torch.arange(0, head_dim // 2, 2, device=device).float() / (head_dim // 2)
-    angles = torch.outer(torch.arange(grid, device=device).float(), 1.0 / ROTARY_BASE**exponents)  # [grid, Dh / 4]
-    rows = angles[:, None].expand(-1, grid, -1)
-    columns = angles[None].expand(grid, -1, -1)
-    angles = torch.cat([rows, columns], dim=-1).flatten(0, 1)  # [T, Dh / 2]
-    table = torch.stack([angles.cos(), angles.sin()], dim=1)
-    # Cosine AND sine are 0 at the class, where angle 0 would be (1, 0): its queries and keys vanish, and every later
-    # place sees it with logit 0. The checkpoints were trained so; "repairing" it breaks them.
-    return torch.cat([table.new_zeros(1, *table.shape[1:]), table])
-
-
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn pairs of adjacent channels. x: [B, S, ..., Dh]; table: [S, 2, Dh / 2]. The dtype stays x's."""
-    shape = (table.shape[0], *[1] * (x.ndim - 3), table.shape[-1])
-    cos, sin = (part.reshape(shape) for part in table.unbind(1))
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).to(x.dtype)
-
-
-class Cache:
-    """Keys and values of every spatial block; memory for max_len places is taken at the first append."""
-
-    def __init__(self, num_layers: int, max_len: int):
-        self.max_len, self.length = max_len, 0
-        self.layers: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
-
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, H, S, Dh] twice -> those of all places [B, H, length + S, Dh]. The backbone counts length on."""
-        end = self.length + key.shape[2]
-        assert end <= self.max_len, f"a cache of {self.max_len} places was asked for {end}"
-        if self.layers[layer] is None:
-            shape = (*key.shape[:2], self.max_len, key.shape[-1])
-            # Of the key's dtype, which under autocast is not that of the weights.
-            self.layers[layer] = (key.new_empty(shape), key.new_empty(shape))
-        for kept, new in zip(self.layers[layer], (key, value), strict=True):
-            kept[:, :, self.length : end] = new
-        keys, values = self.layers[layer]
-        return keys[:, :, :end], values[:, :, :end]
-
-
 # ---- blocks --------------------------------------------------------------------------------------
-
-
-class FeedForward(nn.Module):
-    def __init__(self, dim: int, hidden: int):
-        super().__init__()
-        self.w1 = nn.Linear(dim, hidden, bias=False)
-        self.w3 = nn.Linear(dim, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w2(functional.silu(self.w1(x)) * self.w3(x))
-
-
-class SpatialAttention(nn.Module):
-    """Causal attention over places. wqkv holds query, key and value, in that order."""
-
-    def __init__(self, dim: int, num_heads: int):
-        super().__init__()
-        self.num_heads = num_heads
-        self.wqkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.wo = nn.Linear(dim, dim, bias=False)
-
-    def forward(
-        self, x: Tensor, table: Tensor, pattern: attention.Pattern, cache: Cache | None = None, layer: int = 0
-    ) -> Tensor:
-        """[B, S, D], table of these S places -> [B, S, D]."""
-        qkv = self.wqkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, S, 3, H, Dh]
-        query, key = rotate(qkv[:, :, :2], table).transpose(1, 3).unbind(2)  # [B, H, S, Dh]
-        value = qkv[:, :, 2].transpose(1, 2)
-        if cache is not None:
-            key, value = cache.append(layer, key, value)
-        mixed = attention.attend(query, key, value, pattern)
-        return self.wo(mixed.transpose(1, 2).flatten(-2))
 
 
 class FactorAttention(nn.Module):
@@ -198,8 +113,8 @@ class FactorAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        self.wqkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.wo = nn.Linear(dim, dim, bias=False)
+        self.wqkv = layers.Linear(dim, 3 * dim, bias=False)
+        self.wo = layers.Linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., f + 1, D] -> [..., f + 1, D], f = 0 or 1."""
@@ -211,22 +126,6 @@ class FactorAttention(nn.Module):
         share = torch.sigmoid((query * key).sum(-1, keepdim=True) * query.shape[-1] ** -0.5).to(value.dtype)
         first, second = value.unbind(-3)
         return self.wo(torch.stack([first, first + share * (second - first)], dim=-3).flatten(-2))
-
-
-class Block(nn.Module):
-    """Attention and feed-forward, each normed before and added after."""
-
-    def __init__(self, attend: nn.Module, dim: int, hidden: int, dropout: float):
-        super().__init__()
-        self.dropout = dropout
-        self.attention_norm = nn.RMSNorm(dim, eps=NORM_EPS)
-        self.attention = attend
-        self.ffn_norm = nn.RMSNorm(dim, eps=NORM_EPS)
-        self.feed_forward = FeedForward(dim, hidden)
-
-    def forward(self, x: Tensor, *context) -> Tensor:
-        x = x + functional.dropout(self.attention(self.attention_norm(x), *context), self.dropout, self.training)
-        return x + functional.dropout(self.feed_forward(self.ffn_norm(x)), self.dropout, self.training)
 
 
 # ---- the parts -----------------------------------------------------------------------------------
@@ -277,11 +176,13 @@ class OpenMagvit2Head(nn.Module):
         super().__init__()
         self.shared = (pre_emb,)  # in a tuple, so that it is not registered a second time
         self.factorized_blocks = nn.ModuleList(
-            Block(FactorAttention(config.dim, config.num_heads), config.dim, config.hidden, dropout)
+            layers.Block(
+                FactorAttention(config.dim, config.num_heads), config.dim, config.hidden, NORM_EPS, dropout
+            )
             for _ in range(config.factorized_layers)
         )
-        self.norm = nn.RMSNorm(config.dim, eps=NORM_EPS)
-        self.heads = nn.ModuleList(nn.Linear(config.dim, 2**bits, bias=False) for bits in config.factorized_bits)
+        self.norm = layers.RMSNorm(config.dim, NORM_EPS)
+        self.heads = nn.ModuleList(layers.Linear(config.dim, 2**bits, bias=False) for bits in config.factorized_bits)
 
     def forward(self, hidden: Tensor, prev: Tensor) -> Tensor:
         """[..., D], earlier factors [..., f] int64, f = 0 or 1 -> logits [..., V_f]."""
@@ -312,7 +213,13 @@ class OpenMagvit2Backbone(nn.Module):
         self.embed = OpenMagvit2Embed(config)
         self.prefix = OpenMagvit2Prefix(config)
         self.layers = nn.ModuleList(
-            Block(SpatialAttention(config.dim, config.num_heads), config.dim, config.hidden, dropout)
+            layers.Block(
+                layers.SelfAttention(config.dim, config.num_heads, config.num_heads),
+                config.dim,
+                config.hidden,
+                NORM_EPS,
+                dropout,
+            )
             for _ in range(config.spatial_layers)
         )
         self.head = OpenMagvit2Head(config, self.embed.pre_emb, dropout)
@@ -322,25 +229,20 @@ class OpenMagvit2Backbone(nn.Module):
         for head in self.head.heads:
             nn.init.zeros_(head.weight)
 
-    def new_cache(self, batch_size: int, max_len: int) -> Cache:
-        return Cache(len(self.layers), max_len)
+    def new_cache(self, batch_size: int, max_len: int) -> list[attention.LayerCache]:
+        return [attention.LayerCache(max_len) for _ in self.layers]
 
-    def forward(self, embeds: Tensor, mask: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, embeds: Tensor, mask: Tensor, cache: list[attention.LayerCache] | None = None) -> Tensor:
         """See the protocol. A class is one place in every row, so nothing is padded and mask is all True."""
-        S, seen = embeds.shape[1], 0 if cache is None else cache.length
-        assert mask.shape[1] == seen + S <= self.num_tokens + 1
-        table = rotary_table(self.config.grid, self.dim // self.config.num_heads, embeds.device)[seen : seen + S]
-        pattern = attention.pattern(None, S, seen + S, self.attn_implementation, embeds.device)
+        start = 0 if cache is None else cache[0].length
+        stop = start + embeds.shape[1]
+        assert mask.shape[1] == stop <= self.num_tokens + 1
+        head_dim = self.dim // self.config.num_heads
+        table = layers.rotary_table(1, self.num_tokens, head_dim, ROTARY_BASE, embeds.device)[start:stop]
+        pattern = attention.pattern(None, stop - start, stop, self.attn_implementation, embeds.device)
         hidden = functional.dropout(embeds, self.dropout, self.training)
-        for index, layer in enumerate(self.layers):
-            if self.activation_checkpointing and cache is None and torch.is_grad_enabled():
-                # Not reentrant: ZeRO-3 counts on one gradient per parameter and backward.
-                hidden = checkpoint(layer, hidden, table, pattern, use_reentrant=False)
-            else:
-                hidden = layer(hidden, table, pattern, cache, index)
-        if cache is not None:
-            cache.length += S
-        return hidden
+        checkpointing = self.activation_checkpointing
+        return layers.run(self.layers, hidden, table, pattern, cache, activation_checkpointing=checkpointing)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, and safetensors under the official names."""

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmtensorar import backbones
+from mmtensorar import backbones, layers
 from mmtensorar.backbones import Condition, llamagen
 from mmtensorar.decode import Sampler, decode
 from mmtensorar.image_tokenizers import llamagen_vq
@@ -71,7 +71,7 @@ def load_gpt(config: dict, weights: dict[str, Tensor]) -> TensorAR:
         num_layers=config["n_layer"],
         num_heads=config["n_head"],
         num_kv_heads=config["n_kv_head"] or config["n_head"],
-        ffn_dim=llamagen.ffn_width(
+        ffn_dim=layers.ffn_width(
             config["dim"], multiple_of=config["multiple_of"], multiplier=config["ffn_dim_multiplier"]
         ),
         vocab_size=config["vocab_size"],
@@ -150,7 +150,7 @@ def residual_stream(subject: Subject, what: str, inputs: dict[str, Tensor]) -> d
         for hook in hooks:
             hook.remove()
     config = backbone.config
-    table = llamagen.rotary_table(
+    table = layers.rotary_table(
         config.prefix_len, config.num_tokens, config.head_dim, config.rope_base, torch.device("cpu")
     )
     return found | {"rope_table": torch.view_as_real(table)}

@@ -1,0 +1,1 @@
+"""Timings beside other implementations; run from a checkout."""
