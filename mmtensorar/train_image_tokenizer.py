@@ -44,6 +44,7 @@ class ImageTokenizerRecipe(Section):
     lr: float = 1e-3
     commitment: float = 0.25
     foreground_weight: float = Field(1.0, ge=1)
+    plain_weight: float = Field(0.0, ge=0, description="weight of pulling patches of one colour to one code")
     crop: int | None = Field(None, ge=8, description="pixels a side of the crops of all but the last full_steps")
     full_steps: int = Field(0, ge=0)
     crop_batch_size: int = Field(64, ge=1)
@@ -78,6 +79,29 @@ def pixel_weights(pixels: Tensor, foreground: float) -> Tensor:
     median = pixels.flatten(2).median(-1).values[..., None, None]
     unlike = (pixels - median).abs().amax(1, keepdim=True).div(0.4).clamp(max=1)
     return 1 + (foreground - 1) * unlike
+
+
+def plain_patches(pixels: Tensor, size: int) -> Tensor:
+    """[B, 3, H, W] in [-1, 1] -> [B, H / size, W / size] int64: a number for the colour of each patch of one colour, else -1."""
+    highest, lowest = F.max_pool2d(pixels, size), -F.max_pool2d(-pixels, size)
+    plain = (highest - lowest).amax(1) < 0.12
+    level = ((highest + lowest) * 5.5).round().long() + 16  # steps of 12 grey levels, wider than compression noise
+    red, green, blue = level.unbind(1)
+    return torch.where(plain, (red * 64 + green) * 64 + blue, -1)
+
+
+def centre_plain(features: Tensor, colors: Tensor) -> Tensor:
+    """Unit features [N, C], those of plain patches replaced by the mean of their colour; colors [N], -1 is none.
+
+    Without it an encoder whose every feature sees the whole picture tells of it in the codes of empty ground too: 15
+    codes for one ground, of which a language model can make nothing.
+    """
+    plain = colors >= 0
+    _, group = colors[plain].unique(return_inverse=True)
+    sums = features.new_zeros(len(group.unique()), features.shape[1]).index_add_(0, group, features[plain])
+    centred = features.clone()
+    centred[plain] = F.normalize(sums, dim=-1)[group]
+    return centred
 
 
 def crop_on_foreground(pixels: Tensor, unlike: Tensor, size: int, stride: int) -> Tensor:
@@ -147,6 +171,9 @@ def train(recipe: ImageTokenizerRecipe) -> None:
             features = model.quant_conv(model.encoder(pixels))
         features = F.normalize(features.float().permute(0, 2, 3, 1), dim=-1)
         flat = features.reshape(-1, recipe.embed_dim)
+        colors = plain_patches(pixels, recipe.image_size // config.num_patches).flatten()
+        centred = centre_plain(flat.detach(), colors) if recipe.plain_weight else flat.detach()
+        spread = (flat - centred).square().sum(-1).mean()
         commitment = torch.zeros(())
         latent = features
         if step >= recipe.warmup_steps:
@@ -157,9 +184,11 @@ def train(recipe: ImageTokenizerRecipe) -> None:
                     usage.fill_(1.0)
                 elif step % 20 == 0 and step < recipe.revive_until * recipe.steps:
                     dead = usage < 0.02
-                    weight[dead] = flat[torch.randint(len(flat), (int(dead.sum()),))]
+                    # With plain_weight a plain patch has its code, and more of them would only make copies.
+                    pool = flat[colors < 0] if recipe.plain_weight and (colors < 0).any() else flat
+                    weight[dead] = pool[torch.randint(len(pool), (int(dead.sum()),))]
                     usage[dead] = 1.0
-            rows, codes = quantize(flat, weight)
+            rows, codes = quantize(centred, weight)
             usage.mul_(0.98).add_(torch.bincount(codes, minlength=len(usage)).clamp(max=1), alpha=0.02)
             commitment = (rows - flat.detach()).square().sum(-1).mean()
             commitment = commitment + recipe.commitment * (flat - rows.detach()).square().sum(-1).mean()
@@ -167,7 +196,7 @@ def train(recipe: ImageTokenizerRecipe) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
             output = model.decoder(model.post_quant_conv(latent.permute(0, 3, 1, 2)))
         error = output.float() - pixels
-        loss = (weight_of_pixel * (error.abs() + error.square())).mean() + commitment
+        loss = (weight_of_pixel * (error.abs() + error.square())).mean() + commitment + recipe.plain_weight * spread
         if not torch.isfinite(loss):
             raise ValueError(f"step {step}: the loss is {loss.item()}; lower lr")
         optimizer.zero_grad(set_to_none=True)
@@ -178,7 +207,7 @@ def train(recipe: ImageTokenizerRecipe) -> None:
         if step % recipe.log_every == 0 or step == recipe.steps - 1:
             print(
                 f"step {step}/{recipe.steps} l1 {error.abs().mean():.4f} mse {error.square().mean():.5f} "
-                f"commitment {commitment.item():.4f} codes used {int((usage > 0.02).sum())} "
+                f"commitment {commitment.item():.4f} plain spread {spread.item():.4f} codes used {int((usage > 0.02).sum())} "
                 f"{seen / (time.time() - started):.0f} images or crops/s",
                 flush=True,
             )

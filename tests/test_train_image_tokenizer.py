@@ -7,7 +7,7 @@ import torch
 
 from data_tools import make_shards
 from mmtensorar import image_tokenizers, train_image_tokenizer
-from mmtensorar.train_image_tokenizer import ImageTokenizerRecipe, crop_on_foreground, pixel_weights
+from mmtensorar.train_image_tokenizer import ImageTokenizerRecipe, centre_plain, crop_on_foreground, pixel_weights, plain_patches
 
 SHIPPED = Path(__file__).resolve().parents[1] / "recipes/tiny/image_tokenizer.yaml"
 
@@ -48,3 +48,19 @@ def test_crops_keep_to_the_grid_of_codes_and_find_the_foreground():
 def test_the_recipe_is_validated():
     with pytest.raises(ValueError):
         ImageTokenizerRecipe(shards="a", out="b", image_size=64, num_embeddings=1, steps=1)
+
+
+def test_patches_of_one_colour_share_their_features():
+    """Two pictures, patches of 2 pixels: grey but for compression noise and a white line. The grey ones become one."""
+    pixels = torch.zeros(2, 3, 4, 4)
+    pixels[0, :, 0, 0] = 0.02  # noise
+    pixels[1, :, 3, 2:] = 1.0
+    colors = plain_patches(pixels, 2)
+    assert colors.shape == (2, 2, 2)
+    assert (colors == colors[0, 0, 0]).sum() == 7 and colors[1, 1, 1] == -1
+    torch.manual_seed(0)
+    features = torch.nn.functional.normalize(torch.randn(8, 5), dim=-1)
+    centred = centre_plain(features, colors.flatten())
+    torch.testing.assert_close(centred[:7], torch.nn.functional.normalize(features[:7].sum(0), dim=0).expand(7, -1))
+    assert torch.equal(centred[7], features[7])
+    assert torch.equal(centre_plain(features, torch.full((8,), -1)), features), "without plain patches nothing changes"
