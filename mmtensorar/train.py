@@ -148,6 +148,8 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
     sampler(recipe).per_factor(len(image_tokens[1]))
     per_factor(recipe.sampler.cfg_scale, len(image_tokens[1]), "cfg_scale")
 
+    if bool(recipe.train.sample_every) != bool(recipe.train.sample_prompts):
+        say("note: train.sample_every and train.sample_prompts have an effect only together: there will be no sample images")
     if hasattr(recipe.backbone, "attn_implementation"):
         say(f"attention: {recipe.backbone.attn_implementation}")
 

@@ -53,7 +53,7 @@ TINY_IMAGE_TOKENIZERS = {
 
 def files(folder: str) -> list[str]:
     paths = (Path(mmtensorar.__file__).parent / folder).glob("*.py")
-    return sorted(path.stem for path in paths if path.stem != "__init__")
+    return sorted(path.stem for path in paths if not path.stem.startswith("_"))
 
 
 def variants() -> list:
