@@ -147,10 +147,7 @@ def start(recipe: Recipe, world_size: int, device: torch.device):
         model = _partitioned_model(recipe, config, device)
     else:
         model = checkpoint.initial_model(recipe)
-    if hasattr(model.backbone, "activation_checkpointing"):
-        model.backbone.activation_checkpointing = recipe.train.activation_checkpointing
-    elif recipe.train.activation_checkpointing:
-        raise ValueError(f"train.activation_checkpointing: the {recipe.backbone.name} backbone does not support it")
+    model.backbone.activation_checkpointing = recipe.train.activation_checkpointing
     model.train()
 
     optim = recipe.optim

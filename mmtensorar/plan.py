@@ -73,8 +73,7 @@ def flops_per_step(recipe: Recipe, model) -> tuple[int, int]:
         else:
             times = rows
         per_sample += 2 * parameter.numel() * times
-    layers = getattr(getattr(model.backbone, "language_model", model.backbone), "layers", ())
-    per_sample += len(layers) * 2 * D * rows * rows
+    per_sample += model.backbone.num_layers * 2 * D * rows * rows
     passes = 4 if recipe.train.activation_checkpointing else 3
     return recipe.data.batch_size * T, recipe.data.batch_size * per_sample * passes
 

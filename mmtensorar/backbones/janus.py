@@ -153,6 +153,10 @@ class JanusBackbone(nn.Module):
         layers.quicken(self)
 
     @property
+    def num_layers(self) -> int:
+        return len(self.language_model.layers)
+
+    @property
     def activation_checkpointing(self) -> bool:
         return self._activation_checkpointing
 

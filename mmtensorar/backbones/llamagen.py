@@ -188,6 +188,7 @@ class LlamaGenBackbone(nn.Module):
         self.factor_sizes = (config.vocab_size,)
         self.prefix = (ClassPrefix if config.condition == "class" else TextPrefix)(config)
         self.embed = LlamaGenEmbed(config)
+        self.num_layers = config.num_layers
         self.layers = nn.ModuleList(
             layers.Block(
                 layers.SelfAttention(config.dim, config.num_heads, config.num_kv_heads),

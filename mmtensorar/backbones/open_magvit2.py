@@ -212,6 +212,7 @@ class OpenMagvit2Backbone(nn.Module):
         self.activation_checkpointing = False
         self.embed = OpenMagvit2Embed(config)
         self.prefix = OpenMagvit2Prefix(config)
+        self.num_layers = config.spatial_layers
         self.layers = nn.ModuleList(
             layers.Block(
                 layers.SelfAttention(config.dim, config.num_heads, config.num_heads),
