@@ -256,6 +256,15 @@ def test_a_missing_tensor_is_named(saved):
         load(saved)
 
 
+@pytest.mark.parametrize("name", ["model.language_model.layers.7.mlp.up_proj.weight", "banana"])
+def test_a_tensor_that_the_configuration_has_no_place_for_is_named(saved, name):
+    """A model of more layers than its config tells of used to load as one of fewer."""
+    path = saved / "model.safetensors"
+    save_file(load_file(path) | {name: torch.zeros(2)}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"unexpected.*{name}"):
+        backbones.load(janus.Config(name="janus", path=str(saved)))
+
+
 def test_a_tensor_of_another_shape_is_named_with_its_file(saved):
     """copy_ would broadcast a row over the whole table."""
     edit(saved, model__generation_embeddings__weight=torch.zeros(1, 8))

@@ -10,6 +10,7 @@ Shapes: B batch, P prefix, S rows, T image tokens, D width, V codebook size.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -42,6 +43,9 @@ KEYS = {
     "embed.aligner.": "model.generation_aligner.",
     "head.head.": "model.generation_head.",
 }
+
+# What else a whole Janus holds, in either layout: understanding, the text head, the image tokenizer.
+ELSEWHERE = re.compile(r"(model\.)?(vision_model|aligner|vqmodel|gen_vision_model)\.|(language_model\.)?lm_head\.|.*\.inv_freq$")
 
 # Sizes of the released models (their config.json; the 7B's leaves most to Llama's defaults), so
 # that a plan needs no download. Training and generation read the downloaded config and text tokenizer.
@@ -225,7 +229,7 @@ def load(section: Config, *, weights: bool = True, device: str = "cpu", sizes_on
     backbone = build(config, None if text_tokenizer is None else text_tokenizer.pad_token_id, device)
     backbone.text_tokenizer = text_tokenizer
     if weights:
-        fill(backbone.state_dict(), source, rename)
+        fill(backbone.state_dict(), source, rename, ignore=ELSEWHERE.match)
     return backbone
 
 
@@ -234,7 +238,8 @@ def unread(section: Config) -> Unread:
     config, source, rename, text_tokenizer = _find(section)
     backbone = build(config, None if text_tokenizer is None else text_tokenizer.pad_token_id, "meta")
     backbone.text_tokenizer = text_tokenizer
-    return Unread(backbone, source if isinstance(source, Checkpoint) else Checkpoint(source), rename, _released_name)
+    source = source if isinstance(source, Checkpoint) else Checkpoint(source)
+    return Unread(backbone, source, rename, _released_name, ELSEWHERE.match)
 
 
 def _find(

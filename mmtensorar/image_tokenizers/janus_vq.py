@@ -80,15 +80,18 @@ def load(section: Config) -> JanusVQ:
     """See mmtensorar.image_tokenizers.load."""
     folder = locate(section.path, key="image_tokenizer.path", torch_files=True)
     settings = read_config(folder, "janus", "janus_vqgan", deepseek.MODEL_TYPE, key="image_tokenizer.path")
-    source, rename = Checkpoint(folder), str
+    source, rename, prefix = Checkpoint(folder), str, ""
     if settings["model_type"] == "janus":
         config, rename = hub_config(JanusConfig, settings, folder).vq_config, INSIDE_JANUS.__add__
+        prefix = INSIDE_JANUS
     elif settings["model_type"] == deepseek.MODEL_TYPE:
         config, rename = _deepseek_config(settings, source), deepseek.vq_name
+        prefix = deepseek.VQ
     else:
         config = hub_config(JanusVQVAEConfig, settings, folder)
     model = JanusVQVAE(config)
-    fill(model.state_dict(), source, rename)
+    # codebook_used: which codes training met, in the original's files.
+    fill(model.state_dict(), source, rename, ignore=lambda name: not name.startswith(prefix) or "codebook_used" in name)
     return JanusVQ(model)
 
 

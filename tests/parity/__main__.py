@@ -63,7 +63,8 @@ def read_cases(folder: Path) -> list[Case]:
             manifest = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, OSError) as error:
             raise BadManifest(f"{path}: cannot be read as JSON ({error})") from None
-        if isinstance(manifest, dict) and "calls" in manifest:  # others, such as facts.json, are no cases
+        # Others, such as facts.json, are no cases; one with tensors beside it is meant to be one.
+        if isinstance(manifest, dict) and ("calls" in manifest or path.with_suffix(".safetensors").is_file()):
             cases.append(read_case(path, manifest))
     if not cases:
         raise BadManifest(f"{folder}: no case in it (a NAME.json with calls)")
@@ -81,8 +82,8 @@ def read_case(path: Path, manifest: dict) -> Case:
         tensors = load_file(stored)
     except (SafetensorError, OSError) as error:
         raise BadManifest(f"{stored}: cannot be read as safetensors ({error})") from None
-    if not isinstance(manifest["calls"], list) or not manifest["calls"]:
-        raise BadManifest(f"{path}: calls is empty or no list")
+    if not isinstance(manifest.get("calls"), list) or not manifest["calls"]:
+        raise BadManifest(f"{path}: calls is empty, missing or no list")
     for number, call in enumerate(manifest["calls"]):
         if not (isinstance(call, dict) and isinstance(call.get("id"), str)):
             raise BadManifest(f"{path}: call {number} has no id")
@@ -92,6 +93,8 @@ def read_case(path: Path, manifest: dict) -> Case:
             check_rule(rule, f"{path}: call {call['id']}: {name}")
             if not list(matching(name, tensors)):
                 raise BadManifest(f"{path}: call {call['id']}: {name} is not in {stored.name}")
+        if not isinstance(call.get("inputs", []), (list, dict)):
+            raise BadManifest(f"{path}: call {call['id']}: inputs is {call['inputs']!r}, expected names")
         for name in call.get("inputs", ()):
             if name not in tensors:
                 raise BadManifest(f"{path}: call {call['id']}: {name} is not in {stored.name}")
@@ -131,7 +134,7 @@ def build(case: Case):
         return adapter, adapter.load(case.manifest, weights)
     except KeyError as error:
         raise BadManifest(f"{case.path}: no model can be built without {error}") from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise BadManifest(f"{case.path}: no model can be built from it ({error})") from None
 
 
