@@ -114,9 +114,14 @@ def encoder_width(path: str, *, key: str = "backbone.text_encoder") -> int:
 # ---- cleaning ------------------------------------------------------------------------------------
 
 
+# T5 reads 120 tokens, a few hundred characters; some of the patterns below take time with the square of the length.
+MAX_CLEANED_CHARS = 2048
+
+
 def prepare(caption: str, cleaning: Cleaning) -> str:
+    """A caption as its backbone's training saw it; "original" looks at the first MAX_CLEANED_CHARS characters."""
     if cleaning == "original":
-        return clean(clean(caption))
+        return clean(clean(caption[:MAX_CLEANED_CHARS]))
     return caption.lower().strip() if cleaning == "lower" else caption
 
 

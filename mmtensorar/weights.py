@@ -147,7 +147,8 @@ class Checkpoint:
         """path: a weights file, or a folder with model.safetensors or pytorch_model.bin, each whole or in parts.
 
         wrappers: keys of a PyTorch file that may hold the state dict, the first that is there winning; without any of
-        them the file is the state dict itself. optional: a folder without weights is one without tensors. Raises
+        them the file is the state dict itself. optional: a folder without weights, or without all
+        those of its index, is one without tensors. Raises
         ValueError naming a file that is missing or cannot be read.
         """
         self.path = path
@@ -312,7 +313,9 @@ def _parts(path: Path, *, optional: bool) -> dict[Path, list[str] | None]:
     for name in (WEIGHTS, TORCH_WEIGHTS):
         index = path / f"{name}.index.json"
         if index.is_file():
-            return _indexed(index)
+            parts = _indexed(index)
+            # A download of *.json alone, for a configuration, brings the index too.
+            return {} if optional and not all(file.is_file() for file in parts) else parts
         if (path / name).is_file():
             return {path / name: None}
     if optional:

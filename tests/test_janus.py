@@ -338,6 +338,15 @@ def test_a_part_that_is_missing_is_named(deepseek_folder):
         load(deepseek_folder)
 
 
+def test_shapes_need_the_configuration_alone(deepseek_folder):
+    """A rank that gets its weights from another downloads *.json, which brings the index of weights that stay away."""
+    for path in deepseek_folder.glob("*.safetensors"):
+        path.unlink()
+    width = json.loads((deepseek_folder / "config.json").read_text())["language_config"]["hidden_size"]
+    section = janus.Config(name="janus", path=str(deepseek_folder))
+    assert backbones.load(section, weights=False, device="meta").dim == width
+
+
 # ---- prompts -------------------------------------------------------------------------------------
 
 

@@ -388,6 +388,13 @@ def test_cleaning(caption, expected):
     assert captions.prepare(caption, "original") == expected
 
 
+def test_cleaning_a_long_caption_ends():
+    """Patterns that look ahead took minutes for the 64 KiB that a caption may have, while all ranks waited."""
+    pytest.importorskip("ftfy")
+    long = "a.a." * 16000
+    assert captions.prepare(long, "original") == captions.prepare(long[: captions.MAX_CLEANED_CHARS], "original")
+
+
 def test_cleaning_says_which_package_it_needs(monkeypatch):
     monkeypatch.setitem(sys.modules, "ftfy", None)
     with pytest.raises(ValueError, match=r"needs the package ftfy: pip install -e '\.\[text\]'"):

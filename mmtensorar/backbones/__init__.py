@@ -48,7 +48,7 @@ class Backbone(Protocol):
     head: nn.Module  # (hidden [..., D], prev [..., f]) -> logits [..., V_f], f = prev.shape[-1]
 
     def __call__(self, embeds: Tensor, mask: Tensor, cache: Any = None) -> Tensor:
-        """[B, S, D], [B, cached + S] bool -> [B, S, D] after the final norm; causal; S rows follow the cache."""
+        """[B, S, D], [B, cached + S] bool -> [B, S, D], what `head` takes; causal; S rows follow the cache."""
         ...
 
     def new_cache(self, batch_size: int, max_len: int) -> Any:
