@@ -52,30 +52,40 @@ def build(recipe: Recipe, *, weights: bool = True, device: str = "cpu") -> Tenso
     return tensorar.build(recipe, backbone).to(device).float()
 
 
+def starting(recipe: Recipe) -> Recipe:
+    """The recipe with backbone.path where its run's weights come from: train.init_from's backbone, when that is set.
+
+    So what the recipe says of its backbone is checked against the weights themselves, and the original need not be
+    here any more. Raises ValueError when the folder is no checkpoint or holds another kind of backbone.
+    """
+    if recipe.train.init_from is None:
+        return recipe
+    read_index(recipe.train.init_from)
+    source = saved_recipe(recipe.train.init_from).backbone
+    if source.name != recipe.backbone.name:
+        raise ValueError(
+            f"train.init_from: {recipe.train.init_from} holds a {source.name} backbone, the recipe asks for {recipe.backbone.name}"
+        )
+    return recipe.model_copy(update={"backbone": recipe.backbone.model_copy(update={"path": source.path})})
+
+
 def initial_model(recipe: Recipe) -> TensorAR:
     """The model a run starts from, on the CPU in float32.
 
-    With train.init_from the backbone's weights come from that consolidated folder, and the
-    codec's too when its tensors have the names and shapes of this recipe's; otherwise the codec
-    is fresh. Without it the backbone comes from backbone.path. The codec's fresh values are
-    drawn under run.seed. Raises ValueError when the folder does not fit the recipe.
+    With train.init_from the backbone comes from that consolidated folder, and the codec too when its
+    tensors have the names and shapes of this recipe's; otherwise the codec is fresh. Its fresh values
+    are drawn under run.seed. Raises ValueError when the folder does not fit the recipe.
     """
     torch.manual_seed(recipe.run.seed)
     if recipe.train.init_from is None:
         return build(recipe)
     folder = Path(recipe.train.init_from)
     check_files(folder)
-    if (source := saved_recipe(folder)).backbone.name != recipe.backbone.name:
-        raise ValueError(
-            f"train.init_from: {folder} holds a {source.backbone.name} backbone, the recipe asks for {recipe.backbone.name}"
-        )
-    model = build(recipe, weights=False)
-    donor = backbones.load(source.backbone, device="cpu").state_dict()
-    _fill(model.backbone, donor, f"train.init_from: {folder / 'backbone'}")
+    model = build(starting(recipe))
     if (folder / CODEC).is_file() and model.window > 1:
         codec = load_file(folder / CODEC)
         own = codec_state(model.state_dict())
-        same_heads = source.tensorar.num_heads == recipe.tensorar.num_heads  # which no shape shows
+        same_heads = saved_recipe(folder).tensorar.num_heads == recipe.tensorar.num_heads  # which no shape shows
         if same_heads and {k: v.shape for k, v in codec.items()} == {k: v.shape for k, v in own.items()}:
             model.load_state_dict(codec, strict=False)
         elif os.environ.get("RANK", "0") == "0":  # without ZeRO-3 every rank comes here
@@ -243,11 +253,6 @@ def load(
     if isinstance(image_tokenizer, torch.nn.Module):
         image_tokenizer.to(device)
     return Loaded(model, image_tokenizer, backbones.caption_encoder(recipe.backbone), recipe)
-
-
-def _fill(module: torch.nn.Module, state_dict: Mapping[str, Tensor], where: str) -> None:
-    _check_names(module.state_dict(), state_dict, where)
-    module.load_state_dict(dict(state_dict), strict=True)
 
 
 def _check_names(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> None:

@@ -97,6 +97,7 @@ def find_progress(recipe: Recipe, *, resume: bool) -> int | None:
 def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
     # ---- recipe ------------------------------------------------------------------------------
     resume = resume or recipe.train.resume == "auto"
+    recipe = checkpoint.starting(recipe)
     folder = recipe.run_dir
 
     # ---- process group -----------------------------------------------------------------------

@@ -95,6 +95,19 @@ def test_init_from_takes_the_codec_only_when_it_fits(bench, saved):
         assert equal(other.backbone.state_dict(), same.backbone.state_dict()), "it comes from the checkpoint either way"
 
 
+def test_init_from_needs_nothing_else(bench, saved):
+    """It asked for the original's files too, and compared names and shapes with those only."""
+    recipe = make(bench, 3, init_from=str(bench / "model"))
+    gone = recipe.model_copy(update={"backbone": recipe.backbone.model_copy(update={"path": str(bench / "gone")})})
+    assert equal(checkpoint.initial_model(gone).state_dict(), saved)
+    started = checkpoint.starting(gone)
+    assert Path(started.backbone.path) == bench / "model" / "backbone"
+    assert checkpoint.starting(started) == started, "a continued run reads this recipe and compares"
+    assert checkpoint.starting(make(bench, 3)) == make(bench, 3)
+    with pytest.raises(ValueError, match=r"no checkpoint at .*gone: expected checkpoint\.json"):
+        checkpoint.starting(make(bench, 3, init_from=str(bench / "gone")))
+
+
 def test_init_from_a_damaged_folder_is_refused(bench, saved, tmp_path):
     """Otherwise a training run of days would start from spoilt weights."""
     shutil.copytree(bench / "model", tmp_path / "model")

@@ -171,6 +171,10 @@ def test_llamagen_there_and_back(condition, tmp_path):
     del expected[llamagen_vq.USAGE]
     assert equal(state(tmp_path / "vq_back.pt", "model"), expected)
     assert not [path for path in tmp_path.rglob("*") if path.suffix == ".partial"]
+    # A run that starts from the folder asks for its size, not for one of which no tensor has the shape.
+    settings = [f"train.init_from={folder}", "backbone.image_size=128"]
+    with pytest.raises(ValueError, match="image_size is 128, but .*backbone is for 64 pixels"):
+        checkpoint.initial_model(Recipe.load(folder / "recipe.yaml", settings))
 
 
 def test_open_magvit2_there_and_back(tmp_path):
