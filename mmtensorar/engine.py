@@ -7,9 +7,10 @@ import math
 import os
 import pickle
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -82,14 +83,23 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     return values.div_(torch.distributed.get_world_size())
 
 
-def agree(failure: str | None, device: torch.device) -> None:
-    """Raise ValueError on every rank when any rank brings a failure, so that none waits for the others for ever."""
+Result = TypeVar("Result")
+
+
+def together(work: Callable[[], Result], device: torch.device) -> Result:
+    """What work returns. A ValueError or OSError of it on any rank is a ValueError on every rank, so that none waits for ever."""
+    result, failure = None, None
+    try:
+        result = work()
+    except (ValueError, OSError) as error:
+        failure = str(error)
     failed = torch.tensor([float(failure is not None)], device=device)
     torch.distributed.all_reduce(failed)
     if failed.item():
         sentences = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(sentences, failure)
         raise ValueError("; ".join(dict.fromkeys(sentence for sentence in sentences if sentence)))
+    return result
 
 
 def grad_norm(engine) -> float | None:
@@ -146,7 +156,7 @@ def start(recipe: Recipe, world_size: int, device: torch.device):
     if recipe.zero.stage == 3:
         model = _partitioned_model(recipe, config, device)
     else:
-        model = checkpoint.initial_model(recipe)
+        model = together(lambda: checkpoint.initial_model(recipe), device)
     model.backbone.activation_checkpointing = recipe.train.activation_checkpointing
     model.train()
 
@@ -198,18 +208,13 @@ def _partitioned_model(recipe: Recipe, config: dict, device: torch.device):
     because a child's parameters would be empty before its parent's initialisation code runs.
     """
     rank = torch.distributed.get_rank()
-    # A wrong path must stop every rank: alone, rank 0 would leave the others waiting.
-    source, failure = None, [None]
-    if rank == 0:
-        try:
-            source = checkpoint.initial_model(recipe)
-        except (ValueError, OSError) as error:
-            failure = [str(error)]
-    torch.distributed.broadcast_object_list(failure, 0)
-    if failure[0] is not None:
-        raise ValueError(failure[0])
-    with torch.device("meta"):
-        model = checkpoint.build(recipe, weights=False, device="meta")
+    source = together(lambda: checkpoint.initial_model(recipe) if rank == 0 else None, device)
+
+    def shapes():
+        with torch.device("meta"):
+            return checkpoint.build(recipe, weights=False, device="meta")
+
+    model = together(shapes, device)
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
 
     # Buffers are small (rotary frequencies, masks) and stay whole, in the dtype they were built with.

@@ -181,12 +181,7 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
         lr = engine.get_lr()[0]
         total = None
         for micro in range(recipe.train.grad_accum):
-            failure = None
-            try:
-                codes, condition, uncond = next(batches)
-            except (ValueError, OSError) as error:
-                failure = str(error)
-            deep.agree(failure, device)  # a damaged sample on one rank must not leave the others waiting
+            codes, condition, uncond = deep.together(lambda: next(batches), device)
             condition = type(condition)(*(part.to(device) for part in condition))
             # Seeded by place in the run, not carried along, so that a resumed run draws the same noise.
             generator = torch.Generator(device).manual_seed(seed_for(recipe.run.seed, rank, step, micro))
