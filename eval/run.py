@@ -19,7 +19,7 @@ from eval.layout import RECORD, image_path, read_record, write_text
 from mmtensorar.generate import Generator, Sampling, save_png
 
 # Two runs that differ only in these make the same images, up to rounding.
-FREE = ("checkpoint", "batch_size", "device")
+FREE = ("checkpoint", "batch_size", "device", "attn_implementation")
 
 
 def image_seed(seed: int, prompt_index: int, image_index: int) -> int:
@@ -56,6 +56,7 @@ def generate(
         "precision": generator.precision,
         "batch_size": batch_size,
         "device": generator.device.type,
+        "attn_implementation": generator.recipe.backbone.attn_implementation,
     }
     out.mkdir(parents=True, exist_ok=True)
     claim(out, settings)

@@ -52,8 +52,8 @@ class Pattern(NamedTuple):
     mask: Tensor | None  # [B, N] bool, for flash-attn, which takes the real places without the padding
 
 
-def require(implementation: Implementation, *, key: str) -> None:
-    """Raise ValueError, naming the setting, when an implementation cannot be used on this machine."""
+def require(implementation: Implementation, *, key: str, dtype: torch.dtype | None = None) -> None:
+    """Raise ValueError, naming the setting, when an implementation cannot be used on this machine or in dtype."""
     if implementation != "flash_attention_2":
         return
     if importlib.util.find_spec("flash_attn") is None or not torch.cuda.is_available():
@@ -61,6 +61,8 @@ def require(implementation: Implementation, *, key: str) -> None:
             f"{key} is flash_attention_2, but flash-attn is not usable here "
             "(it needs a CUDA GPU and `pip install -e '.[flash]'`); sdpa is the default"
         )
+    if dtype not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"{key} is flash_attention_2, which computes in bf16 or fp16, not in {dtype}; use sdpa for float32")
 
 
 def pattern(

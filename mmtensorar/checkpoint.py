@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mmtensorar import backbones, image_tokenizers, tensorar
+from mmtensorar import attention, backbones, image_tokenizers, tensorar
 from mmtensorar.recipe import Recipe
 from mmtensorar.shards import sha256
 from mmtensorar.tensorar import TensorAR
@@ -205,17 +205,17 @@ def check_files(folder: str | Path) -> dict:
     return index
 
 
-def saved_recipe(folder: str | Path) -> Recipe:
-    """The recipe in a checkpoint, its backbone and image tokenizer pointing into the folder."""
+def saved_recipe(folder: str | Path, *, attn_implementation: attention.Implementation = "sdpa") -> Recipe:
+    """The recipe in a checkpoint, its backbone and image tokenizer pointing into the folder.
+
+    attn_implementation: instead of the recipe's, which was a matter of the machine that trained.
+    """
     folder = Path(folder)
     recipe = Recipe.load(folder / "recipe.yaml", [])
     # A text tokenizer set apart in the recipe was copied into backbone/ with the weights.
-    backbone = {"path": str(folder / "backbone")}
+    backbone = {"path": str(folder / "backbone"), "attn_implementation": attn_implementation}
     if hasattr(recipe.backbone, "text_tokenizer"):
         backbone["text_tokenizer"] = None
-    if hasattr(recipe.backbone, "attn_implementation"):
-        # A matter of the machine that trained; this one may have no flash-attn.
-        backbone["attn_implementation"] = "sdpa"
     return recipe.model_copy(
         update={
             "backbone": recipe.backbone.model_copy(update=backbone),
@@ -225,7 +225,12 @@ def saved_recipe(folder: str | Path) -> Recipe:
 
 
 def load(
-    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, *, verify: bool = True
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    attn_implementation: attention.Implementation = "sdpa",
+    verify: bool = True,
 ) -> Loaded:
     """Load a consolidated checkpoint for generation.
 
@@ -233,8 +238,9 @@ def load(
     first. Raises ValueError, naming the folder, for an absent, incomplete or damaged one.
     """
     folder = Path(folder)
+    attention.require(attn_implementation, key="attn_implementation", dtype=dtype)
     index = check_files(folder) if verify else read_index(folder)
-    recipe = saved_recipe(folder)
+    recipe = saved_recipe(folder, attn_implementation=attn_implementation)
     model = tensorar.build(recipe, backbones.load(recipe.backbone, device="cpu"))
     if codec_state(model.state_dict()):
         if not (folder / CODEC).is_file():

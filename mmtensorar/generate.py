@@ -37,7 +37,7 @@ from mmtensorar import checkpoint
 from mmtensorar.captions import ClassNumbers
 from mmtensorar.decode import Decoded, Sampler, decode
 from mmtensorar.image_tokenizers import to_images
-from mmtensorar.recipe import one_or_several
+from mmtensorar.options import LOADING, SAMPLING, add_generation, at_least_1
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -73,12 +73,20 @@ class Generator:
         self.precision = precision
 
     @classmethod
-    def load(cls, folder: str | Path, *, device: str | None = None, precision: str | None = None) -> Generator:
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        device: str | None = None,
+        precision: str | None = None,
+        attn_implementation: str | None = None,
+    ) -> Generator:
         """Load a consolidated checkpoint.
 
         device: None is the GPU if there is one. precision: fp32 or bf16; None is bf16 on a GPU, fp32 on a CPU. On a
-        CPU bf16 keeps the weights in float32 and computes under autocast. Raises ValueError for a folder that is no
-        whole checkpoint, an unknown precision or an absent device.
+        CPU bf16 keeps the weights in float32 and computes under autocast. attn_implementation: None is sdpa. Raises
+        ValueError for a folder that is no whole checkpoint, an unknown precision, an absent device, or an attention
+        that cannot be used here.
         """
         chosen = _device(device)
         if precision is None:
@@ -86,7 +94,8 @@ class Generator:
         if precision not in DTYPES:
             raise ValueError(f"precision is {precision!r}; expected one of {', '.join(DTYPES)}")
         dtype = DTYPES[precision] if chosen.type == "cuda" else torch.float32
-        return cls(checkpoint.load(folder, chosen, dtype), precision=precision)
+        attention = attn_implementation or "sdpa"
+        return cls(checkpoint.load(folder, chosen, dtype, attn_implementation=attention), precision=precision)
 
     def sampling(self, **settings) -> Sampling:
         """The recipe's sampler settings, with those given (and not None) instead. Raises ValueError."""
@@ -218,15 +227,7 @@ def save_png(image: Image.Image, path: Path, **text: object) -> None:
 
 def sampling_from(generator: Generator, options: argparse.Namespace) -> Sampling:
     """The sampling that a command's options ask for; an option that is None is the recipe's."""
-    names = ("temperature", "top_k", "top_p", "cfg_scale", "greedy_drafts")
-    return generator.sampling(**{name: getattr(options, name) for name in names})
-
-
-def _at_least_1(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, got {number}")
-    return number
+    return generator.sampling(**{name: getattr(options, name) for name in SAMPLING})
 
 
 def _prompts(options: argparse.Namespace) -> list[str] | list[int]:
@@ -325,30 +326,17 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="NUMBER",
         help="class numbers, instead of prompts, for a class-conditional model",
     )
-    parser.add_argument("--num-images", type=_at_least_1, default=1, help="per prompt (default 1)")
+    parser.add_argument("--num-images", type=at_least_1, default=1, help="per prompt (default 1)")
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--seed", type=int, default=0, help="of each prompt's first image; the next ones count up")
     parser.add_argument("--trace", action="store_true", help="also write each image's windows and revisions")
-    group = parser.add_argument_group(
-        "sampling", "defaults come from the checkpoint's recipe; A,B gives each factor of a code its own number"
-    )
-    number, count = one_or_several(float), one_or_several(int)
-    group.add_argument("--cfg-scale", type=number, help="guidance: uncond + scale * (cond - uncond); 1 is off")
-    group.add_argument("--temperature", type=number)
-    group.add_argument("--top-k", type=count, help="keep the k likeliest tokens; 0 keeps all")
-    group.add_argument("--top-p", type=number, help="keep likeliest tokens with this probability together; 1 keeps all")
-    group.add_argument(
-        "--greedy-drafts", action=argparse.BooleanOptionalAction, default=None, help="likeliest token at offsets above 0"
-    )
-    parser.add_argument("--batch-size", type=_at_least_1, default=16, help="images at a time (default 16)")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU if there is one")
-    parser.add_argument("--precision", choices=list(DTYPES), help="default: bf16 on a GPU, fp32 on a CPU")
+    add_generation(parser)
     options = parser.parse_args(arguments)
     try:
         prompts = _prompts(options)
         for seed in (options.seed, options.seed + options.num_images - 1):
             _check_seed(seed)
-        generator = Generator.load(options.ckpt, device=options.device, precision=options.precision)
+        generator = Generator.load(options.ckpt, **{name: getattr(options, name) for name in LOADING})
         paths = write_images(generator, prompts, options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

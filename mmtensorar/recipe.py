@@ -19,7 +19,7 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -178,6 +178,8 @@ class Recipe(Section):
             )
         if self.zero.offload_params != "none" and self.zero.stage != 3:
             problems.append(f"zero.offload_params needs zero.stage 3, found {self.zero.stage}")
+        if self.train.precision == "fp32" and getattr(self.backbone, "attn_implementation", None) == "flash_attention_2":
+            problems.append("backbone.attn_implementation flash_attention_2 needs train.precision bf16, found fp32; sdpa computes in both")
         if problems:
             raise ValueError(*problems)
         return self
@@ -227,17 +229,6 @@ def named_section(key: str, settings: Any) -> tuple[Section | None, list[tuple[s
         return config.model_validate(settings), []
     except ValidationError as error:
         return None, _problems(error, (key,), config, settings)
-
-
-def one_or_several(kind: type) -> Callable[[str], Any]:
-    """For a command line: text -> a number, or of comma-separated numbers a list with one per factor of a code."""
-
-    def parse(text: str) -> Any:
-        numbers = [kind(part) for part in text.split(",")]
-        return numbers if len(numbers) > 1 else numbers[0]
-
-    parse.__name__ = f"{kind.__name__} or comma-separated list of one per factor"  # argparse: invalid ... value
-    return parse
 
 
 # ---- reading -------------------------------------------------------------------------------------

@@ -116,6 +116,19 @@ def test_init_from_a_damaged_folder_is_refused(bench, saved, tmp_path):
         checkpoint.initial_model(make(bench, 3, init_from=str(tmp_path / "model")))
 
 
+def test_attention_is_chosen_where_the_model_is_loaded(bench, saved, monkeypatch):
+    """Not by the recipe, which another machine trained; and flash-attn in float32 is refused before the weights are read."""
+    eager = checkpoint.load(bench / "model", attn_implementation="eager")
+    assert eager.recipe.backbone.attn_implementation == "eager"
+    assert eager.model.backbone.language_model.config._attn_implementation == "eager"
+    with pytest.raises(ValueError, match="attn_implementation is flash_attention_2, but flash-attn is not usable here"):
+        checkpoint.load(bench / "model", attn_implementation="flash_attention_2")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: "there")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match=r"computes in bf16 or fp16, not in torch\.float32"):
+        checkpoint.load(bench / "model", attn_implementation="flash_attention_2")
+
+
 def test_a_saved_backbone_keeps_its_text_tokenizer(bench, saved):
     captions = ["a red circle", "a blue square"]
     before = backbones.caption_encoder(make(bench, 3).backbone)(captions)

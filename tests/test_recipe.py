@@ -62,12 +62,14 @@ def test_mistakes_in_named_sections_come_with_the_others(path):
 
 def test_settings_that_do_not_fit_each_other_come_together(path):
     """These checks see the whole recipe; the first used to hide the others."""
-    report = mistakes(path, "tensorar.offset_weights=[1, 0.5]", "train.grad_accum=3", "zero.offload_params=cpu")
+    flash = ("backbone.attn_implementation=flash_attention_2", "train.precision=fp32")
+    report = mistakes(path, "tensorar.offset_weights=[1, 0.5]", "train.grad_accum=3", "zero.offload_params=cpu", *flash)
     assert report == [
-        f"{path}: 3 problems",
+        f"{path}: 4 problems",
         "  tensorar.offset_weights has 2 numbers, tensorar.window is 4; expected one number per offset",
         "  data.batch_size 4 is not a multiple of train.grad_accum 3",
         "  zero.offload_params needs zero.stage 3, found 0",
+        "  backbone.attn_implementation flash_attention_2 needs train.precision bf16, found fp32; sdpa computes in both",
     ]
 
 

@@ -25,7 +25,7 @@ from eval.geneval import ceiling
 from eval.geneval import suite as suites
 from eval.geneval.score import by_class, judge, summarize
 from eval.geneval.suite import Suite
-from mmtensorar.recipe import one_or_several
+from mmtensorar.options import LOADING, SAMPLING, add_generation
 
 NUM_IMAGES = 4  # per prompt, as GenEval
 
@@ -36,12 +36,12 @@ def generate(suite: Suite, options: argparse.Namespace) -> tuple[Path, Any]:
     from eval import run
     from mmtensorar.generate import Generator, sampling_from
 
-    device = options.device
-    if device is None and "LOCAL_RANK" in os.environ:
+    loading = {name: getattr(options, name) for name in LOADING}
+    if options.device is None and "LOCAL_RANK" in os.environ:
         import torch
 
-        device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
-    generator = Generator.load(options.ckpt, device=device, precision=options.precision)
+        loading["device"] = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
+    generator = Generator.load(options.ckpt, **loading)
     out = options.out or Path("runs/eval") / generator.recipe.run.name
     made = run.generate(
         generator,
@@ -111,7 +111,7 @@ def evaluate(options: argparse.Namespace) -> None:
         raise ValueError(f"--num-bound-images is {options.num_bound_images}; expected 0, or at least one per skill, {least}")
     image_tokenizer = None
     if options.images is not None:
-        for name in ("num_prompts", "cfg_scale", "temperature", "top_k", "top_p", "greedy_drafts", "device", "precision"):
+        for name in ("num_prompts", *SAMPLING, *LOADING):
             if getattr(options, name) is not None:
                 print(f"note: --{name.replace('_', '-')} has no effect with --images", file=sys.stderr)
         folder, out = options.images, options.out or options.images
@@ -148,16 +148,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--num-bound-images", type=int, default=300, help="pictures drawn for ceiling and chance (default 300, 0 is none)"
     )
-    group = parser.add_argument_group("sampling, with --ckpt", "defaults come from the checkpoint's recipe")
-    for name, kind in (("--cfg-scale", float), ("--temperature", float), ("--top-k", int), ("--top-p", float)):
-        group.add_argument(name, type=one_or_several(kind), help="A,B gives each factor of a code its own number")
-    group.add_argument("--greedy-drafts", action=argparse.BooleanOptionalAction, default=None)
-    group.add_argument("--batch-size", type=int, default=16, help="images at a time (default 16)")
-    group.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU if there is one")
-    group.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU, fp32 on a CPU")
+    add_generation(parser, needs=", with --ckpt")
     options = parser.parse_args(arguments)
     try:
-        for name, least in (("num_images", 1), ("batch_size", 1), ("seed", 0), ("num_bound_images", 0)):
+        for name, least in (("num_images", 1), ("seed", 0), ("num_bound_images", 0)):
             value = getattr(options, name)
             if value is not None and value < least:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; expected {least} or more")
