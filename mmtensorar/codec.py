@@ -10,8 +10,10 @@ Neither has an MLP: each costs 4 D^2 per layer, inside the paper's budget of abo
 import torch
 from torch import Tensor, nn
 
+from mmtensorar.layers import Linear
 
-class ZeroLinear(nn.Linear):
+
+class ZeroLinear(Linear):
     """A linear map that starts at zero.
 
     Zeroing happens in reset_parameters, inside the constructor: ZeRO-3 empties a
@@ -34,10 +36,10 @@ class Attention(nn.Module):
                 f"tensorar.num_heads is {num_heads}; expected a divisor of the backbone's width, {dim}"
             )
         self.num_heads = num_heads
-        self.query = nn.Linear(dim, dim, bias=False)
-        self.key = nn.Linear(dim, dim, bias=False)
-        self.value = nn.Linear(dim, dim, bias=False)
-        self.output = (ZeroLinear if zero_output else nn.Linear)(dim, dim, bias=False)
+        self.query = Linear(dim, dim, bias=False)
+        self.key = Linear(dim, dim, bias=False)
+        self.value = Linear(dim, dim, bias=False)
+        self.output = (ZeroLinear if zero_output else Linear)(dim, dim, bias=False)
 
     def forward(self, query: Tensor, context: Tensor, visible: Tensor | None = None) -> Tensor:
         """[..., Q, D], [..., C, D], visible [..., C] bool -> [..., Q, D]."""

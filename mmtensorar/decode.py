@@ -160,7 +160,7 @@ def decode(
     R, P = prefix.mask.shape
     # The last window is never fed back, hence T - 1 places after the prefix.
     seen = torch.cat([prefix.mask, prefix.mask.new_ones(R, T - 1)], dim=1)
-    cache = backbone.new_cache(R, P + T - 1)
+    cache = backbone.new_cache(P + T - 1)
     hidden = backbone(prefix.embeds, prefix.mask, cache)[:, -1:]
 
     valid = valid_slots(T, K, device)

@@ -76,7 +76,7 @@ class FakeBackbone(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.calls: list[tuple[int, int]] = []
 
-    def new_cache(self, batch_size: int, max_len: int) -> FakeCache:
+    def new_cache(self, max_len: int) -> FakeCache:
         return FakeCache(max_len)
 
     def forward(self, embeds: Tensor, mask: Tensor, cache: FakeCache | None = None) -> Tensor:

@@ -104,7 +104,7 @@ def check_protocol(model: nn.Module, protocol: type) -> None:
 # ---- backbones -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("folder, functions", [("backbones", ["caption_encoder"]), ("image_tokenizers", [])])
+@pytest.mark.parametrize("folder, functions", [("backbones", ["caption_encoder", "unread"]), ("image_tokenizers", [])])
 def test_every_file_has_its_config_and_load(folder, functions):
     """A recipe's `name` is the file's, and finds these in it."""
     for name in files(folder):
@@ -173,7 +173,7 @@ def test_several_rows_after_a_cache(tiny):
     P, T = prefix.mask.shape[1], backbone.num_tokens
     rows = torch.cat([prefix.embeds, torch.randn(3, T - 1, backbone.dim)], dim=1)
     mask = torch.cat([prefix.mask, torch.ones(3, T - 1, dtype=torch.bool)], dim=1)
-    cache = backbone.new_cache(3, P + T - 1)
+    cache = backbone.new_cache(P + T - 1)
     parts = [backbone(rows[:, a:b], mask[:, :b], cache) for a, b in ((0, P), (P, P + 4), (P + 4, P + T - 1))]
     # Padded rows reach nobody, and are each implementation's own affair.
     found, expected = torch.cat(parts, dim=1)[mask], backbone(rows, mask)[mask]

@@ -405,26 +405,23 @@ def test_cleaning_says_which_package_it_needs(monkeypatch):
 # ---- training ------------------------------------------------------------------------------------
 
 
-def test_two_ranks_train_a_text_conditional_model_under_zero_3(t5_folder, tmp_path):
-    """From captions to a checkpoint that loads: one step in bf16, after which the null caption is still exact."""
+@pytest.mark.parametrize("condition", ["class", "text"])
+def test_two_ranks_train_under_zero_3(condition, t5_folder, tmp_path):
+    """From shards to a checkpoint that loads: one step in bf16, after which the null caption, a buffer, is still exact."""
     pytest.importorskip("deepspeed")
     from mmtensorar import checkpoint, image_tokenizers
     from mmtensorar.image_tokenizers import llamagen_vq
     from tests.test_train import run, write_shards
 
-    backbone = tiny_llamagen("text", num_tokens=16, vocab_size=32)
+    backbone = tiny_llamagen(condition, num_tokens=16, vocab_size=32)
+    of_text = {"text_encoder": str(t5_folder), "caption_cleaning": "lower"} if condition == "text" else {}
     backbone.save_pretrained(tmp_path / "gpt")
     sizes = dict(codebook_size=32, ch=32, num_res_blocks=1, z_channels=8)
     architecture = llamagen_vq.Architecture(**sizes, encoder_ch_mult=[1, 1], decoder_ch_mult=[1, 1])
     llamagen_vq.LlamaGenVQ(llamagen_vq.VQModel(architecture), 8).save_pretrained(tmp_path / "vq")
     recipe = {
         "run": {"name": "zero", "out": str(tmp_path / "runs")},
-        "backbone": {
-            "name": "llamagen",
-            "path": str(tmp_path / "gpt"),
-            "text_encoder": str(t5_folder),
-            "caption_cleaning": "lower",
-        },
+        "backbone": {"name": "llamagen", "path": str(tmp_path / "gpt"), **of_text},
         "image_tokenizer": {"name": "llamagen_vq", "path": str(tmp_path / "vq")},
         "tensorar": {"window": 4, "num_heads": 2},
         "data": {"shards": str(tmp_path / "shards"), "batch_size": 4, "shuffle": 0, "uncond_rate": 0.5},
@@ -432,13 +429,16 @@ def test_two_ranks_train_a_text_conditional_model_under_zero_3(t5_folder, tmp_pa
         "zero": {"stage": 3},
     }
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-    write_shards(tmp_path / "shards", image_tokenizers.load(llamagen_vq.Config(**recipe["image_tokenizer"])))
+    vq = image_tokenizers.load(llamagen_vq.Config(**recipe["image_tokenizer"]))
+    write_shards(tmp_path / "shards", vq, *([] if condition == "text" else [[["0", "3"], ["1", "2"]]]))
     done = run(tmp_path, ranks=2)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert "attention: sdpa" in done.stdout
     loaded = checkpoint.load(tmp_path / "runs" / "zero" / "model")
     trained = loaded.model.backbone
-    assert torch.equal(trained.prefix.null_caption, backbone.prefix.null_caption)
+    if condition == "text":
+        assert torch.equal(trained.prefix.null_caption, backbone.prefix.null_caption)
     assert not torch.equal(trained.layers[0].attention.wqkv.weight, backbone.layers[0].attention.wqkv.weight)
-    codes = decode(loaded.model, loaded.caption_encoder(["a red circle"]), GREEDY, cfg_scale=2.0).codes
+    prompt = "a red circle" if condition == "text" else 2
+    codes = decode(loaded.model, loaded.caption_encoder([prompt]), GREEDY, cfg_scale=2.0).codes
     assert loaded.image_tokenizer.decode(codes).shape == (1, 3, 8, 8)

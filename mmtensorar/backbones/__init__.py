@@ -51,7 +51,7 @@ class Backbone(Protocol):
         """[B, S, D], [B, cached + S] bool -> [B, S, D], what `head` takes; causal; S rows follow the cache."""
         ...
 
-    def new_cache(self, batch_size: int, max_len: int) -> Any:
+    def new_cache(self, max_len: int) -> Any:
         """An empty key-value cache for max_len places."""
         ...
 

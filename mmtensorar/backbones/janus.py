@@ -178,7 +178,7 @@ class JanusBackbone(nn.Module):
         transformers.logging.set_verbosity(verbosity)
         self._activation_checkpointing = enabled
 
-    def new_cache(self, batch_size: int, max_len: int) -> Cache:
+    def new_cache(self, max_len: int) -> Cache:
         return Cache(layers=[JanusCacheLayer(max_len) for _ in self.language_model.layers])
 
     def forward(self, embeds: Tensor, mask: Tensor, cache: Cache | None = None) -> Tensor:

@@ -205,7 +205,7 @@ class LlamaGenBackbone(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.head.output.weight)
 
-    def new_cache(self, batch_size: int, max_len: int) -> list[attention.LayerCache]:
+    def new_cache(self, max_len: int) -> list[attention.LayerCache]:
         return [attention.LayerCache(max_len) for _ in self.layers]
 
     def forward(self, embeds: Tensor, mask: Tensor, cache: list[attention.LayerCache] | None = None) -> Tensor:

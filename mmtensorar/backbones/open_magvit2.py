@@ -230,7 +230,7 @@ class OpenMagvit2Backbone(nn.Module):
         for head in self.head.heads:
             nn.init.zeros_(head.weight)
 
-    def new_cache(self, batch_size: int, max_len: int) -> list[attention.LayerCache]:
+    def new_cache(self, max_len: int) -> list[attention.LayerCache]:
         return [attention.LayerCache(max_len) for _ in self.layers]
 
     def forward(self, embeds: Tensor, mask: Tensor, cache: list[attention.LayerCache] | None = None) -> Tensor:
