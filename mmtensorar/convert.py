@@ -45,7 +45,7 @@ from mmtensorar.backbones.llamagen import PIXELS_PER_TOKEN
 from mmtensorar.image_tokenizers import janus_vq, open_magvit2_lfq
 from mmtensorar.recipe import Recipe, Section, known_names, named_section
 from mmtensorar.shards import sha256
-from mmtensorar.weights import TORCH_SUFFIXES, Checkpoint, Unread, locate_checkpoint, read_config, write
+from mmtensorar.weights import TORCH_SUFFIXES, Checkpoint, Unread, locate, read_config, write
 
 BACKBONES, IMAGE_TOKENIZERS = known_names("backbone"), known_names("image_tokenizer")
 WRAPPERS = ("ema", "model", "module", "state_dict")  # of all kinds; here only names are looked at
@@ -94,7 +94,7 @@ def find(path: str, kind: str | None = None, *, key: str = "SRC") -> Source:
     """The released model at a path or Hugging Face id. Raises ValueError when there is none, or its kind is unclear."""
     if (Path(path) / checkpoint.INDEX).is_file():
         raise ValueError(f"{key}: {path} is a checkpoint of this project already; --original writes such a one back")
-    located = Path(os.path.abspath(locate_checkpoint(path, key=key)))
+    located = Path(os.path.abspath(locate(path, key=key)))
     tensors = Checkpoint(located, WRAPPERS)
     if kind is None and located.is_dir():
         try:

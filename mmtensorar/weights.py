@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -27,78 +27,96 @@ from torch import Tensor, nn
 WEIGHTS = "model.safetensors"
 TORCH_WEIGHTS = "pytorch_model.bin"
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
+WEIGHTS_SUFFIXES = (*TORCH_SUFFIXES, ".safetensors")
 SHARD_BYTES = 2 * 10**9
 
 
-def locate(path: str, *, key: str, weights: bool = True, torch_files: bool = False) -> Path:
-    """The local folder (or weights file) of a path, or the folder of a Hugging Face id, downloading it when needed.
+def locate(path: str, *, key: str, weights: bool = True) -> Path:
+    """A model on this machine, fetched from Hugging Face when it is not here: a folder, or a weights file.
 
-    key: the recipe's name for the setting. weights: False fetches the JSON files only. torch_files: when an id has no
-    safetensors, its .bin files will do. Raises ValueError naming key and path when there is neither.
+    path: a folder or file; a Hugging Face id; or an id with a file's name behind it (OWNER/NAME/FILE), which fetches no
+    other file. A folder whose only weights are one file of another name than usual stands for that file. key: the
+    recipe's name for the setting. weights: False looks for no weights, and fetches none. Raises ValueError naming key
+    and path when there is no such thing, or several files could be meant.
     """
-    if (found := Path(path)).is_dir() or found.is_file():
+    found = Path(path)
+    if not found.exists():
+        found = _fetch(path, key, weights)
+    if not weights or found.is_file():
         return found
-    # An id is owner/name; everything else can only have been meant as a folder or file.
-    if found.suffix in (*TORCH_SUFFIXES, ".safetensors"):
-        raise ValueError(f"{key}: no file {path}")
-    if path.count("/") != 1 or path.startswith((".", "/", "~")):
-        raise ValueError(f"{key}: no folder {path}")
+    chosen = _weights_among([file.name for file in found.iterdir()], where=found, key=key)
+    return found if _usual(chosen) else found / chosen
+
+
+def _fetch(path: str, key: str, weights: bool) -> Path:
+    """A file or folder of the hub. Looks at a repository's list first, so that nothing is fetched in vain."""
+    of_file = Path(path).suffix in WEIGHTS_SUFFIXES
+    # Everything else can only have been meant as a folder or file.
+    if path.count("/") != 1 + of_file or path.startswith((".", "/", "~")):
+        raise ValueError(f"{key}: no {'file' if of_file else 'folder'} {path}")
     try:
-        folder = Path(snapshot_download(path, allow_patterns=["*.json", *(["*.safetensors"] if weights else [])]))
-        if weights and torch_files and not list(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(path, allow_patterns=["*.json", "*.bin"]))
-        return folder
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{key}: {path} is no folder, nor a Hugging Face id that can be had now ({reason})") from None
-
-
-def locate_checkpoint(path: str, *, key: str) -> Path:
-    """Where a model's weights are: a folder with model.safetensors or pytorch_model.bin (or an index), or one file.
-
-    path: such a folder or file, a folder with one weights file of any name, a Hugging Face id of such a folder, or an
-    id with a file's name behind it (OWNER/NAME/FILE), which fetches no other file.
-    Raises ValueError naming key and path when there is none, or several.
-    """
-    suffixes = (*TORCH_SUFFIXES, ".safetensors")
-    if not (found := Path(path)).exists():
-        of_file = found.suffix in suffixes
-        if path.count("/") != 1 + of_file or path.startswith((".", "/", "~")):
-            raise ValueError(f"{key}: no {'file' if of_file else 'folder'} {path}")
+        if of_file:
+            return Path(hf_hub_download(*path.rsplit("/", 1)))
         try:
-            if of_file:
-                return Path(hf_hub_download(*path.rsplit("/", 1)))
-            found = Path(snapshot_download(path, allow_patterns=["*.json", *(f"*{suffix}" for suffix in suffixes)]))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(f"{key}: {path} is not here, nor to be had from Hugging Face now ({reason})") from None
-    names = [name + suffix for name in (WEIGHTS, TORCH_WEIGHTS) for suffix in ("", ".index.json")]
-    if found.is_file() or any((found / name).is_file() for name in names):
-        return found
-    files = sorted(file for file in found.iterdir() if file.suffix in suffixes)
-    if len(files) != 1:
-        if not files:
-            raise ValueError(f"{key}: {found} has no {WEIGHTS}, nor another weights file")
-        have = ", ".join(file.name for file in files)
-        raise ValueError(f"{key}: {found} has {have}; give one of these files as the path")
-    return files[0]
+            names = list_repo_files(path) if weights else None
+        except Exception as error:  # any: the network library's own; what was fetched before will do
+            if isinstance(error, (RepositoryNotFoundError, HFValidationError)):
+                raise
+            return Path(snapshot_download(path, local_files_only=True))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise _not_to_be_had(path, key, error) from None
+    patterns = ["*.json"]
+    if names is not None:
+        chosen = _weights_among([name for name in names if "/" not in name], where=path, key=key)
+        patterns.append(chosen.replace(".", "*.") if _usual(chosen) else chosen)
+    try:
+        return Path(snapshot_download(path, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise _not_to_be_had(path, key, error) from None
+
+
+def _not_to_be_had(path: str, key: str, error: Exception) -> ValueError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ValueError(f"{key}: {path} is not here, nor to be had from Hugging Face now ({reason})")
+
+
+def _usual(name: str) -> bool:
+    return name in (WEIGHTS, TORCH_WEIGHTS)
+
+
+def _weights_among(names: Sequence[str], *, where: Path | str, key: str) -> str:
+    """model.safetensors or pytorch_model.bin when either is there, whole or in parts; else the only weights file."""
+    for name in (WEIGHTS, TORCH_WEIGHTS):
+        if name in names or f"{name}.index.json" in names:
+            return name
+    files = sorted(name for name in names if Path(name).suffix in WEIGHTS_SUFFIXES)
+    if len(files) == 1:
+        return files[0]
+    if not files:
+        raise ValueError(f"{key}: {where} has no {WEIGHTS}, nor another weights file")
+    raise ValueError(f"{key}: {where} has {', '.join(files)}; give one of these files as the path, {where}/{files[0]}")
 
 
 def read_config(folder: Path, *model_types: str, key: str) -> dict:
     """config.json of a folder. Raises ValueError when it is missing, is not JSON, or is of another model_type."""
     if folder.is_file():
         raise ValueError(f"{key}: {folder} is a file; expected a folder with config.json")
-    path = folder / "config.json"
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{key}: {folder} has no config.json") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise ValueError(f"{path}: not JSON") from None
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{key}: {folder} has no config.json")
+    settings = _settings(folder)
     found = settings.get("model_type") if isinstance(settings, dict) else None
     if found not in model_types:
-        raise ValueError(f"{path}: model_type is {found!r}, expected {' or '.join(map(repr, model_types))}")
+        expected = " or ".join(map(repr, model_types))
+        raise ValueError(f"{folder / 'config.json'}: model_type is {found!r}, expected {expected}")
     return settings
+
+
+def _settings(folder: Path) -> Any:
+    path = folder / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise ValueError(f"{path}: not JSON") from None
 
 
 def parse_config(architecture: type[BaseModel], settings: Mapping[str, Any], folder: Path):
@@ -121,15 +139,16 @@ def hub_config(kind: type, settings: dict[str, Any], folder: Path):
 
 
 def own_config(architecture: type[BaseModel], source: Path, model_type: str):
-    """The config.json in a folder or beside a file as an architecture; None when there is none of that model_type.
+    """The config.json in a folder or beside a file as an architecture; None when there is none, or it is another model's.
 
-    Official checkpoints come without one, or with one that says something else. Raises ValueError naming the file and
-    the first setting that is wrong.
+    Official checkpoints come without one, or with one that says something else. Raises ValueError naming the file when
+    it is not JSON, or a setting is wrong.
     """
     folder = source if source.is_dir() else source.parent
-    try:
-        settings = read_config(folder, model_type, key="path")
-    except ValueError:
+    if not (folder / "config.json").is_file():
+        return None
+    settings = _settings(folder)
+    if not isinstance(settings, dict) or settings.get("model_type") != model_type:
         return None
     return parse_config(architecture, settings, folder)
 

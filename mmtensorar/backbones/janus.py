@@ -246,7 +246,7 @@ def _find(
     section: Config, *, weights: bool = True
 ) -> tuple[JanusConfig, Path | Checkpoint, Callable[[str], str], PreTrainedTokenizerFast | None]:
     """Configuration, weights, our names -> those of the weights, and the text tokenizer where there is one."""
-    folder = locate(section.path, key="backbone.path", weights=weights, torch_files=True)
+    folder = locate(section.path, key="backbone.path", weights=weights)
     settings = read_config(folder, "janus", deepseek.MODEL_TYPE, key="backbone.path")
     source: Path | Checkpoint = folder
     if settings["model_type"] == deepseek.MODEL_TYPE:

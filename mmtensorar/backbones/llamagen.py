@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from mmtensorar import attention, captions, layers
 from mmtensorar.backbones import Condition, Prefix
 from mmtensorar.recipe import Section
-from mmtensorar.weights import Checkpoint, Unread, fill, locate, parse_config, read_config
+from mmtensorar.weights import Checkpoint, Unread, fill, locate, own_config, parse_config, read_config
 
 # Our names -> the official ones; the others are the same.
 KEYS = {
@@ -278,12 +278,14 @@ def _find(
     if sizes_only and not Path(section.path).exists() and None not in claims:
         return released(*claims), None
     path = locate(section.path, key="backbone.path", weights=weights)
+    if path.is_dir() and not (path / "config.json").is_file():
+        path = locate(section.path, key="backbone.path")  # an official file, alone in a folder, is its own configuration
     if path.is_dir():
         source: Path | Checkpoint = path
         config = parse_config(Architecture, read_config(path, "llamagen", key="backbone.path"), path)
     else:
         source = Checkpoint(path, WRAPPERS)
-        config = _inferred(source, section.image_size)
+        config = own_config(Architecture, path, "llamagen") or _inferred(source, section.image_size)
     _check_claims(section, config, path)
     return config, source
 

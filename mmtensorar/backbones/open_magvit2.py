@@ -26,7 +26,7 @@ from mmtensorar import attention, layers
 from mmtensorar.backbones import Condition, Prefix
 from mmtensorar.captions import ClassNumbers
 from mmtensorar.recipe import Section
-from mmtensorar.weights import Checkpoint, Unread, fill, locate_checkpoint, own_config
+from mmtensorar.weights import Checkpoint, Unread, fill, locate, own_config
 
 MODEL_TYPE = "open_magvit2"
 NORM_EPS = 1e-5
@@ -275,7 +275,7 @@ def load(
     if sizes_only and size is not None and not Path(section.path).exists():
         with torch.device(device):
             return OpenMagvit2Backbone(RELEASED[size], **options)
-    source = locate_checkpoint(section.path, key="backbone.path")
+    source = locate(section.path, key="backbone.path")
     config = _config(source, size)
     with torch.device("meta" if weights else device):  # where all is filled, nothing need be drawn
         backbone = OpenMagvit2Backbone(config, **options)
@@ -287,7 +287,7 @@ def load(
 
 def unread(section: Config) -> Unread:
     """See mmtensorar.backbones.unread."""
-    source = locate_checkpoint(section.path, key="backbone.path")
+    source = locate(section.path, key="backbone.path")
     with torch.device("meta"):
         backbone = OpenMagvit2Backbone(_config(source, section.size or HUB_IDS.get(section.path)))
     return Unread(backbone, Checkpoint(source, WRAPPERS), official_name, official_name, OTHERS.match)
@@ -332,4 +332,4 @@ def caption_encoder(section: Config) -> ClassNumbers:
     """See mmtensorar.backbones.caption_encoder."""
     if section.size is not None or section.path in HUB_IDS:
         return ClassNumbers(RELEASED["B"].num_classes)
-    return ClassNumbers(_config(locate_checkpoint(section.path, key="backbone.path"), None).num_classes)
+    return ClassNumbers(_config(locate(section.path, key="backbone.path"), None).num_classes)

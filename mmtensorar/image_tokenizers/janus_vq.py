@@ -78,7 +78,7 @@ class JanusVQ(nn.Module):
 
 def load(section: Config) -> JanusVQ:
     """See mmtensorar.image_tokenizers.load."""
-    folder = locate(section.path, key="image_tokenizer.path", torch_files=True)
+    folder = locate(section.path, key="image_tokenizer.path")
     settings = read_config(folder, "janus", "janus_vqgan", deepseek.MODEL_TYPE, key="image_tokenizer.path")
     source, rename, prefix = Checkpoint(folder), str, ""
     if settings["model_type"] == "janus":

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmtensorar.recipe import Section
-from mmtensorar.weights import WEIGHTS, Checkpoint, fill, locate_checkpoint, own_config, weight_hash
+from mmtensorar.weights import WEIGHTS, Checkpoint, fill, locate, own_config, weight_hash
 
 MODEL_TYPE = "open_magvit2_lfq"
 # Where the tokenizer is in a checkpoint of the whole model.
@@ -268,7 +268,7 @@ class LFQ(nn.Module):
 
 def load(section: Config) -> LFQ:
     """See mmtensorar.image_tokenizers.load."""
-    source = locate_checkpoint(section.path, key="image_tokenizer.path")
+    source = locate(section.path, key="image_tokenizer.path")
     checkpoint = Checkpoint(source, WRAPPERS)
     inside = INSIDE_AR if any(name.startswith(INSIDE_AR) for name in checkpoint.shapes) else ""
     config = own_config(Architecture, source, MODEL_TYPE) or _released(checkpoint, inside)
