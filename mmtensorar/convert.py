@@ -26,7 +26,6 @@ import argparse
 import json
 import math
 import os
-import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -69,7 +68,6 @@ SAMPLERS = {
     ("open_magvit2", None): {"cfg_scale": [4.0, 4.0], "top_p": [0.96, 0.96]},
     ("janus", None): {"cfg_scale": 5.0},
 }
-OFFICIAL_VQ = re.compile(r"vq_ds\d+_(c2i|t2i)\.\w+")
 # Backbone -> the image tokenizer that its files hold too, and how its tensors' names begin there.
 INSIDE = {
     "open_magvit2": ("open_magvit2_lfq", (open_magvit2_lfq.INSIDE_AR,)),
@@ -154,7 +152,8 @@ def convert(
             pixels = math.isqrt(unread.model.num_tokens) * PIXELS_PER_TOKEN  # which all LlamaGen backbones are made for
         tokenizer_section = _section("image_tokenizer", tokenizer_source, image_size=pixels)
         loaded = image_tokenizers.load(tokenizer_section)
-        _check_fit(source, unread.model, tokenizer_source, loaded)
+        paths = dict(image_tokenizer_path=tokenizer_source.path, backbone_path=source.path)
+        image_tokenizers.check_fit(loaded, unread.model, **paths)
 
     condition = getattr(unread.model.config, "condition", None)
     recipe = {
@@ -209,30 +208,6 @@ def _its_tokenizer(source: Source, given: str | None) -> Source | None:
 def _inside(source: Source) -> Source | None:
     kind, starts = INSIDE.get(source.kind, (None, ()))
     return source._replace(kind=kind) if any(name.startswith(starts) for name in source.tensors.shapes) else None
-
-
-def _check_fit(source: Source, backbone: Any, tokenizer_source: Source, image_tokenizer: Any) -> None:
-    """Raises ValueError for an image tokenizer that is not the backbone's."""
-    expected = (backbone.num_tokens, tuple(backbone.factor_sizes))
-    found = (math.prod(image_tokenizer.grid), tuple(image_tokenizer.factor_sizes))
-    if expected != found:
-        words = "{} codes an image out of {}"
-        raise ValueError(
-            f"{tokenizer_source.path} is not the image tokenizer of {source.path}: it makes "
-            f"{words.format(found[0], _sizes(found[1]))}, the backbone {words.format(expected[0], _sizes(expected[1]))}"
-        )
-    # The codebooks of both conditions have one shape; the official name is all that tells them apart.
-    official = OFFICIAL_VQ.fullmatch(tokenizer_source.path.name)
-    made_for = {"c2i": "class", "t2i": "text"}[official[1]] if official else None
-    if made_for and getattr(backbone.config, "condition", made_for) != made_for:
-        raise ValueError(
-            f"{tokenizer_source.path} is the image tokenizer of the {made_for}-conditional models, "
-            f"{source.path} is {backbone.config.condition}-conditional"
-        )
-
-
-def _sizes(factor_sizes: tuple[int, ...]) -> str:
-    return " x ".join(map(str, factor_sizes))
 
 
 def _record(folder: Path, **sources: Source | None) -> None:

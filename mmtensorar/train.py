@@ -137,17 +137,12 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
 
     # ---- model -------------------------------------------------------------------------------
     engine = deep.start(recipe, world_size, device)
-    num_tokens = engine.module.backbone.num_tokens
-    image_tokens = (math.prod(image_tokenizer.grid), tuple(image_tokenizer.factor_sizes))
-    if (num_tokens, engine.module.backbone.factor_sizes) != image_tokens:
-        raise ValueError(
-            f"backbone and image tokenizer do not belong together: {recipe.backbone.path} predicts {num_tokens} tokens "
-            f"of {engine.module.backbone.factor_sizes} codes, {recipe.image_tokenizer.path} makes {image_tokens[0]} of "
-            f"{image_tokens[1]}"
-        )
+    backbone, num_factors = engine.module.backbone, len(image_tokenizer.factor_sizes)
+    paths = dict(image_tokenizer_path=recipe.image_tokenizer.path, backbone_path=recipe.backbone.path)
+    image_tokenizers.check_fit(image_tokenizer, backbone, **paths)
     # Settings per factor are checked now, not at the first sample grid or by whoever loads the finished model.
-    sampler(recipe).per_factor(len(image_tokens[1]))
-    per_factor(recipe.sampler.cfg_scale, len(image_tokens[1]), "cfg_scale")
+    sampler(recipe).per_factor(num_factors)
+    per_factor(recipe.sampler.cfg_scale, num_factors, "cfg_scale")
 
     if bool(recipe.train.sample_every) != bool(recipe.train.sample_prompts):
         say("note: train.sample_every and train.sample_prompts have an effect only together: there will be no sample images")
@@ -220,7 +215,7 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
                     "loss_per_offset": loss_per_offset,
                     "lr": lr,
                     "grad_norm": grad_norm,
-                    "tokens_per_s": recipe.data.batch_size * num_tokens / (time.monotonic() - began),
+                    "tokens_per_s": recipe.data.batch_size * backbone.num_tokens / (time.monotonic() - began),
                     "memory_gib": peak_memory_gib(),
                 }
             )

@@ -425,9 +425,12 @@ def test_an_image_tokenizer_of_another_backbone_is_refused(hub, tmp_path, capsys
         return refused(capsys, tmp_path / "gpt.pt", tmp_path / "m", "--image-size", 64, "--image-tokenizer", tokenizer)
 
     error = given(tmp_path / "vq_ds16_c2i.pt")
-    assert "makes 64 codes an image out of 11, the backbone 16 codes an image out of 11" in error
+    assert "makes 64 codes an image out of 11, the backbone predicts 16 codes an image out of 11" in error
     assert "makes 16 codes an image out of 12" in given(tmp_path / "large.pt")
-    assert "vq_ds16_t2i.pt is the image tokenizer of the text-conditional models" in given(tmp_path / "vq_ds16_t2i.pt")
+    assert "it is that of the text-conditional models, the backbone is class-" in given(tmp_path / "vq_ds16_t2i.pt")
+    # The folder that the file becomes remembers it.
+    assert run(tmp_path / "vq_ds16_t2i.pt", tmp_path / "vq", "--image-size", 64) == 0
+    assert "it is that of the text-conditional models, the backbone is class-" in given(tmp_path / "vq")
     assert "gpt.pt is a llamagen backbone" in given(tmp_path / "gpt.pt")
     error = refused(capsys, hub / "vq", tmp_path / "m", "--image-tokenizer", tmp_path / "large.pt")
     assert "is an image tokenizer itself" in error

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from collections.abc import Sequence
-from typing import Protocol
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmtensorar.recipe import RecipeError, Section, known_names, named_section
 
@@ -39,6 +40,45 @@ class ImageTokenizer(Protocol):
     def save_pretrained(self, folder) -> None:
         """Write config.json and model.safetensors, for `load` to read."""
         ...
+
+
+class Frozen(nn.Module):
+    """What the image tokenizers share: they stay in eval mode, and take pictures of one size."""
+
+    image_size: int
+
+    def train(self, mode: bool = True):
+        return super().train(False)  # also inside a model that trains
+
+    def check_size(self, pixels: Tensor) -> None:
+        """Raise ValueError unless pixels [B, 3, H, W] are image_size a side."""
+        if (found := list(pixels.shape[-2:])) != [self.image_size] * 2:
+            raise ValueError(f"pixels are {found}, the image tokenizer expects {self.image_size} a side")
+
+
+def small(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict to write: on the CPU, in float16 where that loses nothing in any tensor."""
+    state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    if all(torch.equal(value.half().float(), value) for value in state.values()):
+        return {name: value.half() for name, value in state.items()}
+    return state
+
+
+def check_fit(image_tokenizer: ImageTokenizer, backbone: Any, *, image_tokenizer_path: str, backbone_path: str) -> None:
+    """Raise ValueError when an image tokenizer's codes are not those that a backbone predicts."""
+    expected = (backbone.num_tokens, tuple(backbone.factor_sizes))
+    found = (math.prod(image_tokenizer.grid), tuple(image_tokenizer.factor_sizes))
+    problem = None
+    if expected != found:
+        makes, predicts = (f"{num} codes an image out of {' x '.join(map(str, sizes))}" for num, sizes in (found, expected))
+        problem = f"it makes {makes}, the backbone predicts {predicts}"
+    # LlamaGen's codebooks of both conditions have one shape.
+    made_for = getattr(image_tokenizer, "condition", None)
+    condition = getattr(getattr(backbone, "config", None), "condition", None)
+    if None not in (made_for, condition) and made_for != condition:
+        problem = f"it is that of the {made_for}-conditional models, the backbone is {condition}-conditional"
+    if problem:
+        raise ValueError(f"{image_tokenizer_path} is not the image tokenizer of {backbone_path}: {problem}")
 
 
 def section(settings: dict) -> Section:

@@ -11,12 +11,12 @@ from typing import Literal
 import torch
 import torch.nn.functional as functional
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.janus.configuration_janus import JanusConfig, JanusVQVAEConfig
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from mmtensorar import deepseek
-from mmtensorar.image_tokenizers import llamagen_vq
+from mmtensorar.image_tokenizers import Frozen, llamagen_vq, small
 from mmtensorar.recipe import Section
 from mmtensorar.weights import Checkpoint, fill, hub_config, locate, read_config, weight_hash
 
@@ -31,7 +31,7 @@ class Config(Section):
     path: str = Field(min_length=1)
 
 
-class JanusVQ(nn.Module):
+class JanusVQ(Frozen):
     """See mmtensorar.image_tokenizers.ImageTokenizer."""
 
     name = "janus_vq"
@@ -45,9 +45,6 @@ class JanusVQ(nn.Module):
         self.factor_sizes = (model.config.num_embeddings,)
         self.weight_hash = weight_hash(model.state_dict())
 
-    def train(self, mode: bool = True) -> JanusVQ:
-        return self  # always in eval mode, also inside a model that trains
-
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """[B, 3, H, W] in [-1, 1] -> codes [B, T, 1] int64: the nearest row by angle.
@@ -55,8 +52,7 @@ class JanusVQ(nn.Module):
         transformers' own `encode` leaves out the normalisation that DeepSeek's has, and finds
         other codes wherever the rows differ in length.
         """
-        if pixels.shape[-2:] != (self.image_size, self.image_size):
-            raise ValueError(f"pixels are {list(pixels.shape[-2:])}, the image tokenizer expects {self.image_size} a side")
+        self.check_size(pixels)
         features = self.model.quant_conv(self.model.encoder(pixels)).permute(0, 2, 3, 1)  # [B, h, w, C]
         rows = functional.normalize(self.model.quantize.embedding.weight, dim=-1)
         # For unit vectors the largest product is the smallest distance.
@@ -70,10 +66,7 @@ class JanusVQ(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the VQ model alone, in float16 where that loses nothing."""
-        state = self.model.state_dict()
-        if all(torch.equal(value.half().float(), value) for value in state.values()):
-            state = {name: value.half() for name, value in state.items()}
-        self.model.save_pretrained(folder, state_dict=state)
+        self.model.save_pretrained(folder, state_dict=small(self.model.state_dict()))
 
 
 def load(section: Config) -> JanusVQ:

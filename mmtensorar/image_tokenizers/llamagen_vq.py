@@ -19,12 +19,15 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mmtensorar.image_tokenizers import Frozen, small
 from mmtensorar.recipe import Section
 from mmtensorar.weights import WEIGHTS, Checkpoint, fill, locate, parse_config, read_config, weight_hash
 
 # The order of the original's reconstruction and demo scripts; its sampling scripts know `model` only.
 WRAPPERS = ("ema", "model", "state_dict")
 # A record of which codes training used, which no result depends on.
+# Which models an official file belongs to stands in its name only.
+OFFICIAL_FILE = re.compile(r"vq_ds\d+_(c2i|t2i)\.\w+")
 USAGE = "quantize.codebook_used"
 
 
@@ -241,13 +244,17 @@ class VQModel(nn.Module):
 # ---- the tokenizer -------------------------------------------------------------------------------
 
 
-class LlamaGenVQ(nn.Module):
-    """See mmtensorar.image_tokenizers.ImageTokenizer."""
+class LlamaGenVQ(Frozen):
+    """See mmtensorar.image_tokenizers.ImageTokenizer.
+
+    condition: of the backbones whose image tokenizer it is, class or text; None where nothing tells.
+    """
 
     name = "llamagen_vq"
 
-    def __init__(self, model: VQModel, image_size: int):
+    def __init__(self, model: VQModel, image_size: int, condition: Literal["class", "text"] | None = None):
         super().__init__()
+        self.condition = condition
         side = image_size // model.config.downsample
         self.model = model.float().eval().requires_grad_(False)
         self.image_size = image_size
@@ -255,16 +262,10 @@ class LlamaGenVQ(nn.Module):
         self.factor_sizes = (model.config.codebook_size,)
         self.weight_hash = weight_hash(model.state_dict())
 
-    def train(self, mode: bool = True) -> LlamaGenVQ:
-        return self  # always in eval mode, also inside a model that trains
-
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """[B, 3, H, W] in [-1, 1] -> codes [B, T, 1] int64."""
-        if pixels.shape[-2:] != (self.image_size, self.image_size):
-            raise ValueError(
-                f"pixels are {list(pixels.shape[-2:])}, the image tokenizer expects {self.image_size} a side"
-            )
+        self.check_size(pixels)
         return self.model.encode(pixels)[..., None]
 
     @torch.no_grad()
@@ -276,12 +277,10 @@ class LlamaGenVQ(nn.Module):
         """Write config.json and model.safetensors, in float16 where that loses nothing."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        settings = {"model_type": "llamagen_vq", "image_size": self.image_size} | self.model.config.model_dump()
+        told = {"image_size": self.image_size} | ({"condition": self.condition} if self.condition else {})
+        settings = {"model_type": "llamagen_vq"} | told | self.model.config.model_dump()
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        state = {name: value.cpu().contiguous() for name, value in self.model.state_dict().items()}
-        if all(torch.equal(value.half().float(), value) for value in state.values()):
-            state = {name: value.half() for name, value in state.items()}
-        save_file(state, folder / WEIGHTS, {"format": "pt"})
+        save_file(small(self.model.state_dict()), folder / WEIGHTS, {"format": "pt"})
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -290,10 +289,10 @@ class LlamaGenVQ(nn.Module):
 def load(section: Config) -> LlamaGenVQ:
     """See mmtensorar.image_tokenizers.load."""
     path = locate(section.path, key="image_tokenizer.path")
-    image_size = section.image_size
+    image_size, condition = section.image_size, None
     if path.is_dir():
         settings = read_config(path, "llamagen_vq", key="image_tokenizer.path")
-        made_for = settings.pop("image_size", None)
+        made_for, condition = settings.pop("image_size", None), settings.pop("condition", None)
         if image_size is None:
             image_size = made_for
         elif made_for not in (None, image_size):
@@ -302,13 +301,15 @@ def load(section: Config) -> LlamaGenVQ:
     else:
         source = Checkpoint(path, WRAPPERS)
         config = inferred(source.shapes, path)
+        if official := OFFICIAL_FILE.fullmatch(path.name):
+            condition = {"c2i": "class", "t2i": "text"}[official[1]]
     if image_size is None:
         raise ValueError(f"image_tokenizer.image_size: {path} does not tell its image size; expected pixels a side")
     if image_size % config.downsample:
         raise ValueError(f"image_tokenizer.image_size is {image_size}; expected a multiple of {config.downsample}")
     model = VQModel(config)
     fill(model.state_dict(), source, ignore=lambda name: name == USAGE)
-    return LlamaGenVQ(model, image_size)
+    return LlamaGenVQ(model, image_size, condition)
 
 
 def inferred(shapes: Mapping[str, Sequence[int]], path: Path) -> Architecture:

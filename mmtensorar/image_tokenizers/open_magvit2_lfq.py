@@ -20,6 +20,7 @@ from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mmtensorar.image_tokenizers import Frozen, small
 from mmtensorar.recipe import Section
 from mmtensorar.weights import WEIGHTS, Checkpoint, fill, locate, own_config, weight_hash
 
@@ -219,7 +220,7 @@ def codes_to_latents(codes: Tensor, factorized_bits: Sequence[int], grid: tuple[
 # ---- the tokenizer -------------------------------------------------------------------------------
 
 
-class LFQ(nn.Module):
+class LFQ(Frozen):
     """See mmtensorar.image_tokenizers.ImageTokenizer."""
 
     name = "open_magvit2_lfq"
@@ -238,15 +239,10 @@ class LFQ(nn.Module):
     def weight_hash(self) -> str:
         return weight_hash({name: value.cpu() for name, value in self.state_dict().items()})
 
-    def train(self, mode: bool = True) -> LFQ:
-        return super().train(False)  # always in eval mode, also inside a model that trains
-
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """[B, 3, H, W] in [-1, 1] -> codes [B, T, F] int64."""
-        if pixels.shape[-2:] != (self.image_size, self.image_size):
-            found = list(pixels.shape[-2:])
-            raise ValueError(f"pixels are {found}, the image tokenizer expects {self.image_size} a side")
+        self.check_size(pixels)
         return latents_to_codes(self.encoder(pixels), self.config.factorized_bits)
 
     @torch.no_grad()
@@ -258,10 +254,7 @@ class LFQ(nn.Module):
         """Write the weights in use, in float16 where that loses nothing."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        if all(torch.equal(value.half().float(), value) for value in state.values()):
-            state = {name: value.half() for name, value in state.items()}
-        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+        save_file(small(self.state_dict()), folder / WEIGHTS, metadata={"format": "pt"})
         settings = {"model_type": MODEL_TYPE} | self.config.model_dump()
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
