@@ -23,6 +23,7 @@ from typing import get_args
 
 import numpy as np
 
+from mmtensorar import devices
 from mmtensorar.captions import Cleaning, T5Features, encoder_hash, encoder_width
 from mmtensorar.shards import (
     BLOCK,
@@ -110,13 +111,18 @@ def main(arguments: list[str] | None = None) -> int:
         "--max-tokens", type=int, default=120, help="longer captions are cut (default: 120, LlamaGen's)"
     )
     parser.add_argument("--batch-size", type=int, default=32, help="captions encoded at a time")
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     options = parser.parse_args(arguments)
     for name in ("max_tokens", "batch_size"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
     try:
         encoder = T5Features(
-            options.text_encoder, num_slots=options.max_tokens, dim=None, cleaning=options.caption_cleaning
+            options.text_encoder,
+            num_slots=options.max_tokens,
+            dim=None,
+            cleaning=options.caption_cleaning,
+            device=devices.pick(options.device),
         )
         encode(options.shards, encoder, batch_size=options.batch_size)
     except (ValueError, OSError) as error:

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mmtensorar import devices
 from mmtensorar.backbones import Condition
 from mmtensorar.weights import Checkpoint, locate, read_config, weight_hash
 
@@ -26,14 +27,22 @@ Cleaning = Literal["original", "lower", "none"]
 class T5Features:
     """Captions -> Condition of features, left-padded to num_slots.
 
-    The encoder is read when the first captions come, so until then this can be sent to loader workers. It runs on the
-    GPU in bf16, as the original's default, or on a CPU in float32. dim: C that the backbone was trained with, or None
-    for any. Raises ValueError when there is no such encoder, its features are not dim wide, or a package that the
-    cleaning needs is absent.
+    The encoder is read when the first captions come, so until then this can be sent to loader workers. device: None is
+    this process's GPU if there is one; on a GPU it runs in bf16, as the original's default, on a CPU in float32. dim: C
+    that the backbone was trained with, or None for any. Raises ValueError when there is no such encoder, its features
+    are not dim wide, or a package that the cleaning needs is absent.
     """
 
-    def __init__(self, path: str, *, num_slots: int, dim: int | None, cleaning: Cleaning = "original"):
-        self.path, self.num_slots, self.dim, self.cleaning = path, num_slots, dim, cleaning
+    def __init__(
+        self,
+        path: str,
+        *,
+        num_slots: int,
+        dim: int | None,
+        cleaning: Cleaning = "original",
+        device: torch.device | None = None,
+    ):
+        self.path, self.num_slots, self.dim, self.cleaning, self.device = path, num_slots, dim, cleaning, device
         self._encoder = None
         if cleaning == "original":
             _cleaning_packages()
@@ -67,9 +76,9 @@ class T5Features:
         folder = locate(self.path, key="backbone.text_encoder")
         if not (folder / "tokenizer.json").is_file():
             raise ValueError(f"backbone.text_encoder: {folder} has no tokenizer.json")
-        on_gpu = torch.cuda.is_available()
+        device = self.device or devices.pick(None)
         encoder = T5EncoderModel.from_pretrained(
-            folder, dtype=torch.bfloat16 if on_gpu else torch.float32, use_safetensors=True
+            folder, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, use_safetensors=True
         )
         if self.dim not in (None, encoder.config.d_model):
             raise ValueError(
@@ -79,7 +88,7 @@ class T5Features:
         self._text_tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         # The file's own setting wins over the argument of a call, and may be on the left.
         self._text_tokenizer.padding_side = self._text_tokenizer.truncation_side = "right"
-        self._encoder = encoder.eval().requires_grad_(False).to("cuda" if on_gpu else "cpu")
+        self._encoder = encoder.eval().requires_grad_(False).to(device)
 
 
 def left_pad(features: Sequence[Tensor], num_slots: int) -> Condition:

@@ -88,7 +88,7 @@ class Source(NamedTuple):
         return [*self.tensors.files, *([config] if config.is_file() else [])]
 
 
-def find(path: str, kind: str | None = None, *, key: str = "SRC") -> Source:
+def find(path: str, kind: str | None = None, *, key: str = "SRC", option: str = "--kind") -> Source:
     """The released model at a path or Hugging Face id. Raises ValueError when there is none, or its kind is unclear."""
     if (Path(path) / checkpoint.INDEX).is_file():
         raise ValueError(f"{key}: {path} is a checkpoint of this project already; --original writes such a one back")
@@ -104,7 +104,7 @@ def find(path: str, kind: str | None = None, *, key: str = "SRC") -> Source:
         some = ", ".join(sorted(tensors.shapes)[:10]) or "none"
         raise ValueError(
             f"{located}: its tensors are of no model known here ({some}); "
-            f"if it is one, name it with --kind ({', '.join([*BACKBONES, *IMAGE_TOKENIZERS])})"
+            f"if it is one, name it with {option} ({', '.join([*BACKBONES, *IMAGE_TOKENIZERS])})"
         )
     return Source(kind, located, tensors)
 
@@ -144,7 +144,7 @@ def convert(
         if unread.model.text_tokenizer is None:
             raise ValueError(f"{source.path} has no tokenizer.json: give a folder that has one as --text-tokenizer")
         backbones.caption_encoder(section)  # which checks it
-    tokenizer_source = _its_tokenizer(source, image_tokenizer)
+    tokenizer_source = _inside(source) if image_tokenizer is None else image_tokenizer_at(image_tokenizer)
     tokenizer_section = None
     if tokenizer_source is not None:
         pixels = None
@@ -193,16 +193,14 @@ def _section(key: str, source: Source, **settings: Any) -> Section:
     return section
 
 
-def _its_tokenizer(source: Source, given: str | None) -> Source | None:
-    """The image tokenizer given with a backbone, or the one inside it."""
-    if given is not None:
-        found = find(given, key="--image-tokenizer")
-        if found.kind in IMAGE_TOKENIZERS:
-            return found
-        if (inside := _inside(found)) is None:
-            raise ValueError(f"--image-tokenizer: {found.path} is a {found.kind} backbone")
-        return inside
-    return _inside(source)
+def image_tokenizer_at(path: str, *, option: str = "--kind") -> Source:
+    """The image tokenizer at a path or Hugging Face id, alone or in a backbone's files. Raises ValueError like `find`."""
+    found = find(path, key="--image-tokenizer", option=option)
+    if found.kind in IMAGE_TOKENIZERS:
+        return found
+    if (inside := _inside(found)) is None:
+        raise ValueError(f"--image-tokenizer: {found.path} is a {found.kind} backbone")
+    return inside
 
 
 def _inside(source: Source) -> Source | None:

@@ -33,8 +33,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from mmtensorar import checkpoint
-from mmtensorar.captions import ClassNumbers
+from mmtensorar import checkpoint, devices
+from mmtensorar.captions import ClassNumbers, T5Features
 from mmtensorar.decode import Decoded, Sampler, decode
 from mmtensorar.image_tokenizers import to_images
 from mmtensorar.options import LOADING, SAMPLING, add_generation, at_least_1
@@ -70,6 +70,8 @@ class Generator:
         if self.image_tokenizer is None:
             raise ValueError("the checkpoint has no image tokenizer: convert it again, with --image-tokenizer")
         self.device = next(self.model.parameters()).device
+        if isinstance(self.caption_encoder, T5Features):
+            self.caption_encoder.device = self.device
         self.precision = precision
 
     @classmethod
@@ -88,7 +90,7 @@ class Generator:
         ValueError for a folder that is no whole checkpoint, an unknown precision, an absent device, or an attention
         that cannot be used here.
         """
-        chosen = _device(device)
+        chosen = devices.pick(device)
         if precision is None:
             precision = "bf16" if chosen.type == "cuda" else "fp32"
         if precision not in DTYPES:
@@ -185,18 +187,6 @@ class Generator:
 def _check_seed(seed: int) -> None:
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed is {seed}; expected 0 or more, and less than 2^63")
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device is {name!r}; expected for example cpu or cuda:0") from None
-    if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
-        raise ValueError(f"device is {name!r}, but {torch.cuda.device_count()} GPUs are visible")
-    return device
 
 
 def revisions(trace: Tensor) -> Tensor:

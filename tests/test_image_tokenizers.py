@@ -28,7 +28,7 @@ def picture(size=(8, 8)) -> Image.Image:
 
 
 def roundtrip(vq, out, *arguments) -> int:
-    options = ["--tokenizer", str(vq), "--name", "llamagen_vq", "--device", "cpu", "--out", str(out)]
+    options = ["--tokenizer", str(vq), "--device", "cpu", "--out", str(out)]
     return command.main(["roundtrip", *options, *map(str, arguments)])
 
 
@@ -83,7 +83,7 @@ def test_mistakes_are_sentences(vq, tmp_path, capsys):
     assert "text.png: unreadable image (not a JPEG" in sentence(vq, out, tmp_path / "text.png")
     assert "gone.png" in sentence(vq, out, tmp_path / "gone.png")
     assert "two pictures are called a" in sentence(vq, out, tmp_path / "a.png", tmp_path / "more" / "a.jpg")
-    assert "image_tokenizer.path: no folder ./none" in sentence("./none", out, tmp_path / "a.png")
+    assert "--image-tokenizer: no folder ./none" in sentence("./none", out, tmp_path / "a.png")
     assert "image_size is 16, but" in sentence(vq, out, tmp_path / "a.png", "--image-size", "16")
-    assert "--device is 'tpu9'" in sentence(vq, out, tmp_path / "a.png", "--device", "tpu9")
+    assert "device is 'tpu9'" in sentence(vq, out, tmp_path / "a.png", "--device", "tpu9")
     assert "expected one of janus_vq" in sentence(vq, out, tmp_path / "a.png", "--name", "vq")

@@ -335,6 +335,14 @@ def t5_folder(tmp_path_factory) -> Path:
     return folder
 
 
+def test_the_text_encoder_goes_where_the_model_is(t5_folder, monkeypatch):
+    """With --device cpu on a machine with a GPU it went to the GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    encode = captions.T5Features(str(t5_folder), num_slots=5, dim=6, cleaning="lower", device=torch.device("cpu"))
+    assert encode.features(["a red circle"])[0].dtype == torch.float32
+    assert encode._encoder.device.type == "cpu" and encode._encoder.dtype == torch.float32
+
+
 def test_captions_become_left_padded_features(t5_folder, tmp_path):
     """Each caption has its own words and the end token, whatever its neighbours; what is too long is cut."""
     from transformers import T5EncoderModel
