@@ -173,8 +173,17 @@ def picture(sample: Sample, where: str, image_size: int) -> Image.Image:
 
 
 def square(image: Image.Image, image_size: int) -> Image.Image:
-    """The centre of a picture: its shorter side resized to image_size, upscaled where it must be."""
-    return ImageOps.fit(image, (image_size, image_size), method=Image.Resampling.BICUBIC)
+    """The centre of a picture, its shorter side resized to image_size: halved while it is twice as long, then bicubic.
+
+    So the pictures of ADM's and LlamaGen's training were made (center_crop_arr). Upscaled where it must be.
+    """
+    while min(image.size) >= 2 * image_size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = image_size / min(image.size)
+    width, height = (max(image_size, round(side * scale)) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - image_size) // 2, (height - image_size) // 2
+    return image.crop((left, top, left + image_size, top + image_size))
 
 
 def decode_caption(content: bytes, where: str) -> str:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from mmtensorar import shards
-from mmtensorar.shards import Manifest, Sample, Staging, iterate_tar, write_tar
+from mmtensorar.shards import Manifest, Sample, Staging, iterate_tar, square, write_tar
 
 SAMPLES = [Sample("a", {"txt": b"one", "json": b"{}"}), Sample("b", {"txt": b"two"})]
 
@@ -331,3 +331,16 @@ def test_staged_shards_are_found_again_for_the_same_purpose_only(tmp_path):
     assert Staging(tmp_path, {"seed": 1}).finished("00000.tar")
     assert not Staging(tmp_path, {"seed": 2}).finished("00000.tar")
     assert not Staging(tmp_path, {"seed": 1}).finished("00000.tar")
+
+
+def test_a_square_is_the_centre_scaled_as_in_training():
+    """Halved by means of four pixels while that is possible; grey levels that one can check by eye."""
+    stripes = np.zeros((4, 8, 3), np.uint8)
+    stripes[:, 2:4], stripes[:, 4:6] = 100, 200  # the centre's left and right half
+    stripes[::2, 2:6] += 40
+    small = square(Image.fromarray(stripes), 2)
+    assert np.asarray(small)[..., 0].tolist() == [[120, 220], [120, 220]]
+    for size in ((64, 64), (130, 70), (71, 300), (20, 31)):
+        assert square(Image.new("RGB", size, "red"), 64).size == (64, 64)
+    same = Image.fromarray(np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8))
+    assert (np.asarray(square(same, 64)) == np.asarray(same)).all()

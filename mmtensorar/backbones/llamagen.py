@@ -254,9 +254,10 @@ def load(section: Config, *, weights: bool = True, device: str = "cpu", sizes_on
     """See mmtensorar.backbones.load."""
     attention.require(section.attn_implementation, key="backbone.attn_implementation")
     config, source = _find(section, weights=weights, sizes_only=sizes_only)
-    with torch.device(device):
+    with torch.device("meta" if weights else device):  # where all is filled, nothing need be drawn
         backbone = LlamaGenBackbone(config, section.attn_implementation)
     if weights:
+        backbone.to_empty(device=device)
         fill(backbone.state_dict(), source, official_name, ignore=COMPUTED.fullmatch)
     return backbone
 
