@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from mmtensorar import backbones, image_tokenizers
+from mmtensorar import backbones, image_tokenizers, layers
 from mmtensorar.backbones import Condition, open_magvit2
 from mmtensorar.decode import Sampler, decode
 from mmtensorar.image_tokenizers import open_magvit2_lfq
@@ -80,7 +80,6 @@ def _named(call: dict, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _load_ar(weights: dict[str, Tensor], settings: dict, grid: int, ffn_width: int | None) -> TensorAR:
-    multiple = settings.get("multiple_of", 256)
     config = open_magvit2.Architecture(
         dim=settings["dim"],
         num_heads=settings["n_head"],
@@ -89,7 +88,7 @@ def _load_ar(weights: dict[str, Tensor], settings: dict, grid: int, ffn_width: i
         factorized_bits=settings["factorized_bits"],
         num_classes=settings["class_num"],
         grid=grid,
-        ffn_width=ffn_width or -(-int(8 * settings["dim"] / 3) // multiple) * multiple,
+        ffn_width=ffn_width or layers.ffn_width(settings["dim"], multiple_of=settings.get("multiple_of", 256)),
     )
     with _checkpoint(weights, open_magvit2.MODEL_TYPE, config) as path:
         backbone = backbones.load(open_magvit2.Config(name="open_magvit2", path=path))
