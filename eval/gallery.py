@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from eval import layout
+from eval import layout, lines
 from eval.report_table import named
 
 GREEN, RED, GREY, INK = (40, 150, 60), (205, 45, 45), (190, 190, 190), (20, 20, 20)
@@ -54,7 +54,7 @@ def read(folder: Path) -> tuple[list[dict], list[list[Path]], dict[Path, bool]]:
     results = folder / "results.jsonl"
     verdicts = {}
     if results.is_file():
-        for row in layout.read_json_lines(results):
+        for _, row in lines.read(results):
             if not isinstance(row.get("file"), str) or not isinstance(row.get("correct"), bool):
                 raise ValueError(f"{results}: expected file and correct in every line")
             verdicts[images / row["file"]] = row["correct"]

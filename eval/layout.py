@@ -83,17 +83,6 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def read_json_lines(path: Path) -> list[dict]:
-    """A file with one JSON object a line. Raises ValueError, naming it, when it is damaged."""
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        rows = [None]
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path}: expected one JSON object a line")
-    return rows
-
-
 def write_text(path: Path, text: str) -> None:
     """Write a file that appears whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from data_tools.shapes import SKILLS, draw, sample_scene
-from eval import gallery, layout, report_table
+from eval import gallery, layout, lines, report_table
 from eval.geneval import ceiling, suite
 from eval.geneval import __main__ as geneval
 from tests.test_generate import ckpt  # noqa: F401  (a fixture)
@@ -91,7 +91,7 @@ def test_drawn_pictures_are_scored(scored):
     assert summary["overall"]["accuracy"] == pytest.approx(5.25 / 6)
     assert summary["detector"] == "shapes-exact" and summary["suite"] == "shapes"
     assert summary["ceiling"]["drawn"]["overall"] == 1 and summary["chance"]["overall"] < 0.2
-    rows = layout.read_json_lines(scored["worse"] / "results.jsonl")
+    rows = [row for _, row in lines.read(scored["worse"] / "results.jsonl")]
     assert [row["file"] for row in rows if not row["correct"]] == [f"0000{i}/samples/00001.png" for i in range(3)]
     assert rows[1]["reason"].endswith(">=1, found 0") and rows[1]["detections"] == []
 

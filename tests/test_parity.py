@@ -1,11 +1,13 @@
 """The parity command: it passes on what the original recorded, and cannot be made to pass on anything else."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -258,3 +260,47 @@ def test_recorded_outputs_reach_a_call_only_when_it_names_them(tmp_path):
     assert command.inputs_of(case, manifest["calls"][0]).keys() == {"inputs/logits"}
     named = {"id": "decode", "args": {"codes": "outputs/s0/argmax", "shape": [1]}}
     assert command.inputs_of(case, named).keys() == {"inputs/logits", "outputs/s0/argmax"}
+
+
+# ---- evaluators ----------------------------------------------------------------------------------
+
+SCORES = ROOT.parent / "shared" / "eval"
+
+
+@pytest.mark.skipif(not SCORES.is_dir(), reason="the evaluator fixtures are not beside this checkout")
+@pytest.mark.parametrize("name", ["geneval", "dpg_bench", "class_conditional"])
+def test_official_scores_are_equal(name, capsys):
+    assert run(SCORES / name) == 0
+    equal, total = re.fullmatch(rf"{name}: (\d+) of (\d+) equal\n", capsys.readouterr().out).groups()
+    assert equal == total and int(total) > 10
+
+
+@pytest.mark.skipif(not SCORES.is_dir(), reason="the evaluator fixtures are not beside this checkout")
+@pytest.mark.parametrize("name, file", [("geneval", "scoring_summary.json"), ("dpg_bench", "scoring_expected.json")])
+def test_another_official_score_would_be_noticed(name, file, tmp_path, capsys):
+    shutil.copytree(SCORES / name, tmp_path / name)
+    text = (tmp_path / name / file).read_text()
+    score = {"geneval": '"overall": 0.45542585849932177', "dpg_bench": '"dpg_score": 54.21458262144536'}[name]
+    assert score in text
+    (tmp_path / name / file).write_text(text.replace(score, score[:-12]))
+    assert run(tmp_path / name) == 1
+    assert re.search(r"    .*(overall|dpg_score): \d.*, expected", capsys.readouterr().out)
+
+
+def test_metrics_on_features_are_compared(tmp_path, capsys):
+    """Equal sets: no distance, everything inside; a metric that is not known cannot be run."""
+    pytest.importorskip("scipy")
+    points = np.arange(10, dtype=np.float32)[:, None] ** 2
+    np.savez(tmp_path / "features.npz", ref_pool=points, sample_pool=points)
+
+    def expect(**values) -> int:
+        (tmp_path / "expected.json").write_text(json.dumps({"expected": values}))
+        return run(tmp_path)
+
+    zero, one = {"value": 0.0, "abs_tol": 1e-9}, {"value": 1.0, "rel_tol": 1e-9}
+    assert expect(fid=zero, fid_reversed=zero, fid_ref_with_itself=zero, precision=one, recall=one) == 0
+    assert "5 of 5 equal" in capsys.readouterr().out
+    assert expect(fid=zero, precision=zero) == 1
+    assert "precision: 1.0, expected 0.0" in capsys.readouterr().out
+    assert expect(kid=zero) == 2 and expect() == 2
+    assert "kid is no metric known here" in capsys.readouterr().err

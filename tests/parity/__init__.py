@@ -11,6 +11,9 @@ outputs/). The manifest's `family` names the adapter, tests/parity/FAMILY.py, wi
 
 Adapters take settings from the manifest's `config` and a call's `args`, never from ids. They raise Unsupported for a
 call that they do not expose, and ValueError in `load` for a manifest that they cannot build a model from.
+
+Folders of evaluator fixtures (recorded detections, answers or features beside official scores) go through the scoring
+functions of eval/ instead, see evaluators.py.
 """
 
 

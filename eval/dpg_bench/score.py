@@ -1,0 +1,214 @@
+"""DPG-Bench's scores from a table of questions and a judge's answers. Pure: text in, numbers out.
+
+    official    what the script of TencentQQGYLab/ELLA (dpg_bench/compute_dpg_bench.py) computes, quirks included: it
+                skips the first question of the table, lets a later block of rows replace an earlier one of the same
+                item, drops a prompt when it reaches a parent question that is not there, does not miss pictures that
+                are absent, and takes category scores from the last picture only, before the dependency rule.
+    corrected   all rows, all pictures; a question counts only if all its ancestors are answered yes, wherever they
+                stand in the table; categories over all pictures, after that rule. A picture or an answer that is
+                missing is an error. A parent that the table lacks is passed over, and counted.
+
+A picture is one of the cells of an item's grid, in order. An answer is right only if it is exactly "yes".
+"""
+
+from __future__ import annotations
+
+import csv
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+COLUMNS = ("item_id", "proposition_id", "dependency", "tuple", "question_natural_language")
+YES = "yes"
+
+
+class Question(NamedTuple):
+    """One row of the table. parents: ids of questions of the same item, 0 for none."""
+
+    item: str
+    id: int
+    parents: tuple[int, ...]
+    category: str  # as in "entity - whole"
+    text: str
+
+
+Table = dict[str, dict[int, Question]]  # item -> question id -> question, in the order of the file
+Answers = Mapping[str, Sequence[Mapping[int, str]]]  # item -> per picture the answer to each question
+
+
+class Category(NamedTuple):
+    score: float  # percent
+    num_questions: int
+
+
+class Scores(NamedTuple):
+    """overall: percent, the mean over prompts. per_prompt: item -> the score of each picture, 0 to 1."""
+
+    overall: float
+    broad: dict[str, Category]
+    detailed: dict[str, Category]
+    per_prompt: dict[str, list[float]]
+    failed: list[str]  # items left out because a parent is missing, sorted; of the official mode only
+    unknown_parents: int = 0  # of the corrected mode only
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+
+def read_rows(path: Path) -> list[Question]:
+    """All rows of a question table. Raises ValueError naming the file and line of one that is damaged."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            if missing := [name for name in COLUMNS if name not in (reader.fieldnames or [])]:
+                raise ValueError(f"{path}: no column {', '.join(missing)}; expected a table as dpg_bench.csv")
+            rows = [_question(row, f"{path} line {reader.line_num}") for row in reader]
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: not a table in UTF-8 ({error})") from None
+    if not rows:
+        raise ValueError(f"{path}: no questions in it")
+    return rows
+
+
+def _question(row: Mapping[str, str | None], where: str) -> Question:
+    if absent := [name for name in COLUMNS if row[name] is None]:
+        raise ValueError(f"{where}: the row ends before {', '.join(absent)}")
+    try:
+        number = int(row["proposition_id"])
+        parents = tuple(int(part) for part in row["dependency"].split(","))
+    except ValueError:
+        ids = f"proposition_id {row['proposition_id']!r}, dependency {row['dependency']!r}"
+        raise ValueError(f"{where}: {ids}; expected a number, and numbers with commas between") from None
+    category = row["tuple"].split("(")[0].strip()
+    return Question(row["item_id"], number, parents, category, row["question_natural_language"])
+
+
+def official_table(rows: Sequence[Question]) -> Table:
+    """Without the first row, and of each item only its last block of rows."""
+    table: Table = {}
+    item = None
+    for question in rows[1:]:
+        if question.item != item:
+            item = question.item
+            table[item] = {}
+        table[item][question.id] = question  # of a repeated id the last row counts, at the first one's place
+    return table
+
+
+def whole_table(rows: Iterable[Question]) -> dict[str, list[Question]]:
+    """All rows of each item, wherever they stand; two rows of one id are two questions with one answer."""
+    table: dict[str, list[Question]] = {}
+    for question in rows:
+        table.setdefault(question.item, []).append(question)
+    return table
+
+
+# ---- scores --------------------------------------------------------------------------------------
+
+
+class _MissingParent(Exception):
+    pass
+
+
+def official(rows: Sequence[Question], answers: Answers) -> Scores:
+    """The official numbers; see the top. Raises ValueError when an answer is missing, or no prompt can be scored."""
+    table = official_table(rows)
+    per_prompt: dict[str, list[float]] = {}
+    failed = []
+    pooled: dict[str, list[bool]] = defaultdict(list)
+    for item, pictures in answers.items():
+        if item not in table or not pictures:
+            continue
+        questions = table[item]
+        given = [_given(questions, picture, f"item {item}, picture {number}") for number, picture in enumerate(pictures)]
+        try:
+            per_prompt[item] = [_cascaded(questions, right) for right in given]
+        except _MissingParent:
+            failed.append(item)
+            continue
+        for number, question in questions.items():
+            pooled[question.category].append(given[-1][number])
+    return _scores(per_prompt, pooled, failed=sorted(failed))
+
+
+def _cascaded(questions: Mapping[int, Question], right: Mapping[int, bool]) -> float:
+    """Down the table, a question counts only while each parent counts: one that stands further down still does."""
+    counts = dict(right)
+    for number, question in questions.items():
+        for parent in question.parents:
+            if parent == 0:
+                continue
+            if parent not in counts:
+                raise _MissingParent
+            if not counts[parent]:
+                counts[number] = False
+                break
+    return sum(counts.values()) / len(counts)
+
+
+def corrected(rows: Sequence[Question], answers: Answers) -> Scores:
+    """See the top. Raises ValueError naming items that lack pictures or answers, or that the table does not have."""
+    table = whole_table(rows)
+    if absent := [item for item in table if not answers.get(item)]:
+        raise ValueError(f"{_count(absent, 'item')} of the table without pictures: {_some(absent)}")
+    if strange := [item for item in answers if item not in table]:
+        raise ValueError(f"{_count(strange, 'item')} that the table does not have: {_some(strange)}")
+    most = max(len(pictures) for pictures in answers.values())
+    if fewer := [item for item, pictures in answers.items() if len(pictures) < most]:
+        raise ValueError(f"{_count(fewer, 'item')} with fewer pictures than the {most} of others: {_some(fewer)}")
+    per_prompt: dict[str, list[float]] = {}
+    pooled: dict[str, list[bool]] = defaultdict(list)
+    unknown = 0
+    for item, questions in table.items():
+        ids = {question.id for question in questions}
+        unknown += sum(parent not in ids for question in questions for parent in question.parents if parent)
+        per_prompt[item] = []
+        for number, picture in enumerate(answers[item]):
+            counts = _with_ancestors(questions, _given(ids, picture, f"item {item}, picture {number}"))
+            right = [counts[question.id] for question in questions]
+            per_prompt[item].append(sum(right) / len(right))
+            for question, counted in zip(questions, right, strict=True):
+                pooled[question.category].append(counted)
+    return _scores(per_prompt, pooled, unknown_parents=unknown)
+
+
+def _with_ancestors(questions: Sequence[Question], right: Mapping[int, bool]) -> dict[int, bool]:
+    counts = dict(right)
+    changed = True
+    while changed:  # at most once per question; also when questions name each other
+        changed = False
+        for question in questions:
+            if counts[question.id] and not all(counts.get(parent, True) for parent in question.parents if parent):
+                counts[question.id], changed = False, True
+    return counts
+
+
+def _given(questions: Iterable[int], picture: Mapping[int, str], where: str) -> dict[int, bool]:
+    if missing := sorted(number for number in questions if number not in picture):
+        raise ValueError(f"{where}: no answer to question {', '.join(map(str, missing[:10]))}")
+    return {number: picture[number] == YES for number in questions}
+
+
+def _scores(per_prompt: dict[str, list[float]], pooled: Mapping[str, list[bool]], **more) -> Scores:
+    if not per_prompt:
+        raise ValueError("no item could be scored")
+    means = [sum(scores) / len(scores) for scores in per_prompt.values()]
+    broad: dict[str, list[bool]] = defaultdict(list)
+    for category, right in pooled.items():
+        broad[category.split("-")[0].strip()] += right
+
+    def percents(by_category: Mapping[str, list[bool]]) -> dict[str, Category]:
+        return {name: Category(100 * sum(right) / len(right), len(right)) for name, right in sorted(by_category.items())}
+
+    return Scores(100 * sum(means) / len(means), percents(broad), percents(pooled), per_prompt, **{"failed": []} | more)
+
+
+def _count(items: Sequence[str], what: str) -> str:
+    return f"{len(items)} {what}{'s' * (len(items) > 1)}"
+
+
+def _some(items: Sequence[str]) -> str:
+    return ", ".join(items[:10]) + (", ..." if len(items) > 10 else "")

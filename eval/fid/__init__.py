@@ -1,0 +1,1 @@
+"""Class-conditional metrics: FID, sFID, Inception score, precision and recall. See score.py."""

@@ -1,0 +1,131 @@
+"""DPG-Bench: the official numbers with all their quirks, and the corrected ones, on tables worked out by hand."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from eval.dpg_bench import __main__ as command
+from eval.dpg_bench import score
+from eval.dpg_bench.score import Question, corrected, official
+
+HEADER = "item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,question_natural_language\n"
+
+
+def question(item: str, number: int, parents: str = "0", category: str = "entity - whole") -> Question:
+    return Question(item, number, tuple(map(int, parents.split(","))), category, "?")
+
+
+def said(*pictures: str) -> list[dict[int, str]]:
+    """One text per picture, y or n per question from 1."""
+    return [{i: "yes" if letter == "y" else "no" for i, letter in enumerate(picture, 1)} for picture in pictures]
+
+
+SKIPPED = question("first", 1)  # by the official mode
+
+
+def test_a_question_counts_while_its_parents_do():
+    """Down the table: 2 falls with 1, 3 with 2; the share of the picture is 1 of 4."""
+    rows = [SKIPPED, question("a", 1), question("a", 2, "1"), question("a", 3, "2"), question("a", 4)]
+    assert official(rows, {"a": said("nyyy", "yyyy")}).per_prompt == {"a": [0.25, 1.0]}
+    assert official(rows, {"a": said("nyyy", "yyyy")}).overall == 62.5
+
+
+def test_a_parent_further_down_counts_late():
+    """The official scorer has not zeroed it yet; the corrected one looks at all ancestors."""
+    rows = [SKIPPED, question("a", 1, "2"), question("a", 2, "3"), question("a", 3)]
+    assert official(rows, {"a": said("yyn")}).per_prompt == {"a": [1 / 3]}
+    assert corrected(rows[1:], {"a": said("yyn")}).per_prompt == {"a": [0.0]}
+    circle = [question("a", 1, "2"), question("a", 2, "1")]
+    assert corrected(circle, {"a": said("yn")}).per_prompt == {"a": [0.0]}
+
+
+def test_a_missing_parent_drops_the_prompt_when_it_is_reached():
+    """After a parent that is 0 it is not; so whether a prompt fails depends on the answers."""
+    rows = [SKIPPED, question("a", 1), question("a", 2, "1,9"), question("b", 1)]
+    answers = {"a": said("yy"), "b": said("y")}
+    assert official(rows, answers).failed == ["a"] and official(rows, answers).overall == 100
+    assert official(rows, answers | {"a": said("ny")}).failed == []
+    whole = corrected(rows, answers | {"first": said("y")})
+    assert whole.unknown_parents == 1 and whole.failed == [] and whole.per_prompt["a"] == [1.0]
+
+
+def test_the_first_row_is_skipped_and_a_later_block_replaces_an_earlier_one():
+    rows = [question("a", 1), question("a", 2), question("b", 1), question("b", 2), question("c", 1), question("b", 1)]
+    scores = official(rows, {"a": said("ny"), "b": said("yn")})
+    assert scores.per_prompt == {"a": [1.0], "b": [1.0]}
+    everything = corrected(rows, {"a": said("ny"), "b": said("yn"), "c": said("y")})
+    # Question 1 of b stands there twice.
+    assert everything.per_prompt == {"a": [0.5], "b": [2 / 3], "c": [1.0]}
+
+
+def test_categories():
+    """Official: the last picture, before the dependency rule. Corrected: all pictures, after it."""
+    rows = [SKIPPED, question("a", 1, "0", "entity - whole"), question("a", 2, "1", "attribute - color"), question("a", 3)]
+    scores = official(rows, {"a": said("yyy", "nyy")})
+    assert scores.detailed == {"attribute - color": (100.0, 1), "entity - whole": (50.0, 2)}
+    assert scores.broad == {"attribute": (100.0, 1), "entity": (50.0, 2)}
+    scores = corrected(rows[1:], {"a": said("yyy", "nyy")})
+    assert scores.detailed == {"attribute - color": (50.0, 2), "entity - whole": (75.0, 4)}
+
+
+@pytest.mark.parametrize("answer", ["Yes", "yes.", " yes", "yes it is", ""])
+def test_only_yes_is_yes(answer):
+    assert official([SKIPPED, question("a", 1), question("a", 2)], {"a": [{1: answer, 2: "yes"}]}).overall == 50
+
+
+def test_the_corrected_mode_drops_nothing():
+    rows = [question("a", 1), question("b", 1)]
+    with pytest.raises(ValueError, match="1 item of the table without pictures: b"):
+        corrected(rows, {"a": said("y")})
+    with pytest.raises(ValueError, match="1 item with fewer pictures than the 2 of others: b"):
+        corrected(rows, {"a": said("y", "y"), "b": said("y")})
+    with pytest.raises(ValueError, match="1 item that the table does not have: c"):
+        corrected(rows, {"a": said("y"), "b": said("y"), "c": said("y")})
+    with pytest.raises(ValueError, match="item b, picture 0: no answer to question 1"):
+        corrected(rows, {"a": said("y"), "b": [{}]})
+
+
+def write(folder: Path, table: str, *answers: dict) -> list[str]:
+    (folder / "table.csv").write_text(HEADER + table)
+    (folder / "answers.jsonl").write_text("".join(json.dumps(each) + "\n" for each in answers))
+    return ["score", "--answers", str(folder / "answers.jsonl"), "--questions", str(folder / "table.csv")]
+
+
+ROWS = "a,t,,1,0,x,y,entity - whole (cat),Is there a cat?\n" * 2
+
+
+def test_both_modes_are_printed_with_the_table_and_the_judge(tmp_path, capsys):
+    """The table's id is what git prints for the file."""
+    arguments = write(tmp_path, ROWS, {"item_id": "a", "image": 0, "answers": {"1": "yes"}})
+    assert command.main([*arguments, "--judge", "a friend", "--out", str(tmp_path / "out.json")]) == 0
+    printed = capsys.readouterr().out
+    assert printed.index("official: DPG-Bench score 100.0000") < printed.index("corrected: DPG-Bench score 100.0000")
+    assert "NOT the official table" in printed and "judge: a friend" in printed
+    assert json.loads((tmp_path / "out.json").read_text())["corrected"]["dpg_score"] == 100
+    (tmp_path / "hello").write_text("hello\n")
+    assert command.git_blob_id(tmp_path / "hello") == "ce013625030ba8dba906f756967f9e9ca394464a"
+
+
+@pytest.mark.parametrize(
+    "table, answer, sentence",
+    [
+        (ROWS, {"item_id": "a", "image": 1, "answers": {"1": "yes"}}, "item a has pictures 1; expected them from 0 on"),
+        (ROWS, {"item_id": "a", "image": 0, "answers": {"one": "yes"}}, "line 1: expected answers as"),
+        (ROWS, {"item_id": 7, "image": 0, "answers": {}}, "line 1: expected item_id, image"),
+        (ROWS, {"item_id": "a", "image": 0, "answers": {}}, "item a, picture 0: no answer to question 1"),
+        ("a,t,,one,0,x,y,z,?\n", {"item_id": "a", "image": 0, "answers": {}}, "line 2: proposition_id 'one'"),
+        ("a,t\n", {"item_id": "a", "image": 0, "answers": {}}, "line 2: the row ends before proposition_id"),
+        ("", {"item_id": "a", "image": 0, "answers": {}}, "table.csv: no questions in it"),
+    ],
+)
+def test_mistakes_are_sentences(table, answer, sentence, tmp_path, capsys):
+    assert command.main(write(tmp_path, table, answer)) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_a_table_of_other_columns_is_refused(tmp_path):
+    (tmp_path / "t.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="no column item_id, proposition_id, dependency, tuple"):
+        score.read_rows(tmp_path / "t.csv")
