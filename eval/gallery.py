@@ -55,9 +55,9 @@ def read(folder: Path) -> tuple[list[dict], list[list[Path]], dict[Path, bool]]:
     verdicts = {}
     if results.is_file():
         for _, row in lines.read(results):
-            if not isinstance(row.get("file"), str) or not isinstance(row.get("correct"), bool):
-                raise ValueError(f"{results}: expected file and correct in every line")
-            verdicts[images / row["file"]] = row["correct"]
+            if not isinstance(row.get("filename"), str) or not isinstance(row.get("correct"), bool):
+                raise ValueError(f"{results}: expected filename and correct in every line")
+            verdicts[images / row["filename"]] = row["correct"]
     return prompts, files, verdicts
 
 

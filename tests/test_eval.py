@@ -78,7 +78,7 @@ def test_an_unknown_suite_ends_before_torch_is_imported():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == "error: unknown suite 'shape'; known: shapes\n"
+    assert done.stderr == "error: unknown suite 'shape'; known: shapes, geneval\n"
 
 
 # ---- scoring images ------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def test_drawn_pictures_are_scored(scored):
     assert summary["detector"] == "shapes-exact" and summary["suite"] == "shapes"
     assert summary["ceiling"]["drawn"]["overall"] == 1 and summary["chance"]["overall"] < 0.2
     rows = [row for _, row in lines.read(scored["worse"] / "results.jsonl")]
-    assert [row["file"] for row in rows if not row["correct"]] == [f"0000{i}/samples/00001.png" for i in range(3)]
+    assert [row["filename"] for row in rows if not row["correct"]] == [f"0000{i}/samples/00001.png" for i in range(3)]
     assert rows[1]["reason"].endswith(">=1, found 0") and rows[1]["detections"] == []
 
 

@@ -59,8 +59,10 @@ def generate(suite: Suite, options: argparse.Namespace) -> tuple[Path, Any]:
     return out, generator.image_tokenizer
 
 
-def score(suite: Suite, folder: Path, *, num_prompts: int | None, num_images: int | None) -> list[dict]:
-    """One result per image: file, tag, prompt, correct, reason, detections.
+def score(
+    suite: Suite, folder: Path, *, num_prompts: int | None, num_images: int | None, batch_size: int = 16
+) -> list[dict]:
+    """One result per image, under the official scorer's names (which has no detections); batch_size images are in memory.
 
     Raises ValueError, naming the file, when an image or a prompt's metadata is missing or cannot be read.
     """
@@ -69,20 +71,25 @@ def score(suite: Suite, folder: Path, *, num_prompts: int | None, num_images: in
     detector = suite.detector()
     results = []
     work = [(metadata, path) for metadata, images in zip(prompts, files, strict=True) for path in images]
-    for metadata, path in tqdm(work, unit="image", desc=f"scoring {folder}", file=sys.stderr):
-        detections = detector.detect(layout.open_image(path))
-        verdict = judge(metadata, *by_class(detections), suite.settings)
-        results.append(
-            {
-                "file": str(path.relative_to(folder)),
-                "tag": metadata["tag"],
-                "prompt": metadata["prompt"],
-                "correct": verdict.correct,
-                "reason": verdict.reason,
-                "detections": [asdict(detection) for detection in detections],
-                "metadata": metadata,
-            }
-        )
+    with tqdm(total=len(work), unit="image", desc=f"scoring {folder}", file=sys.stderr) as bar:
+        for start in range(0, len(work), batch_size):
+            part = work[start : start + batch_size]
+            colored = [[clause["class"] for clause in metadata["include"] if "color" in clause] for metadata, _ in part]
+            found = detector.detect_batch([layout.open_image(path) for _, path in part], colored)
+            for (metadata, path), detections in zip(part, found, strict=True):
+                verdict = judge(metadata, *by_class(detections), suite.settings)
+                results.append(
+                    {
+                        "filename": str(path.relative_to(folder)),
+                        "tag": metadata["tag"],
+                        "prompt": metadata["prompt"],
+                        "correct": verdict.correct,
+                        "reason": verdict.reason,
+                        "metadata": json.dumps(metadata),
+                        "detections": [asdict(detection) for detection in detections],
+                    }
+                )
+            bar.update(len(part))
     return results
 
 
@@ -97,7 +104,7 @@ def write(out: Path, folder: Path, suite: Suite, results: list[dict], bounds: di
         "checkpoint": record.get("checkpoint"),
         "seed": record.get("seed"),
         "generation": record or None,
-        **summarize((result["metadata"], result["correct"]) for result in results),
+        **summarize((json.loads(result["metadata"]), result["correct"]) for result in results),
         **bounds,
     }
     out.mkdir(parents=True, exist_ok=True)
@@ -107,16 +114,17 @@ def write(out: Path, folder: Path, suite: Suite, results: list[dict], bounds: di
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    suite = suites.load(options.suite, options.num_prompts)
+    choice = suites.DetectorChoice(options.detector, options.clip, options.device)
+    suite = suites.load(options.suite, options.num_prompts, choice)
     if 0 < options.num_bound_images < (least := len({prompt["tag"] for prompt in suite.prompts})):
         raise ValueError(f"--num-bound-images is {options.num_bound_images}; expected 0, or at least one per skill, {least}")
     image_tokenizer = None
     if options.images is not None:
-        for name in ("num_prompts", *SAMPLING, *LOADING):
+        for name in ("num_prompts", *SAMPLING, *(name for name in LOADING if name != "device")):
             if getattr(options, name) is not None:
                 print(f"note: --{name.replace('_', '-')} has no effect with --images", file=sys.stderr)
         folder, out = options.images, options.out or options.images
-        results = score(suite, folder, num_prompts=None, num_images=options.num_images)
+        results = score(suite, folder, num_prompts=None, num_images=options.num_images, batch_size=options.batch_size)
     else:
         options.num_images = options.num_images or NUM_IMAGES
         folder, image_tokenizer = generate(suite, options)
@@ -125,7 +133,8 @@ def evaluate(options: argparse.Namespace) -> None:
             if int(os.environ.get("RANK", 0)) == 0:
                 print(f"when all ranks are done: python -m eval.geneval --images {folder} --suite {suite.name}")
             return
-        results = score(suite, folder, num_prompts=len(suite.prompts), num_images=options.num_images)
+        sizes = dict(num_prompts=len(suite.prompts), num_images=options.num_images, batch_size=options.batch_size)
+        results = score(suite, folder, **sizes)
     bounds = {}
     if suite.picture is not None and options.num_bound_images:
         bounds = ceiling.measure(suite, image_tokenizer, num_images=options.num_bound_images)
@@ -152,6 +161,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--num-bound-images", type=int, default=300, help="pictures drawn for ceiling and chance (default 300, 0 is none)"
     )
+    group = parser.add_argument_group("suite geneval")
+    group.add_argument("--detector", metavar="PATH", help=f"Mask2Former, a folder or hub id (default {suites.MASK2FORMER})")
+    group.add_argument("--clip", metavar="PATH", help=f"weights of ViT-L/14: open_clip's tag or a file (default {suites.CLIP})")
     add_generation(parser, needs=", with --ckpt")
     options = parser.parse_args(arguments)
     try:

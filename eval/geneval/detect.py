@@ -12,9 +12,9 @@ How `ShapesDetector` works, step by step:
 6. Regions under MIN_SCORE, or whose pixels do not agree on a colour, resemble no shape and are dropped.
 """
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -37,12 +37,20 @@ class Detection:
     color: str | None = None
 
 
-class Detector(Protocol):
-    """What every suite's detector offers."""
+class Detector:
+    """What every suite's detector offers: either of the two methods, the other follows. name: with what tells it apart."""
 
     name: str
 
-    def detect(self, image: Image.Image) -> list[Detection]: ...
+    def detect(self, image: Image.Image) -> list[Detection]:
+        """The objects in an RGB image, with their colours."""
+        return self.detect_batch([image])[0]
+
+    def detect_batch(
+        self, images: Sequence[Image.Image], colored: Sequence[Collection[str]] | None = None
+    ) -> list[list[Detection]]:
+        """The same of several images. colored: per image the classes whose colour is wanted; None is all of them."""
+        return [self.detect(image) for image in images]
 
 
 def _stretch(alpha: np.ndarray) -> tuple[np.ndarray, float, tuple[int, int, int, int]]:
@@ -78,7 +86,7 @@ def _regions(mask: np.ndarray) -> list[np.ndarray]:
     return found
 
 
-class ShapesDetector:
+class ShapesDetector(Detector):
     """The exact detector of the shapes world; see the file's docstring for its rules."""
 
     name = "shapes-exact"

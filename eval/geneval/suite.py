@@ -6,6 +6,8 @@ is passed over, and the first few are always the same however many are asked for
 default_rng([seed, index]): data made with any --seed but 20000 and 30000 shares no draw with the suite or with the
 pictures behind its ceiling. The grammar is small, though: there are 32 captions of a single object, and training
 meets them all. The suite measures pictures for known words, not new words.
+
+`geneval`: GenEval's 553 prompts, seen by Mask2Former and CLIP.
 """
 
 from collections.abc import Callable
@@ -13,17 +15,20 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from data_tools.shapes import SHAPES, SKILLS, draw, sample_scene
 from eval.geneval.detect import Detector, ShapesDetector
+from eval.geneval.prompts import CLASSES, prompts
 from eval.geneval.score import COLORS, RELATIONS, Settings
 from eval.layout import read_json
 
 PROMPT_SEED = 20_000
 PICTURE_SEED = 30_000
+MASK2FORMER, CLIP = "facebook/mask2former-swin-small-coco-instance", "openai"  # of suite geneval
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,15 @@ class Suite:
     picture: Callable[[int, int], tuple[dict, Image.Image]] | None = None
 
 
-def load(name: str, num_prompts: int | None = None) -> Suite:
+class DetectorChoice(NamedTuple):
+    """What a learned detector is loaded from and runs on; None is the suite's own choice. The exact one needs none."""
+
+    detector: str | None = None  # folder or Hugging Face id
+    clip: str | None = None  # open_clip's tag, or a weights file
+    device: str | None = None
+
+
+def load(name: str, num_prompts: int | None = None, choice: DetectorChoice = DetectorChoice()) -> Suite:
     """A suite by name. num_prompts: per skill, None for the suite's own number.
 
     Raises ValueError for an unknown name or more prompts than the suite has.
@@ -51,18 +64,38 @@ def load(name: str, num_prompts: int | None = None) -> Suite:
         raise ValueError(f"unknown suite {name!r}; known: {', '.join(SUITES)}")
     if num_prompts is not None and num_prompts < 1:
         raise ValueError(f"number of prompts per skill is {num_prompts}; expected 1 or more")
-    return SUITES[name](num_prompts)
+    return SUITES[name](num_prompts, choice)
 
 
-def shapes(num_prompts: int | None = None) -> Suite:
-    prompts = [prompt for skill in SKILLS for prompt in _shapes_prompts(skill, num_prompts or 20)]
+def shapes(num_prompts: int | None, choice: DetectorChoice) -> Suite:
+    chosen = [prompt for skill in SKILLS for prompt in _shapes_prompts(skill, num_prompts or 20)]
     # The detector's scores are overlaps with a template, cut by itself, and no confidences: GenEval's stricter
     # threshold for counting has no meaning for them.
     settings = Settings(counting_threshold=Settings.threshold)
-    return Suite("shapes", tuple(prompts), SHAPES, cache(ShapesDetector), settings, _shapes_picture)
+    return Suite("shapes", tuple(chosen), SHAPES, cache(ShapesDetector), settings, _shapes_picture)
 
 
-SUITES: dict[str, Callable[[int | None], Suite]] = {"shapes": shapes}
+def geneval(num_prompts: int | None, choice: DetectorChoice) -> Suite:
+    by_skill: dict[str, list[dict]] = {}
+    for prompt in prompts():
+        by_skill.setdefault(prompt["tag"], []).append(prompt)
+    fewest = min(map(len, by_skill.values()))
+    if num_prompts is not None and num_prompts > fewest:
+        raise ValueError(f"{num_prompts} prompts per skill asked for; GenEval has {fewest} for some")
+
+    def detector() -> Detector:
+        from eval.geneval import colors, mask2former
+        from mmtensorar import devices
+
+        device = devices.pick(choice.device)
+        classifier = colors.ColorClassifier.load(choice.clip or CLIP, device=device)
+        return mask2former.Mask2FormerDetector.load(choice.detector or MASK2FORMER, CLASSES, classifier, device)
+
+    chosen = [prompt for group in by_skill.values() for prompt in group[:num_prompts]]
+    return Suite("geneval", tuple(chosen), CLASSES, cache(detector), Settings())
+
+
+SUITES: dict[str, Callable[[int | None, DetectorChoice], Suite]] = {"shapes": shapes, "geneval": geneval}
 
 
 def _shapes_prompts(skill: str, num_prompts: int) -> list[dict]:

@@ -1,0 +1,150 @@
+"""GenEval's detector: Mask2Former (Swin-S, COCO instances) of transformers, its outputs scored as mmdet 2.x scores them.
+
+What mmdet does, which transformers' own post-processing does not: the picture is fitted into 1333 x 800 and padded to a
+multiple of 32; each of the 100 likeliest (query, class) pairs is an instance, however many share a query; its mask is the
+logits above 0 at the picture's own size; its score is the class's probability times the mean probability inside the mask;
+its box is the mask's. Differences that remain: OpenCV's resizing rounds otherwise, and the weights on the hub are of
+another training run than mmdet's file. Shapes: Q queries, N instances, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as functional
+from PIL import Image
+from torch import Tensor
+
+from eval.geneval.colors import ColorClassifier
+from eval.geneval.detect import Detection, Detector
+from mmtensorar.weights import locate, weight_hash
+
+LONGEST, SHORTEST, MULTIPLE = 1333, 800, 32
+NUM_INSTANCES = 100
+MEAN, STD, GREY = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375), 128.0
+MIN_SCORE = 0.3  # of instances whose colour is asked for: GenEval looks at no others
+
+
+class Instances(NamedTuple):
+    labels: Tensor  # [N] int64
+    boxes: Tensor  # [N, 4] float32: min x, min y, max x + 1, max y + 1 of the mask; zeros for an empty one
+    scores: Tensor  # [N] float32
+    masks: Tensor  # [N, H, W] bool
+
+
+def fitted(width: int, height: int) -> tuple[int, int]:
+    """Height and width of a picture fitted into 1333 x 800, either way round."""
+    scale = min(LONGEST / max(width, height), SHORTEST / min(width, height))
+    return int(height * scale + 0.5), int(width * scale + 0.5)
+
+
+def prepare(images: Sequence[Image.Image]) -> tuple[Tensor, tuple[int, int]]:
+    """B RGB pictures of one size -> pixels [B, 3, H, W] as the model takes them, and their height and width before padding."""
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float()
+    height, width = fitted(*images[0].size)
+    # Not antialiased, as OpenCV's linear filter is not, and rounded as its 8-bit result is.
+    pixels = functional.interpolate(pixels, (height, width), mode="bilinear", align_corners=False).round()
+    padding = (0, -width % MULTIPLE, 0, -height % MULTIPLE)
+    pixels = functional.pad(pixels, padding, value=GREY)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    return (pixels - mean) / std, (height, width)
+
+
+@torch.no_grad()
+def instances(
+    class_logits: Tensor, mask_logits: Tensor, padded: tuple[int, int], resized: tuple[int, int], size: tuple[int, int]
+) -> Instances:
+    """[Q, classes + 1], [Q, h, w] of one picture -> its instances. Sizes are (H, W); size: the picture's own."""
+    num_classes = class_logits.shape[1] - 1
+    probabilities = class_logits.float().softmax(-1)[:, :-1].flatten()
+    scores, pairs = probabilities.topk(min(NUM_INSTANCES, len(probabilities)), sorted=False)
+    labels, queries = pairs % num_classes, pairs // num_classes
+    # A query's mask is the same for all its classes, and full-size logits are large: one query at a time.
+    masks, boxes = torch.zeros(len(pairs), *size, dtype=torch.bool), torch.zeros(len(pairs), 4)
+    means = torch.zeros(len(pairs))
+    for query in queries.unique().tolist():
+        logits = functional.interpolate(mask_logits[None, None, query].float(), padded, mode="bilinear", align_corners=False)
+        logits = logits[..., : resized[0], : resized[1]]
+        logits = functional.interpolate(logits, size, mode="bilinear", align_corners=False)[0, 0].cpu()
+        mask, here = logits > 0, (queries == query).cpu()
+        masks[here] = mask
+        means[here] = (logits.sigmoid() * mask).sum() / (mask.sum() + 1e-6)
+        if mask.any():
+            rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+            edges = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            boxes[here] = torch.tensor([float(edge) for edge in edges])
+    return Instances(labels.cpu(), boxes, scores.cpu() * means, masks)
+
+
+def plausible(found: Instances) -> str | None:
+    """What is wrong with the outcome for any picture; None when it could be true.
+
+    A kernel that computes nonsense gives scores that are not numbers, or the same for every instance.
+    """
+    if not found.scores.isfinite().all():
+        return "scores that are not finite"
+    if len(found.scores) > 1 and found.scores.max() > 0 and (found.scores == found.scores[0]).all():
+        return f"one score, {found.scores[0]:.3g}, for all {len(found.scores)} instances"
+    return None
+
+
+class Mask2FormerDetector(Detector):
+    """See the top. classes: the names of its labels."""
+
+    def __init__(self, model, name: str, classes: Sequence[str], colors: ColorClassifier, device: torch.device):
+        if (found := model.config.num_labels) != len(classes):
+            raise ValueError(f"{name} tells {found} classes apart; expected the {len(classes)} of COCO")
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.classes, self.colors, self.device = classes, colors, device
+        self.name = f"{name} ({weight_hash({k: v.cpu() for k, v in model.state_dict().items()})[:12]}), colours {colors.name}"
+
+    @classmethod
+    def load(cls, path: str, classes: Sequence[str], colors: ColorClassifier, device: torch.device) -> Mask2FormerDetector:
+        """path: a folder or Hugging Face id. Raises ValueError when there is no such model or it does not fit."""
+        from transformers import Mask2FormerForUniversalSegmentation
+
+        folder = locate(path, key="--detector")
+        try:
+            model = Mask2FormerForUniversalSegmentation.from_pretrained(folder, use_safetensors=True)
+        except Exception as error:  # any: configuration and weights from outside go through code that expects good ones
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise ValueError(f"--detector: {path} cannot be loaded as a Mask2Former ({reason})") from None
+        return cls(model.float(), path, classes, colors, device)
+
+    @torch.no_grad()
+    def find(self, images: Sequence[Image.Image]) -> list[Instances]:
+        """Instances of RGB pictures of one size. Raises ValueError when the model's output cannot be true."""
+        pixels, resized = prepare(images)
+        output = self.model(pixel_values=pixels.to(self.device))
+        size, padded = images[0].size[::-1], tuple(pixels.shape[-2:])
+        pairs = zip(output.class_queries_logits, output.masks_queries_logits, strict=True)
+        found = [instances(*pair, padded, resized, size) for pair in pairs]
+        for each in found:
+            if problem := plausible(each):
+                raise ValueError(f"the detector {self.name} gives {problem}: its weights or this machine compute nonsense")
+        return found
+
+    def detect_batch(
+        self, images: Sequence[Image.Image], colored: Sequence[Collection[str]] | None = None
+    ) -> list[list[Detection]]:
+        """See Detector; a colour is judged for the classes in colored, where the score is one that GenEval looks at."""
+        found: list[list[Detection]] = [[] for _ in images]
+        colored = [self.classes] * len(images) if colored is None else colored
+        for size in dict.fromkeys(image.size for image in images):
+            places = [place for place, image in enumerate(images) if image.size == size]
+            for place, each in zip(places, self.find([images[place] for place in places]), strict=True):
+                found[place] = self._named(images[place], each, colored[place])
+        return found
+
+    def _named(self, image: Image.Image, found: Instances, colored: Collection[str]) -> list[Detection]:
+        names = [self.classes[label] for label in found.labels.tolist()]
+        wanted = [i for i, name in enumerate(names) if name in colored and found.scores[i] > MIN_SCORE]
+        crops = [(names[i], found.masks[i].numpy(), found.boxes[i].tolist()) for i in wanted]
+        colors = dict(zip(wanted, self.colors.classify(image, crops), strict=True))
+        return [
+            Detection(name, tuple(found.boxes[i].tolist()), float(found.scores[i]), colors.get(i))
+            for i, name in enumerate(names)
+        ]
