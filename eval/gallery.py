@@ -86,8 +86,8 @@ def compose(folders: Mapping[str, Path], *, num_prompts: int = 12, num_images: i
         pen.text((CAPTION_WIDTH + column * block, FONT_SIZE // 2), name, INK, font)
     for row, index in enumerate(chosen):
         y = top + row * cell_height
-        lines = textwrap.wrap(prompts[index]["prompt"], CAPTION_CHARACTERS, max_lines=3, placeholder=" ...")
-        pen.multiline_text((GAP, y), "\n".join(lines), INK, font)
+        caption = textwrap.wrap(prompts[index]["prompt"], CAPTION_CHARACTERS, max_lines=3, placeholder=" ...")
+        pen.multiline_text((GAP, y), "\n".join(caption), INK, font)
         for column, (_, files, verdicts) in enumerate(read_folders.values()):
             for place, path in enumerate(files[index][:num_images]):
                 x = CAPTION_WIDTH + column * block + place * cell_width
