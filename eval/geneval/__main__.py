@@ -6,7 +6,8 @@
 --out receives results.jsonl (one line per image), summary.json and, with --ckpt, the images. An interrupted run
 continues where it stopped when the same command is given again. Under a launcher of several processes (torchrun) the
 images are generated only; score them with --images afterwards. Other commands: `python -m eval.geneval score` scores
-recorded detections (recorded.py), `python -m eval.geneval.ceiling` draws the shapes suite's bounds.
+recorded detections (recorded.py), `compare` sets models side by side (compare.py), `python -m eval.geneval.ceiling` draws
+the shapes suite's bounds.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from eval import layout, report_table
-from eval.geneval import ceiling, recorded
+from eval.geneval import ceiling, compare, recorded
 from eval.geneval import suite as suites
 from eval.geneval.score import by_class, judge, summarize
 from eval.geneval.suite import Suite
@@ -145,8 +146,9 @@ def evaluate(options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["score"]:
-        return recorded.main(arguments[1:])
+    commands = {"score": recorded.main, "compare": compare.main}
+    if arguments and arguments[0] in commands:
+        return commands[arguments[0]](arguments[1:])
     parser = argparse.ArgumentParser(
         prog="python -m eval.geneval", description="Score a model, or images, on GenEval-style prompts."
     )
