@@ -11,7 +11,7 @@ from PIL import Image
 
 from data_tools.shapes import SKILLS, draw, sample_scene
 from eval import gallery, layout, lines, report_table
-from eval.geneval import ceiling, suite
+from eval.geneval import ceiling, report, suite
 from eval.geneval import __main__ as geneval
 from tests.test_generate import ckpt  # noqa: F401  (a fixture)
 
@@ -280,3 +280,26 @@ def test_gallery_takes_the_first_prompts_of_each_skill():
 def test_gallery_without_enough_images_is_an_error(scored, tmp_path, capsys):
     assert gallery.main([str(scored["good"]), "--out", str(tmp_path / "g.png")]) == 2
     assert "holds 2 images per prompt; 4 asked for" in capsys.readouterr().err
+
+
+def test_the_report_shows_bars_and_pictures_and_nothing_of_it_can_run(scored, tmp_path):
+    """Names and reasons come from files of others: they are text on the page, whatever they say."""
+    text = (scored["worse"] / "report.html").read_text()
+    for skill in (*SKILLS, "overall"):
+        assert f"<td>{skill}<td" in text
+    assert text.count("<figure class=fail>") == 3 and text.count("<figure class=pass>") >= 6
+    assert "found 0" in text and "<script" not in text and "http" not in text
+    rows = [row for _, row in lines.read(scored["worse"] / "results.jsonl")]
+    summary = json.loads((scored["worse"] / "summary.json").read_text())
+    evil = [row | {"prompt": "<script>alert(1)</script>", "reason": "<img src=x onerror=y>"} for row in rows]
+    page = report.page(summary | {"detector": "<b>"}, evil, Path(summary["images"]))
+    assert "<script>alert" not in page and "<img src=x" not in page and "&lt;b&gt;" in page
+
+
+def test_boxes_are_drawn_where_they_are():
+    image = Image.new("RGB", (44, 22), "white")
+    box = {"label": "star", "box": [11, 11, 22, 22], "score": 0.9, "color": "red"}
+    picture = report.drawn(image, [box, box | {"score": 0.2, "box": [30, 0, 44, 22]}])
+    assert picture.size == (report.SIDE, report.SIDE // 2)
+    assert picture.getpixel((55, 80)) == (0, 208, 255), "the left edge, five times as far"
+    assert picture.getpixel((160, 60)) == (255, 255, 255), "too unsure to count"

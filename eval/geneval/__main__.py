@@ -3,7 +3,7 @@
     python -m eval.geneval --ckpt runs/NAME/model --suite shapes       generates, then scores
     python -m eval.geneval --images FOLDER --suite shapes              scores images in GenEval's layout
 
---out receives results.jsonl (one line per image), summary.json and, with --ckpt, the images. An interrupted run
+--out receives results.jsonl (one line per image), summary.json, report.html and, with --ckpt, the images. An interrupted run
 continues where it stopped when the same command is given again. Under a launcher of several processes (torchrun) the
 images are generated only; score them with --images afterwards. Other commands: `python -m eval.geneval score` scores
 recorded detections (recorded.py), `compare` sets models side by side (compare.py), `python -m eval.geneval.ceiling` draws
@@ -23,7 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from eval import layout, report_table
-from eval.geneval import ceiling, compare, recorded
+from eval.geneval import ceiling, compare, recorded, report
 from eval.geneval import suite as suites
 from eval.geneval.score import by_class, judge, summarize
 from eval.geneval.suite import Suite
@@ -95,7 +95,7 @@ def score(
 
 
 def write(out: Path, folder: Path, suite: Suite, results: list[dict], bounds: dict) -> dict:
-    """Write results.jsonl and summary.json, which comes last; returns the summary."""
+    """Write results.jsonl, report.html and summary.json, which comes last; returns the summary."""
     record = layout.read_record(folder)
     summary = {
         "suite": suite.name,
@@ -110,6 +110,7 @@ def write(out: Path, folder: Path, suite: Suite, results: list[dict], bounds: di
     }
     out.mkdir(parents=True, exist_ok=True)
     layout.write_text(out / "results.jsonl", "".join(json.dumps(result) + "\n" for result in results))
+    layout.write_text(out / "report.html", report.page(summary, results, folder))
     layout.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
@@ -141,7 +142,7 @@ def evaluate(options: argparse.Namespace) -> None:
         bounds = ceiling.measure(suite, image_tokenizer, num_images=options.num_bound_images)
     summary = write(out, folder, suite, results, bounds)
     print(report_table.render({out.resolve().name: summary}))
-    print(f"\n{out / 'summary.json'}")
+    print(f"\n{out / 'summary.json'}\n{out / 'report.html'}")
 
 
 def main(arguments: list[str] | None = None) -> int:
