@@ -25,7 +25,8 @@ def rows(summaries: Mapping[str, dict]) -> list[list[str]]:
     skills = list(dict.fromkeys(skill for summary in summaries.values() for skill in summary["skills"]))
     table = [["model", *skills, "overall"]]
     for name, summary in summaries.items():
-        table.append([name, *(_cell(summary["skills"].get(skill)) for skill in skills), _cell(summary["overall"])])
+        cells = [*(_cell(summary["skills"].get(skill)) for skill in skills), _cell(summary["overall"])]
+        table.append([f"{name} (PARTIAL)" if summary.get("partial") else name, *cells])
 
     def images(summary: dict) -> list[str]:
         per_skill = [str(summary["skills"].get(skill, {}).get("num_images", 0)) for skill in skills]
@@ -85,9 +86,11 @@ def notes(summaries: Mapping[str, dict]) -> str:
         sampled = "; ".join(f"{name}: {told}" for name, told in sampling.items())
     pictures = [bound["num_images"] for s in summaries.values() for bound in _bounds(s).values()]
     drawn = f" Ceiling and chance: {pictures[0]} drawn pictures." if pictures else ""
+    partial = [f"{name} lacks {len(s['partial'])} images or prompts" for name, s in summaries.items() if s.get("partial")]
+    lacking = f" PARTIAL: {'; '.join(partial)}." if partial else ""
     return (
         f"Suite {first['suite']}, detector {first['detector']}, seed {seed}. Sampling: {sampled}. Percent correct [95 % interval, clustered by "
-        f"prompt]; overall is the mean of the skills.{drawn}"
+        f"prompt]; overall is the mean of the skills.{drawn}{lacking}"
     )
 
 

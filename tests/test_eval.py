@@ -1,6 +1,7 @@
 """Evaluation from images or a checkpoint to table and gallery; pictures are drawn, so nothing needs a trained model."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -106,24 +107,24 @@ def test_scoring_twice_gives_the_same_files(images):
 def remove_image(folder: Path) -> str:
     path = layout.image_path(folder, 4, 0)
     path.unlink()
-    return str(path)
+    return str(path.relative_to(folder))
 
 
 def remove_prompt(folder: Path) -> str:
     (folder / "00004").rename(folder / "elsewhere")
-    return str(folder / "00004")
+    return ": 00004 is missing"
 
 
 def cut_image(folder: Path) -> str:
     path = layout.image_path(folder, 4, 1)
     path.write_bytes(path.read_bytes()[:200])
-    return str(path)
+    return str(path.relative_to(folder))
 
 
 def write_text_as_image(folder: Path) -> str:
     path = layout.image_path(folder, 4, 1)
     path.write_text("not a picture")
-    return str(path)
+    return str(path.relative_to(folder))
 
 
 def remove_metadata(folder: Path) -> str:
@@ -152,7 +153,34 @@ def test_damage_is_an_error_that_names_the_file(images, capsys, damage):
 
 def test_fewer_images_than_asked_for_is_an_error(images, capsys):
     assert run("--images", images, "--num-images", 4) == 2
-    assert "holds 2 images; expected 4 per prompt" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "00000/samples/00002.png is missing, 00000/samples/00003.png is missing" in error and "more\n" in error
+    assert run("--images", images, "--num-images", 1) == 2
+    assert "00000/samples/00001.png is one too many" in capsys.readouterr().err
+
+
+def test_a_number_that_two_files_have_is_an_error(images, capsys):
+    """One of them was passed over in silence."""
+    shutil.copy(layout.image_path(images, 1, 0), images / "00001" / "samples" / "0.png")
+    shutil.copytree(images / "00002", images / "2")
+    assert run("--images", images) == 2
+    error = capsys.readouterr().err
+    assert "00001/samples/00000.png has the number of 0.png" in error or "0.png has the number of 00000.png" in error
+    assert "2 has the number of 00002" in error
+
+
+def test_a_partial_score_is_allowed_and_marked_everywhere(images, capsys):
+    """What is missing and what cannot be read is listed in the summary, and the score says so wherever it stands."""
+    cut_image(images)
+    remove_image(images)
+    (images / "00007").rename(images / "elsewhere")
+    assert run("--images", images, "--allow-partial", "--num-bound-images", 0) == 0
+    printed = capsys.readouterr().out
+    assert "(PARTIAL)" in printed and "PARTIAL: images lacks 3 images or prompts" in printed
+    summary = json.loads((images / "summary.json").read_text())
+    assert len(summary["partial"]) == 3 and summary["num_images"] == 24 - 2 - 2
+    assert "(PARTIAL)" in (images / "report.html").read_text()
+    assert report_table.main([f"a={images / 'summary.json'}"]) == 0 and "a (PARTIAL)" in capsys.readouterr().out
 
 
 def test_an_absent_folder_is_an_error(tmp_path, capsys):

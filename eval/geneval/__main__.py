@@ -61,22 +61,37 @@ def generate(suite: Suite, options: argparse.Namespace) -> tuple[Path, Any]:
 
 
 def score(
-    suite: Suite, folder: Path, *, num_prompts: int | None, num_images: int | None, batch_size: int = 16
-) -> list[dict]:
+    suite: Suite,
+    folder: Path,
+    *,
+    num_prompts: int | None,
+    num_images: int | None,
+    batch_size: int = 16,
+    allow_partial: bool = False,
+) -> tuple[list[dict], list[str]]:
     """One result per image, under the official scorer's names (which has no detections); batch_size images are in memory.
 
-    Raises ValueError, naming the file, when an image or a prompt's metadata is missing or cannot be read.
+    Also returns what is missing, too many or unreadable, in words; without allow_partial that is a ValueError.
     """
-    files = layout.image_files(folder, num_prompts=num_prompts, num_images=num_images)
+    files, problems = layout.survey(folder, num_prompts=num_prompts, num_images=num_images)
+    if problems and not allow_partial:
+        raise ValueError(layout.listed(folder, problems))
     prompts = [suites.read_metadata(images[0].parent.parent / "metadata.jsonl", suite) for images in files]
     detector = suite.detector()
     results = []
     work = [(metadata, path) for metadata, images in zip(prompts, files, strict=True) for path in images]
     with tqdm(total=len(work), unit="image", desc=f"scoring {folder}", file=sys.stderr) as bar:
         for start in range(0, len(work), batch_size):
-            part = work[start : start + batch_size]
+            part, images = [], []
+            for metadata, path in work[start : start + batch_size]:
+                bar.update()
+                try:
+                    images.append(layout.open_image(path))
+                    part.append((metadata, path))
+                except ValueError as error:  # told below with all others
+                    problems.append(str(error).replace(f"{folder}{os.sep}", ""))
             colored = [[clause["class"] for clause in metadata["include"] if "color" in clause] for metadata, _ in part]
-            found = detector.detect_batch([layout.open_image(path) for _, path in part], colored)
+            found = detector.detect_batch(images, colored)
             for (metadata, path), detections in zip(part, found, strict=True):
                 verdict = judge(metadata, *by_class(detections), suite.settings)
                 results.append(
@@ -90,11 +105,12 @@ def score(
                         "detections": [asdict(detection) for detection in detections],
                     }
                 )
-            bar.update(len(part))
-    return results
+    if problems and not allow_partial:
+        raise ValueError(layout.listed(folder, problems))
+    return results, problems
 
 
-def write(out: Path, folder: Path, suite: Suite, results: list[dict], bounds: dict) -> dict:
+def write(out: Path, folder: Path, suite: Suite, results: list[dict], problems: list[str], bounds: dict) -> dict:
     """Write results.jsonl, report.html and summary.json, which comes last; returns the summary."""
     record = layout.read_record(folder)
     summary = {
@@ -102,6 +118,7 @@ def write(out: Path, folder: Path, suite: Suite, results: list[dict], bounds: di
         "detector": suite.detector().name,
         "scorer": asdict(suite.settings),
         "images": str(folder),
+        "partial": problems or None,
         "checkpoint": record.get("checkpoint"),
         "seed": record.get("seed"),
         "generation": record or None,
@@ -126,7 +143,7 @@ def evaluate(options: argparse.Namespace) -> None:
             if getattr(options, name) is not None:
                 print(f"note: --{name.replace('_', '-')} has no effect with --images", file=sys.stderr)
         folder, out = options.images, options.out or options.images
-        results = score(suite, folder, num_prompts=None, num_images=options.num_images, batch_size=options.batch_size)
+        sizes = dict(num_prompts=None, num_images=options.num_images)
     else:
         options.num_images = options.num_images or NUM_IMAGES
         folder, image_tokenizer = generate(suite, options)
@@ -135,12 +152,14 @@ def evaluate(options: argparse.Namespace) -> None:
             if int(os.environ.get("RANK", 0)) == 0:
                 print(f"when all ranks are done: python -m eval.geneval --images {folder} --suite {suite.name}")
             return
-        sizes = dict(num_prompts=len(suite.prompts), num_images=options.num_images, batch_size=options.batch_size)
-        results = score(suite, folder, **sizes)
+        sizes = dict(num_prompts=len(suite.prompts), num_images=options.num_images)
+    results, problems = score(
+        suite, folder, **sizes, batch_size=options.batch_size, allow_partial=options.allow_partial
+    )
     bounds = {}
     if suite.picture is not None and options.num_bound_images:
         bounds = ceiling.measure(suite, image_tokenizer, num_images=options.num_bound_images)
-    summary = write(out, folder, suite, results, bounds)
+    summary = write(out, folder, suite, results, problems, bounds)
     print(report_table.render({out.resolve().name: summary}))
     print(f"\n{out / 'summary.json'}\n{out / 'report.html'}")
 
@@ -163,6 +182,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--num-bound-images", type=int, default=300, help="pictures drawn for ceiling and chance (default 300, 0 is none)"
+    )
+    parser.add_argument(
+        "--allow-partial", action="store_true", help="score what is there; the score is marked partial wherever it is printed"
     )
     group = parser.add_argument_group("suite geneval")
     group.add_argument("--detector", metavar="PATH", help=f"Mask2Former, a folder or hub id (default {suites.MASK2FORMER})")

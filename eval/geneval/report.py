@@ -33,7 +33,7 @@ figcaption { font-size: .85rem } .reason { color: #a02c2c; white-space: pre-line
 
 def page(summary: dict, results: Sequence[dict], folder: Path) -> str:
     """The page as text. results: rows of results.jsonl; folder: where their files are."""
-    title = f"{summary['suite']}: {100 * summary['overall']['accuracy']:.1f} %"
+    title = f"{summary['suite']}: {100 * summary['overall']['accuracy']:.1f} %{' (PARTIAL)' if summary.get('partial') else ''}"
     facts = {
         "checkpoint": summary.get("checkpoint"),
         "images": f"{summary['num_images']} of {summary['num_prompts']} prompts, in {summary['images']}",
