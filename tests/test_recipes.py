@@ -156,8 +156,6 @@ def write_standin(section: module.Section, target: Path) -> None:
     torch.manual_seed(0)
     if target.parts[-2:] == ("runs", "tiny_start"):
         target.symlink_to(ROOT / "recipes/tiny/weights/base/backbone")
-    elif target.parts[-2:] == ("runs", "tiny_image_tokenizer"):
-        target.symlink_to(ROOT / "recipes/tiny/weights/base/image_tokenizer")
     elif "recipes/tiny" in str(target):
         target.symlink_to(ROOT / section.path)
     elif section.name in ("janus", "janus_vq"):

@@ -77,7 +77,7 @@ def train_text_tokenizer(captions: list[str]) -> PreTrainedTokenizerFast:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shards", type=Path, default=Path("data/shapes_base"))
-    parser.add_argument("--image-tokenizer", type=Path, default=Path("runs/tiny_image_tokenizer"))
+    parser.add_argument("--image-tokenizer", type=Path, default=Path("recipes/tiny/weights/base/image_tokenizer"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--layers", type=int, default=6)
