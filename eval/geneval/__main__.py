@@ -137,6 +137,9 @@ def evaluate(options: argparse.Namespace) -> None:
     suite = suites.load(options.suite, options.num_prompts, choice)
     if 0 < options.num_bound_images < (least := len({prompt["tag"] for prompt in suite.prompts})):
         raise ValueError(f"--num-bound-images is {options.num_bound_images}; expected 0, or at least one per skill, {least}")
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    if alone or options.images is not None:
+        suite.detector()  # a wrong path is told before hours of generating
     image_tokenizer = None
     if options.images is not None:
         for name in ("num_prompts", *SAMPLING, *(name for name in LOADING if name != "device")):
@@ -148,7 +151,7 @@ def evaluate(options: argparse.Namespace) -> None:
         options.num_images = options.num_images or NUM_IMAGES
         folder, image_tokenizer = generate(suite, options)
         out = folder
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if not alone:
             if int(os.environ.get("RANK", 0)) == 0:
                 print(f"when all ranks are done: python -m eval.geneval --images {folder} --suite {suite.name}")
             return
