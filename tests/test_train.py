@@ -315,7 +315,7 @@ def test_backbone_and_image_tokenizer_of_different_models_are_refused(bench):
     done = run(bench, "run.name=other", f"backbone.path={bench / 'other'}")
     assert done.returncode == 2
     assert "is not the image tokenizer of" in done.stderr and "Traceback" not in done.stderr
-    assert "predicts 16 tokens of (33,) codes" in done.stderr and "makes 16 of (32,)" in done.stderr
+    assert "the backbone predicts 16 codes an image out of 33" in done.stderr and "makes 16 codes an image out of 32," in done.stderr
 
 
 @pytest.fixture(scope="module")
