@@ -2,8 +2,12 @@
 
 Resumable: OUT/generation.json says which checkpoint and settings the images come from, and images that are there
 already are kept when it agrees. Under a launcher (RANK and WORLD_SIZE in the environment) every rank makes its share.
+Nothing here imports torch before a checkpoint is loaded, which takes seconds: mistakes in a command come to light before.
 """
 
+from __future__ import annotations
+
+import argparse
 import hashlib
 import json
 import os
@@ -11,12 +15,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
 
 from eval.layout import RECORD, image_path, read_record, write_text
-from mmtensorar.generate import Generator, Sampling, save_png
+from mmtensorar.options import LOADING, SAMPLING
+
+if TYPE_CHECKING:
+    from mmtensorar.generate import Generator, Sampling
 
 # Two runs that differ only in these make the same images, up to rounding.
 FREE = ("checkpoint", "batch_size", "device", "attn_implementation")
@@ -25,6 +33,51 @@ FREE = ("checkpoint", "batch_size", "device", "attn_implementation")
 def image_seed(seed: int, prompt_index: int, image_index: int) -> int:
     """The 63-bit seed of one image; models compared under one seed share their random numbers."""
     return int(np.random.SeedSequence((seed, prompt_index, image_index)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def alone() -> bool:
+    """Is this process the only one? Several share the images of a suite; then they are scored afterwards."""
+    return int(os.environ.get("WORLD_SIZE", 1)) == 1
+
+
+def load(options: argparse.Namespace) -> Generator:
+    """The generator of --ckpt, on the GPU that a launcher gives this rank. Raises ValueError like Generator.load."""
+    from mmtensorar.generate import Generator
+
+    loading = {name: getattr(options, name) for name in LOADING}
+    if options.device is None and "LOCAL_RANK" in os.environ:
+        import torch
+
+        loading["device"] = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
+    return Generator.load(options.ckpt, **loading)
+
+
+def generate_into(
+    options: argparse.Namespace, generator: Generator, suite: str, prompts: Sequence[dict], num_images: int
+) -> Path:
+    """`generate` as a command's options ask for it: ckpt, out, seed and those of mmtensorar.options.
+
+    Returns the folder: out, or runs/eval/NAME of the checkpoint's run.
+    """
+    from mmtensorar.generate import sampling_from
+
+    out = options.out or Path("runs/eval") / generator.recipe.run.name
+    sampling = sampling_from(generator, options)
+    numbers = dict(num_images=num_images, seed=options.seed, batch_size=options.batch_size)
+    made = generate(generator, options.ckpt, suite, prompts, out, sampling, **numbers)
+    print(f"{made} images made in {out}", flush=True)
+    return out
+
+
+def ignored(options: argparse.Namespace, names: Sequence[str] = ()) -> None:
+    """Say on stderr which of the options given have no effect on images that are there already."""
+    for name in (*names, *SAMPLING, *(name for name in LOADING if name != "device")):
+        if getattr(options, name) is not None:
+            print(f"note: --{name.replace('_', '-')} has no effect with --images", file=sys.stderr)
 
 
 def generate(
@@ -41,9 +94,11 @@ def generate(
 ) -> int:
     """Make the images of this rank that are missing in out; returns how many were made.
 
-    prompts: GenEval metadata. Raises ValueError when out holds images of another checkpoint, other settings or
+    prompts: GenEval metadata, or any object with the text, or class number, under "prompt". Raises ValueError when out holds images of another checkpoint, other settings or
     other prompts, or images of unknown origin.
     """
+    from mmtensorar.generate import save_png
+
     settings = {
         "checkpoint": str(ckpt),
         "checkpoint_sha256": hashlib.sha256((Path(ckpt) / "checkpoint.json").read_bytes()).hexdigest(),
@@ -60,15 +115,15 @@ def generate(
     }
     out.mkdir(parents=True, exist_ok=True)
     claim(out, settings)
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    work = [(prompt, image) for prompt in range(len(prompts)) for image in range(num_images)][rank::world_size]
+    work = [(prompt, image) for prompt in range(len(prompts)) for image in range(num_images)]
+    work = work[rank() :: int(os.environ.get("WORLD_SIZE", 1))]
     # Whole batches, also when some of their images are there: padding depends on the batch, and a resumed run
     # should make the images that an uninterrupted one makes.
     batches = [work[start : start + batch_size] for start in range(0, len(work), batch_size)]
     batches = [batch for batch in batches if not all(image_path(out, *place).is_file() for place in batch)]
     made = 0
     with tqdm(
-        total=sum(map(len, batches)), unit="image", desc=f"generating in {out}", file=sys.stderr, disable=rank > 0
+        total=sum(map(len, batches)), unit="image", desc=f"generating in {out}", file=sys.stderr, disable=rank() > 0
     ) as bar:
         for batch in batches:
             texts = [prompts[prompt]["prompt"] for prompt, _ in batch]

@@ -1,14 +1,20 @@
-"""Score recorded Inception features.
+"""FID, sFID, Inception score, precision and recall of a model, of pictures, or of recorded features.
 
+    python -m eval.fid --ckpt runs/NAME/model --ref VIRTUAL_imagenet256_labeled.npz      generates 50,000, then scores
+    python -m eval.fid --images FOLDER_OR_NPZ --ref FOLDER_OR_NPZ                        scores pictures made by anyone
     python -m eval.fid score --features features.npz [--split-size 5000] [--out FILE]
 
-The file holds float arrays: ref_pool [N, C] and sample_pool [M, C] for FID, precision and recall, ref_spatial and
-sample_spatial for sFID, sample_logits [M, V] for the Inception score. Making features of pictures is not built yet.
+--ref: an .npz of ADM's evaluator (arr_0, and mu, sigma, mu_s, sigma_s, which FID and sFID then take), or a folder. --ckpt:
+a class-conditional model, as many pictures of each class. --out receives summary.json and, kept for a run that goes on,
+features/ and the pictures. Under a launcher of several processes (torchrun) pictures are generated only; score them
+with --images afterwards. `score` takes float arrays: ref_pool [N, C] and sample_pool [M, C] for FID, precision and recall,
+ref_spatial and sample_spatial for sFID, sample_logits [M, V] for the Inception score.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import zipfile
@@ -17,9 +23,11 @@ from pathlib import Path
 
 import numpy as np
 
-from eval import layout
-from eval.fid import score
+from eval import layout, run, versions
+from eval.fid import features, score, sources
+from mmtensorar.options import add_generation
 
+NUM_IMAGES = 50_000  # of published numbers
 ARRAYS = ("ref_pool", "sample_pool", "ref_spatial", "sample_spatial", "sample_logits")
 
 
@@ -40,13 +48,21 @@ def read_features(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def measure(arrays: Mapping[str, np.ndarray], split_size: int = score.SPLIT_SIZE) -> dict[str, float]:
-    """The metrics that the arrays allow, by name. Raises ValueError when they allow none."""
+def measure(
+    arrays: Mapping[str, np.ndarray],
+    split_size: int = score.SPLIT_SIZE,
+    statistics: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
+) -> dict[str, float]:
+    """The metrics that the arrays allow, by name. Raises ValueError when they allow none.
+
+    statistics: kind of features -> mean and covariance of the reference, instead of those of its array.
+    """
     found = {}
     for name, kind in (("fid", "pool"), ("sfid", "spatial")):
-        if {f"ref_{kind}", f"sample_{kind}"} <= arrays.keys():
-            samples, reference = (score.statistics(arrays[f"{side}_{kind}"]) for side in ("sample", "ref"))
-            found[name] = score.frechet_distance(samples, reference)
+        known = (statistics or {}).get(kind)
+        if f"sample_{kind}" in arrays and (known or f"ref_{kind}" in arrays):
+            reference = score.Statistics(*known) if known else score.statistics(arrays[f"ref_{kind}"])
+            found[name] = score.frechet_distance(score.statistics(arrays[f"sample_{kind}"]), reference)
     if "sample_logits" in arrays:
         found["inception_score"] = score.inception_score(arrays["sample_logits"], split_size)
     if {"ref_pool", "sample_pool"} <= arrays.keys():
@@ -56,31 +72,150 @@ def measure(arrays: Mapping[str, np.ndarray], split_size: int = score.SPLIT_SIZE
     return found
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.fid", description="FID, sFID, Inception score, precision, recall.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("score", help="recorded features to scores")
-    command.add_argument("--features", type=Path, required=True, metavar="FILE", help=".npz")
-    command.add_argument("--split-size", type=int, default=score.SPLIT_SIZE, help="images a split of the Inception score")
-    command.add_argument("--out", type=Path, metavar="FILE", help="also write the scores as JSON")
-    options = parser.parse_args(arguments)
-    try:
-        if options.split_size < 1:
-            raise ValueError(f"--split-size is {options.split_size}; expected 1 or more")
-        arrays = read_features(options.features)
-        try:
-            found = measure(arrays, options.split_size)
-        except ValueError as error:
-            raise ValueError(f"{options.features}: {error}") from None
-        for name, value in found.items():
-            print(f"{name:<16} {value:.6f}")
+def file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def class_prompts(generator) -> list[dict]:
+    """A prompt per class. Raises ValueError for a model that is not class-conditional."""
+    from mmtensorar.captions import ClassNumbers
+
+    if not isinstance(generator.caption_encoder, ClassNumbers):
+        raise ValueError("this model takes captions; FID here is of class-conditional models, or of pictures (--images)")
+    return [{"prompt": str(number)} for number in range(generator.caption_encoder.num_classes)]
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    statistics = sources.reference_statistics(options.ref)  # a wrong path is told before hours of generating
+    reference = sources.find(options.ref)
+    numbers: dict = {}
+    if options.images is not None:
+        run.ignored(options, ["num_images"])
+        folder, out = options.images, options.out or Path("runs/eval") / f"{options.images.stem}_fid"
+    else:
+        generator = run.load(options)
+        prompts = class_prompts(generator)
+        each, rest = divmod(options.num_images or NUM_IMAGES, len(prompts))
+        if rest or not each:
+            raise ValueError(f"--num-images is {options.num_images or NUM_IMAGES}; expected a multiple of the {len(prompts)} classes")
+        folder = out = run.generate_into(options, generator, "class_conditional", prompts, each)
+        del generator
+        if not run.alone():
+            if run.rank() == 0:
+                print(f"when all ranks are done: python -m eval.fid --images {folder} --ref {options.ref} --out {folder}")
+            return
+        numbers = dict(num_prompts=len(prompts), num_images=each)
+    samples = sources.find(folder, **numbers)
+
+    from eval.fid.inception import Inception
+    from mmtensorar import devices
+
+    network = Inception.load(options.inception, devices.pick(options.device))
+    arrays: dict[str, np.ndarray] = {}
+    for side, pictures in (("ref", reference), ("sample", samples)):
+        found = features.extract(pictures, network, network.name, out / "features", options.batch_size)
+        arrays |= {f"{side}_{kind}": array for kind, array in found.items()}
+    found = measure(arrays, options.split_size, statistics)
+    record = layout.read_record(folder) if folder.is_dir() else {}
+    summary = {
+        "benchmark": "class_conditional",
+        **found,
+        "num_images": samples.num,
+        "images": str(folder),
+        "images_sha256": file_hash(folder) if folder.is_file() else None,
+        "reference": str(options.ref),
+        "reference_sha256": file_hash(options.ref) if options.ref.is_file() else None,
+        "reference_images": reference.num,
+        "statistics_of_the_reference": {
+            kind: "in the file" if kind in statistics else "of its pictures" for kind in ("pool", "spatial")
+        },
+        "inception": network.name,
+        "split_size": options.split_size,
+        "checkpoint": record.get("checkpoint"),
+        "seed": record.get("seed"),
+        "generation": record or None,
+        "versions": versions.installed(),
+    }
+    layout.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    print(f"\n{samples.num} pictures of {folder} against {options.ref}, {network.name}")
+    show(found)
+    if samples.num < NUM_IMAGES:
+        print(f"NOT comparable with published numbers, which are of {NUM_IMAGES:,} pictures: FID falls as their number grows")
+    print(f"\n{out / 'summary.json'}")
+
+
+def show(found: Mapping[str, float]) -> None:
+    for name, value in found.items():
+        print(f"{name:<16} {value:.6f}")
+    if "precision" in found:
         print("precision and recall: exact distances; ADM's float16 ones come out some hundredths higher")
-        if options.out is not None:
-            record = {"features": str(options.features), "split_size": options.split_size, **found}
-            layout.write_text(options.out, json.dumps(record, indent=2) + "\n")
+
+
+def score_features(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m eval.fid score", description="Recorded features to scores.")
+    parser.add_argument("--features", type=Path, required=True, metavar="FILE", help=".npz")
+    add_split_size(parser)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the scores as JSON")
+    options = parser.parse_args(arguments)
+    check_split_size(options)
+    arrays = read_features(options.features)
+    try:
+        found = measure(arrays, options.split_size)
+    except ValueError as error:
+        raise ValueError(f"{options.features}: {error}") from None
+    show(found)
+    if options.out is not None:
+        record = {"features": str(options.features), "split_size": options.split_size, **found}
+        layout.write_text(options.out, json.dumps(record, indent=2) + "\n")
+
+
+def add_split_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--split-size", type=int, default=score.SPLIT_SIZE, help="images a split of the Inception score")
+
+
+def check_split_size(options: argparse.Namespace) -> None:
+    if options.split_size < 1:
+        raise ValueError(f"--split-size is {options.split_size}; expected 1 or more")
+
+
+def score_pictures(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.fid",
+        description="FID, sFID, Inception score, precision and recall. `score --features FILE` takes recorded features.",
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--ckpt", type=Path, help="consolidated class-conditional checkpoint, such as runs/NAME/model")
+    source.add_argument("--images", type=Path, metavar="PATH", help="a folder, or an .npz with arr_0, uint8 [N, H, W, 3]")
+    parser.add_argument("--ref", type=Path, required=True, metavar="PATH", help="ADM's reference .npz, or a folder")
+    parser.add_argument("--out", type=Path, help="default: runs/eval/NAME of the checkpoint's run, or of the pictures")
+    parser.add_argument("--num-images", type=int, help=f"in all, as many of each class (default {NUM_IMAGES})")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--inception", type=Path, metavar="FILE", help="torch-fidelity's weights; default: downloaded once")
+    add_split_size(parser)
+    add_generation(parser, needs=", with --ckpt")
+    options = parser.parse_args(arguments)
+    check_split_size(options)
+    for name, least in (("num_images", 1), ("seed", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; expected {least} or more")
+    evaluate(options)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        if arguments and arguments[0] == "score":
+            score_features(arguments[1:])
+        else:
+            score_pictures(arguments)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from what there is", file=sys.stderr)
+        return 130
     return 0
 
 

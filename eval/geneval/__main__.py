@@ -18,46 +18,17 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
-from eval import layout, report_table
+from eval import layout, report_table, run
 from eval.geneval import ceiling, compare, recorded, report
 from eval.geneval import suite as suites
 from eval.geneval.score import by_class, judge, summarize
 from eval.geneval.suite import Suite
-from mmtensorar.options import LOADING, SAMPLING, add_generation
+from mmtensorar.options import add_generation
 
 NUM_IMAGES = 4  # per prompt, as GenEval
-
-
-def generate(suite: Suite, options: argparse.Namespace) -> tuple[Path, Any]:
-    """Make the images that are missing; returns the folder and the checkpoint's image tokenizer."""
-    # torch takes seconds to import, so mistakes in the command come to light before.
-    from eval import run
-    from mmtensorar.generate import Generator, sampling_from
-
-    loading = {name: getattr(options, name) for name in LOADING}
-    if options.device is None and "LOCAL_RANK" in os.environ:
-        import torch
-
-        loading["device"] = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
-    generator = Generator.load(options.ckpt, **loading)
-    out = options.out or Path("runs/eval") / generator.recipe.run.name
-    made = run.generate(
-        generator,
-        options.ckpt,
-        suite.name,
-        suite.prompts,
-        out,
-        sampling_from(generator, options),
-        num_images=options.num_images,
-        seed=options.seed,
-        batch_size=options.batch_size,
-    )
-    print(f"{made} images made in {out}", flush=True)
-    return out, generator.image_tokenizer
 
 
 def score(
@@ -137,22 +108,20 @@ def evaluate(options: argparse.Namespace) -> None:
     suite = suites.load(options.suite, options.num_prompts, choice)
     if 0 < options.num_bound_images < (least := len({prompt["tag"] for prompt in suite.prompts})):
         raise ValueError(f"--num-bound-images is {options.num_bound_images}; expected 0, or at least one per skill, {least}")
-    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-    if alone or options.images is not None:
+    if run.alone() or options.images is not None:
         suite.detector()  # a wrong path is told before hours of generating
     image_tokenizer = None
     if options.images is not None:
-        for name in ("num_prompts", *SAMPLING, *(name for name in LOADING if name != "device")):
-            if getattr(options, name) is not None:
-                print(f"note: --{name.replace('_', '-')} has no effect with --images", file=sys.stderr)
+        run.ignored(options, ["num_prompts"])
         folder, out = options.images, options.out or options.images
         sizes = dict(num_prompts=None, num_images=options.num_images)
     else:
         options.num_images = options.num_images or NUM_IMAGES
-        folder, image_tokenizer = generate(suite, options)
-        out = folder
-        if not alone:
-            if int(os.environ.get("RANK", 0)) == 0:
+        generator = run.load(options)
+        folder = out = run.generate_into(options, generator, suite.name, suite.prompts, options.num_images)
+        image_tokenizer = generator.image_tokenizer
+        if not run.alone():
+            if run.rank() == 0:
                 print(f"when all ranks are done: python -m eval.geneval --images {folder} --suite {suite.name}")
             return
         sizes = dict(num_prompts=len(suite.prompts), num_images=options.num_images)

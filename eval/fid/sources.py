@@ -1,0 +1,125 @@
+"""Pictures for FID: a folder, or an .npz as ADM's evaluator takes them. Read a batch at a time, whatever their number."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from eval import layout
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+PICTURES = "arr_0"
+STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # of pool and spatial features, in ADM's reference files
+MAX_SIDE = 4096
+
+
+class Pictures(NamedTuple):
+    """batches: number of pictures a batch -> arrays [B, H, W, 3] uint8, in order."""
+
+    name: str
+    num: int
+    batches: Callable[[int], Iterator[np.ndarray]]
+
+
+def find(path: Path, *, num_prompts: int | None = None, num_images: int | None = None) -> Pictures:
+    """A folder's or an .npz file's pictures; num_prompts and num_images are of a folder in eval/layout.py's layout.
+
+    Such a folder goes round its prompts, the first picture of each, then the second: in order of the files, the splits
+    of the Inception score would hold few classes each. Any other folder goes by file names, subfolders included. Raises
+    ValueError when there are no pictures, or not those that there must be.
+    """
+    if path.suffix == ".npz":
+        return _archive(path)
+    if not path.is_dir():
+        raise ValueError(f"{path} is neither a folder nor an .npz file")
+    if (path / layout.RECORD).is_file() or num_prompts is not None:
+        prompts = layout.image_files(path, num_prompts=num_prompts, num_images=num_images)
+        files = [images[number] for number in range(len(prompts[0])) for images in prompts]
+    else:
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    if not files:
+        raise ValueError(f"{path} holds no pictures ({', '.join(SUFFIXES)})")
+    return Pictures(str(path), len(files), lambda size: _read_files(files, size))
+
+
+def _read_files(files: Sequence[Path], size: int) -> Iterator[np.ndarray]:
+    first = None
+    for start in range(0, len(files), size):
+        batch = []
+        for file in files[start : start + size]:
+            image = layout.open_image(file)
+            first = first or image.size
+            if image.size != first:
+                sides = " and ".join(f"{width}x{height}" for width, height in (first, image.size))
+                raise ValueError(f"{file}: pictures of {sides} in one folder; expected one size, as generated or cropped")
+            batch.append(np.asarray(image))
+        yield np.stack(batch)
+
+
+def _archive(path: Path) -> Pictures:
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(f"{PICTURES}.npy") as file:
+            shape = _header(file, path)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except (OSError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: no .npz with an array {PICTURES} ({error})") from None
+    return Pictures(str(path), shape[0], lambda size: _read_archive(path, size))
+
+
+def _read_archive(path: Path, size: int) -> Iterator[np.ndarray]:
+    with zipfile.ZipFile(path) as archive, archive.open(f"{PICTURES}.npy") as file:
+        num, *sides = _header(file, path)
+        for start in range(0, num, size):
+            shape = (min(size, num - start), *sides)
+            try:
+                content = file.read(int(np.prod(shape)))
+            except (OSError, EOFError, zipfile.BadZipFile, ValueError) as error:
+                raise ValueError(f"{path}: damaged after {start} pictures ({error})") from None
+            if len(content) < np.prod(shape):
+                raise ValueError(f"{path}: ends within picture {start + len(content) // int(np.prod(sides))} of {num}")
+            yield np.frombuffer(content, np.uint8).reshape(shape)
+
+
+def _header(file, path: Path) -> tuple[int, int, int, int]:
+    """Reads a .npy header; the shape. Raises ValueError unless pictures follow."""
+    formats = np.lib.format
+    try:
+        version = formats.read_magic(file)
+        read = formats.read_array_header_1_0 if version == (1, 0) else formats.read_array_header_2_0
+        shape, by_columns, dtype = read(file)
+    except ValueError as error:
+        raise ValueError(f"{path}: {PICTURES} is damaged ({error})") from None
+    fits = dtype == np.uint8 and len(shape) == 4 and shape[3] == 3 and not by_columns
+    if not fits or not all(0 < side <= MAX_SIDE for side in shape[1:3]) or shape[0] < 1:
+        raise ValueError(f"{path}: {PICTURES} is {dtype} of shape {list(shape)}; expected uint8 [N, H, W, 3]")
+    return shape
+
+
+def reference_statistics(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Kind of features, pool or spatial -> mean [C] and covariance [C, C], of those that an ADM reference file holds.
+
+    They are of the whole training set, where its pictures are 10,000 of it. Raises ValueError for damage.
+    """
+    if path.suffix != ".npz":
+        return {}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = {name: file[name] for name in STATISTICS if name in file.files}
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: not an .npz of arrays ({error})") from None
+    statistics = {}
+    for kind, (mean, covariance) in {"pool": STATISTICS[:2], "spatial": STATISTICS[2:]}.items():
+        if mean in found and covariance in found:
+            wide = found[mean].shape[-1:]
+            if found[mean].ndim != 1 or found[covariance].shape != wide * 2:
+                shapes = f"{list(found[mean].shape)} and {list(found[covariance].shape)}"
+                raise ValueError(f"{path}: {mean} and {covariance} are of shapes {shapes}; expected [C] and [C, C]")
+            statistics[kind] = found[mean], found[covariance]
+    return statistics
