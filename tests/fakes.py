@@ -259,3 +259,66 @@ def tiny_open_magvit2(side: int = 3):
 def class_condition(*classes: int) -> Condition:
     values = torch.tensor(classes)[:, None]
     return Condition(values, torch.ones_like(values, dtype=torch.bool))
+
+
+def write_tiny_vlm(folder: Path) -> None:
+    """A random LLaVA with its processor, which says one of five words about 8 x 8 pictures; Hugging Face's layout."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+        PreTrainedTokenizerFast,
+    )
+
+    special = ["<unk>", "<pad>", "<s>", "</s>", "<image>"]
+    words = [*special, *"yes no Yes No maybe is there the a circle red blue ? Answer with one word , or .".split()]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(special)
+    names = dict(unk_token="<unk>", pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    template = (
+        "{% for message in messages %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<image> "
+        "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+    )
+    LlavaProcessor(
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}),
+        tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names),
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        image_token="<image>",
+        chat_template=template,
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)
+    small = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2)
+    text = LlamaConfig(
+        vocab_size=len(words),
+        num_hidden_layers=1,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=1,
+        bos_token_id=2,
+        eos_token_id=3,
+        initializer_range=0.8,
+        **small,
+    )
+    vision = CLIPVisionConfig(
+        num_hidden_layers=2, image_size=8, patch_size=4, projection_dim=16, initializer_range=0.8, initializer_factor=8.0, **small
+    )
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            text_config=text,
+            vision_config=vision,
+            image_token_index=4,
+            vision_feature_select_strategy="default",
+            vision_feature_layer=-2,
+        )
+    )
+    with torch.no_grad():  # nothing but the first words can be said
+        model.lm_head.weight[[0, 1, 2, 4, *range(10, len(words))]] = 0
+        model.lm_head.weight[5:10] *= 10
+    model.save_pretrained(folder)

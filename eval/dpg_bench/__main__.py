@@ -1,10 +1,17 @@
-"""Score recorded answers on DPG-Bench.
+"""Score a model, pictures, or recorded answers on DPG-Bench.
 
+    python -m eval.dpg_bench --ckpt runs/NAME/model --bench dpg_bench/       generates, asks a judge, scores
+    python -m eval.dpg_bench --images FOLDER --bench dpg_bench/              asks about pictures made by anyone
     python -m eval.dpg_bench score --answers answers.jsonl[.gz] --questions dpg_bench.csv [--num-images N] [--out FILE]
 
-The table of questions is dpg_bench/dpg_bench.csv of github.com/TencentQQGYLab/ELLA; bring it along. A line of the
-answers is one picture: item_id, image (its number in the item's grid, from 0) and answers {question id: text}. Both
-modes of score.py are printed, the official one first. Asking a judge is not built yet: answers come from elsewhere.
+--bench: the folder dpg_bench/ of github.com/TencentQQGYLab/ELLA, which holds the table of questions and the prompts; bring
+it along. --images: 2 x 2 grids as the official script takes them (pictures.py), or with --single one sample a file. Both
+modes of score.py are printed, the official one first. --out receives answers.jsonl, summary.json, cache.jsonl (every answer
+asked for, so that an interrupted run goes on) and with --ckpt the pictures. Under a launcher of several processes
+(torchrun) pictures are generated only; score them with --images afterwards.
+
+`score` takes answers from elsewhere. A line is one picture: item_id, image (its number in the item's grid, from 0) and
+answers {question id: text}.
 """
 
 from __future__ import annotations
@@ -13,11 +20,19 @@ import argparse
 import hashlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from eval import layout, lines
-from eval.dpg_bench import score
+from tqdm import tqdm
+
+from eval import layout, lines, run, versions
+from eval.dpg_bench import pictures, score
+from mmtensorar.options import add_generation
+
+if TYPE_CHECKING:
+    from eval.dpg_bench.judges import Judge
 
 OFFICIAL_TABLE = "98457fc9901943f51ff9a30367250fc292533bed"  # git blob id
 
@@ -72,40 +87,202 @@ def render(name: str, scores: score.Scores) -> str:
     return "\n".join(text)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.dpg_bench", description="DPG-Bench.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("score", help="recorded answers to scores")
-    command.add_argument("--answers", type=Path, required=True, metavar="FILE", help=".jsonl or .jsonl.gz")
-    command.add_argument("--questions", type=Path, required=True, metavar="FILE", help="the table, dpg_bench.csv")
-    command.add_argument("--num-images", type=int, metavar="N", help="first pictures of each item to count (default: all)")
-    command.add_argument("--judge", default="not told", help="who gave the answers; stands beside the score")
-    command.add_argument("--out", type=Path, metavar="FILE", help="also write everything as JSON")
-    options = parser.parse_args(arguments)
+def report(rows: Sequence[score.Question], table: Path, answers: score.Answers, judge: str, partial: Sequence[str] = ()) -> dict:
+    """Print both modes; returns them with what they are of, for a JSON file."""
+    blob = git_blob_id(table)
+    which = "the official table" if blob == OFFICIAL_TABLE else f"NOT the official table, which is {OFFICIAL_TABLE}"
+    print(f"questions: {table}, git blob {blob}: {which}\njudge: {judge}\n")
+    mark = f" (PARTIAL, {len(partial)} pictures or items are missing, too many or unreadable)" if partial else ""
+    official = score.official(rows, answers)
+    print(render(f"official{mark}", official))
     try:
-        if options.num_images is not None and options.num_images < 1:
-            raise ValueError(f"--num-images is {options.num_images}; expected 1 or more")
-        rows = score.read_rows(options.questions)
-        blob = git_blob_id(options.questions)
-        answers = read_answers(options.answers, options.num_images)
-        which = "the official table" if blob == OFFICIAL_TABLE else f"NOT the official table, which is {OFFICIAL_TABLE}"
-        print(f"questions: {options.questions}, git blob {blob}: {which}\njudge: {options.judge}\n")
-        official = score.official(rows, answers)
-        print(render("official", official))
-        try:
-            corrected = score.corrected(rows, answers)
-            print("\n" + render("corrected", corrected))
-        except ValueError as error:
-            corrected = None
-            print(f"\ncorrected: there is no such score, {error}")
-        if options.out is not None:
-            modes = {"official": as_dict(official), "corrected": corrected and as_dict(corrected)}
-            record = {"questions": str(options.questions), "git_blob": blob, "judge": options.judge, **modes}
-            layout.write_text(options.out, json.dumps(record, indent=2) + "\n")
-            print(f"\n{options.out}")
+        corrected = score.corrected(rows, answers)
+        print("\n" + render("corrected", corrected))
+    except ValueError as error:
+        corrected = None
+        print(f"\ncorrected: there is no such score, {error}")
+    given = Counter(text if text in ("yes", "no") else "other" for each in answers.values() for one in each for text in one.values())
+    return {
+        "benchmark": "dpg_bench",
+        "judge": judge,
+        "questions": str(table),
+        "git_blob": blob,
+        "is_official_table": blob == OFFICIAL_TABLE,
+        "partial": list(partial) or None,
+        "answers_given": dict(given),
+        "official": as_dict(official),
+        "corrected": corrected and as_dict(corrected),
+    }
+
+
+def score_answers(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m eval.dpg_bench score", description="Recorded answers to scores.")
+    parser.add_argument("--answers", type=Path, required=True, metavar="FILE", help=".jsonl or .jsonl.gz")
+    parser.add_argument("--questions", type=Path, required=True, metavar="FILE", help="the table, dpg_bench.csv")
+    parser.add_argument("--num-images", type=int, metavar="N", help="first pictures of each item to count (default: all)")
+    parser.add_argument("--judge", default="not told", help="who gave the answers; stands beside the score")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write everything as JSON")
+    options = parser.parse_args(arguments)
+    if options.num_images is not None and options.num_images < 1:
+        raise ValueError(f"--num-images is {options.num_images}; expected 1 or more")
+    rows = score.read_rows(options.questions)
+    found = report(rows, options.questions, read_answers(options.answers, options.num_images), options.judge)
+    if options.out is not None:
+        layout.write_text(options.out, json.dumps(found, indent=2) + "\n")
+        print(f"\n{options.out}")
+
+
+def ask(
+    folder: Path,
+    rows: Sequence[score.Question],
+    judge: Judge,
+    cache: Path,
+    *,
+    num_images: int,
+    single: bool,
+    allow_partial: bool,
+) -> tuple[dict[str, list[dict[int, str]]], list[str]]:
+    """item -> per picture {question id: answer}; and what is missing, too many or unreadable, in words.
+
+    Without allow_partial that is a ValueError, before anything is asked where a file's absence tells it.
+    """
+    from eval.dpg_bench.answers import Cache
+
+    table = score.whole_table(rows)
+    items, problems = pictures.survey(folder, table, num_samples=num_images, single=single)
+    if problems and not allow_partial:
+        raise ValueError(layout.listed(folder, problems))
+    known = Cache(cache)
+    answers: dict[str, list[dict[int, str]]] = {}
+    with tqdm(total=num_images * len(items), unit="image", desc=f"asking about {folder}", file=sys.stderr) as bar:
+        for item in items:
+            try:
+                samples = item.samples(num_images)
+            except ValueError as error:
+                if not allow_partial:
+                    raise
+                problems.append(str(error))
+                continue
+            texts = {question.id: question.text for question in table[item.id]}  # of two rows with one id the last counts
+            answers[item.id] = []
+            for sample in samples:
+                answers[item.id].append(dict(zip(texts, known.ask(judge, sample, list(texts.values())), strict=True)))
+                bar.update()
+    return answers, problems
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    table = options.bench / pictures.TABLE
+    if not table.is_file():
+        raise ValueError(f"{table} is missing; expected the folder dpg_bench/ of the ELLA repository (github.com/TencentQQGYLab/ELLA)")
+    rows = score.read_rows(table)
+    num_images = options.num_images or (1 if options.single else pictures.CELLS)
+    if options.images is None:
+        prompts = pictures.read_prompts(options.bench)
+        if strange := sorted({row.item for row in rows} ^ {prompt["item_id"] for prompt in prompts}):
+            raise ValueError(f"{options.bench}: {len(strange)} items have a prompt but no question, or no prompt: {', '.join(strange[:5])}")
+    elif num_images > (most := 1 if options.single else pictures.CELLS) and not (options.images / layout.RECORD).is_file():
+        raise ValueError(f"--num-images is {num_images}; a file holds {most}")
+    from eval.dpg_bench import judges
+
+    judge = None
+    if run.alone() or options.images is not None:
+        judge = judges.load(options.judge or judges.DEFAULT, options.device)  # a wrong path is told before hours of generating
+    if options.images is not None:
+        run.ignored(options)
+        folder, out = options.images, options.out or Path("runs/eval") / f"{options.images.resolve().name}_dpg_bench"
+    else:
+        folder = out = run.generate_into(options, run.load(options), "dpg_bench", prompts, num_images)
+        if judge is None:
+            if run.rank() == 0:
+                print(f"when all ranks are done: python -m eval.dpg_bench --images {folder} --bench {options.bench} --out {folder}")
+            return
+    what = dict(num_images=num_images, single=options.single, allow_partial=options.allow_partial)
+    answers, problems = ask(folder, rows, judge, out / "cache.jsonl", **what)
+    if not answers:
+        raise ValueError(layout.listed(folder, problems))
+    found = report(rows, table, answers, judge.name, problems)
+    record = layout.read_record(folder)
+    told: dict[str, Any] = {
+        "images": str(folder),
+        "num_images": num_images,
+        "items_expected": len({row.item for row in rows}),
+        "items_found": len(answers),
+        "checkpoint": record.get("checkpoint"),
+        "seed": record.get("seed"),
+        "generation": record or None,
+        "versions": versions.installed(),
+    }
+    lines.write(
+        out / "answers.jsonl",
+        (
+            {"item_id": item, "image": number, "answers": {str(key): text for key, text in picture.items()}}
+            for item, given in answers.items()
+            for number, picture in enumerate(given)
+        ),
+    )
+    layout.write_text(out / "summary.json", json.dumps(found | told, indent=2) + "\n")
+    print(f"\n{out / 'summary.json'}")
+
+
+def score_pictures(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.dpg_bench",
+        description="DPG-Bench. `score --answers FILE` takes recorded answers, `grids FOLDER` writes the official pictures.",
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--ckpt", type=Path, help="consolidated checkpoint, such as runs/NAME/model")
+    source.add_argument("--images", type=Path, metavar="FOLDER", help="2 x 2 grids <item_id>.png, or what --ckpt generated")
+    parser.add_argument("--bench", type=Path, required=True, metavar="FOLDER", help="dpg_bench/ of the ELLA repository")
+    parser.add_argument("--judge", help="mplug, or a vision-language model's folder or hub id (default Qwen/Qwen2.5-VL-7B-Instruct)")
+    parser.add_argument("--out", type=Path, help="default: runs/eval/NAME of the checkpoint's run, or of the pictures' folder")
+    parser.add_argument("--num-images", type=int, help="samples per prompt, the first of a grid (default 4, with --single 1)")
+    parser.add_argument("--single", action="store_true", help="a file is one sample, and no grid")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--allow-partial", action="store_true", help="score what is there; the score is marked partial wherever it is printed"
+    )
+    add_generation(parser, needs=", with --ckpt")
+    options = parser.parse_args(arguments)
+    for name, least in (("num_images", 1), ("seed", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; expected {least} or more")
+    evaluate(options)
+
+
+def write_grids(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.dpg_bench grids", description="Generated pictures as the official script takes them: <item_id>.png, 2 x 2."
+    )
+    parser.add_argument("folder", type=Path, help="what --ckpt generated")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    options = parser.parse_args(arguments)
+    written = 0
+    for images in layout.image_files(options.folder, num_images=pictures.CELLS):
+        place = images[0].parent.parent / "metadata.jsonl"
+        item = layout.read_json(place).get("item_id")
+        if not isinstance(item, str) or not item or "/" in item or item.startswith("."):
+            raise ValueError(f"{place}: item_id is {item!r}; expected a name, as --ckpt writes it")
+        pictures.write_grid([layout.open_image(path) for path in images], options.out / f"{item}.png")
+        written += 1
+    print(f"{written} grids in {options.out}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    commands = {"score": score_answers, "grids": write_grids}
+    try:
+        if arguments and arguments[0] in commands:
+            commands[arguments[0]](arguments[1:])
+        else:
+            score_pictures(arguments)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from what there is", file=sys.stderr)
+        return 130
     return 0
 
 

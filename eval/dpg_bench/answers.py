@@ -1,0 +1,61 @@
+"""Answers that a judge gave, kept in a file, so that a run that was broken off goes on without asking again.
+
+A line is one answer: the SHA-256 of the picture's pixels, the question, the judge and the answer. The file only grows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from eval import lines
+from eval.dpg_bench.judges import Judge
+
+KEYS = ("image_sha256", "question", "judge", "answer")
+
+
+def image_hash(image: Image.Image) -> str:
+    return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()
+
+
+class Cache:
+    """Raises ValueError, naming the line, for a file that is damaged anywhere but in a last line that was cut short."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._known: dict[tuple[str, str, str], str] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file():
+            _drop_cut_line(path)
+        if path.is_file() and path.stat().st_size:
+            for where, row in lines.read(path):
+                if not all(isinstance(row.get(key), str) for key in KEYS):
+                    raise ValueError(f"{where}: expected {', '.join(KEYS)}")
+                self._known[row["image_sha256"], row["question"], row["judge"]] = row["answer"]
+
+    def ask(self, judge: Judge, image: Image.Image, questions: Sequence[str]) -> list[str]:
+        """The judge's answers; only what is not known is asked, and written down before this returns."""
+        picture = image_hash(image)
+        new = [q for q in dict.fromkeys(questions) if (picture, q, judge.name) not in self._known]
+        if new:
+            answers = judge.ask_all(image, new)
+            with self.path.open("a", encoding="utf-8") as file:
+                for question, answer in zip(new, answers, strict=True):
+                    self._known[picture, question, judge.name] = answer
+                    file.write(json.dumps(dict(zip(KEYS, (picture, question, judge.name, answer), strict=True))) + "\n")
+        return [self._known[picture, question, judge.name] for question in questions]
+
+
+def _drop_cut_line(path: Path) -> None:
+    """Take off what follows the last end of a line: a process was killed while it wrote."""
+    with path.open("rb+") as file:
+        size = file.seek(0, 2)
+        back = min(size, lines.MAX_LINE)
+        file.seek(size - back)
+        tail = file.read(back)
+        if not tail.endswith(b"\n"):
+            file.truncate(size - back + tail.rfind(b"\n") + 1)
