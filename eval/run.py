@@ -26,8 +26,8 @@ from mmtensorar.options import LOADING, SAMPLING
 if TYPE_CHECKING:
     from mmtensorar.generate import Generator, Sampling
 
-# Two runs that differ only in these make the same images, up to rounding.
-FREE = ("checkpoint", "batch_size", "device", "attn_implementation")
+# Two runs that differ only in these make the same images, up to rounding; prompts_sha256 tells other prompts.
+FREE = ("checkpoint", "num_prompts", "batch_size", "device", "attn_implementation")
 
 
 def image_seed(seed: int, prompt_index: int, image_index: int) -> int:
@@ -103,6 +103,7 @@ def generate(
         "checkpoint": str(ckpt),
         "checkpoint_sha256": hashlib.sha256((Path(ckpt) / "checkpoint.json").read_bytes()).hexdigest(),
         "suite": suite,
+        "num_prompts": len(prompts),
         "prompts_sha256": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
         "num_images": num_images,
         "seed": seed,

@@ -6,13 +6,14 @@
 --out receives results.jsonl (one line per image), summary.json, report.html and, with --ckpt, the images. An interrupted run
 continues where it stopped when the same command is given again. Under a launcher of several processes (torchrun) the
 images are generated only; score them with --images afterwards. Other commands: `python -m eval.geneval score` scores
-recorded detections (recorded.py), `compare` sets models side by side (compare.py), `python -m eval.geneval.ceiling` draws
-the shapes suite's bounds.
+recorded detections (recorded.py), `compare` sets models side by side (compare.py), `self-test` and `convert-detector` are
+of suite geneval's detector, `python -m eval.geneval.ceiling` draws the shapes suite's bounds.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -21,14 +22,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from eval import layout, report_table, run
-from eval.geneval import ceiling, compare, recorded, report
+from eval import layout, report_table, run, versions
+from eval.geneval import ceiling, report
 from eval.geneval import suite as suites
 from eval.geneval.score import by_class, judge, summarize
 from eval.geneval.suite import Suite
 from mmtensorar.options import add_generation
 
-NUM_IMAGES = 4  # per prompt, as GenEval
+COMMANDS = {"score": "recorded", "compare": "compare", "convert-detector": "convert_detector", "self-test": "self_test"}
 
 
 def score(
@@ -81,8 +82,8 @@ def score(
     return results, problems
 
 
-def write(out: Path, folder: Path, suite: Suite, results: list[dict], problems: list[str], bounds: dict) -> dict:
-    """Write results.jsonl, report.html and summary.json, which comes last; returns the summary."""
+def write(out: Path, folder: Path, suite: Suite, results: list[dict], problems: list[str], facts: dict) -> dict:
+    """Write results.jsonl, report.html and summary.json, which comes last; returns the summary. facts: what it also holds."""
     record = layout.read_record(folder)
     summary = {
         "suite": suite.name,
@@ -94,7 +95,8 @@ def write(out: Path, folder: Path, suite: Suite, results: list[dict], problems: 
         "seed": record.get("seed"),
         "generation": record or None,
         **summarize((json.loads(result["metadata"]), result["correct"]) for result in results),
-        **bounds,
+        **facts,
+        "versions": versions.installed(),
     }
     out.mkdir(parents=True, exist_ok=True)
     layout.write_text(out / "results.jsonl", "".join(json.dumps(result) + "\n" for result in results))
@@ -103,20 +105,36 @@ def write(out: Path, folder: Path, suite: Suite, results: list[dict], problems: 
     return summary
 
 
+def expected(suite: Suite, folder: Path, options: argparse.Namespace) -> dict[str, int | None]:
+    """How many prompts and images of each there must be in a folder: as asked for, as generated, or as the suite has them.
+
+    None where nothing tells: then as many as the most that are there.
+    """
+    record = layout.read_record(folder) if folder.is_dir() else {}
+    num_prompts, num_images = record.get("num_prompts"), record.get("num_images")
+    if suite.is_whole:
+        num_prompts, num_images = num_prompts or len(suite.prompts), num_images or suites.NUM_IMAGES
+    if options.num_prompts is not None:
+        num_prompts = len(suite.prompts)
+    return dict(num_prompts=num_prompts, num_images=options.num_images or num_images)
+
+
 def evaluate(options: argparse.Namespace) -> None:
     choice = suites.DetectorChoice(options.detector, options.clip, options.device)
     suite = suites.load(options.suite, options.num_prompts, choice)
     if 0 < options.num_bound_images < (least := len({prompt["tag"] for prompt in suite.prompts})):
         raise ValueError(f"--num-bound-images is {options.num_bound_images}; expected 0, or at least one per skill, {least}")
+    tested = None
     if run.alone() or options.images is not None:
-        suite.detector()  # a wrong path is told before hours of generating
+        # What is wrong with the detector is told before hours of generating.
+        tested = "left out" if options.no_self_test else suite.detector().self_test()
     image_tokenizer = None
     if options.images is not None:
-        run.ignored(options, ["num_prompts"])
+        run.ignored(options)
         folder, out = options.images, options.out or options.images
-        sizes = dict(num_prompts=None, num_images=options.num_images)
+        sizes = expected(suite, folder, options)
     else:
-        options.num_images = options.num_images or NUM_IMAGES
+        options.num_images = options.num_images or suites.NUM_IMAGES
         generator = run.load(options)
         folder = out = run.generate_into(options, generator, suite.name, suite.prompts, options.num_images)
         image_tokenizer = generator.image_tokenizer
@@ -131,16 +149,18 @@ def evaluate(options: argparse.Namespace) -> None:
     bounds = {}
     if suite.picture is not None and options.num_bound_images:
         bounds = ceiling.measure(suite, image_tokenizer, num_images=options.num_bound_images)
-    summary = write(out, folder, suite, results, problems, bounds)
+    all_images = None if None in sizes.values() else sizes["num_prompts"] * sizes["num_images"]
+    facts = {"images_expected": all_images, "self_test": tested, **bounds}
+    summary = write(out, folder, suite, results, problems, facts)
     print(report_table.render({out.resolve().name: summary}))
     print(f"\n{out / 'summary.json'}\n{out / 'report.html'}")
 
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {"score": recorded.main, "compare": compare.main}
-    if arguments and arguments[0] in commands:
-        return commands[arguments[0]](arguments[1:])
+    if arguments and arguments[0] in COMMANDS:
+        # Some need torch, which takes seconds to import.
+        return importlib.import_module(f"eval.geneval.{COMMANDS[arguments[0]]}").main(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="python -m eval.geneval", description="Score a model, or images, on GenEval-style prompts."
     )
@@ -150,7 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--suite", required=True, help=f"one of {', '.join(suites.SUITES)}")
     parser.add_argument("--out", type=Path, help="default: runs/eval/NAME of the checkpoint's run, or the images' folder")
     parser.add_argument("--num-prompts", type=int, help="per skill; default: the suite's own number")
-    parser.add_argument("--num-images", type=int, help=f"per prompt; default {NUM_IMAGES}, with --images what is there")
+    parser.add_argument("--num-images", type=int, help=f"per prompt (default {suites.NUM_IMAGES}, or as generated)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--num-bound-images", type=int, default=300, help="pictures drawn for ceiling and chance (default 300, 0 is none)"
@@ -158,9 +178,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--allow-partial", action="store_true", help="score what is there; the score is marked partial wherever it is printed"
     )
-    group = parser.add_argument_group("suite geneval")
-    group.add_argument("--detector", metavar="PATH", help=f"Mask2Former, a folder or hub id (default {suites.MASK2FORMER})")
-    group.add_argument("--clip", metavar="PATH", help=f"weights of ViT-L/14: open_clip's tag or a file (default {suites.CLIP})")
+    suites.add_detector(parser)
+    parser.add_argument(
+        "--no-self-test", action="store_true", help="score also with a detector that fails `self-test`; the summary tells"
+    )
     add_generation(parser, needs=", with --ckpt")
     options = parser.parse_args(arguments)
     try:

@@ -52,6 +52,13 @@ class Detector:
         """The same of several images. colored: per image the classes whose colour is wanted; None is all of them."""
         return [self.detect(image) for image in images]
 
+    def self_test(self) -> dict | None:
+        """What pictures of known content show, for the summary; None when there is nothing to doubt.
+
+        Raises ValueError for an outcome that no working detector has.
+        """
+        return None
+
 
 def _stretch(alpha: np.ndarray) -> tuple[np.ndarray, float, tuple[int, int, int, int]]:
     """Cut alpha to the box of its pixels above 1/2 and stretch it; returns [GRID, GRID], width/height and the box."""

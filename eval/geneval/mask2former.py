@@ -3,8 +3,9 @@
 What mmdet does, which transformers' own post-processing does not: the picture is fitted into 1333 x 800 and padded to a
 multiple of 32; each of the 100 likeliest (query, class) pairs is an instance, however many share a query; its mask is the
 logits above 0 at the picture's own size; its score is the class's probability times the mean probability inside the mask;
-its box is the mask's. Differences that remain: OpenCV's resizing rounds otherwise, and the weights on the hub are of
-another training run than mmdet's file. Shapes: Q queries, N instances, H W pixels.
+its box is the mask's. Checked against mmdet 2.28.2 itself on random weights: the same instances, boxes and masks, scores
+equal. Differences that remain: OpenCV's resizing rounds otherwise, and the weights on the hub are of another training run
+than mmdet's file, which convert_detector.py takes. Shapes: Q queries, N instances, H W pixels.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch.nn.functional as functional
 from PIL import Image
 from torch import Tensor
 
+from eval.geneval import self_test
 from eval.geneval.colors import ColorClassifier
 from eval.geneval.detect import Detection, Detector
 from mmtensorar.weights import locate, weight_hash
@@ -113,6 +115,10 @@ class Mask2FormerDetector(Detector):
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise ValueError(f"--detector: {path} cannot be loaded as a Mask2Former ({reason})") from None
         return cls(model.float(), path, classes, colors, device)
+
+    def self_test(self) -> dict:
+        """See self_test.py."""
+        return self_test.run(self)
 
     @torch.no_grad()
     def find(self, images: Sequence[Image.Image]) -> list[Instances]:

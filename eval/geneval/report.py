@@ -37,6 +37,7 @@ def page(summary: dict, results: Sequence[dict], folder: Path) -> str:
     facts = {
         "checkpoint": summary.get("checkpoint"),
         "images": f"{summary['num_images']} of {summary['num_prompts']} prompts, in {summary['images']}",
+        "prompts with a correct image": f"{100 * summary['prompt_accuracy']:.1f} %",
         "detector": summary["detector"],
         "seed": summary.get("seed"),
     }

@@ -191,7 +191,7 @@ def summarize(results: Iterable[tuple[Mapping, bool]]) -> dict:
     """(metadata, correct) per image -> counts, shares and intervals.
 
     Returns num_images, num_prompts, correct_images, correct_prompts (any image correct; prompts are told apart by
-    their whole metadata), skills {tag: {num_images, num_prompts, correct, accuracy, interval}} in order of
+    their whole metadata), prompt_accuracy, skills {tag: {num_images, num_prompts, correct, accuracy, interval}} in order of
     appearance, design_effect, and overall {accuracy, interval}: the mean of the skills, not of the images.
     Raises ValueError when there is no image.
     """
@@ -210,6 +210,7 @@ def summarize(results: Iterable[tuple[Mapping, bool]]) -> dict:
         "num_prompts": len(every),
         "correct_images": sum(map(sum, every)),
         "correct_prompts": sum(map(any, every)),
+        "prompt_accuracy": sum(map(any, every)) / len(every),
         "skills": skills,
         "design_effect": effect,
         "overall": _overall(skills),

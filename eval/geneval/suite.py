@@ -10,6 +10,7 @@ meets them all. The suite measures pictures for known words, not new words.
 `geneval`: GenEval's 553 prompts, seen by Mask2Former and CLIP.
 """
 
+import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -26,6 +27,7 @@ from eval.geneval.prompts import CLASSES, prompts
 from eval.geneval.score import COLORS, RELATIONS, Settings
 from eval.layout import read_json
 
+NUM_IMAGES = 4  # per prompt, as GenEval
 PROMPT_SEED = 20_000
 PICTURE_SEED = 30_000
 MASK2FORMER, CLIP = "facebook/mask2former-swin-small-coco-instance", "openai"  # of suite geneval
@@ -35,6 +37,7 @@ MASK2FORMER, CLIP = "facebook/mask2former-swin-small-coco-instance", "openai"  #
 class Suite:
     """prompts: metadata, grouped by skill. classes: what the detector knows. detector: gives it, loaded at the first call.
 
+    is_whole: a folder of pictures is expected to be of all its prompts, NUM_IMAGES of each, whoever made it.
     picture: number -> metadata and a correct picture of the given size in pixels, where the suite can draw them;
     consecutive numbers go round the skills.
     """
@@ -44,6 +47,7 @@ class Suite:
     classes: tuple[str, ...]
     detector: Callable[[], Detector]
     settings: Settings
+    is_whole: bool = False
     picture: Callable[[int, int], tuple[dict, Image.Image]] | None = None
 
 
@@ -53,6 +57,13 @@ class DetectorChoice(NamedTuple):
     detector: str | None = None  # folder or Hugging Face id
     clip: str | None = None  # open_clip's tag, or a weights file
     device: str | None = None
+
+
+def add_detector(parser: argparse.ArgumentParser) -> None:
+    """Add the options of DetectorChoice but the device."""
+    group = parser.add_argument_group("suite geneval")
+    group.add_argument("--detector", metavar="PATH", help=f"Mask2Former, a folder or hub id (default {MASK2FORMER})")
+    group.add_argument("--clip", metavar="PATH", help=f"weights of ViT-L/14: open_clip's tag or a file (default {CLIP})")
 
 
 def load(name: str, num_prompts: int | None = None, choice: DetectorChoice = DetectorChoice()) -> Suite:
@@ -72,7 +83,7 @@ def shapes(num_prompts: int | None, choice: DetectorChoice) -> Suite:
     # The detector's scores are overlaps with a template, cut by itself, and no confidences: GenEval's stricter
     # threshold for counting has no meaning for them.
     settings = Settings(counting_threshold=Settings.threshold)
-    return Suite("shapes", tuple(chosen), SHAPES, cache(ShapesDetector), settings, _shapes_picture)
+    return Suite("shapes", tuple(chosen), SHAPES, cache(ShapesDetector), settings, picture=_shapes_picture)
 
 
 def geneval(num_prompts: int | None, choice: DetectorChoice) -> Suite:
@@ -92,7 +103,7 @@ def geneval(num_prompts: int | None, choice: DetectorChoice) -> Suite:
         return mask2former.Mask2FormerDetector.load(choice.detector or MASK2FORMER, CLASSES, classifier, device)
 
     chosen = [prompt for group in by_skill.values() for prompt in group[:num_prompts]]
-    return Suite("geneval", tuple(chosen), CLASSES, cache(detector), Settings())
+    return Suite("geneval", tuple(chosen), CLASSES, cache(detector), Settings(), is_whole=True)
 
 
 SUITES: dict[str, Callable[[int | None, DetectorChoice], Suite]] = {"shapes": shapes, "geneval": geneval}
