@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -39,9 +40,21 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def alone() -> bool:
-    """Is this process the only one? Several share the images of a suite; then they are scored afterwards."""
-    return int(os.environ.get("WORLD_SIZE", 1)) == 1
+def scores() -> bool:
+    """Is it this process that scores? Under a launcher the first rank does, when all images are there."""
+    return rank() == 0
+
+
+def wait_for_all(out: Path, num_prompts: int, num_images: int) -> None:
+    """Return when the images of all ranks are there. A rank that fails is noticed by the launcher, which ends the others."""
+    places = ((prompt, image) for prompt in range(num_prompts) for image in range(num_images))
+    told = False
+    for place in places:
+        while not image_path(out, *place).is_file():
+            if not told:
+                print(f"waiting for the other ranks' images in {out}", file=sys.stderr, flush=True)
+                told = True
+            time.sleep(1)
 
 
 def load(options: argparse.Namespace) -> Generator:
@@ -61,7 +74,7 @@ def generate_into(
 ) -> Path:
     """`generate` as a command's options ask for it: ckpt, out, seed and those of mmtensorar.options.
 
-    Returns the folder: out, or runs/eval/NAME of the checkpoint's run.
+    Returns the folder: out, or runs/eval/NAME of the checkpoint's run; on the rank that scores when all images are there.
     """
     from mmtensorar.generate import sampling_from
 
@@ -70,6 +83,8 @@ def generate_into(
     numbers = dict(num_images=num_images, seed=options.seed, batch_size=options.batch_size)
     made = generate(generator, options.ckpt, suite, prompts, out, sampling, **numbers)
     print(f"{made} images made in {out}", flush=True)
+    if scores():
+        wait_for_all(out, len(prompts), num_images)
     return out
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -221,15 +222,23 @@ def test_generation_resumes_and_refuses_other_settings(ckpt, tmp_path, capsys): 
 
 
 def test_ranks_make_all_images_together(ckpt, tmp_path, monkeypatch):  # noqa: F811
+    """The first one scores, and waits for the others' images until then."""
     command = ("--ckpt", ckpt, "--num-prompts", 1, "--num-images", 1, "--device", "cpu", "--num-bound-images", 0)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
-        assert run(*command, "--out", tmp_path / "shared") == 0
-    monkeypatch.delenv("WORLD_SIZE")
-    assert len(files_of(tmp_path / "shared")) == 6
-    assert run("--images", tmp_path / "shared", "--num-bound-images", 0) == 0
-    assert json.loads((tmp_path / "shared" / "summary.json").read_text())["seed"] == 0
+    out, waited = tmp_path / "shared", []
+
+    def another_rank(seconds):
+        waited.append(len(files_of(out)))
+        monkeypatch.setenv("RANK", "1")
+        assert run(*command, "--out", out) == 0 and not (out / "summary.json").exists()
+        monkeypatch.setenv("RANK", "0")
+
+    monkeypatch.setattr(time, "sleep", another_rank)
+    monkeypatch.setenv("RANK", "0")
+    assert run(*command, "--out", out) == 0
+    assert waited == [3] and len(files_of(out)) == 6
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["seed"] == 0 and summary["num_images"] == summary["images_expected"] == 6
 
 
 def test_images_of_unknown_origin_are_not_mixed_in(ckpt, images, capsys):  # noqa: F811

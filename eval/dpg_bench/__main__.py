@@ -7,8 +7,8 @@
 --bench: the folder dpg_bench/ of github.com/TencentQQGYLab/ELLA, which holds the table of questions and the prompts; bring
 it along. --images: 2 x 2 grids as the official script takes them (pictures.py), or with --single one sample a file. Both
 modes of score.py are printed, the official one first. --out receives answers.jsonl, summary.json, cache.jsonl (every answer
-asked for, so that an interrupted run goes on) and with --ckpt the pictures. Under a launcher of several processes
-(torchrun) pictures are generated only; score them with --images afterwards.
+asked for, so that an interrupted run goes on) and with --ckpt the pictures. Under a launcher (torchrun) all ranks generate,
+each its share, and the first one asks and scores.
 
 `score` takes answers from elsewhere. A line is one picture: item_id, image (its number in the item's grid, from 0) and
 answers {question id: text}.
@@ -172,6 +172,8 @@ def ask(
 
 
 def evaluate(options: argparse.Namespace) -> None:
+    if options.images is not None and not run.scores():
+        return
     table = options.bench / pictures.TABLE
     if not table.is_file():
         raise ValueError(f"{table} is missing; expected the folder dpg_bench/ of the ELLA repository (github.com/TencentQQGYLab/ELLA)")
@@ -186,7 +188,7 @@ def evaluate(options: argparse.Namespace) -> None:
     from eval.dpg_bench import judges
 
     judge = None
-    if run.alone() or options.images is not None:
+    if run.scores():
         judge = judges.load(options.judge or judges.DEFAULT, options.device)  # a wrong path is told before hours of generating
     if options.images is not None:
         run.ignored(options)
@@ -194,8 +196,6 @@ def evaluate(options: argparse.Namespace) -> None:
     else:
         folder = out = run.generate_into(options, run.load(options), "dpg_bench", prompts, num_images)
         if judge is None:
-            if run.rank() == 0:
-                print(f"when all ranks are done: python -m eval.dpg_bench --images {folder} --bench {options.bench} --out {folder}")
             return
     what = dict(num_images=num_images, single=options.single, allow_partial=options.allow_partial)
     answers, problems = ask(folder, rows, judge, out / "cache.jsonl", **what)

@@ -6,8 +6,7 @@
 
 --ref: an .npz of ADM's evaluator (arr_0, and mu, sigma, mu_s, sigma_s, which FID and sFID then take), or a folder. --ckpt:
 a class-conditional model, as many pictures of each class. --out receives summary.json and, kept for a run that goes on,
-features/ and the pictures. Under a launcher of several processes (torchrun) pictures are generated only; score them
-with --images afterwards. `score` takes float arrays: ref_pool [N, C] and sample_pool [M, C] for FID, precision and recall,
+features/ and the pictures. Under a launcher (torchrun) all ranks generate, each its share, and the first one scores. `score` takes float arrays: ref_pool [N, C] and sample_pool [M, C] for FID, precision and recall,
 ref_spatial and sample_spatial for sFID, sample_logits [M, V] for the Inception score.
 """
 
@@ -87,6 +86,8 @@ def class_prompts(generator) -> list[dict]:
 
 
 def evaluate(options: argparse.Namespace) -> None:
+    if options.images is not None and not run.scores():
+        return
     statistics = sources.reference_statistics(options.ref)  # a wrong path is told before hours of generating
     reference = sources.find(options.ref)
     numbers: dict = {}
@@ -101,9 +102,7 @@ def evaluate(options: argparse.Namespace) -> None:
             raise ValueError(f"--num-images is {options.num_images or NUM_IMAGES}; expected a multiple of the {len(prompts)} classes")
         folder = out = run.generate_into(options, generator, "class_conditional", prompts, each)
         del generator
-        if not run.alone():
-            if run.rank() == 0:
-                print(f"when all ranks are done: python -m eval.fid --images {folder} --ref {options.ref} --out {folder}")
+        if not run.scores():
             return
         numbers = dict(num_prompts=len(prompts), num_images=each)
     samples = sources.find(folder, **numbers)

@@ -4,8 +4,8 @@
     python -m eval.geneval --images FOLDER --suite shapes              scores images in GenEval's layout
 
 --out receives results.jsonl (one line per image), summary.json, report.html and, with --ckpt, the images. An interrupted run
-continues where it stopped when the same command is given again. Under a launcher of several processes (torchrun) the
-images are generated only; score them with --images afterwards. Other commands: `python -m eval.geneval score` scores
+continues where it stopped when the same command is given again. Under a launcher (torchrun) all ranks generate, each its
+share, and the first one scores. Other commands: `python -m eval.geneval score` scores
 recorded detections (recorded.py), `compare` sets models side by side (compare.py), `self-test` and `convert-detector` are
 of suite geneval's detector, `python -m eval.geneval.ceiling` draws the shapes suite's bounds.
 """
@@ -120,12 +120,14 @@ def expected(suite: Suite, folder: Path, options: argparse.Namespace) -> dict[st
 
 
 def evaluate(options: argparse.Namespace) -> None:
+    if options.images is not None and not run.scores():
+        return
     choice = suites.DetectorChoice(options.detector, options.clip, options.device)
     suite = suites.load(options.suite, options.num_prompts, choice)
     if 0 < options.num_bound_images < (least := len({prompt["tag"] for prompt in suite.prompts})):
         raise ValueError(f"--num-bound-images is {options.num_bound_images}; expected 0, or at least one per skill, {least}")
     tested = None
-    if run.alone() or options.images is not None:
+    if run.scores():
         # What is wrong with the detector is told before hours of generating.
         tested = "left out" if options.no_self_test else suite.detector().self_test()
     image_tokenizer = None
@@ -138,9 +140,7 @@ def evaluate(options: argparse.Namespace) -> None:
         generator = run.load(options)
         folder = out = run.generate_into(options, generator, suite.name, suite.prompts, options.num_images)
         image_tokenizer = generator.image_tokenizer
-        if not run.alone():
-            if run.rank() == 0:
-                print(f"when all ranks are done: python -m eval.geneval --images {folder} --suite {suite.name}")
+        if not run.scores():
             return
         sizes = dict(num_prompts=len(suite.prompts), num_images=options.num_images)
     results, problems = score(
