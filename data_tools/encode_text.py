@@ -5,7 +5,8 @@
 For text-conditional LlamaGen; training reads them with data.text_features=cached, and then needs no text encoder.
 Encoder, cleaning and number of tokens are those of the recipe, or training refuses them. The encoder runs as in
 training (on a GPU in bf16, on a CPU in float32), for T5's activations overflow in float16; what it returns fits.
-The loader's shuffle buffer holds features, up to 0.5 MB a sample of flan-t5-xl's: lower data.shuffle where memory is short.
+The loaders hold data.shuffle samples, and at least one a row, with up to 0.5 MB of flan-t5-xl's features each: lower it where
+memory is short.
 Features of another encoder are replaced. The set stays as it was until all shards are encoded; an interrupted run goes
 on where it stopped when the same command is given again.
 """
@@ -16,17 +17,15 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a script, the folder of this file stands first
 
 import argparse
-import tarfile
 from collections.abc import Iterator
 from itertools import islice
 from typing import get_args
 
 import numpy as np
 
-from mmtensorar import devices
+from mmtensorar import devices, tars
 from mmtensorar.captions import Cleaning, T5Features, encoder_hash, encoder_width
 from mmtensorar.shards import (
-    BLOCK,
     Manifest,
     Sample,
     Shard,
@@ -88,8 +87,8 @@ def encode(folder: Path, encoder: T5Features, *, batch_size: int) -> None:
 
 def stored_bytes(path: Path) -> int:
     """Bytes that the features take in a shard, headers and padding included."""
-    with tarfile.open(path, "r:") as tar:
-        return sum(BLOCK + -(-info.size // BLOCK) * BLOCK for info in tar if info.name.endswith(".t5.npy"))
+    with tars.opened(path) as file:
+        return sum(member.end - place for place, member in tars.placed(file, path) if member.name.endswith(".t5.npy"))
 
 
 def main(arguments: list[str] | None = None) -> int:

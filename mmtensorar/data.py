@@ -1,22 +1,20 @@
 """Shards -> training batches, as a list of small stages.
 
-    shard list, shuffled by (seed, epoch) -> every num_readers-th of it -> samples -> shuffle buffer -> draws
-    -> pass over what a resumed run has seen -> codes and caption -> batch -> condition
+    places of the rows (order.py) -> samples -> draws -> codes and caption -> batch -> condition
 
-A reader is one worker process of one rank. It goes through its share of the shards again and again; shards are
-never divided, so in one epoch readers may see slightly different numbers of samples, and a batch may reach over
-the end of an epoch. What a rank receives is a pure function of (recipe, rank, world_size): `skip_batches=n` gives
-exactly the batches after the first n. Changing data.num_workers changes the order.
+Which samples a global batch holds, and in which order, depends on the seed and the number of the batch alone, for any
+number of ranks and readers: see order.py. A reader is one worker process of one rank; the rows of the rank's share of a
+batch are dealt out to its readers, each reads the lanes of its rows, and here they are put together again. What is drawn
+for a sample (crop, prompt or none) depends on its position too.
 
-Letters: b rows of a micro batch, T image tokens, F factors, A crops.
+Letters: B rows of a global batch, b rows of a micro batch, T image tokens, F factors, A crops.
 """
 
 from __future__ import annotations
 
-import random
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -31,22 +29,23 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from mmtensorar import backbones
 from mmtensorar.backbones import CaptionEncoder, Condition
 from mmtensorar.captions import ClassNumbers, T5Features, encoder_hash, left_pad
+from mmtensorar.order import Block, Order
 from mmtensorar.recipe import Recipe
 from mmtensorar.shards import (
     Codes,
     Manifest,
-    Shard,
+    Sample,
     TextFeatures,
     check_codes,
     check_features,
     decode_caption,
     decode_codes,
     decode_features,
-    iterate_shard,
+    read_samples,
+    sample_starts,
 )
 
-# Separate the random streams that share seed, epoch and reader.
-SHARD_ORDER, DRAWS = 0, 1
+DRAWS = 2  # separates the random numbers of a position from those of order.py
 
 
 # ---- before training -------------------------------------------------------------------------
@@ -147,22 +146,26 @@ def _check_num_shards(recipe: Recipe, manifest: Manifest, world_size: int) -> No
 
 @dataclass(frozen=True)
 class Reader:
-    """One of num_readers, and all that its stream depends on. cached: whether it reads text features."""
+    """One of a rank's readers, and all that its stream depends on.
+
+    groups: per micro batch the rows of the global batch that this reader has, first and stop. cached: whether it reads
+    text features.
+    """
 
     folder: Path
     manifest: Manifest
     seed: int
     shuffle: int
     uncond_rate: float
-    batch_size: int
-    number: int
-    num_readers: int
+    batch_size: int  # B
+    groups: tuple[tuple[int, int], ...]
     cached: bool
 
 
 class Row(NamedTuple):
     """One sample on its way. where: shard and key, for errors. crop, uncond: what was drawn for it."""
 
+    position: int
     where: str
     codes: bytes
     caption: bytes
@@ -181,7 +184,7 @@ class Decoded(NamedTuple):
 
 
 class RawBatch(NamedTuple):
-    """What a reader hands over. codes: [b, T, F] uint16. uncond: [b] bool. features: b of them, or of None."""
+    """What a reader hands over. codes: [n, T, F] uint16. uncond: [n] bool. features: n of them, or of None."""
 
     codes: np.ndarray
     captions: list[str]
@@ -189,51 +192,70 @@ class RawBatch(NamedTuple):
     features: list[np.ndarray | None]
 
 
-def shard_list(reader: Reader, epoch: int) -> list[Shard]:
-    """The reader's shards of an epoch, in order. Over all readers: every shard once."""
-    order = np.random.default_rng([SHARD_ORDER, reader.seed, epoch]).permutation(len(reader.manifest.shards))
-    return [reader.manifest.shards[i] for i in order[reader.number :: reader.num_readers]]
+def positions(reader: Reader, skip: int) -> Iterator[int]:
+    """Of the reader's rows, micro batch after micro batch, without the first `skip` micro batches."""
+    for micro in count(skip):
+        step, group = divmod(micro, len(reader.groups))
+        for row in range(*reader.groups[group]):
+            yield step * reader.batch_size + row
 
 
-def read(shards: Iterator[Shard], folder: Path, *, cached: bool) -> Iterator[Row]:
-    for shard in shards:
-        for sample in iterate_shard(folder, shard):
-            where = f"{folder / shard.name}: sample {sample.key}"
-            for extension in ("txt", "codes.npy", *(["t5.npy"] if cached else [])):
-                if extension not in sample.members:
-                    raise ValueError(f"{where}: no {extension} member")
-            # The picture is dropped here: the shuffle buffer holds what training takes only.
-            features = sample.members["t5.npy"] if cached else None
-            yield Row(where, sample.members["codes.npy"], sample.members["txt"], features)
+@dataclass
+class Lanes:
+    """The samples at given positions. Of each lane that it reads from it holds one block, and where its samples begin."""
+
+    reader: Reader
+    order: Order
+    _blocks: dict[int, tuple[Block, list[Row]]] = field(default_factory=dict)
+    _starts: dict[int, np.ndarray] = field(default_factory=dict)
+
+    def __call__(self, positions: Iterator[int]) -> Iterator[Row]:
+        for position in positions:
+            block, index = self.order.block(position)
+            row = position % self.reader.batch_size  # which reads one lane for as long as an epoch lasts
+            if row not in self._blocks or self._blocks[row][0] != block:
+                self._blocks[row] = block, self._read(block, row)
+            yield self._blocks[row][1][index]._replace(position=position)
+
+    def _read(self, block: Block, row: int) -> list[Row]:
+        """The rows of a block in the order of giving out."""
+        places = self.order.places(block)
+        rows: list[Row] = []
+        for shard in dict.fromkeys(place.shard for place in places):
+            rows += self._read_shard(shard, [place.sample for place in places if place.shard == shard])
+        return [rows[index] for index in self.order.given_out(block)]
+
+    def _read_shard(self, number: int, samples: list[int]) -> list[Row]:
+        shard = self.reader.manifest.shards[number]
+        path = self.reader.folder / shard.name
+        if number not in self._starts:
+            starts = sample_starts(path)
+            if (found := len(starts) - 1) != shard.num_samples:
+                raise ValueError(f"{path}: {found} samples, the manifest says {shard.num_samples}; make the shard again")
+            self._starts[number] = starts
+            while len(self._starts) > 2 * sum(stop - first for first, stop in self.reader.groups) + 2:
+                self._starts.pop(next(iter(self._starts)))  # the longest known: lanes go from shard to shard
+        # Pictures are not read: training takes codes.
+        extensions = ("txt", "codes.npy", *(["t5.npy"] if self.reader.cached else []))
+        found = read_samples(path, self._starts[number], samples, extensions)
+        return [_row(sample, path, extensions) for sample in found]
 
 
-def draw(rows: Iterator[Row], reader: Reader, epoch: int) -> Iterator[Row]:
+def _row(sample: Sample, path: Path, extensions: tuple[str, ...]) -> Row:
+    where = f"{path}: sample {sample.key}"
+    for extension in extensions:
+        if extension not in sample.members:
+            raise ValueError(f"{where}: no {extension} member")
+    members = sample.members
+    return Row(0, where, members["codes.npy"], members["txt"], members.get("t5.npy"))
+
+
+def draw(rows: Iterator[Row], reader: Reader) -> Iterator[Row]:
     """Choose a crop, and toss the coin for training without the prompt."""
-    rng = np.random.default_rng([DRAWS, reader.seed, epoch, reader.number])
     for row in rows:
+        rng = np.random.default_rng([DRAWS, reader.seed, row.position])
         crop = int(rng.integers(reader.manifest.codes.crops))
         yield row._replace(crop=crop, uncond=bool(rng.random() < reader.uncond_rate))
-
-
-def one_epoch(reader: Reader, epoch: int, skip: int) -> wds.DataPipeline:
-    """The reader's rows of an epoch, without the first `skip` (which are read, for the buffer, but not decoded)."""
-    shuffled = random.Random(f"{reader.seed}/{epoch}/{reader.number}")
-    return wds.DataPipeline(
-        partial(iter, shard_list(reader, epoch)),
-        partial(read, folder=reader.folder, cached=reader.cached),
-        wds.shuffle(reader.shuffle, initial=reader.shuffle, rng=shuffled) if reader.shuffle else None,
-        partial(draw, reader=reader, epoch=epoch),
-        wds.slice(skip, None),
-    )
-
-
-def endless(reader: Reader, skip: int) -> Iterator[Row]:
-    """Epoch after epoch, without the first `skip` rows; whole epochs are passed over by arithmetic."""
-    for epoch in count():
-        num_rows = sum(shard.num_samples for shard in shard_list(reader, epoch))
-        if skip < num_rows:
-            yield from one_epoch(reader, epoch, skip)
-        skip = max(0, skip - num_rows)
 
 
 def decode(rows: Iterator[Row], manifest: Manifest) -> Iterator[Decoded]:
@@ -252,6 +274,12 @@ def collate(rows: list[Decoded]) -> RawBatch:
     return RawBatch(np.stack(codes), list(captions), np.array(uncond, dtype=bool), list(features))
 
 
+def joined(parts: list[RawBatch]) -> RawBatch:
+    """The parts that the readers of a rank made of one micro batch."""
+    codes, captions, uncond, features = zip(*parts, strict=True)
+    return RawBatch(np.concatenate(codes), sum(captions, []), np.concatenate(uncond), sum(features, []))
+
+
 # ---- the stream ------------------------------------------------------------------------------
 
 
@@ -263,23 +291,23 @@ class Failure(NamedTuple):
 
 @dataclass(frozen=True)
 class Readers(IterableDataset):
-    """All readers of one rank: worker w of a DataLoader iterates over one of them.
-
-    skip: batches of the rank, not of the reader. DataLoader asks its workers in turn, so batch i is of reader
-    i % len(readers), and after a skip the turn starts at another one.
-    """
+    """All readers of one rank: worker w of a DataLoader iterates over reader w, without its first skip micro batches."""
 
     readers: tuple[Reader, ...]
     skip: int
 
     def __iter__(self) -> Iterator[RawBatch | Failure]:
         worker = get_worker_info()
-        turns, index = divmod(self.skip + (worker.id if worker else 0), len(self.readers))
-        reader = self.readers[index]
+        reader = self.readers[worker.id if worker else 0]
+        counts = [shard.num_samples for shard in reader.manifest.shards]
+        order = Order(counts, rows=reader.batch_size, seed=reader.seed, shuffle=reader.shuffle)
+        first, stop = reader.groups[0]
         batches = wds.DataPipeline(
-            partial(endless, reader, turns * reader.batch_size),
+            partial(positions, reader, self.skip),
+            Lanes(reader, order),
+            partial(draw, reader=reader),
             partial(decode, manifest=reader.manifest),
-            wds.batched(reader.batch_size, collation_fn=collate, partial=False),
+            wds.batched(stop - first, collation_fn=collate, partial=False),
         )
         try:
             yield from batches
@@ -297,8 +325,9 @@ def stream(
 ) -> Iterator[tuple[Tensor, Condition, Tensor]]:
     """Endless micro batches of one rank: codes [b, T, F] int64, condition, uncond [b] bool.
 
-    b is data.batch_size // (world_size * train.grad_accum). Raises ValueError naming shard and key at the first
-    damaged sample, and when there are fewer shards than readers.
+    b is data.batch_size // (world_size * train.grad_accum). skip_batches: micro batches of this rank that are passed over,
+    without being read. Raises ValueError naming shard and key at the first damaged sample, and when there are fewer shards
+    than readers.
     """
     folder, settings = recipe.data.shards, recipe.data
     manifest = Manifest.read(folder)
@@ -306,7 +335,6 @@ def stream(
     _check_num_shards(recipe, manifest, world_size)
     cached = settings.text_features == "cached"
     num_slots = _text_features(manifest, folder).max_tokens if cached else None
-    workers = max(1, settings.num_workers)
     readers = tuple(
         Reader(
             folder=Path(folder),
@@ -314,30 +342,46 @@ def stream(
             seed=recipe.run.seed,
             shuffle=settings.shuffle,
             uncond_rate=settings.uncond_rate,
-            batch_size=settings.batch_size // (world_size * recipe.train.grad_accum),
-            number=rank * workers + worker,
-            num_readers=world_size * workers,
+            batch_size=settings.batch_size,
+            groups=groups,
             cached=cached,
         )
-        for worker in range(workers)
+        for groups in shares(settings.batch_size, recipe.train.grad_accum, rank, world_size, settings.num_workers)
     )
     loader = DataLoader(
         Readers(readers, skip_batches),
         batch_size=None,
-        num_workers=settings.num_workers,
+        num_workers=len(readers) if settings.num_workers else 0,
         collate_fn=_as_is,
         worker_init_fn=_ignore_interrupts,
         generator=torch.Generator(),  # its own: the loader would draw from torch's global one
     )
-    for batch in loader:
-        if isinstance(batch, Failure):
-            raise ValueError(batch.sentence)
+    parts: list[RawBatch] = []
+    for part in loader:  # which asks its workers in turn
+        if isinstance(part, Failure):
+            raise ValueError(part.sentence)
+        parts.append(part)
+        if len(parts) < len(readers):
+            continue
+        batch, parts = joined(parts), []
         # Captions are encoded here, not in the workers, which then need neither text tokenizer nor its threads.
         if cached:
             condition = left_pad([torch.from_numpy(features) for features in batch.features], num_slots)
         else:
             condition = caption_encoder(batch.captions)
         yield torch.from_numpy(batch.codes.astype(np.int64)), condition, torch.from_numpy(batch.uncond)
+
+
+def shares(batch_size: int, grad_accum: int, rank: int, world_size: int, num_workers: int) -> list[tuple[tuple[int, int], ...]]:
+    """Per reader of a rank, its rows of the global batch for each micro batch: first and stop.
+
+    A global batch is its first micro batch, rank after rank, then the second. Readers that would have no row are left out.
+    """
+    b = batch_size // (world_size * grad_accum)
+    starts = [(micro * world_size + rank) * b for micro in range(grad_accum)]
+    num_readers = max(1, min(num_workers, b))
+    cuts = [b * reader // num_readers for reader in range(num_readers + 1)]
+    return [tuple((start + cuts[r], start + cuts[r + 1]) for start in starts) for r in range(num_readers)]
 
 
 def _as_is(batch: RawBatch | Failure) -> RawBatch | Failure:

@@ -73,7 +73,7 @@ class TensorARSettings(Section):
 class Data(Section):
     """shards: a folder made by data_tools. batch_size: samples of one optimiser step over all ranks.
 
-    shuffle: samples in each reader's shuffle buffer. uncond_rate: share of rows trained without
+    shuffle: samples that the shuffle buffers of all ranks hold together, about. uncond_rate: share of rows trained without
     their prompt, which guidance needs. text_features: of a backbone that reads a text encoder's
     features; live encodes the captions in the training step, cached takes what
     data_tools/encode_text.py has put into the shards.

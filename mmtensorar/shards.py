@@ -21,7 +21,7 @@ import shutil
 import tarfile
 import tokenize
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -29,6 +29,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from tqdm import tqdm
+
+from mmtensorar import tars
 
 MANIFEST = "manifest.json"
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
@@ -44,7 +46,6 @@ EXTENSIONS = {
 }
 PICKLED = ("pkl", "pyd", "pth")
 MAX_PIXELS = 89_000_000  # just under the number at which Pillow starts to warn
-BLOCK = 512  # tar's unit: headers and padding
 
 # Pillow remarks on damaged metadata, one line a picture; the pixels, and errors, are not affected.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -70,61 +71,76 @@ def iterate_tar(path: Path | str) -> Iterator[Sample]:
     path = Path(path)
     sample: Sample | None = None
     seen: set[str] = set()
-    for name, content in _members(path):
-        key, extension = name.split(".", 1)
-        if sample is None or key != sample.key:
-            if sample is not None:
-                yield sample
-            if key in seen:
-                raise ValueError(f"{path}: sample {key}: its members are not together: {name} comes after another key")
-            seen.add(key)
-            sample = Sample(key, {})
-        if extension in sample.members:
-            raise ValueError(f"{path}: sample {key}: member {name} is there twice")
-        sample.members[extension] = content
+    with tars.opened(path) as file:
+        for member in tars.members(file, path):
+            key, extension = checked_name(path, member.name, member.size)
+            if sample is None or key != sample.key:
+                if sample is not None:
+                    yield sample
+                if key in seen:
+                    raise ValueError(
+                        f"{path}: sample {key}: its members are not together: {member.name} comes after another key"
+                    )
+                seen.add(key)
+                sample = Sample(key, {})
+            if extension in sample.members:
+                raise ValueError(f"{path}: sample {key}: member {member.name} is there twice")
+            sample.members[extension] = tars.content(file, member, path)
     if sample is not None:
         yield sample
 
 
-def _members(path: Path) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of every member, each checked before its content is read."""
-    if not path.is_file():
-        raise ValueError(f"{path}: the shard is missing")
-    end, last = 0, "the start"
-    try:
-        # "r:" reads plain tar only; "r" would also unpack gz, bz2 and xz, which a size bound cannot see through.
-        with tarfile.open(path, "r:") as tar:
-            for info in tar:
-                _check_member(path, info)
-                content = tar.extractfile(info).read()
-                end, last = info.offset_data + -(-info.size // BLOCK) * BLOCK, info.name
-                yield info.name, content
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise ValueError(f"{path}: damaged or cut after {last} ({error}); make the shard again") from error
-    # tarfile takes a broken header, or the end of the file, for the end of the tar. A whole tar ends in two blocks
-    # of zeros, so anything else means that samples are missing.
-    with path.open("rb") as file:
-        file.seek(end)
-        rest = file.read(2**20)
-        if len(rest) < 2 * BLOCK or any(rest) or file.read(1):
-            raise ValueError(f"{path}: damaged or cut after {last} (no end of archive there); make the shard again")
-
-
-def _check_member(path: Path, info: tarfile.TarInfo) -> None:
-    """Raise ValueError unless a member is a plain file KEY.EXTENSION of a known kind and bounded size."""
-    name = info.name
+def checked_name(path: Path, name: str, size: int) -> tuple[str, str]:
+    """Key and extension of a member. Raises ValueError unless it is a plain name of a known kind, and of bounded size."""
     if "/" in name or "\\" in name or "\0" in name or name.startswith("."):
         raise ValueError(f"{path}: member {name!r} is a path; expected a plain name such as 000000001.jpg")
     key, _, extension = name.partition(".")
     where = f"{path}: sample {key}"
-    if not info.isreg() or info.issparse():
-        raise ValueError(f"{where}: member {name} is a link, folder or device; expected a plain file")
     if extension.rsplit(".", 1)[-1] in PICKLED:
         raise ValueError(f"{where}: member {name} is refused: reading .{extension} can run code that came with the data")
     if extension not in EXTENSIONS:
         raise ValueError(f"{where}: member {name} has an unknown extension; known: {', '.join(EXTENSIONS)}")
-    if info.size > EXTENSIONS[extension]:
-        raise ValueError(f"{where}: member {name} has {info.size} bytes, more than the {EXTENSIONS[extension]} allowed")
+    if size > EXTENSIONS[extension]:
+        raise ValueError(f"{where}: member {name} has {size} bytes, more than the {EXTENSIONS[extension]} allowed")
+    return key, extension
+
+
+def sample_starts(path: Path) -> np.ndarray:
+    """[n + 1] int64: where the headers of each sample of a tar begin, then where those of the last one end.
+
+    Raises ValueError like iterate_tar, for what headers tell. Content is not read.
+    """
+    starts: list[int] = []
+    seen: set[str] = set()
+    last = None
+    end = 0
+    with tars.opened(path) as file:
+        for place, member in tars.placed(file, path):
+            key, _ = checked_name(path, member.name, member.size)
+            if key != last:
+                if key in seen:
+                    raise ValueError(
+                        f"{path}: sample {key}: its members are not together: {member.name} comes after another key"
+                    )
+                seen.add(key)
+                last = key
+                starts.append(place)
+            end = member.end
+    return np.array([*starts, end], np.int64)
+
+
+def read_samples(path: Path, starts: np.ndarray, numbers: Iterable[int], extensions: Collection[str]) -> Iterator[Sample]:
+    """Some samples of a tar, by their numbers in it; only members of the given extensions are read. starts: of sample_starts."""
+    with tars.opened(path) as file:
+        for number in numbers:
+            key, found = "", {}
+            for member in tars.members(file, path, int(starts[number]), int(starts[number + 1])):
+                key, extension = checked_name(path, member.name, member.size)
+                if extension in found:
+                    raise ValueError(f"{path}: sample {key}: member {member.name} is there twice")
+                if extension in extensions:
+                    found[extension] = tars.content(file, member, path)
+            yield Sample(key, found)
 
 
 # ---- members ---------------------------------------------------------------------------------
@@ -400,7 +416,7 @@ def write_tar(path: Path, samples: Iterable[Sample]) -> Shard:
             for extension, content in sample.members.items():
                 info = tarfile.TarInfo(f"{sample.key}.{extension}")  # its mtime, uid and gid are 0
                 info.size = len(content)
-                _check_member(path, info)
+                checked_name(path, info.name, info.size)
                 tar.addfile(info, io.BytesIO(content))
             num_samples += 1
     digest = sha256(temporary)

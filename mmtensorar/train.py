@@ -35,6 +35,7 @@ from mmtensorar.recipe import Recipe  # noqa: E402
 # stretch the rest of the learning rate's cosine; a run extended so is not one that was planned longer.)
 FREE_ON_RESUME = {
     "run": {"out"},
+    "data": {"num_workers"},
     "train": {"steps", "log_every", "save_every", "sample_every", "sample_prompts", "keep_last", "resume"},
     "sampler": None,
 }

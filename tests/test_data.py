@@ -98,13 +98,55 @@ def test_the_seed_changes_the_order_and_the_coins(folder):
     assert [coins for _, coins in one] != [coins for _, coins in other]
 
 
-def test_without_shuffle_buffer_a_shard_comes_in_its_order(folder):
-    seen = numbers(take(make_recipe(folder, batch_size=11, shuffle=0), 2))
+def test_without_shuffle_buffer_a_lane_is_read_in_its_order(folder):
+    """A batch of one row is one lane: the shards one after another."""
+    seen = numbers(take(make_recipe(folder, batch_size=1, shuffle=0), 22))
     starts = {0: 5, 5: 7, 12: 6, 18: 4}
     while seen:
         start = seen[0]
         assert seen[: starts[start]] == list(range(start, start + starts[start]))
         seen = seen[starts[start] :]
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> Path:
+    """101 samples in 24 shards of very different sizes."""
+    return write_set(tmp_path_factory.mktemp("many") / "set", [1, 2, 3, 11, 1, 2, 3, 7] * 3 + [11])
+
+
+def global_batches(folder: Path, world_size: int, num_workers: int, steps: int, *, skip: int = 0, grad_accum: int = 1) -> list:
+    """Per step the samples and coins of all ranks, in the order of the global batch."""
+    recipe = make_recipe(folder, batch_size=16, num_workers=num_workers, shuffle=48, grad_accum=grad_accum)
+    ranks = [
+        take(recipe, steps * grad_accum, rank=rank, world_size=world_size, skip=skip * grad_accum)
+        for rank in range(world_size)
+    ]
+    found = []
+    for step in range(steps):
+        parts = [ranks[r][step * grad_accum + micro] for micro in range(grad_accum) for r in range(world_size)]
+        found.append((numbers(parts), [coin for _, coins in parts for coin in coins]))
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+def test_the_order_is_the_same_for_any_number_of_ranks_and_readers(many, world_size, num_workers):
+    steps = 15  # past two ends of an epoch, neither with a batch
+    assert global_batches(many, world_size, num_workers, steps) == global_batches(many, 1, 0, steps)
+
+
+@pytest.mark.parametrize("grad_accum", [2, 4])
+def test_the_order_is_the_same_for_any_accumulation(many, grad_accum):
+    assert global_batches(many, 2, 0, 5, grad_accum=grad_accum) == global_batches(many, 1, 0, 5)
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(many):
+    """2 ranks, then 1, then 4: no sample is lost or seen twice."""
+    whole = global_batches(many, 1, 0, 14)
+    parts = global_batches(many, 2, 1, 5) + global_batches(many, 1, 3, 4, skip=5) + global_batches(many, 4, 0, 5, skip=9)
+    assert parts == whole
+    seen = [number for batch, _ in parts for number in batch]
+    assert sorted(seen[:101]) == list(range(101)) and sorted(seen[101:202]) == list(range(101))
 
 
 def test_the_uncond_rate_is_the_share_of_rows_without_prompt(folder):

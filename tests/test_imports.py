@@ -45,8 +45,10 @@ def test_backbones_and_image_tokenizers_know_nothing_above_them():
 
 
 def test_index_arithmetic_and_shards_stand_alone():
-    for name in ("windows", "shards", "metrics"):
+    for name in ("windows", "tars", "order", "metrics"):
         assert not violations(ROOT / "mmtensorar" / f"{name}.py", ("mmtensorar",)), name
+    found = {name for name in imported(ROOT / "mmtensorar" / "shards.py") if name.startswith("mmtensorar")}
+    assert found == {"mmtensorar", "mmtensorar.tars"}
 
 
 def test_scoring_knows_no_model():

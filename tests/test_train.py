@@ -11,7 +11,6 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mmtensorar import backbones, checkpoint, data, image_tokenizers, metrics
+from mmtensorar.order import Order
 from mmtensorar.recipe import Recipe
 from mmtensorar.shards import Codes, Manifest, Sample, encode_codes, iterate_tar, write_tar
 from tests.fakes import write_tiny_janus
@@ -281,14 +281,15 @@ def test_damage_on_one_rank_stops_both(bench):
     """Only rank 1 reads the damaged sample: rank 0 must hear of it, and is the one that says so."""
     folder = bench / "damaged"
     shutil.copytree(bench / "shards", folder)
-    rank_1 = SimpleNamespace(manifest=Manifest.read(folder), seed=0, number=1, num_readers=2)
-    (shard,) = data.shard_list(rank_1, epoch=0)
+    manifest = Manifest.read(folder)
+    place = Order([shard.num_samples for shard in manifest.shards], rows=4, seed=0, shuffle=0).place(1)  # rank 1's first
+    shard, damaged = manifest.shards[place.shard], place.sample
     samples = list(iterate_tar(folder / shard.name))
-    samples[1].members["codes.npy"] = encode_codes(np.full((1, SIDE * SIDE, 1), NUM_CODES, np.uint16))
+    samples[damaged].members["codes.npy"] = encode_codes(np.full((1, SIDE * SIDE, 1), NUM_CODES, np.uint16))
     write_tar(folder / shard.name, samples)
     done = run(bench, "run.name=damaged", f"data.shards={folder}", ranks=2)
     assert done.returncode == 2
-    where = f"{folder / shard.name}: sample {samples[1].key}"
+    where = f"{folder / shard.name}: sample {samples[damaged].key}"
     assert f"error: {where}: codes.npy holds code 32, but factor 0 has 32 codes\n" in done.stderr
     assert done.stderr.count("error:") == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
 
