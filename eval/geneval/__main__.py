@@ -1,7 +1,7 @@
 """Score a model, or images, on a suite of GenEval-style prompts.
 
-    python -m eval.geneval --ckpt runs/NAME/model --suite shapes       generates, then scores
-    python -m eval.geneval --images FOLDER --suite shapes              scores images in GenEval's layout
+    python -m eval.geneval --ckpt runs/NAME/model [--suite shapes]     generates, then scores
+    python -m eval.geneval --images FOLDER [--suite shapes]            scores images in GenEval's layout
 
 --out receives results.jsonl (one line per image), summary.json, report.html and, with --ckpt, the images. An interrupted run
 continues where it stopped when the same command is given again. Under a launcher (torchrun) all ranks generate, each its
@@ -167,7 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--ckpt", type=Path, help="consolidated checkpoint, such as runs/NAME/model")
     source.add_argument("--images", type=Path, metavar="FOLDER", help="images in GenEval's layout; nothing is generated")
-    parser.add_argument("--suite", required=True, help=f"one of {', '.join(suites.SUITES)}")
+    parser.add_argument("--suite", default="geneval", help=f"one of {', '.join(suites.SUITES)} (default geneval)")
     parser.add_argument("--out", type=Path, help="default: runs/eval/NAME of the checkpoint's run, or the images' folder")
     parser.add_argument("--num-prompts", type=int, help="per skill; default: the suite's own number")
     parser.add_argument("--num-images", type=int, help=f"per prompt (default {suites.NUM_IMAGES}, or as generated)")

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from eval.geneval.score import COLORS
+from mmtensorar.weights import weight_hash
 
 MODEL = "ViT-L-14-quickgelu"
 PROMPTS = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
@@ -42,7 +43,8 @@ class ColorClassifier:
         except Exception as error:  # any: the network's, the file's
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise ValueError(f"--clip: {MODEL} with {pretrained} cannot be loaded ({reason})") from None
-        return cls(model, transform, open_clip.get_tokenizer(MODEL), f"{MODEL} {pretrained}", device)
+        name = f"{MODEL} {pretrained} ({weight_hash(model.state_dict())[:12]})"
+        return cls(model, transform, open_clip.get_tokenizer(MODEL), name, device)
 
     @torch.no_grad()
     def classify(self, image: Image.Image, objects: Sequence[tuple[str, np.ndarray, Sequence[float]]]) -> list[str]:

@@ -96,9 +96,10 @@ def geneval(num_prompts: int | None, choice: DetectorChoice) -> Suite:
 
     def detector() -> Detector:
         from eval.geneval import colors, mask2former
-        from mmtensorar import devices
+        from mmtensorar import devices, weights
 
         device = devices.pick(choice.device)
+        weights.locate(choice.detector or MASK2FORMER, key="--detector")  # before CLIP is fetched
         classifier = colors.ColorClassifier.load(choice.clip or CLIP, device=device)
         return mask2former.Mask2FormerDetector.load(choice.detector or MASK2FORMER, CLASSES, classifier, device)
 
