@@ -65,7 +65,7 @@ def _fetch(path: str, key: str, weights: bool) -> Path:
             return Path(snapshot_download(path, local_files_only=True))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise _not_to_be_had(path, key, error) from None
-    patterns = ["*.json"]
+    patterns = ["*.json", "*.jinja"]  # chat templates are in either
     if names is not None:
         chosen = _weights_among([name for name in names if "/" not in name], where=path, key=key)
         patterns.append(chosen.replace(".", "*.") if _usual(chosen) else chosen)

@@ -3,6 +3,7 @@
 That it equals the official scorer's on 1,500 recorded images is shown by test_parity.py.
 """
 
+import numpy as np
 import pytest
 
 from eval.geneval.score import Settings, by_class, design_effect, judge, summarize, wilson
@@ -140,3 +141,18 @@ def test_overall_is_the_mean_of_skills():
 def test_no_images_have_no_score():
     with pytest.raises(ValueError, match="no images"):
         summarize([])
+
+
+def test_the_bootstrap_agrees_with_the_interval():
+    """Also where the images of a prompt are alike; by another seed per skill overall would not narrow, so it is one."""
+    rng = np.random.default_rng(0)
+    results = []
+    for skill in ("counting", "colors"):
+        for number in range(100):
+            right = bool(rng.random() < 0.6)
+            results += [({"tag": skill, "prompt": f"{skill} {number}"}, right)] * 4
+    found = summarize(results)
+    for each in (*found["skills"].values(), found["overall"]):
+        assert each["bootstrap"][0] < each["accuracy"] < each["bootstrap"][1]
+        np.testing.assert_allclose(each["bootstrap"], each["interval"], atol=0.03)
+    assert summarize(results) == found

@@ -45,19 +45,19 @@ def repository(tmp_path, name: str, *files: str):
 @pytest.mark.parametrize(
     "files, patterns",
     [
-        (["config.json", "model.safetensors", "pytorch_model.bin", "extra.safetensors"], ["*.json", "model*.safetensors"]),
-        (["config.json", "model.safetensors.index.json", "model-1-of-1.safetensors"], ["*.json", "model*.safetensors"]),
-        (["config.json", "pytorch_model.bin.index.json", "pytorch_model-1-of-1.bin"], ["*.json", "pytorch_model*.bin"]),
-        (["README.md", "imagenet_256_L.ckpt"], ["*.json", "imagenet_256_L.ckpt"]),
+        (["config.json", "model.safetensors", "pytorch_model.bin", "extra.safetensors"], ["*.json", "*.jinja", "model*.safetensors"]),
+        (["config.json", "model.safetensors.index.json", "model-1-of-1.safetensors"], ["*.json", "*.jinja", "model*.safetensors"]),
+        (["config.json", "pytorch_model.bin.index.json", "pytorch_model-1-of-1.bin"], ["*.json", "*.jinja", "pytorch_model*.bin"]),
+        (["README.md", "imagenet_256_L.ckpt"], ["*.json", "*.jinja", "imagenet_256_L.ckpt"]),
     ],
 )
 def test_only_what_is_needed_of_a_repository_is_fetched(files, patterns, tmp_path, hub):
     repository(tmp_path, "owner/name", *files)
     found = weights.locate("owner/name", key="backbone.path")
     assert hub == [("list", "owner/name"), ("folder", "owner/name", patterns)]
-    assert found == tmp_path / "owner/name" / (patterns[1] if patterns[1] in files else "")
+    assert found == tmp_path / "owner/name" / (patterns[-1] if patterns[-1] in files else "")
     assert weights.locate("owner/name", key="backbone.path", weights=False) == tmp_path / "owner/name"
-    assert hub[2:] == [("folder", "owner/name", ["*.json"])]
+    assert hub[2:] == [("folder", "owner/name", ["*.json", "*.jinja"])]
 
 
 def test_a_repository_of_many_files_is_not_fetched(tmp_path, hub):

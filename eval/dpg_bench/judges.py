@@ -43,7 +43,7 @@ class VisionLanguage(Judge):
     """A transformers model of the kind image-text-to-text, with the chat template of its processor."""
 
     def __init__(self, model, processor, name: str, device: torch.device, *, batch_size: int = 16):
-        if getattr(processor, "chat_template", None) is None:
+        if getattr(processor, "chat_template", None) is None or not hasattr(processor, "tokenizer"):
             raise ValueError(f"--judge: {name} has no chat template; expected a vision-language model that chats")
         self.model = model.to(device).eval().requires_grad_(False)
         self.processor, self.device, self.batch_size = processor, device, batch_size

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+NUM_RESAMPLES = 10_000
 Z = 1.959964  # two-sided 95 % of a normal distribution
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
@@ -192,7 +193,8 @@ def summarize(results: Iterable[tuple[Mapping, bool]]) -> dict:
 
     Returns num_images, num_prompts, correct_images, correct_prompts (any image correct; prompts are told apart by
     their whole metadata), prompt_accuracy, skills {tag: {num_images, num_prompts, correct, accuracy, interval}} in order of
-    appearance, design_effect, and overall {accuracy, interval}: the mean of the skills, not of the images.
+    appearance, design_effect, and overall {accuracy, interval}: the mean of the skills, not of the images. Skills and overall
+    also have bootstrap, limits by a percentile bootstrap over prompts: close to interval, but of no width at 0 and 1.
     Raises ValueError when there is no image.
     """
     prompts: dict[str, dict[str, list[bool]]] = {}  # skill -> prompt -> verdicts
@@ -204,6 +206,9 @@ def summarize(results: Iterable[tuple[Mapping, bool]]) -> dict:
     groups = {skill: list(by_prompt.values()) for skill, by_prompt in prompts.items()}
     effect = design_effect(list(groups.values()))
     skills = {skill: _skill(verdicts, effect) for skill, verdicts in groups.items()}
+    drawn = [resampled(verdicts) for verdicts in groups.values()]
+    for skill, shares in zip(skills.values(), drawn, strict=True):
+        skill["bootstrap"] = _middle(shares)
     every = [verdicts for group in groups.values() for verdicts in group]
     return {
         "num_images": sum(map(len, every)),
@@ -213,7 +218,7 @@ def summarize(results: Iterable[tuple[Mapping, bool]]) -> dict:
         "prompt_accuracy": sum(map(any, every)) / len(every),
         "skills": skills,
         "design_effect": effect,
-        "overall": _overall(skills),
+        "overall": _overall(skills) | {"bootstrap": _middle(np.mean(drawn, axis=0))},
     }
 
 
@@ -230,6 +235,18 @@ def design_effect(skills: Sequence[Sequence[Sequence[bool]]]) -> float:
         independent += share * (1 - share) / num
     most = float(max(len(verdicts) for prompts in skills for verdicts in prompts))
     return min(max(clustered / independent, 1.0), most) if independent else most
+
+
+def resampled(prompts: Sequence[Sequence[bool]], num: int = NUM_RESAMPLES, seed: int = 0) -> np.ndarray:
+    """[num] shares of correct images, each of as many prompts drawn with replacement, with all their images."""
+    correct, sizes = (np.array([measure(verdicts) for verdicts in prompts]) for measure in (sum, len))
+    chosen = np.random.default_rng(seed).integers(len(prompts), size=(num, len(prompts)))
+    return correct[chosen].sum(axis=1) / sizes[chosen].sum(axis=1)
+
+
+def _middle(shares: np.ndarray) -> list[float]:
+    """Limits of the middle 95 %."""
+    return [float(limit) for limit in np.percentile(shares, (2.5, 97.5))]
 
 
 def _skill(prompts: Sequence[Sequence[bool]], effect: float) -> dict:
