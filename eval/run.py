@@ -88,6 +88,14 @@ def generate_into(
     return out
 
 
+def check_numbers(options: argparse.Namespace, **least: int) -> None:
+    """Raise ValueError for an option that is given and below its least value."""
+    for name, number in least.items():
+        value = getattr(options, name)
+        if value is not None and value < number:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; expected {number} or more")
+
+
 def ignored(options: argparse.Namespace, names: Sequence[str] = ()) -> None:
     """Say on stderr which of the options given have no effect on images that are there already."""
     for name in (*names, *SAMPLING, *(name for name in LOADING if name != "device")):

@@ -29,7 +29,7 @@ class Place(NamedTuple):
 
 
 class Block(NamedTuple):
-    """A run of places of a lane, as they are read, and the order in which they are given out. Equal for equal samples."""
+    """A run of places of a lane, as they are read, and the order in which they are given out."""
 
     epoch: int
     lane: int

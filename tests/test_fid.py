@@ -77,12 +77,14 @@ def test_mistakes_are_sentences(tmp_path, capsys):
     np.savez(tmp_path / "int.npz", ref_pool=whole.astype(int))
     np.savez(tmp_path / "nan.npz", ref_pool=whole * np.nan)
     np.savez(tmp_path / "one.npz", ref_pool=whole)
+    np.savez(tmp_path / "empty.npz", sample_logits=whole[:0])
     np.save(tmp_path / "single.npy", whole)
     (tmp_path / "text.npz").write_text("no archive")
     cases = {
         "object.npz": "not an .npz of arrays",
         "int.npz": "ref_pool is int64 of shape [5, 2]; expected floats",
         "nan.npz": "ref_pool has numbers that are not finite",
+        "empty.npz": "sample_logits is empty",
         "one.npz": "no metric can be computed",
         "single.npy": "not an .npz of arrays",
         "text.npz": "not an .npz of arrays",

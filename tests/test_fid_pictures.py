@@ -95,8 +95,46 @@ def test_foreign_files_are_refused(tmp_path):
     }.items():
         with pytest.raises(ValueError, match=f"{name}.*{sentence}"):
             sources.find(tmp_path / name)
-    with pytest.raises(ValueError, match=r"mu.npz: mu and sigma are of shapes \[3\] and \[2, 2\]"):
+    with pytest.raises(ValueError, match=r"mu.npz: mu and sigma are of shapes \[3\] and \[2, 2\]; expected \[2048\]"):
         sources.reference_statistics(tmp_path / "mu.npz")
+    for mean, told in ((np.full(2048, np.nan), "float64, or not finite"), (np.full(2048, "a"), "<U1, or not finite")):
+        np.savez(tmp_path / "odd.npz", mu=mean, sigma=np.zeros((2048, 2048), np.float32))
+        with pytest.raises(ValueError, match=f"odd.npz: mu is {told}"):
+            sources.reference_statistics(tmp_path / "odd.npz")
+
+
+def test_a_damaged_archive_is_a_sentence_wherever_it_is_damaged(tmp_path):
+    """Also within deflated content, whose error is zlib's, and for an array that is no archive."""
+    np.savez_compressed(tmp_path / "whole.npz", arr_0=noise(30), mu=np.zeros(2048), sigma=np.zeros((2048, 2048)))
+    whole = (tmp_path / "whole.npz").read_bytes()
+    np.save(tmp_path / "array.npy", noise(2))
+    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
+    for read in (sources.find, sources.reference_statistics):
+        with pytest.raises(ValueError, match="array.npz"):
+            read(tmp_path / "array.npz")
+    refused = 0
+    for place in range(0, len(whole), len(whole) // 60):
+        (tmp_path / "bad.npz").write_bytes(whole[:place] + bytes(40) + whole[place + 40 :])
+        for read in (lambda p: list(sources.find(p).batches(4)), sources.reference_statistics, command.read_features):
+            try:
+                read(tmp_path / "bad.npz")
+            except ValueError as error:
+                assert "bad.npz" in str(error)
+                refused += 1
+    assert refused > 30
+
+
+def test_an_interrupted_generation_is_not_taken_for_a_whole_one(tmp_path):
+    """Its record tells how many pictures there must be."""
+    for prompt in range(2):
+        path = layout.image_path(tmp_path, prompt, 0)
+        path.parent.mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(path)
+    (tmp_path / layout.RECORD).write_text(json.dumps({"num_prompts": 3, "num_images": 1}))
+    with pytest.raises(ValueError, match="00002 is missing"):
+        sources.find(tmp_path)
+    (tmp_path / layout.RECORD).write_text(json.dumps({"num_prompts": 2, "num_images": 1}))
+    assert sources.find(tmp_path).num == 2
 
 
 def test_pictures_of_two_sizes_and_damaged_ones_are_named(tmp_path):
@@ -182,13 +220,14 @@ def narrow(monkeypatch):
     monkeypatch.setattr(inception.Inception, "__call__", few)
 
 
-def test_from_pictures_to_the_summary(tmp_path, weights, narrow, capsys):
+def test_from_pictures_to_the_summary(tmp_path, weights, narrow, monkeypatch, capsys):
     """The reference's own statistics are used where its file has them; the same pictures are at distance 0."""
     pictures = noise(6)
     folder = write_folder(tmp_path / "mine", pictures)
     network = inception.Inception.load(weights, torch.device("cpu"))
     found = network(pictures)
     moved = score.statistics(found.pool)
+    monkeypatch.setitem(sources.WIDTHS, "pool", WIDTH)
     np.savez(tmp_path / "ref.npz", arr_0=pictures, mu=moved.mean + 1, sigma=moved.covariance)
     arguments = ["--images", str(folder), "--inception", str(weights), "--batch-size", "4", "--device", "cpu"]
     assert command.main([*arguments, "--ref", str(folder), "--out", str(tmp_path / "same")]) == 0

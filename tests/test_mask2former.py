@@ -61,6 +61,7 @@ def test_only_the_likeliest_hundred_pairs_are_instances():
 def test_pictures_are_fitted_padded_and_normalised():
     """Sizes as mmcv's: 512 x 512 -> 800 x 800; a long one is bound by 1333; padding is grey 128."""
     assert fitted(512, 512) == (800, 800) and fitted(1000, 500) == (667, 1333) and fitted(500, 1000) == (1333, 667)
+    assert fitted(3000, 1) == (1, 1333)
     pixels, size = prepare([Image.new("RGB", (120, 90), (255, 0, 128))])
     assert size == (800, 1067) and pixels.shape == (1, 3, 800, 1088)
     expected = [(255 - 123.675) / 58.395, (0 - 116.28) / 57.12, (128 - 103.53) / 57.375]
@@ -321,6 +322,7 @@ def test_files_that_are_no_mmdet_mask2former_are_refused(mmdet_file, tmp_path, c
         (whole | {"neck.weight": torch.zeros(1)}, "out", "neck.weight is no tensor of mmdet's Mask2Former"),
         (lacking, "out", "panoptic_head.query_feat.weight is missing"),
         (fewer, "out", "2 tensors do not fit"),
+        (whole | {"panoptic_head.query_feat.weight": torch.zeros(())}, "out", "do not have the shapes of mmdet's Mask2Former"),
         (whole, "full", "full is not empty"),
     ):
         torch.save({"state_dict": state}, mmdet_file)
@@ -330,6 +332,29 @@ def test_files_that_are_no_mmdet_mask2former_are_refused(mmdet_file, tmp_path, c
 
 
 # ---- colours and folders -------------------------------------------------------------------------
+
+
+def test_a_folder_of_other_prompts_is_not_the_suite(tmp_path):
+    """One easy prompt again and again, or another one's, is told; another wording of a prompt is not."""
+    from eval.geneval import __main__ as command
+    from eval.geneval import suite
+
+    whole = suite.load("geneval", 1)
+    files = [[tmp_path / f"{n:05d}" / "samples" / "00000.png"] for n in range(len(whole.prompts))]
+    prompts = [prompt | {"prompt": f"A photograph: {prompt['prompt']}"} for prompt in whole.prompts]
+    assert command.strange(whole, prompts, files) == []
+    told = command.strange(whole, [prompts[0]] * len(prompts), files)
+    assert len(told) == 5 and told[0].startswith("00001/metadata.jsonl is of no prompt of suite geneval")
+
+
+@pytest.mark.parametrize("clause", [{"position": None}, {"position": ["left of", False]}, {"count": True}])
+def test_metadata_that_only_looks_right_is_refused(tmp_path, clause):
+    from eval.geneval import suite
+
+    include = [{"class": "cat", "count": 1}, {"class": "dog", "count": 1} | clause]
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"tag": "position", "prompt": "a", "include": include}))
+    with pytest.raises(ValueError, match="include 1: expected"):
+        suite.read_metadata(tmp_path / "metadata.jsonl", suite.load("geneval"))
 
 
 def test_colours_are_asked_of_the_object_alone(classifier):

@@ -92,7 +92,7 @@ def report(rows: Sequence[score.Question], table: Path, answers: score.Answers, 
     blob = git_blob_id(table)
     which = "the official table" if blob == OFFICIAL_TABLE else f"NOT the official table, which is {OFFICIAL_TABLE}"
     print(f"questions: {table}, git blob {blob}: {which}\njudge: {judge}\n")
-    mark = f" (PARTIAL, {len(partial)} pictures or items are missing, too many or unreadable)" if partial else ""
+    mark = f" (PARTIAL, {'; '.join(partial[:3])}{f'; and {len(partial) - 3} more' if len(partial) > 3 else ''})" if partial else ""
     official = score.official(rows, answers)
     print(render(f"official{mark}", official))
     try:
@@ -115,6 +115,15 @@ def report(rows: Sequence[score.Question], table: Path, answers: score.Answers, 
     }
 
 
+def gaps(rows: Sequence[score.Question], answers: score.Answers) -> list[str]:
+    """What answers lack of the table, and what they have beside it, in words."""
+    items = {row.item for row in rows}
+    most = max(map(len, answers.values()), default=0)
+    fewer = [item for item, pictures in answers.items() if len(pictures) < most]
+    kinds = {"without answers": items - answers.keys(), "that the table lacks": answers.keys() - items, "with fewer pictures": fewer}
+    return [f"{len(found)} items {kind}, such as {min(found)}" for kind, found in kinds.items() if found]
+
+
 def score_answers(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m eval.dpg_bench score", description="Recorded answers to scores.")
     parser.add_argument("--answers", type=Path, required=True, metavar="FILE", help=".jsonl or .jsonl.gz")
@@ -123,10 +132,10 @@ def score_answers(arguments: Sequence[str]) -> None:
     parser.add_argument("--judge", default="not told", help="who gave the answers; stands beside the score")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write everything as JSON")
     options = parser.parse_args(arguments)
-    if options.num_images is not None and options.num_images < 1:
-        raise ValueError(f"--num-images is {options.num_images}; expected 1 or more")
+    run.check_numbers(options, num_images=1)
     rows = score.read_rows(options.questions)
-    found = report(rows, options.questions, read_answers(options.answers, options.num_images), options.judge)
+    answers = read_answers(options.answers, options.num_images)
+    found = report(rows, options.questions, answers, options.judge, gaps(rows, answers))
     if options.out is not None:
         layout.write_text(options.out, json.dumps(found, indent=2) + "\n")
         print(f"\n{options.out}")
@@ -244,10 +253,7 @@ def score_pictures(arguments: Sequence[str]) -> None:
     )
     add_generation(parser, needs=", with --ckpt")
     options = parser.parse_args(arguments)
-    for name, least in (("num_images", 1), ("seed", 0)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; expected {least} or more")
+    run.check_numbers(options, num_images=1, seed=0)
     evaluate(options)
 
 

@@ -116,7 +116,7 @@ class MPlug(Judge):
         except Exception as error:  # any: the network's, the hub's, the model's
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise ValueError(f"--judge: {MPLUG} cannot be loaded ({reason})") from None
-        self.name = f"mplug ({MPLUG})"
+        self.name = f"mplug ({MPLUG})"  # without a hash of its weights: after a change on the hub, use another --out
 
     def ask(self, image: Image.Image, question: str) -> str:
         """As the official script asks: the bare question, and the answer as it comes."""

@@ -16,7 +16,6 @@ import argparse
 import hashlib
 import json
 import sys
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -37,11 +36,13 @@ def read_features(path: Path) -> dict[str, np.ndarray]:
             arrays = {name: file[name] for name in ARRAYS if name in file.files}
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except sources.DAMAGE as error:
         raise ValueError(f"{path}: not an .npz of arrays ({error})") from None
     for name, array in arrays.items():
         if array.ndim != 2 or array.dtype.kind != "f":
             raise ValueError(f"{path}: {name} is {array.dtype} of shape {list(array.shape)}; expected floats [N, C]")
+        if not len(array):
+            raise ValueError(f"{path}: {name} is empty")
         if not np.isfinite(array).all():
             raise ValueError(f"{path}: {name} has numbers that are not finite")
     return arrays
@@ -157,7 +158,7 @@ def score_features(arguments: Sequence[str]) -> None:
     add_split_size(parser)
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the scores as JSON")
     options = parser.parse_args(arguments)
-    check_split_size(options)
+    run.check_numbers(options, split_size=1)
     arrays = read_features(options.features)
     try:
         found = measure(arrays, options.split_size)
@@ -171,11 +172,6 @@ def score_features(arguments: Sequence[str]) -> None:
 
 def add_split_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split-size", type=int, default=score.SPLIT_SIZE, help="images a split of the Inception score")
-
-
-def check_split_size(options: argparse.Namespace) -> None:
-    if options.split_size < 1:
-        raise ValueError(f"--split-size is {options.split_size}; expected 1 or more")
 
 
 def score_pictures(arguments: Sequence[str]) -> None:
@@ -194,11 +190,8 @@ def score_pictures(arguments: Sequence[str]) -> None:
     add_split_size(parser)
     add_generation(parser, needs=", with --ckpt")
     options = parser.parse_args(arguments)
-    check_split_size(options)
-    for name, least in (("num_images", 1), ("seed", 0)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; expected {least} or more")
+    run.check_numbers(options, split_size=1)
+    run.check_numbers(options, num_images=1, seed=0)
     evaluate(options)
 
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from eval.fid.sources import Pictures
+from eval.fid.sources import DAMAGE, Pictures
 
 KINDS = ("pool", "spatial", "logits")
 
@@ -44,7 +43,7 @@ def _batch(batch: np.ndarray, network: Callable, name: str, folder: Path) -> dic
         try:
             with np.load(path, allow_pickle=False) as file:
                 return {kind: file[kind] for kind in KINDS}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        except DAMAGE:
             path.unlink()  # damaged: computed again
     features = network(batch)
     found = {kind: getattr(features, kind) for kind in KINDS}

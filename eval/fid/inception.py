@@ -76,7 +76,10 @@ class Inception:
     def __call__(self, pictures: np.ndarray) -> Features:
         """[N, H, W, 3] uint8 -> features. Raises ValueError when they are not finite."""
         pixels = torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))).to(self.device)
-        pool, logits = self.net(pixels)
+        try:
+            pool, logits = self.net(pixels)
+        except torch.OutOfMemoryError:
+            raise ValueError(f"the GPU has too little memory for {len(pictures)} pictures; try a smaller --batch-size") from None
         spatial = self._spatial.permute(0, 2, 3, 1).flatten(1)
         features = Features(*(part.float().cpu().numpy() for part in (pool, spatial, logits)))
         if not all(np.isfinite(part).all() for part in features):

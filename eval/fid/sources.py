@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,10 @@ from eval import layout
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 PICTURES = "arr_0"
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # of pool and spatial features, in ADM's reference files
+WIDTHS = {"pool": 2048, "spatial": 2023}
 MAX_SIDE = 4096
+# All that numpy and zipfile raise for a file that is damaged, encrypted or no .npz.
+DAMAGE = (OSError, ValueError, TypeError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 class Pictures(NamedTuple):
@@ -26,7 +30,8 @@ class Pictures(NamedTuple):
 
 
 def find(path: Path, *, num_prompts: int | None = None, num_images: int | None = None) -> Pictures:
-    """A folder's or an .npz file's pictures; num_prompts and num_images are of a folder in eval/layout.py's layout.
+    """A folder's or an .npz file's pictures; num_prompts and num_images are of a folder in eval/layout.py's layout, None is
+    what its record tells.
 
     Such a folder goes round its prompts, the first picture of each, then the second: in order of the files, the splits
     of the Inception score would hold few classes each. Any other folder goes by file names, subfolders included. Raises
@@ -37,6 +42,8 @@ def find(path: Path, *, num_prompts: int | None = None, num_images: int | None =
     if not path.is_dir():
         raise ValueError(f"{path} is neither a folder nor an .npz file")
     if (path / layout.RECORD).is_file() or num_prompts is not None:
+        record = layout.read_record(path)
+        num_prompts, num_images = num_prompts or record.get("num_prompts"), num_images or record.get("num_images")
         prompts = layout.image_files(path, num_prompts=num_prompts, num_images=num_images)
         files = [images[number] for number in range(len(prompts[0])) for images in prompts]
     else:
@@ -66,7 +73,9 @@ def _archive(path: Path) -> Pictures:
             shape = _header(file, path)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
-    except (OSError, KeyError, zipfile.BadZipFile) as error:
+    except DAMAGE as error:
+        if str(error).startswith(str(path)):
+            raise
         raise ValueError(f"{path}: no .npz with an array {PICTURES} ({error})") from None
     return Pictures(str(path), shape[0], lambda size: _read_archive(path, size))
 
@@ -78,7 +87,7 @@ def _read_archive(path: Path, size: int) -> Iterator[np.ndarray]:
             shape = (min(size, num - start), *sides)
             try:
                 content = file.read(int(np.prod(shape)))
-            except (OSError, EOFError, zipfile.BadZipFile, ValueError) as error:
+            except DAMAGE as error:
                 raise ValueError(f"{path}: damaged after {start} pictures ({error})") from None
             if len(content) < np.prod(shape):
                 raise ValueError(f"{path}: ends within picture {start + len(content) // int(np.prod(sides))} of {num}")
@@ -92,7 +101,7 @@ def _header(file, path: Path) -> tuple[int, int, int, int]:
         version = formats.read_magic(file)
         read = formats.read_array_header_1_0 if version == (1, 0) else formats.read_array_header_2_0
         shape, by_columns, dtype = read(file)
-    except ValueError as error:
+    except DAMAGE as error:
         raise ValueError(f"{path}: {PICTURES} is damaged ({error})") from None
     fits = dtype == np.uint8 and len(shape) == 4 and shape[3] == 3 and not by_columns
     if not fits or not all(0 < side <= MAX_SIDE for side in shape[1:3]) or shape[0] < 1:
@@ -103,7 +112,8 @@ def _header(file, path: Path) -> tuple[int, int, int, int]:
 def reference_statistics(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Kind of features, pool or spatial -> mean [C] and covariance [C, C], of those that an ADM reference file holds.
 
-    They are of the whole training set, where its pictures are 10,000 of it. Raises ValueError for damage.
+    They are of the whole training set, where its pictures are 10,000 of it. Raises ValueError for damage, other widths than
+    those of Inception's features, and numbers that are not finite.
     """
     if path.suffix != ".npz":
         return {}
@@ -112,14 +122,17 @@ def reference_statistics(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]
             found = {name: file[name] for name in STATISTICS if name in file.files}
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except DAMAGE as error:
         raise ValueError(f"{path}: not an .npz of arrays ({error})") from None
     statistics = {}
     for kind, (mean, covariance) in {"pool": STATISTICS[:2], "spatial": STATISTICS[2:]}.items():
         if mean in found and covariance in found:
-            wide = found[mean].shape[-1:]
-            if found[mean].ndim != 1 or found[covariance].shape != wide * 2:
+            wide = (WIDTHS[kind],)
+            if found[mean].shape != wide or found[covariance].shape != wide * 2:
                 shapes = f"{list(found[mean].shape)} and {list(found[covariance].shape)}"
-                raise ValueError(f"{path}: {mean} and {covariance} are of shapes {shapes}; expected [C] and [C, C]")
+                raise ValueError(f"{path}: {mean} and {covariance} are of shapes {shapes}; expected {list(wide)} and {list(wide * 2)}")
+            for name in (mean, covariance):
+                if found[name].dtype.kind != "f" or not np.isfinite(found[name]).all():
+                    raise ValueError(f"{path}: {name} is {found[name].dtype}, or not finite; expected finite floats")
             statistics[kind] = found[mean], found[covariance]
     return statistics

@@ -3,8 +3,8 @@
     python -m eval.geneval --ckpt runs/NAME/model [--suite shapes]     generates, then scores
     python -m eval.geneval --images FOLDER [--suite shapes]            scores images in GenEval's layout
 
---out receives results.jsonl (one line per image), summary.json, report.html and, with --ckpt, the images. An interrupted run
-continues where it stopped when the same command is given again. Under a launcher (torchrun) all ranks generate, each its
+--out receives results.jsonl (one line per image), summary.json, report.html and, with --ckpt, the images. An interrupted
+generation goes on where it stopped when the same command is given again; scoring starts over. Under a launcher (torchrun) all ranks generate, each its
 share, and the first one scores. Other commands: `python -m eval.geneval score` scores
 recorded detections (recorded.py), `compare` sets models side by side (compare.py), `self-test` and `convert-detector` are
 of suite geneval's detector, `python -m eval.geneval.ceiling` draws the shapes suite's bounds.
@@ -17,6 +17,7 @@ import importlib
 import json
 import os
 import sys
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -49,6 +50,10 @@ def score(
     if problems and not allow_partial:
         raise ValueError(layout.listed(folder, problems))
     prompts = [suites.read_metadata(images[0].parent.parent / "metadata.jsonl", suite) for images in files]
+    if suite.is_whole:
+        problems += strange(suite, prompts, files)
+        if problems and not allow_partial:
+            raise ValueError(layout.listed(folder, problems))
     detector = suite.detector()
     results = []
     work = [(metadata, path) for metadata, images in zip(prompts, files, strict=True) for path in images]
@@ -80,6 +85,22 @@ def score(
     if problems and not allow_partial:
         raise ValueError(layout.listed(folder, problems))
     return results, problems
+
+
+def strange(suite: Suite, prompts: list[dict], files: list[list[Path]]) -> list[str]:
+    """The folders whose prompt the suite does not have, or not so often, in words. A prompt is what it asks for, not its text."""
+    left = Counter(map(asked, suite.prompts))
+    problems = []
+    for metadata, images in zip(prompts, files, strict=True):
+        left[asked(metadata)] -= 1
+        if left[asked(metadata)] < 0:
+            place = images[0].parent.parent.name
+            problems.append(f"{place}/metadata.jsonl is of no prompt of suite {suite.name}, or of one that other folders have")
+    return problems
+
+
+def asked(metadata: dict) -> str:
+    return json.dumps([metadata["tag"], metadata["include"], metadata.get("exclude", [])], sort_keys=True)
 
 
 def write(out: Path, folder: Path, suite: Suite, results: list[dict], problems: list[str], facts: dict) -> dict:
@@ -185,10 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_generation(parser, needs=", with --ckpt")
     options = parser.parse_args(arguments)
     try:
-        for name, least in (("num_images", 1), ("seed", 0), ("num_bound_images", 0)):
-            value = getattr(options, name)
-            if value is not None and value < least:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}; expected {least} or more")
+        run.check_numbers(options, num_images=1, seed=0, num_bound_images=0)
         evaluate(options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -150,11 +150,14 @@ def convert(file: Path, out: Path) -> None:
     try:
         settings = config(source.shapes)
         state = {ours: value for name, theirs in source.read(source.shapes) for ours, value in _tensors(name, theirs)}
+        model = Mask2FormerForUniversalSegmentation(settings)
     except KeyError as error:
         raise ValueError(f"{file}: no mmdet Mask2Former with a Swin backbone, {error.args[0]} is missing") from None
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
-    model = Mask2FormerForUniversalSegmentation(settings)
+        raise ValueError(f"{file}: {' '.join(str(error).split())}") from None
+    except (RuntimeError, IndexError, ZeroDivisionError, AssertionError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{file}: its tensors do not have the shapes of mmdet's Mask2Former ({reason})") from None
     # empty_weight is of the loss, swin.layernorm of an output that is not used; transformers makes both.
     computed = ("criterion.", "model.pixel_level_module.encoder.swin.layernorm.")
     wanted = {name: value.shape for name, value in model.state_dict().items() if not name.startswith(computed)}

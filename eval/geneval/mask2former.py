@@ -40,7 +40,7 @@ class Instances(NamedTuple):
 def fitted(width: int, height: int) -> tuple[int, int]:
     """Height and width of a picture fitted into 1333 x 800, either way round."""
     scale = min(LONGEST / max(width, height), SHORTEST / min(width, height))
-    return int(height * scale + 0.5), int(width * scale + 0.5)
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
 def prepare(images: Sequence[Image.Image]) -> tuple[Tensor, tuple[int, int]]:
@@ -124,7 +124,10 @@ class Mask2FormerDetector(Detector):
     def find(self, images: Sequence[Image.Image]) -> list[Instances]:
         """Instances of RGB pictures of one size. Raises ValueError when the model's output cannot be true."""
         pixels, resized = prepare(images)
-        output = self.model(pixel_values=pixels.to(self.device))
+        try:
+            output = self.model(pixel_values=pixels.to(self.device))
+        except torch.OutOfMemoryError:
+            raise ValueError(f"the GPU has too little memory to look at {len(images)} images; try a smaller --batch-size") from None
         size, padded = images[0].size[::-1], tuple(pixels.shape[-2:])
         pairs = zip(output.class_queries_logits, output.masks_queries_logits, strict=True)
         found = [instances(*pair, padded, resized, size) for pair in pairs]

@@ -160,14 +160,14 @@ def _problem(metadata: dict, suite: Suite) -> str | None:
 def _clause_problem(clause: object, index: int, suite: Suite) -> str | None:
     if not isinstance(clause, dict) or clause.get("class") not in suite.classes:
         return f"expected a class that suite {suite.name} detects, got {clause!r}"
-    if not isinstance(clause.get("count"), int) or clause["count"] < 1:
+    if type(clause.get("count")) is not int or clause["count"] < 1:
         return f"expected count to be a whole number, 1 or more, got {clause.get('count')!r}"
     if clause.get("color", COLORS[0]) not in COLORS:
         return f"expected color to be one of {', '.join(COLORS)}, got {clause['color']!r}"
-    match clause.get("position"):
-        case None:
-            return None
-        case [relation, int(target)] if relation in RELATIONS and 0 <= target < index:
+    if "position" not in clause:
+        return None
+    match clause["position"]:
+        case [relation, target] if relation in RELATIONS and type(target) is int and 0 <= target < index:
             return None
         case other:
             return f"expected position as [relation, number of an earlier clause], got {other!r}"
