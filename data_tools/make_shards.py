@@ -1,7 +1,11 @@
 """Make shards of images and captions, in WebDataset's layout (see mmtensorar/shards.py).
 
-    python data_tools/make_shards.py --folder my_images --out data/mine          a.jpg beside a.txt, at any depth
+    python data_tools/make_shards.py --folder my_images --out data/mine          a.jpg beside a.txt or a.json, at any depth
     python data_tools/make_shards.py --jsonl my_images/list.jsonl --out data/mine    {"image": path, "caption": text}
+    python data_tools/make_shards.py --csv my_images/list.csv --out data/mine        columns image and caption
+    python data_tools/make_shards.py --parquet rows.parquet --caption-columns short,long --captions random --out data/mine
+    python data_tools/make_shards.py --dataset lambdalabs/naruto-blip-captions --caption-columns text --out data/naruto
+    python data_tools/make_shards.py --tars old_shards --min-side 512 --deduplicate --out data/better
     python data_tools/make_shards.py --class-folder imagenet/train --out data/imagenet    a sub-folder per class
     python data_tools/make_shards.py --synthesize shapes --num-samples 4096 --out data/shapes
 
@@ -16,83 +20,105 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a script, the f
 
 import argparse
 import hashlib
-import io
 import json
-import multiprocessing
 import os
-import signal
-import threading
-import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections import Counter
+from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from data_tools import sources
-from mmtensorar.shards import MANIFEST, Manifest, Sample, Shard, Staging, sha256, square, write_tar
+from data_tools.engines import in_processes
+from data_tools.parts import LeftOut, Part, distribute, make_part, make_shard
+from data_tools.samples import Unwanted, Wanted, generator, make_sample
+from data_tools.sources import SOURCES, Item, Layout
+from data_tools.sources.class_folder import class_names
+from mmtensorar.shards import MANIFEST, Manifest, Shard, Staging, sha256
+
+LEFT_OUT = "left_out.jsonl"
+PART_SAMPLES = 1000  # where shards are not counted in samples
 
 
-def make_sample(key: str, item: sources.Item, image_size: int) -> Sample:
-    """Load one item and make it square."""
-    image = item.image()
-    meta = item.meta | {"size": list(image.size)}
-    jpeg = io.BytesIO()
-    square(image, image_size).save(jpeg, "JPEG", quality=95, subsampling=0)
-    return Sample(
-        key, {"jpg": jpeg.getvalue(), "txt": item.caption.encode(), "json": json.dumps(meta, sort_keys=True).encode()}
-    )
+class Source(NamedTuple):
+    """name: for the manifest. items: in the order of the set, with one caption each. classes: if captions are their numbers."""
+
+    name: str
+    items: list[Item]
+    classes: tuple[str, ...] | None = None
 
 
-def make_shard(path: Path, first: int, items: list[sources.Item], image_size: int) -> Shard:
-    """Write one shard. first: place of its first item in the whole set, from which the keys are counted."""
-    return write_tar(path, (make_sample(f"{first + i:09d}", item, image_size) for i, item in enumerate(items)))
-
-
-def in_processes(tasks: list[tuple], workers: int) -> Iterator[Shard]:
-    """make_shard(*task) for each task, in any order. An error or an interrupt ends all workers at once."""
-    if workers == 1 or len(tasks) <= 1:
-        yield from (make_shard(*task) for task in tasks)
-        return
-    with ProcessPoolExecutor(min(workers, len(tasks)), initializer=follow_parent) as pool:
-        try:
-            for future in as_completed([pool.submit(make_shard, *task) for task in tasks]):
-                yield future.result()
-        except BaseException:
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
-
-
-def follow_parent() -> None:
-    """In a worker: end without a word at Ctrl-C, and when the parent is gone, however it ended."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def read_source(options: argparse.Namespace) -> tuple[str, list[sources.Item], tuple[str, ...] | None]:
-    """The source's description for the manifest, its items in the order of the shards, and the names of its classes."""
+def read_source(options: argparse.Namespace) -> Source:
     if options.synthesize:
-        size = options.image_size
+        from data_tools.sources import shapes
+
         # Drawn at random already; and a set of more samples begins with the samples of a smaller one.
-        return "shapes", list(sources.synthesize_shapes(options.num_samples, seed=options.seed, size=size)), None
-    kinds = {"folder": sources.folder, "class_folder": sources.class_folder, "jsonl": sources.jsonl}
-    kind, path = next((kind, path) for kind in kinds if (path := getattr(options, kind)))
-    classes = sources.class_names(path) if kind == "class_folder" else None
-    found = kinds[kind](path)
-    items = list(tqdm(found, desc="listing", unit=" images", disable=None))
+        found = list(shapes.items(options.num_samples, seed=options.seed, size=options.image_size))
+        return Source("shapes", found[: options.limit])
+    kind, place = next((kind, place) for kind in SOURCES if (place := getattr(options, kind)))
+    layout = Layout(
+        image=options.image_column,
+        captions=tuple(options.caption_columns),
+        root=options.image_root,
+        split=options.split,
+        templates=tuple(options.class_template),
+        class_names=sources.read_class_names(options.class_names) if options.class_names else None,
+    )
+    classes = None
+    if kind == "class_folder" and not layout.templates:
+        classes = class_names(place)
+    elif kind == "tars" and layout.class_names and not layout.templates:
+        classes = _numbered(layout.class_names, options.class_names)
+    listed = tqdm(sources.items(kind, place, layout), desc="listing", unit=" images", disable=None)
+    items = []
+    for item in listed:
+        if item.problem and options.on_error == "raise":  # at once, not when its turn comes
+            raise ValueError(f"{item.problem}; to leave such samples out add --on-error skip")
+        items += choose_captions(item, options.captions, options.seed)
     # Names, captions and file sizes, so that a changed source is not taken for the old one.
-    digest = hashlib.sha256(json.dumps([(i.key, i.caption, i.meta) for i in items], sort_keys=True).encode()).hexdigest()
-    order = np.random.default_rng(options.seed).permutation(len(items))
-    return f"{kind} {path.resolve().name} {digest[:16]}", [items[i] for i in order], classes
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(json.dumps([item.key, item.captions, item.meta, item.group], sort_keys=True, default=str).encode())
+    name = Path(place).resolve().name if Path(place).exists() else place
+    return Source(f"{kind} {name} {digest.hexdigest()[:16]}", shuffled(items, options.seed)[: options.limit], classes)
+
+
+def _numbered(names: dict[str, str], path: Path) -> tuple[str, ...]:
+    missing = [str(number) for number in range(len(names)) if str(number) not in names]
+    if missing:
+        raise ValueError(f"{path}: {len(names)} names, but none for class {missing[0]}; expected numbers from 0 on")
+    return tuple(names[str(number)] for number in range(len(names)))
+
+
+def choose_captions(item: Item, choice: str, seed: int) -> list[Item]:
+    """The item with one caption: the first, or a random one; or once with each."""
+    if item.problem or len(item.captions) == 1:
+        return [item]
+    if choice == "each":
+        return [item._replace(captions=(caption,)) for caption in item.captions]
+    index = int(generator(seed, item.key).integers(len(item.captions))) if choice == "random" else 0
+    return [item._replace(captions=(item.captions[index],))]
+
+
+def shuffled(items: list[Item], seed: int) -> list[Item]:
+    """In random order; items of one group stay together, in random order among themselves."""
+    groups: dict[str, list[Item]] = {}
+    for item in items:
+        groups.setdefault(item.group, []).append(item)
+    rng = np.random.default_rng(seed)
+    if len(groups) == 1:
+        return [items[i] for i in rng.permutation(len(items))]
+    within = list(groups.values())
+    return [within[g][i] for g in rng.permutation(len(within)) for i in rng.permutation(len(within[g]))]
+
+
+def is_validation(key: str, share: float) -> bool:
+    """By the key's hash alone: more samples or another seed move none from one side to the other."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") < share * 2**64
 
 
 def describe(manifest: Manifest) -> str:
@@ -101,60 +127,213 @@ def describe(manifest: Manifest) -> str:
     return f"{manifest.num_samples} samples of {source}, {manifest.image_size} pixels, seed {manifest.seed}"
 
 
-def make(options: argparse.Namespace) -> None:
-    out, per_shard = options.out, options.samples_per_shard
+def wanted_of(options: argparse.Namespace) -> Wanted:
+    return Wanted(
+        image_size=options.image_size,
+        crop=options.crop,
+        format=options.format,
+        quality=options.quality,
+        min_side=options.min_side,
+        max_aspect=options.max_aspect,
+        min_caption=options.min_caption,
+        max_caption=options.max_caption,
+        seed=options.seed,
+    )
+
+
+def set_in(out: Path) -> Manifest | None:
+    """The set that is in a folder. Raises ValueError when the folder holds anything else."""
     Staging.recover(out)
-    old = Manifest.read(out) if (out / MANIFEST).exists() else None
-    if old is None and out.exists():
+    if (out / MANIFEST).exists():
+        return Manifest.read(out)
+    if out.exists():
         if not out.is_dir():
             raise ValueError(f"{out} is a file; choose another --out")
-        strangers = [path for path in out.iterdir() if not path.name.startswith(Staging.PREFIX)]
+        ours = (LEFT_OUT, LEFT_OUT + ".tmp")
+        strangers = [p for p in out.iterdir() if not p.name.startswith(Staging.PREFIX) and p.name not in ours]
         if strangers:
             raise ValueError(
                 f"{out} is not a shard folder: it has no {MANIFEST}, but {strangers[0].name}; choose another --out"
             )
-    source, items, classes = read_source(options)
-    starts = range(0, len(items), per_shard)
-    # What the shards depend on. A set that has had codes added still is this set.
-    wanted = {
-        "source": source,
-        "seed": options.seed,
-        "image_size": options.image_size,
-        "counts": [min(per_shard, len(items) - start) for start in starts],
-    }
-    if old is not None:
-        found = {key: getattr(old, key) for key in ("source", "seed", "image_size")}
-        if found | {"counts": [shard.num_samples for shard in old.shards]} == wanted:
-            print(f"reusing {out}: {describe(old)}")
-            return
-        if not options.overwrite:
-            raise ValueError(f"{out} holds another set ({describe(old)}); choose another --out, or add --overwrite")
+    return None
 
-    staging = Staging(out, wanted)
+
+def is_made(out: Path, made: dict, overwrite: bool) -> bool:
+    """Whether the set is there already. Raises ValueError when another one is, unless that is to be replaced."""
+    old = set_in(out)
+    if old is not None and old.made != made and not overwrite:
+        raise ValueError(f"{out} holds another set ({describe(old)}); choose another --out, or add --overwrite")
+    return old is not None and old.made == made
+
+
+def make(options: argparse.Namespace) -> None:
+    out, held_out = options.out, options.out.with_name(f"{options.out.name}_validation")
+    set_in(out)  # before the source is listed, which may take long
+    source, wanted = read_source(options), wanted_of(options)
+    # All that the bytes depend on.
+    made = {
+        "source": source.name,
+        "num_items": len(source.items),
+        "samples_per_shard": options.samples_per_shard,
+        "bytes_per_shard": options.bytes_per_shard,
+        "validation_share": options.validation_share,
+        "deduplicate": options.deduplicate,
+        "on_error": options.on_error,
+        **asdict(wanted),
+    }
+    if options.dry_run:
+        show(source, wanted, options)
+        return
+    splits = bool(options.validation_share)
+    held_is_made = splits and is_made(held_out, made, options.overwrite)
+    if is_made(out, made, options.overwrite) and held_is_made == splits:
+        print(f"reusing {out}: {describe(Manifest.read(out))}")
+        return
+
+    staging = Staging(out, made)
+    parts = all_parts(staging, source, wanted, options)
+    left_out = [each for part in parts for each in part.left_out]
+    if options.deduplicate:
+        left_out += duplicates(parts, source.items)
+    gone = {each.number for each in left_out}
+    if len(gone) == len(source.items):
+        raise ValueError(f"{out}: nothing is left of {len(gone)} samples ({reasons(left_out)})")
+
+    def held(number: int) -> bool:
+        return splits and is_validation(source.items[number].key, options.validation_share)
+
+    write = partial(write_set, parts, options=options, source=source, made=made)
+    if splits and not held_is_made:
+        write(Staging(held_out, made), staging.path, lambda number: number not in gone and held(number))
+    if left_out:
+        temporary = out / (LEFT_OUT + ".tmp")
+        lines = [json.dumps({"name": each.name, "reason": each.reason}) for each in sorted(left_out)]
+        temporary.write_text("\n".join(lines) + "\n")
+        os.replace(temporary, out / LEFT_OUT)
+        print(f"left out {len(left_out)} of {len(source.items)}: {reasons(left_out)}; listed in {out / LEFT_OUT}")
+    else:
+        (out / LEFT_OUT).unlink(missing_ok=True)
+    write(staging, staging.path, lambda number: number not in gone and not held(number))
+
+
+def all_parts(staging: Staging, source: Source, wanted: Wanted, options: argparse.Namespace) -> list[Part]:
+    """Make the parts that are not there yet."""
+    size = PART_SAMPLES if options.bytes_per_shard else options.samples_per_shard
+    starts = range(0, len(source.items), size)
     finished, tasks = {}, []
     for number, start in enumerate(starts):
+        name = f"part-{number:06d}"
+        if part := Part.read(staging.path, name):
+            finished[name] = part
+        else:
+            items = source.items[start : start + size]
+            tasks.append((staging.path, name, start, items, wanted, options.on_error == "skip"))
+    if finished:
+        print(f"continuing {options.out}: {len(finished)} of {len(starts)} parts are there")
+
+    def count(part: Part) -> int:
+        return len(part.kept) + len(part.left_out)
+
+    initial = sum(map(count, finished.values()))
+    with tqdm(desc="making shards", unit=" images", total=len(source.items), initial=initial, disable=None) as progress:
+        for part in in_processes(make_part, tasks, options.workers):
+            finished[part.name] = part
+            progress.update(count(part))
+    return [finished[name] for name in sorted(finished)]
+
+
+def duplicates(parts: list[Part], items: list[Item]) -> list[LeftOut]:
+    """Of samples with the same picture and caption all but the first."""
+    first: dict[str, int] = {}
+    found = []
+    for part in parts:
+        for kept in part.kept:
+            number = first.setdefault(kept.digest, kept.number)
+            if number != kept.number:
+                name = items[kept.number].key
+                found.append(LeftOut(kept.number, name, f"duplicate of {items[number].key}"))
+    return found
+
+
+def reasons(left_out: list[LeftOut]) -> str:
+    kinds = Counter(
+        "duplicate" if each.reason.startswith("duplicate") else "damaged" if each.reason.startswith("error") else each.reason
+        for each in left_out
+    )
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+
+
+def write_set(
+    parts: list[Part],
+    staging: Staging,
+    from_folder: Path,
+    takes: Callable[[int], bool],
+    *,
+    options: argparse.Namespace,
+    source: Source,
+    made: dict,
+) -> None:
+    """Write one set from the parts and put it in its place."""
+    max_samples = len(source.items) if options.bytes_per_shard else options.samples_per_shard
+    plan = list(distribute(parts, takes, max_samples=max_samples, max_bytes=options.bytes_per_shard))
+    if not plan:
+        raise ValueError(f"{staging.folder}: no sample is left for it; choose another --validation-share")
+    finished, tasks = {}, []
+    for number, pieces in enumerate(plan):
         path = staging.path / f"{number:05d}.tar"
         if staging.finished(path.name):
-            finished[path.name] = Shard(name=path.name, num_samples=wanted["counts"][number], sha256=sha256(path))
+            num_samples = sum(len(piece.places) for piece in pieces)
+            finished[path.name] = Shard(name=path.name, num_samples=num_samples, sha256=sha256(path))
         else:
-            tasks.append((path, start, items[start : start + per_shard], options.image_size))
-    if finished:
-        print(f"continuing {out}: {len(finished)} of {len(starts)} shards are there")
-    initial = sum(shard.num_samples for shard in finished.values())
-    with tqdm(desc="making shards", unit=" images", total=len(items), initial=initial, disable=None) as progress:
-        for shard in in_processes(tasks, options.workers):
+            tasks.append((from_folder, path, pieces))
+    # Moving takes no time; only where samples are regrouped is there something to wait for.
+    regrouped = any(len(pieces) != 1 or not pieces[0].whole for pieces in plan)
+    with tqdm(desc="regrouping", unit=" shards", total=len(tasks), disable=None if regrouped else True) as progress:
+        for shard in in_processes(make_shard, tasks, options.workers if regrouped else 1):
             finished[shard.name] = shard
-            progress.update(shard.num_samples)
+            progress.update(1)
     manifest = Manifest(
         shards=tuple(finished[name] for name in sorted(finished)),
-        num_samples=len(items),
+        num_samples=sum(shard.num_samples for shard in finished.values()),
         image_size=options.image_size,
-        classes=classes,
-        source=source,
+        classes=source.classes,
+        source=source.name,
         seed=options.seed,
+        made=made,
     )
     staging.commit(manifest)
-    print(f"{out}: {describe(manifest)}, in {len(manifest.shards)} shards")
+    print(f"{staging.folder}: {describe(manifest)}, in {len(manifest.shards)} shards")
+
+
+def show(source: Source, wanted: Wanted, options: argparse.Namespace) -> None:
+    """Try the first few hundred items, write nothing, and tell what the set would be."""
+    tried = source.items[:200]
+    sizes, found, told = [], Counter(), []
+    for number, item in enumerate(tqdm(tried, desc="trying", unit=" images", disable=None)):
+        try:
+            sample = make_sample(f"{number:09d}", item, wanted).sample
+        except Unwanted as reason:
+            found[str(reason)] += 1
+        except ValueError as error:
+            if options.on_error == "raise":
+                raise
+            found[f"error: {error}"] += 1
+        else:
+            sizes.append(sum(map(len, sample.members.values())))
+            if len(told) < 3:
+                told.append(f"  {item.key}: {item.captions[0][:100]!r}")
+    share = len(sizes) / max(1, len(tried))
+    print(f"{source.name}: {len(source.items)} items; of the first {len(tried)}, {len(sizes)} would be kept")
+    for reason, count in found.most_common(10):
+        print(f"  {count} left out: {reason}")
+    print("\n".join(told))
+    if sizes:
+        kept, mean = share * len(source.items), sum(sizes) / len(sizes)
+        shards = kept * mean / options.bytes_per_shard if options.bytes_per_shard else kept / options.samples_per_shard
+        print(
+            f"about {kept:.0f} samples of {mean:,.0f} bytes, {kept * mean / 2**30:.2f} GiB in {max(1, round(shards))} shards"
+        )
+    print(f"nothing was written; without --dry-run the set goes to {options.out}")
 
 
 def positive(text: str) -> int:
@@ -163,38 +342,139 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def num_bytes(text: str) -> int:
+    """A number with K, M or G for powers of 1,000."""
+    digits, unit = (text[:-1], text[-1].upper()) if text[-1:].upper() in ("K", "M", "G") else (text, "")
+    return positive(digits) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[unit]
+
+
+def share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number between 0 and 1, got {text!r}")
+    return value
+
+
+def at_least_one(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 1 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
+    return value
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--folder", type=Path, help="images with a .txt caption of the same name, at any depth")
-    source.add_argument(
-        "--class-folder",
-        type=Path,
-        metavar="ROOT",
-        help="images in one sub-folder per class; the sorted names give the class numbers, as in torchvision's "
-        "ImageFolder",
+    group = parser.add_argument_group("where samples come from (one of them)")
+    one = group.add_mutually_exclusive_group(required=True)
+    for kind, (_, text) in SOURCES.items():
+        one.add_argument(f"--{kind.replace('_', '-')}", metavar="PLACE", help=text)
+    one.add_argument("--synthesize", choices=["shapes"], help="draw an embedded world")
+
+    group = parser.add_argument_group("how the source is read")
+    group.add_argument("--image-column", default="image", metavar="NAME", help="column or key (default: image)")
+    group.add_argument(
+        "--caption-columns",
+        type=lambda text: text.split(","),
+        default=["caption"],
+        metavar="A,B",
+        help="columns or keys of captions (default: caption)",
     )
-    source.add_argument("--jsonl", type=Path, help='lines {"image": path relative to this file, "caption": text}')
-    source.add_argument("--synthesize", choices=["shapes"], help="draw an embedded world")
-    parser.add_argument("--out", type=Path, required=True, help="shard folder to make")
-    parser.add_argument(
+    group.add_argument(
+        "--captions",
+        choices=["first", "random", "each"],
+        default="first",
+        help="where a picture has several: the first, one by chance, or a sample with each (default: first)",
+    )
+    group.add_argument("--image-root", type=Path, help="folder that paths are relative to (default: the table's own)")
+    group.add_argument("--split", default="train", help="of a dataset (default: train)")
+    group.add_argument(
+        "--class-template",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="captions from class names, such as 'a photo of a {}'; may be given several times",
+    )
+    group.add_argument(
+        "--class-names", type=Path, metavar="JSON", help='{"n01440764": "tench"}: names of folders or numbers'
+    )
+    group.add_argument("--num-samples", type=positive, help="pictures to draw (--synthesize only; default 4096)")
+    group.add_argument("--limit", type=positive, help="take only so many, by chance")
+
+    group = parser.add_argument_group("what is taken")
+    group.add_argument("--min-side", type=positive, default=0, metavar="PIXELS", help="smaller side at least")
+    group.add_argument(
+        "--max-aspect", type=at_least_one, default=0.0, metavar="RATIO", help="longer side over smaller at most"
+    )
+    group.add_argument("--min-caption", type=positive, default=0, metavar="CHARACTERS")
+    group.add_argument("--max-caption", type=positive, default=0, metavar="CHARACTERS")
+    group.add_argument("--deduplicate", action="store_true", help="of equal pictures with equal captions take the first")
+    group.add_argument(
+        "--on-error",
+        choices=["raise", "skip"],
+        default="raise",
+        help=f"a picture that is damaged or has no caption: stop, or leave it out and list it in {LEFT_OUT} (default: stop)",
+    )
+
+    group = parser.add_argument_group("what is made")
+    group.add_argument("--out", type=Path, required=True, help="shard folder to make")
+    group.add_argument(
         "--image-size",
         type=positive,
         help="pixels a side (default: 384; 64 for shapes): the image tokenizer's size, or a larger one for "
         "encode_codes.py --crops 10; LlamaGen's is 1.1 times, 281 for 256 and 422 for 384",
     )
-    parser.add_argument("--num-samples", type=positive, help="pictures to draw (--synthesize only; default 4096)")
-    parser.add_argument("--samples-per-shard", type=positive, default=1000)
-    parser.add_argument("--seed", type=int, default=0, help="of the order, and of what is drawn")
-    parser.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes (default: cores)")
-    parser.add_argument("--overwrite", action="store_true", help="replace another set in --out once the new one is made")
+    group.add_argument(
+        "--crop",
+        choices=["center", "random", "pad", "stretch"],
+        default="center",
+        help="a square from the middle or from anywhere, or the whole picture on white or stretched (default: center)",
+    )
+    group.add_argument(
+        "--format",
+        choices=["jpg", "png", "webp", "keep"],
+        default="jpg",
+        help="keep: pictures of the right size stay as they are (default: jpg)",
+    )
+    group.add_argument("--quality", type=positive, default=95, help="of jpg and webp, to 100 (default: 95)")
+    group.add_argument("--samples-per-shard", type=positive, default=1000)
+    group.add_argument("--bytes-per-shard", type=num_bytes, default=0, metavar="N", help="instead: such as 500M or 1G")
+    group.add_argument(
+        "--validation-share",
+        type=share,
+        default=0.0,
+        help="put this share, by the hash of each picture's name, into a set of its own, OUT_validation",
+    )
+    group.add_argument("--seed", type=int, default=0, help="of the order, and of what is drawn")
+    group.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes (default: cores)")
+    group.add_argument("--overwrite", action="store_true", help="replace another set in --out once the new one is made")
+    group.add_argument(
+        "--dry-run", action="store_true", help="write nothing; try the first pictures and tell what would be made"
+    )
     options = parser.parse_args(arguments)
     if options.num_samples and not options.synthesize:
-        parser.error("--num-samples goes with --synthesize; a folder or JSONL is taken whole")
+        parser.error("--num-samples goes with --synthesize; of any other source --limit takes a part")
     if options.seed < 0:
         parser.error(f"--seed must be at least 0, got {options.seed}")
+    if options.quality > 100:
+        parser.error(f"--quality must be at most 100, got {options.quality}")
+    if (bad := next((t for t in options.class_template if "{}" not in t), None)) is not None:
+        parser.error(f"--class-template {bad!r} has no {{}} for the name")
+    if options.class_template and not (options.class_folder or options.dataset or options.tars):
+        parser.error("--class-template goes with --class-folder, --dataset or --tars")
     options.num_samples = options.num_samples or 4096
     options.image_size = options.image_size or (64 if options.synthesize else 384)
+    options.image_root = options.image_root and options.image_root.resolve()
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
     try:
         make(options)
     except (ValueError, OSError) as error:

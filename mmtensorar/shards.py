@@ -187,17 +187,18 @@ def picture(sample: Sample, where: str, image_size: int) -> Image.Image:
     return image
 
 
-def square(image: Image.Image, image_size: int) -> Image.Image:
+def square(image: Image.Image, image_size: int, place: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
     """The centre of a picture, its shorter side resized to image_size: halved while it is twice as long, then bicubic.
 
-    So the pictures of ADM's and LlamaGen's training were made (center_crop_arr). Upscaled where it must be.
+    So the pictures of ADM's and LlamaGen's training were made (center_crop_arr). Upscaled where it must be. place: how much of
+    what is cut off is cut at the left and at the top.
     """
     while min(image.size) >= 2 * image_size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = image_size / min(image.size)
     width, height = (max(image_size, round(side * scale)) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - image_size) // 2, (height - image_size) // 2
+    left, top = int((width - image_size) * place[0]), int((height - image_size) * place[1])
     return image.crop((left, top, left + image_size, top + image_size))
 
 
@@ -318,7 +319,8 @@ class TextFeatures(_Record):
 class Manifest(_Record):
     """What a shard folder holds. image_size: pixels a side. source, seed: where the samples came from.
 
-    classes: the names of the classes, in the order of their numbers, when the captions are class numbers.
+    classes: the names of the classes, in the order of their numbers, when the captions are class numbers. made: the settings
+    that it was made with.
     """
 
     format: Literal[1] = 1
@@ -330,6 +332,7 @@ class Manifest(_Record):
     classes: tuple[str, ...] | None = None
     source: str
     seed: int
+    made: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _adds_up(self) -> Manifest:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 BLOCK = 512  # tar's unit: headers and padding
-PLAIN, EXTENDED, GLOBAL, LONG_NAME = (b"0", b"\0"), b"x", b"g", b"L"
+PLAIN, FOLDER, EXTENDED, GLOBAL, LONG_NAME = (b"0", b"\0"), b"5", b"x", b"g", b"L"
 MAX_EXTENDED = 2**16  # bytes of an extended header
 
 
@@ -30,8 +30,12 @@ class Damage(ValueError):
     """A tar that cannot be read on from some place."""
 
 
-def members(file: int, path: Path, start: int = 0, stop: int | None = None) -> Iterator[Member]:
+def members(
+    file: int, path: Path, start: int = 0, stop: int | None = None, *, folders: bool = False
+) -> Iterator[Member]:
     """Members from the header at start to that at stop, or to the end of the archive. file: a descriptor.
+
+    folders: whether folders may be among them; they come as empty members whose names end in a slash.
 
     Raises Damage, naming the path and the member before, for a broken header, a member cut off, one that is no plain file,
     and an archive without its end. Content is not read.
@@ -43,7 +47,7 @@ def members(file: int, path: Path, start: int = 0, stop: int | None = None) -> I
         if header == bytes(BLOCK):
             _check_end(file, path, place, size, last)
             return
-        found = _member(file, header, place, path, last)
+        found = _member(file, header, place, path, last, (*PLAIN, FOLDER) if folders else PLAIN)
         if found.offset + found.size > size:
             raise Damage(f"{path}: damaged or cut after {last} ({found.name} reaches beyond the end); make the shard again")
         place, last = found.end, found.name
@@ -58,14 +62,14 @@ def placed(file: int, path: Path) -> Iterator[tuple[int, Member]]:
         place = member.end
 
 
-def _member(file: int, header: bytes, place: int, path: Path, last: str) -> Member:
-    """The member whose header, or first of several headers, is given."""
+def _member(file: int, header: bytes, place: int, path: Path, last: str, kinds: tuple[bytes, ...]) -> Member:
+    """The member whose header, or first of several headers, is given. kinds: that it may be of."""
     name = None
     size = None
     while True:
         kind = header[156:157]
         length = _checked_size(header, path, last)
-        if kind in PLAIN:
+        if kind in kinds:
             if name is None:
                 prefix = header[345:500].partition(b"\0")[0] if header[257:263] == b"ustar\0" else b""
                 name = _text(header[:100].partition(b"\0")[0], path, last)

@@ -160,7 +160,7 @@ def test_a_changed_folder_is_not_taken_for_the_old_one(tmp_path, pictures, capsy
 
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(tmp_path, monkeypatch, capsys):
     assert shapes(tmp_path / "whole") == 0
-    real, calls = make_shards.make_shard, []
+    real, calls = make_shards.make_part, []
 
     def interrupted(*task):
         calls.append(task)
@@ -168,11 +168,11 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(tmp_path, monke
             raise KeyboardInterrupt
         return real(*task)
 
-    monkeypatch.setattr(make_shards, "make_shard", interrupted)
+    monkeypatch.setattr(make_shards, "make_part", interrupted)
     assert shapes(tmp_path / "cut") == 130
     assert not (tmp_path / "cut" / "manifest.json").exists()
     assert shapes(tmp_path / "cut") == 0
-    assert "1 of 3 shards are there" in capsys.readouterr().out
+    assert "1 of 3 parts are there" in capsys.readouterr().out
     assert content(tmp_path / "cut") == content(tmp_path / "whole") and len(calls) == 4
 
 
@@ -204,7 +204,10 @@ def test_a_bad_file_is_named(tmp_path, pictures, capsys, name, damage, expected)
     [
         (b"{", "list.jsonl:2: not JSON"),
         (b"[1]", "list.jsonl:2: expected"),
-        (b'{"image": "a.jpg"}', "list.jsonl:2: expected"),
+        (b'{"image": "a.jpg"}', "list.jsonl:2: no caption in 'caption'; found 'image'"),
+        (b'{"caption": "x"}', "list.jsonl:2: expected an image in 'image', found 'caption'"),
+        (b'{"image": 1, "caption": "x"}', "list.jsonl:2: the image is int; expected a path"),
+        (b'{"image": "a.jpg", "caption": 1}', "list.jsonl:2: 'caption' holds int; expected a caption"),
         (b'{"image": "../x.jpg", "caption": "x"}', "list.jsonl:2: image '../x.jpg' lies outside"),
         (b'{"image": "/etc/passwd", "caption": "x"}', "list.jsonl:2: image '/etc/passwd' lies outside"),
         (b'{"image": "link.jpg", "caption": "x"}', "list.jsonl:2: image 'link.jpg' lies outside"),

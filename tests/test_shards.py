@@ -242,7 +242,7 @@ def test_manifest_round_trip_and_its_json(tmp_path):
     assert Manifest.read(tmp_path) == manifest
     written = json.loads((tmp_path / "manifest.json").read_text())
     assert list(written) == [
-        "format", "shards", "num_samples", "image_size", "codes", "text_features", "classes", "source", "seed"
+        "format", "shards", "num_samples", "image_size", "codes", "text_features", "classes", "source", "seed", "made"
     ]  # fmt: skip
     assert written["format"] == 1 and written["codes"] is None
     assert list(written["shards"][0]) == ["name", "num_samples", "sha256"]

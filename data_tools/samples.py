@@ -1,0 +1,115 @@
+"""From an item of a source to a sample of a shard: what is wanted, how it is cropped and encoded, which are left out."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from data_tools.sources import Item
+from mmtensorar.shards import Sample, decode_image, square
+
+Crop = Literal["center", "random", "pad", "stretch"]
+Format = Literal["jpg", "png", "webp", "keep"]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What becomes of pictures and captions, and which of them are taken. Sides in pixels, captions in characters.
+
+    crop: the centre or a random part of the shorter side's square; or the whole picture, on white or stretched. format keep:
+    pictures that have the size already stay as they are, others become jpg. max_aspect: longer side over shorter; 0: any.
+    """
+
+    image_size: int
+    crop: Crop = "center"
+    format: Format = "jpg"
+    quality: int = 95
+    min_side: int = 0
+    max_aspect: float = 0.0
+    min_caption: int = 0
+    max_caption: int = 0
+    seed: int = 0
+
+
+class Unwanted(Exception):
+    """Why a filter leaves an item out."""
+
+
+class Made(NamedTuple):
+    """digest: of picture and caption as they came, which tells duplicates."""
+
+    sample: Sample
+    digest: str
+
+
+def make_sample(key: str, item: Item, wanted: Wanted) -> Made:
+    """Raises Unwanted when a filter leaves it out, ValueError naming it when it is damaged."""
+    if item.problem:
+        raise ValueError(item.problem)
+    (caption,) = item.captions
+    if len(caption) < wanted.min_caption:
+        raise Unwanted(f"caption shorter than {wanted.min_caption} characters")
+    if wanted.max_caption and len(caption) > wanted.max_caption:
+        raise Unwanted(f"caption longer than {wanted.max_caption} characters")
+    found = item.picture()
+    if isinstance(found, bytes):
+        content, image = found, decode_image(found, _where(item), upright=True)
+    else:
+        content, image = found.tobytes(), found
+    if min(image.size) < wanted.min_side:
+        raise Unwanted(f"smaller side below {wanted.min_side} pixels")
+    if wanted.max_aspect and max(image.size) > wanted.max_aspect * min(image.size):
+        raise Unwanted(f"longer side more than {wanted.max_aspect:g} times the smaller")
+    meta = item.meta | {"size": list(image.size)}
+    extension, picture = _encoded(image, found, item.key, wanted)
+    members = {extension: picture, "txt": caption.encode(), "json": json.dumps(meta, sort_keys=True).encode()}
+    digest = hashlib.sha256(hashlib.sha256(content).digest() + caption.encode()).hexdigest()[:32]
+    return Made(Sample(key, members), digest)
+
+
+def _where(item: Item) -> str:
+    # A file's own path is the best name it can have.
+    path = next((str(part) for part in getattr(item.picture, "args", ()) if hasattr(part, "suffix")), None)
+    return path if path and item.meta.get("source") != "webdataset" else f"{item.meta.get('source')} {item.key}"
+
+
+def _encoded(image: Image.Image, found: bytes | Image.Image, key: str, wanted: Wanted) -> tuple[str, bytes]:
+    """Extension and content of the picture's member."""
+    size = wanted.image_size
+    extension = "jpg" if wanted.format == "keep" else wanted.format
+    if wanted.format == "keep" and isinstance(found, bytes) and image.size == (size, size):
+        with Image.open(io.BytesIO(found)) as original:
+            turned = original.getexif().get(0x0112, 1) != 1  # the EXIF tag of orientation
+            if not turned and not original.has_transparency_data:
+                return {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}[original.format], found
+    content = io.BytesIO()
+    settings = {
+        "jpg": {"format": "JPEG", "quality": wanted.quality, "subsampling": 0},
+        "png": {"format": "PNG"},
+        "webp": {"format": "WEBP", "quality": wanted.quality},
+    }
+    _cropped(image, key, wanted).save(content, **settings[extension])
+    return extension, content.getvalue()
+
+
+def _cropped(image: Image.Image, key: str, wanted: Wanted) -> Image.Image:
+    size = wanted.image_size
+    if wanted.crop == "stretch":
+        return image.resize((size, size), Image.Resampling.BICUBIC)
+    if wanted.crop == "pad":
+        image = ImageOps.pad(image, (max(image.size),) * 2, color="white")
+    place = (0.5, 0.5)
+    if wanted.crop == "random":
+        place = tuple(generator(wanted.seed, key).random(2))
+    return square(image, size, place)
+
+
+def generator(seed: int, key: str) -> np.random.Generator:
+    """Random numbers of one item, wherever it stands."""
+    return np.random.default_rng([seed, int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")])

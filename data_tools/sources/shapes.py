@@ -1,0 +1,25 @@
+"""The embedded world: scenes drawn from a caption grammar (see data_tools/shapes.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+from PIL import Image
+
+from data_tools import shapes
+from data_tools.sources import Item
+
+
+def items(num_samples: int, *, seed: int, size: int) -> Iterator[Item]:
+    """Sample `index` depends on seed and index alone. size: pixels a side."""
+    for index in range(num_samples):
+        scene = shapes.sample_scene(np.random.default_rng([seed, index]))
+        meta = {"source": "shapes", "scene": scene.metadata}
+        yield Item(str(index), partial(_draw, seed, index, size), (scene.caption,), meta)
+
+
+def _draw(seed: int, index: int, size: int) -> Image.Image:
+    rng = np.random.default_rng([seed, index])
+    return shapes.draw(shapes.sample_scene(rng), rng, size)
