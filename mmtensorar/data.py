@@ -1,6 +1,6 @@
 """Shards -> training batches, as a list of small stages.
 
-    places of the rows (order.py) -> samples -> draws -> codes and caption -> batch -> condition
+    positions -> codes and caption of each row (mixture.py, order.py) -> batch -> condition
 
 Which samples a global batch holds, and in which order, depends on the seed and the number of the batch alone, for any
 number of ranks and readers: see order.py. A reader is one worker process of one rank; the rows of the rank's share of a
@@ -12,11 +12,13 @@ Letters: B rows of a global batch, b rows of a micro batch, T image tokens, F fa
 
 from __future__ import annotations
 
+import hashlib
+import json
 import signal
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
-from itertools import count
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,20 +31,17 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from mmtensorar import backbones
 from mmtensorar.backbones import CaptionEncoder, Condition
 from mmtensorar.captions import ClassNumbers, T5Features, encoder_hash, left_pad
-from mmtensorar.order import Block, Order
+from mmtensorar.mixture import Lanes, Row, apportion, sources
 from mmtensorar.recipe import Recipe
 from mmtensorar.shards import (
     Codes,
     Manifest,
-    Sample,
     TextFeatures,
     check_codes,
     check_features,
     decode_caption,
     decode_codes,
     decode_features,
-    read_samples,
-    sample_starts,
 )
 
 DRAWS = 2  # separates the random numbers of a position from those of order.py
@@ -56,8 +55,42 @@ def preflight(recipe: Recipe, image_tokenizer, *, world_size: int) -> str:
 
     Raises ValueError, naming both sides, when they do not fit the recipe's image tokenizer, backbone or ranks.
     """
-    folder = recipe.data.shards
-    manifest = Manifest.read(folder)
+    manifests = read_manifests(recipe)
+    _check_num_shards(recipe, manifests, world_size)
+    apportion(recipe.data.weights, recipe.data.batch_size)
+    validation = {recipe.data.validation: Manifest.read(recipe.data.validation)} if recipe.data.validation else {}
+    for folder, manifest in (manifests | validation).items():
+        _check_set(recipe, folder, manifest, image_tokenizer)
+    if len({manifest.classes for manifest in (manifests | validation).values()}) > 1:
+        raise ValueError(
+            f"classes: {', '.join(manifests | validation)} have different ones; expected the same in all of them"
+        )
+    if len(manifests) == 1:
+        return next(iter(manifests.values())).fingerprint
+    rows = apportion(recipe.data.weights, recipe.data.batch_size)
+    together = [[rows[folder], manifest.fingerprint] for folder, manifest in manifests.items()]
+    return hashlib.sha256(json.dumps(together).encode()).hexdigest()
+
+
+def read_manifests(recipe: Recipe) -> dict[str, Manifest]:
+    """Of each shard set of the recipe, by its folder. Raises ValueError when one has no codes."""
+    manifests = {folder: Manifest.read(folder) for folder in recipe.data.weights}
+    for folder, manifest in manifests.items():
+        _codes(manifest, folder)
+    return manifests
+
+
+def epoch_samples(recipe: Recipe) -> int:
+    """Samples of all shard sets together."""
+    return sum(manifest.num_samples for manifest in read_manifests(recipe).values())
+
+
+def steps_of(recipe: Recipe) -> int:
+    """Optimiser steps that the recipe's train.epochs are."""
+    return max(1, int(recipe.train.epochs * epoch_samples(recipe) / recipe.data.batch_size))
+
+
+def _check_set(recipe: Recipe, folder: str, manifest: Manifest, image_tokenizer) -> None:
     codes = _codes(manifest, folder)
     if codes.factor_sizes != tuple(image_tokenizer.factor_sizes):
         raise ValueError(
@@ -74,10 +107,8 @@ def preflight(recipe: Recipe, image_tokenizer, *, world_size: int) -> str:
             f"image tokenizer weights: {folder} was encoded with {codes.image_tokenizer} {codes.weight_hash[:12]}, the "
             f"recipe's is {image_tokenizer.name} {image_tokenizer.weight_hash[:12]}; run data_tools/encode_codes.py again"
         )
-    _check_num_shards(recipe, manifest, world_size)
     if manifest.classes is not None or recipe.data.text_features == "cached":
-        _check_condition(recipe, manifest, backbones.caption_encoder(recipe.backbone))
-    return manifest.fingerprint
+        _check_condition(recipe, folder, manifest, backbones.caption_encoder(recipe.backbone))
 
 
 def _codes(manifest: Manifest, folder: str) -> Codes:
@@ -86,9 +117,9 @@ def _codes(manifest: Manifest, folder: str) -> Codes:
     return manifest.codes
 
 
-def _check_condition(recipe: Recipe, manifest: Manifest, caption_encoder: CaptionEncoder) -> None:
+def _check_condition(recipe: Recipe, folder: str, manifest: Manifest, caption_encoder: CaptionEncoder) -> None:
     """Raise ValueError unless the shards' classes or cached features are those that the backbone takes."""
-    folder, backbone = recipe.data.shards, recipe.backbone.name
+    backbone = recipe.backbone.name
     if (classes := manifest.classes) is not None:
         if not isinstance(caption_encoder, ClassNumbers):
             raise ValueError(f"{folder} holds images of numbered classes, but the {backbone} backbone takes captions")
@@ -98,9 +129,7 @@ def _check_condition(recipe: Recipe, manifest: Manifest, caption_encoder: Captio
     if recipe.data.text_features == "live":
         return
     if not isinstance(caption_encoder, T5Features):
-        raise ValueError(
-            f"data.text_features is cached, but the {backbone} backbone takes no text features; expected live"
-        )
+        raise ValueError(f"data.text_features is cached, but the {backbone} backbone takes no text features; expected live")
     text, encoder = _text_features(manifest, folder), caption_encoder
     pairs = {
         "features as wide as": (text.width, encoder.dim),
@@ -132,11 +161,12 @@ def _sizes(factor_sizes: tuple[int, ...]) -> str:
     return " x ".join(map(str, factor_sizes))
 
 
-def _check_num_shards(recipe: Recipe, manifest: Manifest, world_size: int) -> None:
+def _check_num_shards(recipe: Recipe, manifests: Mapping[str, Manifest], world_size: int) -> None:
     workers = max(1, recipe.data.num_workers)
-    if len(manifest.shards) < world_size * workers:
+    found = sum(len(manifest.shards) for manifest in manifests.values())
+    if found < world_size * workers:
         raise ValueError(
-            f"{recipe.data.shards} has {len(manifest.shards)} shards, too few for {world_size} ranks x {workers} readers "
+            f"{', '.join(manifests)} has {found} shards, too few for {world_size} ranks x {workers} readers "
             "each; lower data.num_workers, or make the shards with a smaller --samples-per-shard"
         )
 
@@ -148,39 +178,36 @@ def _check_num_shards(recipe: Recipe, manifest: Manifest, world_size: int) -> No
 class Reader:
     """One of a rank's readers, and all that its stream depends on.
 
-    groups: per micro batch the rows of the global batch that this reader has, first and stop. cached: whether it reads
-    text features.
+    sets: folder, manifest and rows of each. groups: per micro batch the rows of the global batch that this reader has, first
+    and stop. cached: whether it reads text features. skip_errors: whether the next whole sample stands in for a damaged one.
     """
 
-    folder: Path
-    manifest: Manifest
+    sets: tuple[tuple[str, Manifest, int], ...]
     seed: int
     shuffle: int
     uncond_rate: float
     batch_size: int  # B
     groups: tuple[tuple[int, int], ...]
     cached: bool
+    skip_errors: bool
 
-
-class Row(NamedTuple):
-    """One sample on its way. where: shard and key, for errors. crop, uncond: what was drawn for it."""
-
-    position: int
-    where: str
-    codes: bytes
-    caption: bytes
-    features: bytes | None
-    crop: int = 0
-    uncond: bool = False
+    def lanes(self) -> Lanes:
+        extensions = ("txt", "codes.npy", *(["t5.npy"] if self.cached else []))  # pictures are not read
+        found = sources(self.sets, seed=self.seed, shuffle=self.shuffle)
+        return Lanes(found, extensions, 2 * sum(stop - first for first, stop in self.groups) + 2)
 
 
 class Decoded(NamedTuple):
-    """One row of a batch. codes: [T, F] uint16. features: [tokens, C] float16 when they are cached."""
+    """One row of a batch. codes: [T, F] uint16. features: [tokens, C] float16 when they are cached.
+
+    skipped: what was wrong with the sample whose place it takes.
+    """
 
     codes: np.ndarray
     caption: str
     uncond: bool
     features: np.ndarray | None
+    skipped: str | None
 
 
 class RawBatch(NamedTuple):
@@ -190,6 +217,16 @@ class RawBatch(NamedTuple):
     captions: list[str]
     uncond: np.ndarray
     features: list[np.ndarray | None]
+    skipped: list[str]
+
+
+class Batch(NamedTuple):
+    """A micro batch. codes: [b, T, F] int64. condition: b rows. uncond: [b] bool. skipped: a sentence per damaged sample."""
+
+    codes: Tensor
+    condition: Condition
+    uncond: Tensor
+    skipped: tuple[str, ...] = ()
 
 
 def positions(reader: Reader, skip: int) -> Iterator[int]:
@@ -200,84 +237,65 @@ def positions(reader: Reader, skip: int) -> Iterator[int]:
             yield step * reader.batch_size + row
 
 
-@dataclass
-class Lanes:
-    """The samples at given positions. Of each lane that it reads from it holds one block, and where its samples begin."""
+def decode(positions: Iterable[int], reader: Reader) -> Iterator[Decoded]:
+    """Each position's sample, with a crop chosen and a coin tossed for training without the prompt.
 
-    reader: Reader
-    order: Order
-    _blocks: dict[int, tuple[Block, list[Row]]] = field(default_factory=dict)
-    _starts: dict[int, np.ndarray] = field(default_factory=dict)
-
-    def __call__(self, positions: Iterator[int]) -> Iterator[Row]:
-        for position in positions:
-            block, index = self.order.block(position)
-            row = position % self.reader.batch_size  # which reads one lane for as long as an epoch lasts
-            if row not in self._blocks or self._blocks[row][0] != block:
-                self._blocks[row] = block, self._read(block, row)
-            yield self._blocks[row][1][index]._replace(position=position)
-
-    def _read(self, block: Block, row: int) -> list[Row]:
-        """The rows of a block in the order of giving out."""
-        places = self.order.places(block)
-        rows: list[Row] = []
-        for shard in dict.fromkeys(place.shard for place in places):
-            rows += self._read_shard(shard, [place.sample for place in places if place.shard == shard])
-        return [rows[index] for index in self.order.given_out(block)]
-
-    def _read_shard(self, number: int, samples: list[int]) -> list[Row]:
-        shard = self.reader.manifest.shards[number]
-        path = self.reader.folder / shard.name
-        if number not in self._starts:
-            starts = sample_starts(path)
-            if (found := len(starts) - 1) != shard.num_samples:
-                raise ValueError(f"{path}: {found} samples, the manifest says {shard.num_samples}; make the shard again")
-            self._starts[number] = starts
-            while len(self._starts) > 2 * sum(stop - first for first, stop in self.reader.groups) + 2:
-                self._starts.pop(next(iter(self._starts)))  # the longest known: lanes go from shard to shard
-        # Pictures are not read: training takes codes.
-        extensions = ("txt", "codes.npy", *(["t5.npy"] if self.reader.cached else []))
-        found = read_samples(path, self._starts[number], samples, extensions)
-        return [_row(sample, path, extensions) for sample in found]
+    Raises ValueError naming shard and key of a damaged one, unless another stands in for it.
+    """
+    lanes = reader.lanes()
+    for position in positions:
+        rng = np.random.default_rng([DRAWS, reader.seed, position])
+        crop, uncond = rng.random(), bool(rng.random() < reader.uncond_rate)
+        skipped = None
+        for row in lanes.rows(position):
+            try:
+                if isinstance(row, ValueError):
+                    raise row
+                yield _decoded(row, crop, uncond, reader.cached)._replace(skipped=skipped)
+                break
+            except ValueError as error:
+                if not reader.skip_errors:
+                    raise
+                skipped = skipped or str(error)
+        else:
+            raise ValueError(f"{skipped}; and there is no whole sample in the set that could stand in for it")
 
 
-def _row(sample: Sample, path: Path, extensions: tuple[str, ...]) -> Row:
-    where = f"{path}: sample {sample.key}"
-    for extension in extensions:
-        if extension not in sample.members:
-            raise ValueError(f"{where}: no {extension} member")
-    members = sample.members
-    return Row(0, where, members["codes.npy"], members["txt"], members.get("t5.npy"))
-
-
-def draw(rows: Iterator[Row], reader: Reader) -> Iterator[Row]:
-    """Choose a crop, and toss the coin for training without the prompt."""
-    for row in rows:
-        rng = np.random.default_rng([DRAWS, reader.seed, row.position])
-        crop = int(rng.integers(reader.manifest.codes.crops))
-        yield row._replace(crop=crop, uncond=bool(rng.random() < reader.uncond_rate))
-
-
-def decode(rows: Iterator[Row], manifest: Manifest) -> Iterator[Decoded]:
-    for row in rows:
-        crops = decode_codes(row.codes, row.where)  # [A, T, F]
-        check_codes(crops, manifest.codes, row.where)
-        features = None
-        if row.features is not None:
-            features = decode_features(row.features, row.where)
-            check_features(features, manifest.text_features, row.where)
-        yield Decoded(crops[row.crop], decode_caption(row.caption, row.where), row.uncond, features)
+def _decoded(row: Row, crop: float, uncond: bool, cached: bool) -> Decoded:
+    members, manifest = row.sample.members, row.source.manifest
+    for extension in ("txt", "codes.npy", *(["t5.npy"] if cached else [])):
+        if extension not in members:
+            raise ValueError(f"{row.where}: no {extension} member")
+    crops = decode_codes(members["codes.npy"], row.where)  # [A, T, F]
+    check_codes(crops, manifest.codes, row.where)
+    features = None
+    if cached:
+        features = decode_features(members["t5.npy"], row.where)
+        check_features(features, manifest.text_features, row.where)
+    return Decoded(crops[int(crop * len(crops))], decode_caption(members["txt"], row.where), uncond, features, None)
 
 
 def collate(rows: list[Decoded]) -> RawBatch:
-    codes, captions, uncond, features = zip(*rows, strict=True)
-    return RawBatch(np.stack(codes), list(captions), np.array(uncond, dtype=bool), list(features))
+    codes, captions, uncond, features, skipped = zip(*rows, strict=True)
+    sentences = [sentence for sentence in skipped if sentence]
+    return RawBatch(np.stack(codes), list(captions), np.array(uncond, dtype=bool), list(features), sentences)
 
 
 def joined(parts: list[RawBatch]) -> RawBatch:
     """The parts that the readers of a rank made of one micro batch."""
-    codes, captions, uncond, features = zip(*parts, strict=True)
-    return RawBatch(np.concatenate(codes), sum(captions, []), np.concatenate(uncond), sum(features, []))
+    codes, captions, uncond, features, skipped = zip(*parts, strict=True)
+    lists = [sum(each, []) for each in (captions, features, skipped)]
+    return RawBatch(np.concatenate(codes), lists[0], np.concatenate(uncond), *lists[1:])
+
+
+def conditioned(batch: RawBatch, caption_encoder: CaptionEncoder, num_slots: int | None) -> Batch:
+    """num_slots: of cached text features, None when captions are encoded."""
+    if num_slots is not None:
+        condition = left_pad([torch.from_numpy(features) for features in batch.features], num_slots)
+    else:
+        condition = caption_encoder(batch.captions)
+    codes = torch.from_numpy(batch.codes.astype(np.int64))
+    return Batch(codes, condition, torch.from_numpy(batch.uncond), tuple(batch.skipped))
 
 
 # ---- the stream ------------------------------------------------------------------------------
@@ -299,14 +317,10 @@ class Readers(IterableDataset):
     def __iter__(self) -> Iterator[RawBatch | Failure]:
         worker = get_worker_info()
         reader = self.readers[worker.id if worker else 0]
-        counts = [shard.num_samples for shard in reader.manifest.shards]
-        order = Order(counts, rows=reader.batch_size, seed=reader.seed, shuffle=reader.shuffle)
         first, stop = reader.groups[0]
         batches = wds.DataPipeline(
             partial(positions, reader, self.skip),
-            Lanes(reader, order),
-            partial(draw, reader=reader),
-            partial(decode, manifest=reader.manifest),
+            partial(decode, reader=reader),
             wds.batched(stop - first, collation_fn=collate, partial=False),
         )
         try:
@@ -322,29 +336,27 @@ def stream(
     rank: int,
     world_size: int,
     skip_batches: int = 0,
-) -> Iterator[tuple[Tensor, Condition, Tensor]]:
-    """Endless micro batches of one rank: codes [b, T, F] int64, condition, uncond [b] bool.
+) -> Iterator[Batch]:
+    """Endless micro batches of one rank, of b = data.batch_size // (world_size * train.grad_accum) rows.
 
-    b is data.batch_size // (world_size * train.grad_accum). skip_batches: micro batches of this rank that are passed over,
-    without being read. Raises ValueError naming shard and key at the first damaged sample, and when there are fewer shards
-    than readers.
+    skip_batches: micro batches of this rank that are passed over, without being read. Raises ValueError naming shard and key
+    at the first damaged sample, unless data.on_error is skip, and when there are fewer shards than readers.
     """
-    folder, settings = recipe.data.shards, recipe.data
-    manifest = Manifest.read(folder)
-    _codes(manifest, folder)
-    _check_num_shards(recipe, manifest, world_size)
-    cached = settings.text_features == "cached"
-    num_slots = _text_features(manifest, folder).max_tokens if cached else None
+    settings = recipe.data
+    manifests = read_manifests(recipe)
+    _check_num_shards(recipe, manifests, world_size)
+    rows = apportion(settings.weights, settings.batch_size)
+    num_slots = _num_slots(recipe, manifests)
     readers = tuple(
         Reader(
-            folder=Path(folder),
-            manifest=manifest,
+            sets=tuple((folder, manifest, rows[folder]) for folder, manifest in manifests.items()),
             seed=recipe.run.seed,
             shuffle=settings.shuffle,
             uncond_rate=settings.uncond_rate,
             batch_size=settings.batch_size,
             groups=groups,
-            cached=cached,
+            cached=num_slots is not None,
+            skip_errors=settings.on_error == "skip",
         )
         for groups in shares(settings.batch_size, recipe.train.grad_accum, rank, world_size, settings.num_workers)
     )
@@ -361,18 +373,58 @@ def stream(
         if isinstance(part, Failure):
             raise ValueError(part.sentence)
         parts.append(part)
-        if len(parts) < len(readers):
-            continue
-        batch, parts = joined(parts), []
-        # Captions are encoded here, not in the workers, which then need neither text tokenizer nor its threads.
-        if cached:
-            condition = left_pad([torch.from_numpy(features) for features in batch.features], num_slots)
-        else:
-            condition = caption_encoder(batch.captions)
-        yield torch.from_numpy(batch.codes.astype(np.int64)), condition, torch.from_numpy(batch.uncond)
+        if len(parts) == len(readers):
+            # Captions are encoded here, not in the workers, which then need neither text tokenizer nor its threads.
+            yield conditioned(joined(parts), caption_encoder, num_slots)
+            parts = []
 
 
-def shares(batch_size: int, grad_accum: int, rank: int, world_size: int, num_workers: int) -> list[tuple[tuple[int, int], ...]]:
+def _num_slots(recipe: Recipe, manifests: Mapping[str, Manifest]) -> int | None:
+    """Of cached text features, the most tokens that a caption may have."""
+    if recipe.data.text_features == "live":
+        return None
+    return max(_text_features(manifest, folder).max_tokens for folder, manifest in manifests.items())
+
+
+def validation_batches(
+    recipe: Recipe, caption_encoder: CaptionEncoder, *, rank: int, world_size: int
+) -> Iterator[tuple[int, int, Batch]]:
+    """Every sample of data.validation once, over all ranks: (number of the batch, samples that count, batch).
+
+    All ranks get as many batches, as training over several ranks needs; in one that there is nothing left for, none of the
+    samples counts. Which samples are in which batch does not depend on the number of ranks. Prompts are never dropped, of
+    several crops the first is taken. Raises ValueError naming shard and key of a damaged sample.
+    """
+    folder, size = recipe.data.validation, recipe.data.validation_batch_size
+    manifest = Manifest.read(folder)
+    _codes(manifest, folder)
+    num_slots = _num_slots(recipe, {folder: manifest})
+    reader = Reader(
+        sets=((folder, manifest, 1),),
+        seed=0,
+        shuffle=size,
+        uncond_rate=0.0,
+        batch_size=1,
+        groups=((0, 1),),
+        cached=num_slots is not None,
+        skip_errors=False,
+    )
+    num_batches = -(-manifest.num_samples // size)
+    numbers = range(rank, -(-num_batches // world_size) * world_size, world_size)
+
+    def places(number: int) -> range:
+        start = number * size if number < num_batches else 0
+        return range(start, min(start + size, manifest.num_samples))
+
+    rows = decode(chain.from_iterable(map(places, numbers)), reader)
+    for number in numbers:
+        batch = conditioned(collate(list(islice(rows, len(places(number))))), caption_encoder, num_slots)
+        yield number, len(batch.codes) if number < num_batches else 0, batch
+
+
+def shares(
+    batch_size: int, grad_accum: int, rank: int, world_size: int, num_workers: int
+) -> list[tuple[tuple[int, int], ...]]:
     """Per reader of a rank, its rows of the global batch for each micro batch: first and stop.
 
     A global batch is its first micro batch, rank after rank, then the second. Readers that would have no row are left out.

@@ -116,6 +116,13 @@ def together(work: Callable[[], Result], device: torch.device) -> Result:
     return result
 
 
+def from_all_ranks(items: list[str]) -> list[str]:
+    """The items of all ranks, rank after rank, on every rank."""
+    gathered: list[list[str]] = [[]] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, items)
+    return sum(gathered, [])
+
+
 def grad_norm(engine) -> float | None:
     """Norm of the reduced gradients before an update, where DeepSpeed keeps none: float32 without ZeRO. Else None."""
     if engine.bfloat16_enabled() or engine.zero_optimization_stage():
@@ -310,13 +317,22 @@ def _must_match(engine, fingerprints: Mapping[str, str]) -> dict:
     }
 
 
-def save(engine, folder: Path, fingerprints: Mapping[str, str], *, step: int, keep_last: int) -> None:
+def save(
+    engine,
+    folder: Path,
+    fingerprints: Mapping[str, str],
+    *,
+    step: int,
+    keep_last: int,
+    state: Mapping[str, int],
+) -> None:
     """Write folder/step_XXXXXX for resuming and delete all but the newest keep_last. Every rank calls it.
 
-    fingerprints: of the run's inputs, {"shards": Manifest.fingerprint, "start": checkpoint.start_fingerprint}.
+    fingerprints: of the run's inputs, {"shards": Manifest.fingerprint, "start": checkpoint.start_fingerprint}. state: what else
+    the run counts.
     """
     tag = f"step_{step:06d}"
-    recorded = {"step": step, **_must_match(engine, fingerprints)}
+    recorded = {"step": step, **state, **_must_match(engine, fingerprints)}
     engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step}, save_latest=False)
     barrier()
     if torch.distributed.get_rank() == 0:
@@ -333,10 +349,13 @@ def save(engine, folder: Path, fingerprints: Mapping[str, str], *, step: int, ke
 
 def latest_step(folder: Path) -> int | None:
     """Step of the checkpoint that `latest` names, None when the run has none yet."""
+    return latest_state(folder).get("step")
+
+
+def latest_state(folder: Path) -> dict:
+    """What was recorded with the checkpoint that `latest` names, nothing when the run has none yet."""
     latest = folder / "latest"
-    if not latest.is_file():
-        return None
-    return _recorded(folder, latest)["step"]
+    return _recorded(folder, latest) if latest.is_file() else {}
 
 
 def _recorded(folder: Path, latest: Path) -> dict:

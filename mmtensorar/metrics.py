@@ -50,12 +50,14 @@ class StepLog:
         self.num_steps = num_steps
         self.log_every = log_every
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "log.jsonl"
-        kept = [row for row in read_log(path) if row["step"] <= start_step] if start_step else []
-        partial = path.with_suffix(".jsonl.partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(partial, path)
-        self.file = path.open("a", encoding="utf-8")
+        for name in ("log.jsonl", "skipped.jsonl"):
+            path = self.folder / name
+            kept = [row for row in read_log(path) if row["step"] <= start_step] if start_step else []
+            if kept or path.is_file():
+                partial = path.with_suffix(".jsonl.partial")
+                partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+                os.replace(partial, path)
+        self.file = (self.folder / "log.jsonl").open("a", encoding="utf-8")
         self.curves = self._open_curves(start_step)
         self.started = time.monotonic()
         self.first_step = start_step
@@ -73,7 +75,8 @@ class StepLog:
         """Record one optimiser step.
 
         row: step (int, 1 is the first), loss (nats per token), loss_per_offset (list, offset 0
-        first), lr, grad_norm, tokens_per_s (image tokens, all ranks), memory_gib (peak, rank 0).
+        first), lr, grad_norm, tokens_per_s (image tokens, all ranks), memory_gib (peak, rank 0); num_skipped (damaged
+        samples so far), validation_loss and validation_loss_per_offset where there are any.
         """
         # JSON has no NaN or infinity; such a value becomes null rather than an unreadable line.
         self.file.write(json.dumps({key: _finite(value) for key, value in row.items()}) + "\n")
@@ -88,8 +91,13 @@ class StepLog:
                         self.curves.add_scalar(f"{key}/{offset}", item, step)
                 else:
                     self.curves.add_scalar(key, value, step)
-        if step % self.log_every == 0 or step in (1, self.num_steps):
+        if step % self.log_every == 0 or step in (1, self.num_steps) or "validation_loss" in row:
             print(self.line(row), flush=True)
+
+    def skipped(self, step: int, sentence: str) -> None:
+        """Record a damaged sample whose place another one took, in skipped.jsonl."""
+        with (self.folder / "skipped.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "problem": sentence}) + "\n")
 
     def line(self, row: dict) -> str:
         """The terminal line of a row."""
@@ -97,10 +105,11 @@ class StepLog:
         per_step_s = (time.monotonic() - self.started) / max(1, step - self.first_step)
         left_min = per_step_s * (self.num_steps - step) / 60
         offsets = " ".join(f"{value:.3f}" for value in row["loss_per_offset"])
+        validated = f"  validation loss {row['validation_loss']:.4f}" if "validation_loss" in row else ""
         return (
             f"step {step}/{self.num_steps}  loss {row['loss']:.4f}  per offset [{offsets}]  lr {row['lr']:.2e}  "
             f"grad norm {row['grad_norm']:.3f}  {row['tokens_per_s']:.0f} tokens/s  {row['memory_gib']:.1f} GiB  "
-            f"{left_min:.0f} min left"
+            f"{left_min:.0f} min left{validated}"
         )
 
     def images(self, step: int, images: list[Image.Image]) -> Path:

@@ -68,8 +68,10 @@ class Order:
         return Block(epoch, lane, number), index
 
     def places(self, block: Block) -> list[Place]:
-        """The places of a block in the order of reading: along each shard."""
+        """The places of a block in the order of reading: along each shard. None past the end of the lane."""
         start, stop = self._bounds(block)
+        if start >= stop:
+            return []
         shards, ends = self._epoch(block.epoch)
         where = np.arange(start, stop)
         numbers = np.searchsorted(ends, where, side="right")

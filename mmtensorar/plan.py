@@ -90,6 +90,11 @@ def report(recipe: Recipe) -> str:
     total = counts["backbone"] + counts["tensorar"]
     tokens, flops = flops_per_step(recipe, model)
     stages = dict.fromkeys((recipe.zero.stage, 3))
+    steps = recipe.train.steps
+    if steps is None:
+        run = f"{recipe.train.epochs:g} epochs"
+    else:
+        run = f"{steps:,} steps, {tokens * steps:,} image tokens, {flops * steps:.3g} FLOPs"
     lines = [
         f"{recipe.backbone.path}, window {model.window}, depth {recipe.tensorar.depth}",
         f"parameters   backbone   {counts['backbone']:>15,}",
@@ -108,7 +113,6 @@ def report(recipe: Recipe) -> str:
         f"step         {recipe.data.batch_size} images, {tokens:,} image tokens, {tokens * model.window:,} predictions",
         f"             {flops:.3g} FLOPs with {prompt_tokens(model)} prompt tokens an image"
         + (", activations recomputed" if recipe.train.activation_checkpointing else ""),
-        f"run          {recipe.train.steps:,} steps, {tokens * recipe.train.steps:,} image tokens, "
-        f"{flops * recipe.train.steps:.3g} FLOPs",
+        f"run          {run}",
     ]
     return "\n".join(lines)

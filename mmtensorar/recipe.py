@@ -71,20 +71,30 @@ class TensorARSettings(Section):
 
 
 class Data(Section):
-    """shards: a folder made by data_tools. batch_size: samples of one optimiser step over all ranks.
+    """shards: a folder made by data_tools, or several with their weights. batch_size: samples of one optimiser step over all ranks.
 
     shuffle: samples that the shuffle buffers of all ranks hold together, about. uncond_rate: share of rows trained without
-    their prompt, which guidance needs. text_features: of a backbone that reads a text encoder's
-    features; live encodes the captions in the training step, cached takes what
-    data_tools/encode_text.py has put into the shards.
+    their prompt, which guidance needs. text_features: of a backbone that reads a text encoder's features; live encodes the
+    captions in the training step, cached takes what data_tools/encode_text.py has put into the shards. on_error: what a
+    damaged sample does; skip puts the next whole one in its place, until more than max_skipped of an epoch were skipped.
+    validation: a folder whose loss is measured every train.validate_every steps.
     """
 
-    shards: str
+    shards: str | Annotated[dict[str, Annotated[float, Gt(0)]], MinLen(1)]
     batch_size: int = Field(ge=1)
     shuffle: int = Field(1000, ge=0)
     uncond_rate: float = Field(0.1, ge=0, le=1)
     num_workers: int = Field(0, ge=0)
     text_features: Literal["live", "cached"] = "live"
+    on_error: Literal["raise", "skip"] = "raise"
+    max_skipped: float = Field(0.01, ge=0, le=1)
+    validation: str | None = None
+    validation_batch_size: int = Field(16, ge=1)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Folder -> weight of each shard set."""
+        return {self.shards: 1.0} if isinstance(self.shards, str) else self.shards
 
 
 class Optim(Section):
@@ -101,9 +111,10 @@ class Optim(Section):
 
 
 class Train(Section):
-    """sample_every, save_every: 0 is never (a finished or stopped run is always saved)."""
+    """Either steps or epochs. sample_every, validate_every, save_every: 0 is never (a finished or stopped run is always saved)."""
 
-    steps: int = Field(ge=1)
+    steps: Annotated[int, Ge(1)] | None = None
+    epochs: Annotated[float, Gt(0)] | None = None
     grad_accum: int = Field(1, ge=1)
     precision: Literal["bf16", "fp32"] = "bf16"
     activation_checkpointing: bool = False
@@ -113,6 +124,7 @@ class Train(Section):
     log_every: int = Field(10, ge=1)
     save_every: int = Field(1000, ge=0)
     keep_last: int = Field(2, ge=1)
+    validate_every: int = Field(0, ge=0)
     sample_every: int = Field(0, ge=0)
     sample_prompts: list[str] = []
 
@@ -176,6 +188,11 @@ class Recipe(Section):
             problems.append(
                 f"data.batch_size {self.data.batch_size} is not a multiple of train.grad_accum {self.train.grad_accum}"
             )
+        if (self.train.steps is None) == (self.train.epochs is None):
+            found = "neither" if self.train.steps is None else "both; set one of them to null"
+            problems.append(f"expected either train.steps or train.epochs, found {found}")
+        if bool(self.train.validate_every) != (self.data.validation is not None):
+            problems.append("data.validation and train.validate_every have an effect only together")
         if self.zero.offload_params != "none" and self.zero.stage != 3:
             problems.append(f"zero.offload_params needs zero.stage 3, found {self.zero.stage}")
         if self.train.precision == "fp32" and getattr(self.backbone, "attn_implementation", None) == "flash_attention_2":
@@ -334,7 +351,7 @@ def _merge_all(files: list[tuple[Path, dict]]) -> dict:
 def _merged(base: dict, top: dict) -> dict:
     merged = dict(base)
     for key, value in top.items():
-        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        both = isinstance(value, dict) and isinstance(base.get(key), dict) and key != "shards"  # whose keys are folders
         if both and key in PACKAGES and value.get("name", base[key].get("name")) != base[key].get("name"):
             both = False  # the settings of another module mean nothing to this one
         merged[key] = _merged(base[key], value) if both else value

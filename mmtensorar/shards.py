@@ -110,37 +110,53 @@ def sample_starts(path: Path) -> np.ndarray:
 
     Raises ValueError like iterate_tar, for what headers tell. Content is not read.
     """
+    starts, damage = whole_starts(path)
+    if damage is not None:
+        raise damage
+    return starts
+
+
+def whole_starts(path: Path) -> tuple[np.ndarray, ValueError | None]:
+    """sample_starts as far as the first damage, and what that is. The last sample before it may lack members."""
     starts: list[int] = []
     seen: set[str] = set()
-    last = None
+    last, damage = None, None
     end = 0
-    with tars.opened(path) as file:
-        for place, member in tars.placed(file, path):
-            key, _ = checked_name(path, member.name, member.size)
-            if key != last:
-                if key in seen:
-                    raise ValueError(
-                        f"{path}: sample {key}: its members are not together: {member.name} comes after another key"
-                    )
-                seen.add(key)
-                last = key
-                starts.append(place)
-            end = member.end
-    return np.array([*starts, end], np.int64)
+    try:
+        with tars.opened(path) as file:
+            for place, member in tars.placed(file, path):
+                key, _ = checked_name(path, member.name, member.size)
+                if key != last:
+                    if key in seen:
+                        raise ValueError(
+                            f"{path}: sample {key}: its members are not together: {member.name} comes after another key"
+                        )
+                    seen.add(key)
+                    last = key
+                    starts.append(place)
+                end = member.end
+    except (ValueError, OSError) as error:
+        damage = ValueError(str(error))
+    return np.array([*starts, end], np.int64), damage
 
 
 def read_samples(path: Path, starts: np.ndarray, numbers: Iterable[int], extensions: Collection[str]) -> Iterator[Sample]:
     """Some samples of a tar, by their numbers in it; only members of the given extensions are read. starts: of sample_starts."""
     with tars.opened(path) as file:
         for number in numbers:
-            key, found = "", {}
-            for member in tars.members(file, path, int(starts[number]), int(starts[number + 1])):
-                key, extension = checked_name(path, member.name, member.size)
-                if extension in found:
-                    raise ValueError(f"{path}: sample {key}: member {member.name} is there twice")
-                if extension in extensions:
-                    found[extension] = tars.content(file, member, path)
-            yield Sample(key, found)
+            yield read_sample(file, path, int(starts[number]), int(starts[number + 1]), extensions)
+
+
+def read_sample(file: int, path: Path, start: int, stop: int, extensions: Collection[str]) -> Sample:
+    """The sample between two places of an open tar."""
+    key, found = "", {}
+    for member in tars.members(file, path, start, stop):
+        key, extension = checked_name(path, member.name, member.size)
+        if extension in found:
+            raise ValueError(f"{path}: sample {key}: member {member.name} is there twice")
+        if extension in extensions:
+            found[extension] = tars.content(file, member, path)
+    return Sample(key, found)
 
 
 # ---- members ---------------------------------------------------------------------------------

@@ -35,8 +35,8 @@ from mmtensorar.recipe import Recipe  # noqa: E402
 # stretch the rest of the learning rate's cosine; a run extended so is not one that was planned longer.)
 FREE_ON_RESUME = {
     "run": {"out"},
-    "data": {"num_workers"},
-    "train": {"steps", "log_every", "save_every", "sample_every", "sample_prompts", "keep_last", "resume"},
+    "data": {"num_workers", "validation", "validation_batch_size", "max_skipped"},
+    "train": {"steps", "log_every", "save_every", "validate_every", "sample_every", "sample_prompts", "keep_last", "resume"},
     "sampler": None,
 }
 
@@ -99,6 +99,10 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
     # ---- recipe ------------------------------------------------------------------------------
     resume = resume or recipe.train.resume == "auto"
     recipe = checkpoint.starting(recipe)
+    if recipe.train.steps is None:
+        recipe = recipe.model_copy(
+            update={"train": recipe.train.model_copy(update={"steps": data.steps_of(recipe), "epochs": None})}
+        )
     folder = recipe.run_dir
 
     # ---- process group -----------------------------------------------------------------------
@@ -162,6 +166,8 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
     batches = data.stream(
         recipe, caption_encoder, rank=rank, world_size=world_size, skip_batches=start_step * recipe.train.grad_accum
     )
+    num_skipped = deep.latest_state(folder / "checkpoints").get("num_skipped", 0) if start_step else 0
+    epoch = data.epoch_samples(recipe)
     log = None
     if first:
         folder.mkdir(parents=True, exist_ok=True)
@@ -175,9 +181,10 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
         step += 1
         torch.manual_seed(seed_for(recipe.run.seed, rank, step))
         lr = engine.get_lr()[0]
-        total = None
+        total, sentences = None, []
         for micro in range(recipe.train.grad_accum):
-            codes, condition, uncond = deep.together(lambda: next(batches), device)
+            codes, condition, uncond, skipped = deep.together(lambda: next(batches), device)
+            sentences += skipped
             condition = type(condition)(*(part.to(device) for part in condition))
             # Seeded by place in the run, not carried along, so that a resumed run draws the same noise.
             generator = torch.Generator(device).manual_seed(seed_for(recipe.run.seed, rank, step, micro))
@@ -185,9 +192,10 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
             losses = torch.cat([output.loss.detach()[None], output.loss_per_offset.detach()]).float()
             total = losses if total is None else total + losses
             if micro == recipe.train.grad_accum - 1:
-                # One message per step: the losses and whether any rank was asked to stop. It comes
-                # before the update, so a bad loss never reaches the weights.
-                message = torch.cat([total / recipe.train.grad_accum, total.new_tensor([float(bool(signals))])])
+                # One message per step: the losses, whether any rank was asked to stop and how many samples were
+                # skipped. It comes before the update, so a bad loss never reaches the weights.
+                others = total.new_tensor([float(bool(signals)), float(len(sentences))])
+                message = torch.cat([total / recipe.train.grad_accum, others])
                 message = deep.mean_over_ranks(message).tolist()
                 if not all(value == value and abs(value) != float("inf") for value in message):
                     raise FloatingPointError(
@@ -199,8 +207,21 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
             if norm is not None and not math.isfinite(norm):
                 break
             engine.step()
-        loss, *loss_per_offset, asked = message
+        loss, *loss_per_offset, asked, skips = message
         stopped = asked > 0
+        if skips:
+            for sentence in deep.from_all_ranks(sentences):
+                num_skipped += 1
+                say(f"skipped at step {step}: {sentence}")
+                if log is not None:
+                    log.skipped(step, sentence)
+            allowed = recipe.data.max_skipped * max(epoch, step * recipe.data.batch_size)
+            if num_skipped > allowed:
+                raise ValueError(
+                    f"{num_skipped} damaged samples were skipped by step {step}, more than data.max_skipped "
+                    f"{recipe.data.max_skipped:g} of an epoch of {epoch}; the last checkpoint is of step {saved_step}. "
+                    "data_tools/check_shards.py lists what is damaged"
+                )
         grad_norm = norm if norm is not None else float(engine.get_global_grad_norm() or 0.0)
         if not math.isfinite(grad_norm):
             raise FloatingPointError(
@@ -208,6 +229,10 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
             )
 
         # ---- log -----------------------------------------------------------------------------
+        validated = {}
+        if recipe.train.validate_every and (step % recipe.train.validate_every == 0 or step == recipe.train.steps):
+            loss_of_all, *per_offset = validate(engine, recipe, caption_encoder, rank, world_size, device)
+            validated = {"validation_loss": loss_of_all, "validation_loss_per_offset": per_offset}
         if log is not None:
             log.step(
                 {
@@ -218,6 +243,8 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
                     "grad_norm": grad_norm,
                     "tokens_per_s": recipe.data.batch_size * backbone.num_tokens / (time.monotonic() - began),
                     "memory_gib": peak_memory_gib(),
+                    **({"num_skipped": num_skipped} if recipe.data.on_error == "skip" else {}),
+                    **validated,
                 }
             )
         if recipe.train.sample_every and recipe.train.sample_prompts and step % recipe.train.sample_every == 0:
@@ -230,7 +257,14 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
         # ---- save ----------------------------------------------------------------------------
         last = step == recipe.train.steps or stopped
         if last or (recipe.train.save_every and step % recipe.train.save_every == 0):
-            deep.save(engine, folder / "checkpoints", fingerprints, step=step, keep_last=recipe.train.keep_last)
+            deep.save(
+                engine,
+                folder / "checkpoints",
+                fingerprints,
+                step=step,
+                keep_last=recipe.train.keep_last,
+                state={"num_skipped": num_skipped},
+            )
             saved_step = step
 
     # ---- finish ------------------------------------------------------------------------------
@@ -247,6 +281,22 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
         say(f"stopped by a signal after step {step}; saved to {folder / 'checkpoints'}. Add --resume to continue")
     else:
         say(f"finished {step} steps; the model is in {folder / 'model'}")
+
+
+def validate(engine, recipe: Recipe, caption_encoder, rank: int, world_size: int, device: torch.device) -> list[float]:
+    """The loss and the loss of each offset (nats per token) over all of data.validation, the same for any number of ranks."""
+    totals = None
+    engine.eval()
+    for number, num_samples, batch in data.validation_batches(recipe, caption_encoder, rank=rank, world_size=world_size):
+        condition = type(batch.condition)(*(part.to(device) for part in batch.condition))
+        generator = torch.Generator(device).manual_seed(seed_for(0, number))
+        with torch.no_grad():
+            output = engine(batch.codes.to(device), condition, batch.uncond.to(device), generator)
+        losses = torch.cat([output.loss[None], output.loss_per_offset, output.loss.new_ones(1)]).double() * num_samples
+        totals = losses if totals is None else totals + losses
+    engine.train()
+    *sums, count = deep.mean_over_ranks(totals).tolist()
+    return [value / count for value in sums]
 
 
 def sampler(recipe: Recipe) -> Sampler:

@@ -11,21 +11,21 @@ import pytest
 import torch
 from PIL import Image
 
-from mmtensorar import data
+from mmtensorar import data, mixture
 from mmtensorar.backbones import Condition
 from mmtensorar.captions import ClassNumbers
 from mmtensorar.recipe import Data, Run, Train
-from mmtensorar.shards import Codes, Manifest, Sample, encode_codes, write_tar
+from mmtensorar.shards import Codes, Manifest, Sample, encode_codes, iterate_tar, sample_starts, write_tar
 
 GRID, NUM_CODES = (1, 2), 1000
 
 
-def write_set(folder: Path, counts: list[int], crops: int = 1) -> Path:
-    """Shards in which sample i of the set has the caption "i" and the codes [i, i]; crop a of several has [i, a]."""
+def write_set(folder: Path, counts: list[int], crops: int = 1, first: int = 0) -> Path:
+    """Shards in which sample i, from first on, has the caption "i" and the codes [i, i]; crop a of several has [i, a]."""
     folder.mkdir()
     image = io.BytesIO()
     Image.new("RGB", (8, 8)).save(image, "JPEG")
-    shards, index = [], 0
+    shards, index = [], first
     for number, count in enumerate(counts):
         samples = []
         for _ in range(count):
@@ -36,7 +36,7 @@ def write_set(folder: Path, counts: list[int], crops: int = 1) -> Path:
             index += 1
         shards.append(write_tar(folder / f"{number:05d}.tar", samples))
     codes = Codes(image_tokenizer="fake", weight_hash="a" * 64, grid=GRID, factor_sizes=(NUM_CODES,), crops=crops)
-    Manifest(shards=tuple(shards), num_samples=index, image_size=8, codes=codes, source="test", seed=0).write(folder)
+    Manifest(shards=tuple(shards), num_samples=index - first, image_size=8, codes=codes, source="test", seed=0).write(folder)
     return folder
 
 
@@ -64,7 +64,7 @@ def take(recipe, count: int, *, rank=0, world_size=1, skip=0) -> list[tuple[list
     """The next batches as ([sample numbers], [uncond]); codes and captions must be of the same samples."""
     batches = []
     stream = data.stream(recipe, caption_encoder, rank=rank, world_size=world_size, skip_batches=skip)
-    for codes, condition, uncond in islice(stream, count):
+    for codes, condition, uncond, _ in islice(stream, count):
         assert codes.dtype == torch.int64 and uncond.dtype == torch.bool
         assert torch.equal(codes, condition.values[:, None].expand(-1, 2, 1))
         batches.append((condition.values[:, 0].tolist(), uncond.tolist()))
@@ -114,7 +114,9 @@ def many(tmp_path_factory) -> Path:
     return write_set(tmp_path_factory.mktemp("many") / "set", [1, 2, 3, 11, 1, 2, 3, 7] * 3 + [11])
 
 
-def global_batches(folder: Path, world_size: int, num_workers: int, steps: int, *, skip: int = 0, grad_accum: int = 1) -> list:
+def global_batches(
+    folder: Path, world_size: int, num_workers: int, steps: int, *, skip: int = 0, grad_accum: int = 1
+) -> list:
     """Per step the samples and coins of all ranks, in the order of the global batch."""
     recipe = make_recipe(folder, batch_size=16, num_workers=num_workers, shuffle=48, grad_accum=grad_accum)
     ranks = [
@@ -173,7 +175,7 @@ def test_a_crop_is_drawn_anew_each_time_and_a_resumed_run_draws_the_same(tmp_pat
     def drawn(count: int, *, seed: int = 3, skip: int = 0) -> list[list[list[int]]]:
         recipe = make_recipe(folder, batch_size=22, seed=seed, num_workers=num_workers)
         stream = data.stream(recipe, caption_encoder, rank=0, world_size=1, skip_batches=skip)
-        return [codes[..., 0].tolist() for codes, _, _ in islice(stream, count)]
+        return [codes[..., 0].tolist() for codes, *_ in islice(stream, count)]
 
     whole = drawn(40)
     assert drawn(3, skip=37) == whole[37:] and drawn(2, seed=4) != whole[:2]
@@ -272,3 +274,191 @@ def test_a_shard_with_fewer_samples_than_announced_is_refused(tmp_path):
     (folder / "00001.tar").write_bytes((folder / "00000.tar").read_bytes())
     with pytest.raises(ValueError, match="00001.tar: 1 samples, the manifest says 3"):
         take(make_recipe(folder, batch_size=1), 8)
+
+
+# ---- several sets ----------------------------------------------------------------------------
+
+
+def with_sets(recipe: SimpleNamespace, weights: dict[str, float]) -> SimpleNamespace:
+    recipe.data = recipe.data.model_copy(update={"shards": weights})
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory) -> list[Path]:
+    """Sets of 30, 20 and 7 samples, numbered from 0, 100 and 200."""
+    root = tmp_path_factory.mktemp("three")
+    return [write_set(root / name, counts, first=first) for name, counts, first in
+            (("a", [10, 20], 0), ("b", [5, 5, 10], 100), ("c", [3, 4], 200))]  # fmt: skip
+
+
+def test_each_set_owns_rows_by_its_weight_and_has_epochs_of_its_own(three):
+    recipe = with_sets(make_recipe(three[0], batch_size=8), dict(zip(map(str, three), (5, 2, 1), strict=True)))
+    batches = [batch for batch, _ in take(recipe, 40)]
+    for number, (rows, total) in enumerate(((5, 30), (2, 20), (1, 7))):
+        seen = [[n - 100 * number for n in batch if n // 100 == number] for batch in batches]
+        assert {len(each) for each in seen} == {rows}
+        order = [n for each in seen for n in each]
+        for start in range(0, len(order) - total + 1, total):
+            assert sorted(order[start : start + total]) == list(range(total))
+
+
+@pytest.mark.parametrize(("world_size", "num_workers"), [(1, 3), (2, 0), (2, 1), (4, 0), (8, 0)])
+def test_the_order_of_several_sets_is_the_same_for_any_ranks_and_readers(three, world_size, num_workers):
+    weights = dict(zip(map(str, three), (0.5, 0.3, 0.2), strict=True))
+
+    def batches(world_size: int, num_workers: int, skip: int) -> list[list[int]]:
+        recipe = with_sets(make_recipe(three[0], batch_size=16, shuffle=32, num_workers=num_workers), weights)
+        ranks = [take(recipe, 8, rank=rank, world_size=world_size, skip=skip) for rank in range(world_size)]
+        return [numbers([ranks[rank][step] for rank in range(world_size)]) for step in range(8)]
+
+    if world_size * max(1, num_workers) <= 7:  # shards there are
+        assert batches(world_size, num_workers, 0) == batches(1, 0, 0)
+        assert batches(world_size, num_workers, 5)[:3] == batches(1, 0, 0)[5:]
+    else:
+        with pytest.raises(ValueError, match="7 shards, too few for 8 ranks"):
+            batches(world_size, num_workers, 0)
+
+
+def test_every_rank_gets_of_every_set():
+    """The rows of a set are spread over the batch, not put at its beginning."""
+    owners = [number for number, _ in mixture.spread([8, 4, 4])]
+    for rank in range(4):
+        assert sorted(owners[4 * rank : 4 * rank + 4]) == [0, 0, 1, 2]
+    assert sorted(mixture.spread([3, 2])) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+
+
+def test_rows_add_up_to_the_batch_and_follow_the_weights():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        weights = {str(number): float(weight) for number, weight in enumerate(rng.uniform(0.5, 2, rng.integers(1, 6)))}
+        rows = int(rng.integers(16, 300))
+        shares = mixture.apportion(weights, rows)
+        assert sum(shares.values()) == rows
+        assert all(abs(shares[name] - rows * weights[name] / sum(weights.values())) < 1 for name in weights)
+    with pytest.raises(ValueError, match="data.shards: b has weight 0.01 of 1.01, less than one row of data.batch_size 4"):
+        mixture.apportion({"a": 1, "b": 0.01}, 4)
+
+
+def test_preflight_looks_at_every_set(three, tmp_path):
+    recipe = with_sets(make_recipe(three[0], batch_size=8), {str(folder): 1.0 for folder in three})
+    one = data.preflight(recipe, fake_tokenizer(), world_size=2)
+    assert one != data.preflight(
+        with_sets(recipe, {str(folder): 1.0 for folder in three[:2]}), fake_tokenizer(), world_size=2
+    )
+    other = write_set(tmp_path / "other", [3, 3])
+    manifest = Manifest.read(other)
+    codes = manifest.codes.model_copy(update={"weight_hash": "b" * 64})
+    manifest.model_copy(update={"codes": codes}).write(other)
+    with pytest.raises(ValueError, match=f"image tokenizer weights: {other} was encoded with"):
+        data.preflight(with_sets(recipe, {str(three[0]): 1.0, str(other): 1.0}), fake_tokenizer(), world_size=2)
+
+
+# ---- damage ----------------------------------------------------------------------------------
+
+
+def damage(folder: Path, shard: str, keys: set[str], change) -> None:
+    """Change the members of some samples; the manifest keeps its numbers."""
+    samples = [
+        Sample(sample.key, change(dict(sample.members))) if sample.key in keys else sample
+        for sample in iterate_tar(folder / shard)
+    ]
+    write_tar(folder / shard, samples)
+
+
+def without_caption(members: dict) -> dict:
+    del members["txt"]
+    return members
+
+
+def with_wrong_code(members: dict) -> dict:
+    return members | {"codes.npy": encode_codes(np.array([[[1], [NUM_CODES]]], np.uint16))}
+
+
+@pytest.fixture
+def damaged(tmp_path) -> Path:
+    """40 samples in 4 shards; 3 and 25 have bad members, and the third shard is cut, which loses its last samples."""
+    folder = write_set(tmp_path / "set", [10, 10, 10, 10])
+    damage(folder, "00000.tar", {"000000003"}, without_caption)
+    damage(folder, "00002.tar", {"000000021"}, with_wrong_code)
+    content = (folder / "00002.tar").read_bytes()
+    starts = sample_starts(folder / "00002.tar")
+    (folder / "00002.tar").write_bytes(content[: int(starts[7]) + 700])  # in the middle of the eighth
+    return folder
+
+
+BAD = {3, 21, 27, 28, 29}
+
+
+def skipping(folder: Path, steps: int, *, rank=0, world_size=1, skip=0, num_workers=0, **settings):
+    recipe = make_recipe(folder, batch_size=8, shuffle=16, on_error="skip", num_workers=num_workers, **settings)
+    stream = data.stream(recipe, caption_encoder, rank=rank, world_size=world_size, skip_batches=skip)
+    return [(batch.condition.values[:, 0].tolist(), batch.skipped) for batch in islice(stream, steps)]
+
+
+def test_a_damaged_sample_is_told_and_another_takes_its_place(damaged):
+    batches = skipping(damaged, 5)  # an epoch
+    seen = numbers([(batch, None) for batch, _ in batches])
+    assert len(seen) == 40 and set(seen) == set(range(40)) - BAD
+    sentences = [sentence for _, skipped in batches for sentence in skipped]
+    assert len(sentences) == len(BAD)
+    assert sum("00000.tar: sample 000000003: no txt member" in s for s in sentences) == 1
+    assert sum("00002.tar: sample 000000021: codes.npy holds code 1000" in s for s in sentences) == 1
+    assert sum("00002.tar: damaged or cut after" in s for s in sentences) == 3
+    with pytest.raises(ValueError, match="00000.tar|00002.tar"):
+        take(make_recipe(damaged, batch_size=8, shuffle=16), 5)
+
+
+@pytest.mark.parametrize(("world_size", "num_workers"), [(1, 2), (2, 0), (4, 0)])
+def test_what_takes_a_place_does_not_depend_on_ranks_readers_or_resuming(damaged, world_size, num_workers):
+    whole = skipping(damaged, 9)
+    ranks = [skipping(damaged, 9, rank=r, world_size=world_size, num_workers=num_workers) for r in range(world_size)]
+    for step, (batch, skipped) in enumerate(whole):
+        parts = [ranks[rank][step] for rank in range(world_size)]
+        assert numbers(parts) == batch and sorted(s for _, part in parts for s in part) == sorted(skipped)
+    assert skipping(damaged, 4, skip=5) == whole[5:]
+
+
+def test_a_missing_shard_is_skipped_sample_by_sample(damaged):
+    (damaged / "00001.tar").unlink()
+    with pytest.raises(ValueError, match="the shard is missing"):
+        skipping(damaged, 1)  # before training
+    (damaged / "00001.tar").write_bytes(b"")
+    batches = skipping(damaged, 5)
+    assert sum(len(skipped) for _, skipped in batches) == len(BAD) + 10
+
+
+def test_nothing_whole_in_a_set_is_an_error(tmp_path):
+    folder = write_set(tmp_path / "set", [4])
+    damage(folder, "00000.tar", {f"{number:09d}" for number in range(4)}, without_caption)
+    with pytest.raises(ValueError, match="no txt member; and there is no whole sample in the set"):
+        skipping(folder, 1)
+
+
+# ---- validation ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_validation_sees_every_sample_once_and_all_ranks_as_many_batches(many, world_size):
+    recipe = make_recipe(many)
+    recipe.data = recipe.data.model_copy(update={"validation": str(many), "validation_batch_size": 4})
+    found, lengths = {}, set()
+    for rank in range(world_size):
+        batches = list(data.validation_batches(recipe, caption_encoder, rank=rank, world_size=world_size))
+        lengths.add(len(batches))
+        for number, num_samples, batch in batches:
+            assert len(batch.codes) and not batch.uncond.any()
+            if num_samples:
+                assert num_samples == len(batch.codes)
+                found[number] = batch.condition.values[:, 0].tolist()
+    assert len(lengths) == 1 and sorted(found) == list(range(26))
+    assert sorted(n for batch in found.values() for n in batch) == list(range(101))
+    if world_size > 1:
+        alone = data.validation_batches(recipe, caption_encoder, rank=0, world_size=1)
+        assert found == {number: batch.condition.values[:, 0].tolist() for number, _, batch in alone}
+
+
+def test_epochs_are_so_many_steps(three):
+    recipe = with_sets(make_recipe(three[0], batch_size=8), {str(folder): 1.0 for folder in three})
+    recipe.train = Train(epochs=2.5)
+    assert data.steps_of(recipe) == int(2.5 * 57 / 8)

@@ -169,7 +169,7 @@ def test_live_and_cached_give_the_same_batches(folder, t5, backbone, skip):
             recipe, backbones.caption_encoder(recipe.backbone), rank=0, world_size=1, skip_batches=skip
         )
         batches.append([next(stream) for _ in range(4)])
-    for (codes, live, uncond), (codes_too, cached, uncond_too) in zip(*batches, strict=True):
+    for (codes, live, uncond, _), (codes_too, cached, uncond_too, _) in zip(*batches, strict=True):
         assert torch.equal(codes, codes_too) and torch.equal(uncond, uncond_too)
         assert live.values.shape == cached.values.shape == (3, 5, 6) and cached.values.dtype == torch.float32
         assert torch.equal(live.mask, cached.mask)
@@ -186,7 +186,7 @@ def test_training_on_cached_features_needs_no_text_encoder(folder, t5, backbone,
     monkeypatch.setattr(captions.T5Features, "_load", None)
     recipe = make_recipe(folder, backbone, "google/flan-t5-xl", "cached")
     preflight(recipe)
-    _, condition, _ = next(data.stream(recipe, backbones.caption_encoder(recipe.backbone), rank=0, world_size=1))
+    _, condition, *_ = next(data.stream(recipe, backbones.caption_encoder(recipe.backbone), rank=0, world_size=1))
     assert condition.values.any()
 
 

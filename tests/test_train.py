@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -294,6 +295,66 @@ def test_damage_on_one_rank_stops_both(bench):
     assert done.stderr.count("error:") == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
 
 
+@pytest.fixture(scope="module")
+def holed(bench) -> Path:
+    """Three good sets' worth of samples, of which one has no caption and another a code that is none."""
+    folder = bench / "holed"
+    shutil.copytree(bench / "shards", folder)
+    manifest = Manifest.read(folder)
+    (one, two), path = list(iterate_tar(folder / "00001.tar")), folder / "00001.tar"
+    others = [one._replace(key=f"{number:02d}") for number in range(20, 28)]
+    others[3] = Sample("23", {name: value for name, value in one.members.items() if name != "txt"})
+    shard = write_tar(path, [one, two, *others])
+    manifest.model_copy(update={"shards": (manifest.shards[0], shard), "num_samples": 12}).write(folder)
+    return folder
+
+
+def test_a_skipped_sample_is_logged_with_its_shard_and_key_and_counted(bench, holed):
+    """Also over a resumption; and past data.max_skipped the run stops, with everything before saved."""
+    settings = [f"data.shards={holed}", "data.on_error=skip", "train.save_every=1", "train.keep_last=9"]
+    done = run(bench, "run.name=skips", *settings, "data.max_skipped=0.2", "train.steps=3")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = rows(bench, "skips")
+    first = next(row["step"] for row in found if row["num_skipped"])
+    assert [row["num_skipped"] for row in found] == [int(row["step"] >= first) for row in found]
+    (skipped,) = metrics.read_log(bench / "runs" / "skips" / "skipped.jsonl")
+    assert skipped == {"step": first, "problem": f"{holed / '00001.tar'}: sample 23: no txt member"}
+    assert f"skipped at step {first}: {holed / '00001.tar'}: sample 23: no txt member\n" in done.stdout
+    done = run(bench, "run.name=skips", *settings, "data.max_skipped=0.05", "train.steps=9", "--resume", ranks=1)
+    assert done.returncode == 2
+    stopped = re.search("error: 2 damaged samples were skipped by step ([456]), more than data.max_skipped 0.05", done.stderr)
+    assert stopped and "Traceback" not in done.stderr, done.stderr[-2000:]  # in the second epoch
+    assert f"of an epoch of 12; the last checkpoint is of step {int(stopped[1]) - 1}" in done.stderr
+
+
+def test_the_validation_loss_does_not_depend_on_the_ranks(bench, holed):
+    """Five samples in batches of two: on two ranks one of the four batches is there only to keep step."""
+    folder = bench / "validation"
+    shutil.copytree(bench / "shards", folder)
+    manifest = Manifest.read(folder)
+    (one, two), path = list(iterate_tar(folder / "00001.tar")), folder / "00001.tar"
+    shard = write_tar(path, [one, two, two._replace(key="12")])
+    manifest.model_copy(update={"shards": (manifest.shards[0], shard), "num_samples": 5}).write(folder)
+    settings = [f"data.validation={folder}", "data.validation_batch_size=2", "train.validate_every=2", "train.precision=fp32"]
+    losses = []
+    for ranks in (1, 2):
+        done = run(bench, f"run.name=validated{ranks}", *settings, "train.steps=null", "train.epochs=3.9", ranks=ranks)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found = rows(bench, f"validated{ranks}")
+        assert [row["step"] for row in found if "validation_loss" in row] == [2, 3]  # 3.9 epochs of 4 samples, 4 a step
+        losses.append([[row["validation_loss"], *row["validation_loss_per_offset"]] for row in found[1:]])
+        assert "validation loss" in done.stdout
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    assert losses[0][0] != losses[0][1]
+
+
+def test_two_sets_train_together(bench, holed):
+    sets = yaml.safe_dump({str(bench / "shards"): 3.0, str(holed): 1.0}, default_flow_style=True, width=10_000)
+    done = run(bench, "run.name=mixed", f"data.shards={sets}", "data.on_error=skip", "data.max_skipped=1", ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(rows(bench, "mixed")) == 4 and (bench / "runs" / "mixed" / "model").is_dir()
+
+
 def test_non_finite_loss_on_one_rank_stops_both(bench):
     """One caption's word is NaN: that rank's loss is known to all before the update, and nothing is saved."""
     folder = bench / "nan"
@@ -355,7 +416,7 @@ def test_float32_logs_the_norm_of_the_gradient(bench, terminated):
     batches = data.stream(recipe, backbones.caption_encoder(recipe.backbone), rank=0, world_size=1)
     for micro in range(recipe.train.grad_accum):
         generator = torch.Generator().manual_seed(seed_for(recipe.run.seed, 0, 1, micro))
-        (model(*next(batches), generator).loss / recipe.train.grad_accum).backward()
+        (model(*next(batches)[:3], generator).loss / recipe.train.grad_accum).backward()
     squares = sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None)
     assert rows(bench, "terminated")[0]["grad_norm"] == pytest.approx(squares**0.5, rel=1e-4)
 
