@@ -198,11 +198,12 @@ class Reader:
 
 
 class Decoded(NamedTuple):
-    """One row of a batch. codes: [T, F] uint16. features: [tokens, C] float16 when they are cached.
+    """One row of a batch. name: shard and key. codes: [T, F] uint16. features: [tokens, C] float16 when they are cached.
 
     skipped: what was wrong with the sample whose place it takes.
     """
 
+    name: str
     codes: np.ndarray
     caption: str
     uncond: bool
@@ -217,16 +218,21 @@ class RawBatch(NamedTuple):
     captions: list[str]
     uncond: np.ndarray
     features: list[np.ndarray | None]
+    names: list[str]
     skipped: list[str]
 
 
 class Batch(NamedTuple):
-    """A micro batch. codes: [b, T, F] int64. condition: b rows. uncond: [b] bool. skipped: a sentence per damaged sample."""
+    """A micro batch. codes: [b, T, F] int64. condition: b rows. uncond: [b] bool.
+
+    names: shard and key of each row. skipped: a sentence per damaged sample.
+    """
 
     codes: Tensor
     condition: Condition
     uncond: Tensor
-    skipped: tuple[str, ...] = ()
+    names: tuple[str, ...]
+    skipped: tuple[str, ...]
 
 
 def positions(reader: Reader, skip: int) -> Iterator[int]:
@@ -272,19 +278,20 @@ def _decoded(row: Row, crop: float, uncond: bool, cached: bool) -> Decoded:
     if cached:
         features = decode_features(members["t5.npy"], row.where)
         check_features(features, manifest.text_features, row.where)
-    return Decoded(crops[int(crop * len(crops))], decode_caption(members["txt"], row.where), uncond, features, None)
+    caption = decode_caption(members["txt"], row.where)
+    return Decoded(row.where, crops[int(crop * len(crops))], caption, uncond, features, None)
 
 
 def collate(rows: list[Decoded]) -> RawBatch:
-    codes, captions, uncond, features, skipped = zip(*rows, strict=True)
+    names, codes, captions, uncond, features, skipped = zip(*rows, strict=True)
     sentences = [sentence for sentence in skipped if sentence]
-    return RawBatch(np.stack(codes), list(captions), np.array(uncond, dtype=bool), list(features), sentences)
+    return RawBatch(np.stack(codes), list(captions), np.array(uncond, dtype=bool), list(features), list(names), sentences)
 
 
 def joined(parts: list[RawBatch]) -> RawBatch:
     """The parts that the readers of a rank made of one micro batch."""
-    codes, captions, uncond, features, skipped = zip(*parts, strict=True)
-    lists = [sum(each, []) for each in (captions, features, skipped)]
+    codes, captions, uncond, *others = zip(*parts, strict=True)
+    lists = [sum(each, []) for each in (captions, *others)]
     return RawBatch(np.concatenate(codes), lists[0], np.concatenate(uncond), *lists[1:])
 
 
@@ -295,7 +302,7 @@ def conditioned(batch: RawBatch, caption_encoder: CaptionEncoder, num_slots: int
     else:
         condition = caption_encoder(batch.captions)
     codes = torch.from_numpy(batch.codes.astype(np.int64))
-    return Batch(codes, condition, torch.from_numpy(batch.uncond), tuple(batch.skipped))
+    return Batch(codes, condition, torch.from_numpy(batch.uncond), tuple(batch.names), tuple(batch.skipped))
 
 
 # ---- the stream ------------------------------------------------------------------------------

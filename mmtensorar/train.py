@@ -183,12 +183,12 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
         lr = engine.get_lr()[0]
         total, sentences = None, []
         for micro in range(recipe.train.grad_accum):
-            codes, condition, uncond, skipped = deep.together(lambda: next(batches), device)
-            sentences += skipped
-            condition = type(condition)(*(part.to(device) for part in condition))
+            batch = deep.together(lambda: next(batches), device)
+            sentences += batch.skipped
+            condition = type(batch.condition)(*(part.to(device) for part in batch.condition))
             # Seeded by place in the run, not carried along, so that a resumed run draws the same noise.
             generator = torch.Generator(device).manual_seed(seed_for(recipe.run.seed, rank, step, micro))
-            output = engine(codes.to(device), condition, uncond.to(device), generator)
+            output = engine(batch.codes.to(device), condition, batch.uncond.to(device), generator)
             losses = torch.cat([output.loss.detach()[None], output.loss_per_offset.detach()]).float()
             total = losses if total is None else total + losses
             if micro == recipe.train.grad_accum - 1:

@@ -64,7 +64,7 @@ def take(recipe, count: int, *, rank=0, world_size=1, skip=0) -> list[tuple[list
     """The next batches as ([sample numbers], [uncond]); codes and captions must be of the same samples."""
     batches = []
     stream = data.stream(recipe, caption_encoder, rank=rank, world_size=world_size, skip_batches=skip)
-    for codes, condition, uncond, _ in islice(stream, count):
+    for codes, condition, uncond, *_ in islice(stream, count):
         assert codes.dtype == torch.int64 and uncond.dtype == torch.bool
         assert torch.equal(codes, condition.values[:, None].expand(-1, 2, 1))
         batches.append((condition.values[:, 0].tolist(), uncond.tolist()))

@@ -434,7 +434,7 @@ def test_round_trip_with_the_janus_tokenizer_and_the_loader(tmp_path):
         run=Run(name="test"), data=Data(shards=str(tmp_path / "set"), batch_size=4, uncond_rate=0), train=Train(steps=1)
     )
     data.preflight(recipe, image_tokenizer, world_size=2)
-    codes, captions, uncond, _ = next(data.stream(recipe, lambda captions: captions, rank=0, world_size=1))
+    codes, captions, uncond, *_ = next(data.stream(recipe, lambda captions: captions, rank=0, world_size=1))
     pictures = {sample.members["txt"].decode(): sample.members["jpg"] for sample in all_samples(tmp_path / "set")}
     pixels = [np.asarray(shards.decode_image(pictures[caption], "")) for caption in captions]
     pixels = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -169,7 +169,7 @@ def test_live_and_cached_give_the_same_batches(folder, t5, backbone, skip):
             recipe, backbones.caption_encoder(recipe.backbone), rank=0, world_size=1, skip_batches=skip
         )
         batches.append([next(stream) for _ in range(4)])
-    for (codes, live, uncond, _), (codes_too, cached, uncond_too, _) in zip(*batches, strict=True):
+    for (codes, live, uncond, *_), (codes_too, cached, uncond_too, *_) in zip(*batches, strict=True):
         assert torch.equal(codes, codes_too) and torch.equal(uncond, uncond_too)
         assert live.values.shape == cached.values.shape == (3, 5, 6) and cached.values.dtype == torch.float32
         assert torch.equal(live.mask, cached.mask)
