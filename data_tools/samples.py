@@ -66,7 +66,9 @@ def make_sample(key: str, item: Item, wanted: Wanted) -> Made:
         raise Unwanted(f"smaller side below {wanted.min_side} pixels")
     if wanted.max_aspect and max(image.size) > wanted.max_aspect * min(image.size):
         raise Unwanted(f"longer side more than {wanted.max_aspect:g} times the smaller")
-    meta = item.meta | {"size": list(image.size)}
+    # Nested values as text: readers that make a table of the json members need one type per column.
+    meta = {k: json.dumps(v, sort_keys=True, default=str) if isinstance(v, dict) else v for k, v in item.meta.items()}
+    meta["size"] = list(image.size)
     extension, picture = _encoded(image, found, item.key, wanted)
     members = {extension: picture, "txt": caption.encode(), "json": json.dumps(meta, sort_keys=True).encode()}
     digest = hashlib.sha256(hashlib.sha256(content).digest() + caption.encode()).hexdigest()[:32]

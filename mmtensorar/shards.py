@@ -365,8 +365,8 @@ class Manifest(_Record):
         return hashlib.sha256(content.encode()).hexdigest()
 
     @classmethod
-    def read(cls, folder: Path | str) -> Manifest:
-        """The manifest of a shard folder, whose shards are all there (their content is not read).
+    def read(cls, folder: Path | str, *, complete: bool = True) -> Manifest:
+        """The manifest of a shard folder, whose shards are all there, if it is to be complete (their content is not read).
 
         Raises ValueError when the folder, the manifest or a shard is missing, or the manifest is not valid.
         """
@@ -380,7 +380,7 @@ class Manifest(_Record):
                 "make it with data_tools/make_shards.py"
             )
         manifest = cls.parse(path)
-        for shard in manifest.shards:
+        for shard in manifest.shards if complete else ():
             if not (folder / shard.name).is_file():
                 raise ValueError(f"{folder / shard.name}: the shard is missing, but {MANIFEST} names it")
         return manifest

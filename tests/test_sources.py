@@ -32,6 +32,11 @@ def captions(out: Path) -> list[str]:
     return sorted(sample.members["txt"].decode() for sample in made(out))
 
 
+def fields(out: Path) -> dict:
+    """The other fields of the first sample's row."""
+    return json.loads(json.loads(made(out)[0].members["json"])["fields"])
+
+
 def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
@@ -81,11 +86,11 @@ def write_tar(path: Path, members: dict[str, bytes], kinds: dict[str, bytes] | N
 
 def test_a_folder_with_json_captions(tmp_path, files):
     for color in COLORS:
-        fields = {"caption": f"a {color} picture", "licence": "none"}
-        (files / f"{color}.json").write_text(json.dumps(fields))
+        row = {"caption": f"a {color} picture", "licence": "none"}
+        (files / f"{color}.json").write_text(json.dumps(row))
     assert make(tmp_path / "set", "--folder", files) == 0
     assert_right(tmp_path / "set")
-    assert json.loads(made(tmp_path / "set")[0].members["json"])["fields"] == {"licence": "none"}
+    assert fields(tmp_path / "set") == {"licence": "none"}
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv"])
@@ -100,7 +105,7 @@ def test_a_table(tmp_path, files, suffix):
         file.write("\r\n")
     assert make(tmp_path / "set", "--csv", path, "--image-column", "file", "--caption-columns", "text") == 0
     assert_right(tmp_path / "set")
-    assert json.loads(made(tmp_path / "set")[0].members["json"])["fields"] == {"note": "one, two"}
+    assert fields(tmp_path / "set") == {"note": "one, two"}
 
 
 def test_paths_may_be_relative_to_another_folder(tmp_path, files):
@@ -129,7 +134,7 @@ def test_parquet(tmp_path, files, kind):
     pyarrow.parquet.write_table(arrow_table(kind), files / "rows.parquet", row_group_size=2)
     assert make(tmp_path / "set", "--parquet", files / "rows.parquet", "--samples-per-shard", 4) == 0
     assert_right(tmp_path / "set")
-    assert json.loads(made(tmp_path / "set")[0].members["json"])["fields"] == {"width": 20}
+    assert fields(tmp_path / "set") == {"width": 20}
 
 
 def test_a_folder_of_parquet_files_stays_in_row_groups(tmp_path):
