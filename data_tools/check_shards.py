@@ -218,12 +218,13 @@ def repair(folder: Path, manifest: Manifest, findings: Findings, out: Path, *, d
     tasks, finished = [], {}
     for name, kept in numbers.items():
         target = staging.path / name
-        if staging.finished(name):
-            finished[name] = Shard(name=name, num_samples=len(kept), sha256=shards.sha256(target))
+        if shard := staging.finished(name):
+            finished[name] = shard
         elif kept:
             tasks.append((folder / name, target, kept))
     with tqdm(desc="repairing", unit=" shards", total=len(tasks), disable=None) as progress:
         for shard in in_processes(write_good, tasks, workers):
+            staging.record(shard)
             finished[shard.name] = shard
             progress.update(1)
     lines = [json.dumps({"shard": each.shard, "key": each.key, "problem": each.text}) for each in dropped]

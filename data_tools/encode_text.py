@@ -1,6 +1,7 @@
 """Add text features to shards: a t5.npy member per sample, float16 [P, C] of the caption's P tokens.
 
     python data_tools/encode_text.py data/mine --text-encoder google/flan-t5-xl
+    torchrun --nproc-per-node 8 data_tools/encode_text.py data/mine --text-encoder google/flan-t5-xl
 
 For text-conditional LlamaGen; training reads them with data.text_features=cached, and then needs no text encoder.
 Encoder, cleaning and number of tokens are those of the recipe, or training refuses them. The encoder runs as in
@@ -8,7 +9,7 @@ training (on a GPU in bf16, on a CPU in float32), for T5's activations overflow 
 The loaders hold data.shuffle samples, and at least one a row, with up to 0.5 MB of flan-t5-xl's features each: lower it where
 memory is short.
 Features of another encoder are replaced. The set stays as it was until all shards are encoded; an interrupted run goes
-on where it stopped when the same command is given again.
+on where it stopped when the same command is given again, on any number of ranks.
 """
 
 import sys
@@ -23,19 +24,18 @@ from typing import get_args
 
 import numpy as np
 
-from mmtensorar import devices, tars
+from data_tools.rewriting import Ranks, device, read_set, rewrite
+from mmtensorar import tars
 from mmtensorar.captions import Cleaning, T5Features, encoder_hash, encoder_width
+from mmtensorar.processes import leave
 from mmtensorar.shards import (
-    Manifest,
     Sample,
     Shard,
-    Staging,
     TextFeatures,
     check_features,
     decode_caption,
     encode_features,
     iterate_shard,
-    rewrite,
 )
 
 
@@ -58,10 +58,9 @@ def encode_shard(
             yield Sample(sample.key, others | {"t5.npy": encode_features(features)})
 
 
-def encode(folder: Path, encoder: T5Features, *, batch_size: int) -> None:
+def encode(folder: Path, encoder: T5Features, ranks: Ranks, *, batch_size: int) -> None:
     """Encode a shard folder. Raises ValueError when the set has no captions, or is damaged."""
-    Staging.recover(folder)
-    manifest = Manifest.read(folder)
+    manifest = read_set(folder, ranks)
     if manifest.classes is not None:
         classes = len(manifest.classes)
         raise ValueError(f"{folder}: its captions are numbers of {classes} classes, which have no text features")
@@ -74,11 +73,13 @@ def encode(folder: Path, encoder: T5Features, *, batch_size: int) -> None:
     )
     what = f"text features of {encoder.path} {expected.weight_hash[:12]}"
     if manifest.text_features == expected:
-        print(f"reusing {folder}: it has {what}")
+        ranks.say(f"reusing {folder}: it has {what}")
     else:
         change = lambda shard: encode_shard(folder, shard, encoder, expected, batch_size=batch_size)  # noqa: E731
-        rewrite(folder, manifest, change, desc="encoding", unit="captions", text_features=expected)
-        print(f"{folder}: {manifest.num_samples} captions have {what}, cleaning {encoder.cleaning}")
+        rewrite(folder, manifest, change, ranks, desc="encoding", unit="captions", text_features=expected)
+        ranks.say(f"{folder}: {manifest.num_samples} captions have {what}, cleaning {encoder.cleaning}")
+    if not ranks.first:
+        return
     size = sum(stored_bytes(folder / shard.name) for shard in manifest.shards)
     each = size / manifest.num_samples
     million = f"{each * 1e6:.3g} bytes ({each / 1e3:.3g} GB) per million captions"
@@ -111,6 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--batch-size", type=int, default=32, help="captions encoded at a time")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     options = parser.parse_args(arguments)
     for name in ("max_tokens", "batch_size"):
         if getattr(options, name) < 1:
@@ -121,9 +123,9 @@ def main(arguments: list[str] | None = None) -> int:
             num_slots=options.max_tokens,
             dim=None,
             cleaning=options.caption_cleaning,
-            device=devices.pick(options.device),
+            device=device(options.device),
         )
-        encode(options.shards, encoder, batch_size=options.batch_size)
+        encode(options.shards, encoder, Ranks(), batch_size=options.batch_size)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -134,4 +136,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

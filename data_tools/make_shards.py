@@ -38,7 +38,7 @@ from data_tools.parts import LeftOut, Part, distribute, make_part, make_shard
 from data_tools.samples import Unwanted, Wanted, generator, make_sample
 from data_tools.sources import SOURCES, Item, Layout
 from data_tools.sources.class_folder import class_names
-from mmtensorar.shards import MANIFEST, Manifest, Shard, Staging, sha256
+from mmtensorar.shards import MANIFEST, Manifest, Staging
 
 LEFT_OUT = "left_out.jsonl"
 PART_SAMPLES = 1000  # where shards are not counted in samples
@@ -281,15 +281,15 @@ def write_set(
     finished, tasks = {}, []
     for number, pieces in enumerate(plan):
         path = staging.path / f"{number:05d}.tar"
-        if staging.finished(path.name):
-            num_samples = sum(len(piece.places) for piece in pieces)
-            finished[path.name] = Shard(name=path.name, num_samples=num_samples, sha256=sha256(path))
+        if shard := staging.finished(path.name):
+            finished[path.name] = shard
         else:
             tasks.append((from_folder, path, pieces))
     # Moving takes no time; only where samples are regrouped is there something to wait for.
     regrouped = any(len(pieces) != 1 or not pieces[0].whole for pieces in plan)
     with tqdm(desc="regrouping", unit=" shards", total=len(tasks), disable=None if regrouped else True) as progress:
         for shard in in_processes(make_shard, tasks, options.workers if regrouped else 1):
+            staging.record(shard)
             finished[shard.name] = shard
             progress.update(1)
     manifest = Manifest(

@@ -138,7 +138,8 @@ def make_shard(parts: Path, path: Path, pieces: Sequence[Piece]) -> Shard:
     """Write a shard from pieces of the parts in a folder; a part that is the whole shard is moved."""
     if len(pieces) == 1 and pieces[0].whole:
         part = Part.read(parts, pieces[0].part)
-        os.replace(parts / f"{part.name}.tar", path)
+        if not path.is_file():  # or it was moved by a run that ended before it could say so
+            os.replace(parts / f"{part.name}.tar", path)
         return Shard(name=path.name, num_samples=len(part.kept), sha256=part.sha256)
 
     def samples() -> Iterator[Sample]:

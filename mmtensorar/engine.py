@@ -7,11 +7,10 @@ import math
 import os
 import pickle
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -72,19 +71,6 @@ def is_first() -> bool:
 def stop_process_group() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def leave(code: int) -> NoReturn:
-    """End this process with an exit code. Output is flushed.
-
-    After an error the process group still stands, for to take it down could wait for a rank that is gone; and an interpreter
-    that ends with its threads alive may abort ("terminate called without an active exception"), with another exit code.
-    """
-    if code and torch.distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
 
 
 def barrier() -> None:

@@ -28,7 +28,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from tqdm import tqdm
 
 from mmtensorar import tars
 
@@ -310,13 +309,17 @@ class Shard(_Record):
 
 
 class Codes(_Record):
-    """What the codes.npy members are: of which image tokenizer, [crops, grid h*w, factors], each below its size."""
+    """What the codes.npy members are: of which image tokenizer, [crops, grid h*w, factors], each below its size.
+
+    precision: in which the image tokenizer computed.
+    """
 
     image_tokenizer: str
     weight_hash: str
     grid: tuple[int, int]
     factor_sizes: tuple[int, ...] = Field(min_length=1)
     crops: int = Field(ge=1)
+    precision: Literal["fp32", "bf16"] = "fp32"
 
 
 class TextFeatures(_Record):
@@ -457,23 +460,31 @@ class Staging:
     """A shard set in the making: a folder inside the set's own, which replaces the set when all is there.
 
     purpose: everything the result depends on. A later run with the same purpose finds the shards that an
-    interrupted one finished; staged files of any other purpose are removed. Until `commit`, the set in the folder
+    interrupted one finished; staged files of any other purpose are removed, if clean. Until `commit`, the set in the folder
     stays as it was.
     """
 
     PREFIX = ".unfinished-"
 
-    def __init__(self, folder: Path, purpose: object):
+    def __init__(self, folder: Path, purpose: object, *, clean: bool = True):
         digest = hashlib.sha256(json.dumps(purpose, sort_keys=True).encode()).hexdigest()[:16]
         self.folder, self.path = folder, folder / f"{self.PREFIX}{digest}"
-        for other in folder.glob(f"{self.PREFIX}*"):
+        for other in folder.glob(f"{self.PREFIX}*") if clean else ():
             if other != self.path:
                 shutil.rmtree(other)
         self.path.mkdir(parents=True, exist_ok=True)
 
-    def finished(self, name: str) -> bool:
-        """Whether a shard is there already: it gets its name only when it is whole."""
-        return (self.path / name).is_file()
+    def record(self, shard: Shard) -> None:
+        """Note that a shard is there, whole, under its name."""
+        path = self.path / f"{shard.name}.json"
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(shard.model_dump_json())
+        os.replace(temporary, path)
+
+    def finished(self, name: str) -> Shard | None:
+        """A shard that was recorded, by this run or one before it."""
+        path = self.path / f"{name}.json"
+        return Shard.model_validate_json(path.read_bytes()) if path.is_file() else None
 
     def commit(self, manifest: Manifest) -> None:
         """Put the staged shards in place of the folder's set."""
@@ -500,37 +511,3 @@ class Staging:
                     os.replace(staged / name, folder / name)
             os.replace(path, folder / MANIFEST)
             shutil.rmtree(staged)
-
-
-def rewrite(
-    folder: Path,
-    manifest: Manifest,
-    change: Callable[[Shard], Iterator[Sample]],
-    *,
-    desc: str,
-    unit: str,
-    **entry: _Record,
-) -> None:
-    """Replace every shard of a set by change(shard), all at once at the end, and the manifest's entry with them.
-
-    An interrupted call goes on where it stopped when it is made again with an equal manifest and entry.
-    """
-    # The source set is part of the purpose: shards made from another set are not picked up.
-    purpose = {key: value.model_dump(mode="json") for key, value in {"set": manifest, **entry}.items()}
-    staging = Staging(folder, purpose)
-    shards = []
-    with tqdm(desc=desc, unit=f" {unit}", total=manifest.num_samples, disable=None) as progress:
-
-        def counted(samples: Iterator[Sample]) -> Iterator[Sample]:
-            for sample in samples:
-                yield sample
-                progress.update(1)
-
-        for shard in manifest.shards:
-            target = staging.path / shard.name
-            if staging.finished(shard.name):
-                shards.append(shard.model_copy(update={"sha256": sha256(target)}))
-                progress.update(shard.num_samples)
-            else:
-                shards.append(write_tar(target, counted(change(shard))))
-    staging.commit(manifest.model_copy(update={"shards": tuple(shards), **entry}))

@@ -29,6 +29,7 @@ from mmtensorar import engine as deep  # noqa: E402
 from mmtensorar.decode import Sampler, decode, per_factor  # noqa: E402
 from mmtensorar.generate import to_images  # noqa: E402
 from mmtensorar.metrics import StepLog, peak_memory_gib  # noqa: E402
+from mmtensorar.processes import leave  # noqa: E402
 from mmtensorar.recipe import Recipe  # noqa: E402
 
 # Settings that may change between a run and its continuation: none of them alters a past step. (Other train.steps do
@@ -340,4 +341,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    deep.leave(main())
+    leave(main())

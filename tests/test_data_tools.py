@@ -324,6 +324,7 @@ def test_codes_are_those_of_the_pictures(tmp_path, monkeypatch):
         "grid": (2, 2),
         "factor_sizes": (32,),
         "crops": 1,
+        "precision": "fp32",
     }
     for old, new in zip(before, all_samples(tmp_path / "set"), strict=True):
         red = np.asarray(shards.decode_image(old.members["jpg"], ""))[..., 0] / 255
@@ -384,7 +385,7 @@ def ramp_set(folder: Path, size: int) -> Path:
 def test_ten_crops_are_corners_and_centre_and_their_mirror_images():
     """By hand on a picture of 5 pixels a side cut to 2; a value is 10 times the row plus the column."""
     pixels = (torch.arange(5)[:, None] * 10 + torch.arange(5)).expand(3, 5, 5)
-    crops = encode_codes.ten_crops(pixels, 2)
+    crops = encode_codes.crops_of(pixels, 2, 10)
     assert crops.shape == (10, 3, 2, 2)
     assert crops[:5, 0, 0, 0].tolist() == [0, 3, 30, 33, 22]
     assert crops[5:, 0, 0, 0].tolist() == [4, 1, 34, 31, 22]
@@ -399,7 +400,7 @@ def test_ten_crops_are_cached_per_picture(tmp_path, monkeypatch, capsys):
     for sample in all_samples(tmp_path / "set"):
         codes = shards.decode_codes(sample.members["codes.npy"], "")
         image = image_tokenizers.to_pixels([shards.decode_image(sample.members["jpg"], "")])[0]
-        alone = torch.cat([FakeImageTokenizer().encode(crop[None]) for crop in encode_codes.ten_crops(image, 16)])
+        alone = torch.cat([FakeImageTokenizer().encode(crop[None]) for crop in encode_codes.crops_of(image, 16, 10)])
         assert codes.shape == (10, 4, 1) and np.array_equal(codes, alone)
         assert len(np.unique(codes, axis=0)) > 5
     assert check_shards.main([str(tmp_path / "set")]) == 0

@@ -374,7 +374,7 @@ def test_non_finite_loss_on_one_rank_stops_both(bench):
 @pytest.mark.parametrize("code", [0, 2])
 def test_a_process_of_a_group_leaves_with_its_exit_code(code):
     """With the group's threads alive, an interpreter's own end may abort, which is another exit code."""
-    lines = "from mmtensorar import engine; engine.start_process_group(0); print('said', end=''); engine.leave({})"
+    lines = "from mmtensorar import engine, processes; engine.start_process_group(0); print('said', end=''); processes.leave({})"
     done = subprocess.run([sys.executable, "-c", lines.format(code)], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.endswith("said")) == (code, True), done.stderr[-2000:]
 

@@ -16,7 +16,7 @@ from transformers.models.janus.configuration_janus import JanusConfig, JanusVQVA
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from mmtensorar import deepseek
-from mmtensorar.image_tokenizers import Frozen, llamagen_vq, small
+from mmtensorar.image_tokenizers import Frozen, full_precision, llamagen_vq, small
 from mmtensorar.recipe import Section
 from mmtensorar.weights import Checkpoint, fill, hub_config, locate, read_config, weight_hash
 
@@ -54,10 +54,11 @@ class JanusVQ(Frozen):
         """
         self.check_size(pixels)
         features = self.model.quant_conv(self.model.encoder(pixels)).permute(0, 2, 3, 1)  # [B, h, w, C]
-        rows = functional.normalize(self.model.quantize.embedding.weight, dim=-1)
-        # For unit vectors the largest product is the smallest distance.
-        similarity = functional.normalize(features, dim=-1).flatten(1, 2) @ rows.T  # [B, T, V]
-        return similarity.argmax(-1)[..., None]
+        with full_precision(features):
+            rows = functional.normalize(self.model.quantize.embedding.weight, dim=-1)
+            # For unit vectors the largest product is the smallest distance.
+            similarity = functional.normalize(features.float(), dim=-1).flatten(1, 2) @ rows.T  # [B, T, V]
+            return similarity.argmax(-1)[..., None]
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mmtensorar.image_tokenizers import Frozen, small
+from mmtensorar.image_tokenizers import Frozen, full_precision, small
 from mmtensorar.recipe import Section
 from mmtensorar.weights import WEIGHTS, Checkpoint, fill, locate, parse_config, read_config, weight_hash
 
@@ -210,10 +210,11 @@ class Codebook(nn.Module):
 
     def nearest(self, features: Tensor) -> Tensor:
         """[B, C, h, w] -> codes [B, h * w] int64, by squared distance."""
-        features = self._unit(features.flatten(2).mT)  # [B, T, C]
-        rows = self._unit(self.embedding.weight)
-        # |f - r|^2 without |f|^2, which is the same for all rows.
-        return (rows.square().sum(-1) - 2 * features @ rows.T).argmin(-1)
+        with full_precision(features):
+            features = self._unit(features.float().flatten(2).mT)  # [B, T, C]
+            rows = self._unit(self.embedding.weight)
+            # |f - r|^2 without |f|^2, which is the same for all rows.
+            return (rows.square().sum(-1) - 2 * features @ rows.T).argmin(-1)
 
     def forward(self, codes: Tensor) -> Tensor:
         """[B, h, w] -> [B, C, h, w]."""

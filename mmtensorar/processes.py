@@ -1,0 +1,22 @@
+"""How a command's process ends when it is one of several ranks."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import NoReturn
+
+import torch
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with an exit code. Output is flushed.
+
+    After an error the process group still stands, for to take it down could wait for a rank that is gone; and an interpreter
+    that ends with its threads alive may abort ("terminate called without an active exception"), with another exit code.
+    """
+    if code and torch.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
