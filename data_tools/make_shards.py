@@ -23,10 +23,11 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -34,11 +35,11 @@ from tqdm import tqdm
 
 from data_tools import sources
 from data_tools.engines import in_processes
-from data_tools.parts import LeftOut, Part, distribute, make_part, make_shard
+from data_tools.parts import LeftOut, Part, add_codes, distribute, make_part, make_shard
 from data_tools.samples import Unwanted, Wanted, generator, make_sample
 from data_tools.sources import SOURCES, Item, Layout
 from data_tools.sources.class_folder import class_names
-from mmtensorar.shards import MANIFEST, Manifest, Staging
+from mmtensorar.shards import MANIFEST, Codes, Manifest, Sample, Staging
 
 LEFT_OUT = "left_out.jsonl"
 PART_SAMPLES = 1000  # where shards are not counted in samples
@@ -181,6 +182,9 @@ def make(options: argparse.Namespace) -> None:
         "on_error": options.on_error,
         **asdict(wanted),
     }
+    encoder = load_encoder(options) if options.image_tokenizer else None
+    if encoder:
+        made["codes"] = encoder.codes.model_dump(mode="json")
     if options.dry_run:
         show(source, wanted, options)
         return
@@ -191,7 +195,7 @@ def make(options: argparse.Namespace) -> None:
         return
 
     staging = Staging(out, made)
-    parts = all_parts(staging, source, wanted, options)
+    parts = all_parts(staging, source, wanted, options, encoder)
     left_out = [each for part in parts for each in part.left_out]
     if options.deduplicate:
         left_out += duplicates(parts, source.items)
@@ -202,7 +206,8 @@ def make(options: argparse.Namespace) -> None:
     def held(number: int) -> bool:
         return splits and is_validation(source.items[number].key, options.validation_share)
 
-    write = partial(write_set, parts, options=options, source=source, made=made)
+    codes = encoder.codes if encoder else None
+    write = partial(write_set, parts, options=options, source=source, made=made, codes=codes)
     if splits and not held_is_made:
         write(Staging(held_out, made), staging.path, lambda number: number not in gone and held(number))
     if left_out:
@@ -216,15 +221,45 @@ def make(options: argparse.Namespace) -> None:
     write(staging, staging.path, lambda number: number not in gone and not held(number))
 
 
-def all_parts(staging: Staging, source: Source, wanted: Wanted, options: argparse.Namespace) -> list[Part]:
-    """Make the parts that are not there yet."""
+class Encoder(NamedTuple):
+    """codes: what the manifest will say of them. encoded: see parts.add_codes."""
+
+    codes: Codes
+    encoded: Callable[[Iterable[Sample], Path], Iterator[Sample]]
+
+
+def load_encoder(options: argparse.Namespace) -> Encoder:
+    """The image tokenizer of --image-tokenizer. Raises ValueError when pictures of --image-size do not fit it."""
+    from data_tools import encode_codes  # which imports torch
+    from mmtensorar import image_tokenizers
+
+    asked = argparse.Namespace(
+        image_tokenizer=options.image_tokenizer, name=options.name, device=options.device, image_size=options.tokenizer_size
+    )
+    image_tokenizer, device = image_tokenizers.from_arguments(asked)
+    codes = encode_codes.codes_of(image_tokenizer, crops=options.crops, precision=options.precision)
+    encode_codes.check_size(str(options.out), options.image_size, image_tokenizer.image_size, options.crops)
+    settings = dict(image_size=options.image_size, batch_size=options.batch_size, device=device)
+    return Encoder(
+        codes,
+        lambda samples, path: encode_codes.encode_samples(samples, path, image_tokenizer, codes, **settings),
+    )
+
+
+def all_parts(
+    staging: Staging, source: Source, wanted: Wanted, options: argparse.Namespace, encoder: Encoder | None
+) -> list[Part]:
+    """Make the parts that are not there yet. Codes are added here, while the workers make the next parts."""
     size = PART_SAMPLES if options.bytes_per_shard else options.samples_per_shard
     starts = range(0, len(source.items), size)
-    finished, tasks = {}, []
+    finished, uncoded, tasks = {}, [], []
     for number, start in enumerate(starts):
         name = f"part-{number:06d}"
         if part := Part.read(staging.path, name):
-            finished[name] = part
+            if encoder is None or part.coded:
+                finished[name] = part
+            else:
+                uncoded.append(part)
         else:
             items = source.items[start : start + size]
             tasks.append((staging.path, name, start, items, wanted, options.on_error == "skip"))
@@ -236,7 +271,9 @@ def all_parts(staging: Staging, source: Source, wanted: Wanted, options: argpars
 
     initial = sum(map(count, finished.values()))
     with tqdm(desc="making shards", unit=" images", total=len(source.items), initial=initial, disable=None) as progress:
-        for part in in_processes(make_part, tasks, options.workers):
+        for part in chain(uncoded, in_processes(make_part, tasks, options.workers)):
+            if encoder:
+                part = add_codes(staging.path, part, encoder.encoded)
             finished[part.name] = part
             progress.update(count(part))
     return [finished[name] for name in sorted(finished)]
@@ -272,6 +309,7 @@ def write_set(
     options: argparse.Namespace,
     source: Source,
     made: dict,
+    codes: Codes | None,
 ) -> None:
     """Write one set from the parts and put it in its place."""
     max_samples = len(source.items) if options.bytes_per_shard else options.samples_per_shard
@@ -296,6 +334,7 @@ def write_set(
         shards=tuple(finished[name] for name in sorted(finished)),
         num_samples=sum(shard.num_samples for shard in finished.values()),
         image_size=options.image_size,
+        codes=codes,
         classes=source.classes,
         source=source.name,
         seed=options.seed,
@@ -442,6 +481,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="keep: pictures of the right size stay as they are (default: jpg)",
     )
     group.add_argument("--quality", type=positive, default=95, help="of jpg and webp, to 100 (default: 95)")
+    group.add_argument(
+        "--image-tokenizer", metavar="PATH", help="add codes in the same pass, as encode_codes.py would: folder, file or hub id"
+    )
+    group.add_argument("--name", help="kind of image tokenizer, where its tensors do not tell")
+    group.add_argument("--tokenizer-size", type=positive, metavar="PIXELS", help="the image tokenizer's, where it does not tell")
+    group.add_argument("--crops", type=int, choices=[1, 2, 5, 10], default=1, help="codes per image, see encode_codes.py")
+    group.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of encoding (default: fp32)")
+    group.add_argument("--batch-size", type=positive, default=32, help="images (or crops) encoded at a time (default: 32)")
+    group.add_argument("--device", help="for encoding (default: cuda where there is one, else cpu)")
     group.add_argument("--samples-per-shard", type=positive, default=1000)
     group.add_argument("--bytes-per-shard", type=num_bytes, default=0, metavar="N", help="instead: such as 500M or 1G")
     group.add_argument(

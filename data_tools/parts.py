@@ -18,7 +18,7 @@ import numpy as np
 
 from data_tools.samples import Unwanted, Wanted, make_sample
 from data_tools.sources import Item
-from mmtensorar.shards import EXTENSIONS, Sample, Shard, read_samples, sample_starts, write_tar
+from mmtensorar.shards import EXTENSIONS, Sample, Shard, iterate_tar, read_samples, sample_starts, write_tar
 
 
 class Kept(NamedTuple):
@@ -38,12 +38,13 @@ class LeftOut(NamedTuple):
 
 
 class Part(NamedTuple):
-    """sha256: of the tar, None when nothing was kept."""
+    """sha256: of the tar, None when nothing was kept. coded: whether the samples have codes already."""
 
     name: str
     sha256: str | None
     kept: tuple[Kept, ...]
     left_out: tuple[LeftOut, ...]
+    coded: bool = False
 
     def write(self, folder: Path) -> None:
         temporary = folder / f"{self.name}.json.tmp"
@@ -56,8 +57,8 @@ class Part(NamedTuple):
         path = folder / f"{name}.json"
         if not path.is_file():
             return None
-        name, sha256, kept, left_out = json.loads(path.read_bytes())
-        return cls(name, sha256, tuple(Kept(*each) for each in kept), tuple(LeftOut(*each) for each in left_out))
+        name, sha256, kept, left_out, coded = json.loads(path.read_bytes())
+        return cls(name, sha256, tuple(Kept(*each) for each in kept), tuple(LeftOut(*each) for each in left_out), coded)
 
 
 def make_part(folder: Path, name: str, first: int, items: Sequence[Item], wanted: Wanted, skip_errors: bool) -> Part:
@@ -90,6 +91,19 @@ def make_part(folder: Path, name: str, first: int, items: Sequence[Item], wanted
         sizes = np.diff(sample_starts(path)).tolist()
         kept = tuple(Kept(number, size, each) for (number, each), size in zip(digests, sizes, strict=True))
     part = Part(name, digest, kept, tuple(left_out))
+    part.write(folder)
+    return part
+
+
+def add_codes(folder: Path, part: Part, encoded: Callable[[Iterable[Sample], Path], Iterator[Sample]]) -> Part:
+    """The part with codes in every sample. encoded: samples and the path of their tar -> samples with codes."""
+    if part.kept:
+        path = folder / f"{part.name}.tar"
+        digest = write_tar(path, encoded(iterate_tar(path), path)).sha256
+        sizes = np.diff(sample_starts(path)).tolist()
+        kept = tuple(each._replace(num_bytes=size) for each, size in zip(part.kept, sizes, strict=True))
+        part = part._replace(sha256=digest, kept=kept)
+    part = part._replace(coded=True)
     part.write(folder)
     return part
 

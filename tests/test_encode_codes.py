@@ -88,6 +88,35 @@ def test_two_ranks_go_on_where_one_stopped_and_end_with_the_same_bytes(tmp_path,
     )
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_codes_written_in_one_pass_are_those_added_afterwards(tmp_path, plain, vq, monkeypatch, workers):
+    """Also when the pass is cut off while it encodes."""
+    expected = copy(plain, tmp_path / "expected")
+    assert encode(expected, vq) == 0
+    arguments = ["--synthesize", "shapes", "--num-samples", "10", "--samples-per-shard", "2", "--workers", str(workers)]
+    arguments += ["--image-size", str(size(vq)), "--image-tokenizer", str(vq), "--device", "cpu", "--out", str(tmp_path / "set")]
+    real, calls = make_shards.add_codes, []
+
+    def interrupted(*rest):
+        calls.append(rest)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*rest)
+
+    monkeypatch.setattr(make_shards, "add_codes", interrupted)
+    assert make_shards.main(arguments) == 130
+    assert make_shards.main(arguments) == 0 and len(calls) == 6
+    tars, others = ({n: c for n, c in content(folder).items() if n != "manifest.json"} for folder in (tmp_path / "set", expected))
+    assert tars == others and Manifest.read(tmp_path / "set").codes == Manifest.read(expected).codes
+    assert make_shards.main(arguments) == 0 and len(calls) == 6  # it is there
+
+
+def test_a_size_that_does_not_fit_is_told_before_anything_is_made(tmp_path, vq, capsys):
+    arguments = ["--synthesize", "shapes", "--num-samples", "4", "--image-size", str(size(vq) + 1)]
+    assert make_shards.main([*arguments, "--image-tokenizer", str(vq), "--out", str(tmp_path / "set")]) == 2
+    assert f"pixels, the image tokenizer takes {size(vq)}" in capsys.readouterr().err and not (tmp_path / "set").exists()
+
+
 def test_damage_on_one_rank_ends_both_with_one_sentence(tmp_path, plain, vq):
     folder = copy(plain, tmp_path / "set")
     path = folder / "00001.tar"
