@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import signal
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -31,8 +32,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from mmtensorar import backbones
 from mmtensorar.backbones import CaptionEncoder, Condition
 from mmtensorar.captions import ClassNumbers, T5Features, encoder_hash, left_pad
-from mmtensorar.mixture import Lanes, Row, apportion, sources
+from mmtensorar.mixture import Lanes, Row, apportion, read_manifest, sources
 from mmtensorar.recipe import Recipe
+from mmtensorar.remote import Cache, is_url, shown
 from mmtensorar.shards import (
     Codes,
     Manifest,
@@ -57,8 +59,11 @@ def preflight(recipe: Recipe, image_tokenizer, *, world_size: int) -> str:
     """
     manifests = read_manifests(recipe)
     _check_num_shards(recipe, manifests, world_size)
-    apportion(recipe.data.weights, recipe.data.batch_size)
-    validation = {recipe.data.validation: Manifest.read(recipe.data.validation)} if recipe.data.validation else {}
+    rows = apportion(recipe.data.weights, recipe.data.batch_size)
+    _check_cache(recipe, manifests, rows, world_size)
+    validation = {}
+    if (folder := recipe.data.validation) is not None:
+        validation[folder] = read_manifest(folder, cache_of(recipe))
     for folder, manifest in (manifests | validation).items():
         _check_set(recipe, folder, manifest, image_tokenizer)
     if len({manifest.classes for manifest in (manifests | validation).values()}) > 1:
@@ -67,14 +72,18 @@ def preflight(recipe: Recipe, image_tokenizer, *, world_size: int) -> str:
         )
     if len(manifests) == 1:
         return next(iter(manifests.values())).fingerprint
-    rows = apportion(recipe.data.weights, recipe.data.batch_size)
     together = [[rows[folder], manifest.fingerprint] for folder, manifest in manifests.items()]
     return hashlib.sha256(json.dumps(together).encode()).hexdigest()
 
 
+def cache_of(recipe: Recipe) -> Cache:
+    """Where the shards of sets at a URL are kept."""
+    return Cache(recipe.data.cache, int(recipe.data.cache_gb * 1e9))
+
+
 def read_manifests(recipe: Recipe) -> dict[str, Manifest]:
     """Of each shard set of the recipe, by its folder. Raises ValueError when one has no codes."""
-    manifests = {folder: Manifest.read(folder) for folder in recipe.data.weights}
+    manifests = {folder: read_manifest(folder, cache_of(recipe)) for folder in recipe.data.weights}
     for folder, manifest in manifests.items():
         _codes(manifest, folder)
     return manifests
@@ -161,6 +170,24 @@ def _sizes(factor_sizes: tuple[int, ...]) -> str:
     return " x ".join(map(str, factor_sizes))
 
 
+def _check_cache(recipe: Recipe, manifests: Mapping[str, Manifest], rows: Mapping[str, int], world_size: int) -> None:
+    """Raise ValueError when the cache cannot hold the shards that this machine's rows read at the same time."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    cache, needed, told = cache_of(recipe), 0, []
+    for folder, manifest in manifests.items():
+        if is_url(folder):
+            largest = max(manifest.shards, key=lambda shard: shard.num_samples)
+            lanes = min(len(manifest.shards), -(-rows[folder] * here // world_size))
+            if (size := cache.size(folder, largest)) is not None:
+                needed += lanes * size
+                told.append(f"{lanes} of {shown(folder)}, of up to about {size / 1e9:.2g} GB each")
+    if needed > cache.max_bytes:
+        raise ValueError(
+            f"data.cache_gb is {recipe.data.cache_gb:g}, but at the same time {' and '.join(told)} are read here: set it to "
+            f"{needed * 1.2 / 1e9:.2g} or more, or make smaller shards; otherwise they would be downloaded again and again"
+        )
+
+
 def _check_num_shards(recipe: Recipe, manifests: Mapping[str, Manifest], world_size: int) -> None:
     workers = max(1, recipe.data.num_workers)
     found = sum(len(manifest.shards) for manifest in manifests.values())
@@ -183,6 +210,7 @@ class Reader:
     """
 
     sets: tuple[tuple[str, Manifest, int], ...]
+    cache: Cache
     seed: int
     shuffle: int
     uncond_rate: float
@@ -193,7 +221,7 @@ class Reader:
 
     def lanes(self) -> Lanes:
         extensions = ("txt", "codes.npy", *(["t5.npy"] if self.cached else []))  # pictures are not read
-        found = sources(self.sets, seed=self.seed, shuffle=self.shuffle)
+        found = sources(self.sets, seed=self.seed, shuffle=self.shuffle, cache=self.cache)
         return Lanes(found, extensions, 2 * sum(stop - first for first, stop in self.groups) + 2)
 
 
@@ -357,6 +385,7 @@ def stream(
     readers = tuple(
         Reader(
             sets=tuple((folder, manifest, rows[folder]) for folder, manifest in manifests.items()),
+            cache=cache_of(recipe),
             seed=recipe.run.seed,
             shuffle=settings.shuffle,
             uncond_rate=settings.uncond_rate,
@@ -403,11 +432,12 @@ def validation_batches(
     several crops the first is taken. Raises ValueError naming shard and key of a damaged sample.
     """
     folder, size = recipe.data.validation, recipe.data.validation_batch_size
-    manifest = Manifest.read(folder)
+    manifest = read_manifest(folder, cache_of(recipe))
     _codes(manifest, folder)
     num_slots = _num_slots(recipe, {folder: manifest})
     reader = Reader(
         sets=((folder, manifest, 1),),
+        cache=cache_of(recipe),
         seed=0,
         shuffle=size,
         uncond_rate=0.0,

@@ -10,6 +10,7 @@ which one that is depends on the position and the data alone, as everything here
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 
 from mmtensorar import tars
 from mmtensorar.order import Block, Order
+from mmtensorar.remote import Cache, Unreachable, is_url, shown
 from mmtensorar.shards import Manifest, Sample, Shard, read_sample, whole_starts
 
 
@@ -49,15 +51,36 @@ def spread(shares: Sequence[int]) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Source:
-    """One shard set of a mixture. rows: of the global batch, that it owns."""
+    """One shard set of a mixture. folder: or its URL. rows: of the global batch, that it owns."""
 
-    folder: Path
+    folder: str
     manifest: Manifest
     rows: int
     order: Order
+    cache: Cache
+
+    def name(self, shard: Shard) -> str:
+        """Where a shard is, for messages."""
+        return (
+            shown(f"{self.folder.rstrip('/')}/{shard.name}") if is_url(self.folder) else str(Path(self.folder) / shard.name)
+        )
+
+    @contextmanager
+    def opened(self, shard: Shard) -> Iterator[Path]:
+        """The path of a shard on this machine."""
+        if is_url(self.folder):
+            with self.cache.opened(self.folder, shard) as path:
+                yield path
+        else:
+            yield Path(self.folder) / shard.name
 
 
-def sources(sets: Sequence[tuple[str, Manifest, int]], *, seed: int, shuffle: int) -> tuple[Source, ...]:
+def read_manifest(folder: str, cache: Cache) -> Manifest:
+    """Of a folder or a URL. Raises ValueError like Manifest.read."""
+    return cache.manifest(folder) if is_url(folder) else Manifest.read(folder)
+
+
+def sources(sets: Sequence[tuple[str, Manifest, int]], *, seed: int, shuffle: int, cache: Cache) -> tuple[Source, ...]:
     """sets: folder, manifest and rows of each. shuffle: samples that the blocks of all rows hold together, about."""
     batch_size = sum(rows for _, _, rows in sets)
     found = []
@@ -65,7 +88,7 @@ def sources(sets: Sequence[tuple[str, Manifest, int]], *, seed: int, shuffle: in
         counts = [shard.num_samples for shard in manifest.shards]
         # Two sets of equal shards are not to go in step.
         order = Order(counts, rows=rows, seed=seed + (number << 32), shuffle=shuffle * rows // batch_size)
-        found.append(Source(Path(folder), manifest, rows, order))
+        found.append(Source(folder, manifest, rows, order, cache))
     return tuple(found)
 
 
@@ -88,7 +111,7 @@ class Lanes:
     extensions: tuple[str, ...]
     max_starts: int
     _blocks: dict[int, tuple[Block, list[Row | ValueError]]] = field(default_factory=dict)
-    _starts: dict[tuple[Path, str], tuple[np.ndarray, ValueError | None]] = field(default_factory=dict)
+    _starts: dict[tuple[str, str], tuple[np.ndarray, ValueError | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.owners = spread([source.rows for source in self.sources])
@@ -121,34 +144,35 @@ class Lanes:
         return [found[index] for index in source.order.given_out(block)] if places else []
 
     def _read_shard(self, source: Source, shard: Shard, numbers: list[int]) -> list[Row | ValueError]:
-        path, key = source.folder / shard.name, (source.folder, shard.name)
-        if key not in self._starts:
-            self._starts[key] = self._find_starts(path, shard)
-            while len(self._starts) > self.max_starts:
-                self._starts.pop(next(iter(self._starts)))  # the longest known: lanes go from shard to shard
-        starts, damage = self._starts[key]
-        whole = len(starts) - 1
-        found: list[Row | ValueError] = []
         try:
-            with tars.opened(path) as file:
-                for number in numbers:
-                    found.append(damage if number >= whole else self._row(source, file, path, *starts[number : number + 2]))
-        except tars.Damage as missing:
+            with source.opened(shard) as path, tars.opened(path) as file:
+                starts, damage = self._find_starts(source, shard, path)
+                whole = len(starts) - 1
+                return [
+                    damage if number >= whole else self._row(source, shard, file, path, *starts[number : number + 2])
+                    for number in numbers
+                ]
+        except (tars.Damage, Unreachable) as missing:
             return [missing] * len(numbers)
-        return found
 
-    def _row(self, source: Source, file: int, path: Path, start: int, stop: int) -> Row | ValueError:
+    def _row(self, source: Source, shard: Shard, file: int, path: Path, start: int, stop: int) -> Row | ValueError:
         try:
             sample = read_sample(file, path, int(start), int(stop), self.extensions)
         except (ValueError, OSError) as error:
-            return ValueError(str(error))
-        return Row(f"{path}: sample {sample.key}", source, sample)
+            return ValueError(str(error).replace(str(path), source.name(shard)))
+        return Row(f"{source.name(shard)}: sample {sample.key}", source, sample)
 
-    @staticmethod
-    def _find_starts(path: Path, shard: Shard) -> tuple[np.ndarray, ValueError | None]:
+    def _find_starts(self, source: Source, shard: Shard, path: Path) -> tuple[np.ndarray, ValueError | None]:
         """Where the whole samples begin, and why there are fewer than the manifest says, if there are."""
-        starts, damage = whole_starts(path)
-        found = len(starts) - 1
-        if damage is None and found != shard.num_samples:
-            damage = ValueError(f"{path}: {found} samples, the manifest says {shard.num_samples}; make the shard again")
-        return starts, damage
+        key = (source.folder, shard.name)
+        if key not in self._starts:
+            starts, damage = whole_starts(path)
+            name, found = source.name(shard), len(starts) - 1
+            if damage is not None:
+                damage = ValueError(str(damage).replace(str(path), name))
+            elif found != shard.num_samples:
+                damage = ValueError(f"{name}: {found} samples, the manifest says {shard.num_samples}; make the shard again")
+            self._starts[key] = starts, damage
+            while len(self._starts) > self.max_starts:
+                self._starts.pop(next(iter(self._starts)))  # the longest known: lanes go from shard to shard
+        return self._starts[key]

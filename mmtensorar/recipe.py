@@ -77,7 +77,8 @@ class Data(Section):
     their prompt, which guidance needs. text_features: of a backbone that reads a text encoder's features; live encodes the
     captions in the training step, cached takes what data_tools/encode_text.py has put into the shards. on_error: what a
     damaged sample does; skip puts the next whole one in its place, until more than max_skipped of an epoch were skipped.
-    validation: a folder whose loss is measured every train.validate_every steps.
+    validation: a folder whose loss is measured every train.validate_every steps. A folder may also be a URL (http, https, s3,
+    gs, hf); its shards are downloaded to the folder cache, which holds up to cache_gb (10^9 bytes).
     """
 
     shards: str | Annotated[dict[str, Annotated[float, Gt(0)]], MinLen(1)]
@@ -90,6 +91,8 @@ class Data(Section):
     max_skipped: float = Field(0.01, ge=0, le=1)
     validation: str | None = None
     validation_batch_size: int = Field(16, ge=1)
+    cache: str = "~/.cache/mmtensorar/shards"
+    cache_gb: float = Field(50, gt=0)
 
     @property
     def weights(self) -> dict[str, float]:

@@ -391,19 +391,24 @@ class Manifest(_Record):
     @classmethod
     def parse(cls, path: Path) -> Manifest:
         """One manifest file. Raises ValueError when it is not a valid manifest."""
+        return cls.parse_bytes(path.read_bytes(), str(path))
+
+    @classmethod
+    def parse_bytes(cls, content: bytes, where: str) -> Manifest:
+        """The content of a manifest file. Raises ValueError, starting with `where`, when it is not a valid manifest."""
         try:
-            content = json.loads(path.read_bytes())
+            found = json.loads(content)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: not JSON ({error})") from error
-        found = content.get("format") if isinstance(content, dict) else None
-        if found != 1:
-            raise ValueError(f"{path}: format {found!r}; this version reads format 1")
+            raise ValueError(f"{where}: not JSON ({error})") from error
+        version = found.get("format") if isinstance(found, dict) else None
+        if version != 1:
+            raise ValueError(f"{where}: format {version!r}; this version reads format 1")
         try:
-            return cls.model_validate_json(path.read_bytes())
+            return cls.model_validate_json(content)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise ValueError(f"{path}: {where}: {first['msg']}" if where else f"{path}: {first['msg']}") from error
+            key = ".".join(map(str, first["loc"]))
+            raise ValueError(f"{where}: {key}: {first['msg']}" if key else f"{where}: {first['msg']}") from error
 
     def write(self, folder: Path | str) -> None:
         """Write manifest.json under a temporary name, then rename it."""

@@ -36,7 +36,7 @@ from mmtensorar.recipe import Recipe  # noqa: E402
 # stretch the rest of the learning rate's cosine; a run extended so is not one that was planned longer.)
 FREE_ON_RESUME = {
     "run": {"out"},
-    "data": {"num_workers", "validation", "validation_batch_size", "max_skipped"},
+    "data": {"num_workers", "validation", "validation_batch_size", "max_skipped", "cache", "cache_gb"},
     "train": {"steps", "log_every", "save_every", "validate_every", "sample_every", "sample_prompts", "keep_last", "resume"},
     "sampler": None,
 }

@@ -327,8 +327,11 @@ def test_a_commit_cut_off_anywhere_is_finished_later(tmp_path, monkeypatch, call
 
 
 def test_staged_shards_are_found_again_for_the_same_purpose_only(tmp_path):
-    write_tar(Staging(tmp_path, {"seed": 1}).path / "00000.tar", SAMPLES)
-    assert Staging(tmp_path, {"seed": 1}).finished("00000.tar")
+    staging = Staging(tmp_path, {"seed": 1})
+    shard = write_tar(staging.path / "00000.tar", SAMPLES)
+    assert not staging.finished("00000.tar")  # it is not said yet that it is whole
+    staging.record(shard)
+    assert Staging(tmp_path, {"seed": 1}).finished("00000.tar") == shard
     assert not Staging(tmp_path, {"seed": 2}).finished("00000.tar")
     assert not Staging(tmp_path, {"seed": 1}).finished("00000.tar")
 
