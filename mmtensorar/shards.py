@@ -23,7 +23,7 @@ import tokenize
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -91,8 +91,8 @@ def iterate_tar(path: Path | str) -> Iterator[Sample]:
 
 def checked_name(path: Path, name: str, size: int) -> tuple[str, str]:
     """Key and extension of a member. Raises ValueError unless it is a plain name of a known kind, and of bounded size."""
-    if "/" in name or "\\" in name or "\0" in name or name.startswith("."):
-        raise ValueError(f"{path}: member {name!r} is a path; expected a plain name such as 000000001.jpg")
+    if "/" in name or "\\" in name or name.startswith(".") or not name.isprintable():
+        raise ValueError(f"{path}: member {name!r} is a path or has control characters; expected a name such as 0001.jpg")
     key, _, extension = name.partition(".")
     where = f"{path}: sample {key}"
     if extension.rsplit(".", 1)[-1] in PICKLED:
@@ -300,11 +300,15 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+# Pixels or codes along a side, tokens of a caption: a damaged manifest must not make anyone reserve memory for 10**30.
+Extent = Annotated[int, Field(ge=1, le=2**13)]
+
+
 class Shard(_Record):
     """One tar. name: file name inside the folder. sha256: of the whole file, in hex."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+\.tar$")
-    num_samples: int = Field(ge=1)
+    num_samples: int = Field(ge=1, le=10**9)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
@@ -316,9 +320,9 @@ class Codes(_Record):
 
     image_tokenizer: str
     weight_hash: str
-    grid: tuple[int, int]
-    factor_sizes: tuple[int, ...] = Field(min_length=1)
-    crops: int = Field(ge=1)
+    grid: tuple[Extent, Extent]
+    factor_sizes: tuple[Annotated[int, Field(ge=1, le=2**16)], ...] = Field(min_length=1, max_length=64)
+    crops: int = Field(ge=1, le=1000)
     precision: Literal["fp32", "bf16"] = "fp32"
 
 
@@ -330,8 +334,8 @@ class TextFeatures(_Record):
 
     text_encoder: str
     weight_hash: str
-    width: int = Field(ge=1)
-    max_tokens: int = Field(ge=1)
+    width: int = Field(ge=1, le=2**16)
+    max_tokens: Extent
     cleaning: str
 
 
@@ -345,7 +349,7 @@ class Manifest(_Record):
     format: Literal[1] = 1
     shards: tuple[Shard, ...] = Field(min_length=1)
     num_samples: int
-    image_size: int = Field(ge=1)
+    image_size: Extent
     codes: Codes | None = None
     text_features: TextFeatures | None = None
     classes: tuple[str, ...] | None = None

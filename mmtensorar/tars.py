@@ -102,8 +102,9 @@ def _checked_size(header: bytes, path: Path, last: str) -> int:
         if len(header) == BLOCK:
             told = int(header[148:156].strip(b" \0"), 8)
             # The sum of all bytes, those of the checksum itself counted as spaces.
-            if told == sum(header) - sum(header[148:156]) + 8 * 32:
-                return int(header[124:136].strip(b" \0") or b"0", 8)
+            size = int(header[124:136].strip(b" \0") or b"0", 8)
+            if told == sum(header) - sum(header[148:156]) + 8 * 32 and size >= 0:
+                return size
     except ValueError:
         pass
     raise Damage(f"{path}: damaged or cut after {last} (no header of a member there); make the shard again")

@@ -77,6 +77,7 @@ def test_a_damaged_header_is_noticed(tmp_path):
         ([("folder/a.txt", b"1")], "is a path"),
         ([("/etc/a.txt", b"1")], "is a path"),
         ([(".a.txt", b"1")], "is a path"),
+        ([("a\x1b[2J.txt", b"1")], "is a path or has"),  # would clear the terminal that shows it
         ([("a.exe", b"1")], "sample a: member a.exe has an unknown extension; known: jpg"),
         ([("a", b"1")], "unknown extension"),
         ([("a.pkl", b"1")], "sample a: member a.pkl is refused"),
@@ -261,6 +262,7 @@ def test_a_folder_without_manifest_is_incomplete(tmp_path):
         ({"format": 2}, "format 2; this version reads format 1"),
         ({"num_samples": 5}, "num_samples is not the sum over the shards"),
         ({"image_size": "8"}, "image_size"),
+        ({"image_size": 10**30}, "image_size"),
         ({"colour": 1}, "colour"),
         ({"shards": [{"name": "../x.tar", "num_samples": 2, "sha256": "0" * 64}]}, "shards.0.name"),
         ({"shards": [{"name": "gone.tar", "num_samples": 2, "sha256": "0" * 64}]}, "gone.tar: the shard is missing"),

@@ -103,6 +103,9 @@ def test_sizes_are_not_believed(tmp_path):
     path.write_bytes(header(b"x", 2**32, b"x") + bytes(1024))
     with pytest.raises(tars.Damage, match="an extended header of 4294967296 bytes"):
         pairs(path)
+    path.write_bytes(header(b"a.txt", -512) + bytes(1536))  # int() reads a sign too: this one would never end
+    with pytest.raises(tars.Damage, match="no header of a member"):
+        pairs(path)
     record = b"22 size=99999999999999\n"
     path.write_bytes(header(b"x", len(record), b"x") + record.ljust(512, b"\0") + header(b"a.txt", 1) + bytes(1536))
     with pytest.raises(tars.Damage):
