@@ -107,9 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
         default="original",
         help="as in backbone.caption_cleaning (default: original, LlamaGen's)",
     )
-    parser.add_argument(
-        "--max-tokens", type=int, default=120, help="longer captions are cut (default: 120, LlamaGen's)"
-    )
+    parser.add_argument("--max-tokens", type=int, default=120, help="longer captions are cut (default: 120, LlamaGen's)")
     parser.add_argument("--batch-size", type=int, default=32, help="captions encoded at a time")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it

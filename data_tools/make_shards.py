@@ -33,13 +33,15 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data_tools import sources
-from data_tools.engines import in_processes
+from data_tools import places, sources
+from data_tools.engines import OnRay, in_processes
 from data_tools.parts import LeftOut, Part, add_codes, distribute, make_part, make_shard
+from data_tools.places import is_local
 from data_tools.samples import Unwanted, Wanted, generator, make_sample
 from data_tools.sources import SOURCES, Item, Layout
 from data_tools.sources.class_folder import class_names
-from mmtensorar.shards import MANIFEST, Codes, Manifest, Sample, Staging
+from mmtensorar.remote import is_url
+from mmtensorar.shards import MANIFEST, Codes, Manifest, Sample, Staging, write_text
 
 LEFT_OUT = "left_out.jsonl"
 PART_SAMPLES = 1000  # where shards are not counted in samples
@@ -84,7 +86,7 @@ def read_source(options: argparse.Namespace) -> Source:
     digest = hashlib.sha256()
     for item in items:
         digest.update(json.dumps([item.key, item.captions, item.meta, item.group], sort_keys=True, default=str).encode())
-    name = Path(place).resolve().name if Path(place).exists() else place
+    name = places.at(place).name if is_url(place) else Path(place).resolve().name if Path(place).exists() else place
     return Source(f"{kind} {name} {digest.hexdigest()[:16]}", shuffled(items, options.seed)[: options.limit], classes)
 
 
@@ -146,7 +148,7 @@ def set_in(out: Path) -> Manifest | None:
     """The set that is in a folder. Raises ValueError when the folder holds anything else."""
     Staging.recover(out)
     if (out / MANIFEST).exists():
-        return Manifest.read(out)
+        return Manifest.read(out, complete=is_local(out))
     if out.exists():
         if not out.is_dir():
             raise ValueError(f"{out} is a file; choose another --out")
@@ -191,7 +193,7 @@ def make(options: argparse.Namespace) -> None:
     splits = bool(options.validation_share)
     held_is_made = splits and is_made(held_out, made, options.overwrite)
     if is_made(out, made, options.overwrite) and held_is_made == splits:
-        print(f"reusing {out}: {describe(Manifest.read(out))}")
+        print(f"reusing {out}: {describe(set_in(out))}")
         return
 
     staging = Staging(out, made)
@@ -211,10 +213,8 @@ def make(options: argparse.Namespace) -> None:
     if splits and not held_is_made:
         write(Staging(held_out, made), staging.path, lambda number: number not in gone and held(number))
     if left_out:
-        temporary = out / (LEFT_OUT + ".tmp")
         lines = [json.dumps({"name": each.name, "reason": each.reason}) for each in sorted(left_out)]
-        temporary.write_text("\n".join(lines) + "\n")
-        os.replace(temporary, out / LEFT_OUT)
+        write_text(out / LEFT_OUT, "\n".join(lines) + "\n")
         print(f"left out {len(left_out)} of {len(source.items)}: {reasons(left_out)}; listed in {out / LEFT_OUT}")
     else:
         (out / LEFT_OUT).unlink(missing_ok=True)
@@ -271,7 +271,7 @@ def all_parts(
 
     initial = sum(map(count, finished.values()))
     with tqdm(desc="making shards", unit=" images", total=len(source.items), initial=initial, disable=None) as progress:
-        for part in chain(uncoded, in_processes(make_part, tasks, options.workers)):
+        for part in chain(uncoded, options.run(make_part, tasks, options.workers)):
             if encoder:
                 part = add_codes(staging.path, part, encoder.encoded)
             finished[part.name] = part
@@ -325,8 +325,9 @@ def write_set(
             tasks.append((from_folder, path, pieces))
     # Moving takes no time; only where samples are regrouped is there something to wait for.
     regrouped = any(len(pieces) != 1 or not pieces[0].whole for pieces in plan)
+    run, workers = (options.run, options.workers) if regrouped or not is_local(staging.path) else (in_processes, 1)
     with tqdm(desc="regrouping", unit=" shards", total=len(tasks), disable=None if regrouped else True) as progress:
-        for shard in in_processes(make_shard, tasks, options.workers if regrouped else 1):
+        for shard in run(make_shard, tasks, workers):
             staging.record(shard)
             finished[shard.name] = shard
             progress.update(1)
@@ -430,7 +431,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default="first",
         help="where a picture has several: the first, one by chance, or a sample with each (default: first)",
     )
-    group.add_argument("--image-root", type=Path, help="folder that paths are relative to (default: the table's own)")
+    group.add_argument(
+        "--image-root", type=places.argument, help="folder that paths are relative to (default: the table's own)"
+    )
     group.add_argument("--split", default="train", help="of a dataset (default: train)")
     group.add_argument(
         "--class-template",
@@ -461,7 +464,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
 
     group = parser.add_argument_group("what is made")
-    group.add_argument("--out", type=Path, required=True, help="shard folder to make")
+    group.add_argument(
+        "--out",
+        type=places.folder_to_write,
+        required=True,
+        metavar="PLACE",
+        help="shard folder to make, or its URL (s3, gs, hf)",
+    )
     group.add_argument(
         "--image-size",
         type=positive,
@@ -482,10 +491,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     group.add_argument("--quality", type=positive, default=95, help="of jpg and webp, to 100 (default: 95)")
     group.add_argument(
-        "--image-tokenizer", metavar="PATH", help="add codes in the same pass, as encode_codes.py would: folder, file or hub id"
+        "--image-tokenizer",
+        metavar="PATH",
+        help="add codes in the same pass, as encode_codes.py would: folder, file or hub id",
     )
     group.add_argument("--name", help="kind of image tokenizer, where its tensors do not tell")
-    group.add_argument("--tokenizer-size", type=positive, metavar="PIXELS", help="the image tokenizer's, where it does not tell")
+    group.add_argument(
+        "--tokenizer-size", type=positive, metavar="PIXELS", help="the image tokenizer's, where it does not tell"
+    )
     group.add_argument("--crops", type=int, choices=[1, 2, 5, 10], default=1, help="codes per image, see encode_codes.py")
     group.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of encoding (default: fp32)")
     group.add_argument("--batch-size", type=positive, default=32, help="images (or crops) encoded at a time (default: 32)")
@@ -500,6 +513,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     group.add_argument("--seed", type=int, default=0, help="of the order, and of what is drawn")
     group.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes (default: cores)")
+    group.add_argument(
+        "--engine",
+        choices=["local", "ray"],
+        default="local",
+        help="where the work is done: processes of this machine, or Ray Data, here or on a cluster (default: local)",
+    )
+    group.add_argument(
+        "--ray-address", metavar="ADDRESS", help="of a cluster, such as auto or ray://head:10001 (default: start Ray here)"
+    )
     group.add_argument("--overwrite", action="store_true", help="replace another set in --out once the new one is made")
     group.add_argument(
         "--dry-run", action="store_true", help="write nothing; try the first pictures and tell what would be made"
@@ -515,6 +537,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--class-template {bad!r} has no {{}} for the name")
     if options.class_template and not (options.class_folder or options.dataset or options.tars):
         parser.error("--class-template goes with --class-folder, --dataset or --tars")
+    if options.ray_address and options.engine != "ray":
+        parser.error("--ray-address goes with --engine ray")
     options.num_samples = options.num_samples or 4096
     options.image_size = options.image_size or (64 if options.synthesize else 384)
     options.image_root = options.image_root and options.image_root.resolve()
@@ -524,9 +548,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
+        options.run = OnRay(options.ray_address, options.workers) if options.engine == "ray" else in_processes
         make(options)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (OSError, *places.store_errors()) as error:  # of a store they may name nothing
+        where = "" if is_local(options.out) else f"{options.out}: "
+        print(f"error: {where}{error}", file=sys.stderr)
         return 2
     except BrokenProcessPool:
         print("error: a worker process was killed, perhaps for lack of memory; try fewer --workers", file=sys.stderr)

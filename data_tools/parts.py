@@ -8,7 +8,6 @@ validation split aside, shards of so many samples or bytes. A shard that is just
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -16,9 +15,20 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data_tools.places import fetched, written
 from data_tools.samples import Unwanted, Wanted, make_sample
 from data_tools.sources import Item
-from mmtensorar.shards import EXTENSIONS, Sample, Shard, iterate_tar, read_samples, sample_starts, write_tar
+from mmtensorar.shards import (
+    EXTENSIONS,
+    Sample,
+    Shard,
+    iterate_tar,
+    move,
+    read_samples,
+    sample_starts,
+    write_tar,
+    write_text,
+)
 
 
 class Kept(NamedTuple):
@@ -47,9 +57,7 @@ class Part(NamedTuple):
     coded: bool = False
 
     def write(self, folder: Path) -> None:
-        temporary = folder / f"{self.name}.json.tmp"
-        temporary.write_text(json.dumps(self))
-        os.replace(temporary, folder / f"{self.name}.json")
+        write_text(folder / f"{self.name}.json", json.dumps(self))
 
     @classmethod
     def read(cls, folder: Path, name: str) -> Part | None:
@@ -64,7 +72,7 @@ class Part(NamedTuple):
 def make_part(folder: Path, name: str, first: int, items: Sequence[Item], wanted: Wanted, skip_errors: bool) -> Part:
     """Write one part. first: place of its first item in the whole set, from which the keys are counted.
 
-    Raises ValueError naming the item that is damaged, unless they are left out.
+    folder: on the disk, or a UPath. Raises ValueError naming the item that is damaged, unless they are left out.
     """
     digests: list[tuple[int, str]] = []
     left_out: list[LeftOut] = []
@@ -83,12 +91,12 @@ def make_part(folder: Path, name: str, first: int, items: Sequence[Item], wanted
                 digests.append((number, made.digest))
                 yield made.sample
 
-    path = folder / f"{name}.tar"
     remaining = samples()
     digest, kept = None, ()
     if (begin := next(remaining, None)) is not None:
-        digest = write_tar(path, chain([begin], remaining)).sha256
-        sizes = np.diff(sample_starts(path)).tolist()
+        with written(folder / f"{name}.tar") as path:
+            digest = write_tar(path, chain([begin], remaining)).sha256
+            sizes = np.diff(sample_starts(path)).tolist()
         kept = tuple(Kept(number, size, each) for (number, each), size in zip(digests, sizes, strict=True))
     part = Part(name, digest, kept, tuple(left_out))
     part.write(folder)
@@ -99,8 +107,9 @@ def add_codes(folder: Path, part: Part, encoded: Callable[[Iterable[Sample], Pat
     """The part with codes in every sample. encoded: samples and the path of their tar -> samples with codes."""
     if part.kept:
         path = folder / f"{part.name}.tar"
-        digest = write_tar(path, encoded(iterate_tar(path), path)).sha256
-        sizes = np.diff(sample_starts(path)).tolist()
+        with fetched(path) as without, written(path) as target:
+            digest = write_tar(target, encoded(iterate_tar(without), path)).sha256
+            sizes = np.diff(sample_starts(target)).tolist()
         kept = tuple(each._replace(num_bytes=size) for each, size in zip(part.kept, sizes, strict=True))
         part = part._replace(sha256=digest, kept=kept)
     part = part._replace(coded=True)
@@ -153,12 +162,13 @@ def make_shard(parts: Path, path: Path, pieces: Sequence[Piece]) -> Shard:
     if len(pieces) == 1 and pieces[0].whole:
         part = Part.read(parts, pieces[0].part)
         if not path.is_file():  # or it was moved by a run that ended before it could say so
-            os.replace(parts / f"{part.name}.tar", path)
+            move(parts / f"{part.name}.tar", path)
         return Shard(name=path.name, num_samples=len(part.kept), sha256=part.sha256)
 
     def samples() -> Iterator[Sample]:
         for piece in pieces:
-            tar = parts / f"{piece.part}.tar"
-            yield from read_samples(tar, sample_starts(tar), piece.places, EXTENSIONS)
+            with fetched(parts / f"{piece.part}.tar") as tar:
+                yield from read_samples(tar, sample_starts(tar), piece.places, EXTENSIONS)
 
-    return write_tar(path, samples())
+    with written(path) as local:
+        return write_tar(local, samples())

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
+from data_tools.places import read_file
 from data_tools.sources import Item
 from mmtensorar.shards import Sample, decode_image, square
 
@@ -77,8 +78,9 @@ def make_sample(key: str, item: Item, wanted: Wanted) -> Made:
 
 def _where(item: Item) -> str:
     # A file's own path is the best name it can have.
-    path = next((str(part) for part in getattr(item.picture, "args", ()) if hasattr(part, "suffix")), None)
-    return path if path and item.meta.get("source") != "webdataset" else f"{item.meta.get('source')} {item.key}"
+    if getattr(item.picture, "func", None) is read_file:
+        return str(item.picture.args[0])
+    return f"{item.meta.get('source')} {item.key}"
 
 
 def _encoded(image: Image.Image, found: bytes | Image.Image, key: str, wanted: Wanted) -> tuple[str, bytes]:

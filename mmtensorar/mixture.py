@@ -155,7 +155,7 @@ class Lanes:
         except (tars.Damage, Unreachable) as missing:
             return [missing] * len(numbers)
 
-    def _row(self, source: Source, shard: Shard, file: int, path: Path, start: int, stop: int) -> Row | ValueError:
+    def _row(self, source: Source, shard: Shard, file: tars.opened, path: Path, start: int, stop: int) -> Row | ValueError:
         try:
             sample = read_sample(file, path, int(start), int(stop), self.extensions)
         except (ValueError, OSError) as error:

@@ -146,7 +146,7 @@ def read_samples(path: Path, starts: np.ndarray, numbers: Iterable[int], extensi
             yield read_sample(file, path, int(starts[number]), int(starts[number + 1]), extensions)
 
 
-def read_sample(file: int, path: Path, start: int, stop: int, extensions: Collection[str]) -> Sample:
+def read_sample(file: tars.opened, path: Path, start: int, stop: int, extensions: Collection[str]) -> Sample:
     """The sample between two places of an open tar."""
     key, found = "", {}
     for member in tars.members(file, path, start, stop):
@@ -377,7 +377,7 @@ class Manifest(_Record):
 
         Raises ValueError when the folder, the manifest or a shard is missing, or the manifest is not valid.
         """
-        folder = Path(folder)
+        folder = _place(folder)
         path = folder / MANIFEST
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder; make shards with data_tools/make_shards.py")
@@ -415,11 +415,8 @@ class Manifest(_Record):
             raise ValueError(f"{where}: {key}: {first['msg']}" if key else f"{where}: {first['msg']}") from error
 
     def write(self, folder: Path | str) -> None:
-        """Write manifest.json under a temporary name, then rename it."""
-        path = Path(folder) / MANIFEST
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(self.model_dump_json(indent=1) + "\n")
-        os.replace(temporary, path)
+        path = _place(folder) / MANIFEST
+        write_text(path, self.model_dump_json(indent=1) + "\n")
 
 
 def iterate_shard(folder: Path | str, shard: Shard) -> Iterator[Sample]:
@@ -433,6 +430,35 @@ def iterate_shard(folder: Path | str, shard: Shard) -> Iterator[Sample]:
 
 
 # ---- writing ---------------------------------------------------------------------------------
+
+
+def _place(folder: Path | str) -> Path:
+    return Path(folder) if isinstance(folder, str) else folder
+
+
+def write_text(path: Path, text: str) -> None:
+    """A file that is there whole or not at all. path: on the disk, or a UPath, whose stores write like that anyway."""
+    if not isinstance(path, Path):
+        path.write_text(text)
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename a file; for UPaths it is copied inside its store."""
+    if isinstance(source, Path):
+        os.replace(source, target)
+    else:
+        source.fs.mv(source.path, target.path)
+
+
+def _remove(folder: Path) -> None:
+    if isinstance(folder, Path):
+        shutil.rmtree(folder)
+    elif folder.exists():
+        folder.fs.rm(folder.path, recursive=True)
 
 
 def write_tar(path: Path, samples: Iterable[Sample]) -> Shard:
@@ -468,6 +494,7 @@ def sha256(path: Path, progress: Callable[[int], Any] = lambda size: None) -> st
 class Staging:
     """A shard set in the making: a folder inside the set's own, which replaces the set when all is there.
 
+    folder: on the disk, or a UPath.
     purpose: everything the result depends on. A later run with the same purpose finds the shards that an
     interrupted one finished; staged files of any other purpose are removed, if clean. Until `commit`, the set in the folder
     stays as it was.
@@ -480,15 +507,14 @@ class Staging:
         self.folder, self.path = folder, folder / f"{self.PREFIX}{digest}"
         for other in folder.glob(f"{self.PREFIX}*") if clean else ():
             if other != self.path:
-                shutil.rmtree(other)
-        self.path.mkdir(parents=True, exist_ok=True)
+                _remove(other)
+        if isinstance(folder, Path):  # object stores have files only
+            self.path.mkdir(parents=True, exist_ok=True)
 
     def record(self, shard: Shard) -> None:
         """Note that a shard is there, whole, under its name."""
         path = self.path / f"{shard.name}.json"
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(shard.model_dump_json())
-        os.replace(temporary, path)
+        write_text(path, shard.model_dump_json())
 
     def finished(self, name: str) -> Shard | None:
         """A shard that was recorded, by this run or one before it."""
@@ -509,7 +535,7 @@ class Staging:
         for path in folder.glob(f"{cls.PREFIX}*/{MANIFEST}"):
             staged = path.parent
             if (folder / MANIFEST).is_file():
-                os.replace(folder / MANIFEST, staged / "replaced.json")
+                move(folder / MANIFEST, staged / "replaced.json")
             names = {shard.name for shard in Manifest.parse(path).shards}
             if (staged / "replaced.json").is_file():
                 for shard in Manifest.parse(staged / "replaced.json").shards:
@@ -517,6 +543,6 @@ class Staging:
                         (folder / shard.name).unlink(missing_ok=True)
             for name in names:
                 if (staged / name).is_file():
-                    os.replace(staged / name, folder / name)
-            os.replace(path, folder / MANIFEST)
-            shutil.rmtree(staged)
+                    move(staged / name, folder / name)
+            move(path, folder / MANIFEST)
+            _remove(staged)

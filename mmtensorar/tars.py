@@ -30,20 +30,52 @@ class Damage(ValueError):
     """A tar that cannot be read on from some place."""
 
 
+class opened:
+    """A tar for the time of a with statement. path: on the disk, or a UPath. Raises Damage when the file is missing."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self) -> opened:
+        try:
+            if isinstance(self.path, (str, Path)):
+                self.file, self.stream = os.open(self.path, os.O_RDONLY), None
+            else:
+                self.file, self.stream = None, self.path.open("rb")
+        except FileNotFoundError:
+            raise Damage(f"{self.path}: the shard is missing") from None
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.stream is None:
+            os.close(self.file)
+        else:
+            self.stream.close()
+
+    def size(self) -> int:
+        return os.fstat(self.file).st_size if self.stream is None else self.stream.seek(0, os.SEEK_END)
+
+    def pread(self, num_bytes: int, offset: int) -> bytes:
+        if self.stream is None:
+            return os.pread(self.file, num_bytes, offset)
+        self.stream.seek(offset)
+        return self.stream.read(num_bytes)
+
+
 def members(
-    file: int, path: Path, start: int = 0, stop: int | None = None, *, folders: bool = False
+    file: opened, path: Path, start: int = 0, stop: int | None = None, *, folders: bool = False
 ) -> Iterator[Member]:
-    """Members from the header at start to that at stop, or to the end of the archive. file: a descriptor.
+    """Members from the header at start to that at stop, or to the end of the archive.
 
     folders: whether folders may be among them; they come as empty members whose names end in a slash.
 
     Raises Damage, naming the path and the member before, for a broken header, a member cut off, one that is no plain file,
     and an archive without its end. Content is not read.
     """
-    size = os.fstat(file).st_size
+    size = file.size()
     place, last = start, "the start" if start == 0 else f"byte {start}"
     while stop is None or place < stop:
-        header = os.pread(file, BLOCK, place)
+        header = file.pread(BLOCK, place)
         if header == bytes(BLOCK):
             _check_end(file, path, place, size, last)
             return
@@ -54,7 +86,7 @@ def members(
         yield found
 
 
-def placed(file: int, path: Path) -> Iterator[tuple[int, Member]]:
+def placed(file: opened, path: Path) -> Iterator[tuple[int, Member]]:
     """All members, each with where its first header is. Raises like `members`."""
     place = 0
     for member in members(file, path):
@@ -62,7 +94,7 @@ def placed(file: int, path: Path) -> Iterator[tuple[int, Member]]:
         place = member.end
 
 
-def _member(file: int, header: bytes, place: int, path: Path, last: str, kinds: tuple[bytes, ...]) -> Member:
+def _member(file: opened, header: bytes, place: int, path: Path, last: str, kinds: tuple[bytes, ...]) -> Member:
     """The member whose header, or first of several headers, is given. kinds: that it may be of."""
     name = None
     size = None
@@ -82,7 +114,7 @@ def _member(file: int, header: bytes, place: int, path: Path, last: str, kinds: 
             raise Damage(f"{path}: sample {name.partition('.')[0]}: member {name} is a link, folder or device; expected a plain file")
         if length > MAX_EXTENDED:
             raise Damage(f"{path}: after {last}: an extended header of {length} bytes, more than the {MAX_EXTENDED} allowed")
-        content = os.pread(file, length, place + BLOCK)
+        content = file.pread(length, place + BLOCK)
         if kind == LONG_NAME:
             name = _text(content.rstrip(b"\0"), path, last)
         else:
@@ -93,7 +125,7 @@ def _member(file: int, header: bytes, place: int, path: Path, last: str, kinds: 
             if any(key.startswith("GNU.sparse") for key in records):
                 raise Damage(f"{path}: after {last}: a sparse file; expected a plain one")
         place += BLOCK + -(-length // BLOCK) * BLOCK
-        header = os.pread(file, BLOCK, place)
+        header = file.pread(BLOCK, place)
 
 
 def _checked_size(header: bytes, path: Path, last: str) -> int:
@@ -131,32 +163,15 @@ def _text(content: bytes, path: Path, last: str) -> str:
         raise Damage(f"{path}: after {last}: a name that is not UTF-8") from None
 
 
-def _check_end(file: int, path: Path, place: int, size: int, last: str) -> None:
+def _check_end(file: opened, path: Path, place: int, size: int, last: str) -> None:
     """A whole tar ends in two blocks of zeros or more; anything else means that samples are missing."""
-    rest = os.pread(file, 2**20, place)
+    rest = file.pread(2**20, place)
     if len(rest) < 2 * BLOCK or any(rest) or place + len(rest) < size:
         raise Damage(f"{path}: damaged or cut after {last} (no end of archive there); make the shard again")
 
 
-def content(file: int, member: Member, path: Path) -> bytes:
-    found = os.pread(file, member.size, member.offset)
+def content(file: opened, member: Member, path: Path) -> bytes:
+    found = file.pread(member.size, member.offset)
     if len(found) < member.size:
         raise Damage(f"{path}: member {member.name}: {len(found)} of {member.size} bytes; the file has become shorter")
     return found
-
-
-class opened:
-    """A descriptor for the time of a with statement. Raises Damage when the file is missing."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> int:
-        try:
-            self.file = os.open(self.path, os.O_RDONLY)
-        except FileNotFoundError:
-            raise Damage(f"{self.path}: the shard is missing") from None
-        return self.file
-
-    def __exit__(self, *exception: object) -> None:
-        os.close(self.file)

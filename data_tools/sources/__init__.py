@@ -7,6 +7,7 @@ that listing a source is cheap and a worker process opens or draws it. A new sou
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from data_tools import places
+from data_tools.places import read_file
 from mmtensorar.shards import decode_caption
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -76,25 +79,19 @@ def items(kind: str, place: str, layout: Layout) -> Iterator[Item]:
 # ---- for the sources -------------------------------------------------------------------------
 
 
-def read_file(path: Path) -> bytes:
-    """Raises ValueError naming the file when it cannot be read."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
+def images(root: Path, expected: tuple[str, ...] = ()) -> tuple[dict[Path, int], dict[Path, int]]:
+    """Every jpg, png and webp below a folder with its bytes, sorted; and the files of the expected suffixes.
 
-
-def images(root: Path, expected: tuple[str, ...] = ()) -> tuple[list[Path], list[Path]]:
-    """Every jpg, png and webp below a folder, sorted; and the other files but those of the expected suffixes.
-
-    Hidden files are left out. Raises ValueError when there is no picture.
+    Hidden files are left out, others are counted aloud. Raises ValueError when there is no picture.
     """
-    # By parts, so that the order does not depend on the separator.
-    files = sorted((p for p in root.rglob("*") if p.is_file() and not p.name.startswith(".")), key=lambda p: p.parts)
-    found = [path for path in files if path.suffix.lower() in SUFFIXES]
+    files = places.files(root)
+    found = {path: size for path, size in files.items() if path.suffix.lower() in SUFFIXES}
+    beside = {path: size for path, size in files.items() if path.suffix.lower() in expected}
     if not found:
         raise ValueError(f"{root}: no {', '.join(SUFFIXES)} files in it")
-    return found, [path for path in files if path.suffix.lower() not in (*SUFFIXES, *expected)]
+    if others := [path for path in files if path not in found and path not in beside]:
+        print(f"note: left out {len(others)} files that are not jpg, png or webp, such as {others[0]}", file=sys.stderr)
+    return found, beside
 
 
 def texts(fields: Mapping[str, Any], columns: tuple[str, ...], where: str) -> tuple[str, ...]:
@@ -118,14 +115,18 @@ def texts(fields: Mapping[str, Any], columns: tuple[str, ...], where: str) -> tu
 
 
 def inside(root: Path, name: Any, where: str) -> Path:
-    """The file of a name in a folder. Raises ValueError when it is not there, or lies outside."""
+    """The file of a name in a folder. Raises ValueError when it is not there, or lies outside.
+
+    In a store nothing is asked for yet: one request per picture, only to see that it is there, would take too long.
+    """
     if not isinstance(name, str):
         raise ValueError(f"{where}: the image is {type(name).__name__}; expected a path")
+    local = places.is_local(root)
     # Resolved, so that neither `..`, an absolute path nor a link leads out of the folder.
-    path = (root / name).resolve() if "\0" not in name else root
-    if not path.is_relative_to(root):
+    path = root if "\0" in name or (not local and "://" in name) else (root / name).resolve()
+    if not path.is_relative_to(root) or (not local and path == root):
         raise ValueError(f"{where}: image {name!r} lies outside {root}")
-    if not path.is_file():
+    if local and not path.is_file():
         raise ValueError(f"{where}: image {name!r} is not a file in {root}")
     return path
 
@@ -142,7 +143,9 @@ def of_row(key: str, fields: dict[str, Any], layout: Layout, root: Path, where: 
         captions = texts(fields, layout.captions, where)
     except ValueError as error:
         return Item(key, bytes, (), meta, problem=str(error))
-    meta |= {"name": fields[layout.image], "num_bytes": path.stat().st_size}
+    meta["name"] = fields[layout.image]
+    if places.is_local(path):
+        meta["num_bytes"] = path.stat().st_size
     others = {name: value for name, value in fields.items() if name not in (layout.image, *layout.captions)}
     return Item(key, partial(read_file, path), captions, meta | ({"fields": others} if others else {}))
 

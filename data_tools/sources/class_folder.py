@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
-from data_tools.sources import Item, Layout, class_captions, images, read_file
+from data_tools import places
+from data_tools.places import read_file
+from data_tools.sources import Item, Layout, class_captions, images
 
 
 def class_names(place: str) -> tuple[str, ...]:
@@ -15,10 +15,10 @@ def class_names(place: str) -> tuple[str, ...]:
 
     Hidden ones are none: an editor's folder would shift every number. Raises ValueError when there is no sub-folder.
     """
-    root = Path(place)
-    if not root.is_dir():
+    root = places.at(place)
+    if places.is_local(root) and not root.is_dir():
         raise ValueError(f"{root}: no such folder")
-    names = tuple(sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")))
+    names = places.folders(root)
     if not names:
         raise ValueError(f"{root}: no sub-folders in it; expected one per class")
     return names
@@ -30,13 +30,10 @@ def items(place: str, layout: Layout) -> Iterator[Item]:
     Pictures beside the sub-folders are left out. Raises ValueError for a class without pictures: left out, it would
     shift the numbers of those after it, and kept, its number would never be trained.
     """
-    root = Path(place)
+    root = places.at(place)
     for number, name in enumerate(class_names(place)):
-        found, others = images(root / name)
-        if others:
-            print(f"note: left out {len(others)} files that are not jpg, png or webp, such as {others[0]}", file=sys.stderr)
-        for path in found:
+        for path, size in images(root / name)[0].items():
             meta = {"source": "class_folder", "name": path.relative_to(root).as_posix(), "class": name}
             captions = class_captions(name, layout) or (str(number),)
-            meta["num_bytes"] = path.stat().st_size
+            meta["num_bytes"] = size
             yield Item(meta["name"], partial(read_file, path), captions, meta)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.sources import Item, Layout, class_captions, texts
+from mmtensorar.remote import is_url
 
 
 @lru_cache(maxsize=1)
@@ -18,7 +19,7 @@ def load(place: str, split: str) -> Any:
     except ImportError:
         raise ValueError("Hugging Face datasets need a library: pip install 'mmtensorar[data]'") from None
     try:
-        if (Path(place) / "dataset_dict.json").is_file() or (Path(place) / "dataset_info.json").is_file():
+        if is_url(place) or (Path(place) / "dataset_dict.json").is_file() or (Path(place) / "dataset_info.json").is_file():
             found = datasets.load_from_disk(place)
             if isinstance(found, dict):
                 if split not in found:

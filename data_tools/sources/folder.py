@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from data_tools.sources import Item, Layout, images, read_file, texts
+from data_tools import places
+from data_tools.places import read_file
+from data_tools.sources import Item, Layout, images, texts
 from mmtensorar.shards import decode_caption
 
 
@@ -17,35 +18,40 @@ def items(place: str, layout: Layout) -> Iterator[Item]:
 
     Raises ValueError when there is no picture. Other files are counted aloud.
     """
-    root = Path(place)
-    if not root.is_dir():
+    root = places.at(place)
+    if places.is_local(root) and not root.is_dir():
         raise ValueError(f"{root}: no such folder")
-    found, others = images(root, (".txt", ".json"))
-    if others:
-        print(f"note: left out {len(others)} files that are not jpg, png or webp, such as {others[0]}", file=sys.stderr)
-    for path in found:
+    found, beside = images(root, (".txt", ".json"))
+    # None: neither is there.
+    written = [
+        next((each for suffix in (".txt", ".json") if (each := path.with_suffix(suffix)) in beside), None) for path in found
+    ]
+    read = places.contents(path for path in written if path is not None)
+    for (path, num_bytes), text in zip(found.items(), written, strict=True):
         name = path.relative_to(root).as_posix()
-        meta = {"source": "folder", "name": name, "num_bytes": path.stat().st_size}
+        meta = {"source": "folder", "name": name, "num_bytes": num_bytes}
+        content = b"" if text is None else next(read)
         try:
-            captions, fields = _captions(path, layout)
+            if text is None:
+                raise ValueError(f"{path}: no caption; expected it in {path.with_suffix('.txt')} or .json")
+            if isinstance(content, ValueError):
+                raise content
+            captions, fields = _captions(content, text, layout)
         except ValueError as error:
             yield Item(name, bytes, (), meta, problem=str(error))
             continue
         yield Item(name, partial(read_file, path), captions, meta | ({"fields": fields} if fields else {}))
 
 
-def _captions(path: Path, layout: Layout) -> tuple[tuple[str, ...], dict]:
-    """The captions of a picture, and what else its JSON says."""
-    text, fields = path.with_suffix(".txt"), path.with_suffix(".json")
-    if text.is_file():
-        return (decode_caption(read_file(text), str(text)),), {}
-    if not fields.is_file():
-        raise ValueError(f"{path}: no caption; expected it in {text} or {fields.name}")
+def _captions(content: bytes, path: Path, layout: Layout) -> tuple[tuple[str, ...], dict]:
+    """The captions in a file, and what else its JSON says."""
+    if path.suffix == ".txt":
+        return (decode_caption(content, str(path)),), {}
     try:
-        found = json.loads(read_file(fields))
+        found = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{fields}: not JSON ({error})") from error
+        raise ValueError(f"{path}: not JSON ({error})") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{fields}: holds {type(found).__name__}; expected an object with {', '.join(layout.captions)}")
-    captions = texts(found, layout.captions, str(fields))
+        raise ValueError(f"{path}: holds {type(found).__name__}; expected an object with {', '.join(layout.captions)}")
+    captions = texts(found, layout.captions, str(path))
     return captions, {key: value for key, value in found.items() if key not in layout.captions}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
+from data_tools import places
 from data_tools.sources import Item, Layout, of_row
 
 MAX_LINE = 2**22  # bytes
@@ -13,12 +13,12 @@ MAX_LINE = 2**22  # bytes
 
 def items(place: str, layout: Layout) -> Iterator[Item]:
     """Raises ValueError naming file and line for a line that is not such an object, or too long."""
-    path = Path(place)
+    path = places.at(place)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     root = (layout.root or path.parent).resolve()
     lines = 0
-    with path.open("rb") as file:
+    with places.opened(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE), b""), 1):
             where = f"{path}:{number}"
             if len(line) == MAX_LINE:

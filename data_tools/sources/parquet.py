@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+from data_tools import places
 from data_tools.sources import Item, Layout, of_row, texts
 
 
@@ -25,13 +25,10 @@ def items(place: str, layout: Layout) -> Iterator[Item]:
     """The rows of a file, or of all .parquet files below a folder. The image column holds paths, bytes, or Hugging Face's
     {"bytes", "path"}. The rows of a row group form a group. Raises ValueError naming file and column, or row.
     """
-    path = Path(place)
-    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
-    if not files:
-        raise ValueError(f"{path}: no .parquet files in it")
+    path, files = places.with_suffix(place, ".parquet")
     rows = 0
     for file in files:
-        for item in _file(file, file.relative_to(path).as_posix() if path.is_dir() else path.name, layout):
+        for item in _file(file, file.relative_to(path).as_posix() if file != path else path.name, layout):
             rows += 1
             yield item
     if not rows:
@@ -40,11 +37,9 @@ def items(place: str, layout: Layout) -> Iterator[Item]:
 
 def _file(path: Path, name: str, layout: Layout) -> Iterator[Item]:
     arrow = _arrow()
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
     root = (layout.root or path.parent).resolve()
     try:
-        with arrow.parquet.ParquetFile(path) as file:
+        with path.open("rb") as stream, arrow.parquet.ParquetFile(stream) as file:
             schema = file.schema_arrow
             for column in (layout.image, *layout.captions):
                 if schema.names.count(column) != 1:
@@ -71,7 +66,7 @@ def _file(path: Path, name: str, layout: Layout) -> Iterator[Item]:
                         captions, problem = texts(fields, layout.captions, where), None
                     except ValueError as error:
                         captions, problem = (), str(error)
-                    picture = partial(_picture, str(path), stamp, group, row, layout.image)
+                    picture = partial(_picture, path, stamp, group, row, layout.image)
                     yield Item(key, picture, captions, meta, f"{name} {group} {stamp}", problem)
     except (arrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a whole Parquet file ({error})") from error
@@ -84,11 +79,13 @@ def _is_plain(arrow: Any, kind: Any) -> bool:
 
 def _stamp(path: Path) -> str:
     """Size and time of change, since reading all bytes to tell a changed file from the old one would take too long."""
-    status = os.stat(path)
+    if not places.is_local(path):
+        return hashlib.sha256(str(path.fs.ukey(path.path)).encode()).hexdigest()[:16]
+    status = path.stat()
     return hashlib.sha256(f"{status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:16]
 
 
-def _picture(path: str, stamp: str, group: int, row: int, column: str) -> bytes:
+def _picture(path: Path, stamp: str, group: int, row: int, column: str) -> bytes:
     where = f"{path}: row group {group}, row {row}"
     value = _column(path, stamp, group, column)[row].as_py()
     if isinstance(value, dict):
@@ -99,13 +96,13 @@ def _picture(path: str, stamp: str, group: int, row: int, column: str) -> bytes:
 
 
 @lru_cache(maxsize=1)
-def _column(path: str, stamp: str, group: int, column: str) -> Any:
+def _column(path: Path, stamp: str, group: int, column: str) -> Any:
     """The pictures of a row group, still encoded: all that a worker holds of a file."""
     arrow = _arrow()
-    if _stamp(Path(path)) != stamp:
+    if _stamp(path) != stamp:
         raise ValueError(f"{path}: it changed while it was read")
     try:
-        with arrow.parquet.ParquetFile(path) as file:
+        with path.open("rb") as stream, arrow.parquet.ParquetFile(stream) as file:
             return file.read_row_group(group, columns=[column]).column(0)
     except (arrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: row group {group}: damaged ({error})") from error

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
-from pathlib import Path
 
+from data_tools import places
 from data_tools.sources import Item, Layout, of_row
 
 MAX_CELL = 2**20  # characters
@@ -13,7 +13,7 @@ MAX_CELL = 2**20  # characters
 
 def items(place: str, layout: Layout) -> Iterator[Item]:
     """Raises ValueError naming file and line for a missing column, another number of cells, and text that is not UTF-8."""
-    path = Path(place)
+    path = places.at(place)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     root = (layout.root or path.parent).resolve()

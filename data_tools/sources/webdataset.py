@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from data_tools import places
 from data_tools.sources import SUFFIXES, Item, Layout, class_captions, texts
 from mmtensorar import tars
 from mmtensorar.shards import EXTENSIONS, decode_caption
@@ -22,16 +23,11 @@ def items(place: str, layout: Layout) -> Iterator[Item]:
     The caption is the txt member, or the keys of the json member, or the cls member's class number (or made of its name).
     Members of other kinds are not read, and are counted aloud. Raises ValueError for a damaged or compressed tar.
     """
-    path = Path(place)
-    if not path.exists():
-        raise ValueError(f"{path}: no such file or folder")
-    files = sorted(path.rglob("*.tar")) if path.is_dir() else [path]
-    if not files:
-        raise ValueError(f"{path}: no .tar files in it")
+    path, files = places.with_suffix(place, ".tar")
     ignored: Counter[str] = Counter()
     samples = 0
     for file in files:
-        name = file.relative_to(path).as_posix() if path.is_dir() else path.name
+        name = file.relative_to(path).as_posix() if file != path else path.name
         for item in _tar(file, name, layout, ignored):
             samples += 1
             yield item
@@ -45,8 +41,7 @@ def items(place: str, layout: Layout) -> Iterator[Item]:
 def _tar(path: Path, name: str, layout: Layout, ignored: Counter[str]) -> Iterator[Item]:
     last, found, seen = None, {}, set()
     with tars.opened(path) as file:
-        head = tars.content(file, tars.Member("", 0, 2, 2), path) if path.stat().st_size else b""
-        if head == b"\x1f\x8b":
+        if file.pread(2, 0) == b"\x1f\x8b":
             raise ValueError(f"{path}: compressed; unpack it with gunzip first, so that any sample can be read alone")
         for member in tars.members(file, path, folders=True):
             folder, _, plain = member.name.rpartition("/")
@@ -72,7 +67,7 @@ def _tar(path: Path, name: str, layout: Layout, ignored: Counter[str]) -> Iterat
 
 
 def _item(
-    file: int, path: Path, name: str, key: str, found: dict[str, tars.Member], layout: Layout, ignored: Counter[str]
+    file: tars.opened, path: Path, name: str, key: str, found: dict[str, tars.Member], layout: Layout, ignored: Counter[str]
 ) -> Iterator[Item]:
     key = key.removeprefix("/").removeprefix("./")
     where = f"{path}: sample {key}"
@@ -93,7 +88,7 @@ def _item(
     yield Item(f"{name} {key}", partial(_read, path, picture), captions, meta | {"num_bytes": picture.size})
 
 
-def _captions(file: int, path: Path, found: dict[str, tars.Member], layout: Layout, where: str) -> tuple[str, ...]:
+def _captions(file: tars.opened, path: Path, found: dict[str, tars.Member], layout: Layout, where: str) -> tuple[str, ...]:
     for extension in (*TEXT, "json", "cls"):
         if extension in found and found[extension].size > EXTENSIONS["json"]:
             raise ValueError(f"{where}: .{extension} has {found[extension].size} bytes, more than {EXTENSIONS['json']}")
