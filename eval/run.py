@@ -117,8 +117,8 @@ def generate(
 ) -> int:
     """Make the images of this rank that are missing in out; returns how many were made.
 
-    prompts: GenEval metadata, or any object with the text, or class number, under "prompt". Raises ValueError when out holds images of another checkpoint, other settings or
-    other prompts, or images of unknown origin.
+    prompts: GenEval metadata, or any object with the text, or class number, under "prompt". Raises ValueError when out holds
+    images of another checkpoint, other settings or other prompts, or images of unknown origin.
     """
     from mmtensorar.generate import save_png
 
@@ -132,10 +132,8 @@ def generate(
         "seed": seed,
         "sampling": asdict(sampling),
         "window": generator.model.window,
-        "precision": generator.precision,
         "batch_size": batch_size,
-        "device": generator.device.type,
-        "attn_implementation": generator.recipe.backbone.attn_implementation,
+        **generator.runs_as(),
     }
     out.mkdir(parents=True, exist_ok=True)
     claim(out, settings)

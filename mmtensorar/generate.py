@@ -99,6 +99,11 @@ class Generator:
         attention = attn_implementation or "sdpa"
         return cls(checkpoint.load(folder, chosen, dtype, attn_implementation=attention), precision=precision)
 
+    def runs_as(self) -> dict[str, str]:
+        """What results may depend on beside the settings: kind of device, precision, implementation of attention."""
+        attention = self.recipe.backbone.attn_implementation
+        return {"device": self.device.type, "precision": self.precision, "attn_implementation": attention}
+
     def sampling(self, **settings) -> Sampling:
         """The recipe's sampler settings, with those given (and not None) instead. Raises ValueError."""
         given = {key: value for key, value in settings.items() if value is not None}
@@ -247,6 +252,7 @@ def write_images(generator: Generator, prompts: Sequence[str | int], options: ar
     """Generate --num-images per prompt into --out; returns the pictures' paths."""
     generator.check(prompts)
     sampling = sampling_from(generator, options)
+    print(", ".join(f"{key} {value}" for key, value in generator.runs_as().items()), file=sys.stderr)
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
     first = 1 + max((int(path.name[:5]) for path in out.glob("[0-9][0-9][0-9][0-9][0-9]_*.png")), default=-1)
@@ -276,7 +282,7 @@ def write_images(generator: Generator, prompts: Sequence[str | int], options: ar
                 line = {
                     "file": path.name,
                     **named,
-                    "settings": asdict(sampling) | {"precision": generator.precision, "batch_size": options.batch_size},
+                    "settings": asdict(sampling) | generator.runs_as() | {"batch_size": options.batch_size},
                     "window": generator.model.window,
                     "checkpoint": str(options.ckpt),
                 }

@@ -52,30 +52,38 @@ def state_bytes(total: int, trainable: int, *, stage: int, num_gpus: int, precis
 
 
 def flops_per_step(recipe: Recipe, model) -> tuple[int, int]:
-    """(image tokens, FLOPs) of one optimiser step over all ranks. Parameters of tables count nothing."""
+    """(image tokens, FLOPs) of one optimiser step over all ranks. Parameters of tables count nothing.
+
+    What is computed again in the backward counts again: the layers with activation checkpointing, and decoder and head where
+    the loss is made in chunks (as it is on one rank; with a small micro batch on many it may fit into one).
+    """
     K, T, D = model.window, model.backbone.num_tokens, model.backbone.dim
     prefix_len = prompt_tokens(model)
     rows = prefix_len + T
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    layer_passes = 4 if recipe.train.activation_checkpointing else 3
+    places = recipe.data.batch_size // recipe.train.grad_accum * T
+    loss_passes = 4 if places > max(1, recipe.train.loss_chunk_tokens // K) else 3
     per_sample = 0
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2 or id(parameter) in tables or "offset_" in name:
             continue
         # The embedding maps and the codec see K slots of each window, the head predicts K tokens.
         if name.startswith("backbone.head.factorized_blocks"):
-            times = 3 * K * T  # one place for the first factor, two for the second
-        elif name.startswith("backbone.head") or name.startswith("backbone.embed") or name.startswith("encoder"):
-            times = K * T
+            times = 3 * K * T * loss_passes  # one place for the first factor, two for the second
+        elif name.startswith("backbone.head"):
+            times = K * T * loss_passes
+        elif name.startswith("backbone.embed") or name.startswith("encoder"):
+            times = K * T * 3
         elif name.startswith("decoder"):
-            times = (K + 1) * T
+            times = (K + 1) * T * loss_passes
         elif name.startswith("backbone.prefix"):
-            times = prefix_len
+            times = prefix_len * 3
         else:
-            times = rows
+            times = rows * layer_passes
         per_sample += 2 * parameter.numel() * times
-    per_sample += model.backbone.num_layers * 2 * D * rows * rows
-    passes = 4 if recipe.train.activation_checkpointing else 3
-    return recipe.data.batch_size * T, recipe.data.batch_size * per_sample * passes
+    per_sample += model.backbone.num_layers * 2 * D * rows * rows * layer_passes
+    return recipe.data.batch_size * T, recipe.data.batch_size * per_sample
 
 
 def prompt_tokens(model) -> int:

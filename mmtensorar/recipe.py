@@ -45,7 +45,8 @@ class Section(BaseModel):
     def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         # pydantic takes true for 1.
         kind = cls.model_fields[info.field_name].annotation
-        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
+        inside = value if isinstance(value, (list, tuple)) else [value]
+        if bool not in (kind, *get_args(kind)) and any(isinstance(each, bool) for each in inside):
             raise PydanticCustomError("truth", "true and false are no numbers")
         return value
 
@@ -100,12 +101,15 @@ class Data(Section):
         return {self.shards: 1.0} if isinstance(self.shards, str) else self.shards
 
 
+Beta = Annotated[float, Ge(0), Lt(1)]
+
+
 class Optim(Section):
     """AdamW with linear warm-up and a cosine to final_lr_ratio. tensorar_lr: rate of the codec, None as lr."""
 
     lr: float = Field(2e-5, gt=0)
     tensorar_lr: float | None = Field(None, gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.01, ge=0)
     grad_clip: float = Field(1.0, ge=0)

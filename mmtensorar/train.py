@@ -129,6 +129,11 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
         signal.signal(number, on_signal)
 
     deep.micro_batch_size(recipe, world_size)
+    if recipe.optim.warmup_steps >= recipe.train.steps:
+        say(
+            f"note: optim.warmup_steps is {recipe.optim.warmup_steps}, train.steps is {recipe.train.steps}: "
+            "the learning rate never reaches optim.lr"
+        )
     progress = find_progress(recipe, resume=resume)
     deep.barrier()  # nobody writes to the run folder before everybody has looked at it
     fingerprints = {"start": checkpoint.start_fingerprint(recipe)}

@@ -9,12 +9,12 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from mmtensorar.image_tokenizers import to_pixels
@@ -32,24 +32,39 @@ class ImageTokenizerRecipe(Section):
     start: str | None = Field(None, description="folder of an image tokenizer to train on, instead of a fresh one")
     image_size: int = Field(ge=16)
     num_embeddings: int = Field(ge=2)
-    embed_dim: int = 8
-    latent_channels: int = 64
-    base_channels: int = 32
-    channel_multiplier: list[int] = [1, 1, 2, 2]
-    num_res_blocks: int = 1
+    embed_dim: int = Field(8, ge=1)
+    latent_channels: int = Field(64, ge=1)
+    base_channels: int = Field(32, ge=32, multiple_of=32, description="multiple of the 32 groups that are normalised")
+    channel_multiplier: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = [1, 1, 2, 2]
+    num_res_blocks: int = Field(1, ge=1)
     steps: int = Field(ge=1)
-    warmup_steps: int = 200
-    revive_until: float = 0.6
-    batch_size: int = 32
-    lr: float = 1e-3
-    commitment: float = 0.25
+    warmup_steps: int = Field(200, ge=0)
+    revive_until: float = Field(0.6, ge=0, le=1)
+    batch_size: int = Field(32, ge=1)
+    lr: float = Field(1e-3, gt=0)
+    commitment: float = Field(0.25, ge=0)
     foreground_weight: float = Field(1.0, ge=1)
     plain_weight: float = Field(0.0, ge=0, description="weight of pulling patches of one colour to one code")
     crop: int | None = Field(None, ge=8, description="pixels a side of the crops of all but the last full_steps")
     full_steps: int = Field(0, ge=0)
     crop_batch_size: int = Field(64, ge=1)
     precision: Literal["bf16", "fp32"] = "bf16"
-    log_every: int = 50
+    log_every: int = Field(50, ge=1)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        problems = []
+        if self.warmup_steps >= self.steps:
+            problems.append(f"warmup_steps is {self.warmup_steps}, steps is {self.steps}; the codebook would never be trained")
+        if self.crop is not None and self.crop > self.image_size:
+            problems.append(f"crop is {self.crop}, image_size is {self.image_size}")
+        for key in ("image_size", "crop"):
+            size, factor = getattr(self, key), 2 ** (len(self.channel_multiplier) - 1)
+            if size is not None and size % factor:
+                problems.append(f"{key} is {size}; expected a multiple of {factor}, the pixels of one code a side")
+        if problems:
+            raise ValueError(*problems)
+        return self
 
 
 def load_pictures(folder: Path, size: int) -> np.ndarray:

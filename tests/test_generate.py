@@ -138,6 +138,7 @@ def test_command_line_writes_images_trace_and_record(ckpt, generator, tmp_path):
         ("00003_4.png", "a blue square", 4),
     ]
     assert rows[0]["settings"]["top_k"] == 20 and rows[0]["window"] == 3
+    assert rows[0]["settings"]["device"] == "cpu" and rows[0]["settings"]["attn_implementation"] == "sdpa"
     image = Image.open(tmp_path / "out" / "00002_3.png")
     assert image.text == {"prompt": "a blue square", "seed": "3"}
     assert same(image, generator.images(["a blue square"], [3])[0])

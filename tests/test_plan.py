@@ -75,6 +75,23 @@ def test_flops_of_a_step_are_near_six_per_weight_and_token():
     assert flops / (6 * plan.parameters(model)["backbone"] * tokens) == pytest.approx(1, abs=0.1)
 
 
+def test_what_is_computed_again_counts_again():
+    """Of the same step: the loss in chunks makes decoder and head a fourth time, and checkpoints the layers."""
+
+    def flops(*settings: str) -> int:
+        recipe = Recipe.load(RECIPES / "janus_pro_7b.yaml", ["tensorar.window=4", *settings])
+        return plan.flops_per_step(recipe, plan.shapes(recipe))[1]
+
+    once, never = "train.loss_chunk_tokens=1000000000", "train.activation_checkpointing=false"
+    whole, chunked, again = flops(once, never), flops(never), flops(once, "train.activation_checkpointing=true")
+    model = plan.shapes(Recipe.load(RECIPES / "janus_pro_7b.yaml", ["tensorar.window=4"]))
+    sizes = {name: sum(p.numel() for p in part.parameters() if p.ndim > 1) for name, part in (
+        ("head", model.backbone.head), ("decoder", model.decoder), ("layers", model.backbone.language_model.layers))}
+    tokens = 128 * 576
+    assert chunked - whole == pytest.approx(2 * tokens * (4 * sizes["head"] + 5 * sizes["decoder"]), rel=0.02)
+    assert (again - whole) / (2 * tokens * sizes["layers"]) == pytest.approx(1.1, abs=0.1)  # and attention, and the prompt
+
+
 def test_the_report_loads_no_weights(monkeypatch):
     """A plan must work where the model was never downloaded."""
     for name in ("fill", "locate"):

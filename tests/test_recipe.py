@@ -90,10 +90,13 @@ def test_settings_that_do_not_fit_each_other_come_together(path):
         ("train.precision=fp16", "train.precision  expected 'bf16' or 'fp32', got 'fp16'"),
         ("data.uncond_rate=2", "data.uncond_rate  expected a number >= 0 and <= 1, got 2"),
         ("optim.lr=.inf", "optim.lr  expected a number > 0, got inf"),
-        ("optim.betas=[0.9]", "optim.betas  expected a list of 2 numbers, got [0.9]"),
+        ("optim.betas=[0.9, 1]", "optim.betas  expected a list of 2 numbers >= 0 and < 1, got [0.9, 1]"),
+        ("optim.betas=[0.9]", "optim.betas  expected a list of 2 numbers >= 0 and < 1, got [0.9]"),
         ("tensorar.offset_weights=unifrm", "'uniform' or 'first_only' or 'geometric' or null, got 'unifrm'"),
         ("tensorar.offset_weights=[1, a, 1, 1]", "expected a list of numbers or 'uniform'"),
         ("train.sample_prompts=[a, 2]", "train.sample_prompts  expected a list of texts, got ['a', 2]"),
+        ("tensorar.offset_weights=[true, true, 1, 1]", "got [True, True, 1, 1]"),
+        ("sampler.top_k=[true]", "got [True]"),
         ("sampler.top_k=1.5", "expected an integer >= 0 or a list of integers >= 0, not empty, got 1.5"),
         ("sampler.cfg_scale=[2, -1]", "expected a number >= 0 or a list of numbers >= 0, not empty, got [2, -1]"),
         ("sampler.top_p=[]", "a list of numbers > 0 and <= 1, not empty, got []"),
@@ -280,10 +283,10 @@ def test_overrides_may_stand_around_options(path, monkeypatch, capsys):
 
 def test_the_image_tokenizers_recipe_is_checked_and_printed_too(tmp_path, capsys):
     """It used to be refused with a list of keys that a recipe of the other kind has."""
-    assert module.main([str(IMAGE_TOKENIZER), "steps=7"]) == 0
+    assert module.main([str(IMAGE_TOKENIZER), "steps=700"]) == 0
     out, err = capsys.readouterr()
     printed = yaml.safe_load(out)
-    assert (printed["steps"], printed["num_embeddings"], printed["embed_dim"]) == (7, 1024, 8) and not err
+    assert (printed["steps"], printed["num_embeddings"], printed["embed_dim"]) == (700, 1024, 8) and not err
     assert module.main([str(IMAGE_TOKENIZER), "stepz=7", "lr=fast"]) == 2
     err = capsys.readouterr().err
     assert "2 problems" in err and "stepz  unknown key; did you mean steps?" in err and "expected a number" in err

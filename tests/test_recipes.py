@@ -236,6 +236,9 @@ def test_one_real_training_step(path, standins, one_process, tmp_path, monkeypat
     shrink_released(monkeypatch)
     recipe = shrunken(path, tmp_path)
     write_shards_of(recipe)
+    if recipe.train.init_from is not None:  # the run that it goes on from
+        before = shrunken(path, tmp_path, "train.init_from=null")
+        checkpoint.save(Path(recipe.train.init_from), checkpoint.initial_model(before), before)
     assert "FLOPs" in plan.report(recipe)
     train(recipe)
     (row,) = metrics.read_log(recipe.run_dir / "log.jsonl")

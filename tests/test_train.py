@@ -269,6 +269,16 @@ def test_zero_3_on_two_ranks_equals_one_rank(bench, two_ranks):
     assert checkpoint.check_files(bench / "runs" / "two" / "model")["step"] == 4
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_other_zero_stages_compute_the_same(bench, two_ranks, stage):
+    name = f"stage_{stage}"
+    done = run(bench, f"run.name={name}", f"zero.stage={stage}", *ALIKE, ranks=2)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    for a, b in zip(rows(bench, name), two_ranks, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4), (a, b)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=0.01), (a, b)
+
+
 def test_resumed_zero_3_on_two_ranks_equals_uninterrupted_run(bench, two_ranks):
     """Each rank finds its own share of weights and moments, and its own place in the data."""
     name = cut(bench, "two")

@@ -28,6 +28,16 @@ def test_a_few_steps_write_an_image_tokenizer(tmp_path, capsys):
 def test_mistakes_are_sentences(tmp_path, capsys):
     assert train_image_tokenizer.main([str(SHIPPED), "stepz=4"]) == 2
     assert "did you mean steps?" in capsys.readouterr().err
+    for setting, expected in {
+        "log_every=0": "log_every  expected an integer >= 1",
+        "lr=0": "lr  expected a number > 0",
+        "warmup_steps=3000": "warmup_steps is 3000, steps is 3000",
+        "crop=36": "crop is 36; expected a multiple of 8",
+        "crop=128": "crop is 128, image_size is 64",
+        "channel_multiplier=[]": "channel_multiplier  expected a list of integers, not empty",
+    }.items():
+        assert train_image_tokenizer.main([str(SHIPPED), setting]) == 2
+        assert expected in capsys.readouterr().err
     assert train_image_tokenizer.main([str(SHIPPED), f"shards={tmp_path}"]) == 2
     assert "has no manifest.json" in capsys.readouterr().err
 

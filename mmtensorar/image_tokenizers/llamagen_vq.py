@@ -25,9 +25,9 @@ from mmtensorar.weights import WEIGHTS, Checkpoint, fill, locate, parse_config, 
 
 # The order of the original's reconstruction and demo scripts; its sampling scripts know `model` only.
 WRAPPERS = ("ema", "model", "state_dict")
-# A record of which codes training used, which no result depends on.
 # Which models an official file belongs to stands in its name only.
 OFFICIAL_FILE = re.compile(r"vq_ds\d+_(c2i|t2i)\.\w+")
+# A record of which codes training used, which no result depends on.
 USAGE = "quantize.codebook_used"
 
 

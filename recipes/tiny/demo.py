@@ -1,7 +1,7 @@
 """The main job on the embedded world, end to end: what `make demo` runs.
 
-Each stage is a public command, printed before it runs; a stage whose result is there already says so and ends at once. Everything
-lands in data/ and runs/ under the current folder.
+Each stage is a public command, printed before it runs; a stage whose result is there already says so and reuses it (pictures are
+scored again). Everything lands in data/ and runs/ under the current folder.
 """
 
 import argparse
