@@ -19,11 +19,12 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a script, the f
 
 import argparse
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from data_tools.rewriting import Ranks, device, read_set, rewrite
@@ -46,6 +47,27 @@ def crops_of(pixels: Tensor, size: int, num: int) -> Tensor:
     return torch.stack([image[:, top : top + size, left : left + size] for image in images for top, left in places])
 
 
+def pictures(
+    samples: Iterable[Sample], path: Path, *, image_size: int, batch_size: int, threads: int | None = None
+) -> Iterator[tuple[list[Sample], list[Image.Image]]]:
+    """Samples of the shard at path in batches, with their pictures; those of the next batch are decoded meanwhile.
+
+    threads: None is one a core, for Pillow decodes outside Python's lock. Raises ValueError naming a sample that is damaged.
+    """
+    samples = iter(samples)
+    with ThreadPoolExecutor(threads) as pool:
+
+        def begin() -> tuple[list[Sample], list[Future]]:
+            batch = list(islice(samples, batch_size))
+            where = [f"{path}: sample {sample.key}" for sample in batch]
+            return batch, [pool.submit(picture, *each, image_size) for each in zip(batch, where, strict=True)]
+
+        ahead = begin()
+        while ahead[0]:
+            (batch, waiting), ahead = ahead, begin()
+            yield batch, [future.result() for future in waiting]
+
+
 def encode_samples(
     samples: Iterable[Sample],
     path: Path,
@@ -57,22 +79,19 @@ def encode_samples(
     device: torch.device,
 ) -> Iterator[Sample]:
     """Samples of the shard at path, each with its codes as the last member. batch_size: crops at a time, about."""
-    samples, A, size = iter(samples), expected.crops, image_tokenizer.image_size
+    A, size = expected.crops, image_tokenizer.image_size
     precision = torch.autocast(device.type, torch.bfloat16, enabled=expected.precision == "bf16")
-    with ThreadPoolExecutor() as threads:  # Pillow decodes outside Python's lock
-        while batch := list(islice(samples, max(1, batch_size // A))):
-            where = [f"{path}: sample {sample.key}" for sample in batch]
-            images = threads.map(lambda sample, place: picture(sample, place, image_size), batch, where)
-            pixels = image_tokenizers.to_pixels(list(images))
-            if A > 1:
-                pixels = torch.cat([crops_of(image, size, A) for image in pixels])  # [B * A, 3, H, W]
-            with torch.inference_mode(), precision:
-                codes = image_tokenizer.encode(pixels.to(device, memory_format=torch.channels_last)).cpu().numpy()
-            rows = codes.astype(np.uint16).reshape(len(batch), A, *codes.shape[1:])  # [B, A, T, F]
-            for sample, row, place in zip(batch, rows, where, strict=True):
-                check_codes(row, expected, place)
-                others = {name: content for name, content in sample.members.items() if name != "codes.npy"}
-                yield Sample(sample.key, others | {"codes.npy": encode_codes(row)})
+    for batch, images in pictures(samples, path, image_size=image_size, batch_size=max(1, batch_size // A)):
+        pixels = image_tokenizers.to_pixels(images)
+        if A > 1:
+            pixels = torch.cat([crops_of(image, size, A) for image in pixels])  # [B * A, 3, H, W]
+        with torch.inference_mode(), precision:
+            codes = image_tokenizer.encode(pixels.to(device, memory_format=torch.channels_last)).cpu().numpy()
+        rows = codes.astype(np.uint16).reshape(len(batch), A, *codes.shape[1:])  # [B, A, T, F]
+        for sample, row in zip(batch, rows, strict=True):
+            check_codes(row, expected, f"{path}: sample {sample.key}")
+            others = {name: content for name, content in sample.members.items() if name != "codes.npy"}
+            yield Sample(sample.key, others | {"codes.npy": encode_codes(row)})
 
 
 def codes_of(image_tokenizer, *, crops: int, precision: str) -> Codes:

@@ -186,7 +186,7 @@ def decode_image(content: bytes, where: str, *, upright: bool = False) -> Image.
                 image = image.convert("RGBA")
                 ground = Image.new("RGBA", image.size, "white")
                 return Image.alpha_composite(ground, image).convert("RGB")
-            return image.convert("RGB")
+            return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
     # Pillow reports damage in several ways, by format.
     except (ValueError, OSError, SyntaxError, EOFError, IndexError, Image.DecompressionBombError) as error:
         reason = "not a JPEG, PNG or WEBP" if isinstance(error, UnidentifiedImageError) else error
