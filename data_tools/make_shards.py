@@ -38,7 +38,7 @@ from data_tools.engines import OnRay, in_processes
 from data_tools.parts import LeftOut, Part, add_codes, distribute, make_part, make_shard
 from data_tools.places import is_local
 from data_tools.samples import Unwanted, Wanted, generator, make_sample
-from data_tools.sources import SOURCES, Item, Layout
+from data_tools.sources import SOURCES, Item, Items, Layout
 from data_tools.sources.class_folder import class_names
 from mmtensorar.remote import is_url
 from mmtensorar.shards import MANIFEST, Codes, Manifest, Sample, Staging, write_text
@@ -51,7 +51,7 @@ class Source(NamedTuple):
     """name: for the manifest. items: in the order of the set, with one caption each. classes: if captions are their numbers."""
 
     name: str
-    items: list[Item]
+    items: Items
     classes: tuple[str, ...] | None = None
 
 
@@ -60,7 +60,7 @@ def read_source(options: argparse.Namespace) -> Source:
         from data_tools.sources import shapes
 
         # Drawn at random already; and a set of more samples begins with the samples of a smaller one.
-        found = list(shapes.items(options.num_samples, seed=options.seed, size=options.image_size))
+        found = Items(shapes.items(options.num_samples, seed=options.seed, size=options.image_size))
         return Source("shapes", found[: options.limit])
     kind, place = next((kind, place) for kind in SOURCES if (place := getattr(options, kind)))
     layout = Layout(
@@ -77,15 +77,19 @@ def read_source(options: argparse.Namespace) -> Source:
     elif kind == "tars" and layout.class_names and not layout.templates:
         classes = _numbered(layout.class_names, options.class_names)
     listed = tqdm(sources.items(kind, place, layout), desc="listing", unit=" images", disable=None)
-    items = []
-    for item in listed:
-        if item.problem and options.on_error == "raise":  # at once, not when its turn comes
-            raise ValueError(f"{item.problem}; to leave such samples out add --on-error skip")
-        items += choose_captions(item, options.captions, options.seed)
-    # Names, captions and file sizes, so that a changed source is not taken for the old one.
+    # Of names, captions and file sizes, so that a changed source is not taken for the old one.
     digest = hashlib.sha256()
-    for item in items:
-        digest.update(json.dumps([item.key, item.captions, item.meta, item.group], sort_keys=True, default=str).encode())
+
+    def chosen() -> Iterator[Item]:
+        for item in listed:
+            if item.problem and options.on_error == "raise":  # at once, not when its turn comes
+                raise ValueError(f"{item.problem}; to leave such samples out add --on-error skip")
+            for one in choose_captions(item, options.captions, options.seed):
+                told = [one.key, one.captions, one.meta, one.group]
+                digest.update(json.dumps(told, sort_keys=True, default=str).encode())
+                yield one
+
+    items = Items(chosen())
     name = places.at(place).name if is_url(place) else Path(place).resolve().name if Path(place).exists() else place
     return Source(f"{kind} {name} {digest.hexdigest()[:16]}", shuffled(items, options.seed)[: options.limit], classes)
 
@@ -107,16 +111,15 @@ def choose_captions(item: Item, choice: str, seed: int) -> list[Item]:
     return [item._replace(captions=(item.captions[index],))]
 
 
-def shuffled(items: list[Item], seed: int) -> list[Item]:
+def shuffled(items: Items, seed: int) -> Items:
     """In random order; items of one group stay together, in random order among themselves."""
-    groups: dict[str, list[Item]] = {}
-    for item in items:
-        groups.setdefault(item.group, []).append(item)
     rng = np.random.default_rng(seed)
-    if len(groups) == 1:
-        return [items[i] for i in rng.permutation(len(items))]
-    within = list(groups.values())
-    return [within[g][i] for g in rng.permutation(len(within)) for i in rng.permutation(len(within[g]))]
+    if len(items.groups) == 1:
+        return items.at(rng.permutation(len(items)))
+    within: list[list[int]] = [[] for _ in items.groups]
+    for place, group in enumerate(items.group_of):
+        within[group].append(place)
+    return items.at([within[g][i] for g in rng.permutation(len(within)) for i in rng.permutation(len(within[g]))])
 
 
 def is_validation(key: str, share: float) -> bool:
@@ -279,7 +282,7 @@ def all_parts(
     return [finished[name] for name in sorted(finished)]
 
 
-def duplicates(parts: list[Part], items: list[Item]) -> list[LeftOut]:
+def duplicates(parts: list[Part], items: Items) -> list[LeftOut]:
     """Of samples with the same picture and caption all but the first."""
     first: dict[str, int] = {}
     found = []
