@@ -23,7 +23,7 @@ import deepspeed.ops  # noqa: E402
 from deepspeed.utils import safe_get_full_fp32_param  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from mmtensorar import checkpoint  # noqa: E402
+from mmtensorar import checkpoint, optimizers  # noqa: E402
 from mmtensorar.recipe import Recipe  # noqa: E402
 
 STATE = "state.json"
@@ -142,7 +142,7 @@ def settings(recipe: Recipe, world_size: int) -> dict:
         "gradient_clipping": recipe.optim.grad_clip,
         "bf16": {"enabled": recipe.train.precision == "bf16"},
         "zero_optimization": zero,
-        # The optimizer is torch's own AdamW, also with offloading: one optimizer, one set of numbers.
+        # The optimizer is the recipe's, also with offloading: DeepSpeed would put its own in its place.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,  # metrics.py prints
@@ -168,14 +168,7 @@ def start(recipe: Recipe, world_size: int, device: torch.device):
     model.train()
 
     optim = recipe.optim
-    pretrained, added = [], []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (added if name.startswith(checkpoint.CODEC_PARTS) else pretrained).append(parameter)
-    groups = [{"params": pretrained, "lr": optim.lr}]
-    if added:
-        groups.append({"params": added, "lr": optim.lr if optim.tensorar_lr is None else optim.tensorar_lr})
-    optimizer = torch.optim.AdamW(groups, betas=tuple(optim.betas), eps=optim.eps, weight_decay=optim.weight_decay)
+    optimizer = optimizers.build(optim, optimizers.groups(model, optim), device)
 
     def factor(step: int) -> float:
         return learning_rate_factor(

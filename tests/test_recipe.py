@@ -78,7 +78,7 @@ def test_settings_that_do_not_fit_each_other_come_together(path):
     [
         ("window=3", "window  unknown key; did you mean tensorar.window?"),  # right key, section forgotten
         ("data.lr=1", "data.lr  unknown key; did you mean optim.lr?"),
-        ("optim.xyz=1", "optim.xyz  unknown key; known here: optim.lr, optim.tensorar_lr, optim.betas"),
+        ("optim.xyz=1", "optim.xyz  unknown key; known here: optim.name, optim.lr, optim.tensorar_lr"),
         ("backbone.name=gpt", f"backbone.name  expected one of {KNOWN}, got 'gpt'"),
         ("backbone.name=lamagen", f"backbone.name  expected one of {KNOWN}, got 'lamagen'; did you mean llamagen?"),
         ("backbone=janus", f"backbone  expected settings with a name ({KNOWN}), got 'janus'"),
@@ -86,6 +86,8 @@ def test_settings_that_do_not_fit_each_other_come_together(path):
         ("train.steps=1.5", "train.steps  expected an integer >= 1 or null, got 1.5"),
         ("train.steps=true", "train.steps  expected an integer >= 1 or null, got True"),  # which pydantic takes for 1
         ("tensorar.offset_weights=[1, -1, 1, 1]", "tensorar.offset_weights is [1.0, -1.0, 1.0, 1.0]; expected numbers >= 0"),
+        ("optim.name=cpu_adam", "optim.name cpu_adam is for zero.offload_optimizer cpu; without it use adamw"),
+        ("zero.offload_optimizer=cpu", "zero.offload_optimizer needs zero.stage 1, 2 or 3, found 0"),
         ("zero.extra.stage=2", "zero.extra.stage has a setting of its own, zero.stage"),
         ("train.precision=fp16", "train.precision  expected 'bf16' or 'fp32', got 'fp16'"),
         ("data.uncond_rate=2", "data.uncond_rate  expected a number >= 0 and <= 1, got 2"),

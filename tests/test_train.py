@@ -288,6 +288,15 @@ def test_resumed_zero_3_on_two_ranks_equals_uninterrupted_run(bench, two_ranks):
     assert [numbers(row) for row in rows(bench, name)] == [numbers(row) for row in two_ranks]
 
 
+def test_a_run_with_eight_bit_moments_resumes_exactly(bench):
+    settings = ["optim.name=adamw_8bit", "zero.stage=2"]
+    assert run(bench, "run.name=eight", *settings).returncode == 0
+    name = cut(bench, "eight")
+    done = run(bench, f"run.name={name}", *settings, "--resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [numbers(row) for row in rows(bench, name)] == [numbers(row) for row in rows(bench, "eight")]
+
+
 def test_damage_on_one_rank_stops_both(bench):
     """Only rank 1 reads the damaged sample: rank 0 must hear of it, and is the one that says so."""
     folder = bench / "damaged"
