@@ -11,6 +11,9 @@ import torch
 from PIL import Image
 
 
+STOPPED = "stopped.json"
+
+
 def peak_memory_gib() -> float:
     """Peak accelerator memory of this process in GiB; on CPU its peak resident set."""
     if torch.cuda.is_available():
@@ -57,6 +60,7 @@ class StepLog:
                 partial = path.with_suffix(".jsonl.partial")
                 partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
                 os.replace(partial, path)
+        (self.folder / STOPPED).unlink(missing_ok=True)
         self.file = (self.folder / "log.jsonl").open("a", encoding="utf-8")
         self.curves = self._open_curves(start_step)
         self.started = time.monotonic()
@@ -98,6 +102,11 @@ class StepLog:
         """Record a damaged sample whose place another one took, in skipped.jsonl."""
         with (self.folder / "skipped.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "problem": sentence}) + "\n")
+
+    def stopped(self, step: int, reason: str, samples: list[str]) -> None:
+        """Record what a run stopped at before its end, and on which samples."""
+        content = {"step": step, "reason": reason, "samples": samples}
+        (self.folder / STOPPED).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     def line(self, row: dict) -> str:
         """The terminal line of a row."""

@@ -123,7 +123,9 @@ class Optim(Section):
 
 
 class Train(Section):
-    """Either steps or epochs. sample_every, validate_every, save_every: 0 is never (a finished or stopped run is always saved)."""
+    """Either steps or epochs. label_smoothing, z_loss: see TensorAR; the losses in the log stay cross entropy per offset.
+
+    max_grad_norm: a gradient norm (before clipping) beyond which the run stops, None is any. sample_every, validate_every, save_every: 0 is never (a finished or stopped run is always saved)."""
 
     steps: Annotated[int, Ge(1)] | None = None
     epochs: Annotated[float, Gt(0)] | None = None
@@ -131,6 +133,9 @@ class Train(Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     activation_checkpointing: bool = False
     loss_chunk_tokens: int = Field(4096, ge=1)
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    z_loss: float = Field(0.0, ge=0)
+    max_grad_norm: float | None = Field(None, gt=0)
     init_from: str | None = None
     resume: Literal["auto", "never"] = "never"
     log_every: int = Field(10, ge=1)

@@ -24,14 +24,16 @@ from mmtensorar.windows import slide
 
 class Output(NamedTuple):
     loss: Tensor  # [] float32
-    loss_per_offset: Tensor  # [K] float32, nats per token, without offset weights and detached
+    loss_per_offset: Tensor  # [K] float32, nats per token: cross entropy alone, without offset weights and detached
 
 
 class TensorAR(nn.Module):
     """A backbone with the window codec around it.
 
     encoder and decoder are None when the window is 1. offset_weights: K numbers, whose
-    count is the window. chunk_tokens: the most rows of logits held at once.
+    count is the window. chunk_tokens: the most rows of logits held at once. label_smoothing: share of each target spread over
+    all codes. z_loss: weight of log(Z)^2 of each prediction (Chowdhery et al., arXiv:2204.02311, section 5), which keeps
+    logits from drifting.
     """
 
     def __init__(
@@ -43,6 +45,8 @@ class TensorAR(nn.Module):
         *,
         offset_weights: Sequence[float],
         chunk_tokens: int = 4096,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
     ):
         super().__init__()
         self.window = len(offset_weights)
@@ -60,6 +64,7 @@ class TensorAR(nn.Module):
         self.schedule = schedule
         self.offset_weights = tuple(float(weight) for weight in offset_weights)
         self.chunk_tokens = chunk_tokens
+        self.label_smoothing, self.z_loss = label_smoothing, z_loss
 
     def forward(
         self, codes: Tensor, condition: Condition, uncond: Tensor, generator: Generator | None = None
@@ -76,9 +81,9 @@ class TensorAR(nn.Module):
         hidden_BTD = self.hidden(inputs_BSKF, valid_TK[:-1], condition, uncond)
 
         # T is fixed, so every offset counts the same tokens on every rank: a local mean is the global one.
-        loss_K = self._summed_loss(hidden_BTD, targets_BTKF, valid_TK) / (len(codes) * valid_TK.sum(0))
+        goal_K, loss_K = self._summed_loss(hidden_BTD, targets_BTKF, valid_TK) / (len(codes) * valid_TK.sum(0))
         weights_K = torch.tensor(self.offset_weights, device=loss_K.device)
-        return Output((weights_K * loss_K).sum(), loss_K.detach())
+        return Output((weights_K * goal_K).sum(), loss_K.detach())
 
     def hidden(self, inputs: Tensor, valid: Tensor, condition: Condition, uncond: Tensor) -> Tensor:
         """Input windows [B, S, K, F], valid [S, K] -> [B, S + 1, D]; row t predicts window t.
@@ -105,7 +110,7 @@ class TensorAR(nn.Module):
         return hidden[..., None, :] if self.decoder is None else self.decoder(hidden)
 
     def _summed_loss(self, hidden: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
-        """[B, T, D], [B, T, K, F], [T, K] -> [K] float32: cross entropy summed over B and valid T.
+        """[B, T, D], [B, T, K, F], [T, K] -> [2, K] float32, summed over B and valid T: what is minimised, and cross entropy.
 
         All logits at once would be B * T * K rows of V numbers, the largest tensor of a
         step by far. They are made in chunks, and each chunk is made again in the backward.
@@ -124,16 +129,21 @@ class TensorAR(nn.Module):
         return torch.stack(sums).sum(0)
 
     def _chunk_loss(self, hidden: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
-        """[N, D], [N, K, F], [N, K] -> [K] float32, summed over valid N and over factors."""
+        """[N, D], [N, K, F], [N, K] -> [2, K] float32, summed over valid N and over factors; see `_summed_loss`."""
         # One batch row of N steps, since a head expects [B, S, ...] as in `logits`.
         states, targets = self._states(hidden[None]), targets[None]
-        losses = 0
+        goals = losses = 0
         for factor in range(targets.shape[-1]):
-            logits = self.backbone.head(states, targets[..., :factor])
-            losses = losses + functional.cross_entropy(
-                logits.float().flatten(0, -2), targets[..., factor].flatten(), reduction="none"
-            )
-        return torch.where(valid, losses.view(valid.shape), 0).sum(0)
+            logits = self.backbone.head(states, targets[..., :factor]).float().flatten(0, -2)
+            loss = goal = functional.cross_entropy(logits, targets[..., factor].flatten(), reduction="none")
+            if self.training and self.label_smoothing:
+                uniform = logits.logsumexp(-1) - logits.mean(-1)
+                goal = (1 - self.label_smoothing) * loss + self.label_smoothing * uniform
+            if self.training and self.z_loss:
+                goal = goal + self.z_loss * logits.logsumexp(-1).square()
+            losses, goals = losses + loss, goals + goal
+        both = torch.stack([goals, losses]).unflatten(1, valid.shape)
+        return torch.where(valid, both, 0).sum(1)
 
 
 def resolve_offset_weights(spec: Sequence[float] | str | None, window: int) -> list[float]:
@@ -188,4 +198,6 @@ def build(recipe: Recipe, backbone: Backbone) -> TensorAR:
         FixedSchedule(settings.schedule),
         offset_weights=resolve_offset_weights(settings.offset_weights, settings.window),
         chunk_tokens=recipe.train.loss_chunk_tokens,
+        label_smoothing=recipe.train.label_smoothing,
+        z_loss=recipe.train.z_loss,
     )

@@ -21,6 +21,7 @@ import hashlib  # noqa: E402
 import math  # noqa: E402
 import signal  # noqa: E402
 import time  # noqa: E402
+from typing import NoReturn  # noqa: E402
 
 import torch  # noqa: E402
 
@@ -28,7 +29,7 @@ from mmtensorar import backbones, checkpoint, data, image_tokenizers  # noqa: E4
 from mmtensorar import engine as deep  # noqa: E402
 from mmtensorar.decode import Sampler, decode, per_factor  # noqa: E402
 from mmtensorar.generate import to_images  # noqa: E402
-from mmtensorar.metrics import StepLog, peak_memory_gib  # noqa: E402
+from mmtensorar.metrics import STOPPED, StepLog, peak_memory_gib  # noqa: E402
 from mmtensorar.processes import leave  # noqa: E402
 from mmtensorar.recipe import Recipe  # noqa: E402
 
@@ -180,6 +181,16 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
         recipe.save(folder / "recipe.yaml")
         log = StepLog(folder, num_steps=recipe.train.steps, start_step=start_step, log_every=recipe.train.log_every)
 
+    def stop(reason: str, step: int, names: list[str]) -> NoReturn:
+        """End the run, on all ranks alike, and leave the names of the step's samples to look at."""
+        samples = deep.from_all_ranks(names)
+        if log is not None:
+            log.stopped(step, reason, samples)
+        raise FloatingPointError(
+            f"{reason}; the last checkpoint is of step {saved_step}, the step's samples are in {folder / STOPPED}. Try a lower "
+            "optim.lr or another run.seed"
+        )
+
     # ---- loop --------------------------------------------------------------------------------
     step, saved_step, stopped = start_step, start_step, False
     while step < recipe.train.steps and not stopped:
@@ -187,10 +198,11 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
         step += 1
         torch.manual_seed(seed_for(recipe.run.seed, rank, step))
         lr = engine.get_lr()[0]
-        total, sentences = None, []
+        total, sentences, names = None, [], []
         for micro in range(recipe.train.grad_accum):
             batch = deep.together(lambda: next(batches), device)
             sentences += batch.skipped
+            names += batch.names
             condition = type(batch.condition)(*(part.to(device) for part in batch.condition))
             # Seeded by place in the run, not carried along, so that a resumed run draws the same noise.
             generator = torch.Generator(device).manual_seed(seed_for(recipe.run.seed, rank, step, micro))
@@ -203,11 +215,8 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
                 others = total.new_tensor([float(bool(signals)), float(len(sentences))])
                 message = torch.cat([total / recipe.train.grad_accum, others])
                 message = deep.mean_over_ranks(message).tolist()
-                if not all(value == value and abs(value) != float("inf") for value in message):
-                    raise FloatingPointError(
-                        f"the loss is not finite at step {step}: all ranks stop before the update; "
-                        f"the last checkpoint is of step {saved_step}. Try a lower optim.lr or another run.seed"
-                    )
+                if not all(math.isfinite(value) for value in message):
+                    stop(f"the loss is not finite at step {step}: all ranks stop before the update", step, names)
             engine.backward(output.loss)
             norm = deep.grad_norm(engine) if micro == recipe.train.grad_accum - 1 else None
             if norm is not None and not math.isfinite(norm):
@@ -230,9 +239,10 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
                 )
         grad_norm = norm if norm is not None else float(engine.get_global_grad_norm() or 0.0)
         if not math.isfinite(grad_norm):
-            raise FloatingPointError(
-                f"the gradient is not finite at step {step}: all ranks stop; the last checkpoint is of step {saved_step}"
-            )
+            stop(f"the gradient is not finite at step {step}: all ranks stop", step, names)
+        if recipe.train.max_grad_norm is not None and grad_norm > recipe.train.max_grad_norm:
+            bound = f"train.max_grad_norm {recipe.train.max_grad_norm:g}"
+            stop(f"the norm of the gradient at step {step} is {grad_norm:.3g}, more than {bound}", step, names)
 
         # ---- log -----------------------------------------------------------------------------
         validated = {}

@@ -214,6 +214,29 @@ def test_chunks_change_memory_and_nothing_else(backbone, chunk_tokens, most_rows
     assert max(rows["parts"]) == most_rows
 
 
+def test_label_smoothing_and_z_loss(backbone):
+    """torch's own smoothing, and log(Z)^2 by hand; the loss per offset stays the cross entropy, and so does validation."""
+    codes, condition, K = random_codes(backbone), fake_condition(), 2
+    plain = open_codec(wrap(backbone, K, weights=[1, 0.5], schedule=FixedSchedule("none")))
+    other = copy.deepcopy(plain)
+    other.label_smoothing, other.z_loss = 0.1, 0.01
+    windows, valid = slide(codes, K)
+    with torch.no_grad():
+        hidden = plain.hidden(windows[:, :-1], valid[:-1], condition, UNCOND)
+        expected = 0
+        for factor in range(codes.shape[-1]):
+            logits = plain.logits(hidden, windows[..., :factor])
+            for offset, weight in enumerate((1, 0.5)):
+                rows = logits[:, :, offset][:, valid[:, offset]].flatten(0, 1)
+                targets = windows[:, :, offset, factor][:, valid[:, offset]].flatten()
+                smooth = functional.cross_entropy(rows, targets, label_smoothing=0.1)
+                expected = expected + weight * (smooth + 0.01 * rows.logsumexp(-1).square().mean())
+        before, after = plain(codes, condition, UNCOND), other(codes, condition, UNCOND)
+        torch.testing.assert_close(after.loss, expected)
+        torch.testing.assert_close(after.loss_per_offset, before.loss_per_offset)
+        torch.testing.assert_close(other.eval()(codes, condition, UNCOND).loss, before.loss)
+
+
 # ---- gradients -----------------------------------------------------------------------------------
 
 

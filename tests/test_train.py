@@ -388,6 +388,15 @@ def test_non_finite_loss_on_one_rank_stops_both(bench):
     assert done.stderr.count("error:") == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
     assert not rows(bench, "nan") and not (bench / "runs" / "nan" / "checkpoints").exists()
     assert not (bench / "runs" / "nan" / "model").exists()
+    told = json.loads((bench / "runs" / "nan" / "stopped.json").read_text())
+    assert told["step"] == 1 and told["reason"].startswith("the loss is not finite") and len(set(told["samples"])) == 4
+
+
+def test_a_spike_of_the_gradient_stops_and_names_the_samples(bench):
+    done = run(bench, "run.name=spike", "train.max_grad_norm=1e-3", "train.save_every=0")
+    assert done.returncode == 2 and "more than train.max_grad_norm 0.001; the last checkpoint is of step 0" in done.stderr
+    told = json.loads((bench / "runs" / "spike" / "stopped.json").read_text())
+    assert len(told["samples"]) == 4 and all("00000.tar" in name or "00001.tar" in name for name in told["samples"])
 
 
 @pytest.mark.parametrize("code", [0, 2])
