@@ -1,4 +1,4 @@
-"""Read every sample of a shard folder: `python data_tools/check_shards.py data/mine`. Exit code 2 when something is wrong.
+"""Read every sample of a shard folder: `python data_tools/check_shards.py data/mine`. Exit code 2 when something is wrong; with --repair 0 once the clean set is written.
 
 Checked: the manifest; each shard's digest, structure and number of samples; each picture, caption or class number,
 json, codes and text features; that no key is there twice. Every problem is listed with shard and key. Pictures that are there
@@ -25,7 +25,17 @@ from tqdm import tqdm
 
 from data_tools.engines import in_processes
 from mmtensorar import shards, tars
-from mmtensorar.shards import EXTENSIONS, IMAGE_EXTENSIONS, Manifest, Sample, Shard, Staging, read_sample, whole_starts
+from mmtensorar.shards import (
+    EXTENSIONS,
+    IMAGE_EXTENSIONS,
+    Manifest,
+    Sample,
+    Shard,
+    Staging,
+    read_sample,
+    whole_starts,
+    write_text,
+)
 
 DROPPED = "dropped.jsonl"
 
@@ -94,13 +104,17 @@ def _check_text(sample: Sample, where: str, classes: tuple[str, ...] | None) -> 
     for extension in ("txt", "json"):
         if extension not in sample.members:
             raise ValueError(f"{where}: no {extension} member")
-    caption = shards.decode_caption(sample.members["txt"], where)
-    if classes is not None and not (caption.isdecimal() and int(caption) < len(classes)):
-        raise ValueError(f"{where}: {caption!r} is no number of the manifest's {len(classes)} classes")
+    check_class(shards.decode_caption(sample.members["txt"], where), where, classes)
     try:
         json.loads(sample.members["json"])
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: the json member is not JSON ({error})") from error
+
+
+def check_class(caption: str, where: str, classes: tuple[str, ...] | None) -> None:
+    """Raise ValueError when there are classes, and the caption is no number of one."""
+    if classes is not None and not (caption.isdecimal() and len(caption) < 20 and int(caption) < len(classes)):
+        raise ValueError(f"{where}: {caption[:50]!r} is no number of the manifest's {len(classes)} classes")
 
 
 def check_shard(folder: Path, shard: Shard, manifest: Manifest) -> Checked:
@@ -186,12 +200,6 @@ def report(folder: Path, manifest: Manifest, findings: Findings) -> dict:
     }
 
 
-def write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 # ---- repair ----------------------------------------------------------------------------------
 
 
@@ -228,12 +236,20 @@ def repair(folder: Path, manifest: Manifest, findings: Findings, out: Path, *, d
             finished[shard.name] = shard
             progress.update(1)
     lines = [json.dumps({"shard": each.shard, "key": each.key, "problem": each.text}) for each in dropped]
-    write_whole(out / DROPPED, "".join(line + "\n" for line in lines))
+    write_text(out / DROPPED, "".join(line + "\n" for line in lines))
     kept = tuple(finished[name] for name in sorted(finished))
     num_samples = sum(shard.num_samples for shard in kept)
     # It is not any more what make_shards would make.
     staging.commit(manifest.model_copy(update={"shards": kept, "num_samples": num_samples, "made": None}))
     print(f"{out}: {num_samples} of {manifest.num_samples} samples; what was dropped, and why, is in {out / DROPPED}")
+
+
+def check_writable(path: Path) -> None:
+    """Raise ValueError, before the work, when its result cannot be written there, or would replace a set's manifest."""
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: no such folder {path.parent}")
+    if path.is_dir() or path.name == shards.MANIFEST or path.suffix == ".tar":
+        raise ValueError(f"{path}: choose another name; this one is a folder, or a shard set's")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -250,6 +266,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--drop-duplicates goes with --repair")
     folder = options.shards
     try:
+        if options.report is not None:
+            check_writable(options.report)
         if options.repair is not None:
             Staging.recover(options.repair)
         manifest = Manifest.read(folder, complete=False)
@@ -258,7 +276,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"error: {problem.text}", file=sys.stderr)
         print(summary(folder, manifest, findings))
         if options.report is not None:
-            write_whole(options.report, json.dumps(report(folder, manifest, findings), indent=1) + "\n")
+            write_text(options.report, json.dumps(report(folder, manifest, findings), indent=1) + "\n")
         if options.repair is not None:
             repair(
                 folder,

@@ -134,8 +134,12 @@ def check_size(name: str, found: int, size: int, crops: int) -> None:
     """Raise ValueError unless so many crops can be cut from pictures of `found` pixels. name: of the set."""
     has = f"{name} has images of {found} pixels, the image tokenizer takes {size}"
     if crops < 5 and found != size:
-        instead = ", or add --crops 10" if found > size else ""
+        instead = ", or add --crops 10" if size < found <= 1.5 * size else ""
         raise ValueError(f"{has}; make the shards with --image-size {size}{instead}")
+    if crops >= 5 and found > 2 * size:
+        raise ValueError(
+            f"{has}: a crop would be less than a quarter of a picture; make the shards with for example --image-size {int(1.1 * size)}"
+        )
     if crops >= 5 and found <= size:
         raise ValueError(
             f"{has}: {crops} crops need larger images; make the shards with for example --image-size {int(1.1 * size)}"

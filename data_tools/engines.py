@@ -26,13 +26,15 @@ def in_processes(function: Callable[..., Result], tasks: Sequence[tuple], worker
     if workers == 1 or len(tasks) <= 1:
         yield from (function(*task) for task in tasks)
         return
+    others = multiprocessing.active_children()
     with ProcessPoolExecutor(min(workers, len(tasks)), initializer=follow_parent) as pool:
         try:
             for future in as_completed([pool.submit(function, *task) for task in tasks]):
                 yield future.result()
         except BaseException:
             for process in multiprocessing.active_children():
-                process.terminate()
+                if process not in others:
+                    process.terminate()
             raise
 
 

@@ -32,8 +32,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data_tools import sources
+from data_tools import inspect_shards, sources
 from data_tools.check_shards import check_shard
+from data_tools.encode_codes import pictures
 from data_tools.samples import Wanted, make_sample
 from mmtensorar.shards import (
     MANIFEST,
@@ -72,7 +73,9 @@ def write_good(folder: Path) -> None:
         for place in range(PER_SHARD):
             picture = io.BytesIO()
             kind = ("JPEG", "PNG", "WEBP")[place % 3]
-            Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(picture, kind)
+            exif = Image.Exif()
+            exif[0x0112], exif[0x010E] = 6, "held upright"  # orientation, description
+            Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(picture, kind, exif=exif)
             extension = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}[kind]
             codes = rng.integers(0, NUM_CODES, (1, SIDE * SIDE, 1)).astype(np.uint16)
             members = {
@@ -245,6 +248,8 @@ def other_members(samples: list[Sample], rng: Rng) -> list[Sample]:
         npy("{'descr': '<u2', 'fortran_order': False, 'shape': (-1, 16, 1)}") + bytes(32),
         npy("__import__('os').system('false')"),
         npy("(" * 5000),
+        npy("{'descr': '<u2', 'fortran_order': False, 'shape': (%d, 1, 1)}" % 10**30),
+        npy("{'descr': '<u2', 'fortran_order': False, 'shape': (%s,)}" % "+".join("1" * 4000)),
         npy("{'descr': '<u2', 'fortran_order': True, 'shape': (1, 16, 1)}") + bytes(32),
         npy("{'descr': '<f8', 'fortran_order': False, 'shape': (1, 16, 1)}") + bytes(128),
         b"\x93NUMPY\x09\x00",
@@ -388,6 +393,25 @@ def read_iterate(folder: Path) -> Found:
     return [sample.key for shard in manifest.shards for sample in iterate_shard(folder, shard)], 0
 
 
+def read_pictures(folder: Path) -> Found:
+    """What encode_codes decodes."""
+    manifest, found = Manifest.read(folder), []
+    for shard in manifest.shards:
+        samples = iterate_shard(folder, shard)
+        for batch, images in pictures(samples, folder / shard.name, image_size=manifest.image_size, batch_size=3, threads=1):
+            found += [sample.key for sample, image in zip(batch, images, strict=True) if image.size == (16, 16)]
+    return found, 0
+
+
+def read_inspect(folder: Path) -> Found:
+    manifest = Manifest.read(folder)
+    found = inspect_shards.count(folder, manifest)
+    inspect_shards.facts(folder, manifest, found)
+    inspect_shards.histograms(found)
+    inspect_shards.page(folder, manifest, found, 8)
+    return [str(number) for number in range(len(found.words))], 0
+
+
 def _stream(folder: Path, on_error: str) -> Found:
     from mmtensorar import data
     from mmtensorar.recipe import Data, Run, Train
@@ -426,6 +450,8 @@ def read_source(folder: Path) -> Found:
 READERS: dict[str, Callable[[Path], Found]] = {
     "check_shards": read_check,
     "encode_*": read_iterate,
+    "encode_codes, pictures": read_pictures,
+    "inspect_shards": read_inspect,
     "training": read_stream,
     "training, skip": read_skipping,
     "make_shards --tars": read_source,

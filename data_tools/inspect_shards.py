@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from data_tools.check_shards import check_class, check_writable
 from mmtensorar import tars
 from mmtensorar.shards import (
     EXTENSIONS,
@@ -60,7 +61,7 @@ def count(folder: Path, manifest: Manifest) -> Numbers:
                 caption = decode_caption(sample.members.get("txt", b""), where)
                 found.words.append(len(caption.split()))
                 found.picture_bytes.append(len(image_member(sample, where)))
-                found.sides.append(_smaller_side(sample))
+                found.sides.append(min(2**31, _smaller_side(sample)))
                 found.members.update("image" if name in IMAGE_EXTENSIONS else name for name in sample.members)
                 found.captions[caption.encode()] += 1
                 progress.update(1)
@@ -70,8 +71,8 @@ def count(folder: Path, manifest: Manifest) -> Numbers:
 def _smaller_side(sample: Sample) -> int:
     try:
         size = json.loads(sample.members["json"])["size"]
-        return int(min(size))
-    except (KeyError, ValueError, TypeError, RecursionError):
+        return max(0, int(min(size)))
+    except (KeyError, ValueError, TypeError, RecursionError, OverflowError):
         return 0  # made by another tool
 
 
@@ -103,8 +104,8 @@ def facts(folder: Path, manifest: Manifest, found: Numbers) -> list[tuple[str, s
         ("words", f"{min(found.words)} to {max(found.words)}, median {int(np.median(found.words))}"),
     ]
     repeated = sum(number - 1 for number in found.captions.values())
-    if manifest.classes is None:
-        rows.append(("captions", f"{len(found.captions):,} different, {repeated:,} there before"))
+    if not manifest.classes:
+        rows.append(("captions", f"{len(found.captions):,} different, {repeated:,} repeated"))
     else:
         numbers = sorted(found.captions[str(number).encode()] for number in range(len(manifest.classes)))
         middle = numbers[len(numbers) // 2]
@@ -120,8 +121,8 @@ def facts(folder: Path, manifest: Manifest, found: Numbers) -> list[tuple[str, s
 # ---- the page --------------------------------------------------------------------------------
 
 
-def spread(folder: Path, manifest: Manifest, num: int) -> list[tuple[str, Sample]]:
-    """Samples at equal distances over the set, each with its shard's name."""
+def spread(folder: Path, manifest: Manifest, num: int) -> list[tuple[Path, Sample]]:
+    """Samples at equal distances over the set, each with its shard's path."""
     num = min(num, manifest.num_samples)
     wanted = [(2 * i + 1) * manifest.num_samples // (2 * num) for i in range(num)]
     found, first = [], 0
@@ -134,23 +135,24 @@ def spread(folder: Path, manifest: Manifest, num: int) -> list[tuple[str, Sample
         starts = sample_starts(path).tolist()
         with tars.opened(path) as file:
             for number in numbers:
-                found.append((shard.name, read_sample(file, path, starts[number], starts[number + 1], EXTENSIONS)))
+                found.append((path, read_sample(file, path, starts[number], starts[number + 1], EXTENSIONS)))
     return found
 
 
-def figure(name: str, sample: Sample, classes: tuple[str, ...] | None) -> str:
-    where = f"{name}: sample {sample.key}"
+def figure(path: Path, sample: Sample, classes: tuple[str, ...] | None) -> str:
+    where = f"{path}: sample {sample.key}"
     image = decode_image(image_member(sample, where), where)
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
     caption = decode_caption(sample.members["txt"], where)
+    check_class(caption, where, classes)
     if classes is not None:
         caption = f"{caption} {classes[int(caption)]}"
     picture = base64.b64encode(buffer.getvalue()).decode()
     return (
         f'<figure><img src="data:image/jpeg;base64,{picture}" alt=""><figcaption>{html.escape(caption[:300])}'
-        f"<small>{html.escape(f'{name} {sample.key}')}</small></figcaption></figure>"
+        f"<small>{html.escape(f'{path.name} {sample.key}')}</small></figcaption></figure>"
     )
 
 
@@ -168,7 +170,7 @@ def bars(title: str, rows: list[tuple[str, int]]) -> str:
 def page(folder: Path, manifest: Manifest, found: Numbers, num: int) -> str:
     rows = "".join(f"<tr><th>{name}<td>{html.escape(text)}" for name, text in facts(folder, manifest, found))
     charts = "".join(bars(title, rows) for title, rows in histograms(found).items())
-    sheet = "".join(figure(name, sample, manifest.classes) for name, sample in spread(folder, manifest, num))
+    sheet = "".join(figure(path, sample, manifest.classes) for path, sample in spread(folder, manifest, num))
     title = html.escape(folder.name)
     return f"""<!doctype html>
 <meta charset="utf-8"><title>{title}</title>
@@ -200,6 +202,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--num must be at least 1, got {options.num}")
     folder = options.shards
     try:
+        if options.html is not None:
+            check_writable(options.html)
         manifest = Manifest.read(folder)
         found = count(folder, manifest)
         for name, text in facts(folder, manifest, found):

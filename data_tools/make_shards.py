@@ -21,6 +21,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a script, the f
 import argparse
 import hashlib
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -38,13 +39,13 @@ from data_tools.engines import OnRay, in_processes
 from data_tools.parts import LeftOut, Part, add_codes, distribute, make_part, make_shard
 from data_tools.places import is_local
 from data_tools.samples import Unwanted, Wanted, generator, make_sample
-from data_tools.sources import SOURCES, Item, Items, Layout
-from data_tools.sources.class_folder import class_names
-from mmtensorar.remote import is_url
-from mmtensorar.shards import MANIFEST, Codes, Manifest, Sample, Staging, write_text
+from data_tools.sources import SOURCES, Item, Items, Layout, class_folder
+from mmtensorar.remote import is_url, store_errors
+from mmtensorar.shards import MANIFEST, MAX_SIDE, Codes, Manifest, Sample, Staging, write_text
 
 LEFT_OUT = "left_out.jsonl"
 PART_SAMPLES = 1000  # where shards are not counted in samples
+PARTS = 2  # version of their records
 
 
 class Source(NamedTuple):
@@ -63,26 +64,34 @@ def read_source(options: argparse.Namespace) -> Source:
         found = Items(shapes.items(options.num_samples, seed=options.seed, size=options.image_size))
         return Source("shapes", found[: options.limit])
     kind, place = next((kind, place) for kind in SOURCES if (place := getattr(options, kind)))
+    if not is_url(place) and is_local(options.out) and Path(place).resolve() == options.out.resolve():
+        raise ValueError(f"{place}: source and --out are the same folder; choose another --out")
+    own = own_set(place) if kind == "tars" else None
+    class_names = sources.read_class_names(options.class_names) if options.class_names else None
+    if own is not None and own.classes is not None and class_names is None:
+        class_names = {str(number): name for number, name in enumerate(own.classes)}
     layout = Layout(
         image=options.image_column,
         captions=tuple(options.caption_columns),
         root=options.image_root,
         split=options.split,
         templates=tuple(options.class_template),
-        class_names=sources.read_class_names(options.class_names) if options.class_names else None,
+        class_names=class_names,
+        own=own is not None,
+        numbered=own is not None and own.classes is not None,
     )
     classes = None
     if kind == "class_folder" and not layout.templates:
-        classes = class_names(place)
+        classes = class_folder.class_names(place)
     elif kind == "tars" and layout.class_names and not layout.templates:
-        classes = _numbered(layout.class_names, options.class_names)
+        classes = _numbered(layout.class_names, options.class_names or place)
     listed = tqdm(sources.items(kind, place, layout), desc="listing", unit=" images", disable=None)
-    # Of names, captions and file sizes, so that a changed source is not taken for the old one.
-    digest = hashlib.sha256()
+    # Of the place, names, captions and file sizes, so that a changed source is not taken for the old one.
+    digest = hashlib.sha256(json.dumps([_url(place), _url(str(options.image_root or ""))]).encode())
 
     def chosen() -> Iterator[Item]:
         for item in listed:
-            if item.problem and options.on_error == "raise":  # at once, not when its turn comes
+            if item.problem and options.on_error == "raise" and not options.dry_run:  # at once, not when its turn comes
                 raise ValueError(f"{item.problem}; to leave such samples out add --on-error skip")
             for one in choose_captions(item, options.captions, options.seed):
                 told = [one.key, one.captions, one.meta, one.group]
@@ -94,7 +103,18 @@ def read_source(options: argparse.Namespace) -> Source:
     return Source(f"{kind} {name} {digest.hexdigest()[:16]}", shuffled(items, options.seed)[: options.limit], classes)
 
 
-def _numbered(names: dict[str, str], path: Path) -> tuple[str, ...]:
+def _url(place: str) -> str:
+    """A folder may be moved; what is behind another URL is not the same."""
+    return place if is_url(place) else ""
+
+
+def own_set(place: str) -> Manifest | None:
+    """The manifest of a folder that this program made, None for other people's tars."""
+    folder = places.at(place)
+    return Manifest.read(folder, complete=False) if (folder / MANIFEST).is_file() else None
+
+
+def _numbered(names: dict[str, str], path: Path | str) -> tuple[str, ...]:
     missing = [str(number) for number in range(len(names)) if str(number) not in names]
     if missing:
         raise ValueError(f"{path}: {len(names)} names, but none for class {missing[0]}; expected numbers from 0 on")
@@ -122,9 +142,11 @@ def shuffled(items: Items, seed: int) -> Items:
     return items.at([within[g][i] for g in rng.permutation(len(within)) for i in rng.permutation(len(within[g]))])
 
 
-def is_validation(key: str, share: float) -> bool:
-    """By the key's hash alone: more samples or another seed move none from one side to the other."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") < share * 2**64
+def is_validation(picture: str, share: float) -> bool:
+    """By the hash of the picture alone: a picture with several captions, or under several names, is on one side only, and more
+    samples or another seed move none to the other.
+    """
+    return int(picture[:16], 16) < share * 2**64
 
 
 def describe(manifest: Manifest) -> str:
@@ -155,8 +177,10 @@ def set_in(out: Path) -> Manifest | None:
     if out.exists():
         if not out.is_dir():
             raise ValueError(f"{out} is a file; choose another --out")
-        ours = (LEFT_OUT, LEFT_OUT + ".tmp")
-        strangers = [p for p in out.iterdir() if not p.name.startswith(Staging.PREFIX) and p.name not in ours]
+        ours = [
+            p for p in out.iterdir() if p.name.startswith(Staging.PREFIX) or p.name == LEFT_OUT or p.name.endswith(".tmp")
+        ]
+        strangers = [p for p in out.iterdir() if p not in ours]
         if strangers:
             raise ValueError(
                 f"{out} is not a shard folder: it has no {MANIFEST}, but {strangers[0].name}; choose another --out"
@@ -164,12 +188,13 @@ def set_in(out: Path) -> Manifest | None:
     return None
 
 
-def is_made(out: Path, made: dict, overwrite: bool) -> bool:
-    """Whether the set is there already. Raises ValueError when another one is, unless that is to be replaced."""
+def is_made(out: Path, made: dict, codes: Codes | None, overwrite: bool) -> bool:
+    """Whether the set is there already, with the codes asked for. Raises ValueError when another one is, which is to stay."""
     old = set_in(out)
-    if old is not None and old.made != made and not overwrite:
+    same = old is not None and old.made == made and codes in (None, old.codes)
+    if old is not None and not same and not overwrite:
         raise ValueError(f"{out} holds another set ({describe(old)}); choose another --out, or add --overwrite")
-    return old is not None and old.made == made
+    return same
 
 
 def make(options: argparse.Namespace) -> None:
@@ -193,13 +218,13 @@ def make(options: argparse.Namespace) -> None:
     if options.dry_run:
         show(source, wanted, options)
         return
-    splits = bool(options.validation_share)
-    held_is_made = splits and is_made(held_out, made, options.overwrite)
-    if is_made(out, made, options.overwrite) and held_is_made == splits:
+    splits, codes = bool(options.validation_share), encoder.codes if encoder else None
+    held_is_made = splits and is_made(held_out, made, codes, options.overwrite)
+    if is_made(out, made, codes, options.overwrite) and held_is_made == splits:
         print(f"reusing {out}: {describe(set_in(out))}")
         return
 
-    staging = Staging(out, made)
+    staging = Staging(out, [made, PARTS])
     parts = all_parts(staging, source, wanted, options, encoder)
     left_out = [each for part in parts for each in part.left_out]
     if options.deduplicate:
@@ -208,13 +233,22 @@ def make(options: argparse.Namespace) -> None:
     if len(gone) == len(source.items):
         raise ValueError(f"{out}: nothing is left of {len(gone)} samples ({reasons(left_out)})")
 
-    def held(number: int) -> bool:
-        return splits and is_validation(source.items[number].key, options.validation_share)
+    share = options.validation_share
+    aside = {each.number for part in parts for each in part.kept if splits and is_validation(each.picture, share)}
 
-    codes = encoder.codes if encoder else None
+    kept = {each.number for part in parts for each in part.kept} - gone
+    if splits and not 0 < len(kept & aside) < len(kept):
+        sizes = f"{len(kept - aside)} samples and {len(kept & aside)} for validation"
+        raise ValueError(f"{out}: --validation-share {share:g} gives {sizes}; choose another one")
+    if not splits and (held_out / MANIFEST).is_file():
+        print(f"note: {held_out} was split from another set in {out}, and may hold the same pictures as this one")
+
+    def held(number: int) -> bool:
+        return number in aside
+
     write = partial(write_set, parts, options=options, source=source, made=made, codes=codes)
     if splits and not held_is_made:
-        write(Staging(held_out, made), staging.path, lambda number: number not in gone and held(number))
+        write(Staging(held_out, [made, PARTS]), staging.path, lambda number: number not in gone and held(number))
     if left_out:
         lines = [json.dumps({"name": each.name, "reason": each.reason}) for each in sorted(left_out)]
         write_text(out / LEFT_OUT, "\n".join(lines) + "\n")
@@ -351,31 +385,39 @@ def write_set(
 def show(source: Source, wanted: Wanted, options: argparse.Namespace) -> None:
     """Try the first few hundred items, write nothing, and tell what the set would be."""
     tried = source.items[:200]
-    sizes, found, told = [], Counter(), []
+    sizes, found, told, damaged = [], Counter(), [], 0
     for number, item in enumerate(tqdm(tried, desc="trying", unit=" images", disable=None)):
         try:
             sample = make_sample(f"{number:09d}", item, wanted).sample
         except Unwanted as reason:
             found[str(reason)] += 1
         except ValueError as error:
-            if options.on_error == "raise":
-                raise
+            damaged += 1
             found[f"error: {error}"] += 1
         else:
-            sizes.append(sum(map(len, sample.members.values())))
+            # In a tar each member has a header, and both are padded.
+            sizes.append(sum(512 + -(-len(content) // 512) * 512 for content in sample.members.values()))
             if len(told) < 3:
                 told.append(f"  {item.key}: {item.captions[0][:100]!r}")
     share = len(sizes) / max(1, len(tried))
     print(f"{source.name}: {len(source.items)} items; of the first {len(tried)}, {len(sizes)} would be kept")
     for reason, count in found.most_common(10):
         print(f"  {count} left out: {reason}")
-    print("\n".join(told))
+    if damaged and options.on_error == "raise":
+        print(f"  {damaged} of these would stop the work; with --on-error skip they are left out")
     if sizes:
+        print("\n".join(told))
         kept, mean = share * len(source.items), sum(sizes) / len(sizes)
-        shards = kept * mean / options.bytes_per_shard if options.bytes_per_shard else kept / options.samples_per_shard
+        per_shard = max(1, options.bytes_per_shard // mean) if options.bytes_per_shard else options.samples_per_shard
         print(
-            f"about {kept:.0f} samples of {mean:,.0f} bytes, {kept * mean / 2**30:.2f} GiB in {max(1, round(shards))} shards"
+            f"about {kept:.0f} samples of {mean:,.0f} bytes, {kept * mean / 1e9:.3g} GB in {max(1, math.ceil(kept / per_shard))} shards"
         )
+        if options.validation_share:
+            print(f"about {kept * options.validation_share:.0f} of them for validation, in {options.out}_validation")
+    else:
+        print("nothing would be left")
+    if (old := set_in(options.out)) is not None and not options.overwrite:
+        print(f"{options.out} holds a set already ({describe(old)}); another one needs --overwrite")
     print(f"nothing was written; without --dry-run the set goes to {options.out}")
 
 
@@ -385,10 +427,19 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def sides(text: str) -> int:
+    if (found := positive(text)) > MAX_SIDE:
+        raise argparse.ArgumentTypeError(f"expected at most {MAX_SIDE} pixels, got {text}")
+    return found
+
+
 def num_bytes(text: str) -> int:
     """A number with K, M or G for powers of 1,000."""
-    digits, unit = (text[:-1], text[-1].upper()) if text[-1:].upper() in ("K", "M", "G") else (text, "")
-    return positive(digits) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[unit]
+    short = text.upper().removesuffix("B")
+    digits, unit = (short[:-1], short[-1]) if short[-1:] in ("K", "M", "G") else (short, "")
+    if not digits.isascii() or not digits.isdigit() or int(digits) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of bytes, such as 500M or 1G, got {text!r}")
+    return int(digits) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[unit]
 
 
 def share(text: str) -> float:
@@ -412,7 +463,7 @@ def at_least_one(text: str) -> float:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     group = parser.add_argument_group("where samples come from (one of them)")
     one = group.add_mutually_exclusive_group(required=True)
     for kind, (_, text) in SOURCES.items():
@@ -476,7 +527,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     group.add_argument(
         "--image-size",
-        type=positive,
+        type=sides,
         help="pixels a side (default: 384; 64 for shapes): the image tokenizer's size, or a larger one for "
         "encode_codes.py --crops 10; LlamaGen's is 1.1 times, 281 for 256 and 422 for 384",
     )
@@ -506,13 +557,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     group.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of encoding (default: fp32)")
     group.add_argument("--batch-size", type=positive, default=32, help="images (or crops) encoded at a time (default: 32)")
     group.add_argument("--device", help="for encoding (default: cuda where there is one, else cpu)")
-    group.add_argument("--samples-per-shard", type=positive, default=1000)
+    group.add_argument("--samples-per-shard", type=positive, default=1000, metavar="N", help="(default: 1000)")
     group.add_argument("--bytes-per-shard", type=num_bytes, default=0, metavar="N", help="instead: such as 500M or 1G")
     group.add_argument(
         "--validation-share",
         type=share,
         default=0.0,
-        help="put this share, by the hash of each picture's name, into a set of its own, OUT_validation",
+        help="put this share, by the hash of each picture's content, into a set of its own, OUT_validation",
     )
     group.add_argument("--seed", type=int, default=0, help="of the order, and of what is drawn")
     group.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes (default: cores)")
@@ -530,6 +581,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--dry-run", action="store_true", help="write nothing; try the first pictures and tell what would be made"
     )
     options = parser.parse_args(arguments)
+    if not options.image_tokenizer:
+        for name in ("name", "tokenizer_size", "crops", "precision", "batch_size", "device"):
+            if getattr(options, name) != parser.get_default(name):
+                parser.error(f"--{name.replace('_', '-')} goes with --image-tokenizer")
     if options.num_samples and not options.synthesize:
         parser.error("--num-samples goes with --synthesize; of any other source --limit takes a part")
     if options.seed < 0:
@@ -556,7 +611,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (OSError, *places.store_errors()) as error:  # of a store they may name nothing
+    except (OSError, *store_errors()) as error:  # of a store they may name nothing
         where = "" if is_local(options.out) else f"{options.out}: "
         print(f"error: {where}{error}", file=sys.stderr)
         return 2

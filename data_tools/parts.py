@@ -32,11 +32,12 @@ from mmtensorar.shards import (
 
 
 class Kept(NamedTuple):
-    """One sample of a part. number: of its item in the order of the set. num_bytes: in the tar."""
+    """One sample of a part. number: of its item in the order of the set. num_bytes: in the tar. digest, picture: see Made."""
 
     number: int
     num_bytes: int
     digest: str
+    picture: str
 
 
 class LeftOut(NamedTuple):
@@ -74,7 +75,7 @@ def make_part(folder: Path, name: str, first: int, items: Sequence[Item], wanted
 
     folder: on the disk, or a UPath. Raises ValueError naming the item that is damaged, unless they are left out.
     """
-    digests: list[tuple[int, str]] = []
+    digests: list[tuple[int, str, str]] = []
     left_out: list[LeftOut] = []
 
     def samples() -> Iterator[Sample]:
@@ -83,12 +84,13 @@ def make_part(folder: Path, name: str, first: int, items: Sequence[Item], wanted
                 made = make_sample(f"{number:09d}", item, wanted)
             except Unwanted as reason:
                 left_out.append(LeftOut(number, item.key, str(reason)))
-            except ValueError as error:
+            except (ValueError, MemoryError) as error:
+                reason = str(error) if isinstance(error, ValueError) else f"{item.key}: more than fits into memory"
                 if not skip_errors:
-                    raise
-                left_out.append(LeftOut(number, item.key, f"error: {error}"))
+                    raise ValueError(reason) from error
+                left_out.append(LeftOut(number, item.key, f"error: {reason}"))
             else:
-                digests.append((number, made.digest))
+                digests.append((number, made.digest, made.picture))
                 yield made.sample
 
     remaining = samples()
@@ -97,7 +99,7 @@ def make_part(folder: Path, name: str, first: int, items: Sequence[Item], wanted
         with written(folder / f"{name}.tar") as path:
             digest = write_tar(path, chain([begin], remaining)).sha256
             sizes = np.diff(sample_starts(path)).tolist()
-        kept = tuple(Kept(number, size, each) for (number, each), size in zip(digests, sizes, strict=True))
+        kept = tuple(Kept(number, size, *each) for (number, *each), size in zip(digests, sizes, strict=True))
     part = Part(name, digest, kept, tuple(left_out))
     part.write(folder)
     return part

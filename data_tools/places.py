@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtensorar.remote import is_url, shown
+from mmtensorar.shards import EXTENSIONS, MANIFEST, Manifest
 
 
 def at(name: str) -> Path | Any:
@@ -54,12 +54,21 @@ def is_local(place: Path | Any) -> bool:
 
 
 def files(root: Path | Any) -> dict[Path | Any, int | None]:
-    """Every file below a folder and its bytes, where they are known, sorted by the parts of its name. Hidden ones are left out.
+    """Every file below a folder and its bytes, where they are known, sorted by the parts of its name.
 
-    Raises ValueError when the folder cannot be listed.
+    Hidden ones are left out, and what is in hidden folders. Raises ValueError when the folder cannot be listed, and for a link
+    that leads out of it: an archive that was unpacked here may have brought it.
     """
     if is_local(root):
-        found = {path: path.stat().st_size for path in root.rglob("*") if path.is_file()}
+        found, inside = {}, root.resolve()
+        for path in root.rglob("*"):
+            if not path.is_file() or _is_hidden(path, root):
+                continue
+            if path.is_symlink() and not path.resolve().is_relative_to(inside):
+                raise ValueError(f"{path}: a link that leads out of {root}; put the file itself there")
+            if not is_text(path.name):
+                raise ValueError(f"{path.name!r}: a name in {root} that is not UTF-8; rename the file")
+            found[path] = path.stat().st_size
     else:
         try:
             listed = root.fs.find(root.path, detail=True)
@@ -67,7 +76,21 @@ def files(root: Path | Any) -> dict[Path | Any, int | None]:
             raise ValueError(f"{shown(str(root))}: cannot be listed ({error})") from error
         # A name, unlike a path, is the same for a store and for UPath.
         found = {root / name.removeprefix(root.path).lstrip("/"): status.get("size") for name, status in listed.items()}
-    return dict(sorted(((p, n) for p, n in found.items() if not p.name.startswith(".")), key=lambda pair: pair[0].parts))
+        found = {path: size for path, size in found.items() if not _is_hidden(path, root)}
+    return dict(sorted(found.items(), key=lambda pair: pair[0].parts))
+
+
+def _is_hidden(path: Path | Any, root: Path | Any) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
+def is_text(name: str) -> bool:
+    """Whether a name can be written down: of a file whose name is no UTF-8 Python makes one that cannot."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def with_suffix(name: str, suffix: str) -> tuple[Path | Any, list[Path | Any]]:
@@ -80,6 +103,9 @@ def with_suffix(name: str, suffix: str) -> tuple[Path | Any, list[Path | Any]]:
         return place, [place]
     if is_local(place) and not place.is_dir():
         raise ValueError(f"{place}: no such file or folder")
+    if suffix == ".tar" and (place / MANIFEST).is_file():
+        # Of a shard set what it says: other tars beside them are of a work that was not finished.
+        return place, [place / shard.name for shard in Manifest.read(place, complete=False).shards]
     found = [path for path in files(place) if path.suffix == suffix]
     if not found:
         raise ValueError(f"{shown(name)}: no {suffix} files in it")
@@ -91,18 +117,24 @@ def folders(root: Path | Any) -> tuple[str, ...]:
     return tuple(sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")))
 
 
-def contents(paths: Iterable[Path | Any]) -> Iterator[bytes | ValueError]:
-    """The contents of files, in order, or why one cannot be read; of a store many are on their way at a time."""
+def contents(paths: Iterable[Path | Any], most: int) -> Iterator[bytes | ValueError]:
+    """The contents of files of at most so many bytes, in order, or why one cannot be read.
+
+    Of a store many are on their way at a time.
+    """
     paths = iter(paths)
     while some := list(islice(paths, 256)):
         if is_local(some[0]):
-            yield from map(_read_or_reason, some)
+            yield from (_read_or_reason(path, most) for path in some)
             continue
-        names = [path.path for path in some]
-        found = some[0].fs.cat(names, on_error="return")
-        for path, name in zip(some, names, strict=True):
-            content = found[name] if isinstance(found, dict) else found
-            yield ValueError(f"{shown(str(path))}: {content}") if isinstance(content, Exception) else content
+        # Not cat, which takes a name with brackets for a pattern.
+        found = some[0].fs.cat_ranges([path.path for path in some], 0, most + 1, on_error="return")
+        for path, content in zip(some, found, strict=True):
+            if isinstance(content, Exception):
+                content = ValueError(f"{shown(str(path))}: {content}")
+            elif len(content) > most:
+                content = ValueError(_too_large(path, most))
+            yield content
 
 
 def opened(path: Path | Any) -> io.BufferedReader:
@@ -111,19 +143,27 @@ def opened(path: Path | Any) -> io.BufferedReader:
     return file if is_local(path) else io.BufferedReader(file)
 
 
-def _read_or_reason(path: Path) -> bytes | ValueError:
+def _read_or_reason(path: Path, most: int) -> bytes | ValueError:
     try:
-        return read_file(path)
+        return read_file(path, most)
     except ValueError as error:
         return error
 
 
-def read_file(path: Path | Any) -> bytes:
-    """Raises ValueError naming the file when it cannot be read."""
+def read_file(path: Path | Any, most: int = EXTENSIONS["jpg"]) -> bytes:
+    """Raises ValueError naming the file when it cannot be read, or has more bytes than `most`."""
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            content = file.read(most + 1)
     except OSError as error:
         raise ValueError(f"{shown(str(path))}: {error.strerror or error}") from error
+    if len(content) > most:
+        raise ValueError(_too_large(path, most))
+    return content
+
+
+def _too_large(path: Path | Any, most: int) -> str:
+    return f"{shown(str(path))}: more than the {most} bytes allowed"
 
 
 @contextmanager
@@ -149,10 +189,3 @@ def fetched(path: Path | Any) -> Iterator[Path]:
         local = Path(folder) / path.name
         path.fs.get_file(path.path, str(local))
         yield local
-
-
-def store_errors() -> tuple[type[Exception], ...]:
-    """What the libraries of object stores raise beside OSError, of those that are loaded."""
-    names = [("botocore.exceptions", "BotoCoreError"), ("botocore.exceptions", "ClientError")]
-    names += [("gcsfs.retry", "HttpError"), ("google.auth.exceptions", "GoogleAuthError"), ("aiohttp", "ClientError")]
-    return tuple(getattr(sys.modules[module], name) for module, name in names if module in sys.modules)

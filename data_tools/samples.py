@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from data_tools.places import read_file
 from data_tools.sources import Item
-from mmtensorar.shards import Sample, decode_image, square
+from mmtensorar.shards import EXTENSIONS, Sample, decode_image, orientation, square
 
 Crop = Literal["center", "random", "pad", "stretch"]
 Format = Literal["jpg", "png", "webp", "keep"]
@@ -43,10 +43,11 @@ class Unwanted(Exception):
 
 
 class Made(NamedTuple):
-    """digest: of picture and caption as they came, which tells duplicates."""
+    """digest: of picture and caption as they came, which tells duplicates. picture: of the picture alone."""
 
     sample: Sample
     digest: str
+    picture: str
 
 
 def make_sample(key: str, item: Item, wanted: Wanted) -> Made:
@@ -63,17 +64,32 @@ def make_sample(key: str, item: Item, wanted: Wanted) -> Made:
         content, image = found, decode_image(found, _where(item), upright=True)
     else:
         content, image = found.tobytes(), found
-    if min(image.size) < wanted.min_side:
+    size = original_size(item.meta) or image.size
+    if min(size) < wanted.min_side:
         raise Unwanted(f"smaller side below {wanted.min_side} pixels")
-    if wanted.max_aspect and max(image.size) > wanted.max_aspect * min(image.size):
+    if wanted.max_aspect and max(size) > wanted.max_aspect * min(size):
         raise Unwanted(f"longer side more than {wanted.max_aspect:g} times the smaller")
     # Nested values as text: readers that make a table of the json members need one type per column.
     meta = {k: json.dumps(v, sort_keys=True, default=str) if isinstance(v, dict) else v for k, v in item.meta.items()}
-    meta["size"] = list(image.size)
+    meta["size"] = list(size)
     extension, picture = _encoded(image, found, item.key, wanted)
     members = {extension: picture, "txt": caption.encode(), "json": json.dumps(meta, sort_keys=True).encode()}
-    digest = hashlib.sha256(hashlib.sha256(content).digest() + caption.encode()).hexdigest()[:32]
-    return Made(Sample(key, members), digest)
+    for name, value in members.items():
+        if len(value) > EXTENSIONS[name]:
+            raise ValueError(
+                f"{_where(item)}: its .{name} would have {len(value)} bytes, more than the {EXTENSIONS[name]} allowed"
+            )
+    shown = hashlib.sha256(content)
+    digest = hashlib.sha256(shown.digest() + caption.encode()).hexdigest()[:32]
+    return Made(Sample(key, members), digest, shown.hexdigest()[:32])
+
+
+def original_size(meta: dict) -> tuple[int, int] | None:
+    """Width and height before a picture was cropped for a set of ours, where its json member tells."""
+    found = meta.get("size")
+    if isinstance(found, list) and len(found) == 2 and all(type(side) is int and 0 < side < 2**31 for side in found):
+        return found[0], found[1]
+    return None
 
 
 def _where(item: Item) -> str:
@@ -89,8 +105,7 @@ def _encoded(image: Image.Image, found: bytes | Image.Image, key: str, wanted: W
     extension = "jpg" if wanted.format == "keep" else wanted.format
     if wanted.format == "keep" and isinstance(found, bytes) and image.size == (size, size):
         with Image.open(io.BytesIO(found)) as original:
-            turned = original.getexif().get(0x0112, 1) != 1  # the EXIF tag of orientation
-            if not turned and not original.has_transparency_data:
+            if orientation(original) == 1 and not original.has_transparency_data:
                 return {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}[original.format], found
     content = io.BytesIO()
     settings = {
@@ -107,11 +122,25 @@ def _cropped(image: Image.Image, key: str, wanted: Wanted) -> Image.Image:
     if wanted.crop == "stretch":
         return image.resize((size, size), Image.Resampling.BICUBIC)
     if wanted.crop == "pad":
-        image = ImageOps.pad(image, (max(image.size),) * 2, color="white")
+        return _padded(image, size)
     place = (0.5, 0.5)
     if wanted.crop == "random":
         place = tuple(generator(wanted.seed, key).random(2))
     return square(image, size, place)
+
+
+def _padded(image: Image.Image, size: int) -> Image.Image:
+    """The whole picture in the middle of a white square."""
+
+    def scaled(factor: float) -> tuple[int, int]:
+        return max(1, round(image.width * factor)), max(1, round(image.height * factor))
+
+    while max(image.size) >= 2 * size:
+        image = image.resize(scaled(0.5), Image.Resampling.BOX)
+    image = image.resize(scaled(size / max(image.size)), Image.Resampling.BICUBIC)
+    ground = Image.new("RGB", (size, size), "white")
+    ground.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
+    return ground
 
 
 def generator(seed: int, key: str) -> np.random.Generator:

@@ -9,6 +9,7 @@ which one that is depends on the position and the data alone, as everything here
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -104,13 +105,16 @@ class Row(NamedTuple):
 class Lanes:
     """What is read for a position. Of each row's lane it holds one block, and where the samples of its shards begin.
 
-    extensions: the members that are read. max_starts: shards whose beginnings are kept.
+    extensions: the members that are read. max_starts: shards whose beginnings are kept. retry_s: before a shard that could not
+    be had is asked for again.
     """
 
     sources: tuple[Source, ...]
     extensions: tuple[str, ...]
     max_starts: int
+    retry_s: float = 600.0
     _blocks: dict[int, tuple[Block, list[Row | ValueError]]] = field(default_factory=dict)
+    _missing: dict[tuple[str, str], tuple[float, Unreachable]] = field(default_factory=dict)
     _starts: dict[tuple[str, str], tuple[np.ndarray, ValueError | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -144,15 +148,25 @@ class Lanes:
         return [found[index] for index in source.order.given_out(block)] if places else []
 
     def _read_shard(self, source: Source, shard: Shard, numbers: list[int]) -> list[Row | ValueError]:
+        key = (source.folder, shard.name)
+        tried, missing = self._missing.get(key, (0.0, None))
+        if missing is not None and time.monotonic() - tried < self.retry_s:
+            return [missing] * len(numbers)
         try:
             with source.opened(shard) as path, tars.opened(path) as file:
                 starts, damage = self._find_starts(source, shard, path)
-                whole = len(starts) - 1
+                whole = min(len(starts) - 1, shard.num_samples)
+                if damage is not None and len(starts) - 1 > shard.num_samples:
+                    whole = 0  # it is another shard: none of its samples is what the manifest speaks of
                 return [
                     damage if number >= whole else self._row(source, shard, file, path, *starts[number : number + 2])
                     for number in numbers
                 ]
-        except (tars.Damage, Unreachable) as missing:
+        except Unreachable as missing:
+            # To ask again for each of its samples would take for ever.
+            self._missing[key] = time.monotonic(), missing
+            return [missing] * len(numbers)
+        except tars.Damage as missing:
             return [missing] * len(numbers)
 
     def _row(self, source: Source, shard: Shard, file: tars.opened, path: Path, start: int, stop: int) -> Row | ValueError:

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import os
 import random
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -26,6 +27,7 @@ from mmtensorar.shards import MANIFEST, Manifest, Shard, sha256
 SCHEMES = ("http", "https", "s3", "gs", "hf")
 MAX_MANIFEST = 2**28  # bytes
 PIECE = 2**20  # bytes read at a time
+NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError")
 FINAL = (400, 401, 403, 404, 405, 410, 451)  # HTTP answers that another attempt would not change
 
 
@@ -36,6 +38,8 @@ def is_url(place: str) -> bool:
         raise ValueError(f"{shown(place)!r} is refused; expected a folder, or a URL that begins with {', '.join(SCHEMES)}")
     if not separator:
         return False
+    if "@" in urlsplit(place).netloc:
+        raise ValueError(f"{shown(place)}: a user or password in a URL is refused, messages and logs would show it")
     if urlsplit(place).query or urlsplit(place).fragment:
         raise ValueError(f"{shown(place)} has a query; expected the URL of a folder, with {MANIFEST} and the shards in it")
     return True
@@ -48,6 +52,13 @@ def shown(url: str) -> str:
     except ValueError:
         return "the URL"
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def store_errors() -> tuple[type[Exception], ...]:
+    """What the libraries of object stores raise beside OSError, of those that are loaded."""
+    names = [("botocore.exceptions", "BotoCoreError"), ("botocore.exceptions", "ClientError")]
+    names += [("gcsfs.retry", "HttpError"), ("google.auth.exceptions", "GoogleAuthError"), ("aiohttp", "ClientError")]
+    return tuple(getattr(sys.modules[module], name) for module, name in names if module in sys.modules)
 
 
 class Unreachable(ValueError):
@@ -124,32 +135,31 @@ class Cache:
 
     def _download(self, place: str, digest: str, path: Path) -> None:
         partial, wanted = path.with_suffix(".part"), path.with_suffix(".want")
-        for last in (False, True):
-            self._tried(place, lambda: self._piece(place, partial, wanted), lambda: _size(partial))
-            found = sha256(partial)
-            if found == digest:
-                os.replace(partial, path)
-                wanted.unlink(missing_ok=True)
-                return
-            partial.unlink()
-            if last:
-                wanted.unlink(missing_ok=True)
-                raise Unreachable(
-                    f"{shown(place)}: its sha256 is {found[:12]}, the manifest's {digest[:12]}: the set changed, or is damaged"
-                )
+        try:
+            for _ in range(2):
+                self._tried(place, lambda: self._piece(place, partial, wanted), lambda: _size(partial))
+                found = sha256(partial)
+                if found == digest:
+                    os.replace(partial, path)
+                    return
+                partial.unlink()
+        finally:
+            wanted.unlink(missing_ok=True)
+        raise Unreachable(
+            f"{shown(place)}: its sha256 is {found[:12]}, the manifest's {digest[:12]}: the set changed, or is damaged"
+        )
 
     def _piece(self, place: str, partial: Path, wanted: Path) -> None:
         """One connection: append to the partial file what is missing of it, or begin again where a server cannot go on."""
         total, start, pieces = _opened(place, _size(partial), self.timeout_s)
         if total is not None:
-            self._make_room(total, partial, place)
-            wanted.write_text(str(total))
+            self._make_room(total, wanted, place)
         with partial.open("r+b" if partial.exists() else "wb") as file:
             file.truncate(start)
             file.seek(start)
             for piece in pieces:
                 if total is None:
-                    self._make_room(file.tell() + len(piece), partial, place)
+                    self._make_room(file.tell() + len(piece), wanted, place)
                 file.write(piece)
 
     def _tried(self, place: str, attempt, progress) -> None:
@@ -162,7 +172,9 @@ class Cache:
                 return
             except Refused:
                 raise
-            except (OSError, HTTPException, EOFError) as error:
+            except (OSError, HTTPException, EOFError, *store_errors()) as error:
+                if type(error).__name__ in NO_CREDENTIALS:
+                    raise Refused(f"{shown(place)}: {_reason(error)}") from None
                 if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
                     raise ValueError(
                         f"{self.folder}: {error.strerror}; lower data.cache_gb or name another data.cache"
@@ -176,8 +188,8 @@ class Cache:
 
     # ---- keeping within the bound --------------------------------------------------------------
 
-    def _make_room(self, num_bytes: int, partial: Path, place: str) -> None:
-        """Remove the shards that were used longest ago until so many bytes fit beside the others."""
+    def _make_room(self, num_bytes: int, wanted: Path, place: str) -> None:
+        """Remove the shards that were used longest ago until so many bytes fit beside the others, and note them in `wanted`."""
         if num_bytes > self.max_bytes:
             raise Refused(f"{shown(place)} has {num_bytes} bytes or more, data.cache_gb allows {self.max_bytes} in all")
         deadline = time.monotonic() + self.timeout_s
@@ -186,7 +198,7 @@ class Cache:
                 sizes: dict[str, int] = {}
                 ages: list[tuple[float, str]] = []
                 for path in self.folder.iterdir():
-                    if path.suffix not in (".tar", ".part", ".want") or path.stem == partial.stem:
+                    if path.suffix not in (".tar", ".part", ".want") or path.stem == wanted.stem:
                         continue
                     try:
                         status = path.stat()
@@ -194,14 +206,14 @@ class Cache:
                     except (FileNotFoundError, ValueError):
                         continue
                     sizes[path.stem] = max(size, sizes.get(path.stem, 0))
-                    if path.suffix != ".want":
-                        ages.append((status.st_mtime, path.stem))
+                    ages.append((status.st_mtime, path.stem))
                 for _, name in sorted(ages):
                     if sum(sizes.values()) + num_bytes <= self.max_bytes:
                         break
-                    if self._removed(name):
-                        sizes.pop(name, None)
+                    if name in sizes and self._removed(name):
+                        del sizes[name]
                 if sum(sizes.values()) + num_bytes <= self.max_bytes:
+                    wanted.write_text(str(num_bytes))  # while nobody else counts
                     return
             if time.monotonic() > deadline:
                 raise Refused(

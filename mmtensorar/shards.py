@@ -13,20 +13,22 @@ bounded before they are believed, and damage is a ValueError that names shard an
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import io
 import json
 import os
 import shutil
 import tarfile
-import tokenize
+import uuid
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mmtensorar import tars
@@ -48,6 +50,18 @@ MAX_PIXELS = 89_000_000  # just under the number at which Pillow starts to warn
 
 # Pillow remarks on damaged metadata, one line a picture; the pixels, and errors, are not affected.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+# EXIF orientation -> what makes it upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class Sample(NamedTuple):
@@ -180,17 +194,31 @@ def decode_image(content: bytes, where: str, *, upright: bool = False) -> Image.
             if width * height > MAX_PIXELS:  # from the header: nothing is decoded yet
                 raise ValueError(f"{width}x{height} pixels, more than the {MAX_PIXELS} allowed")
             image.load()
-            if upright:
-                image = ImageOps.exif_transpose(image)
+            if upright and (turn := TURNS.get(orientation(image))) is not None:
+                image = image.transpose(turn)
+            if image.mode.startswith("I;16"):  # Pillow's own way would cut off at 255 all that is brighter
+                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+            elif image.mode in ("I", "F"):
+                raise ValueError(f"grey levels of 32 bits (mode {image.mode}); expected 8 or 16")
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 ground = Image.new("RGBA", image.size, "white")
                 return Image.alpha_composite(ground, image).convert("RGB")
             return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
-    # Pillow reports damage in several ways, by format.
-    except (ValueError, OSError, SyntaxError, EOFError, IndexError, Image.DecompressionBombError) as error:
+    except MemoryError:
+        raise ValueError(f"{where}: unreadable image (more than fits into memory)") from None
+    # Pillow reports damage in many ways, by format.
+    except Exception as error:
         reason = "not a JPEG, PNG or WEBP" if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(f"{where}: unreadable image ({reason})") from error
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF tag of how a camera was held, 1 (upright) where there is none or it cannot be read."""
+    try:
+        return image.getexif().get(0x0112, 1)
+    except Exception:  # the rest of the picture is of worth all the same
+        return 1
 
 
 def picture(sample: Sample, where: str, image_size: int) -> Image.Image:
@@ -210,6 +238,11 @@ def square(image: Image.Image, image_size: int, place: tuple[float, float] = (0.
     """
     while min(image.size) >= 2 * image_size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    if max(image.size) > 8 * min(image.size):
+        # Scaled as a whole, a line of 1 x 60,000 pixels would take gigabytes: what is cut off anyway goes first.
+        short = min(image.size)
+        left, top = (int((side - min(side, 4 * short)) * share) for side, share in zip(image.size, place, strict=True))
+        image = image.crop((left, top, left + min(image.width, 4 * short), top + min(image.height, 4 * short)))
     scale = image_size / min(image.size)
     width, height = (max(image_size, round(side * scale)) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -222,7 +255,7 @@ def decode_caption(content: bytes, where: str) -> str:
     if len(content) > EXTENSIONS["txt"]:
         raise ValueError(f"{where}: the caption has {len(content)} bytes, more than the {EXTENSIONS['txt']} allowed")
     try:
-        caption = content.decode().strip()
+        caption = content.removeprefix(codecs.BOM_UTF8).decode().strip()
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: the caption is not UTF-8 (byte {error.start})") from error
     if not caption:
@@ -253,9 +286,11 @@ def _decode_array(content: bytes, where: str, dtype: type, letters: str) -> np.n
     try:
         # What np.load does for this format; np.load itself would also open zip archives.
         array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
-    # All that a hostile header makes numpy raise; the last three come from its parser.
-    except (ValueError, OSError, EOFError, MemoryError, TypeError, SyntaxError, tokenize.TokenError) as error:
-        raise ValueError(f"{where} is not a plain numpy array ({error})") from error
+    except MemoryError:
+        raise ValueError(f"{where} announces more than fits into memory") from None
+    # What numpy and its parser raise for a hostile header is of many kinds, and of no use to tell apart.
+    except Exception as error:
+        raise ValueError(f"{where} is not a plain numpy array ({' '.join(str(error).split())[:200]})") from error
     if array.dtype != dtype or array.ndim != len(letters):
         expected = f"{np.dtype(dtype)} [{', '.join(letters)}]"
         raise ValueError(f"{where} holds {array.dtype} {list(array.shape)}; expected {expected}")
@@ -301,7 +336,8 @@ class _Record(BaseModel):
 
 
 # Pixels or codes along a side, tokens of a caption: a damaged manifest must not make anyone reserve memory for 10**30.
-Extent = Annotated[int, Field(ge=1, le=2**13)]
+MAX_SIDE = 2**13
+Extent = Annotated[int, Field(ge=1, le=MAX_SIDE)]
 
 
 class Shard(_Record):
@@ -439,11 +475,27 @@ def _place(folder: Path | str) -> Path:
 def write_text(path: Path, text: str) -> None:
     """A file that is there whole or not at all. path: on the disk, or a UPath, whose stores write like that anyway."""
     if not isinstance(path, Path):
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         return
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with _replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file to write, which takes the path's name at the end, unless an error came.
+
+    Its name is this writer's own: two that write one path, such as a task and its second try, must not mix. On the disk before
+    it has its name, so that a power cut leaves no empty file under it.
+    """
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def move(source: Path, target: Path) -> None:
@@ -466,18 +518,17 @@ def write_tar(path: Path, samples: Iterable[Sample]) -> Shard:
 
     What iterate_tar would refuse is refused here too (ValueError).
     """
-    temporary = path.with_name(path.name + ".tmp")
     num_samples = 0
-    with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for sample in samples:
-            for extension, content in sample.members.items():
-                info = tarfile.TarInfo(f"{sample.key}.{extension}")  # its mtime, uid and gid are 0
-                info.size = len(content)
-                checked_name(path, info.name, info.size)
-                tar.addfile(info, io.BytesIO(content))
-            num_samples += 1
-    digest = sha256(temporary)
-    os.replace(temporary, path)
+    with _replacing(path) as temporary:
+        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for sample in samples:
+                for extension, content in sample.members.items():
+                    info = tarfile.TarInfo(f"{sample.key}.{extension}")  # its mtime, uid and gid are 0
+                    info.size = len(content)
+                    checked_name(path, info.name, info.size)
+                    tar.addfile(info, io.BytesIO(content))
+                num_samples += 1
+        digest = sha256(temporary)
     return Shard(name=path.name, num_samples=num_samples, sha256=digest)
 
 

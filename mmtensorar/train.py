@@ -300,10 +300,15 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
 
 
 def validate(engine, recipe: Recipe, caption_encoder, rank: int, world_size: int, device: torch.device) -> list[float]:
-    """The loss and the loss of each offset (nats per token) over all of data.validation, the same for any number of ranks."""
+    """The loss and the loss of each offset (nats per token) over all of data.validation, the same for any number of ranks.
+
+    Raises ValueError, on every rank, naming a sample that is damaged.
+    """
     totals = None
     engine.eval()
-    for number, num_samples, batch in data.validation_batches(recipe, caption_encoder, rank=rank, world_size=world_size):
+    batches = data.validation_batches(recipe, caption_encoder, rank=rank, world_size=world_size)
+    while (found := deep.together(lambda: next(batches, None), device)) is not None:  # all ranks have equally many
+        number, num_samples, batch = found
         condition = type(batch.condition)(*(part.to(device) for part in batch.condition))
         generator = torch.Generator(device).manual_seed(seed_for(0, number))
         with torch.no_grad():

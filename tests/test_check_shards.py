@@ -145,7 +145,7 @@ def test_the_page_shows_pictures_with_escaped_captions_and_loads_nothing(tmp_pat
     rewrite(folder, "00000.tar", lambda found: [Sample(s.key, s.members | {"txt": script}) for s in found])
     assert inspect_shards.main([str(folder), "--html", str(tmp_path / "sheet.html"), "--num", "8"]) == 0
     out, page = capsys.readouterr().out, (tmp_path / "sheet.html").read_text()
-    assert "12 in 4 shards" in out and "10 different, 2 there before" in out and "words of a caption" in out
+    assert "12 in 4 shards" in out and "10 different, 2 repeated" in out and "words of a caption" in out
     assert "<script" not in page and "&lt;script&gt;" in page and "http" not in page
     assert page.count("<figure>") == 8 and page.count("data:image/jpeg;base64,") == 8
 

@@ -280,15 +280,51 @@ def test_commands_and_other_urls_are_refused(place):
 
 
 def test_secrets_are_not_shown(tmp_path, server):
-    url = server.url.replace("127.0.0.1", "me:secret@127.0.0.1")
-    with pytest.raises(ValueError) as error:
-        with cache(tmp_path, attempts=1).opened(url, Shard(name="0.tar", num_samples=1, sha256="0" * 64)):
-            pass
-    assert "secret" not in str(error.value)
+    for url in ("http://me:secret@localhost/set", server.url.replace("127.0.0.1", "me:secret@127.0.0.1")):
+        with pytest.raises(ValueError, match="a user or password in a URL is refused") as error:
+            remote.is_url(url)
+        assert "secret" not in str(error.value)
     with pytest.raises(ValueError, match="has a query") as error:
         remote.is_url("https://a/b?token=secret")
     assert "secret" not in str(error.value)
     assert not remote.is_url("data/mine") and remote.is_url("s3://bucket/mine")
+
+
+def test_a_store_that_does_not_answer_is_tried_again_and_then_named(tmp_path, monkeypatch):
+    """What its library raises is no OSError; without credentials there is nothing to try again."""
+    store = pytest.importorskip("s3fs").S3FileSystem
+    store.clear_instance_cache()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with pytest.raises(remote.Unreachable, match="s3://bucket/set/manifest.json: 2 attempts failed"):
+        cache(tmp_path, attempts=2).manifest("s3://bucket/set")
+    store.clear_instance_cache()  # other tests have another endpoint
+
+
+def test_a_download_that_fails_keeps_no_room(tmp_path, server):
+    """A note of how much room it wants used to stay for ever, and nothing else fitted beside it."""
+    one, two = put(server, "00000.tar", 60_000), put(server, "00001.tar", 60_000)
+    server.trouble["00000.tar"] = ["lie", 404]
+    small = cache(tmp_path, 100_000)
+    with pytest.raises(ValueError):
+        fetch(small, server, one)
+    fetch(small, server, two)
+    (tmp_path / "orphan.want").write_text("90000")  # of a process that was killed
+    os.utime(tmp_path / "orphan.want", (1, 1))
+    fetch(cache(tmp_path, 100_000), server, one)
+
+
+def test_a_shard_that_cannot_be_had_is_asked_for_once(tmp_path, server, served):
+    """Each of its samples used to ask again, and each time for all that follow it."""
+    manifest = Manifest.parse_bytes(server.files["manifest.json"], "x")
+    name = manifest.shards[0].name
+    server.files[name] = server.files[name][:-1] + b"x"
+    recipe = make_recipe(server.url, cache=str(tmp_path / "cache"), on_error="skip", max_skipped=1.0)
+    batches = data.stream(recipe, caption_encoder, rank=0, world_size=1)
+    skipped = sum(len(batch.skipped) for batch in islice(batches, 20))
+    assert skipped and sum(asked == name for asked, _ in server.requests) <= 2 * len(manifest.shards)
 
 
 def test_object_stores_go_through_fsspec(tmp_path, monkeypatch):

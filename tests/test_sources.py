@@ -72,6 +72,13 @@ def files(tmp_path) -> Path:
     return folder
 
 
+@pytest.fixture
+def captioned(files) -> Path:
+    for color in COLORS:
+        (files / f"{color}.txt").write_text(f"a {color} picture")
+    return files
+
+
 def write_tar(path: Path, members: dict[str, bytes], kinds: dict[str, bytes] | None = None) -> Path:
     with tarfile.open(path, "w") as tar:
         for name, value in members.items():
@@ -405,12 +412,12 @@ def test_the_bytes_do_not_depend_on_the_workers_or_on_interruptions(tmp_path, mi
 
 
 def test_a_validation_split_takes_nothing_twice_and_does_not_move(tmp_path):
-    """The side of a picture depends on its name alone, not on the seed, the order or the number of samples."""
+    """The side of a picture depends on the picture alone, not on its caption, the seed, the order or the number of samples."""
     for count, seed in ((60, 0), (90, 0), (60, 1)):
         folder = tmp_path / f"in{count}"
         folder.mkdir(exist_ok=True)
         for number in range(count):
-            (folder / f"{number}.png").write_bytes(picture("red"))
+            (folder / f"{number}.png").write_bytes(picture(f"#{number:06x}"))
             (folder / f"{number}.txt").write_text(f"number {number}")
         arguments = ("--folder", folder, "--validation-share", 0.25, "--seed", seed)
         assert make(tmp_path / f"{count} {seed}", *arguments) == 0
@@ -420,6 +427,110 @@ def test_a_validation_split_takes_nothing_twice_and_does_not_move(tmp_path):
         assert not found & rest and len(found | rest) == int(name.split()[0])
     assert held["60 0"] == held["60 1"] == {text for text in held["90 0"] if int(text.split()[1]) < 60}
     assert 5 <= len(held["60 0"]) <= 25
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "tars"])
+def test_a_picture_with_several_captions_is_on_one_side(tmp_path, kind):
+    """COCO's layout: one row per caption. Split by the row, most pictures would be in both sets."""
+    import pyarrow.parquet
+
+    rows = [(f"{number}.png", picture(f"#{number:06x}"), f"number {number} said {n}") for number in range(20) for n in range(5)]
+    for name, content_, _ in rows:
+        (tmp_path / name).write_bytes(content_)
+    (tmp_path / "list.csv").write_text("image,caption\n" + "\n".join(f"{name},{text}" for name, _, text in rows))
+    table = pyarrow.table({"image": [row[1] for row in rows], "caption": [row[2] for row in rows]})
+    pyarrow.parquet.write_table(table, tmp_path / "list.parquet")
+    source = tmp_path / f"list.{kind}"
+    if kind == "tars":
+        source = tmp_path / "first"
+        assert make(source, "--csv", tmp_path / "list.csv") == 0
+    assert make(tmp_path / "set", f"--{kind}", source, "--validation-share", 0.3) == 0
+    train, held = ({text.split()[1] for text in captions(tmp_path / name)} for name in ("set", "set_validation"))
+    assert train and held and not train & held and len(captions(tmp_path / "set")) == 5 * len(train)
+
+
+def test_our_own_set_again_keeps_what_it_knows(tmp_path, files):
+    """Classes, sizes before cropping, names; and not the tars of a work that was not finished, or the set itself."""
+    for color in COLORS:
+        (files / color).mkdir()
+        (files / f"{color}.png").rename(files / color / "1.png")
+    assert make(tmp_path / "set", "--class-folder", files) == 0
+    unfinished = tmp_path / "set" / ".unfinished-x"
+    unfinished.mkdir()
+    (unfinished / "00000.tar").write_bytes((tmp_path / "set" / "00000.tar").read_bytes())
+    assert make(tmp_path / "again", "--tars", tmp_path / "set", "--min-side", 20) == 0  # 20 before, 16 now
+    assert Manifest.read(tmp_path / "again").classes == Manifest.read(tmp_path / "set").classes
+    of = {sample.members["txt"]: json.loads(sample.members["json"]) for sample in made(tmp_path / "set")}
+    assert {sample.members["txt"]: json.loads(sample.members["json"]) for sample in made(tmp_path / "again")} == of
+    assert make(tmp_path / "named", "--tars", tmp_path / "set", "--class-template", "a {} picture") == 0
+    assert_right(tmp_path / "named")
+
+
+def test_a_set_is_not_made_from_itself(tmp_path, captioned, capsys):
+    assert make(tmp_path / "set", "--folder", captioned) == 0
+    assert "the same folder" in fails(capsys, make(tmp_path / "set", "--tars", tmp_path / "set", "--overwrite"))
+
+
+def test_a_split_that_leaves_one_side_empty_writes_neither(tmp_path, captioned, capsys):
+    said = fails(capsys, make(tmp_path / "set", "--folder", captioned, "--validation-share", 0.999))
+    assert "gives 0 samples and 6 for validation" in said
+    assert not (tmp_path / "set_validation" / "manifest.json").exists()
+
+
+def test_pictures_that_would_take_all_memory(tmp_path, capsys):
+    """A line of 30,000 pixels, scaled as a whole to 384 at its shorter side, has 11 million columns."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number, size in enumerate([(1, 30_000), (30_000, 1), (3, 200)]):
+        (folder / f"{number}.png").write_bytes(picture("red", size))
+        (folder / f"{number}.txt").write_text("a red picture")
+    for crop in ("center", "random", "pad", "stretch"):
+        assert make(tmp_path / crop, "--folder", folder, "--crop", crop, "--image-size", 384) == 0
+        assert len(made(tmp_path / crop)) == 3
+
+
+def test_pictures_with_16_bits_and_with_broken_exif(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    ramp = np.linspace(0, 65535, 16 * 16).astype(np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(folder / "ramp.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content_ = io.BytesIO()
+    Image.new("RGB", (16, 16), "red").save(content_, "JPEG", exif=exif)
+    good = content_.getvalue()
+    rng = np.random.default_rng(0)
+    for number in range(200):  # of the EXIF block
+        broken = bytearray(good)
+        broken[int(rng.integers(30, 60))] = int(rng.integers(256))
+        (folder / f"{number}.jpg").write_bytes(bytes(broken))
+    for path in list(folder.iterdir()):
+        path.with_suffix(".txt").write_text(path.stem)
+    assert make(tmp_path / "set", "--folder", folder, "--on-error", "skip", "--format", "png") == 0
+    (found,) = (sample for sample in made(tmp_path / "set") if sample.members["txt"] == b"ramp")
+    assert np.abs(np.asarray(Image.open(io.BytesIO(found.members["png"])))[..., 0] - ramp // 257).max() <= 1
+
+
+def test_links_hidden_folders_and_huge_captions(tmp_path, captioned, capsys):
+    (captioned / ".checkpoints").mkdir()
+    (captioned / ".checkpoints" / "red.png").write_bytes((captioned / "red.png").read_bytes())
+    assert make(tmp_path / "set", "--folder", captioned) == 0
+    assert_right(tmp_path / "set")
+    (captioned / "blue.txt").write_text("x" * 2_000_000)
+    assert "more than the 1048576 bytes allowed" in fails(capsys, make(tmp_path / "huge", "--folder", captioned))
+    (tmp_path / "secret").write_text("private")
+    (captioned / "blue.txt").unlink()
+    (captioned / "blue.txt").symlink_to(tmp_path / "secret")
+    assert "blue.txt: a link that leads out of" in fails(capsys, make(tmp_path / "linked", "--folder", captioned))
+
+
+def test_a_row_that_no_shard_can_hold_is_left_out(tmp_path, files, capsys):
+    rows = [{"image": "red.png", "caption": "a red picture", "note": "x" * 1_100_000}, {"image": "blue.png", "caption": "b"}]
+    (files / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    said = fails(capsys, make(tmp_path / "set", "--jsonl", files / "list.jsonl"))
+    assert "red.png: its .json would have" in said
+    assert make(tmp_path / "set", "--jsonl", files / "list.jsonl", "--on-error", "skip") == 0
+    assert captions(tmp_path / "set") == ["b"]
 
 
 def test_shards_hold_as_many_bytes_as_asked_for(tmp_path):
@@ -458,7 +569,10 @@ def test_nothing_left_is_an_error_with_its_reasons(tmp_path, mixed, capsys):
     [
         (("--quality", 101), "at most 100"),
         (("--validation-share", 1.5), "between 0 and 1"),
-        (("--bytes-per-shard", "1X"), "expected a whole number"),
+        (("--bytes-per-shard", "1X"), "expected a number of bytes, such as 500M"),
+        (("--crops", 10), "--crops goes with --image-tokenizer"),
+        (("--image-size", 8193), "at most 8192 pixels"),
+        (("--on-eror", "skip"), "unrecognized arguments"),
         (("--max-aspect", 0.5), "at least 1"),
         (("--class-template", "a photo"), "has no {}"),
         (("--class-template", "a {}"), "goes with --class-folder"),

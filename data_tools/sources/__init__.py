@@ -40,7 +40,7 @@ SOURCES = {
 class Item(NamedTuple):
     """One picture of a source.
 
-    key: names it in the source; pictures with one key go to the same side of a validation split. picture: its bytes, or the
+    key: names it in the source. picture: its bytes, or the
     drawn picture. captions: one or several to choose from. meta: what the json member will say. group: items of one group
     are cheap to read together, and stay together when the order is shuffled. problem: why it cannot be taken, if it cannot.
     """
@@ -92,7 +92,8 @@ class Layout:
 
     image, captions: columns (of a table) or keys (of a JSON object). root: folder that paths are relative to; the folder of
     the table itself when None. split: of a dataset. templates: captions from class names, with {} for the name; none keeps class
-    numbers. class_names: folder name (or class number) -> class name.
+    numbers. class_names: folder name (or class number) -> class name. own: tars of our own, whose json members are kept.
+    numbered: their captions are class numbers.
     """
 
     image: str = "image"
@@ -101,6 +102,8 @@ class Layout:
     split: str = "train"
     templates: tuple[str, ...] = ()
     class_names: Mapping[str, str] | None = None
+    own: bool = False
+    numbered: bool = False
 
 
 def items(kind: str, place: str, layout: Layout) -> Iterator[Item]:

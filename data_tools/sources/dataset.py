@@ -7,6 +7,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+from data_tools.places import read_file
 from data_tools.sources import Item, Layout, class_captions, texts
 from mmtensorar.remote import is_url
 
@@ -69,16 +70,24 @@ def items(place: str, layout: Layout) -> Iterator[Item]:
             yield Item(f"{layout.split} {row}", picture, (), meta, problem=str(error))
 
 
+def _inside(name: str, place: str, where: str) -> Path:
+    """A picture's file, which is in the dataset's own folder, or where the library keeps what it downloads."""
+    import datasets
+
+    path = Path(name).resolve()
+    roots = [Path(datasets.config.HF_CACHE_HOME).resolve(), Path(datasets.config.HF_DATASETS_CACHE).resolve()]
+    roots += [Path(place).resolve()] if Path(place).is_dir() else []
+    if not path.is_file() or not any(path.is_relative_to(root) for root in roots):
+        raise ValueError(f"{where}: image {name!r} is no file of the dataset")
+    return path
+
+
 def _picture(place: str, split: str, column: str, row: int) -> bytes:
     value = load(place, split)[row][column]  # mapped into memory: any row is as near as another
     where = f"{place}: split {split}, row {row}"
     if isinstance(value, dict):
         if value.get("bytes") is None and value.get("path"):
-            # A path as the library resolved it from the dataset's own folder.
-            try:
-                return Path(value["path"]).read_bytes()
-            except OSError as error:
-                raise ValueError(f"{where}: {value['path']}: {error.strerror}") from error
+            return read_file(_inside(value["path"], place, where))
         value = value.get("bytes")
     if not isinstance(value, bytes):
         raise ValueError(f"{where}: no picture in {column!r}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from data_tools import places
 from data_tools.places import read_file
 from data_tools.sources import Item, Layout, images, texts
-from mmtensorar.shards import decode_caption
+from mmtensorar.shards import EXTENSIONS, decode_caption
 
 
 def items(place: str, layout: Layout) -> Iterator[Item]:
@@ -26,7 +26,7 @@ def items(place: str, layout: Layout) -> Iterator[Item]:
     written = [
         next((each for suffix in (".txt", ".json") if (each := path.with_suffix(suffix)) in beside), None) for path in found
     ]
-    read = places.contents(path for path in written if path is not None)
+    read = places.contents((path for path in written if path is not None), EXTENSIONS["json"])
     for (path, num_bytes), text in zip(found.items(), written, strict=True):
         name = path.relative_to(root).as_posix()
         meta = {"source": "folder", "name": name, "num_bytes": num_bytes}

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from data_tools import places
-from data_tools.sources import Item, Layout, of_row, texts
+from data_tools.places import read_file
+from data_tools.sources import Item, Layout, inside, of_row, texts
 
 
 def _arrow() -> Any:
@@ -66,7 +67,7 @@ def _file(path: Path, name: str, layout: Layout) -> Iterator[Item]:
                         captions, problem = texts(fields, layout.captions, where), None
                     except ValueError as error:
                         captions, problem = (), str(error)
-                    picture = partial(_picture, path, stamp, group, row, layout.image)
+                    picture = partial(_picture, path, stamp, group, row, layout.image, root)
                     yield Item(key, picture, captions, meta, f"{name} {group} {stamp}", problem)
     except (arrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a whole Parquet file ({error})") from error
@@ -74,7 +75,13 @@ def _file(path: Path, name: str, layout: Layout) -> Iterator[Item]:
 
 def _is_plain(arrow: Any, kind: Any) -> bool:
     types = arrow.types
-    return types.is_string(kind) or types.is_large_string(kind) or types.is_integer(kind) or types.is_boolean(kind)
+    return (
+        types.is_string(kind)
+        or types.is_large_string(kind)
+        or types.is_integer(kind)
+        or types.is_boolean(kind)
+        or types.is_floating(kind)
+    )
 
 
 def _stamp(path: Path) -> str:
@@ -85,10 +92,12 @@ def _stamp(path: Path) -> str:
     return hashlib.sha256(f"{status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:16]
 
 
-def _picture(path: Path, stamp: str, group: int, row: int, column: str) -> bytes:
+def _picture(path: Path, stamp: str, group: int, row: int, column: str, root: Path) -> bytes:
     where = f"{path}: row group {group}, row {row}"
     value = _column(path, stamp, group, column)[row].as_py()
     if isinstance(value, dict):
+        if value.get("bytes") is None and value.get("path"):
+            return read_file(inside(root, value["path"], where))
         value = value.get("bytes")
     if not isinstance(value, bytes):
         raise ValueError(f"{where}: no bytes of a picture in {column!r}")

@@ -82,10 +82,12 @@ def _item(
         if picture.size > EXTENSIONS["jpg"]:
             raise ValueError(f"{where}: the picture has {picture.size} bytes, more than the {EXTENSIONS['jpg']} allowed")
         captions = _captions(file, path, found, layout, where)
+        if layout.own:
+            meta = _own_meta(file, path, found, where) or meta
     except ValueError as error:
         yield Item(f"{name} {key}", bytes, (), meta, problem=str(error))
         return
-    yield Item(f"{name} {key}", partial(_read, path, picture), captions, meta | {"num_bytes": picture.size})
+    yield Item(f"{name} {key}", partial(_read, path, picture), captions, {"num_bytes": picture.size} | meta)
 
 
 def _captions(file: tars.opened, path: Path, found: dict[str, tars.Member], layout: Layout, where: str) -> tuple[str, ...]:
@@ -94,7 +96,8 @@ def _captions(file: tars.opened, path: Path, found: dict[str, tars.Member], layo
             raise ValueError(f"{where}: .{extension} has {found[extension].size} bytes, more than {EXTENSIONS['json']}")
     for extension in TEXT:
         if extension in found:
-            return (decode_caption(tars.content(file, found[extension], path), where),)
+            caption = decode_caption(tars.content(file, found[extension], path), where)
+            return _of_class(caption, layout, where) if layout.numbered else (caption,)
     if "json" in found:
         try:
             fields = json.loads(tars.content(file, found["json"], path))
@@ -110,10 +113,25 @@ def _captions(file: tars.opened, path: Path, found: dict[str, tars.Member], layo
             raise ValueError(f"{where}: cls holds {number[:20]!r}; expected a class number")
         if layout.class_names is None:
             raise ValueError(f"{where}: a class number and no caption; add --class-names, and --class-template for captions")
-        if number not in layout.class_names:
-            raise ValueError(f"{where}: class {number} has no name in --class-names")
-        return class_captions(number, layout) or (number,)
+        return _of_class(number, layout, where)
     raise ValueError(f"{where}: no caption; expected a txt or json member, found {', '.join(found)}")
+
+
+def _of_class(number: str, layout: Layout, where: str) -> tuple[str, ...]:
+    if number not in layout.class_names:
+        raise ValueError(f"{where}: class {number} has no name in --class-names")
+    return class_captions(number, layout) or (number,)
+
+
+def _own_meta(file: tars.opened, path: Path, found: dict[str, tars.Member], where: str) -> dict | None:
+    """What a set of ours says of where a picture came from, and how large it was."""
+    if "json" not in found:
+        return None
+    try:
+        meta = json.loads(tars.content(file, found["json"], path))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: the json member is not JSON ({error})") from error
+    return meta if isinstance(meta, dict) else None
 
 
 def _read(path: Path, member: tars.Member) -> bytes:
