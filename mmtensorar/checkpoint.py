@@ -4,6 +4,8 @@
       recipe.yaml            the resolved recipe of the run
       backbone/              config.json, model.safetensors, text tokenizer files
       tensorar.safetensors   weights of the window encoder and decoder; absent at window 1
+      adapters.safetensors   after training with adapters: then backbone/ has no weights, and
+      base.json              says where they are, and how to know them again
       image_tokenizer/       config.json, model.safetensors; absent where a conversion was given none
       source.json            of a converted release: kind and sha256 of the files it came from
       checkpoint.json        format version, step, sha256 per file; written last
@@ -15,7 +17,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mmtensorar import attention, backbones, image_tokenizers, tensorar
+from mmtensorar import adapters, attention, backbones, image_tokenizers, tensorar
 from mmtensorar.recipe import Recipe
 from mmtensorar.shards import sha256
 from mmtensorar.tensorar import TensorAR
@@ -31,7 +34,7 @@ from mmtensorar.tensorar import TensorAR
 FORMAT = 1
 INDEX = "checkpoint.json"
 CODEC = "tensorar.safetensors"
-CODEC_PARTS = ("encoder.", "decoder.")
+ADAPTERS, BASE = "adapters.safetensors", "base.json"
 
 
 class Loaded(NamedTuple):
@@ -61,6 +64,11 @@ def starting(recipe: Recipe) -> Recipe:
     if recipe.train.init_from is None:
         return recipe
     read_index(recipe.train.init_from)
+    if (Path(recipe.train.init_from) / ADAPTERS).is_file():
+        raise ValueError(
+            f"train.init_from: {recipe.train.init_from} holds adapters; fold them in first: "
+            "python -m mmtensorar.merge SOURCE TARGET"
+        )
     source = saved_recipe(recipe.train.init_from).backbone
     if source.name != recipe.backbone.name:
         raise ValueError(
@@ -93,13 +101,23 @@ def initial_model(recipe: Recipe) -> TensorAR:
     return model
 
 
+def model_to_train(recipe: Recipe) -> TensorAR:
+    """The model a run starts from, with the adapters that it trains, and what it does not train frozen."""
+    model = initial_model(recipe)
+    adapters.prepare(model, recipe)
+    return model
+
+
 def start_fingerprint(recipe: Recipe) -> str:
     """sha256 over the files that a run starts from, so that a run is not continued on other weights.
 
     Of each file its name, size, and first and last MiB count: enough to tell trainings apart, and quick at any size. A
     hub id stands for itself.
     """
-    folder = Path(recipe.train.init_from or recipe.backbone.path)
+    return _fingerprint(Path(recipe.train.init_from or recipe.backbone.path))
+
+
+def _fingerprint(folder: Path) -> str:
     files = [folder] if folder.is_file() else sorted(path for path in folder.rglob("*") if path.is_file())
     digest = hashlib.sha256(b"" if files else str(folder).encode())
     for path in files:
@@ -114,7 +132,28 @@ def start_fingerprint(recipe: Recipe) -> str:
 
 def codec_state(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The entries of a TensorAR state dict that belong to the window encoder and decoder."""
-    return {name: value for name, value in state_dict.items() if name.startswith(CODEC_PARTS)}
+    return {name: value for name, value in state_dict.items() if name.startswith(adapters.CODEC_PARTS)}
+
+
+def save_adapters(folder: str | Path, recipe: Recipe, state_dict: Mapping[str, Tensor], *, step: int = 0) -> None:
+    """Write a checkpoint of adapters and codec; the folder appears whole or not at all.
+
+    state_dict: what was trained, with TensorAR's names. The backbone's own weights are not copied: base.json names them.
+    """
+    folder = Path(folder)
+    with _replaced(folder) as partial:
+        recipe.save(partial / "recipe.yaml")
+        model = build(recipe, weights=False, device="meta")
+        (partial / "backbone").mkdir()
+        model.backbone.save_config(partial / "backbone")
+        save_file({name: value.contiguous() for name, value in adapters.state(state_dict).items()}, partial / ADAPTERS)
+        if codec := codec_state(state_dict):
+            save_file({name: value.contiguous() for name, value in codec.items()}, partial / CODEC)
+        image_tokenizers.load(recipe.image_tokenizer).save_pretrained(partial / "image_tokenizer")
+        path = recipe.backbone.path
+        base = {"path": str(Path(path).resolve()) if Path(path).exists() else path, "fingerprint": _fingerprint(Path(path))}
+        (partial / BASE).write_text(json.dumps(base) + "\n", encoding="utf-8")
+        write_index(partial, step)
 
 
 def save(
@@ -134,8 +173,7 @@ def save(
     something else, since replacing it would delete it.
     """
     folder = Path(folder)
-    if folder.exists() and not (folder / INDEX).is_file() and any(folder.iterdir()):
-        raise ValueError(f"{folder} exists and is not a checkpoint (no {INDEX}): choose another folder")
+    _check_free(folder)
     if state_dict is not None:
         # On the meta device the model takes the given tensors over; a second copy in float32 would not fit beside 7B.
         model = build(recipe, weights=False, device="meta")
@@ -143,17 +181,29 @@ def save(
         model.load_state_dict(dict(state_dict), strict=True, assign=True)
     assert model is not None, "save needs a model or a state dict"
 
+    with _replaced(folder) as partial:
+        recipe.save(partial / "recipe.yaml")
+        model.backbone.save_pretrained(partial / "backbone")
+        codec = codec_state(model.state_dict())
+        if codec:
+            save_file({name: value.detach().cpu().contiguous() for name, value in codec.items()}, partial / CODEC)
+        image_tokenizers.load(recipe.image_tokenizer).save_pretrained(partial / "image_tokenizer")
+        write_index(partial, step)
+
+
+def _check_free(folder: Path) -> None:
+    if folder.exists() and not (folder / INDEX).is_file() and any(folder.iterdir()):
+        raise ValueError(f"{folder} exists and is not a checkpoint (no {INDEX}): choose another folder")
+
+
+@contextmanager
+def _replaced(folder: Path) -> Iterator[Path]:
+    """A folder to write, which takes the place of a checkpoint at the end. Raises ValueError when something else is there."""
+    _check_free(folder)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    recipe.save(partial / "recipe.yaml")
-    model.backbone.save_pretrained(partial / "backbone")
-    codec = codec_state(model.state_dict())
-    if codec:
-        save_file({name: value.detach().cpu().contiguous() for name, value in codec.items()}, partial / CODEC)
-    image_tokenizers.load(recipe.image_tokenizer).save_pretrained(partial / "image_tokenizer")
-
-    write_index(partial, step)
+    yield partial
     # Renaming onto a folder that holds files fails, so the old one steps aside first and is
     # deleted only when the new one stands.
     old = folder.with_name(folder.name + ".old")
@@ -213,7 +263,8 @@ def saved_recipe(folder: str | Path, *, attn_implementation: attention.Implement
     folder = Path(folder)
     recipe = Recipe.load(folder / "recipe.yaml", [])
     # A text tokenizer set apart in the recipe was copied into backbone/ with the weights.
-    backbone = {"path": str(folder / "backbone"), "attn_implementation": attn_implementation}
+    path = read_base(folder)["path"] if (folder / BASE).is_file() else str(folder / "backbone")
+    backbone = {"path": path, "attn_implementation": attn_implementation}
     if hasattr(recipe.backbone, "text_tokenizer"):
         backbone["text_tokenizer"] = None
     return recipe.model_copy(
@@ -222,6 +273,18 @@ def saved_recipe(folder: str | Path, *, attn_implementation: attention.Implement
             "image_tokenizer": recipe.image_tokenizer.model_copy(update={"path": str(folder / "image_tokenizer")}),
         }
     )
+
+
+def read_base(folder: Path) -> dict[str, str]:
+    """base.json of a checkpoint of adapters. Raises ValueError when it is damaged."""
+    path = folder / BASE
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or set(found) != {"path", "fingerprint"} or not all(isinstance(v, str) for v in found.values()):
+        raise ValueError(f"{path}: expected the path and the fingerprint of the backbone, the checkpoint is damaged")
+    return found
 
 
 def load(
@@ -241,7 +304,14 @@ def load(
     attention.require(attn_implementation, key="attn_implementation", dtype=dtype)
     index = check_files(folder) if verify else read_index(folder)
     recipe = saved_recipe(folder, attn_implementation=attn_implementation)
+    if (folder / ADAPTERS).is_file() and _fingerprint(Path(recipe.backbone.path)) != read_base(folder)["fingerprint"]:
+        raise ValueError(f"checkpoint {folder}: its adapters are for other weights than those in {recipe.backbone.path} now")
     model = tensorar.build(recipe, backbones.load(recipe.backbone, device="cpu"))
+    if (folder / ADAPTERS).is_file():
+        try:
+            adapters.fold(model, recipe, load_file(folder / ADAPTERS))
+        except ValueError as error:
+            raise ValueError(f"checkpoint {folder}: {error}") from error
     if codec_state(model.state_dict()):
         if not (folder / CODEC).is_file():
             raise ValueError(f"checkpoint {folder}: {CODEC} is missing, and its recipe has tensorar.window {model.window}")

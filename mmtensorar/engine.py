@@ -20,10 +20,11 @@ if not torch.cuda.is_available():
 
 import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
+from deepspeed.ops.adam import DeepSpeedCPUAdam  # noqa: E402
 from deepspeed.utils import safe_get_full_fp32_param  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from mmtensorar import checkpoint, optimizers  # noqa: E402
+from mmtensorar import adapters, checkpoint, optimizers  # noqa: E402
 from mmtensorar.recipe import Recipe  # noqa: E402
 
 STATE = "state.json"
@@ -163,12 +164,12 @@ def start(recipe: Recipe, world_size: int, device: torch.device):
     if recipe.zero.stage == 3:
         model = _partitioned_model(recipe, config, device)
     else:
-        model = together(lambda: checkpoint.initial_model(recipe), device)
+        model = together(lambda: checkpoint.model_to_train(recipe), device)
     model.backbone.activation_checkpointing = recipe.train.activation_checkpointing
     model.train()
 
     optim = recipe.optim
-    optimizer = optimizers.build(optim, optimizers.groups(model, optim), device)
+    optimizer = optimizers.build(optim, optimizers.groups(model, optim), device, DeepSpeedCPUAdam)
 
     def factor(step: int) -> float:
         return learning_rate_factor(
@@ -208,11 +209,13 @@ def _partitioned_model(recipe: Recipe, config: dict, device: torch.device):
     because a child's parameters would be empty before its parent's initialisation code runs.
     """
     rank = torch.distributed.get_rank()
-    source = together(lambda: checkpoint.initial_model(recipe) if rank == 0 else None, device)
+    source = together(lambda: checkpoint.model_to_train(recipe) if rank == 0 else None, device)
 
     def shapes():
         with torch.device("meta"):
-            return checkpoint.build(recipe, weights=False, device="meta")
+            model = checkpoint.build(recipe, weights=False, device="meta")
+            adapters.prepare(model, recipe)
+            return model
 
     model = together(shapes, device)
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
@@ -262,14 +265,16 @@ def whole(engine) -> Iterator:
         engine.module.train()
 
 
-def full_state_dict(engine) -> dict[str, Tensor] | None:
-    """All weights on the CPU in float32: the optimizer's master copy. None except on rank 0.
+def full_state_dict(engine, *, trained_only: bool = False) -> dict[str, Tensor] | None:
+    """All weights (or those that are trained) on the CPU in float32: the optimizer's master copy. None except on rank 0.
 
     Every rank must call it, since ZeRO gathers each parameter from all of them.
     """
     rank = torch.distributed.get_rank()
     state, masters = {}, _masters(engine)
     for name, parameter in engine.module.named_parameters(remove_duplicate=False):
+        if trained_only and not parameter.requires_grad:
+            continue
         value = masters.get(id(parameter))
         if value is None and parameter.requires_grad:
             value = safe_get_full_fp32_param(parameter)

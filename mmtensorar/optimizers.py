@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
-from mmtensorar import checkpoint
+from mmtensorar import adapters
 from mmtensorar.recipe import Optim
 
 
 def groups(model: nn.Module, optim: Optim) -> list[dict]:
-    """Parameter groups of all that is trained: the backbone's at lr, the codec's and adapters' at tensorar_lr.
+    """Parameter groups of all that is trained: the codec's at tensorar_lr, the others' at lr.
 
     Norms, biases and embeddings have no weight decay: pulling them towards zero does not make a model simpler.
     """
@@ -20,7 +22,7 @@ def groups(model: nn.Module, optim: Optim) -> list[dict]:
         if parameter.requires_grad:
             # Under ZeRO-3 a parameter is a flat piece, and its shape stands beside it.
             matrix = len(getattr(parameter, "ds_shape", parameter.shape)) > 1 and id(parameter) not in embeddings
-            found.setdefault((name.startswith(checkpoint.CODEC_PARTS), matrix), []).append(parameter)
+            found.setdefault((name.startswith(adapters.CODEC_PARTS), matrix), []).append(parameter)
     rates = {False: optim.lr, True: optim.lr if optim.tensorar_lr is None else optim.tensorar_lr}
     return [
         {"params": parameters, "lr": rates[added], "weight_decay": optim.weight_decay if matrix else 0.0}
@@ -28,16 +30,16 @@ def groups(model: nn.Module, optim: Optim) -> list[dict]:
     ]
 
 
-def build(optim: Optim, groups: list[dict], device: torch.device) -> torch.optim.Optimizer:
-    """The optimiser that optim.name asks for. Raises ValueError when it cannot be had here."""
+def build(
+    optim: Optim, groups: list[dict], device: torch.device, cpu_adam: Callable[..., torch.optim.Optimizer] | None = None
+) -> torch.optim.Optimizer:
+    """The optimiser that optim.name asks for; cpu_adam: DeepSpeed's class. Raises ValueError when it cannot be had here."""
     common = {"betas": tuple(optim.betas), "eps": optim.eps, "weight_decay": optim.weight_decay}
     if optim.name == "adamw":
         return torch.optim.AdamW(groups, **common)
     if optim.name == "cpu_adam":
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
         try:
-            return DeepSpeedCPUAdam(groups, adamw_mode=True, **common)
+            return cpu_adam(groups, adamw_mode=True, **common)
         except Exception as error:  # it is compiled at first use, by whatever compiler is there
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"optim.name cpu_adam: DeepSpeed cannot compile it here ({reason}); adamw works") from error

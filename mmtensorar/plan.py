@@ -13,11 +13,12 @@ from pathlib import Path
 
 from torch import nn
 
-from mmtensorar import backbones, checkpoint, tensorar
+from mmtensorar import adapters, backbones, tensorar
 from mmtensorar.recipe import Recipe
 
 GIB = 2**30
 NUM_GPUS = (1, 8, 64)
+FOUR_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes: 4 bits, a scale of 8 bits for 64 numbers, one of 32 bits for 256 scales
 PROMPT_TOKENS = 32  # a typical caption with the prompt template, where its length is free; the plan cannot know yours
 
 
@@ -31,24 +32,31 @@ def shapes(recipe: Recipe) -> tensorar.TensorAR:
         if unsaid and not Path(section.path).exists():
             raise ValueError(f"{error}; to plan a released model without its file, set {', '.join(unsaid)}") from None
         raise
-    return tensorar.build(recipe, backbone).to("meta")
+    model = tensorar.build(recipe, backbone).to("meta")
+    adapters.prepare(model, recipe)
+    return model
 
 
 def parameters(model) -> dict[str, int]:
-    """Counts: backbone, tensorar (the codec), trainable."""
-    counts = {"backbone": 0, "tensorar": 0, "trainable": 0}
+    """Counts: backbone (adapters included), tensorar (the codec), trainable, and of the backbone's those held in 4 bits."""
+    counts = {"backbone": 0, "tensorar": 0, "trainable": 0, "four_bit": 0}
     for name, parameter in model.named_parameters():
-        counts["tensorar" if name.startswith(checkpoint.CODEC_PARTS) else "backbone"] += parameter.numel()
+        counts["tensorar" if name.startswith(adapters.CODEC_PARTS) else "backbone"] += parameter.numel()
         counts["trainable"] += parameter.numel() * parameter.requires_grad
+        counts["four_bit"] += parameter.numel() * (type(parameter).__name__ == "Params4bit")
     return counts
 
 
-def state_bytes(total: int, trainable: int, *, stage: int, num_gpus: int, precision: str) -> int:
-    """Bytes per GPU of parameters, gradients and optimiser state, without activations and offloading."""
+def state_bytes(total: int, trainable: int, *, stage: int, num_gpus: int, precision: str, four_bit: int = 0) -> int:
+    """Bytes per GPU of parameters, gradients and optimiser state, without activations and offloading.
+
+    four_bit: how many of total are held in NF4.
+    """
     # Under fp32 there is no second copy: 4 + 4 + 8 bytes instead of 2 + 2 + 12.
     weight, gradient, optimiser = (2, 2, 12) if precision == "bf16" else (4, 4, 8)
     shares = [num_gpus if stage >= at else 1 for at in (3, 2, 1)]
-    return round(total * weight / shares[0] + trainable * gradient / shares[1] + trainable * optimiser / shares[2])
+    weights = (total - four_bit) * weight + four_bit * FOUR_BIT
+    return round(weights / shares[0] + trainable * gradient / shares[1] + trainable * optimiser / shares[2])
 
 
 def flops_per_step(recipe: Recipe, model) -> tuple[int, int]:
@@ -80,7 +88,7 @@ def flops_per_step(recipe: Recipe, model) -> tuple[int, int]:
         elif name.startswith("backbone.prefix"):
             times = prefix_len * 3
         else:
-            times = rows * layer_passes
+            times = rows * (layer_passes - (not parameter.requires_grad))  # a frozen weight needs no gradient of its own
         per_sample += 2 * parameter.numel() * times
     per_sample += model.backbone.num_layers * 2 * D * rows * rows * layer_passes
     return recipe.data.batch_size * T, recipe.data.batch_size * per_sample
@@ -97,7 +105,7 @@ def report(recipe: Recipe) -> str:
     counts = parameters(model)
     total = counts["backbone"] + counts["tensorar"]
     tokens, flops = flops_per_step(recipe, model)
-    stages = dict.fromkeys((recipe.zero.stage, 3))
+    stages = dict.fromkeys((recipe.zero.stage, 2 if recipe.train.parts == "qlora" else 3))
     steps = recipe.train.steps
     if steps is None:
         run = f"{recipe.train.epochs:g} epochs"
@@ -111,9 +119,10 @@ def report(recipe: Recipe) -> str:
         f"memory per GPU in GiB: weights, gradients and AdamW in {recipe.train.precision}, without activations",
         "             " + "".join(f"{f'{n} GPU' + 's' * (n > 1):>10}" for n in NUM_GPUS),
     ]
+    held = {"precision": recipe.train.precision, "four_bit": counts["four_bit"]}
     for stage in stages:
         row = [
-            state_bytes(total, counts["trainable"], stage=stage, num_gpus=n, precision=recipe.train.precision) / GIB
+            state_bytes(total, counts["trainable"], stage=stage, num_gpus=n, **held) / GIB
             for n in NUM_GPUS
         ]
         lines.append(f"  ZeRO-{stage}     " + "".join(f"{value:>10.1f}" for value in row))

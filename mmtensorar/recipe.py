@@ -125,14 +125,17 @@ class Optim(Section):
 class Train(Section):
     """Either steps or epochs. label_smoothing, z_loss: see TensorAR; the losses in the log stay cross entropy per offset.
 
-    max_grad_norm: a gradient norm (before clipping) beyond which the run stops, None is any. sample_every, validate_every, save_every: 0 is never (a finished or stopped run is always saved)."""
+    parts: what of the backbone is trained beside the codec: all, its head, or adapters (lora), on matrices in 4 bits (qlora).
+    freeze: patterns of names of parameters that are not, on top. max_grad_norm: a gradient norm (before clipping) beyond which the run stops, None is any. sample_every, validate_every, save_every: 0 is never (a finished or stopped run is always saved)."""
 
     steps: Annotated[int, Ge(1)] | None = None
     epochs: Annotated[float, Gt(0)] | None = None
     grad_accum: int = Field(1, ge=1)
     precision: Literal["bf16", "fp32"] = "bf16"
+    parts: Literal["all", "heads", "lora", "qlora"] = "all"
+    freeze: list[str] = []
     activation_checkpointing: bool = False
-    loss_chunk_tokens: int = Field(4096, ge=1)
+    loss_chunk_tokens: int = Field(2048, ge=1)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     z_loss: float = Field(0.0, ge=0)
     max_grad_norm: float | None = Field(None, gt=0)
@@ -144,6 +147,17 @@ class Train(Section):
     validate_every: int = Field(0, ge=0)
     sample_every: int = Field(0, ge=0)
     sample_prompts: list[str] = []
+
+
+class Lora(Section):
+    """Low-rank adapters, for train.parts lora and qlora. targets: pattern of the names of the backbone's matrices that get one,
+    None for those of all its layers.
+    """
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: str | None = None
 
 
 class Zero(Section):
@@ -186,6 +200,7 @@ class Recipe(Section):
     data: Data
     optim: Optim = Optim()
     train: Train
+    lora: Lora = Lora()
     zero: Zero = Zero()
     sampler: SamplerSettings = SamplerSettings()
 
@@ -212,6 +227,15 @@ class Recipe(Section):
             problems.append("data.validation and train.validate_every have an effect only together")
         if self.zero.offload_params != "none" and self.zero.stage != 3:
             problems.append(f"zero.offload_params needs zero.stage 3, found {self.zero.stage}")
+        if self.train.parts == "qlora" and self.zero.stage == 3:
+            problems.append(
+                "train.parts qlora does not go with zero.stage 3, which would cut 4-bit matrices up; use stage 2, or train.parts lora"
+            )
+        for pattern in [*self.train.freeze, *([self.lora.targets] if self.lora.targets else [])]:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                problems.append(f"{pattern!r} is no pattern ({error})")
         offloaded = self.zero.offload_optimizer != "none"
         if self.optim.name == "cpu_adam" and not offloaded:
             problems.append("optim.name cpu_adam is for zero.offload_optimizer cpu; without it use adamw")

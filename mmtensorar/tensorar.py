@@ -44,7 +44,7 @@ class TensorAR(nn.Module):
         schedule: Schedule,
         *,
         offset_weights: Sequence[float],
-        chunk_tokens: int = 4096,
+        chunk_tokens: int = 2048,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
     ):

@@ -25,7 +25,7 @@ from typing import NoReturn  # noqa: E402
 
 import torch  # noqa: E402
 
-from mmtensorar import backbones, checkpoint, data, image_tokenizers  # noqa: E402
+from mmtensorar import adapters, backbones, checkpoint, data, image_tokenizers  # noqa: E402
 from mmtensorar import engine as deep  # noqa: E402
 from mmtensorar.decode import Sampler, decode, per_factor  # noqa: E402
 from mmtensorar.generate import to_images  # noqa: E402
@@ -158,6 +158,7 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
 
     if bool(recipe.train.sample_every) != bool(recipe.train.sample_prompts):
         say("note: train.sample_every and train.sample_prompts have an effect only together: there will be no sample images")
+    say(adapters.table(engine.module))
     if hasattr(recipe.backbone, "attn_implementation"):
         say(f"attention: {recipe.backbone.attn_implementation}")
 
@@ -289,8 +290,11 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
     if step >= recipe.train.steps:
         # A stopped run gets no model/: its presence says that the run is finished. Outside the loop, so that a run
         # killed between its last checkpoint and this line gets it when it is resumed.
-        state_dict = deep.full_state_dict(engine)
-        if first:
+        with_adapters = recipe.train.parts in adapters.WITH_ADAPTERS
+        state_dict = deep.full_state_dict(engine, trained_only=with_adapters)
+        if first and with_adapters:
+            checkpoint.save_adapters(folder / "model", recipe, state_dict, step=step)
+        elif first:
             checkpoint.save(folder / "model", None, recipe, state_dict=state_dict, step=step)
         deep.barrier()
     if step < recipe.train.steps:

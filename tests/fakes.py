@@ -114,8 +114,8 @@ def tiny_janus(num_codes: int = 11, side: int = 3):
     return janus.build(_janus_config(num_codes, side, initializer_range=0.3, **text))
 
 
-def write_tiny_janus(folder: Path, num_codes: int = 32, side: int = 4) -> None:
-    """A random Janus of width 32 with a word-level text tokenizer, in the released layout; its VQ model in folder/vq."""
+def write_tiny_janus(folder: Path, num_codes: int = 32, side: int = 4, width: int = 32) -> None:
+    """A random Janus with a word-level text tokenizer, in the released layout; its VQ model in folder/vq."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import JanusForConditionalGeneration, PreTrainedTokenizerFast
 
@@ -131,7 +131,7 @@ def write_tiny_janus(folder: Path, num_codes: int = 32, side: int = 4) -> None:
         bos_token="<｜begin▁of▁sentence｜>",
         eos_token="<｜end▁of▁sentence｜>",
     ).save_pretrained(folder)
-    text = dict(vocab_size=64, hidden_size=32, intermediate_size=64, max_position_embeddings=256)
+    text = dict(vocab_size=64, hidden_size=width, intermediate_size=64, max_position_embeddings=256)
     config = _janus_config(num_codes, side, pad_token_id=1, bos_token_id=2, eos_token_id=3, **text)
     torch.manual_seed(0)
     model = JanusForConditionalGeneration(config)

@@ -17,7 +17,7 @@ from torch import Tensor
 from mmtensorar import attention, backbones, captions, plan
 from mmtensorar.backbones import Condition, llamagen
 from mmtensorar.decode import Sampler, decode
-from mmtensorar.recipe import Recipe
+from mmtensorar.recipe import Recipe, Train
 from tests.fakes import llamagen_condition, tiny_llamagen, write_tiny_t5
 from tests.test_tensorar import wrap
 
@@ -300,7 +300,7 @@ def test_released_sizes_and_the_papers_budget(size, condition, parameters, budge
     recipe = Recipe.model_construct(
         backbone=llamagen.Config(name="llamagen", path="not-here.pt", size=size, condition=condition, image_size=256),
         tensorar=Recipe.model_fields["tensorar"].default,
-        train=SimpleNamespace(loss_chunk_tokens=1),
+        train=Train(steps=1),
     )
     counts = plan.parameters(plan.shapes(recipe))
     assert counts["backbone"] == parameters

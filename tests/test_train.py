@@ -297,6 +297,23 @@ def test_a_run_with_eight_bit_moments_resumes_exactly(bench):
     assert [numbers(row) for row in rows(bench, name)] == [numbers(row) for row in rows(bench, "eight")]
 
 
+def test_adapters_under_zero_3_resume_exactly_and_load(bench):
+    settings = ["train.parts=lora", "lora.rank=4", "zero.stage=3"]
+    done = run(bench, "run.name=lora", *settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "adapters" in done.stdout and "trained" in done.stdout
+    name = cut(bench, "lora")
+    done = run(bench, f"run.name={name}", *settings, "--resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [numbers(row) for row in rows(bench, name)] == [numbers(row) for row in rows(bench, "lora")]
+    one, other = (checkpoint.load(bench / "runs" / run_name / "model").model.state_dict() for run_name in ("lora", name))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert {path.name for path in (bench / "runs" / "lora" / "model").glob("*.safetensors")} == {
+        "adapters.safetensors",
+        "tensorar.safetensors",
+    }
+
+
 def test_damage_on_one_rank_stops_both(bench):
     """Only rank 1 reads the damaged sample: rank 0 must hear of it, and is the one that says so."""
     folder = bench / "damaged"

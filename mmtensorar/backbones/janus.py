@@ -35,6 +35,9 @@ BEGIN_OF_IMAGE = "<begin_of_image>"
 # Looked up by name where a tokenizer file gives them no role.
 SPECIAL = {"bos_token": "<｜begin▁of▁sentence｜>", "pad_token": "<｜▁pad▁｜>"}
 
+# The matrices of the language model's layers.
+LORA_TARGETS = r"language_model\.layers\.\d+\..*_proj"
+
 # Our names -> the names in a transformers checkpoint.
 KEYS = {
     "prefix.embed_tokens.": "model.language_model.embed_tokens.",

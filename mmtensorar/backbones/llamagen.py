@@ -48,6 +48,9 @@ SIZES = {  # released models: width, layers, heads
 OFFICIAL_FILE = re.compile(r"(?:c2i|t2i)_(?:B|L|XL|XXL|3B)_(?:stage\d_)?(\d+)\.\w+")
 PIXELS_PER_TOKEN = 16  # a side, with the VQ-16 tokenizer that all released models use
 
+# The matrices of the transformer's layers.
+LORA_TARGETS = r"layers\.\d+\.(attention|feed_forward)\.\w+"
+
 
 class Config(Section):
     """path: a .pt or .safetensors file with official names, or a folder or Hugging Face id with config.json.

@@ -46,6 +46,9 @@ OTHERS = re.compile(r"first_stage_model\.|.*\.kv_cache\.")
 WRAPPERS = ("state_dict",)  # where Lightning puts the tensors
 FIRST_TABLE = "transformer.pre_emb.weight"
 
+# The matrices of the transformer's layers.
+LORA_TARGETS = r"layers\.\d+\.(attention|feed_forward)\.\w+"
+
 
 class Config(Section):
     """path: a folder we saved, or an official file (AR_256_B.ckpt) or the Hugging Face id that has it.

@@ -1,0 +1,38 @@
+"""Fold a checkpoint's adapters into its weights: `python -m mmtensorar.merge runs/NAME/model OUT`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from mmtensorar import checkpoint
+
+
+def merge(source: Path, target: Path) -> None:
+    """Write the checkpoint of adapters at source as one with all weights. Raises ValueError when it has no adapters."""
+    index = checkpoint.read_index(source)
+    if not (source / checkpoint.ADAPTERS).is_file():
+        raise ValueError(f"{source} has no {checkpoint.ADAPTERS}: its weights are whole already")
+    loaded = checkpoint.load(source)
+    # What was trained how is told by the run; the weights are like those of any other now.
+    train = loaded.recipe.train.model_copy(update={"parts": "all", "freeze": []})
+    checkpoint.save(target, loaded.model, loaded.recipe.model_copy(update={"train": train}), step=index["step"])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m mmtensorar.merge", description=__doc__.splitlines()[0])
+    parser.add_argument("source", type=Path, help="checkpoint of adapters, such as runs/NAME/model")
+    parser.add_argument("target", type=Path, help="folder to write")
+    options = parser.parse_args(arguments)
+    try:
+        merge(options.source, options.target)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{options.target}: whole weights, for generate, eval and train.init_from")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
