@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a script, the folder of this file stands first
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import get_args
 
@@ -39,11 +39,11 @@ from mmtensorar.shards import (
 )
 
 
-def encode_shard(
-    folder: Path, shard: Shard, encoder: T5Features, expected: TextFeatures, *, batch_size: int
+def encode_samples(
+    samples: Iterable[Sample], path: Path, encoder: T5Features, expected: TextFeatures, *, batch_size: int
 ) -> Iterator[Sample]:
-    """The samples of one shard, each with its features as the last member."""
-    path, samples = folder / shard.name, iterate_shard(folder, shard)
+    """Samples of the shard at path, each with its features as the last member."""
+    samples = iter(samples)
     while batch := list(islice(samples, batch_size)):
         where = [f"{path}: sample {sample.key}" for sample in batch]
         for sample, place in zip(batch, where, strict=True):
@@ -58,24 +58,33 @@ def encode_shard(
             yield Sample(sample.key, others | {"t5.npy": encode_features(features)})
 
 
-def encode(folder: Path, encoder: T5Features, ranks: Ranks, *, batch_size: int) -> None:
-    """Encode a shard folder. Raises ValueError when the set has no captions, or is damaged."""
-    manifest = read_set(folder, ranks)
-    if manifest.classes is not None:
-        classes = len(manifest.classes)
-        raise ValueError(f"{folder}: its captions are numbers of {classes} classes, which have no text features")
-    expected = TextFeatures(
+def features_of(encoder: T5Features) -> TextFeatures:
+    """What the manifest will say. Raises ValueError when there is no such encoder."""
+    return TextFeatures(
         text_encoder=encoder.path,
         weight_hash=encoder_hash(encoder.path, key="--text-encoder"),
         width=encoder_width(encoder.path, key="--text-encoder"),
         max_tokens=encoder.num_slots,
         cleaning=encoder.cleaning,
     )
+
+
+def encode(folder: Path, encoder: T5Features, ranks: Ranks, *, batch_size: int) -> None:
+    """Encode a shard folder. Raises ValueError when the set has no captions, or is damaged."""
+    manifest = read_set(folder, ranks)
+    if manifest.classes is not None:
+        classes = len(manifest.classes)
+        raise ValueError(f"{folder}: its captions are numbers of {classes} classes, which have no text features")
+    expected = features_of(encoder)
     what = f"text features of {encoder.path} {expected.weight_hash[:12]}"
     if manifest.text_features == expected:
         ranks.say(f"reusing {folder}: it has {what}")
     else:
-        change = lambda shard: encode_shard(folder, shard, encoder, expected, batch_size=batch_size)  # noqa: E731
+
+        def change(shard: Shard) -> Iterator[Sample]:
+            samples = iterate_shard(folder, shard)
+            return encode_samples(samples, folder / shard.name, encoder, expected, batch_size=batch_size)
+
         rewrite(folder, manifest, change, ranks, desc="encoding", unit="captions", text_features=expected)
         ranks.say(f"{folder}: {manifest.num_samples} captions have {what}, cleaning {encoder.cleaning}")
     if not ranks.first:
@@ -92,6 +101,17 @@ def stored_bytes(path: Path) -> int:
         return sum(member.end - place for place, member in tars.placed(file, path) if member.name.endswith(".t5.npy"))
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """How captions are encoded, once there is a text encoder."""
+    parser.add_argument(
+        "--caption-cleaning",
+        choices=get_args(Cleaning),
+        default="original",
+        help="as in backbone.caption_cleaning (default: original, LlamaGen's)",
+    )
+    parser.add_argument("--max-tokens", type=int, default=120, help="longer captions are cut (default: 120, LlamaGen's)")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", type=Path, help="shard folder")
@@ -101,13 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="FOLDER_OR_ID",
         help="a T5, as in backbone.text_encoder (default: google/flan-t5-xl)",
     )
-    parser.add_argument(
-        "--caption-cleaning",
-        choices=get_args(Cleaning),
-        default="original",
-        help="as in backbone.caption_cleaning (default: original, LlamaGen's)",
-    )
-    parser.add_argument("--max-tokens", type=int, default=120, help="longer captions are cut (default: 120, LlamaGen's)")
+    add_arguments(parser)
     parser.add_argument("--batch-size", type=int, default=32, help="captions encoded at a time")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it

@@ -41,7 +41,7 @@ from data_tools.places import is_local
 from data_tools.samples import Unwanted, Wanted, generator, make_sample
 from data_tools.sources import SOURCES, Item, Items, Layout, class_folder
 from mmtensorar.remote import is_url, store_errors
-from mmtensorar.shards import MANIFEST, MAX_SIDE, Codes, Manifest, Sample, Staging, write_text
+from mmtensorar.shards import MANIFEST, MAX_SIDE, Codes, Manifest, Sample, Staging, TextFeatures, write_text
 
 LEFT_OUT = "left_out.jsonl"
 PART_SAMPLES = 1000  # where shards are not counted in samples
@@ -188,10 +188,10 @@ def set_in(out: Path) -> Manifest | None:
     return None
 
 
-def is_made(out: Path, made: dict, codes: Codes | None, overwrite: bool) -> bool:
-    """Whether the set is there already, with the codes asked for. Raises ValueError when another one is, which is to stay."""
+def is_made(out: Path, made: dict, entry: dict, overwrite: bool) -> bool:
+    """Whether the set is there already, with what is to be encoded. Raises ValueError when another one is, which is to stay."""
     old = set_in(out)
-    same = old is not None and old.made == made and codes in (None, old.codes)
+    same = old is not None and old.made == made and all(getattr(old, key) == value for key, value in entry.items())
     if old is not None and not same and not overwrite:
         raise ValueError(f"{out} holds another set ({describe(old)}); choose another --out, or add --overwrite")
     return same
@@ -212,15 +212,15 @@ def make(options: argparse.Namespace) -> None:
         "on_error": options.on_error,
         **asdict(wanted),
     }
-    encoder = load_encoder(options) if options.image_tokenizer else None
+    encoder = load_encoders(options, source.classes)
     if encoder:
-        made["codes"] = encoder.codes.model_dump(mode="json")
+        made |= {key: value.model_dump(mode="json") for key, value in encoder.entry.items()}
     if options.dry_run:
         show(source, wanted, options)
         return
-    splits, codes = bool(options.validation_share), encoder.codes if encoder else None
-    held_is_made = splits and is_made(held_out, made, codes, options.overwrite)
-    if is_made(out, made, codes, options.overwrite) and held_is_made == splits:
+    splits, entry = bool(options.validation_share), encoder.entry if encoder else {}
+    held_is_made = splits and is_made(held_out, made, entry, options.overwrite)
+    if is_made(out, made, entry, options.overwrite) and held_is_made == splits:
         print(f"reusing {out}: {describe(set_in(out))}")
         return
 
@@ -228,7 +228,7 @@ def make(options: argparse.Namespace) -> None:
     parts = all_parts(staging, source, wanted, options, encoder)
     left_out = [each for part in parts for each in part.left_out]
     if options.deduplicate:
-        left_out += duplicates(parts, source.items)
+        left_out += duplicates(parts, source.items, pictures=options.deduplicate == "pictures")
     gone = {each.number for each in left_out}
     if len(gone) == len(source.items):
         raise ValueError(f"{out}: nothing is left of {len(gone)} samples ({reasons(left_out)})")
@@ -246,7 +246,7 @@ def make(options: argparse.Namespace) -> None:
     def held(number: int) -> bool:
         return number in aside
 
-    write = partial(write_set, parts, options=options, source=source, made=made, codes=codes)
+    write = partial(write_set, parts, options=options, source=source, made=made, entry=entry)
     if splits and not held_is_made:
         write(Staging(held_out, [made, PARTS]), staging.path, lambda number: number not in gone and held(number))
     if left_out:
@@ -259,10 +259,45 @@ def make(options: argparse.Namespace) -> None:
 
 
 class Encoder(NamedTuple):
-    """codes: what the manifest will say of them. encoded: see parts.add_codes."""
+    """What is added to the samples in the same pass. entry: what the manifest will say of it. encoded: see parts.add_codes."""
 
-    codes: Codes
+    entry: dict[str, Codes | TextFeatures]
     encoded: Callable[[Iterable[Sample], Path], Iterator[Sample]]
+
+
+def load_encoders(options: argparse.Namespace, classes: tuple[str, ...] | None) -> Encoder | None:
+    """Those of --image-tokenizer and --text-encoder, one after the other; None without both."""
+    found = [load_encoder(options)] if options.image_tokenizer else []
+    if options.text_encoder:
+        if classes is not None:
+            raise ValueError(
+                f"--text-encoder: the captions are numbers of {len(classes)} classes, which have no text features"
+            )
+        found.append(load_text_encoder(options))
+    if not found:
+        return None
+
+    def encoded(samples: Iterable[Sample], path: Path) -> Iterator[Sample]:
+        for each in found:
+            samples = each.encoded(samples, path)
+        return iter(samples)
+
+    return Encoder({key: value for each in found for key, value in each.entry.items()}, encoded)
+
+
+def load_text_encoder(options: argparse.Namespace) -> Encoder:
+    from data_tools import encode_text  # which imports torch
+    from mmtensorar import devices
+    from mmtensorar.captions import T5Features
+
+    settings = dict(num_slots=options.max_tokens, dim=None, cleaning=options.caption_cleaning)
+    encoder = T5Features(options.text_encoder, device=devices.pick(options.device), **settings)
+    expected = encode_text.features_of(encoder)
+    size = options.batch_size
+    return Encoder(
+        {"text_features": expected},
+        lambda samples, path: encode_text.encode_samples(samples, path, encoder, expected, batch_size=size),
+    )
 
 
 def load_encoder(options: argparse.Namespace) -> Encoder:
@@ -278,7 +313,7 @@ def load_encoder(options: argparse.Namespace) -> Encoder:
     encode_codes.check_size(str(options.out), options.image_size, image_tokenizer.image_size, options.crops)
     settings = dict(image_size=options.image_size, batch_size=options.batch_size, device=device)
     return Encoder(
-        codes,
+        {"codes": codes},
         lambda samples, path: encode_codes.encode_samples(samples, path, image_tokenizer, codes, **settings),
     )
 
@@ -316,13 +351,13 @@ def all_parts(
     return [finished[name] for name in sorted(finished)]
 
 
-def duplicates(parts: list[Part], items: Items) -> list[LeftOut]:
-    """Of samples with the same picture and caption all but the first."""
+def duplicates(parts: list[Part], items: Items, *, pictures: bool) -> list[LeftOut]:
+    """Of samples with the same picture and caption, or the same picture, all but the first."""
     first: dict[str, int] = {}
     found = []
     for part in parts:
         for kept in part.kept:
-            number = first.setdefault(kept.digest, kept.number)
+            number = first.setdefault(kept.picture if pictures else kept.digest, kept.number)
             if number != kept.number:
                 name = items[kept.number].key
                 found.append(LeftOut(kept.number, name, f"duplicate of {items[number].key}"))
@@ -346,7 +381,7 @@ def write_set(
     options: argparse.Namespace,
     source: Source,
     made: dict,
-    codes: Codes | None,
+    entry: dict[str, Codes | TextFeatures],
 ) -> None:
     """Write one set from the parts and put it in its place."""
     max_samples = len(source.items) if options.bytes_per_shard else options.samples_per_shard
@@ -372,7 +407,7 @@ def write_set(
         shards=tuple(finished[name] for name in sorted(finished)),
         num_samples=sum(shard.num_samples for shard in finished.values()),
         image_size=options.image_size,
-        codes=codes,
+        **entry,
         classes=source.classes,
         source=source.name,
         seed=options.seed,
@@ -509,7 +544,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     group.add_argument("--min-caption", type=positive, default=0, metavar="CHARACTERS")
     group.add_argument("--max-caption", type=positive, default=0, metavar="CHARACTERS")
-    group.add_argument("--deduplicate", action="store_true", help="of equal pictures with equal captions take the first")
+    group.add_argument(
+        "--deduplicate",
+        nargs="?",
+        choices=["samples", "pictures"],
+        const="samples",
+        default=False,
+        help="of equal pictures with equal captions take one (the first in the set's order), or of equal pictures",
+    )
     group.add_argument(
         "--on-error",
         choices=["raise", "skip"],
@@ -555,7 +597,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     group.add_argument("--crops", type=int, choices=[1, 2, 5, 10], default=1, help="codes per image, see encode_codes.py")
     group.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of encoding (default: fp32)")
-    group.add_argument("--batch-size", type=positive, default=32, help="images (or crops) encoded at a time (default: 32)")
+    group.add_argument(
+        "--text-encoder",
+        metavar="PATH",
+        help="add text features in the same pass, as encode_text.py would: a T5's folder or hub id",
+    )
+    group.add_argument(
+        "--caption-cleaning", choices=["original", "lower", "none"], default="original", help="see encode_text.py"
+    )
+    group.add_argument("--max-tokens", type=positive, default=120, help="longer captions are cut (default: 120)")
+    group.add_argument(
+        "--batch-size", type=positive, default=32, help="images (or crops), or captions, at a time (default: 32)"
+    )
     group.add_argument("--device", help="for encoding (default: cuda where there is one, else cpu)")
     group.add_argument("--samples-per-shard", type=positive, default=1000, metavar="N", help="(default: 1000)")
     group.add_argument("--bytes-per-shard", type=num_bytes, default=0, metavar="N", help="instead: such as 500M or 1G")
@@ -581,10 +634,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--dry-run", action="store_true", help="write nothing; try the first pictures and tell what would be made"
     )
     options = parser.parse_args(arguments)
-    if not options.image_tokenizer:
-        for name in ("name", "tokenizer_size", "crops", "precision", "batch_size", "device"):
-            if getattr(options, name) != parser.get_default(name):
-                parser.error(f"--{name.replace('_', '-')} goes with --image-tokenizer")
+    goes_with = {
+        "--image-tokenizer": ("name", "tokenizer_size", "crops", "precision"),
+        "--text-encoder": ("caption_cleaning", "max_tokens"),
+        "--image-tokenizer or --text-encoder": ("batch_size", "device"),
+    }
+    given = {"--image-tokenizer": options.image_tokenizer, "--text-encoder": options.text_encoder}
+    for wanted, names in goes_with.items():
+        for name in names:
+            if not any(given[each] for each in wanted.split(" or ")) and getattr(options, name) != parser.get_default(name):
+                parser.error(f"--{name.replace('_', '-')} goes with {wanted}")
     if options.num_samples and not options.synthesize:
         parser.error("--num-samples goes with --synthesize; of any other source --limit takes a part")
     if options.seed < 0:

@@ -111,6 +111,23 @@ def test_codes_written_in_one_pass_are_those_added_afterwards(tmp_path, plain, v
     assert make_shards.main(arguments) == 0 and len(calls) == 6  # it is there
 
 
+def test_codes_and_text_features_in_one_pass(tmp_path, plain, vq):
+    """The bytes of three commands by one."""
+    from data_tools import encode_text
+    from tests.fakes import write_tiny_t5
+
+    write_tiny_t5(tmp_path / "t5")
+    text = ["--text-encoder", str(tmp_path / "t5"), "--caption-cleaning", "none", "--max-tokens", "7", "--device", "cpu"]
+    expected = copy(plain, tmp_path / "expected")
+    assert encode(expected, vq) == 0 and encode_text.main([str(expected), *text]) == 0
+    arguments = ["--synthesize", "shapes", "--num-samples", "10", "--samples-per-shard", "2", "--workers", "1"]
+    arguments += ["--image-size", str(size(vq)), "--image-tokenizer", str(vq), *text, "--out", str(tmp_path / "set")]
+    assert make_shards.main(arguments) == 0
+    made, wanted = Manifest.read(tmp_path / "set"), Manifest.read(expected)
+    assert (made.codes, made.text_features) == (wanted.codes, wanted.text_features) and made.text_features.max_tokens == 7
+    assert [shard.sha256 for shard in made.shards] == [shard.sha256 for shard in wanted.shards]
+
+
 def test_a_size_that_does_not_fit_is_told_before_anything_is_made(tmp_path, vq, capsys):
     arguments = ["--synthesize", "shapes", "--num-samples", "4", "--image-size", str(size(vq) + 1)]
     assert make_shards.main([*arguments, "--image-tokenizer", str(vq), "--out", str(tmp_path / "set")]) == 2

@@ -524,6 +524,29 @@ def test_links_hidden_folders_and_huge_captions(tmp_path, captioned, capsys):
     assert "blue.txt: a link that leads out of" in fails(capsys, make(tmp_path / "linked", "--folder", captioned))
 
 
+def test_duplicates_by_picture_or_by_sample(tmp_path, captioned):
+    (captioned / "again.png").write_bytes((captioned / "red.png").read_bytes())
+    (captioned / "again.txt").write_text("another caption")
+    for choice, left in ((["--deduplicate"], 7), (["--deduplicate", "samples"], 7), (["--deduplicate", "pictures"], 6)):
+        assert make(tmp_path / "_".join(choice), "--folder", captioned, *choice) == 0
+        assert len(made(tmp_path / "_".join(choice))) == left
+
+
+def test_a_row_group_too_large_to_hold_is_refused(tmp_path, monkeypatch, capsys):
+    """pyarrow puts a million rows into one unless told otherwise, and a worker holds the pictures of one."""
+    import pyarrow.parquet
+
+    from data_tools.sources import parquet
+
+    table = pyarrow.table({"image": [picture(color) for color in COLORS], "caption": [f"a {color} picture" for color in COLORS]})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    group = pyarrow.parquet.ParquetFile(tmp_path / "rows.parquet").metadata.row_group(0)
+    monkeypatch.setattr(parquet, "MAX_GROUP", group.column(0).total_uncompressed_size - 1)
+    assert "write the file again with row_group_size" in fails(capsys, make(tmp_path / "set", "--parquet", tmp_path / "rows.parquet"))
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet", row_group_size=1)
+    assert make(tmp_path / "set", "--parquet", tmp_path / "rows.parquet") == 0
+
+
 def test_a_row_that_no_shard_can_hold_is_left_out(tmp_path, files, capsys):
     rows = [{"image": "red.png", "caption": "a red picture", "note": "x" * 1_100_000}, {"image": "blue.png", "caption": "b"}]
     (files / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -571,6 +594,8 @@ def test_nothing_left_is_an_error_with_its_reasons(tmp_path, mixed, capsys):
         (("--validation-share", 1.5), "between 0 and 1"),
         (("--bytes-per-shard", "1X"), "expected a number of bytes, such as 500M"),
         (("--crops", 10), "--crops goes with --image-tokenizer"),
+        (("--max-tokens", 10), "--max-tokens goes with --text-encoder"),
+        (("--device", "cpu"), "--device goes with --image-tokenizer or --text-encoder"),
         (("--image-size", 8193), "at most 8192 pixels"),
         (("--on-eror", "skip"), "unrecognized arguments"),
         (("--max-aspect", 0.5), "at least 1"),

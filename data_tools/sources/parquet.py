@@ -12,6 +12,8 @@ from data_tools import places
 from data_tools.places import read_file
 from data_tools.sources import Item, Layout, inside, of_row, texts
 
+MAX_GROUP = 2 * 10**9  # bytes of pictures
+
 
 def _arrow() -> Any:
     try:
@@ -55,6 +57,7 @@ def _file(path: Path, name: str, layout: Layout) -> Iterator[Item]:
             paths = [] if of_bytes or of_struct else [layout.image]
             stamp = _stamp(path)
             for group in range(file.num_row_groups):
+                _check_size(file, group, layout.image, path)
                 table = file.read_row_group(group, columns=[*paths, *dict.fromkeys([*layout.captions, *plain])])
                 for row, fields in enumerate(table.to_pylist()):
                     key, where = f"{name} {group} {row}", f"{path}: row group {group}, row {row}"
@@ -71,6 +74,18 @@ def _file(path: Path, name: str, layout: Layout) -> Iterator[Item]:
                     yield Item(key, picture, captions, meta, f"{name} {group} {stamp}", problem)
     except (arrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a whole Parquet file ({error})") from error
+
+
+def _check_size(file: Any, group: int, column: str, path: Path) -> None:
+    """Raise ValueError for a row group whose pictures are too many to hold, as each worker does."""
+    found = file.metadata.row_group(group)
+    parts = (found.column(number) for number in range(found.num_columns))
+    size = sum(part.total_uncompressed_size for part in parts if part.path_in_schema.split(".")[0] == column)
+    if size > MAX_GROUP:
+        raise ValueError(
+            f"{path}: row group {group} holds {size / 1e9:.1f} GB of pictures, more than {MAX_GROUP / 1e9:.1f}; write the file again "
+            "with row_group_size=1000"
+        )
 
 
 def _is_plain(arrow: Any, kind: Any) -> bool:
