@@ -601,6 +601,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--case", type=int, help="only this one")
     parser.add_argument("--keep", type=Path, help="folder for the sets at which a reader failed")
     options = parser.parse_args(arguments)
+    if options.seconds <= 0 or options.seed < 0 or (options.case is not None and options.case < 0):
+        parser.error("--seconds must be above 0, --seed and --case at least 0")
     cases = None if options.case is None else range(options.case, options.case + 1)
     began = time.monotonic()
     counts, failures, tried = fuzz(options.seed, seconds=options.seconds, cases=cases, keep=options.keep)

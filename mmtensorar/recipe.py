@@ -95,6 +95,18 @@ class Data(Section):
     cache: str = "~/.cache/mmtensorar/shards"
     cache_gb: float = Field(50, gt=0)
 
+    @field_validator("shards", mode="before")
+    @classmethod
+    def _weights_are_numbers(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            for folder, weight in value.items():
+                if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not weight > 0:
+                    raise ValueError(f"the weight of {folder} is {weight!r}; expected a number above 0")
+            names = [folder.rstrip("/") for folder in value]
+            if len(set(names)) < len(names):
+                raise ValueError("a folder is named twice")
+        return value
+
     @property
     def weights(self) -> dict[str, float]:
         """Folder -> weight of each shard set."""

@@ -182,13 +182,16 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
         recipe.save(folder / "recipe.yaml")
         log = StepLog(folder, num_steps=recipe.train.steps, start_step=start_step, log_every=recipe.train.log_every)
 
+    def last_checkpoint() -> str:
+        return f"the last checkpoint is of step {saved_step}" if saved_step else "no checkpoint was saved yet"
+
     def stop(reason: str, step: int, names: list[str]) -> NoReturn:
         """End the run, on all ranks alike, and leave the names of the step's samples to look at."""
         samples = deep.from_all_ranks(names)
         if log is not None:
             log.stopped(step, reason, samples)
         raise FloatingPointError(
-            f"{reason}; the last checkpoint is of step {saved_step}, the step's samples are in {folder / STOPPED}. Try a lower "
+            f"{reason}; {last_checkpoint()}, the step's samples are in {folder / STOPPED}. Try a lower "
             "optim.lr or another run.seed"
         )
 
@@ -235,7 +238,7 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
             if num_skipped > allowed:
                 raise ValueError(
                     f"{num_skipped} damaged samples were skipped by step {step}, more than data.max_skipped "
-                    f"{recipe.data.max_skipped:g} of an epoch of {epoch}; the last checkpoint is of step {saved_step}. "
+                    f"{recipe.data.max_skipped:g} of an epoch of {epoch}; {last_checkpoint()}. "
                     "data_tools/check_shards.py lists what is damaged"
                 )
         grad_norm = norm if norm is not None else float(engine.get_global_grad_norm() or 0.0)

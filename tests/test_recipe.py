@@ -106,6 +106,9 @@ def test_settings_that_do_not_fit_each_other_come_together(path):
         ("tensorar=3", "tensorar  expected settings (key: value), got 3"),
         ("train.steps", "train.steps  expected key=value on the command line"),
         ("train.steps=[1", "train.steps  the value on the command line is not YAML: '[1'"),
+        ("data.shards={a: 0}", "data.shards  the weight of a is 0; expected a number above 0"),
+        ("data.shards={a:3}", "data.shards  the weight of a:3 is None; expected a number above 0"),
+        ("data.shards={a: 1, a/: 2}", "data.shards  a folder is named twice"),
         ("data.shards.first=a", "data.shards.first  shards is 'data/train' and has no keys inside"),
     ],
 )

@@ -163,7 +163,7 @@ def inside(root: Path, name: Any, where: str) -> Path:
     # Resolved, so that neither `..`, an absolute path nor a link leads out of the folder.
     path = root if "\0" in name or (not local and "://" in name) else (root / name).resolve()
     if not path.is_relative_to(root) or (not local and path == root):
-        raise ValueError(f"{where}: image {name!r} lies outside {root}")
+        raise ValueError(f"{where}: image {name!r} lies outside {root}; --image-root names the folder of the pictures")
     if local and not path.is_file():
         raise ValueError(f"{where}: image {name!r} is not a file in {root}")
     return path

@@ -15,7 +15,7 @@ def items(place: str, layout: Layout) -> Iterator[Item]:
     """Raises ValueError naming file and line for a line that is not such an object, or too long."""
     path = places.at(place)
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        raise ValueError(f"{path}: no such file{'' if places.is_local(path) else ', or it cannot be reached'}")
     root = (layout.root or path.parent).resolve()
     lines = 0
     with places.opened(path) as file:

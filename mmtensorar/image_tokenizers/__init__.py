@@ -145,7 +145,12 @@ def from_arguments(options: argparse.Namespace) -> tuple[ImageTokenizer, torch.d
 
         name = convert.image_tokenizer_at(options.image_tokenizer, option="--name").kind
     settings = {"name": name, "path": options.image_tokenizer}
+    loaded = None
     if options.image_size is not None:
-        settings["image_size"] = options.image_size
+        if "image_size" in importlib.import_module(f"mmtensorar.image_tokenizers.{name}").Config.model_fields:
+            settings["image_size"] = options.image_size
+        elif (loaded := load(section(settings))).image_size != options.image_size:
+            raise ValueError(f"{options.image_tokenizer} works at {loaded.image_size} pixels, --image-size is {options.image_size}")
     # In this memory layout 1.6 times as fast on CPU.
-    return load(section(settings)).to(device, memory_format=torch.channels_last), device
+    loaded = loaded or load(section(settings))
+    return loaded.to(device, memory_format=torch.channels_last), device
