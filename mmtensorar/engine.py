@@ -25,6 +25,7 @@ from deepspeed.utils import safe_get_full_fp32_param  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from mmtensorar import adapters, checkpoint, optimizers  # noqa: E402
+from mmtensorar.ema import Average  # noqa: E402
 from mmtensorar.recipe import Recipe  # noqa: E402
 
 STATE = "state.json"
@@ -200,6 +201,18 @@ def _masters(engine) -> dict[int, Tensor]:
     return {id(p): master for group in groups for p, master in zip(*group, strict=True)}
 
 
+def master_weights(engine) -> list[Tensor]:
+    """The float32 weights that this rank's optimiser changes: under ZeRO its pieces, flat."""
+    stage = engine.zero_optimization_stage()
+    if stage == 3:
+        return list(engine.optimizer.fp32_partitioned_groups_flat)
+    if stage:
+        return list(engine.optimizer.single_partition_of_fp32_groups)
+    if engine.bfloat16_enabled():
+        return [master for group in engine.optimizer.fp32_groups for master in group]
+    return [parameter.data for parameter in engine.module.parameters() if parameter.requires_grad]
+
+
 def _partitioned_model(recipe: Recipe, config: dict, device: torch.device):
     """The initial model with its parameters cut over the ranks, never whole on any device.
 
@@ -309,6 +322,7 @@ def save(
     step: int,
     keep_last: int,
     state: Mapping[str, int],
+    average: Average | None = None,
 ) -> None:
     """Write folder/step_XXXXXX for resuming and delete all but the newest keep_last. Every rank calls it.
 
@@ -317,6 +331,9 @@ def save(
     """
     tag = f"step_{step:06d}"
     recorded = {"step": step, **state, **_must_match(engine, fingerprints)}
+    if average is not None:
+        (folder / tag).mkdir(parents=True, exist_ok=True)
+        average.save(folder / tag / _average_file())
     engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step}, save_latest=False)
     barrier()
     if torch.distributed.get_rank() == 0:
@@ -329,6 +346,10 @@ def save(
             if old.name != tag:
                 shutil.rmtree(old)
     barrier()
+
+
+def _average_file() -> str:
+    return f"average_rank_{torch.distributed.get_rank():05d}.safetensors"
 
 
 def latest_step(folder: Path) -> int | None:
@@ -368,8 +389,8 @@ def check_recorded(folder: Path, expected: Mapping[str, object]) -> int:
     return recorded["step"]
 
 
-def resume(engine, folder: Path, fingerprints: Mapping[str, str]) -> int:
-    """Load the checkpoint that `latest` names into the engine; returns its step.
+def resume(engine, folder: Path, fingerprints: Mapping[str, str], average: Average | None = None) -> int:
+    """Load the checkpoint that `latest` names into the engine and the average; returns its step.
 
     Raises ValueError when it is damaged, or was written with another number of ranks, ZeRO stage or accumulation, or
     from other shards or weights: then neither the parts nor the order of the data would continue it.
@@ -382,6 +403,8 @@ def resume(engine, folder: Path, fingerprints: Mapping[str, str]) -> int:
         raise ValueError(_damaged(folder, tag, f"{type(error).__name__}: {error}".splitlines()[0])) from error
     if loaded is None:
         raise ValueError(_damaged(folder, tag, "files are missing"))
+    if average is not None:
+        average.load(folder / tag / _average_file())
     return client["step"]
 
 

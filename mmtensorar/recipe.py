@@ -138,7 +138,8 @@ class Train(Section):
     """Either steps or epochs. label_smoothing, z_loss: see TensorAR; the losses in the log stay cross entropy per offset.
 
     parts: what of the backbone is trained beside the codec: all, its head, or adapters (lora), on matrices in 4 bits (qlora).
-    freeze: patterns of names of parameters that are not, on top. max_grad_norm: a gradient norm (before clipping) beyond which the run stops, None is any. sample_every, validate_every, save_every: 0 is never (a finished or stopped run is always saved)."""
+    freeze: patterns of names of parameters that are not, on top. max_grad_norm: a gradient norm (before clipping) beyond which the run stops, None is any. ema_decay: of a moving average of the weights, written beside
+    the model as model_ema. sample_every, validate_every, save_every: 0 is never (a finished or stopped run is always saved)."""
 
     steps: Annotated[int, Ge(1)] | None = None
     epochs: Annotated[float, Gt(0)] | None = None
@@ -151,6 +152,7 @@ class Train(Section):
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     z_loss: float = Field(0.0, ge=0)
     max_grad_norm: float | None = Field(None, gt=0)
+    ema_decay: float | None = Field(None, gt=0, lt=1)
     init_from: str | None = None
     resume: Literal["auto", "never"] = "never"
     log_every: int = Field(10, ge=1)

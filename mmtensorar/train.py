@@ -28,6 +28,7 @@ import torch  # noqa: E402
 from mmtensorar import adapters, backbones, checkpoint, data, image_tokenizers  # noqa: E402
 from mmtensorar import engine as deep  # noqa: E402
 from mmtensorar.decode import Sampler, decode, per_factor  # noqa: E402
+from mmtensorar.ema import Average  # noqa: E402
 from mmtensorar.generate import to_images  # noqa: E402
 from mmtensorar.metrics import STOPPED, StepLog, peak_memory_gib  # noqa: E402
 from mmtensorar.processes import leave  # noqa: E402
@@ -166,7 +167,8 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
     caption_encoder = backbones.caption_encoder(recipe.backbone)
 
     # ---- resume ------------------------------------------------------------------------------
-    start_step = deep.resume(engine, folder / "checkpoints", fingerprints) if progress is not None else 0
+    average = None if recipe.train.ema_decay is None else Average(deep.master_weights(engine), recipe.train.ema_decay)
+    start_step = deep.resume(engine, folder / "checkpoints", fingerprints, average) if progress is not None else 0
     if start_step:
         say(f"continuing {folder} after step {start_step}")
         if first and (planned := Recipe.load(folder / "recipe.yaml", []).train.steps) != recipe.train.steps:
@@ -226,6 +228,8 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
             if norm is not None and not math.isfinite(norm):
                 break
             engine.step()
+        if average is not None:
+            average.update(step)
         loss, *loss_per_offset, asked, skips = message
         stopped = asked > 0
         if skips:
@@ -284,6 +288,7 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
                 step=step,
                 keep_last=recipe.train.keep_last,
                 state={"num_skipped": num_skipped},
+                average=average,
             )
             saved_step = step
 
@@ -293,17 +298,25 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
     if step >= recipe.train.steps:
         # A stopped run gets no model/: its presence says that the run is finished. Outside the loop, so that a run
         # killed between its last checkpoint and this line gets it when it is resumed.
-        with_adapters = recipe.train.parts in adapters.WITH_ADAPTERS
-        state_dict = deep.full_state_dict(engine, trained_only=with_adapters)
-        if first and with_adapters:
-            checkpoint.save_adapters(folder / "model", recipe, state_dict, step=step)
-        elif first:
-            checkpoint.save(folder / "model", None, recipe, state_dict=state_dict, step=step)
-        deep.barrier()
+        if average is not None:
+            with average.in_place():
+                export(engine, recipe, folder / "model_ema", step)
+        export(engine, recipe, folder / "model", step)
     if step < recipe.train.steps:
         say(f"stopped by a signal after step {step}; saved to {folder / 'checkpoints'}. Add --resume to continue")
     else:
         say(f"finished {step} steps; the model is in {folder / 'model'}")
+
+
+def export(engine, recipe: Recipe, folder: Path, step: int) -> None:
+    """Write the engine's weights as a consolidated checkpoint, or its adapters. Every rank calls it."""
+    with_adapters = recipe.train.parts in adapters.WITH_ADAPTERS
+    state_dict = deep.full_state_dict(engine, trained_only=with_adapters)
+    if state_dict is not None and with_adapters:
+        checkpoint.save_adapters(folder, recipe, state_dict, step=step)
+    elif state_dict is not None:
+        checkpoint.save(folder, None, recipe, state_dict=state_dict, step=step)
+    deep.barrier()
 
 
 def validate(engine, recipe: Recipe, caption_encoder, rank: int, world_size: int, device: torch.device) -> list[float]:

@@ -241,13 +241,14 @@ def test_finished_run_is_not_overwritten(bench, whole_run):
 # No randomness per rank, so that any number of ranks computes the same. Adam's first update is lr times the sign of
 # the gradient: without a large eps it turns rounding noise in a gradient near zero into a full step, and a comparison
 # would be of noise.
+EMA = "train.ema_decay=0.6"
 ALIKE = ["optim.eps=0.01", "tensorar.schedule=none", "data.uncond_rate=0", "train.grad_accum=1"]
 
 
 @pytest.fixture(scope="module")
 def two_ranks(bench):
     sampling = ["train.sample_every=4", "train.sample_prompts=[a red circle]"]
-    done = run(bench, "run.name=two", "zero.stage=3", *ALIKE, *sampling, ranks=2)
+    done = run(bench, "run.name=two", "zero.stage=3", *ALIKE, *sampling, EMA, ranks=2)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return rows(bench, "two")
 
@@ -258,7 +259,7 @@ def test_zero_3_on_two_ranks_equals_one_rank(bench, two_ranks):
     Without ZeRO, DeepSpeed began with a step of zero gradients, so the first updates were a third too small; a step
     changes the loss by about 0.1 %, and a tolerance of 1 % hid that.
     """
-    one = run(bench, "run.name=one", *ALIKE, "train.save_every=0")
+    one = run(bench, "run.name=one", *ALIKE, "train.save_every=0", EMA)
     assert one.returncode == 0, one.stderr[-3000:]
     for a, b in zip(rows(bench, "one"), two_ranks, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4), (a, b)
@@ -267,6 +268,12 @@ def test_zero_3_on_two_ranks_equals_one_rank(bench, two_ranks):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=0.01), (a, b)
     assert (bench / "runs" / "two" / "samples" / "step_4.png").is_file()
     assert checkpoint.check_files(bench / "runs" / "two" / "model")["step"] == 4
+    # The average kept in pieces is the average of the whole, and not the model.
+    alone, pieces = (checkpoint.load(bench / "runs" / name / "model_ema").model.state_dict() for name in ("one", "two"))
+    model = checkpoint.load(bench / "runs" / "one" / "model").model.state_dict()
+    for name, value in alone.items():
+        torch.testing.assert_close(pieces[name], value, rtol=1e-2, atol=1e-4)
+    assert max((model[name] - value).abs().max() for name, value in alone.items()) > 1e-3
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -282,8 +289,10 @@ def test_the_other_zero_stages_compute_the_same(bench, two_ranks, stage):
 def test_resumed_zero_3_on_two_ranks_equals_uninterrupted_run(bench, two_ranks):
     """Each rank finds its own share of weights and moments, and its own place in the data."""
     name = cut(bench, "two")
-    done = run(bench, f"run.name={name}", "zero.stage=3", *ALIKE, "--resume", ranks=2)
+    done = run(bench, f"run.name={name}", "zero.stage=3", *ALIKE, EMA, "--resume", ranks=2)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    one, other = (checkpoint.load(bench / "runs" / each / "model_ema").model.state_dict() for each in ("two", name))
+    assert all(torch.equal(one[key], other[key]) for key in one)
     assert "after step 2" in done.stdout
     assert [numbers(row) for row in rows(bench, name)] == [numbers(row) for row in two_ranks]
 
