@@ -27,6 +27,7 @@ from torch import Tensor  # noqa: E402
 from mmtensorar import adapters, checkpoint, optimizers  # noqa: E402
 from mmtensorar.ema import Average  # noqa: E402
 from mmtensorar.recipe import Recipe  # noqa: E402
+from mmtensorar.shards import sha256  # noqa: E402
 
 STATE = "state.json"
 
@@ -336,6 +337,7 @@ def save(
         average.save(folder / tag / _average_file())
     engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step}, save_latest=False)
     barrier()
+    recorded["sha256"] = _digests(folder / tag)
     if torch.distributed.get_rank() == 0:
         (folder / tag / STATE).write_text(json.dumps(recorded) + "\n", encoding="utf-8")
         # `latest` moves only after every rank's files and state.json are there.
@@ -346,6 +348,15 @@ def save(
             if old.name != tag:
                 shutil.rmtree(old)
     barrier()
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """sha256 of each file of a checkpoint but its state.json, on every rank; the ranks share the work."""
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != STATE)
+    found: list[dict[str, str]] = [{}] * world_size
+    torch.distributed.all_gather_object(found, {name: sha256(folder / name) for name in names[rank::world_size]})
+    return {name: digest for each in found for name, digest in each.items()}
 
 
 def _average_file() -> str:
@@ -397,6 +408,13 @@ def resume(engine, folder: Path, fingerprints: Mapping[str, str], average: Avera
     """
     step = check_recorded(folder, _must_match(engine, fingerprints))
     tag = f"step_{step:06d}"
+    # DeepSpeed's files are pickles: nothing is read of one that is not as it was written.
+    found, expected = _digests(folder / tag), _recorded(folder, folder / "latest").get("sha256")
+    if expected is None:  # written before hashes were
+        expected = found
+    changed = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+    if changed:
+        raise ValueError(_damaged(folder, tag, f"{changed[0]} is not the file that was written"))
     try:
         loaded, client = engine.load_checkpoint(str(folder), tag=tag)
     except (RuntimeError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:

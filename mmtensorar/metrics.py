@@ -79,8 +79,9 @@ class StepLog:
         """Record one optimiser step.
 
         row: step (int, 1 is the first), loss (nats per token), loss_per_offset (list, offset 0
-        first), lr, grad_norm, tokens_per_s (image tokens, all ranks), memory_gib (peak, rank 0); num_skipped (damaged
-        samples so far), validation_loss and validation_loss_per_offset where there are any.
+        first), lr, grad_norm, data_share (of the step's time, waiting for data, rank 0), tokens_per_s (image tokens, all
+        ranks), memory_gib (peak, rank 0); num_skipped (damaged samples so far), validation_loss and
+        validation_loss_per_offset where there are any.
         """
         # JSON has no NaN or infinity; such a value becomes null rather than an unreadable line.
         self.file.write(json.dumps({key: _finite(value) for key, value in row.items()}) + "\n")

@@ -200,13 +200,15 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
     # ---- loop --------------------------------------------------------------------------------
     step, saved_step, stopped = start_step, start_step, False
     while step < recipe.train.steps and not stopped:
-        began = time.monotonic()
+        began, waited = time.monotonic(), 0.0
         step += 1
         torch.manual_seed(seed_for(recipe.run.seed, rank, step))
         lr = engine.get_lr()[0]
         total, sentences, names = None, [], []
         for micro in range(recipe.train.grad_accum):
+            asked_at = time.monotonic()
             batch = deep.together(lambda: next(batches), device)
+            waited += time.monotonic() - asked_at
             sentences += batch.skipped
             names += batch.names
             condition = type(batch.condition)(*(part.to(device) for part in batch.condition))
@@ -265,6 +267,7 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
                     "loss_per_offset": loss_per_offset,
                     "lr": lr,
                     "grad_norm": grad_norm,
+                    "data_share": waited / (time.monotonic() - began),
                     "tokens_per_s": recipe.data.batch_size * backbone.num_tokens / (time.monotonic() - began),
                     "memory_gib": peak_memory_gib(),
                     **({"num_skipped": num_skipped} if recipe.data.on_error == "skip" else {}),
