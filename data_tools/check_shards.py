@@ -253,7 +253,7 @@ def check_writable(path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("shards", type=Path, help="shard folder")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: cores)")
     parser.add_argument("--report", type=Path, metavar="JSON", help="write what was found")

@@ -193,7 +193,7 @@ small {{ display: block; color: #888 }}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("shards", type=Path, help="shard folder")
     parser.add_argument("--html", type=Path, help="write a page with a sheet of pictures and captions")
     parser.add_argument("--num", type=int, default=64, help="pictures on the sheet (default: 64)")
