@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -66,8 +67,8 @@ def files(root: Path | Any) -> dict[Path | Any, int | None]:
                 continue
             if path.is_symlink() and not path.resolve().is_relative_to(inside):
                 raise ValueError(f"{path}: a link that leads out of {root}; put the file itself there")
-            if not is_text(path.name):
-                raise ValueError(f"{path.name!r}: a name in {root} that is not UTF-8; rename the file")
+            if not is_text(str(path)):
+                raise ValueError(f"{str(path)!r}: a name that is not UTF-8; rename the file or folder")
             found[path] = path.stat().st_size
     else:
         try:
@@ -154,7 +155,8 @@ def read_file(path: Path | Any, most: int = EXTENSIONS["jpg"]) -> bytes:
     """Raises ValueError naming the file when it cannot be read, or has more bytes than `most`."""
     try:
         with path.open("rb") as file:
-            content = file.read(most + 1)
+            # Of a small file no buffer of `most` bytes.
+            content = file.read(min(most, os.fstat(file.fileno()).st_size) + 1 if is_local(path) else most + 1)
     except OSError as error:
         raise ValueError(f"{shown(str(path))}: {error.strerror or error}") from error
     if len(content) > most:
