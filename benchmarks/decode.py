@@ -77,9 +77,9 @@ def randomise(model: nn.Module, dim: int) -> None:
             parameter.normal_(std=dim**-0.5)
 
 
-def janus_pair(sizes: Sizes) -> Pair:
-    """transformers' Janus; its weights reach ours through the files that it writes."""
-    from transformers import GenerationConfig, JanusConfig, JanusForConditionalGeneration
+def random_janus(sizes: Sizes) -> nn.Module:
+    """transformers' Janus with random weights, small where it plays no part in making codes."""
+    from transformers import JanusConfig, JanusForConditionalGeneration
 
     config = JanusConfig(
         text_config=dict(
@@ -92,7 +92,6 @@ def janus_pair(sizes: Sizes) -> Pair:
             num_key_value_heads=sizes.heads,
             pad_token_id=PAD,
         ),
-        # What plays no part in making codes is tiny.
         vision_config=dict(
             hidden_size=16,
             num_hidden_layers=1,
@@ -115,6 +114,14 @@ def janus_pair(sizes: Sizes) -> Pair:
     )
     reference = JanusForConditionalGeneration(config).eval()
     randomise(reference, sizes.dim)
+    return reference
+
+
+def janus_pair(sizes: Sizes) -> Pair:
+    """transformers' Janus; its weights reach ours through the files that it writes."""
+    from transformers import GenerationConfig
+
+    reference = random_janus(sizes)
     with tempfile.TemporaryDirectory() as folder:
         reference.save_pretrained(folder)
         backbone = backbones.load(janus.Config(name="janus", path=folder))
