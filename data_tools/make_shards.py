@@ -445,7 +445,7 @@ def show(source: Source, wanted: Wanted, options: argparse.Namespace) -> None:
         kept, mean = share * len(source.items), sum(sizes) / len(sizes)
         per_shard = max(1, options.bytes_per_shard // mean) if options.bytes_per_shard else options.samples_per_shard
         print(
-            f"about {kept:.0f} samples of {mean:,.0f} bytes, {kept * mean / 1e9:.3g} GB in {max(1, math.ceil(kept / per_shard))} shards"
+            f"about {kept:.0f} samples of {mean:,.0f} bytes, {kept * mean / 1e6:,.1f} MB in {max(1, math.ceil(kept / per_shard))} shards"
         )
         if options.validation_share:
             print(f"about {kept * options.validation_share:.0f} of them for validation, in {options.out}_validation")
