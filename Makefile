@@ -1,6 +1,8 @@
 # Two commands for a newcomer: `make demo` and `make test`. Both set up .venv first.
 PYTHON ?= python3.11
 BIN := .venv/bin
+# Where bytecode is not kept, each process compiles torch and transformers anew, for 10 of the 13 s of a start.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: setup demo test clean
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
@@ -44,18 +42,3 @@ class Average:
             held = weight.clone()
             weight.copy_(average)
             average.copy_(held)
-
-    def save(self, path: Path) -> None:
-        save_file({f"{number:06d}": average.cpu().contiguous() for number, average in enumerate(self.averages)}, path)
-
-    @torch.no_grad()
-    def load(self, path: Path) -> None:
-        """Raises ValueError when the file is missing, damaged, or of other pieces."""
-        try:
-            found = load_file(path)
-        except Exception as error:  # safetensors has errors of its own
-            raise ValueError(f"{path}: the moving average cannot be read ({error})") from error
-        if [value.shape for _, value in sorted(found.items())] != [average.shape for average in self.averages]:
-            raise ValueError(f"{path}: the moving average is of other weights")
-        for average, (_, value) in zip(self.averages, sorted(found.items()), strict=True):
-            average.copy_(value)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
-import pickle
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,12 +25,13 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam  # noqa: E402
 from deepspeed.utils import safe_get_full_fp32_param  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from mmtensorar import adapters, checkpoint, optimizers  # noqa: E402
+from mmtensorar import adapters, checkpoint, optimizers, pieces  # noqa: E402
 from mmtensorar.ema import Average  # noqa: E402
+from mmtensorar.pieces import Piece  # noqa: E402
 from mmtensorar.recipe import Recipe  # noqa: E402
 from mmtensorar.shards import sha256  # noqa: E402
 
-STATE = "state.json"
+FAILED = ".failed"
 
 
 def start_process_group(local_rank: int) -> tuple[int, int, torch.device]:
@@ -202,8 +204,8 @@ def _masters(engine) -> dict[int, Tensor]:
     return {id(p): master for group in groups for p, master in zip(*group, strict=True)}
 
 
-def master_weights(engine) -> list[Tensor]:
-    """The float32 weights that this rank's optimiser changes: under ZeRO its pieces, flat."""
+def flat_tensors(engine) -> list[Tensor]:
+    """What this rank's optimiser works on: float32, under ZeRO flat pieces of many parameters, otherwise whole parameters."""
     stage = engine.zero_optimization_stage()
     if stage == 3:
         return list(engine.optimizer.fp32_partitioned_groups_flat)
@@ -211,7 +213,37 @@ def master_weights(engine) -> list[Tensor]:
         return list(engine.optimizer.single_partition_of_fp32_groups)
     if engine.bfloat16_enabled():
         return [master for group in engine.optimizer.fp32_groups for master in group]
-    return [parameter.data for parameter in engine.module.parameters() if parameter.requires_grad]
+    return [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+
+
+def _pieces(engine) -> list[Piece]:
+    """Which stretches of which parameters the flat tensors are made of; padding belongs to none."""
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    stage, optimizer, found = engine.zero_optimization_stage(), engine.optimizer, []
+    if stage == 3:
+        rank = torch.distributed.get_rank()
+        for group in optimizer.fp16_groups:
+            for parameter in group:
+                flat, flat_start, share = optimizer.grad_position[optimizer.get_param_id(parameter)]
+                number = min(share, parameter.ds_numel - rank * share)
+                if number > 0:
+                    found.append(Piece(names[id(parameter)], rank * share, flat, flat_start, number))
+    elif stage:
+        for flat, group in enumerate(optimizer.bit16_groups):
+            for parameter in group:
+                if (mapping := parameter._hp_mapping) is not None:
+                    there, here = mapping.lp_fragment_address, mapping.hp_fragment_address
+                    found.append(Piece(names[id(parameter)], there.start, flat, here.start, here.numel))
+    else:
+        masters = {id(master): name for name, master in _named_masters(engine)}
+        for flat, tensor in enumerate(flat_tensors(engine)):
+            found.append(Piece(masters.get(id(tensor)) or names[id(tensor)], 0, flat, 0, tensor.numel()))
+    return found
+
+
+def _named_masters(engine) -> list[tuple[str, Tensor]]:
+    masters = _masters(engine)
+    return [(name, masters[id(p)]) for name, p in engine.module.named_parameters() if id(p) in masters]
 
 
 def _partitioned_model(recipe: Recipe, config: dict, device: torch.device):
@@ -305,62 +337,108 @@ def full_state_dict(engine, *, trained_only: bool = False) -> dict[str, Tensor] 
     return state
 
 
-def _must_match(engine, fingerprints: Mapping[str, str]) -> dict:
-    """What a run and its continuation have in common besides the recipe."""
-    return {
-        "world_size": torch.distributed.get_world_size(),
-        "zero_stage": engine.zero_optimization_stage(),
-        "grad_accum": engine.gradient_accumulation_steps(),
-        **fingerprints,
-    }
+class Saver:
+    """Writes checkpoints for resuming: folder/step_XXXXXX, see pieces.py, and the file `latest` that names the last whole one.
 
-
-def save(
-    engine,
-    folder: Path,
-    fingerprints: Mapping[str, str],
-    *,
-    step: int,
-    keep_last: int,
-    state: Mapping[str, int],
-    average: Average | None = None,
-) -> None:
-    """Write folder/step_XXXXXX for resuming and delete all but the newest keep_last. Every rank calls it.
-
-    fingerprints: of the run's inputs, {"shards": Manifest.fingerprint, "start": checkpoint.start_fingerprint}. state: what else
-    the run counts.
+    keep_last: how many of the newest stay; keep_best: the one of the least validation loss stays too, named by `best`.
+    background: training goes on while a copy of the state, in host memory, is written. fingerprints: of the run's inputs,
+    {"shards": Manifest.fingerprint, "start": checkpoint.start_fingerprint}.
     """
-    tag = f"step_{step:06d}"
-    recorded = {"step": step, **state, **_must_match(engine, fingerprints)}
-    if average is not None:
-        (folder / tag).mkdir(parents=True, exist_ok=True)
-        average.save(folder / tag / _average_file())
-    engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step}, save_latest=False)
-    barrier()
-    recorded["sha256"] = _digests(folder / tag)
-    if torch.distributed.get_rank() == 0:
-        (folder / tag / STATE).write_text(json.dumps(recorded) + "\n", encoding="utf-8")
-        # `latest` moves only after every rank's files and state.json are there.
-        partial = folder / "latest.partial"
-        partial.write_text(tag, encoding="utf-8")
-        os.replace(partial, folder / "latest")
-        for old in sorted(folder.glob("step_*"))[: -max(1, keep_last)]:
-            if old.name != tag:
-                shutil.rmtree(old)
-    barrier()
+
+    def __init__(self, engine, folder: Path, fingerprints: Mapping[str, str], *, keep_last: int, keep_best: bool, background: bool):
+        self.engine, self.folder, self.fingerprints = engine, folder, dict(fingerprints)
+        self.keep_last, self.keep_best, self.background = keep_last, keep_best, background
+        self.shapes, self.pieces = [flat.shape for flat in flat_tensors(engine)], _pieces(engine)
+        self.at_work: threading.Thread | None = None
+        self.failure: Exception | None = None
+
+    def save(self, step: int, counted: Mapping[str, object], average: Average | None, device: torch.device) -> None:
+        """Write a checkpoint, or begin to. counted: what else the run counts. Every rank calls it.
+
+        Raises ValueError, on every rank, when this or the one before could not be written.
+        """
+        self.finish(device)
+        target = self.folder / f"step_{step:06d}"
+        if torch.distributed.get_rank() == 0:
+            shutil.rmtree(target, ignore_errors=True)  # of a run that was killed while it wrote
+            target.mkdir(parents=True)
+        barrier()
+        state = _state(self.engine, average)
+        recorded = {"step": step, **counted, "world_size": torch.distributed.get_world_size(), **self.fingerprints}
+        arguments = (target, pieces.copied(state) if self.background else state, recorded)
+        if self.background:
+            self.at_work = threading.Thread(target=self._write, args=arguments, daemon=True)
+            self.at_work.start()
+        else:
+            self._write(*arguments)
+            self.finish(device)
+
+    def finish(self, device: torch.device) -> None:
+        """Wait until what is being written stands. Every rank calls it; raises ValueError on every rank when it failed."""
+        if self.at_work is not None:
+            self.at_work.join()
+            self.at_work = None
+
+        def report() -> None:
+            failure, self.failure = self.failure, None
+            if failure is not None:
+                raise ValueError(f"{self.folder}: the checkpoint could not be written ({failure})") from failure
+
+        together(report, device)
+
+    def _write(self, target: Path, state: pieces.State, recorded: dict) -> None:
+        rank = torch.distributed.get_rank()
+        try:
+            pieces.write(target, rank, self.pieces, self.shapes, state)
+            if rank == 0:
+                self._complete(target, recorded)
+        except Exception as error:  # any: this may be another thread, and finish tells it
+            self.failure = error
+            target.with_suffix(FAILED).touch()
+
+    def _complete(self, target: Path, recorded: dict) -> None:
+        """On rank 0: wait for the other ranks' files, then make the checkpoint the latest, and delete what is not kept."""
+        pause_s = 0.001
+        while pieces.missing(target, recorded["world_size"]):
+            # No message passes here: in a thread it would meet the training's own.
+            if target.with_suffix(FAILED).exists():
+                raise OSError("another rank could not write its files")
+            time.sleep(pause_s)
+            pause_s = min(1.0, pause_s * 2)
+        recorded["sha256"] = pieces.digests(target, recorded["world_size"])
+        _write_text(target / pieces.STATE, json.dumps(recorded) + "\n")
+        _write_text(self.folder / "latest", target.name)
+        done = {path.parent: pieces.recorded(path.parent) for path in sorted(self.folder.glob(f"step_*/{pieces.STATE}"))}
+        losses = {path: each["validation_loss"] for path, each in done.items() if each.get("validation_loss") is not None}
+        kept = set(list(done)[-max(1, self.keep_last) :])
+        if losses and self.keep_best:
+            best = min(losses, key=losses.__getitem__)
+            _write_text(self.folder / "best", best.name)
+            kept.add(best)
+        for path in self.folder.glob("step_*"):
+            if path not in kept and path.is_dir() and path != target:
+                shutil.rmtree(path)
 
 
-def _digests(folder: Path) -> dict[str, str]:
-    """sha256 of each file of a checkpoint but its state.json, on every rank; the ranks share the work."""
-    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != STATE)
-    found: list[dict[str, str]] = [{}] * world_size
-    torch.distributed.all_gather_object(found, {name: sha256(folder / name) for name in names[rank::world_size]})
-    return {name: digest for each in found for name, digest in each.items()}
+def _write_text(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
 
 
-def _average_file() -> str:
-    return f"average_rank_{torch.distributed.get_rank():05d}.safetensors"
+def _base_optimizer(engine) -> torch.optim.Optimizer:
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def _state(engine, average: Average | None) -> pieces.State:
+    """The live tensors of a rank's training state."""
+    moments, found = _base_optimizer(engine).state, []
+    for number, flat in enumerate(flat_tensors(engine)):
+        values = {"master": flat.detach(), **moments.get(flat, {})}
+        if average is not None:
+            values["average"] = average.averages[number]
+        found.append(values)
+    return found
 
 
 def latest_step(folder: Path) -> int | None:
@@ -370,63 +448,95 @@ def latest_step(folder: Path) -> int | None:
 
 def latest_state(folder: Path) -> dict:
     """What was recorded with the checkpoint that `latest` names, nothing when the run has none yet."""
-    latest = folder / "latest"
-    return _recorded(folder, latest) if latest.is_file() else {}
+    return pieces.latest(folder) if (folder / "latest").is_file() else {}
 
 
-def _recorded(folder: Path, latest: Path) -> dict:
-    tag = latest.read_text(encoding="utf-8").strip()
-    path = folder / tag / STATE
-    if not path.is_file():
-        raise ValueError(f"{latest} names {tag!r}, but {path} is missing: the checkpoint is incomplete")
-    try:
-        recorded = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        recorded = None
-    if not isinstance(recorded, dict) or not isinstance(recorded.get("step"), int):
-        raise ValueError(f"{path}: expected JSON with a step, the checkpoint is damaged")
-    return recorded
-
-
-def check_recorded(folder: Path, expected: Mapping[str, object]) -> int:
-    """Step of the checkpoint that `latest` names. Raises ValueError when it was written under other conditions."""
-    recorded = _recorded(folder, folder / "latest")
+def check_recorded(folder: Path, expected: Mapping[str, object]) -> dict:
+    """What was recorded with the checkpoint that `latest` names. Raises ValueError when it was written under other conditions."""
+    found = pieces.latest(folder)
     for key, value in expected.items():
-        if recorded.get(key) != value:
+        if found.get(key) != value:
             raise ValueError(
-                f"cannot resume {folder.parent}: saved with {key} {recorded.get(key)}, this run has {value}; delete the "
+                f"cannot resume {folder.parent}: saved with {key} {found.get(key)}, this run has {value}; delete the "
                 "folder or choose another run.name, and to go on from its model set train.init_from"
             )
-    return recorded["step"]
+    return found
 
 
 def resume(engine, folder: Path, fingerprints: Mapping[str, str], average: Average | None = None) -> int:
     """Load the checkpoint that `latest` names into the engine and the average; returns its step.
 
-    Raises ValueError when it is damaged, or was written with another number of ranks, ZeRO stage or accumulation, or
-    from other shards or weights: then neither the parts nor the order of the data would continue it.
+    The number of ranks and the ZeRO stage may be others than those that wrote it. Raises ValueError, on every rank, when it is
+    damaged, or was written from other shards or weights.
     """
-    step = check_recorded(folder, _must_match(engine, fingerprints))
-    tag = f"step_{step:06d}"
-    # DeepSpeed's files are pickles: nothing is read of one that is not as it was written.
-    found, expected = _digests(folder / tag), _recorded(folder, folder / "latest").get("sha256")
-    if expected is None:  # written before hashes were
-        expected = found
-    changed = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
-    if changed:
-        raise ValueError(_damaged(folder, tag, f"{changed[0]} is not the file that was written"))
-    try:
-        loaded, client = engine.load_checkpoint(str(folder), tag=tag)
-    except (RuntimeError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise ValueError(_damaged(folder, tag, f"{type(error).__name__}: {error}".splitlines()[0])) from error
-    if loaded is None:
-        raise ValueError(_damaged(folder, tag, "files are missing"))
-    if average is not None:
-        average.load(folder / tag / _average_file())
-    return client["step"]
+    recorded = check_recorded(folder, fingerprints)
+    step, target, device = recorded["step"], folder / f"step_{recorded['step']:06d}", engine.device
+    rank, world_size, saved_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size(), recorded["world_size"]
+    flats = flat_tensors(engine)
+
+    def read() -> pieces.State:
+        # The ranks share the work of hashing; a file that one of them refuses stops all.
+        for name in sorted(recorded["sha256"])[rank::world_size]:
+            if not (target / name).is_file() or sha256(target / name) != recorded["sha256"][name]:
+                raise ValueError(_damaged(folder, target.name, f"{name} is not the file that was written"))
+        return pieces.read(target, rank, world_size, saved_ranks, _pieces(engine), [flat.shape for flat in flats])
+
+    state = together(read, device)
+    moments = _base_optimizer(engine).state
+    in_pieces = engine.zero_optimization_partition_weights()
+    if in_pieces:
+        engine.optimizer.checkpoint_event_prologue()
+    for number, (flat, values) in enumerate(zip(flats, state, strict=True)):
+        flat.data.copy_(values.pop("master"))
+        if average is not None:
+            average.averages[number].copy_(values.pop("average"))
+        held = moments.get(flat, {})
+        for key, value in values.items():
+            if isinstance(held.get(key), Tensor) and held[key].shape == value.shape:
+                held[key].copy_(value)  # in place: DeepSpeed and bitsandbytes hold on to some
+            else:
+                held[key] = value.to(flat.device) if isinstance(value, Tensor) and value.ndim else value
+        moments[flat] = held
+    _publish(engine)
+    if in_pieces:
+        engine.optimizer.checkpoint_event_epilogue()
+    _go_to(engine, step)
+    return step
+
+
+def _publish(engine) -> None:
+    """Make the weights that the forward uses those of the flat tensors."""
+    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
+    if stage == 3:
+        for flat, rounded, parts in zip(
+            optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat, optimizer.fp16_partitioned_groups, strict=True
+        ):
+            if flat.numel():
+                rounded.data.copy_(flat.data)
+                for part, value in zip(parts, optimizer.unflatten(rounded, parts), strict=True):
+                    part.data = value.data
+    elif stage:
+        optimizer.update_lp_params()
+    else:
+        masters = _masters(engine)
+        for parameter in engine.module.parameters():
+            if id(parameter) in masters:
+                parameter.data.copy_(masters[id(parameter)])
+
+
+def _go_to(engine, step: int) -> None:
+    """Set the engine's counters and the learning rate to those after a step."""
+    engine.global_steps = step
+    engine.global_samples = step * engine.train_batch_size()
+    engine.micro_steps = step * engine.gradient_accumulation_steps()
+    scheduler = engine.lr_scheduler
+    scheduler.last_epoch, scheduler._step_count = step, step + 1
+    scheduler._last_lr = scheduler.get_lr()
+    for group, lr in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+        group["lr"] = lr
 
 
 def _damaged(folder: Path, tag: str, reason: str) -> str:
-    older = sorted(path.name for path in folder.glob("step_*") if path.name != tag)
+    older = sorted(path.parent.name for path in folder.glob(f"step_*/{pieces.STATE}") if path.parent.name != tag)
     remedy = f"write {older[-1]} into {folder / 'latest'} to go on from there" if older else "no older one is left"
     return f"cannot resume {folder.parent}: the checkpoint {folder / tag} is damaged ({reason}); {remedy}"

@@ -50,11 +50,16 @@ class FixedSchedule:
 
 
 def corrupt(
-    windows: Tensor, rates: Tensor, factor_sizes: tuple[int, ...], generator: Generator | None = None
+    windows: Tensor,
+    rates: Tensor,
+    factor_sizes: tuple[int, ...],
+    generator: Generator | None = None,
+    rows: tuple[int, int] | None = None,
 ) -> Tensor:
     """Resample each slot with its rate: q(x* | x) = (1 - rate) x + rate / V.
 
-    windows: [B, T, K, F] int64. rates: [B, T, K] in [0, 1]. factor_sizes: V of each factor.
+    windows: [B, T, K, F] int64. rates: [B, T, K] in [0, 1]. factor_sizes: V of each factor. rows: (first, number) when these
+    are the B rows from first on of a larger batch, whose noise does not depend on how it is cut.
     Returns a new [B, T, K, F]. One coin covers a token; each factor is then
     uniform, which is uniform over the product codebook. A redraw may hit the same token,
     so the share of changed tokens is rate * (1 - 1/V).
@@ -63,12 +68,13 @@ def corrupt(
     CPU generator gives the same noise on every device.
     """
     device = windows.device if generator is None else generator.device
-    shape = windows.shape[:-1]
+    first, number = rows or (0, len(windows))
+    shape = (number, *windows.shape[1:-1])
     # float32 whatever the model computes in: bfloat16 has too few steps for small rates.
     coin = torch.rand(shape, generator=generator, device=device, dtype=torch.float32)
     drawn = torch.stack(
         [torch.randint(size, shape, generator=generator, device=device) for size in factor_sizes], dim=-1
     )
     # rand is in [0, 1): rate 0 never fires and rate 1 always does.
-    resample = coin.to(windows.device) < rates.to(windows.device)
-    return torch.where(resample[..., None], drawn.to(windows.device), windows)
+    coin, drawn = (value[first : first + len(windows)].to(windows.device) for value in (coin, drawn))
+    return torch.where((coin < rates.to(windows.device))[..., None], drawn, windows)

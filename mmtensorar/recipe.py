@@ -157,7 +157,9 @@ class Train(Section):
     resume: Literal["auto", "never"] = "never"
     log_every: int = Field(10, ge=1)
     save_every: int = Field(1000, ge=0)
+    save_in_background: bool = False
     keep_last: int = Field(2, ge=1)
+    keep_best: bool = True
     validate_every: int = Field(0, ge=0)
     sample_every: int = Field(0, ge=0)
     sample_prompts: list[str] = []

@@ -67,17 +67,22 @@ class TensorAR(nn.Module):
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
 
     def forward(
-        self, codes: Tensor, condition: Condition, uncond: Tensor, generator: Generator | None = None
+        self,
+        codes: Tensor,
+        condition: Condition,
+        uncond: Tensor,
+        generator: Generator | None = None,
+        rows: tuple[int, int] | None = None,
     ) -> Output:
         """Teacher-forced loss over all windows.
 
         codes: [B, T, F] int64. condition: B rows. uncond: [B] bool, True rows are trained
-        without their prompt. generator: draws the noise; None draws from the global one.
+        without their prompt. generator: draws the noise; None draws from the global one. rows: see `corrupt`.
         """
         targets_BTKF, valid_TK = slide(codes, self.window)
         inputs_BSKF = targets_BTKF[:, :-1]
         rates_BSK = self.schedule(tuple(inputs_BSKF.shape[:3]), generator)
-        inputs_BSKF = corrupt(inputs_BSKF, rates_BSK, self.backbone.factor_sizes, generator)
+        inputs_BSKF = corrupt(inputs_BSKF, rates_BSK, self.backbone.factor_sizes, generator, rows)
         hidden_BTD = self.hidden(inputs_BSKF, valid_TK[:-1], condition, uncond)
 
         # T is fixed, so every offset counts the same tokens on every rank: a local mean is the global one.

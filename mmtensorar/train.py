@@ -39,13 +39,17 @@ from mmtensorar.recipe import Recipe  # noqa: E402
 FREE_ON_RESUME = {
     "run": {"out"},
     "data": {"num_workers", "validation", "validation_batch_size", "max_skipped", "cache", "cache_gb"},
-    "train": {"steps", "log_every", "save_every", "validate_every", "sample_every", "sample_prompts", "keep_last", "resume"},
+    "train": {
+        "steps", "grad_accum", "log_every", "save_every", "save_in_background", "keep_last", "keep_best", "resume",
+        "validate_every", "sample_every", "sample_prompts", "activation_checkpointing",
+    },
+    "zero": None,
     "sampler": None,
 }
 
 
 def seed_for(*parts: int) -> int:
-    """A 63-bit seed from integers such as (seed, rank, step, micro step); neighbours are unrelated."""
+    """A 63-bit seed from integers such as (seed, rank, step); neighbours are unrelated."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -167,7 +171,7 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
     caption_encoder = backbones.caption_encoder(recipe.backbone)
 
     # ---- resume ------------------------------------------------------------------------------
-    average = None if recipe.train.ema_decay is None else Average(deep.master_weights(engine), recipe.train.ema_decay)
+    average = None if recipe.train.ema_decay is None else Average(deep.flat_tensors(engine), recipe.train.ema_decay)
     start_step = deep.resume(engine, folder / "checkpoints", fingerprints, average) if progress is not None else 0
     if start_step:
         say(f"continuing {folder} after step {start_step}")
@@ -178,6 +182,14 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
     )
     num_skipped = deep.latest_state(folder / "checkpoints").get("num_skipped", 0) if start_step else 0
     epoch = data.epoch_samples(recipe)
+    saver = deep.Saver(
+        engine,
+        folder / "checkpoints",
+        fingerprints,
+        keep_last=recipe.train.keep_last,
+        keep_best=recipe.train.keep_best,
+        background=recipe.train.save_in_background,
+    )
     log = None
     if first:
         folder.mkdir(parents=True, exist_ok=True)
@@ -212,9 +224,11 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
             sentences += batch.skipped
             names += batch.names
             condition = type(batch.condition)(*(part.to(device) for part in batch.condition))
-            # Seeded by place in the run, not carried along, so that a resumed run draws the same noise.
-            generator = torch.Generator(device).manual_seed(seed_for(recipe.run.seed, rank, step, micro))
-            output = engine(batch.codes.to(device), condition, batch.uncond.to(device), generator)
+            # Drawn for the step's whole batch, by place in the run, so that neither resuming nor the number of ranks nor of
+            # micro batches changes a sample's noise.
+            generator = torch.Generator(device).manual_seed(seed_for(recipe.run.seed, step))
+            rows = ((micro * world_size + rank) * len(batch.codes), recipe.data.batch_size)
+            output = engine(batch.codes.to(device), condition, batch.uncond.to(device), generator, rows)
             losses = torch.cat([output.loss.detach()[None], output.loss_per_offset.detach()]).float()
             total = losses if total is None else total + losses
             if micro == recipe.train.grad_accum - 1:
@@ -284,18 +298,12 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
         # ---- save ----------------------------------------------------------------------------
         last = step == recipe.train.steps or stopped
         if last or (recipe.train.save_every and step % recipe.train.save_every == 0):
-            deep.save(
-                engine,
-                folder / "checkpoints",
-                fingerprints,
-                step=step,
-                keep_last=recipe.train.keep_last,
-                state={"num_skipped": num_skipped},
-                average=average,
-            )
+            counted = {"num_skipped": num_skipped, "validation_loss": validated.get("validation_loss")}
+            saver.save(step, counted, average, device)
             saved_step = step
 
     # ---- finish ------------------------------------------------------------------------------
+    saver.finish(device)
     if log is not None:
         log.close()
     if step >= recipe.train.steps:

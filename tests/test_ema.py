@@ -29,15 +29,3 @@ def test_views_of_the_weights_see_the_average_and_then_the_weights_again():
         assert view.tolist() == [2, 3]
         raise KeyError
     assert view.tolist() == [12, 13] and average.averages[0].tolist() == list(range(6))
-
-
-def test_it_is_saved_and_loaded(tmp_path):
-    one = Average([torch.randn(5), torch.randn(2, 3)], 0.9)
-    one.save(tmp_path / "average.safetensors")
-    other = Average([torch.zeros(5), torch.zeros(2, 3)], 0.9)
-    other.load(tmp_path / "average.safetensors")
-    assert all(map(torch.equal, one.averages, other.averages))
-    with pytest.raises(ValueError, match="is of other weights"):
-        Average([torch.zeros(5)], 0.9).load(tmp_path / "average.safetensors")
-    with pytest.raises(ValueError, match="absent.safetensors: the moving average cannot be read"):
-        other.load(tmp_path / "absent.safetensors")
