@@ -7,6 +7,7 @@ into the matrices as training saw them, rounded.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import re
 from typing import NamedTuple
@@ -112,6 +113,22 @@ def _insert(model: nn.Module, recipe: Recipe) -> None:
     )
     on_meta = next(model.parameters()).is_meta
     peft.inject_adapter_in_model(config, model.backbone, low_cpu_mem_usage=on_meta)
+    if not on_meta:
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                parameter.data.copy_(initial(name, parameter.shape, recipe.run.seed))
+
+
+def initial(name: str, shape: torch.Size, seed: int) -> Tensor:
+    """The value that a parameter of an adapter starts from, float32; each by its own seed, in whatever order they are made.
+
+    As in peft: B is 0, A as a linear map's weight.
+    """
+    value = torch.zeros(shape)
+    if ".lora_A." in name:
+        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big") >> 1)
+        nn.init.kaiming_uniform_(value, a=5**0.5, generator=generator)
+    return value
 
 
 def state(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ from mmtensorar import adapters, attention, backbones, image_tokenizers, tensora
 from mmtensorar.recipe import Recipe
 from mmtensorar.shards import sha256
 from mmtensorar.tensorar import TensorAR
+from mmtensorar.weights import without_values
 
 FORMAT = 1
 INDEX = "checkpoint.json"
@@ -50,9 +51,24 @@ class Loaded(NamedTuple):
 
 
 def build(recipe: Recipe, *, weights: bool = True, device: str = "cpu") -> TensorAR:
-    """The recipe's model in float32: backbone (with its weights unless told) and a fresh codec."""
+    """The recipe's model in float32: backbone (with its weights unless told) and a fresh codec, drawn under run.seed."""
     backbone = backbones.load(recipe.backbone, weights=weights, device=device)
-    return tensorar.build(recipe, backbone).to(device).float()
+    return _around(recipe, backbone).to(device).float()
+
+
+def _around(recipe: Recipe, backbone: backbones.Backbone) -> TensorAR:
+    # Whatever was drawn before, so that the codec is the same one however its backbone came to be.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.run.seed)
+        return tensorar.build(recipe, backbone)
+
+
+def skeleton(recipe: Recipe) -> TensorAR:
+    """The model that a recipe trains, with adapters and what is frozen, without values: parameters on the meta device."""
+    with without_values():
+        model = _around(recipe, backbones.load(recipe.backbone, weights=False))
+    adapters.prepare(model, recipe)
+    return model
 
 
 def starting(recipe: Recipe) -> Recipe:
@@ -84,21 +100,48 @@ def initial_model(recipe: Recipe) -> TensorAR:
     tensors have the names and shapes of this recipe's; otherwise the codec is fresh. Its fresh values
     are drawn under run.seed. Raises ValueError when the folder does not fit the recipe.
     """
-    torch.manual_seed(recipe.run.seed)
-    if recipe.train.init_from is None:
-        return build(recipe)
-    folder = Path(recipe.train.init_from)
-    check_files(folder)
+    if recipe.train.init_from is not None:
+        check_files(Path(recipe.train.init_from))
     model = build(starting(recipe))
-    if (folder / CODEC).is_file() and model.window > 1:
-        codec = load_file(folder / CODEC)
-        own = codec_state(model.state_dict())
-        same_heads = saved_recipe(folder).tensorar.num_heads == recipe.tensorar.num_heads  # which no shape shows
-        if same_heads and {k: v.shape for k, v in codec.items()} == {k: v.shape for k, v in own.items()}:
-            model.load_state_dict(codec, strict=False)
-        elif os.environ.get("RANK", "0") == "0":  # without ZeRO-3 every rank comes here
-            print(f"note: the codec in {folder} has another shape or number of heads than the recipe's, so a fresh one is trained")
+    _take_codec(model, recipe)
     return model
+
+
+def initial_values(recipe: Recipe) -> Callable[[str], Tensor]:
+    """A function from the name of a tensor of `skeleton` to its value in the model a run starts from, to be asked for once.
+
+    Only the codec is in memory before, the backbone's are read from the files then. Raises ValueError like `initial_model`.
+    """
+    if recipe.train.init_from is not None:
+        check_files(Path(recipe.train.init_from))
+    unread = backbones.unread(starting(recipe).backbone)
+    unread.check()
+    model = _around(recipe, unread.model)
+    _take_codec(model, recipe)
+    codec = codec_state(model.state_dict())
+    shapes = {name: value.shape for name, value in skeleton(recipe).named_parameters() if ".lora_" in name}
+
+    def value(name: str) -> Tensor:
+        if name in codec:
+            return codec.pop(name)
+        if name in shapes:
+            return adapters.initial(name, shapes[name], recipe.run.seed)
+        return unread.value(name.removeprefix("backbone.").replace(".base_layer.", "."))
+
+    return value
+
+
+def _take_codec(model: TensorAR, recipe: Recipe) -> None:
+    """Load the codec in train.init_from, where there is one and it fits."""
+    if recipe.train.init_from is None or model.window == 1 or not (Path(recipe.train.init_from) / CODEC).is_file():
+        return
+    folder = Path(recipe.train.init_from)
+    codec, own = load_file(folder / CODEC), codec_state(model.state_dict())
+    same_heads = saved_recipe(folder).tensorar.num_heads == recipe.tensorar.num_heads  # which no shape shows
+    if same_heads and {k: v.shape for k, v in codec.items()} == {k: v.shape for k, v in own.items()}:
+        model.load_state_dict(codec, strict=False)
+    elif os.environ.get("RANK", "0") == "0":  # without ZeRO-3 every rank comes here
+        print(f"note: the codec in {folder} has another shape or number of heads than the recipe's, so a fresh one is trained")
 
 
 def model_to_train(recipe: Recipe) -> TensorAR:

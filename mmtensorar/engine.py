@@ -25,9 +25,10 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam  # noqa: E402
 from deepspeed.utils import safe_get_full_fp32_param  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from mmtensorar import adapters, checkpoint, optimizers, pieces  # noqa: E402
+from mmtensorar import checkpoint, optimizers, pieces  # noqa: E402
 from mmtensorar.ema import Average  # noqa: E402
 from mmtensorar.pieces import Piece  # noqa: E402
+from mmtensorar.processes import give_memory_back  # noqa: E402
 from mmtensorar.recipe import Recipe  # noqa: E402
 from mmtensorar.shards import sha256  # noqa: E402
 
@@ -247,50 +248,45 @@ def _named_masters(engine) -> list[tuple[str, Tensor]]:
 
 
 def _partitioned_model(recipe: Recipe, config: dict, device: torch.device):
-    """The initial model with its parameters cut over the ranks, never whole on any device.
+    """The initial model with its parameters cut over the ranks, never whole anywhere.
 
-    Rank 0 holds the weights in host memory; the other ranks build the modules on the meta
-    device. One module's parameters at a time are broadcast and partitioned, so a rank's
-    accelerator sees one module plus its own share. Modules are not constructed inside zero.Init,
-    because a child's parameters would be empty before its parent's initialisation code runs.
+    Rank 0 reads one tensor after the other from the files, and each is broadcast and cut, so a rank holds one module plus
+    its own share (and rank 0 a mapped file). Modules are not constructed inside zero.Init, because a child's parameters
+    would be empty before its parent's initialisation code runs.
     """
     rank = torch.distributed.get_rank()
-    source = together(lambda: checkpoint.model_to_train(recipe) if rank == 0 else None, device)
-
-    def shapes():
-        with torch.device("meta"):
-            model = checkpoint.build(recipe, weights=False, device="meta")
-            adapters.prepare(model, recipe)
-            return model
-
-    model = together(shapes, device)
+    model = together(lambda: checkpoint.skeleton(recipe), device)
+    value_of = together(lambda: checkpoint.initial_values(recipe) if rank == 0 else None, device)
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
 
-    # Buffers are small (rotary frequencies, masks) and stay whole, in the dtype they were built with.
-    buffers = [dict(source.named_buffers()) if rank == 0 else None]
-    torch.distributed.broadcast_object_list(buffers, 0)
-    for name, value in buffers[0].items():
-        parent, _, leaf = name.rpartition(".")
-        model.get_submodule(parent)._buffers[leaf] = value.to(device)
+    def spread(name: str, value: torch.Tensor) -> torch.Tensor:
+        found = together(lambda: value_of(name) if rank == 0 else None, device)
+        if rank == 0:
+            value.copy_(found)
+        torch.distributed.broadcast(value, 0)
+        return value
 
-    weights = dict(source.named_parameters()) if rank == 0 else {}
+    # Buffers are small and stay whole, in the dtype they were built with; those that are not in files are computed.
+    saved = model.state_dict().keys()
+    for name, buffer in list(model.named_buffers()):
+        parent, _, leaf = name.rpartition(".")
+        value = buffer.to(device)
+        model.get_submodule(parent)._buffers[leaf] = spread(name, value) if name in saved else value
+
     done: dict[int, torch.nn.Parameter] = {}  # by identity: a tied parameter stays one parameter
-    for prefix, module in reversed(list(model.named_modules())):
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for _, module in reversed(list(model.named_modules())):
         own = list(module._parameters.items())
         for leaf, parameter in own:
             if parameter is None:
                 continue
             if id(parameter) not in done:
-                name = f"{prefix}.{leaf}" if prefix else leaf
-                value = torch.empty(parameter.shape, dtype=dtype, device=device)
-                if rank == 0:
-                    # named_parameters lists a tied parameter under its first name only.
-                    value.copy_(weights[name] if name in weights else source.get_parameter(name).detach())
-                torch.distributed.broadcast(value, 0)
+                value = spread(names[id(parameter)], torch.empty(parameter.shape, dtype=dtype, device=device))
                 done[id(parameter)] = torch.nn.Parameter(value, requires_grad=parameter.requires_grad)
             module._parameters[leaf] = done[id(parameter)]
         if own:
             deepspeed.zero.Init(module=module, config_dict_or_path=config, dtype=dtype)
+            give_memory_back()  # pieces that stay lie between whole tensors that go
     return model
 
 

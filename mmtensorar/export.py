@@ -12,8 +12,6 @@ import re
 import sys
 from pathlib import Path
 
-import torch
-
 from mmtensorar import adapters, checkpoint, pieces
 from mmtensorar.pieces import Piece
 from mmtensorar.recipe import Recipe
@@ -28,11 +26,15 @@ def find(run: Path, step: str) -> Path:
         raise ValueError(f"{run}: no checkpoint in it")
     if step in ("latest", "best"):
         if not (folder / step).is_file():
-            raise ValueError(f"{run}: no checkpoint was saved at a step whose validation loss was measured, so none is the best")
+            raise ValueError(
+                f"{run}: no checkpoint was saved at a step whose validation loss was measured, so none is the best"
+            )
         return folder / (folder / step).read_text(encoding="utf-8").strip()
     wanted = folder / f"step_{int(step):06d}" if step.isdigit() else None
     if wanted not in there:
-        raise ValueError(f"{run}: no checkpoint of step {step}; there are latest, {', '.join(str(number_of(path)) for path in there)}")
+        raise ValueError(
+            f"{run}: no checkpoint of step {step}; there are latest, {', '.join(str(number_of(path)) for path in there)}"
+        )
     return wanted
 
 
@@ -50,9 +52,7 @@ def export(run: Path, step: str, out: Path, *, average: bool = False) -> int:
     for name, expected in recorded["sha256"].items():
         if not (folder / name).is_file() or sha256(folder / name) != expected:
             raise ValueError(f"{folder}: {name} is not the file that was written, the checkpoint is damaged")
-    with torch.device("meta"):
-        model = checkpoint.build(recipe, weights=False, device="meta")
-        adapters.prepare(model, recipe)
+    model = checkpoint.skeleton(recipe)
     trained = [(name, parameter.shape) for name, parameter in model.named_parameters() if parameter.requires_grad]
     layout = [Piece(name, 0, flat, 0, shape.numel()) for flat, (name, shape) in enumerate(trained)]
     key = "average" if average else "master"

@@ -140,7 +140,9 @@ def _recut(folder: Path, layouts: list[dict], pieces: Sequence[Piece], sizes: li
                 if first >= stop:
                     continue
                 filled += stop - first
-                values = _stretch(opened[saved], layouts[saved], there, first - there.start, stop - first, folder / _name(saved), only)
+                values = _stretch(
+                    opened[saved], layouts[saved], there, first - there.start, stop - first, folder / _name(saved), only
+                )
                 place = piece.flat_start + first - piece.start
                 for key, value in values.items():
                     if not isinstance(value, Tensor) or not value.ndim:
@@ -188,7 +190,9 @@ def latest(folder: Path) -> dict:
     """What was recorded with the checkpoint that the file `latest` in folder names. Raises ValueError when it is not whole."""
     name = (folder / "latest").read_text(encoding="utf-8").strip()
     if not (folder / name / STATE).is_file():
-        raise ValueError(f"{folder / 'latest'} names {name!r}, but {folder / name / STATE} is missing: the checkpoint is incomplete")
+        raise ValueError(
+            f"{folder / 'latest'} names {name!r}, but {folder / name / STATE} is missing: the checkpoint is incomplete"
+        )
     return recorded(folder / name)
 
 
@@ -201,7 +205,9 @@ def recorded(folder: Path) -> dict:
         found = None
     kinds: Mapping[str, type] = {"step": int, "world_size": int, "sha256": dict}
     if not isinstance(found, dict) or any(not isinstance(found.get(key), kind) for key, kind in kinds.items()):
-        raise ValueError(f"{path}: expected JSON with {', '.join(kinds)}, the checkpoint is damaged (or of an earlier version)")
+        raise ValueError(
+            f"{path}: expected JSON with {', '.join(kinds)}, the checkpoint is damaged (or of an earlier version)"
+        )
     return found
 
 

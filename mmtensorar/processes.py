@@ -1,9 +1,11 @@
-"""How a command's process ends when it is one of several ranks."""
+"""What is of a process, not of training: how it ends when it is one of several ranks, and its memory."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
+from contextlib import suppress
 from typing import NoReturn
 
 import torch
@@ -20,3 +22,9 @@ def leave(code: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def give_memory_back() -> None:
+    """Return freed memory to the system, where the C library can do that (glibc); others keep it for later use."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

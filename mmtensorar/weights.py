@@ -13,6 +13,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -175,6 +176,7 @@ class Checkpoint:
         self.others: dict[str, Any] = {}
         self._wrappers = wrappers
         self._files: dict[str, Path] = {}
+        self._opened: tuple[Path, Callable[[str], Tensor]] | None = None
         for file, names in _parts(path, optional=optional).items():
             if file.suffix in TORCH_SUFFIXES:
                 state, others = _read_torch(file, wrappers)
@@ -200,6 +202,14 @@ class Checkpoint:
                 with _open(file) as opened:
                     yield from ((name, opened.get_tensor(name)) for name in here)
 
+    def value(self, name: str) -> Tensor:
+        """One tensor. The file stays open for the next, so in order of the files is quickest."""
+        file = self._files[name]
+        if self._opened is None or self._opened[0] != file:
+            torch_file = file.suffix in TORCH_SUFFIXES
+            self._opened = (file, _read_torch(file, self._wrappers)[0].__getitem__ if torch_file else _open(file).get_tensor)
+        return self._opened[1](name)
+
     def file(self, name: str) -> Path:
         """The file that holds a tensor."""
         return self._files[name]
@@ -207,6 +217,23 @@ class Checkpoint:
     @property
     def files(self) -> list[Path]:
         return sorted(set(self._files.values()))
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Modules made inside have parameters on the meta device, so that no memory is used; buffers, which files may lack, are real."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None and not parameter.is_meta:
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+    nn.Module.register_parameter = on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
 
 
 class Unread(NamedTuple):
@@ -225,6 +252,10 @@ class Unread(NamedTuple):
     def check(self) -> None:
         """Raises ValueError like `fill`."""
         _match(self.model.state_dict(), self.source, self.rename, self.ignore)
+
+    def value(self, name: str) -> Tensor:
+        """A tensor of the model, by its name there."""
+        return self.source.value(self.rename(name))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name in a saved folder, value) of all tensors, file after file."""

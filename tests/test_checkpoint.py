@@ -1,5 +1,6 @@
 """Consolidated checkpoints: what is saved loads again, and a broken folder is named in one sentence."""
 
+import importlib
 import json
 import shutil
 import subprocess
@@ -10,8 +11,9 @@ import pytest
 import torch
 import yaml
 
-from mmtensorar import backbones, checkpoint
+from mmtensorar import backbones, checkpoint, weights
 from mmtensorar.recipe import Recipe
+from tests import fakes
 from tests.fakes import write_tiny_janus
 
 
@@ -170,3 +172,29 @@ def test_loading_needs_no_deepspeed():
     """Generation must work where DeepSpeed is not installed."""
     code = "import sys, mmtensorar.checkpoint; sys.exit('deepspeed' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("settings", [{}, {"parts": "lora"}, {"init_from": "saved"}, {"freeze": [r"layers\.0"]}])
+def test_a_model_read_tensor_by_tensor_is_the_whole_one(bench, saved, settings):
+    """As ZeRO-3 reads it: no values in the modules, each from the files when it is asked for; buffers that no file has are there."""
+    if "init_from" in settings:
+        settings = {"init_from": str(bench / "model")}
+    recipe = make(bench, 3, **settings)
+    whole, skeleton, value_of = checkpoint.model_to_train(recipe), checkpoint.skeleton(recipe), checkpoint.initial_values(recipe)
+    assert all(parameter.is_meta for parameter in skeleton.parameters())
+    assert equal({name: value_of(name) for name in skeleton.state_dict()}, whole.state_dict())
+    assert equal(dict(skeleton.named_buffers()), dict(whole.named_buffers())) and len(list(whole.buffers()))
+    assert [p.requires_grad for p in skeleton.parameters()] == [p.requires_grad for p in whole.parameters()]
+
+
+@pytest.mark.parametrize("name", ["llamagen", "open_magvit2"])
+def test_the_other_backbones_are_read_tensor_by_tensor_too(tmp_path, name):
+    backbone = fakes.tiny_llamagen("text") if name == "llamagen" else fakes.tiny_open_magvit2()
+    backbone.save_pretrained(tmp_path / "backbone")
+    module = importlib.import_module(f"mmtensorar.backbones.{name}")
+    section = module.Config(name=name, path=str(tmp_path / "backbone"))
+    whole, unread = backbones.load(section), backbones.unread(section)
+    with weights.without_values():
+        skeleton = backbones.load(section, weights=False)
+    assert all(parameter.is_meta for parameter in skeleton.parameters())
+    assert equal({key: unread.value(key) for key in skeleton.state_dict()}, whole.state_dict())

@@ -38,7 +38,10 @@ def values(name: str, key: str) -> torch.Tensor:
 def write(folder, layouts) -> None:
     folder.mkdir()
     for rank, (layout, shapes) in enumerate(layouts):
-        state = [{key: torch.zeros(shape) for key in ("master", "exp_avg")} | {"step": torch.tensor(7.0), "count": 3} for shape in shapes]
+        state = [
+            {key: torch.zeros(shape) for key in ("master", "exp_avg")} | {"step": torch.tensor(7.0), "count": 3}
+            for shape in shapes
+        ]
         for piece in layout:
             for key in ("master", "exp_avg"):
                 part = values(piece.name, key)[piece.start : piece.start + piece.number]
@@ -67,7 +70,14 @@ def test_any_cut_is_read_from_any_other(tmp_path, seed):
 def test_the_same_cut_is_read_as_it_is_with_moments_of_any_kind(tmp_path):
     layout, shapes = [Piece("a", 0, 0, 0, 70)], [torch.Size([7, 10])]
     table = torch.arange(4.0)
-    state = [{"master": torch.randn(7, 10), "state1": torch.randint(9, (7, 10), dtype=torch.uint8), "qmap1": table, "qmap2": table}]
+    state = [
+        {
+            "master": torch.randn(7, 10),
+            "state1": torch.randint(9, (7, 10), dtype=torch.uint8),
+            "qmap1": table,
+            "qmap2": table,
+        }
+    ]
     pieces.write(tmp_path, 0, layout, shapes, state)
     found = pieces.read(tmp_path, 0, 1, 1, layout, shapes)
     assert found[0].keys() == state[0].keys()
