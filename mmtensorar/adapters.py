@@ -174,7 +174,7 @@ def _quantise(model: nn.Module, recipe: Recipe) -> None:
         if old.in_features % BLOCK:
             raise ValueError(f"train.parts qlora: backbone.{name} is {old.in_features} wide; 4 bits need a multiple of {BLOCK}")
         new = bitsandbytes.nn.Linear4bit(
-            old.in_features, old.out_features, bias=old.bias is not None, compute_dtype=computed_in, quant_type="nf4"
+            old.in_features, old.out_features, bias=old.bias is not None, compute_dtype=computed_in, quant_type="nf4", device="meta"
         )
         new.weight = bitsandbytes.nn.Params4bit(old.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=new)
         if old.bias is not None:

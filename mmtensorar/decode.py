@@ -185,6 +185,13 @@ def decode(
     return Decoded(trace[:, :, 0].clone(), trace if keep_trace else None)
 
 
+def revised_per_offset(trace: Tensor) -> list[float]:
+    """Windows of every step [B, T, K, F] -> for each offset but the last, the share of its tokens that differ from the draft before."""
+    changed = (trace[:, 1:, :-1] != trace[:, :-1, 1:]).any(-1)  # the same places, one step later at one offset less
+    valid = valid_slots(trace.shape[1], trace.shape[2], trace.device)[1:, :-1]
+    return ((changed & valid).sum((0, 1)) / (len(trace) * valid.sum(0)).clamp(min=1)).tolist()
+
+
 def _uniform(shape: tuple[int, ...], batch: int, generator: Generator | Sequence[Generator] | None) -> Tensor:
     """[B, *shape] float64 in [0, 1), drawn up front so that nothing else can shift a row's stream."""
     if generator is None or isinstance(generator, Generator):

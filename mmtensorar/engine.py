@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -27,6 +28,7 @@ from torch import Tensor  # noqa: E402
 
 from mmtensorar import checkpoint, optimizers, pieces  # noqa: E402
 from mmtensorar.ema import Average  # noqa: E402
+from mmtensorar.metrics import Event  # noqa: E402
 from mmtensorar.pieces import Piece  # noqa: E402
 from mmtensorar.processes import give_memory_back  # noqa: E402
 from mmtensorar.recipe import Recipe  # noqa: E402
@@ -172,6 +174,9 @@ def start(recipe: Recipe, world_size: int, device: torch.device):
         model = together(lambda: checkpoint.model_to_train(recipe), device)
     model.backbone.activation_checkpointing = recipe.train.activation_checkpointing
     model.train()
+    if recipe.train.compile:
+        for layer in model.backbone.layers:
+            layer.compile()
 
     optim = recipe.optim
     optimizer = optimizers.build(optim, optimizers.groups(model, optim), device, DeepSpeedCPUAdam)
@@ -331,6 +336,33 @@ def full_state_dict(engine, *, trained_only: bool = False) -> dict[str, Tensor] 
     persistent = engine.module.state_dict().keys()
     state.update({name: value.cpu() for name, value in engine.module.named_buffers() if name in persistent})
     return state
+
+
+def monitor(names: Sequence[str], run_dir: Path, start_step: int) -> Callable[[list[Event]], None] | None:
+    """DeepSpeed's monitor for W&B and CSV files, as a function that takes a step's events; None when neither is asked for.
+
+    Rows of CSV files past start_step, of a run that was stopped after its last checkpoint, are dropped. Raises ValueError when
+    wandb is not installed.
+    """
+    if not set(names) & {"wandb", "csv"}:
+        return None
+    from deepspeed.monitor.config import get_monitor_config
+    from deepspeed.monitor.monitor import MonitorMaster
+
+    if "wandb" in names and importlib.util.find_spec("wandb") is None:
+        raise ValueError("train.monitors wandb needs wandb: pip install wandb")
+    folder = run_dir / "csv"
+    for path in folder.glob("*.csv"):
+        header, *rows = path.read_text(encoding="utf-8").splitlines()
+        _write_text(path, "\n".join([header, *(row for row in rows if int(row.split(",")[0]) <= start_step)]) + "\n")
+    config = {
+        "wandb": {"enabled": "wandb" in names, "project": "mmtensorar", "group": run_dir.name},
+        "csv_monitor": {"enabled": "csv" in names, "output_path": str(run_dir), "job_name": "csv"},
+    }
+    master = MonitorMaster(get_monitor_config(config))
+    if master.csv_monitor is not None:  # which would write a header into each file again
+        master.csv_monitor.filenames += [path.stem for path in folder.glob("*.csv")]
+    return master.write_events
 
 
 class Saver:

@@ -8,17 +8,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from mmtensorar import attention
 
 # Where `Linear` multiplies in its own way: up to so many rows, with a weight of at least so many numbers.
 MOST_ROWS, LARGE = 64, 2**19
+
+
+Checkpointing = bool | Literal["selective"]
+"""What of a block a backward computes again instead of keeping: nothing, all, or what is not a matrix product or attention."""
+
+KEPT = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+]
+
+
+def checkpoint_options(policy: Checkpointing) -> dict[str, Any]:
+    """Options of torch.utils.checkpoint.checkpoint for a policy that is not False."""
+    # Not reentrant: ZeRO-3 counts on one gradient per parameter and backward.
+    options: dict[str, Any] = {"use_reentrant": False}
+    if policy == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, KEPT)
+    return options
 
 
 def ffn_width(dim: int, *, multiple_of: int = 256, multiplier: float | None = None) -> int:
@@ -157,13 +181,12 @@ def run(
     pattern: attention.Pattern,
     caches: list[attention.LayerCache] | None,
     *,
-    activation_checkpointing: bool,
+    activation_checkpointing: Checkpointing,
 ) -> Tensor:
-    """[B, S, D] through all blocks; with activation_checkpointing a backward computes each block again."""
+    """[B, S, D] through all blocks; see Checkpointing."""
     for index, block in enumerate(blocks):
         if activation_checkpointing and caches is None and torch.is_grad_enabled():
-            # Not reentrant: ZeRO-3 counts on one gradient per parameter and backward.
-            x = checkpoint(block, x, table, pattern, use_reentrant=False)
+            x = checkpoint(block, x, table, pattern, **checkpoint_options(activation_checkpointing))
         else:
             x = block(x, table, pattern, None if caches is None else caches[index])
     return x

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -40,15 +41,70 @@ def read_log(path: str | Path) -> list[dict]:
     return rows
 
 
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOPs a second of a large matrix product here, the fastest of three: what a step's are measured against."""
+    side = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.rand(side, side, device=device).to(dtype) for _ in range(2))
+    seconds = []
+    for _ in range(4):  # the first one starts things up
+        watch = Stopwatch(device)
+        a @ b
+        watch.lap("product")
+        seconds.append(watch.seconds()["product"])
+    return 2 * side**3 / min(seconds[1:])
+
+
+class Stopwatch:
+    """Where the time goes, lap by lap; on a GPU by events among its work, so that nothing waits for the clock."""
+
+    def __init__(self, device: torch.device):
+        self.on_gpu = device.type == "cuda"
+        self.marks = [("", self._now())]
+
+    def lap(self, name: str) -> None:
+        """The time since the lap before was this."""
+        self.marks.append((name, self._now()))
+
+    def seconds(self) -> dict[str, float]:
+        """Name -> seconds of the laps since the last call."""
+        if self.on_gpu:
+            self.marks[-1][1].synchronize()
+        found: dict[str, float] = {}
+        for (_, began), (name, ended) in zip(self.marks, self.marks[1:], strict=False):
+            found[name] = found.get(name, 0.0) + (began.elapsed_time(ended) / 1000 if self.on_gpu else ended - began)
+        del self.marks[:-1]
+        return found
+
+    def _now(self):
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+Event = tuple[str, float, int]  # name, value, step
+
+
 class StepLog:
     """Writes a run's numbers; only rank 0 owns one.
 
-    folder: the run folder; log.jsonl, tensorboard/ and samples/ are made inside.
+    folder: the run folder; log.jsonl, tensorboard/ and samples/ are made inside. curves: whether tensorboard/ is. monitor: where
+    else each step's numbers go.
     start_step: steps already done. Rows past it, left by a run that was stopped after its
     last checkpoint, are dropped, so that the log holds each step once.
     """
 
-    def __init__(self, folder: str | Path, *, num_steps: int, start_step: int = 0, log_every: int = 10):
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        num_steps: int,
+        start_step: int = 0,
+        log_every: int = 10,
+        curves: bool = True,
+        monitor: Callable[[list[Event]], None] | None = None,
+    ):
         self.folder = Path(folder)
         self.num_steps = num_steps
         self.log_every = log_every
@@ -62,7 +118,8 @@ class StepLog:
                 os.replace(partial, path)
         (self.folder / STOPPED).unlink(missing_ok=True)
         self.file = (self.folder / "log.jsonl").open("a", encoding="utf-8")
-        self.curves = self._open_curves(start_step)
+        self.curves = self._open_curves(start_step) if curves else None
+        self.monitor = monitor
         self.started = time.monotonic()
         self.first_step = start_step
 
@@ -79,23 +136,22 @@ class StepLog:
         """Record one optimiser step.
 
         row: step (int, 1 is the first), loss (nats per token), loss_per_offset (list, offset 0
-        first), lr, grad_norm, data_share (of the step's time, waiting for data, rank 0), tokens_per_s (image tokens, all
-        ranks), memory_gib (peak, rank 0); num_skipped (damaged samples so far), validation_loss and
-        validation_loss_per_offset where there are any.
+        first), lr, grad_norm, tokens_per_s (image tokens, all ranks), memory_gib (peak, rank 0). Of rank 0's time: seconds (a
+        dictionary: data, forward, backward, step, and save, sample and validation since the last row), data_share, and mfu, the
+        share of a matrix product's rate at which the model's FLOPs were done, without those done again. num_skipped
+        (damaged samples so far), validation_loss, validation_loss_per_offset, validation_accuracy_per_offset and
+        revised_per_offset where there are any.
         """
         # JSON has no NaN or infinity; such a value becomes null rather than an unreadable line.
         self.file.write(json.dumps({key: _finite(value) for key, value in row.items()}) + "\n")
         self.file.flush()
         step = row["step"]
+        events = [event for key, value in row.items() if key != "step" for event in _events(key, value, step)]
         if self.curves is not None:
-            for key, value in row.items():
-                if key == "step":
-                    continue
-                if isinstance(value, list):
-                    for offset, item in enumerate(value):
-                        self.curves.add_scalar(f"{key}/{offset}", item, step)
-                else:
-                    self.curves.add_scalar(key, value, step)
+            for event in events:
+                self.curves.add_scalar(*event)
+        if self.monitor is not None:
+            self.monitor(events)
         if step % self.log_every == 0 or step in (1, self.num_steps) or "validation_loss" in row:
             print(self.line(row), flush=True)
 
@@ -118,7 +174,7 @@ class StepLog:
         validated = f"  validation loss {row['validation_loss']:.4f}" if "validation_loss" in row else ""
         return (
             f"step {step}/{self.num_steps}  loss {row['loss']:.4f}  per offset [{offsets}]  lr {row['lr']:.2e}  "
-            f"grad norm {row['grad_norm']:.3f}  {row['tokens_per_s']:.0f} tokens/s  {row['memory_gib']:.1f} GiB  "
+            f"grad norm {row['grad_norm']:.3f}  {row['tokens_per_s']:.0f} tokens/s  MFU {row['mfu']:.1%}  {row['memory_gib']:.1f} GiB  "
             f"{left_min:.0f} min left{validated}"
         )
 
@@ -152,7 +208,18 @@ def image_grid(images: list[Image.Image]) -> Image.Image:
     return grid
 
 
+def _events(key: str, value: float | list | dict, step: int) -> list[Event]:
+    """A number, or one for each part of a list or dictionary."""
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    if isinstance(value, dict):
+        return [(f"{key}/{part}", each, step) for part, each in value.items()]
+    return [(key, value, step)]
+
+
 def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_finite(item) for item in value]
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):

@@ -9,16 +9,22 @@ are recomputed; attention adds 4 D S per token and layer forward (causal, half o
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from mmtensorar import adapters, backbones, tensorar
+from mmtensorar import memory as tensor_memory
+from mmtensorar.backbones import Condition
 from mmtensorar.recipe import Recipe
 
 GIB = 2**30
-NUM_GPUS = (1, 8, 64)
+NUM_GPUS = (1, 2, 8, 64)
 FOUR_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes: 4 bits, a scale of 8 bits for 64 numbers, one of 32 bits for 256 scales
+FEWER_ROWS, MANY_ROWS = 24, 32  # beyond which activations are taken to grow on a line: the first samples hide behind the loss
 PROMPT_TOKENS = 32  # a typical caption with the prompt template, where its length is free; the plan cannot know yours
 
 
@@ -47,31 +53,139 @@ def parameters(model) -> dict[str, int]:
     return counts
 
 
-def state_bytes(total: int, trainable: int, *, stage: int, num_gpus: int, precision: str, four_bit: int = 0) -> int:
-    """Bytes per GPU of parameters, gradients and optimiser state, without activations and offloading.
+class Memory(NamedTuple):
+    """Bytes on each GPU. held: between the steps; activations: the most beside it in forward and backward.
 
-    four_bit: how many of total are held in NF4.
+    buffers: of ZeRO, for what is gathered and what is reduced. update: the most beside held while the optimiser works.
+    host: per GPU in host memory, of what is offloaded. peak: of all together, without what PyTorch and CUDA take for themselves (1 GiB or so) and lose to fragmentation.
     """
-    # Under fp32 there is no second copy: 4 + 4 + 8 bytes instead of 2 + 2 + 12.
-    weight, gradient, optimiser = (2, 2, 12) if precision == "bf16" else (4, 4, 8)
+
+    weights: float
+    gradients: float
+    optimizer: float
+    buffers: float
+    activations: float
+    update: float
+    host: float
+
+    @property
+    def held(self) -> float:
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def peak(self) -> float:
+        return self.held + max(self.buffers + self.activations, self.update)
+
+
+# Bytes that the moments of a parameter take, and the temporary tensors of its update (bitsandbytes has none).
+MOMENTS = {"adamw": 8, "cpu_adam": 8, "adamw_8bit": 2, "paged_adamw": 8, "paged_adamw_8bit": 2}
+TEMPORARY = {"adamw": 8, "cpu_adam": 0, "adamw_8bit": 0, "paged_adamw": 0, "paged_adamw_8bit": 0}
+
+
+def memory(
+    recipe: Recipe, counts: dict[str, int], largest: int, activations: float, num_gpus: int, *, device: str = "cuda"
+) -> Memory:
+    """counts: see `parameters`. largest: numbers of the largest parameter. activations: bytes, see `activation_bytes`.
+
+    device: on a CPU, AdamW without ZeRO updates one parameter after the other, on a GPU all at once.
+    """
+    stage, extra = recipe.zero.stage, recipe.zero.extra
+    total, trained, half = counts["backbone"] + counts["tensorar"], counts["trainable"], recipe.train.precision == "bf16"
+    weight = 2 if half else 4
+    master = 4 if half or stage else 0  # with ZeRO there is a flat float32 copy whatever the precision
     shares = [num_gpus if stage >= at else 1 for at in (3, 2, 1)]
-    weights = (total - four_bit) * weight + four_bit * FOUR_BIT
-    return round(weights / shares[0] + trainable * gradient / shares[1] + trainable * optimiser / shares[2])
+    on_gpu = recipe.zero.offload_optimizer == "none" and "offload_optimizer" not in extra
+    params_on_gpu = recipe.zero.offload_params == "none" and "offload_param" not in extra
+    weights = (total - counts["four_bit"]) * weight + counts["four_bit"] * FOUR_BIT
+    # One micro batch's gradients are gone before the next forward; those of several are kept, by ZeRO-3 always.
+    kept = stage == 3 or recipe.train.grad_accum > 1
+    gradients = trained * weight / shares[1] if kept and on_gpu else 0
+    optimizer = trained * (master + MOMENTS[recipe.optim.name]) / shares[2] if on_gpu else 0
+
+    buffers, bucket = 0.0, int(extra.get("reduce_bucket_size", 5e8))
+    if stage == 3:
+        buffers += max(bucket, largest) * weight  # a parameter larger than the bucket is reduced by itself
+    elif stage == 2:
+        buffers += bucket * weight * (2 if extra.get("overlap_comm") else 1)
+    elif num_gpus > 1:
+        buffers += min(bucket, trained) * weight
+    if stage == 3 and (num_gpus > 1 or not params_on_gpu):
+        live = int(extra.get("stage3_max_live_parameters", 1e9)) + int(extra.get("stage3_prefetch_bucket_size", 5e7))
+        buffers += min(total, max(live, largest)) * weight
+    if counts["four_bit"]:
+        buffers += largest * weight  # the matrix in use, unpacked
+
+    update = 0.0
+    if on_gpu:
+        # Of what is updated at a time, gradients in float32 and temporary tensors.
+        group = min(trained, int(extra.get("sub_group_size", 1e9))) if stage == 3 else trained
+        update = (4 if half or stage else 0) * group / shares[2]
+        update += TEMPORARY[recipe.optim.name] * (group / shares[2] if stage or device == "cuda" else largest)
+        update += 0 if kept else trained * weight / shares[1]
+    # There the gradients are in float32.
+    host = 0 if on_gpu else trained * (4 + 4 + MOMENTS[recipe.optim.name]) / shares[2]
+    if not params_on_gpu:
+        host, weights = host + weights / shares[0], 0
+    return Memory(weights / shares[0], gradients, optimizer, buffers, activations, update, host)
 
 
-def flops_per_step(recipe: Recipe, model) -> tuple[int, int]:
+def activation_bytes(recipe: Recipe, numbers: Iterable[int]) -> dict[int, int]:
+    """For micro batches of those numbers of samples: most bytes that forward and backward hold beside weights and gradients.
+
+    Found by running them on tensors without values, so whatever the model does is counted; some seconds. Matrices in 4 bits are
+    taken for whole ones, which their forward makes of them.
+    """
+    numbers = set(numbers)
+    ends = (FEWER_ROWS, MANY_ROWS) if any(number > MANY_ROWS for number in numbers) else ()
+    found = {number: _activation_bytes(recipe, number) for number in {*ends, *(n for n in numbers if n <= MANY_ROWS)}}
+    for number in numbers - found.keys():
+        fewer, many = (found[end] for end in ends)
+        found[number] = many + (many - fewer) * (number - MANY_ROWS) // (MANY_ROWS - FEWER_ROWS)
+    return found
+
+
+def _activation_bytes(recipe: Recipe, rows: int) -> int:
+    if recipe.train.parts == "qlora":
+        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"parts": "lora"})})
+    model = shapes(recipe)
+    if recipe.train.precision == "bf16":
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16()
+    model.backbone.activation_checkpointing = recipe.train.activation_checkpointing
+    model.train()
+    return tensor_memory.of_a_step(model, lambda model: model(*_inputs(model, rows)).loss)
+
+
+def _inputs(model, rows: int) -> tuple[Tensor, Condition, Tensor]:
+    """Codes, condition and uncond of some samples, of values that do not matter."""
+    backbone, places = model.backbone, prompt_tokens(model)
+    codes = torch.zeros(rows, backbone.num_tokens, len(backbone.factor_sizes), dtype=torch.long)
+    config = getattr(backbone, "config", None)
+    if getattr(config, "condition", None) == "text":
+        values = torch.zeros(rows, places, config.caption_dim)
+    else:
+        values = torch.zeros(rows, places, dtype=torch.long)
+    return codes, Condition(values, torch.ones(rows, places, dtype=torch.bool)), torch.zeros(rows, dtype=torch.bool)
+
+
+def flops_per_step(
+    recipe: Recipe, model, *, prompt_len: int | None = None, recomputed: bool = True
+) -> tuple[int, int]:
     """(image tokens, FLOPs) of one optimiser step over all ranks. Parameters of tables count nothing.
 
-    What is computed again in the backward counts again: the layers with activation checkpointing, and decoder and head where
+    prompt_len: places of the prompts; None is the backbone's, or a guess. recomputed: whether what is done again counts again.
+
+    Computed again in the backward are the layers with activation checkpointing, and decoder and head where
     the loss is made in chunks (as it is on one rank; with a small micro batch on many it may fit into one).
     """
     K, T, D = model.window, model.backbone.num_tokens, model.backbone.dim
-    prefix_len = prompt_tokens(model)
+    prefix_len = prompt_len or prompt_tokens(model)
     rows = prefix_len + T
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    layer_passes = 4 if recipe.train.activation_checkpointing else 3
+    # With selective checkpointing no matrix product is done again.
+    layer_passes = 4 if recipe.train.activation_checkpointing is True and recomputed else 3
     places = recipe.data.batch_size // recipe.train.grad_accum * T
-    loss_passes = 4 if places > max(1, recipe.train.loss_chunk_tokens // K) else 3
+    loss_passes = 4 if recomputed and places > max(1, recipe.train.loss_chunk_tokens // K) else 3
     per_sample = 0
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2 or id(parameter) in tables or "offset_" in name:
@@ -90,7 +204,7 @@ def flops_per_step(recipe: Recipe, model) -> tuple[int, int]:
         else:
             times = rows * (layer_passes - (not parameter.requires_grad))  # a frozen weight needs no gradient of its own
         per_sample += 2 * parameter.numel() * times
-    per_sample += model.backbone.num_layers * 2 * D * rows * rows * layer_passes
+    per_sample += len(model.backbone.layers) * 2 * D * rows * rows * layer_passes
     return recipe.data.batch_size * T, recipe.data.batch_size * per_sample
 
 
@@ -99,13 +213,15 @@ def prompt_tokens(model) -> int:
     return getattr(getattr(model.backbone, "config", None), "prefix_len", PROMPT_TOKENS)
 
 
-def report(recipe: Recipe) -> str:
-    """The plan of a recipe as text. Raises ValueError when the model's configuration cannot be had."""
+def report(recipe: Recipe, *, activations: bool = True) -> str:
+    """The plan of a recipe as text; without activations it takes less time.
+
+    Raises ValueError when the model's configuration cannot be had.
+    """
     model = shapes(recipe)
     counts = parameters(model)
-    total = counts["backbone"] + counts["tensorar"]
+    largest = max(parameter.numel() for parameter in model.parameters())
     tokens, flops = flops_per_step(recipe, model)
-    stages = dict.fromkeys((recipe.zero.stage, 2 if recipe.train.parts == "qlora" else 3))
     steps = recipe.train.steps
     if steps is None:
         run = f"{recipe.train.epochs:g} epochs"
@@ -116,20 +232,34 @@ def report(recipe: Recipe) -> str:
         f"parameters   backbone   {counts['backbone']:>15,}",
         f"             TensorAR   {counts['tensorar']:>15,}  (+{counts['tensorar'] / counts['backbone']:.2%})",
         f"             trainable  {counts['trainable']:>15,}",
-        f"memory per GPU in GiB: weights, gradients and AdamW in {recipe.train.precision}, without activations",
-        "             " + "".join(f"{f'{n} GPU' + 's' * (n > 1):>10}" for n in NUM_GPUS),
+        f"memory per GPU in GiB, {recipe.train.precision}, ZeRO-{recipe.zero.stage}, {recipe.optim.name}",
+        "".join([" " * 23, *(f"{f'{n} GPU' + 's' * (n > 1):>10}" for n in NUM_GPUS)]),
     ]
-    held = {"precision": recipe.train.precision, "four_bit": counts["four_bit"]}
-    for stage in stages:
-        row = [
-            state_bytes(total, counts["trainable"], stage=stage, num_gpus=n, **held) / GIB
-            for n in NUM_GPUS
-        ]
-        lines.append(f"  ZeRO-{stage}     " + "".join(f"{value:>10.1f}" for value in row))
+    rows = [micro_batch(recipe, n) for n in NUM_GPUS]
+    known = activation_bytes(recipe, {*rows} - {None}) if activations else {}
+    found = [memory(recipe, counts, largest, known.get(number, 0), n) for number, n in zip(rows, NUM_GPUS, strict=True)]
+    lines.append(_row("micro batch", [None if number is None else f"{number}" for number in rows]))
+    for part in ("weights", "gradients", "optimizer", "buffers"):
+        lines.append(_row(part, [f"{getattr(each, part) / GIB:.1f}" for each in found]))
+    if activations:
+        lines.append(_row("activations", [f"{known[number] / GIB:.1f}" if number in known else None for number in rows]))
+        lines.append(_row("peak", [f"{each.peak / GIB:.1f}" if number in known else None for each, number in zip(found, rows, strict=True)]))
+    if any(each.host for each in found):
+        lines.append(_row("host memory", [f"{each.host / GIB:.1f}" for each in found]))
     lines += [
+        "             (and about 1 GiB for CUDA, and what fragmentation takes)",
         f"step         {recipe.data.batch_size} images, {tokens:,} image tokens, {tokens * model.window:,} predictions",
-        f"             {flops:.3g} FLOPs with {prompt_tokens(model)} prompt tokens an image"
-        + (", activations recomputed" if recipe.train.activation_checkpointing else ""),
+        f"             {flops:.3g} FLOPs with {prompt_tokens(model)} prompt tokens an image",
         f"run          {run}",
     ]
     return "\n".join(lines)
+
+
+def micro_batch(recipe: Recipe, num_gpus: int) -> int | None:
+    """Samples per GPU and forward; None where the batch cannot be divided so."""
+    rows, left = divmod(recipe.data.batch_size, recipe.train.grad_accum * num_gpus)
+    return None if left else rows
+
+
+def _row(name: str, cells: list[str | None]) -> str:
+    return f"  {name:<21}" + "".join(f"{cell or '-':>10}" for cell in cells)

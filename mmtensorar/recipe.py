@@ -137,7 +137,8 @@ class Optim(Section):
 class Train(Section):
     """Either steps or epochs. label_smoothing, z_loss: see TensorAR; the losses in the log stay cross entropy per offset.
 
-    parts: what of the backbone is trained beside the codec: all, its head, or adapters (lora), on matrices in 4 bits (qlora).
+    activation_checkpointing: true computes each layer again in the backward, selective only what is no matrix product or
+    attention. compile: the layers, by torch.compile. parts: what of the backbone is trained beside the codec: all, its head, or adapters (lora), on matrices in 4 bits (qlora).
     freeze: patterns of names of parameters that are not, on top. max_grad_norm: a gradient norm (before clipping) beyond which the run stops, None is any. ema_decay: of a moving average of the weights, written beside
     the model as model_ema. sample_every, validate_every, save_every: 0 is never (a finished or stopped run is always saved)."""
 
@@ -147,7 +148,8 @@ class Train(Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     parts: Literal["all", "heads", "lora", "qlora"] = "all"
     freeze: list[str] = []
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool | Literal["selective"] = False
+    compile: bool = False
     loss_chunk_tokens: int = Field(2048, ge=1)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     z_loss: float = Field(0.0, ge=0)
@@ -156,6 +158,7 @@ class Train(Section):
     init_from: str | None = None
     resume: Literal["auto", "never"] = "never"
     log_every: int = Field(10, ge=1)
+    monitors: list[Literal["tensorboard", "wandb", "csv"]] = ["tensorboard"]
     save_every: int = Field(1000, ge=0)
     save_in_background: bool = False
     keep_last: int = Field(2, ge=1)
@@ -232,6 +235,10 @@ class Recipe(Section):
             problems.append(f"tensorar.offset_weights is {weights}; expected numbers >= 0, at least one above 0")
         if "stage" in self.zero.extra:
             problems.append("zero.extra.stage has a setting of its own, zero.stage")
+        if self.train.compile and self.zero.stage == 3:
+            problems.append("train.compile does not go with zero.stage 3, which gathers weights inside each layer; use stage 2")
+        if self.train.compile and self.train.activation_checkpointing == "selective":
+            problems.append("train.compile hides from activation_checkpointing selective what it selects; use true or false")
         if self.data.batch_size % self.train.grad_accum:
             problems.append(
                 f"data.batch_size {self.data.batch_size} is not a multiple of train.grad_accum {self.train.grad_accum}"

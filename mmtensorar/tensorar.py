@@ -25,6 +25,7 @@ from mmtensorar.windows import slide
 class Output(NamedTuple):
     loss: Tensor  # [] float32
     loss_per_offset: Tensor  # [K] float32, nats per token: cross entropy alone, without offset weights and detached
+    accuracy_per_offset: Tensor | None  # [K] float32, share of tokens whose likeliest code is the true one; in eval mode only
 
 
 class TensorAR(nn.Module):
@@ -86,9 +87,9 @@ class TensorAR(nn.Module):
         hidden_BTD = self.hidden(inputs_BSKF, valid_TK[:-1], condition, uncond)
 
         # T is fixed, so every offset counts the same tokens on every rank: a local mean is the global one.
-        goal_K, loss_K = self._summed_loss(hidden_BTD, targets_BTKF, valid_TK) / (len(codes) * valid_TK.sum(0))
+        goal_K, loss_K, right_K = self._summed_loss(hidden_BTD, targets_BTKF, valid_TK) / (len(codes) * valid_TK.sum(0))
         weights_K = torch.tensor(self.offset_weights, device=loss_K.device)
-        return Output((weights_K * goal_K).sum(), loss_K.detach())
+        return Output((weights_K * goal_K).sum(), loss_K.detach(), None if self.training else right_K.detach())
 
     def hidden(self, inputs: Tensor, valid: Tensor, condition: Condition, uncond: Tensor) -> Tensor:
         """Input windows [B, S, K, F], valid [S, K] -> [B, S + 1, D]; row t predicts window t.
@@ -115,7 +116,9 @@ class TensorAR(nn.Module):
         return hidden[..., None, :] if self.decoder is None else self.decoder(hidden)
 
     def _summed_loss(self, hidden: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
-        """[B, T, D], [B, T, K, F], [T, K] -> [2, K] float32, summed over B and valid T: what is minimised, and cross entropy.
+        """[B, T, D], [B, T, K, F], [T, K] -> [3, K] float32, summed over B and valid T.
+
+        What is minimised, cross entropy, and (in eval mode) the number of tokens whose likeliest code is the true one.
 
         All logits at once would be B * T * K rows of V numbers, the largest tensor of a
         step by far. They are made in chunks, and each chunk is made again in the backward.
@@ -134,10 +137,13 @@ class TensorAR(nn.Module):
         return torch.stack(sums).sum(0)
 
     def _chunk_loss(self, hidden: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
-        """[N, D], [N, K, F], [N, K] -> [2, K] float32, summed over valid N and over factors; see `_summed_loss`."""
+        """[N, D], [N, K, F], [N, K] -> [3, K] float32, summed over valid N and over factors; see `_summed_loss`."""
         # One batch row of N steps, since a head expects [B, S, ...] as in `logits`.
         states, targets = self._states(hidden[None]), targets[None]
         goals = losses = 0
+        right = targets.new_zeros(targets[..., 0].numel(), dtype=torch.float32)
+        if not self.training:
+            right += 1
         for factor in range(targets.shape[-1]):
             logits = self.backbone.head(states, targets[..., :factor]).float().flatten(0, -2)
             loss = goal = functional.cross_entropy(logits, targets[..., factor].flatten(), reduction="none")
@@ -147,8 +153,10 @@ class TensorAR(nn.Module):
             if self.training and self.z_loss:
                 goal = goal + self.z_loss * logits.logsumexp(-1).square()
             losses, goals = losses + loss, goals + goal
-        both = torch.stack([goals, losses]).unflatten(1, valid.shape)
-        return torch.where(valid, both, 0).sum(1)
+            if not self.training:
+                right *= logits.argmax(-1) == targets[..., factor].flatten()
+        sums = torch.stack([goals, losses, right]).unflatten(1, valid.shape)
+        return torch.where(valid, sums, 0).sum(1)
 
 
 def resolve_offset_weights(spec: Sequence[float] | str | None, window: int) -> list[float]:

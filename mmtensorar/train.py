@@ -25,12 +25,12 @@ from typing import NoReturn  # noqa: E402
 
 import torch  # noqa: E402
 
-from mmtensorar import adapters, backbones, checkpoint, data, image_tokenizers  # noqa: E402
+from mmtensorar import adapters, backbones, checkpoint, data, image_tokenizers, plan  # noqa: E402
 from mmtensorar import engine as deep  # noqa: E402
-from mmtensorar.decode import Sampler, decode, per_factor  # noqa: E402
+from mmtensorar.decode import Sampler, decode, per_factor, revised_per_offset  # noqa: E402
 from mmtensorar.ema import Average  # noqa: E402
 from mmtensorar.generate import to_images  # noqa: E402
-from mmtensorar.metrics import STOPPED, StepLog, peak_memory_gib  # noqa: E402
+from mmtensorar.metrics import STOPPED, StepLog, Stopwatch, matmul_rate, peak_memory_gib  # noqa: E402
 from mmtensorar.processes import leave  # noqa: E402
 from mmtensorar.recipe import Recipe  # noqa: E402
 
@@ -41,7 +41,8 @@ FREE_ON_RESUME = {
     "data": {"num_workers", "validation", "validation_batch_size", "max_skipped", "cache", "cache_gb"},
     "train": {
         "steps", "grad_accum", "log_every", "save_every", "save_in_background", "keep_last", "keep_best", "resume",
-        "validate_every", "sample_every", "sample_prompts", "activation_checkpointing",
+        "validate_every", "sample_every", "sample_prompts", "activation_checkpointing", "compile",
+        "monitors",
     },
     "zero": None,
     "sampler": None,
@@ -194,7 +195,15 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
     if first:
         folder.mkdir(parents=True, exist_ok=True)
         recipe.save(folder / "recipe.yaml")
-        log = StepLog(folder, num_steps=recipe.train.steps, start_step=start_step, log_every=recipe.train.log_every)
+        log = StepLog(
+            folder,
+            num_steps=recipe.train.steps,
+            start_step=start_step,
+            log_every=recipe.train.log_every,
+            curves="tensorboard" in recipe.train.monitors,
+            monitor=deep.monitor(recipe.train.monitors, folder, start_step),
+        )
+        shapes = plan.shapes(recipe)
 
     def last_checkpoint() -> str:
         return f"the last checkpoint is of step {saved_step}" if saved_step else "no checkpoint was saved yet"
@@ -210,17 +219,19 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
         )
 
     # ---- loop --------------------------------------------------------------------------------
+    deep.barrier()  # ranks that share a machine share its rate
+    rate = matmul_rate(device, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32) * world_size
+    say(f"a matrix product runs at {rate / 1e12:.3g} TFLOP/s on all ranks")
+    watch = Stopwatch(device)
     step, saved_step, stopped = start_step, start_step, False
     while step < recipe.train.steps and not stopped:
-        began, waited = time.monotonic(), 0.0
         step += 1
         torch.manual_seed(seed_for(recipe.run.seed, rank, step))
         lr = engine.get_lr()[0]
         total, sentences, names = None, [], []
         for micro in range(recipe.train.grad_accum):
-            asked_at = time.monotonic()
             batch = deep.together(lambda: next(batches), device)
-            waited += time.monotonic() - asked_at
+            watch.lap("data")
             sentences += batch.skipped
             names += batch.names
             condition = type(batch.condition)(*(part.to(device) for part in batch.condition))
@@ -239,11 +250,14 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
                 message = deep.mean_over_ranks(message).tolist()
                 if not all(math.isfinite(value) for value in message):
                     stop(f"the loss is not finite at step {step}: all ranks stop before the update", step, names)
+            watch.lap("forward")
             engine.backward(output.loss)
+            watch.lap("backward")
             norm = deep.grad_norm(engine) if micro == recipe.train.grad_accum - 1 else None
             if norm is not None and not math.isfinite(norm):
                 break
             engine.step()
+            watch.lap("step")
         if average is not None:
             average.update(step)
         loss, *loss_per_offset, asked, skips = message
@@ -269,10 +283,22 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
             stop(f"the norm of the gradient at step {step} is {grad_norm:.3g}, more than {bound}", step, names)
 
         # ---- log -----------------------------------------------------------------------------
-        validated = {}
+        watch.lap("step")
+        seconds = watch.seconds()
+        in_step = sum(seconds[part] for part in ("data", "forward", "backward", "step"))
+        prompt_len = batch.condition.mask.shape[1]
+        validated, sampled = {}, {}
         if recipe.train.validate_every and (step % recipe.train.validate_every == 0 or step == recipe.train.steps):
-            loss_of_all, *per_offset = validate(engine, recipe, caption_encoder, rank, world_size, device)
-            validated = {"validation_loss": loss_of_all, "validation_loss_per_offset": per_offset}
+            validated = validate(engine, recipe, caption_encoder, rank, world_size, device)
+            watch.lap("validation")
+        if recipe.train.sample_every and recipe.train.sample_prompts and step % recipe.train.sample_every == 0:
+            # Every rank decodes the same images: under ZeRO-3 each layer's weights are gathered
+            # from all ranks, so rank 0 alone would wait for ever.
+            pixels, revised = sample(engine, recipe, caption_encoder, image_tokenizer, device)
+            sampled = {"revised_per_offset": revised} if revised else {}
+            if log is not None:
+                log.images(step, to_images(pixels))
+            watch.lap("sample")
         if log is not None:
             log.step(
                 {
@@ -281,25 +307,23 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
                     "loss_per_offset": loss_per_offset,
                     "lr": lr,
                     "grad_norm": grad_norm,
-                    "data_share": waited / (time.monotonic() - began),
-                    "tokens_per_s": recipe.data.batch_size * backbone.num_tokens / (time.monotonic() - began),
+                    "seconds": seconds,
+                    "data_share": seconds["data"] / in_step,
+                    "tokens_per_s": recipe.data.batch_size * backbone.num_tokens / in_step,
+                    "mfu": plan.flops_per_step(recipe, shapes, prompt_len=prompt_len, recomputed=False)[1] / in_step / rate,
                     "memory_gib": peak_memory_gib(),
                     **({"num_skipped": num_skipped} if recipe.data.on_error == "skip" else {}),
                     **validated,
+                    **sampled,
                 }
             )
-        if recipe.train.sample_every and recipe.train.sample_prompts and step % recipe.train.sample_every == 0:
-            # Every rank decodes the same images: under ZeRO-3 each layer's weights are gathered
-            # from all ranks, so rank 0 alone would wait for ever.
-            pixels = sample(engine, recipe, caption_encoder, image_tokenizer, device)
-            if log is not None:
-                log.images(step, to_images(pixels))
 
         # ---- save ----------------------------------------------------------------------------
         last = step == recipe.train.steps or stopped
         if last or (recipe.train.save_every and step % recipe.train.save_every == 0):
             counted = {"num_skipped": num_skipped, "validation_loss": validated.get("validation_loss")}
             saver.save(step, counted, average, device)
+            watch.lap("save")
             saved_step = step
 
     # ---- finish ------------------------------------------------------------------------------
@@ -330,8 +354,8 @@ def export(engine, recipe: Recipe, folder: Path, step: int) -> None:
     deep.barrier()
 
 
-def validate(engine, recipe: Recipe, caption_encoder, rank: int, world_size: int, device: torch.device) -> list[float]:
-    """The loss and the loss of each offset (nats per token) over all of data.validation, the same for any number of ranks.
+def validate(engine, recipe: Recipe, caption_encoder, rank: int, world_size: int, device: torch.device) -> dict:
+    """Loss and accuracy of each offset over all of data.validation, the same for any number of ranks; a row's validation_...
 
     Raises ValueError, on every rank, naming a sample that is damaged.
     """
@@ -344,37 +368,53 @@ def validate(engine, recipe: Recipe, caption_encoder, rank: int, world_size: int
         generator = torch.Generator(device).manual_seed(seed_for(0, number))
         with torch.no_grad():
             output = engine(batch.codes.to(device), condition, batch.uncond.to(device), generator)
-        losses = torch.cat([output.loss[None], output.loss_per_offset, output.loss.new_ones(1)]).double() * num_samples
+        parts = [output.loss[None], output.loss_per_offset, output.accuracy_per_offset, output.loss.new_ones(1)]
+        losses = torch.cat(parts).double() * num_samples
         totals = losses if totals is None else totals + losses
     engine.train()
     *sums, count = deep.mean_over_ranks(totals).tolist()
-    return [value / count for value in sums]
+    loss, *per_offset = (value / count for value in sums)
+    window = len(per_offset) // 2
+    return {
+        "validation_loss": loss,
+        "validation_loss_per_offset": per_offset[:window],
+        "validation_accuracy_per_offset": per_offset[window:],
+    }
 
 
 def sampler(recipe: Recipe) -> Sampler:
     return Sampler(**recipe.sampler.model_dump(exclude={"cfg_scale"}))
 
 
-def sample(engine, recipe: Recipe, caption_encoder, image_tokenizer, device: torch.device) -> torch.Tensor:
-    """One image per train.sample_prompts: pixels [N, 3, H, W] in [-1, 1], on the CPU. Same noise at every call."""
+def sample(engine, recipe: Recipe, caption_encoder, image_tokenizer, device: torch.device) -> tuple[torch.Tensor, list[float]]:
+    """One image per train.sample_prompts: pixels [N, 3, H, W] in [-1, 1], on the CPU; and the share of tokens revised per offset.
+
+    Same noise at every call.
+    """
     condition = caption_encoder(list(recipe.train.sample_prompts))
     condition = type(condition)(*(part.to(device) for part in condition))
     generator = torch.Generator(device).manual_seed(recipe.run.seed)
     with deep.whole(engine) as model:
-        decoded = decode(model, condition, sampler(recipe), cfg_scale=recipe.sampler.cfg_scale, generator=generator)
+        decoded = decode(
+            model, condition, sampler(recipe), cfg_scale=recipe.sampler.cfg_scale, generator=generator, keep_trace=True
+        )
     with torch.no_grad():
-        return image_tokenizer.decode(decoded.codes.cpu()).float().cpu()
+        return image_tokenizer.decode(decoded.codes.cpu()).float().cpu(), revised_per_offset(decoded.trace)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Train a model from a recipe.")
     parser.add_argument("recipe", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.steps=100")
+    parser.add_argument("--plain", action="store_true", help="the control: the same without TensorAR (window 1), as run NAME_plain")
     parser.add_argument("--resume", action="store_true", help="continue the run in the run folder, if there is one")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
     options = parser.parse_intermixed_args(arguments)
     try:
         recipe = Recipe.load(options.recipe, options.overrides)
+        if options.plain:
+            plain = ["tensorar.window=1", "tensorar.offset_weights=null", f"run.name={recipe.run.name}_plain"]
+            recipe = Recipe.load(options.recipe, [*options.overrides, *plain])
         train(recipe, resume=options.resume, local_rank=options.local_rank)
     except KeyboardInterrupt:
         print("stopped at once; the last checkpoint stands", file=sys.stderr, flush=True)

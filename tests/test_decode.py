@@ -8,7 +8,7 @@ from torch import Tensor
 
 from benchmarks import decode as benchmark
 from mmtensorar.backbones import Condition
-from mmtensorar.decode import Sampler, decode
+from mmtensorar.decode import Sampler, decode, revised_per_offset
 from mmtensorar.tensorar import TensorAR
 from mmtensorar.windows import valid_slots
 from tests.fakes import FakeBackbone, fake_condition
@@ -332,3 +332,11 @@ def test_the_benchmark_compares_equal_tokens(capsys):
 def test_the_benchmark_refuses_what_it_cannot_run(arguments, problem, capsys):
     assert benchmark.main(arguments) == 2
     assert capsys.readouterr().err.startswith(f"error: {problem}")
+
+
+def test_revised_tokens_are_counted_by_offset():
+    """Two tokens of three are drafted before they are final; of the last window's slots one is past the end."""
+    trace = torch.tensor([[[1, 2], [2, 3], [4, 0]], [[1, 5], [6, 7], [8, 0]]])[..., None]  # [B=2, T=3, K=2, F=1]
+    # Picture 0: 2 stays, 3 becomes 4. Picture 1: 5 becomes 6, 7 becomes 8.
+    assert revised_per_offset(trace) == [0.75]
+    assert revised_per_offset(trace[:, :, :1]) == []

@@ -289,13 +289,14 @@ def test_activation_checkpointing_changes_nothing_but_memory():
     # Before the forward: the second one stops inside, as soon as it has what the backward needs.
     backbone.language_model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs[-1].append("layer 0"))
     results = []
-    for enabled in (False, True):
-        backbone.activation_checkpointing = enabled
-        assert backbone.activation_checkpointing == enabled
+    for policy in (False, True, "selective"):
+        backbone.activation_checkpointing = policy
+        assert backbone.activation_checkpointing == policy
         runs.append([])
         model.zero_grad()
         loss = model(codes, condition, torch.tensor([False, True])).loss
         loss.backward()
         results.append((loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}))
-    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
-    assert list(map(len, runs)) == [1, 2]
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=0, atol=0)
+    assert list(map(len, runs)) == [1, 2, 2]

@@ -141,16 +141,17 @@ def test_activation_checkpointing_changes_nothing_but_memory():
     codes, condition = random_codes(), class_condition(0, 3, 4)
     runs, results = [], []
     backbone.layers[0].feed_forward.register_forward_pre_hook(lambda *_: runs[-1].append("layer 0"))
-    for enabled in (False, True):
+    for policy in (False, True, "selective"):
         torch.manual_seed(1)
-        backbone.activation_checkpointing = enabled
+        backbone.activation_checkpointing = policy
         runs.append([])
         model.zero_grad()
         loss = model(codes, condition, UNCOND).loss
         loss.backward()
         results.append((loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}))
-    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
-    assert list(map(len, runs)) == [1, 2]
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=0, atol=0)
+    assert list(map(len, runs)) == [1, 2, 2]
 
 
 def test_dropout_is_off_by_default_and_in_eval():

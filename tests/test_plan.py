@@ -41,6 +41,7 @@ def test_backbone_counts_are_the_released_models(size, expected):
 def test_the_recipes_keep_to_the_papers_budget(name, expected, most, tmp_path, monkeypatch, capsys):
     """As a user reads it, at depth 1, and with no file of the model here."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plan, "activation_bytes", lambda recipe, numbers: {})
     assert main([str(RECIPES / f"{name}.yaml"), "--plan"]) == 0
     printed = capsys.readouterr().out
     backbone, added, share = re.search(r"backbone +([\d,]+)\s+TensorAR +([\d,]+) +\(\+(.*)%\)", printed).groups()
@@ -58,12 +59,40 @@ def test_flops_of_a_factorised_head():
     assert flops / (6 * plan.parameters(model)["backbone"] * tokens) == pytest.approx(1.15, abs=0.1)
 
 
+def bytes_of(stage: int, trained: int = 800, precision: str = "bf16", num_gpus: int = 8, **settings) -> plan.Memory:
+    """What 800 parameters take, of which some are trained in two micro batches."""
+    changes = [f"zero.stage={stage}", f"train.precision={precision}", "train.grad_accum=2"]
+    recipe = Recipe.load(RECIPES / "janus_pro_7b.yaml", changes + [f"{key}={value}" for key, value in settings.items()])
+    counts = {"backbone": 800, "tensorar": 0, "trainable": trained, "four_bit": 0}
+    return plan.memory(recipe, counts, 100, 0.0, num_gpus)
+
+
 def test_zero_memory_on_paper():
     """16 bytes a parameter, of which stage 1 shares 12, stage 2 14 and stage 3 all 16."""
-    at = {stage: plan.state_bytes(800, 800, stage=stage, num_gpus=8, precision="bf16") for stage in range(4)}
-    assert at == {0: 16 * 800, 1: 4 * 800 + 1200, 2: 2 * 800 + 1400, 3: 1600}
-    assert plan.state_bytes(800, 0, stage=0, num_gpus=1, precision="bf16") == 1600, "frozen weights have no state"
-    assert plan.state_bytes(800, 800, stage=0, num_gpus=1, precision="fp32") == 16 * 800
+    assert [bytes_of(stage).held for stage in range(4)] == [16 * 800, 4 * 800 + 1200, 2 * 800 + 1400, 1600]
+    assert bytes_of(0, trained=0).held == 1600, "frozen weights have no state"
+    assert bytes_of(0, precision="fp32").held == 16 * 800
+    offloaded = bytes_of(2, **{"zero.offload_optimizer": "cpu", "optim.name": "cpu_adam"})
+    assert offloaded.held == 1600 and offloaded.host == 16 * 100
+    assert bytes_of(0, **{"optim.name": "adamw_8bit"}).optimizer == 6 * 800
+
+
+def test_the_peak_is_of_the_backward_or_of_the_update():
+    few = bytes_of(0)
+    assert few.peak == few.held + few.update
+    many = few._replace(activations=10**9)
+    assert many.peak == many.held + 10**9 + many.buffers
+
+
+def test_activations_grow_with_the_batch_and_shrink_when_computed_again():
+    def active(rows: int, *changes: str) -> int:
+        return plan.activation_bytes(Recipe.load(RECIPES / "janus_pro_1b.yaml", changes), [rows])[rows]
+
+    kept, selected, again = (active(2, f"train.activation_checkpointing={policy}") for policy in ("false", "selective", "true"))
+    assert again < 0.6 * selected < 0.6 * kept
+    # Beyond some samples it is a line, which is drawn on.
+    few = Recipe.load(RECIPES / "janus_pro_1b.yaml", ["train.activation_checkpointing=true"])
+    assert plan.activation_bytes(few, [40])[40] == pytest.approx(plan._activation_bytes(few, 40), rel=1e-3)
 
 
 def test_flops_of_a_step_are_near_six_per_weight_and_token():

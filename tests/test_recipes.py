@@ -108,9 +108,29 @@ def test_it_plans_without_any_file(path, tmp_path, monkeypatch):
     """The real sizes: a window or number of heads that the real backbone does not take fails here."""
     monkeypatch.chdir(tmp_path)
     recipe = Recipe.load(path)
-    text = plan.report(recipe)
+    text = plan.report(recipe, activations=False)
     share = re.search(r"TensorAR .*\(\+(.*)%\)", text)[1]
     assert (float(share) > 0) == (recipe.tensorar.window > 1)
+
+
+PLANNED = [path for path in LARGE if "\n# Planned: " in path.read_text()]
+
+
+@pytest.mark.parametrize("path", PLANNED, ids=name_of)
+def test_the_memory_in_a_header_is_what_the_plan_says(path):
+    header = path.read_text()
+    num_gpus = int(re.search(r"\n# Hardware: .*?(\d+) GPUs?", header)[1])
+    recipe = Recipe.load(path)
+    model = plan.shapes(recipe)
+    largest = max(parameter.numel() for parameter in model.parameters())
+    rows = plan.micro_batch(recipe, num_gpus)
+    active = plan.activation_bytes(recipe, [rows])[rows]
+    peak = plan.memory(recipe, plan.parameters(model), largest, active, num_gpus).peak / plan.GIB
+    assert float(re.search(r"\n# Planned: ([\d.]+) GiB a GPU with activations", header)[1]) == pytest.approx(peak, abs=0.1)
+
+
+def test_the_recipes_that_people_start_from_tell_their_memory():
+    assert {path.stem for path in PLANNED} >= {"janus_pro_7b", "janus_pro_7b_qlora", "janus_pro_1b"}
 
 
 # ---- one training step ---------------------------------------------------------------------------
@@ -239,7 +259,7 @@ def test_one_real_training_step(path, standins, one_process, tmp_path, monkeypat
     if recipe.train.init_from is not None:  # the run that it goes on from
         before = shrunken(path, tmp_path, "train.init_from=null")
         checkpoint.save(Path(recipe.train.init_from), checkpoint.initial_model(before), before)
-    assert "FLOPs" in plan.report(recipe)
+    assert "activations" in plan.report(recipe)
     train(recipe)
     (row,) = metrics.read_log(recipe.run_dir / "log.jsonl")
     assert len(row["loss_per_offset"]) == recipe.tensorar.window

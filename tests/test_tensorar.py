@@ -191,6 +191,23 @@ def test_loss_per_offset_is_a_mean_over_valid_slots(backbone):
     torch.testing.assert_close(output.loss, expected[0] + 0.5 * expected[1] + 0.25 * expected[2])
 
 
+def test_accuracy_counts_the_tokens_whose_likeliest_code_is_right(backbone):
+    """In every factor, given the true earlier ones; in eval mode, for it takes time."""
+    K, T = 3, backbone.num_tokens
+    model = open_codec(wrap(backbone, K, schedule=FixedSchedule("none"))).eval()
+    codes = random_codes(backbone)
+    windows, valid = slide(codes, K)
+    with torch.no_grad():
+        output = model(codes, fake_condition(), UNCOND)
+        hidden = model.hidden(windows[:, :-1], valid[:-1], fake_condition(), UNCOND)
+        right = torch.ones(BATCH, T, K, dtype=torch.bool)
+        for factor in range(codes.shape[-1]):
+            right &= model.logits(hidden, windows[..., :factor]).argmax(-1) == windows[..., factor]
+    expected = [right[:, : T - offset, offset].float().mean() for offset in range(K)]
+    torch.testing.assert_close(output.accuracy_per_offset, torch.stack(expected))
+    assert model.train()(codes, fake_condition(), UNCOND).accuracy_per_offset is None
+
+
 def gradients(model: TensorAR, codes: Tensor) -> dict[str, Tensor | None]:
     model.zero_grad()
     model(codes, fake_condition(), UNCOND, noise()).loss.backward()

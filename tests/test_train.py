@@ -163,7 +163,7 @@ def numbers(row: dict) -> tuple:
 
 @pytest.fixture(scope="module")
 def whole_run(bench):
-    done = run(bench, "run.name=whole")
+    done = run(bench, "run.name=whole", "train.monitors=[tensorboard, csv]")
     assert done.returncode == 0, done.stderr[-3000:]
     return rows(bench, "whole")
 
@@ -171,9 +171,11 @@ def whole_run(bench):
 def test_resumed_run_equals_uninterrupted_run(bench, whole_run):
     """Stopped after step 2 and continued, steps 3 and 4 repeat bit for bit: data, noise, weights, moments, rate."""
     name = cut(bench, "whole")
-    done = run(bench, f"run.name={name}", "--resume")
+    done = run(bench, f"run.name={name}", "--resume", "train.monitors=[csv]")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "after step 2" in done.stdout
+    loss = (bench / "runs" / name / "csv" / "loss.csv").read_text().splitlines()
+    assert loss == ["step,loss", *(f"{row['step']},{row['loss']}" for row in whole_run)], "each step once, under one header"
     assert [numbers(row) for row in rows(bench, name)] == [numbers(row) for row in whole_run]
 
 
@@ -231,6 +233,10 @@ def test_run_folder_is_complete(bench, whole_run):
     folder = bench / "runs" / "whole"
     assert [row["step"] for row in whole_run] == [1, 2, 3, 4]
     assert len(whole_run[0]["loss_per_offset"]) == 3
+    for row in whole_run:
+        assert row["seconds"].keys() - {"save"} == {"data", "forward", "backward", "step"} and min(row["seconds"].values()) > 0
+        assert 0 < row["data_share"] < 1 and 0 < row["mfu"] < 1
+    assert "save" in whole_run[2]["seconds"], "of the checkpoint after step 2"
     assert checkpoint.check_files(folder / "model")["step"] == 4
     assert (folder / "recipe.yaml").is_file() and any((folder / "tensorboard").iterdir())
     weights = load_file(folder / "model" / checkpoint.CODEC).values()
@@ -278,6 +284,7 @@ def test_zero_3_on_two_ranks_equals_one_rank(bench, two_ranks):
     assert one.returncode == 0, one.stderr[-3000:]
     close(rows(bench, "one"), two_ranks)
     assert (bench / "runs" / "two" / "samples" / "step_4.png").is_file()
+    assert len(two_ranks[3]["revised_per_offset"]) == 2 and all(0 <= share <= 1 for share in two_ranks[3]["revised_per_offset"])
     assert checkpoint.check_files(bench / "runs" / "two" / "model")["step"] == 4
     # The average kept in pieces is the average of the whole, and not the model.
     alone, pieces = (checkpoint.load(bench / "runs" / name / "model_ema").model.state_dict() for name in ("one", "two"))
@@ -427,9 +434,37 @@ def test_the_validation_loss_does_not_depend_on_the_ranks(bench, holed):
         found = rows(bench, f"validated{ranks}")
         assert [row["step"] for row in found if "validation_loss" in row] == [2, 3]  # 3.9 epochs of 4 samples, 4 a step
         losses.append([[row["validation_loss"], *row["validation_loss_per_offset"]] for row in found[1:]])
+        assert all(0 <= share <= 1 for share in found[1]["validation_accuracy_per_offset"])
         assert "validation loss" in done.stdout
     np.testing.assert_allclose(*losses, rtol=1e-4)
     assert losses[0][0] != losses[0][1]
+
+
+def test_the_best_checkpoint_by_validation_loss_stays(bench, holed):
+    """Of four, only the last and the best; at this rate the loss goes up and down."""
+    settings = [f"data.validation={bench / 'shards'}", "train.validate_every=1", "train.save_every=1", "train.keep_last=1"]
+    done = run(bench, "run.name=best", "optim.lr=1", *settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = {row["step"]: row["validation_loss"] for row in rows(bench, "best")}
+    best, folder = min(losses, key=losses.get), bench / "runs" / "best" / "checkpoints"
+    assert (folder / "best").read_text() == f"step_{best:06d}"
+    assert sorted(path.name for path in folder.glob("step_*")) == sorted({f"step_{best:06d}", "step_000004"})
+
+
+def test_the_control_is_a_switch(bench, monkeypatch):
+    """--plain: the same recipe without TensorAR, in a run folder of its own."""
+    from mmtensorar import train as module
+
+    seen = []
+    monkeypatch.setattr(module, "train", lambda recipe, **options: seen.append(recipe))
+    monkeypatch.setattr(module.deep, "stop_process_group", lambda: None)
+    weights = "tensorar.offset_weights=[1, 0.5, 0.2]"
+    for switch in ([], ["--plain"]):
+        assert module.main([str(bench / "recipe.yaml"), weights, "run.name=mine", *switch]) == 0
+    ours, plain = (recipe.model_dump() for recipe in seen)
+    assert plain["run"].pop("name") == "mine_plain" and ours["run"].pop("name") == "mine"
+    assert plain.pop("tensorar")["window"] == 1 and ours.pop("tensorar")["window"] == 3
+    assert ours == plain
 
 
 def test_two_sets_train_together(bench, holed):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from mmtensorar.layers import Checkpointing
 from mmtensorar.recipe import Section
 from mmtensorar.weights import Unread
 
@@ -41,8 +42,8 @@ class Backbone(Protocol):
     dim: int  # D
     num_tokens: int  # T
     factor_sizes: tuple[int, ...]  # (V_0, ..., V_{F-1})
-    num_layers: int  # of the transformer
-    activation_checkpointing: bool  # set before training: a backward computes each layer again
+    layers: nn.ModuleList  # the transformer's, of which train.compile compiles each
+    activation_checkpointing: Checkpointing  # set before training
     embed: nn.Module  # codes [..., F] -> [..., D]
     prefix: nn.Module  # (Condition, uncond [B] bool) -> Prefix; uncond rows get the null prompt
     head: nn.Module  # (hidden [..., D], prev [..., f]) -> logits [..., V_f], f = prev.shape[-1]

@@ -150,7 +150,7 @@ class JanusBackbone(nn.Module):
         self.num_tokens = config.vq_config.num_patches**2
         self.factor_sizes = (config.vq_config.num_embeddings,)
         self.text_tokenizer: PreTrainedTokenizerFast | None = None
-        self._activation_checkpointing = False
+        self._activation_checkpointing: layers.Checkpointing = False
         self.language_model = AutoModel.from_config(config.text_config)
         # The table moves into the prefix module, which uses it: a parameter has one owner.
         self.prefix = JanusPrefix(self.language_model.embed_tokens, pad_id)
@@ -160,26 +160,26 @@ class JanusBackbone(nn.Module):
         layers.quicken(self)
 
     @property
-    def num_layers(self) -> int:
-        return len(self.language_model.layers)
+    def layers(self) -> nn.ModuleList:
+        return self.language_model.layers
 
     @property
-    def activation_checkpointing(self) -> bool:
+    def activation_checkpointing(self) -> layers.Checkpointing:
         return self._activation_checkpointing
 
     @activation_checkpointing.setter
-    def activation_checkpointing(self, enabled: bool) -> None:
+    def activation_checkpointing(self, policy: layers.Checkpointing) -> None:
         # transformers renamed both; and it warns of missing input embeddings, which only adapters need.
         model, verbosity = self.language_model, transformers.logging.get_verbosity()
         transformers.logging.set_verbosity_error()
-        if enabled:
+        if policy:
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            enable(layers.checkpoint_options(policy))
         elif self._activation_checkpointing:
             disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
             disable()
         transformers.logging.set_verbosity(verbosity)
-        self._activation_checkpointing = enabled
+        self._activation_checkpointing = policy
 
     def new_cache(self, max_len: int) -> Cache:
         return Cache(layers=[JanusCacheLayer(max_len) for _ in self.language_model.layers])

@@ -185,13 +185,12 @@ class LlamaGenBackbone(nn.Module):
         super().__init__()
         self.config = config
         self.attn_implementation = attn_implementation
-        self.activation_checkpointing = False
+        self.activation_checkpointing: layers.Checkpointing = False
         self.dim = config.dim
         self.num_tokens = config.num_tokens
         self.factor_sizes = (config.vocab_size,)
         self.prefix = (ClassPrefix if config.condition == "class" else TextPrefix)(config)
         self.embed = LlamaGenEmbed(config)
-        self.num_layers = config.num_layers
         self.layers = nn.ModuleList(
             layers.Block(
                 layers.SelfAttention(config.dim, config.num_heads, config.num_kv_heads),

@@ -212,10 +212,9 @@ class OpenMagvit2Backbone(nn.Module):
         self.dim = config.dim
         self.num_tokens = config.grid**2
         self.factor_sizes = tuple(2**bits for bits in config.factorized_bits)
-        self.activation_checkpointing = False
+        self.activation_checkpointing: layers.Checkpointing = False
         self.embed = OpenMagvit2Embed(config)
         self.prefix = OpenMagvit2Prefix(config)
-        self.num_layers = config.spatial_layers
         self.layers = nn.ModuleList(
             layers.Block(
                 layers.SelfAttention(config.dim, config.num_heads, config.num_heads),

@@ -1,0 +1,70 @@
+"""How much memory a computation needs beside what it was given, told by running it on tensors that have shapes only."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Peak(TorchDispatchMode):
+    """Inside this with statement, counts the bytes of the tensors that are made and are still in use; peak is the most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def given(self, tensors: list[Tensor]) -> None:
+        """These were there before, and do not count."""
+        for tensor in tensors:
+            self._known.add(id(tensor.untyped_storage()))
+        self._kept = [tensor.untyped_storage() for tensor in tensors]  # so that no other storage gets their ids
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                self._count(value.untyped_storage())
+        return result
+
+    def _count(self, storage: Any) -> None:
+        key = id(storage)
+        if key in self._known:
+            return
+        size = storage.nbytes()
+        self._known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._freed, key, size)
+
+    def _freed(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+def of_a_step(model: nn.Module, loss_of: Callable[[nn.Module], Tensor]) -> int:
+    """Most bytes that forward and backward hold at once beside weights and gradients.
+
+    model: on the meta device; afterwards its tensors are of no use. loss_of: makes inputs and runs the model on them.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(_drop)
+        with Peak() as peak:
+            peak.given([*model.parameters(), *model.buffers()])
+            loss_of(model).backward()
+    return peak.peak
+
+
+def _drop(parameter: Tensor) -> None:
+    parameter.grad = None
