@@ -1,0 +1,236 @@
+"""What a CUDA card does with this code: python benchmarks/gpu.py [--size 1b]
+
+Weights are random, of the released models' shapes. Times are by CUDA events, memory is PyTorch's peak of allocated bytes, MFU is
+against a bfloat16 matrix product measured first. A part that fails (for want of memory, say) is a line that says so. Parts still
+to come after --minutes are left out, and named. On a machine without a GPU only `--size tiny` runs, which times nothing that
+matters: it shows that the script itself works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch  # noqa: E402
+from transformers import JanusConfig  # noqa: E402
+
+from benchmarks import loss_memory  # noqa: E402
+from mmtensorar import plan, tensorar  # noqa: E402
+from mmtensorar.backbones import Condition, janus  # noqa: E402
+from mmtensorar.codec import WindowDecoder  # noqa: E402
+from mmtensorar.decode import Sampler, decode  # noqa: E402
+from mmtensorar.image_tokenizers import janus_vq  # noqa: E402
+from mmtensorar.metrics import Stopwatch, matmul_rate  # noqa: E402
+from mmtensorar.recipe import Recipe  # noqa: E402
+
+MIB = 2**20
+PROMPT_LEN = 32
+TINY = {
+    "text_config": {
+        "model_type": "llama", "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "pad_token_id": 0,
+    },
+    "vision_config": {
+        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 64, "patch_size": 16, "projection_dim": 64,
+    },
+    "vq_config": {
+        "embed_dim": 8, "num_embeddings": 128, "latent_channels": 8, "base_channels": 32, "channel_multiplier": [1],
+        "num_res_blocks": 1, "image_token_embed_dim": 64, "projection_dim": 64,
+    },
+}  # fmt: skip
+
+
+class Bench(NamedTuple):
+    device: torch.device
+    config: JanusConfig
+    rate: float  # FLOPs a second of a bfloat16 matrix product
+    batch: int
+
+    def peak_mib(self) -> float:
+        return torch.cuda.max_memory_allocated() / MIB if self.device.type == "cuda" else float("nan")
+
+    def reset(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def milliseconds(self, work: Callable[[], object], times: int) -> float:
+        """The fastest of some runs, after one that warms up."""
+        found = []
+        for _ in range(times + 1):
+            watch = Stopwatch(self.device)
+            work()
+            watch.lap("work")
+            found.append(1000 * watch.seconds()["work"])
+        return min(found[1:])
+
+    def backbone(self, attention: str) -> janus.JanusBackbone:
+        torch.manual_seed(0)
+        config = copy.deepcopy(self.config)
+        config.text_config._attn_implementation = attention
+        return janus.build(config, device=self.device)
+
+    def inputs(self, rows: int) -> tuple[torch.Tensor, Condition, torch.Tensor]:
+        """Codes, prompts of several lengths and which of them are dropped."""
+        generator = torch.Generator().manual_seed(0)
+        vq, words = self.config.vq_config, self.config.text_config.vocab_size
+        codes = torch.randint(vq.num_embeddings, (rows, vq.num_patches**2, 1), generator=generator)
+        ids = torch.randint(1, min(60, words), (rows, PROMPT_LEN), generator=generator)
+        mask = torch.arange(PROMPT_LEN) >= torch.arange(rows)[:, None] % PROMPT_LEN
+        condition = Condition(ids.to(self.device), mask.to(self.device))
+        return codes.to(self.device), condition, torch.zeros(rows, dtype=torch.bool, device=self.device)
+
+    def recipe(self, folder: Path, window: int, attention: str) -> Recipe:
+        return Recipe.model_validate(
+            {
+                "run": {"name": "gpu"},
+                "backbone": janus.Config(name="janus", path=str(folder), attn_implementation=attention),
+                "image_tokenizer": janus_vq.Config(name="janus_vq", path=str(folder)),
+                "tensorar": {"window": window, "num_heads": 4},
+                "data": {"shards": "none", "batch_size": self.batch},
+                "train": {"steps": 1000, "activation_checkpointing": True},
+            }
+        )
+
+
+def parity(bench: Bench, attention: str) -> str:
+    """Hidden states of a few layers in bfloat16 beside the same in float32 on the CPU."""
+    config = copy.deepcopy(bench.config)
+    config.text_config.num_hidden_layers = 2
+    small = bench._replace(config=config, device=torch.device("cpu"))
+    exact = small.backbone("sdpa").eval()
+    codes, condition, uncond = small.inputs(2)
+
+    @torch.no_grad()
+    def states(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        moved = Condition(*(part.to(device) for part in condition))
+        prefix = model.prefix(moved, uncond.to(device))
+        embeds = torch.cat([prefix.embeds, model.embed(codes.to(device))], dim=1).to(dtype)
+        mask = torch.cat([prefix.mask, prefix.mask.new_ones(codes.shape[:2])], dim=1)
+        return model(embeds, mask)[:, PROMPT_LEN:].float().cpu()
+
+    expected = states(exact, torch.device("cpu"), torch.float32)
+    model = small.backbone(attention).eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    found = states(model.to(bench.device), bench.device, torch.bfloat16)
+    apart = ((found - expected).norm() / expected.norm()).item()
+    return f"relative difference {apart:.4f}" + (" (too much: expected below 0.02)" if apart > 0.02 else "")
+
+
+def loss(bench: Bench, window: int) -> str:
+    vq = bench.config.vq_config
+    sizes = loss_memory.Sizes(bench.batch, vq.num_patches**2, bench.config.text_config.hidden_size, vq.num_embeddings)
+    torch.manual_seed(0)
+    with torch.device(bench.device):
+        decoder = WindowDecoder(sizes.dim, window, num_heads=4) if window > 1 else None
+        model = tensorar.TensorAR(
+            loss_memory.HeadOnly(sizes), torch.nn.Identity() if window > 1 else None, decoder, lambda *_: None,
+            offset_weights=[1.0] * window,
+        ).bfloat16()  # fmt: skip
+        hidden = torch.randn(sizes.batch, sizes.tokens, sizes.dim, dtype=torch.bfloat16, requires_grad=True)
+        targets, valid = loss_memory.slide(torch.randint(sizes.codes, (sizes.batch, sizes.tokens, 1)), window)
+    cells = []
+    for name, work in (("ours", loss_memory.ours), ("all logits", loss_memory.naive)):
+        bench.reset()
+        try:
+            spent = bench.milliseconds(lambda work=work: work(model, hidden, targets, valid).sum().backward(), 3)
+            cells.append(f"{name} {spent:.1f} ms, {bench.peak_mib():,.0f} MiB")
+        except torch.OutOfMemoryError:
+            cells.append(f"{name}: out of memory")
+    return "; ".join(cells)
+
+
+def train(bench: Bench, folder: Path, window: int, attention: str) -> str:
+    from mmtensorar import engine as deep
+
+    recipe = bench.recipe(folder, window, attention)
+    engine = deep.start(recipe, 1, bench.device)
+    codes, condition, uncond = bench.inputs(bench.batch)
+
+    def step() -> None:
+        engine.backward(engine(codes, condition, uncond).loss)
+        engine.step()
+
+    bench.reset()
+    spent = bench.milliseconds(step, 4)
+    tokens, flops = plan.flops_per_step(recipe, plan.shapes(recipe), prompt_len=PROMPT_LEN, recomputed=False)
+    engine.destroy()
+    return f"{spent:.0f} ms, {1000 * tokens / spent:,.0f} tokens/s, MFU {1000 * flops / spent / bench.rate:.0%}, {bench.peak_mib():,.0f} MiB"
+
+
+def sample(bench: Bench, folder: Path, window: int, attention: str) -> str:
+    model = tensorar.build(bench.recipe(folder, window, attention), bench.backbone(attention)).to(bench.device).eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    _, condition, _ = bench.inputs(bench.batch)
+    bench.reset()
+    spent = bench.milliseconds(lambda: decode(model, condition, Sampler(), cfg_scale=5.0), 1)
+    each = spent / model.backbone.num_tokens
+    return f"{spent / 1000:.1f} s for {bench.batch} guided images, {each:.1f} ms a step, {bench.peak_mib():,.0f} MiB"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=("1b", "7b", "tiny"), default="1b")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--minutes", type=float, default=8)
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and options.size != "tiny":
+        print(f"error: no CUDA card is visible; --size {options.size} needs one (--size tiny runs anywhere)", file=sys.stderr)
+        return 2
+    began = time.monotonic()
+    from mmtensorar import engine as deep
+
+    deep.start_process_group(0)
+    settings = TINY if options.size == "tiny" else janus.RELEASED[f"deepseek-community/Janus-Pro-{options.size.upper()}"]
+    bench = Bench(device, JanusConfig(**settings), matmul_rate(device, torch.bfloat16), options.batch_size)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU (figures mean nothing)"
+    print(f"{name}, torch {torch.__version__}, Janus-Pro {options.size}, batch {bench.batch}, bfloat16")
+    print(f"a matrix product runs at {bench.rate / 1e12:.3g} TFLOP/s\n\n| | |\n|---|---|", flush=True)
+    attentions = ["sdpa"]
+    if device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None:
+        attentions.append("flash_attention_2")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        bench.backbone("sdpa").bfloat16().save_pretrained(folder)
+        parts: list[tuple[str, Callable[[], str]]] = []
+        for attention in attentions:
+            parts.append((f"parity, {attention}", lambda a=attention: parity(bench, a)))
+        for window in (1, 4, 8):
+            parts.append((f"loss, K={window}", lambda w=window: loss(bench, w)))
+        for attention in attentions:
+            for window in (1, 4):
+                parts.append((f"training step, K={window}, {attention}", lambda w=window, a=attention: train(bench, folder, w, a)))
+        for attention in attentions:
+            for window in (1, 4):
+                parts.append((f"decoding, K={window}, {attention}", lambda w=window, a=attention: sample(bench, folder, w, a)))
+        for title, part in parts:
+            if time.monotonic() - began > 60 * options.minutes:
+                print(f"| {title} | left out: {options.minutes:g} minutes are over |", flush=True)
+                continue
+            try:
+                found = part()
+            except Exception as error:  # any: one line of the table, and the others follow
+                if os.environ.get("MMTENSORAR_DEBUG"):
+                    raise
+                found = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            bench.reset()
+            print(f"| {title} | {found} |", flush=True)
+    deep.stop_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
