@@ -6,7 +6,8 @@
 --out receives results.jsonl (one line per image), summary.json, report.html and, with --ckpt, the images. An interrupted
 generation goes on where it stopped when the same command is given again; scoring starts over. Under a launcher (torchrun) all ranks generate, each its
 share, and the first one scores. Other commands: `python -m eval.geneval score` scores
-recorded detections (recorded.py), `compare` sets models side by side (compare.py), `self-test` and `convert-detector` are
+recorded detections (recorded.py), `compare` sets models side by side (compare.py), `watch` scores a run's checkpoints as they
+come (watch.py), `self-test` and `convert-detector` are
 of suite geneval's detector, `python -m eval.geneval.ceiling` draws the shapes suite's bounds.
 """
 
@@ -30,7 +31,13 @@ from eval.geneval.score import by_class, judge, summarize
 from eval.geneval.suite import Suite
 from mmtensorar.options import add_generation
 
-COMMANDS = {"score": "recorded", "compare": "compare", "convert-detector": "convert_detector", "self-test": "self_test"}
+COMMANDS = {
+    "score": "recorded",
+    "compare": "compare",
+    "convert-detector": "convert_detector",
+    "self-test": "self_test",
+    "watch": "watch",
+}
 
 
 def score(
