@@ -119,7 +119,8 @@ def initial_values(recipe: Recipe) -> Callable[[str], Tensor]:
     model = _around(recipe, unread.model)
     _take_codec(model, recipe)
     codec = codec_state(model.state_dict())
-    shapes = {name: value.shape for name, value in skeleton(recipe).named_parameters() if ".lora_" in name}
+    with_adapters = recipe.train.parts in adapters.WITH_ADAPTERS
+    shapes = {name: p.shape for name, p in skeleton(recipe).named_parameters() if ".lora_" in name} if with_adapters else {}
 
     def value(name: str) -> Tensor:
         if name in codec:

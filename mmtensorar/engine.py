@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import os
-import shutil
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -26,15 +22,10 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam  # noqa: E402
 from deepspeed.utils import safe_get_full_fp32_param  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from mmtensorar import checkpoint, optimizers, pieces  # noqa: E402
-from mmtensorar.ema import Average  # noqa: E402
-from mmtensorar.metrics import Event  # noqa: E402
-from mmtensorar.pieces import Piece  # noqa: E402
+from mmtensorar import checkpoint, layers, optimizers  # noqa: E402
+from mmtensorar.metrics import Event, write_text  # noqa: E402
 from mmtensorar.processes import give_memory_back  # noqa: E402
 from mmtensorar.recipe import Recipe  # noqa: E402
-from mmtensorar.shards import sha256  # noqa: E402
-
-FAILED = ".failed"
 
 
 def start_process_group(local_rank: int) -> tuple[int, int, torch.device]:
@@ -172,6 +163,8 @@ def start(recipe: Recipe, world_size: int, device: torch.device):
         model = _partitioned_model(recipe, config, device)
     else:
         model = together(lambda: checkpoint.model_to_train(recipe), device)
+    if recipe.train.loss_kernel == "liger" and not layers.has_fused_loss():
+        raise ValueError("train.loss_kernel liger needs liger-kernel: pip install 'mmtensorar[liger]'")
     model.backbone.activation_checkpointing = recipe.train.activation_checkpointing
     model.train()
     if recipe.train.compile:
@@ -192,7 +185,7 @@ def start(recipe: Recipe, world_size: int, device: torch.device):
         config=config,
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
     )
-    if masters := _masters(engine):
+    if masters := masters_of(engine):
         # Here DeepSpeed makes the moments by a step with zero gradients, which decays the weights and puts the bias
         # correction one step ahead. Undo it: torch makes them anew at the first real step.
         engine.optimizer.optimizer.state.clear()
@@ -202,7 +195,7 @@ def start(recipe: Recipe, world_size: int, device: torch.device):
     return engine
 
 
-def _masters(engine) -> dict[int, Tensor]:
+def masters_of(engine) -> dict[int, Tensor]:
     """In bfloat16 without ZeRO: a parameter's id -> its float32 master copy, which DeepSpeed's accessors do not know."""
     if engine.zero_optimization_stage() or not engine.bfloat16_enabled():
         return {}
@@ -220,36 +213,6 @@ def flat_tensors(engine) -> list[Tensor]:
     if engine.bfloat16_enabled():
         return [master for group in engine.optimizer.fp32_groups for master in group]
     return [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
-
-
-def _pieces(engine) -> list[Piece]:
-    """Which stretches of which parameters the flat tensors are made of; padding belongs to none."""
-    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
-    stage, optimizer, found = engine.zero_optimization_stage(), engine.optimizer, []
-    if stage == 3:
-        rank = torch.distributed.get_rank()
-        for group in optimizer.fp16_groups:
-            for parameter in group:
-                flat, flat_start, share = optimizer.grad_position[optimizer.get_param_id(parameter)]
-                number = min(share, parameter.ds_numel - rank * share)
-                if number > 0:
-                    found.append(Piece(names[id(parameter)], rank * share, flat, flat_start, number))
-    elif stage:
-        for flat, group in enumerate(optimizer.bit16_groups):
-            for parameter in group:
-                if (mapping := parameter._hp_mapping) is not None:
-                    there, here = mapping.lp_fragment_address, mapping.hp_fragment_address
-                    found.append(Piece(names[id(parameter)], there.start, flat, here.start, here.numel))
-    else:
-        masters = {id(master): name for name, master in _named_masters(engine)}
-        for flat, tensor in enumerate(flat_tensors(engine)):
-            found.append(Piece(masters.get(id(tensor)) or names[id(tensor)], 0, flat, 0, tensor.numel()))
-    return found
-
-
-def _named_masters(engine) -> list[tuple[str, Tensor]]:
-    masters = _masters(engine)
-    return [(name, masters[id(p)]) for name, p in engine.module.named_parameters() if id(p) in masters]
 
 
 def _partitioned_model(recipe: Recipe, config: dict, device: torch.device):
@@ -318,7 +281,7 @@ def full_state_dict(engine, *, trained_only: bool = False) -> dict[str, Tensor] 
     Every rank must call it, since ZeRO gathers each parameter from all of them.
     """
     rank = torch.distributed.get_rank()
-    state, masters = {}, _masters(engine)
+    state, masters = {}, masters_of(engine)
     for name, parameter in engine.module.named_parameters(remove_duplicate=False):
         if trained_only and not parameter.requires_grad:
             continue
@@ -352,9 +315,14 @@ def monitor(names: Sequence[str], run_dir: Path, start_step: int) -> Callable[[l
     if "wandb" in names and importlib.util.find_spec("wandb") is None:
         raise ValueError("train.monitors wandb needs wandb: pip install wandb")
     folder = run_dir / "csv"
-    for path in folder.glob("*.csv"):
-        header, *rows = path.read_text(encoding="utf-8").splitlines()
-        _write_text(path, "\n".join([header, *(row for row in rows if int(row.split(",")[0]) <= start_step)]) + "\n")
+    for path in list(folder.glob("*.csv")):
+        header, *rows = path.read_text(encoding="utf-8").splitlines() or [""]
+        if not header.startswith("step,"):  # torn when the run was killed
+            path.unlink()
+            continue
+        numbers = [(row.partition(",")[0], row) for row in rows]
+        kept = [row for number, row in numbers if number.isdigit() and int(number) <= start_step]
+        write_text(path, "\n".join([header, *kept]) + "\n")
     config = {
         "wandb": {"enabled": "wandb" in names, "project": "mmtensorar", "group": run_dir.name},
         "csv_monitor": {"enabled": "csv" in names, "output_path": str(run_dir), "job_name": "csv"},
@@ -363,208 +331,3 @@ def monitor(names: Sequence[str], run_dir: Path, start_step: int) -> Callable[[l
     if master.csv_monitor is not None:  # which would write a header into each file again
         master.csv_monitor.filenames += [path.stem for path in folder.glob("*.csv")]
     return master.write_events
-
-
-class Saver:
-    """Writes checkpoints for resuming: folder/step_XXXXXX, see pieces.py, and the file `latest` that names the last whole one.
-
-    keep_last: how many of the newest stay; keep_best: the one of the least validation loss stays too, named by `best`.
-    background: training goes on while a copy of the state, in host memory, is written. fingerprints: of the run's inputs,
-    {"shards": Manifest.fingerprint, "start": checkpoint.start_fingerprint}.
-    """
-
-    def __init__(self, engine, folder: Path, fingerprints: Mapping[str, str], *, keep_last: int, keep_best: bool, background: bool):
-        self.engine, self.folder, self.fingerprints = engine, folder, dict(fingerprints)
-        self.keep_last, self.keep_best, self.background = keep_last, keep_best, background
-        self.shapes, self.pieces = [flat.shape for flat in flat_tensors(engine)], _pieces(engine)
-        self.at_work: threading.Thread | None = None
-        self.failure: Exception | None = None
-
-    def save(self, step: int, counted: Mapping[str, object], average: Average | None, device: torch.device) -> None:
-        """Write a checkpoint, or begin to. counted: what else the run counts. Every rank calls it.
-
-        Raises ValueError, on every rank, when this or the one before could not be written.
-        """
-        self.finish(device)
-        target = self.folder / f"step_{step:06d}"
-        if torch.distributed.get_rank() == 0:
-            shutil.rmtree(target, ignore_errors=True)  # of a run that was killed while it wrote
-            target.mkdir(parents=True)
-        barrier()
-        state = _state(self.engine, average)
-        recorded = {"step": step, **counted, "world_size": torch.distributed.get_world_size(), **self.fingerprints}
-        arguments = (target, pieces.copied(state) if self.background else state, recorded)
-        if self.background:
-            self.at_work = threading.Thread(target=self._write, args=arguments, daemon=True)
-            self.at_work.start()
-        else:
-            self._write(*arguments)
-            self.finish(device)
-
-    def finish(self, device: torch.device) -> None:
-        """Wait until what is being written stands. Every rank calls it; raises ValueError on every rank when it failed."""
-        if self.at_work is not None:
-            self.at_work.join()
-            self.at_work = None
-
-        def report() -> None:
-            failure, self.failure = self.failure, None
-            if failure is not None:
-                raise ValueError(f"{self.folder}: the checkpoint could not be written ({failure})") from failure
-
-        together(report, device)
-
-    def _write(self, target: Path, state: pieces.State, recorded: dict) -> None:
-        rank = torch.distributed.get_rank()
-        try:
-            pieces.write(target, rank, self.pieces, self.shapes, state)
-            if rank == 0:
-                self._complete(target, recorded)
-        except Exception as error:  # any: this may be another thread, and finish tells it
-            self.failure = error
-            target.with_suffix(FAILED).touch()
-
-    def _complete(self, target: Path, recorded: dict) -> None:
-        """On rank 0: wait for the other ranks' files, then make the checkpoint the latest, and delete what is not kept."""
-        pause_s = 0.001
-        while pieces.missing(target, recorded["world_size"]):
-            # No message passes here: in a thread it would meet the training's own.
-            if target.with_suffix(FAILED).exists():
-                raise OSError("another rank could not write its files")
-            time.sleep(pause_s)
-            pause_s = min(1.0, pause_s * 2)
-        recorded["sha256"] = pieces.digests(target, recorded["world_size"])
-        _write_text(target / pieces.STATE, json.dumps(recorded) + "\n")
-        _write_text(self.folder / "latest", target.name)
-        done = {path.parent: pieces.recorded(path.parent) for path in sorted(self.folder.glob(f"step_*/{pieces.STATE}"))}
-        losses = {path: each["validation_loss"] for path, each in done.items() if each.get("validation_loss") is not None}
-        kept = set(list(done)[-max(1, self.keep_last) :])
-        if losses and self.keep_best:
-            best = min(losses, key=losses.__getitem__)
-            _write_text(self.folder / "best", best.name)
-            kept.add(best)
-        for path in self.folder.glob("step_*"):
-            if path not in kept and path.is_dir() and path != target:
-                shutil.rmtree(path)
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-def _base_optimizer(engine) -> torch.optim.Optimizer:
-    return getattr(engine.optimizer, "optimizer", engine.optimizer)
-
-
-def _state(engine, average: Average | None) -> pieces.State:
-    """The live tensors of a rank's training state."""
-    moments, found = _base_optimizer(engine).state, []
-    for number, flat in enumerate(flat_tensors(engine)):
-        values = {"master": flat.detach(), **moments.get(flat, {})}
-        if average is not None:
-            values["average"] = average.averages[number]
-        found.append(values)
-    return found
-
-
-def latest_step(folder: Path) -> int | None:
-    """Step of the checkpoint that `latest` names, None when the run has none yet."""
-    return latest_state(folder).get("step")
-
-
-def latest_state(folder: Path) -> dict:
-    """What was recorded with the checkpoint that `latest` names, nothing when the run has none yet."""
-    return pieces.latest(folder) if (folder / "latest").is_file() else {}
-
-
-def check_recorded(folder: Path, expected: Mapping[str, object]) -> dict:
-    """What was recorded with the checkpoint that `latest` names. Raises ValueError when it was written under other conditions."""
-    found = pieces.latest(folder)
-    for key, value in expected.items():
-        if found.get(key) != value:
-            raise ValueError(
-                f"cannot resume {folder.parent}: saved with {key} {found.get(key)}, this run has {value}; delete the "
-                "folder or choose another run.name, and to go on from its model set train.init_from"
-            )
-    return found
-
-
-def resume(engine, folder: Path, fingerprints: Mapping[str, str], average: Average | None = None) -> int:
-    """Load the checkpoint that `latest` names into the engine and the average; returns its step.
-
-    The number of ranks and the ZeRO stage may be others than those that wrote it. Raises ValueError, on every rank, when it is
-    damaged, or was written from other shards or weights.
-    """
-    recorded = check_recorded(folder, fingerprints)
-    step, target, device = recorded["step"], folder / f"step_{recorded['step']:06d}", engine.device
-    rank, world_size, saved_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size(), recorded["world_size"]
-    flats = flat_tensors(engine)
-
-    def read() -> pieces.State:
-        # The ranks share the work of hashing; a file that one of them refuses stops all.
-        for name in sorted(recorded["sha256"])[rank::world_size]:
-            if not (target / name).is_file() or sha256(target / name) != recorded["sha256"][name]:
-                raise ValueError(_damaged(folder, target.name, f"{name} is not the file that was written"))
-        return pieces.read(target, rank, world_size, saved_ranks, _pieces(engine), [flat.shape for flat in flats])
-
-    state = together(read, device)
-    moments = _base_optimizer(engine).state
-    in_pieces = engine.zero_optimization_partition_weights()
-    if in_pieces:
-        engine.optimizer.checkpoint_event_prologue()
-    for number, (flat, values) in enumerate(zip(flats, state, strict=True)):
-        flat.data.copy_(values.pop("master"))
-        if average is not None:
-            average.averages[number].copy_(values.pop("average"))
-        held = moments.get(flat, {})
-        for key, value in values.items():
-            if isinstance(held.get(key), Tensor) and held[key].shape == value.shape:
-                held[key].copy_(value)  # in place: DeepSpeed and bitsandbytes hold on to some
-            else:
-                held[key] = value.to(flat.device) if isinstance(value, Tensor) and value.ndim else value
-        moments[flat] = held
-    _publish(engine)
-    if in_pieces:
-        engine.optimizer.checkpoint_event_epilogue()
-    _go_to(engine, step)
-    return step
-
-
-def _publish(engine) -> None:
-    """Make the weights that the forward uses those of the flat tensors."""
-    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
-    if stage == 3:
-        for flat, rounded, parts in zip(
-            optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat, optimizer.fp16_partitioned_groups, strict=True
-        ):
-            if flat.numel():
-                rounded.data.copy_(flat.data)
-                for part, value in zip(parts, optimizer.unflatten(rounded, parts), strict=True):
-                    part.data = value.data
-    elif stage:
-        optimizer.update_lp_params()
-    else:
-        masters = _masters(engine)
-        for parameter in engine.module.parameters():
-            if id(parameter) in masters:
-                parameter.data.copy_(masters[id(parameter)])
-
-
-def _go_to(engine, step: int) -> None:
-    """Set the engine's counters and the learning rate to those after a step."""
-    engine.global_steps = step
-    engine.global_samples = step * engine.train_batch_size()
-    engine.micro_steps = step * engine.gradient_accumulation_steps()
-    scheduler = engine.lr_scheduler
-    scheduler.last_epoch, scheduler._step_count = step, step + 1
-    scheduler._last_lr = scheduler.get_lr()
-    for group, lr in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
-        group["lr"] = lr
-
-
-def _damaged(folder: Path, tag: str, reason: str) -> str:
-    older = sorted(path.parent.name for path in folder.glob(f"step_*/{pieces.STATE}") if path.parent.name != tag)
-    remedy = f"write {older[-1]} into {folder / 'latest'} to go on from there" if older else "no older one is left"
-    return f"cannot resume {folder.parent}: the checkpoint {folder / tag} is damaged ({reason}); {remedy}"

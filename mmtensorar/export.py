@@ -8,7 +8,6 @@ A finished run has written runs/NAME/model itself; this is for the steps before,
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
@@ -26,20 +25,18 @@ def find(run: Path, step: str) -> Path:
         raise ValueError(f"{run}: no checkpoint in it")
     if step in ("latest", "best"):
         if not (folder / step).is_file():
-            raise ValueError(
-                f"{run}: no checkpoint was saved at a step whose validation loss was measured, so none is the best"
-            )
-        return folder / (folder / step).read_text(encoding="utf-8").strip()
+            unknown = "no checkpoint of a step whose validation loss was measured is kept" if step == "best" else "no file names it"
+            raise ValueError(f"{folder}: {step}: {unknown}")
+        named = folder / (folder / step).read_text(encoding="utf-8").strip()
+        if named not in there:
+            raise ValueError(f"{folder / step} names {named.name}, which is not there")
+        return named
     wanted = folder / f"step_{int(step):06d}" if step.isdigit() else None
     if wanted not in there:
         raise ValueError(
-            f"{run}: no checkpoint of step {step}; there are latest, {', '.join(str(number_of(path)) for path in there)}"
+            f"{run}: no checkpoint of step {step}; there are latest, {', '.join(str(pieces.step_of(path)) for path in there)}"
         )
     return wanted
-
-
-def number_of(folder: Path) -> int:
-    return int(re.sub(r"\D", "", folder.name))
 
 
 def export(run: Path, step: str, out: Path, *, average: bool = False) -> int:
@@ -56,13 +53,17 @@ def export(run: Path, step: str, out: Path, *, average: bool = False) -> int:
     trained = [(name, parameter.shape) for name, parameter in model.named_parameters() if parameter.requires_grad]
     layout = [Piece(name, 0, flat, 0, shape.numel()) for flat, (name, shape) in enumerate(trained)]
     key = "average" if average else "master"
-    found = pieces.read(folder, 0, 1, recorded["world_size"], layout, [shape for _, shape in trained], only=key)
+    found = pieces.read(folder, 0, 1, recorded["num_files"], layout, [shape for _, shape in trained], only=key)
     state_dict = {name: values[key] for (name, _), values in zip(trained, found, strict=True)}
     if recipe.train.parts in adapters.WITH_ADAPTERS:
         checkpoint.save_adapters(out, recipe, state_dict, step=recorded["step"])
     else:
-        if state_dict.keys() != model.state_dict().keys():  # some are frozen: they are as they were at the start
-            state_dict = checkpoint.initial_model(recipe).state_dict() | state_dict
+        if state_dict.keys() != model.state_dict().keys():  # some are frozen: they are as training sees them
+            initial = checkpoint.initial_model(recipe)
+            if recipe.train.precision == "bf16":
+                for parameter in initial.parameters():
+                    parameter.data = parameter.data.bfloat16().float()
+            state_dict = initial.state_dict() | state_dict
         checkpoint.save(out, None, recipe, state_dict=state_dict, step=recorded["step"])
     return recorded["step"]
 

@@ -6,6 +6,7 @@ Shapes: B batch, P prefix, S rows, T image tokens, D width, H query heads, G key
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterable
 from functools import lru_cache, partial
@@ -105,8 +106,10 @@ class Linear(nn.Linear):
     cache, turning does not pay. In training, for whole sequences and on GPUs nothing differs.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, S, ..., D] -> [B, S, ..., O]."""
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        """[B, S, ..., D] -> [B, S, ..., O], or with targets [B, S, ...] their summed cross entropy [], see `fused_loss`."""
+        if targets is not None:
+            return fused_loss(x.flatten(0, -2), self.weight, self.bias, targets.flatten())
         few = x.shape[1] == 1 and x[..., 0].numel() <= MOST_ROWS
         large = self.weight.numel() >= LARGE and torch.get_num_threads() > 1
         if not (few and large) or x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled():
@@ -115,6 +118,24 @@ class Linear(nn.Linear):
         product = self.weight @ (rows if len(rows) > 1 else rows.repeat(2, 1)).T  # [O, rows]
         result = product[:, : len(rows)].T.contiguous().view(*x.shape[:-1], -1)
         return result if self.bias is None else result + self.bias
+
+
+IGNORED = -100  # a target that counts nothing
+
+
+def has_fused_loss() -> bool:
+    return importlib.util.find_spec("liger_kernel") is not None
+
+
+def fused_loss(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """[N, D], [V, D], [V] or None, [N] -> [] float32: the summed cross entropy of x @ weight.T + bias, by Liger's kernel.
+
+    Logits and their gradients are made once, a part at a time, in the forward.
+    """
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    loss = LigerFusedLinearCrossEntropyFunction.apply(x, weight, targets, bias, None, IGNORED, 0.0, 0.0, "sum")
+    return (loss[0] if isinstance(loss, tuple) else loss).float()
 
 
 def quicken(model: nn.Module) -> None:

@@ -24,6 +24,13 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a small file that appears whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
 def read_log(path: str | Path) -> list[dict]:
     """Rows of a log.jsonl. A torn last line (the run was killed while writing) is left out."""
     path = Path(path)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mmtensorar.shards import sha256
 
-
+FORMAT = 1
 STATE = "state.json"
 
 
@@ -83,8 +83,19 @@ def missing(folder: Path, num_ranks: int) -> list[int]:
 
 
 def digests(folder: Path, num_ranks: int) -> dict[str, str]:
-    """File -> the sha256 that each rank noted of what it wrote. Raises ValueError when a note is missing or damaged."""
-    return {_name(rank): _layout(folder, rank)["sha256"] for rank in range(num_ranks)}
+    """File -> sha256: of tensors as each rank noted it, of the notes as they are. Raises ValueError when one is damaged."""
+    found = {}
+    for rank in range(num_ranks):
+        found[_name(rank)] = _layout(folder, rank)["sha256"]
+        note = (folder / _name(rank)).with_suffix(".json")
+        found[note.name] = sha256(note)
+    return found
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint's name; -1 when it is no name of one."""
+    number = folder.name.rpartition("_")[2]
+    return int(number) if number.isdigit() else -1
 
 
 def read(
@@ -105,14 +116,17 @@ def read(
     layouts = [_layout(folder, saved) for saved in range(saved_ranks)]
     sizes = [shape.numel() for shape in shapes]
     own = {"pieces": [list(piece) for piece in pieces], "sizes": sizes}
-    if saved_ranks == num_ranks and all(layouts[rank][key] == value for key, value in own.items()):
+    # Without ZeRO one file serves all ranks.
+    alike = rank if saved_ranks == num_ranks else 0
+    if saved_ranks in (1, num_ranks) and all(layouts[alike][key] == value for key, value in own.items()):
         state: State = [{} for _ in sizes]
-        with _opened(folder / _name(rank)) as file:
+        with _opened(folder / _name(alike)) as file:
             for name in file.keys():
                 flat, key = name.split("/", 1)
                 if only in (None, key):
-                    state[int(flat)][key] = file.get_tensor(name)
-        for name, value in layouts[rank]["numbers"].items():
+                    # A copy: what stays a view of the file keeps it from being deleted.
+                    state[int(flat)][key] = file.get_tensor(name).clone()
+        for name, value in layouts[alike]["numbers"].items():
             flat, key = name.split("/", 1)
             if only in (None, key):
                 state[int(flat)][key] = value
@@ -137,7 +151,7 @@ def _recut(folder: Path, layouts: list[dict], pieces: Sequence[Piece], sizes: li
             filled = 0
             for saved, there in places.get(piece.name, []):
                 first, stop = max(piece.start, there.start), min(piece.start + piece.number, there.start + there.number)
-                if first >= stop:
+                if first >= stop or filled == piece.number:
                     continue
                 filled += stop - first
                 values = _stretch(
@@ -148,8 +162,9 @@ def _recut(folder: Path, layouts: list[dict], pieces: Sequence[Piece], sizes: li
                     if not isinstance(value, Tensor) or not value.ndim:
                         state[piece.flat][key] = value
                         continue
-                    whole = state[piece.flat].setdefault(key, value.new_zeros(sizes[piece.flat]))
-                    whole[place : place + stop - first] = value
+                    if key not in state[piece.flat]:
+                        state[piece.flat][key] = value.new_zeros(sizes[piece.flat])
+                    state[piece.flat][key][place : place + stop - first] = value
             if filled != piece.number:
                 raise ValueError(f"{folder}: it holds {filled} of {piece.number} numbers of {piece.name}")
     finally:
@@ -172,7 +187,7 @@ def _stretch(file, layout: dict, piece: Piece, skip: int, number: int, path: Pat
         value = file.get_slice(name)
         shape, key = value.get_shape(), name.removeprefix(prefix)
         if not shape:
-            found[key] = file.get_tensor(name)
+            found[key] = file.get_tensor(name).clone()
         elif shape == [size] and value.get_dtype() in ("F32", "F16", "BF16"):
             found[key] = value[piece.flat_start + skip : piece.flat_start + skip + number]
         else:
@@ -203,11 +218,11 @@ def recorded(folder: Path) -> dict:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         found = None
-    kinds: Mapping[str, type] = {"step": int, "world_size": int, "sha256": dict}
+    kinds: Mapping[str, type] = {"step": int, "num_files": int, "sha256": dict}
+    if isinstance(found, dict) and found.get("format") != FORMAT:
+        raise ValueError(f"{path}: checkpoint format {found.get('format')!r}, expected {FORMAT}; start anew with train.init_from")
     if not isinstance(found, dict) or any(not isinstance(found.get(key), kind) for key, kind in kinds.items()):
-        raise ValueError(
-            f"{path}: expected JSON with {', '.join(kinds)}, the checkpoint is damaged (or of an earlier version)"
-        )
+        raise ValueError(f"{path}: expected JSON with {', '.join(kinds)}, the checkpoint is damaged")
     return found
 
 
@@ -231,4 +246,7 @@ def _layout(folder: Path, rank: int) -> dict:
     kinds: Mapping[str, type] = {"pieces": list, "sizes": list, "numbers": dict, "sha256": str}
     if not isinstance(layout, dict) or any(not isinstance(layout.get(key), kind) for key, kind in kinds.items()):
         raise ValueError(f"{path}: expected {', '.join(kinds)}")
+    whole = all(len(piece) == 5 and list(map(type, piece)) == [str, int, int, int, int] for piece in layout["pieces"])
+    if not whole or any(piece[2] >= len(layout["sizes"]) for piece in layout["pieces"]):
+        raise ValueError(f"{path}: expected pieces of name, start, flat, flat_start and number")
     return layout

@@ -31,6 +31,8 @@ PROMPT_TOKENS = 32  # a typical caption with the prompt template, where its leng
 def shapes(recipe: Recipe) -> tensorar.TensorAR:
     """The recipe's model on the meta device. Raises ValueError when neither its files nor its sizes are at hand."""
     section = recipe.backbone
+    if getattr(section, "attn_implementation", "sdpa") != "sdpa":  # which needs no GPU, and as much memory as flash-attn
+        section = section.model_copy(update={"attn_implementation": "sdpa"})
     try:
         backbone = backbones.load(section, weights=False, device="meta", sizes_only=True)
     except ValueError as error:
@@ -56,7 +58,7 @@ def parameters(model) -> dict[str, int]:
 class Memory(NamedTuple):
     """Bytes on each GPU. held: between the steps; activations: the most beside it in forward and backward.
 
-    buffers: of ZeRO, for what is gathered and what is reduced. update: the most beside held while the optimiser works.
+    optimizer: of moments, float32 weights and their average. buffers: of ZeRO, for what is gathered and what is reduced. update: the most beside held while the optimiser works.
     host: per GPU in host memory, of what is offloaded. peak: of all together, without what PyTorch and CUDA take for themselves (1 GiB or so) and lose to fragmentation.
     """
 
@@ -100,7 +102,9 @@ def memory(
     # One micro batch's gradients are gone before the next forward; those of several are kept, by ZeRO-3 always.
     kept = stage == 3 or recipe.train.grad_accum > 1
     gradients = trained * weight / shares[1] if kept and on_gpu else 0
-    optimizer = trained * (master + MOMENTS[recipe.optim.name]) / shares[2] if on_gpu else 0
+    average = 0 if recipe.train.ema_decay is None else 4
+    states = master + MOMENTS[recipe.optim.name] + average
+    optimizer = trained * states / shares[2] if on_gpu else 0
 
     buffers, bucket = 0.0, int(extra.get("reduce_bucket_size", 5e8))
     if stage == 3:
@@ -122,8 +126,10 @@ def memory(
         update = (4 if half or stage else 0) * group / shares[2]
         update += TEMPORARY[recipe.optim.name] * (group / shares[2] if stage or device == "cuda" else largest)
         update += 0 if kept else trained * weight / shares[1]
-    # There the gradients are in float32.
-    host = 0 if on_gpu else trained * (4 + 4 + MOMENTS[recipe.optim.name]) / shares[2]
+    # There the gradients are in float32, and in the precision of the weights on their way, those of several micro batches twice.
+    host = 0 if on_gpu else trained * (4 + states + weight * (2 if kept else 1)) / shares[2]
+    if recipe.train.save_in_background:
+        host += trained * states / shares[2]
     if not params_on_gpu:
         host, weights = host + weights / shares[0], 0
     return Memory(weights / shares[0], gradients, optimizer, buffers, activations, update, host)
@@ -246,6 +252,9 @@ def report(recipe: Recipe, *, activations: bool = True) -> str:
         lines.append(_row("peak", [f"{each.peak / GIB:.1f}" if number in known else None for each, number in zip(found, rows, strict=True)]))
     if any(each.host for each in found):
         lines.append(_row("host memory", [f"{each.host / GIB:.1f}" for each in found]))
+    if recipe.zero.stage == 3 and recipe.train.sample_every:
+        weights = (counts["backbone"] + counts["tensorar"]) * (2 if recipe.train.precision == "bf16" else 4) / GIB
+        lines.append(f"             (train.sample_every gathers all weights on each GPU meanwhile: {weights:.1f} beside what is held)")
     lines += [
         "             (and about 1 GiB for CUDA, and what fragmentation takes)",
         f"step         {recipe.data.batch_size} images, {tokens:,} image tokens, {tokens * model.window:,} predictions",

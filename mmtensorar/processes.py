@@ -5,10 +5,13 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import threading
 from contextlib import suppress
 from typing import NoReturn
 
 import torch
+
+CHECKPOINT_THREAD = "checkpoint"
 
 
 def leave(code: int) -> NoReturn:
@@ -17,6 +20,9 @@ def leave(code: int) -> NoReturn:
     After an error the process group still stands, for to take it down could wait for a rank that is gone; and an interpreter
     that ends with its threads alive may abort ("terminate called without an active exception"), with another exit code.
     """
+    for thread in threading.enumerate():
+        if thread.name == CHECKPOINT_THREAD:
+            thread.join()  # what was trained before the error is worth its checkpoint
     if code and torch.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()

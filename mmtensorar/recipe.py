@@ -137,7 +137,7 @@ class Optim(Section):
 class Train(Section):
     """Either steps or epochs. label_smoothing, z_loss: see TensorAR; the losses in the log stay cross entropy per offset.
 
-    activation_checkpointing: true computes each layer again in the backward, selective only what is no matrix product or
+    loss_kernel: auto is Liger's on a GPU where liger-kernel is installed. activation_checkpointing: true computes each layer again in the backward, selective only what is no matrix product or
     attention. compile: the layers, by torch.compile. parts: what of the backbone is trained beside the codec: all, its head, or adapters (lora), on matrices in 4 bits (qlora).
     freeze: patterns of names of parameters that are not, on top. max_grad_norm: a gradient norm (before clipping) beyond which the run stops, None is any. ema_decay: of a moving average of the weights, written beside
     the model as model_ema. sample_every, validate_every, save_every: 0 is never (a finished or stopped run is always saved)."""
@@ -151,6 +151,7 @@ class Train(Section):
     activation_checkpointing: bool | Literal["selective"] = False
     compile: bool = False
     loss_chunk_tokens: int = Field(2048, ge=1)
+    loss_kernel: Literal["auto", "torch", "liger"] = "auto"
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     z_loss: float = Field(0.0, ge=0)
     max_grad_norm: float | None = Field(None, gt=0)
@@ -239,6 +240,11 @@ class Recipe(Section):
             problems.append("train.compile does not go with zero.stage 3, which gathers weights inside each layer; use stage 2")
         if self.train.compile and self.train.activation_checkpointing == "selective":
             problems.append("train.compile hides from activation_checkpointing selective what it selects; use true or false")
+        for key in ("offload_optimizer", "offload_param"):
+            moved = self.zero.extra.get(key) if isinstance(self.zero.extra.get(key), dict) else {}
+            if moved.get("device") == "nvme" or moved.get("ratio", 1) != 1:
+                what = "on NVMe" if moved.get("device") == "nvme" else "of a ratio"
+                problems.append(f"zero.extra.{key}: states {what} cannot be saved for resuming yet; the nearest is zero.{key.replace('_param', '_params')} cpu")
         if self.data.batch_size % self.train.grad_accum:
             problems.append(
                 f"data.batch_size {self.data.batch_size} is not a multiple of train.grad_accum {self.train.grad_accum}"

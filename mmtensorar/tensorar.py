@@ -15,6 +15,7 @@ import torch.nn.functional as functional
 from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mmtensorar import layers
 from mmtensorar.backbones import Backbone, Condition
 from mmtensorar.codec import WindowDecoder, WindowEncoder
 from mmtensorar.noise import FixedSchedule, Schedule, corrupt
@@ -33,7 +34,8 @@ class TensorAR(nn.Module):
 
     encoder and decoder are None when the window is 1. offset_weights: K numbers, whose
     count is the window. chunk_tokens: the most rows of logits held at once. label_smoothing: share of each target spread over
-    all codes. z_loss: weight of log(Z)^2 of each prediction (Chowdhery et al., arXiv:2204.02311, section 5), which keeps
+    all codes. loss_kernel: auto takes Liger's fused loss on a GPU where it is installed and the head allows, torch and liger are
+    as they say. z_loss: weight of log(Z)^2 of each prediction (Chowdhery et al., arXiv:2204.02311, section 5), which keeps
     logits from drifting.
     """
 
@@ -48,6 +50,7 @@ class TensorAR(nn.Module):
         chunk_tokens: int = 2048,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
+        loss_kernel: str = "auto",
     ):
         super().__init__()
         self.window = len(offset_weights)
@@ -66,6 +69,7 @@ class TensorAR(nn.Module):
         self.offset_weights = tuple(float(weight) for weight in offset_weights)
         self.chunk_tokens = chunk_tokens
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
+        self.loss_kernel = loss_kernel
 
     def forward(
         self,
@@ -124,6 +128,8 @@ class TensorAR(nn.Module):
         step by far. They are made in chunks, and each chunk is made again in the backward.
         The chunks depend on shapes only, so under ZeRO-3 all ranks gather alike.
         """
+        if self._fused(hidden):
+            return self._fused_loss(hidden, targets, valid)
         rows = hidden.flatten(0, 1)
         row_targets = targets.flatten(0, 1)
         row_valid = valid.repeat(len(hidden), 1)
@@ -135,6 +141,28 @@ class TensorAR(nn.Module):
             # Not reentrant: ZeRO-3 counts on one gradient per parameter and backward.
             sums = [checkpoint(self._chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]
         return torch.stack(sums).sum(0)
+
+    def _fused(self, hidden: Tensor) -> bool:
+        """Whether Liger makes the loss: it knows one factor, and no other goal than cross entropy here."""
+        if self.loss_kernel == "torch" or not torch.is_grad_enabled():
+            return False
+        fits = type(getattr(self.backbone.head, "last_map", None)) is layers.Linear and not (self.label_smoothing or self.z_loss)
+        if self.loss_kernel == "liger" and not fits:
+            raise ValueError("train.loss_kernel liger: this head or this loss is none that it makes; use auto")
+        return fits and (self.loss_kernel == "liger" or hidden.is_cuda and layers.has_fused_loss())
+
+    def _fused_loss(self, hidden: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
+        """As `_summed_loss`. Only the decoder is made in chunks, and again; the states of all offsets are in memory."""
+        chunks = hidden.flatten(0, 1)[None].split(max(1, self.chunk_tokens // self.window), dim=1)
+        if self.decoder is None:
+            states = [chunk[..., None, :] for chunk in chunks]
+        else:
+            states = [checkpoint(self.decoder, chunk, use_reentrant=False) for chunk in chunks]
+        states = torch.cat(states, dim=1)
+        wanted = targets[..., 0].masked_fill(~valid, layers.IGNORED).flatten(0, 1)[None]
+        none = targets.new_empty(*states.shape[:2], 0)
+        losses = torch.stack([self.backbone.head(states[:, :, k], none, wanted[..., k]) for k in range(self.window)])
+        return torch.stack([losses, losses.detach(), torch.zeros_like(losses)])
 
     def _chunk_loss(self, hidden: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
         """[N, D], [N, K, F], [N, K] -> [3, K] float32, summed over valid N and over factors; see `_summed_loss`."""
@@ -213,4 +241,5 @@ def build(recipe: Recipe, backbone: Backbone) -> TensorAR:
         chunk_tokens=recipe.train.loss_chunk_tokens,
         label_smoothing=recipe.train.label_smoothing,
         z_loss=recipe.train.z_loss,
+        loss_kernel=recipe.train.loss_kernel,
     )

@@ -4,7 +4,7 @@
     python mmtensorar/train.py RECIPE.yaml [key=value ...]          one process
 
 The run folder (run.out/run.name) receives recipe.yaml (resolved), log.jsonl, tensorboard/,
-samples/, checkpoints/ (DeepSpeed's, for resuming) and model/ (consolidated, for generation).
+samples/, checkpoints/ (for resuming) and model/ (consolidated, for generation).
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ import hashlib  # noqa: E402
 import math  # noqa: E402
 import signal  # noqa: E402
 import time  # noqa: E402
+from contextlib import suppress  # noqa: E402
 from typing import NoReturn  # noqa: E402
 
 import torch  # noqa: E402
 
-from mmtensorar import adapters, backbones, checkpoint, data, image_tokenizers, plan  # noqa: E402
+from mmtensorar import adapters, backbones, checkpoint, data, image_tokenizers, plan, saving  # noqa: E402
 from mmtensorar import engine as deep  # noqa: E402
 from mmtensorar.decode import Sampler, decode, per_factor, revised_per_offset  # noqa: E402
 from mmtensorar.ema import Average  # noqa: E402
@@ -84,7 +85,7 @@ def find_progress(recipe: Recipe, *, resume: bool) -> int | None:
     """
     folder = recipe.run_dir
     finished = folder / "model" / checkpoint.INDEX
-    step = deep.latest_step(folder / "checkpoints")
+    step = saving.latest_step(folder / "checkpoints")
     if not resume:
         if finished.is_file():
             raise ValueError(
@@ -146,7 +147,7 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
     fingerprints = {"start": checkpoint.start_fingerprint(recipe)}
     exported = (folder / "model" / checkpoint.INDEX).is_file() and checkpoint.read_index(folder / "model")["step"]
     if progress is not None:
-        deep.check_recorded(folder / "checkpoints", fingerprints)
+        saving.check_recorded(folder / "checkpoints", fingerprints)
     if progress is not None and progress >= recipe.train.steps and exported == progress:
         say(f"{folder} is already at step {progress} of {recipe.train.steps}: nothing to do")
         return
@@ -173,7 +174,7 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
 
     # ---- resume ------------------------------------------------------------------------------
     average = None if recipe.train.ema_decay is None else Average(deep.flat_tensors(engine), recipe.train.ema_decay)
-    start_step = deep.resume(engine, folder / "checkpoints", fingerprints, average) if progress is not None else 0
+    start_step = saving.resume(engine, folder / "checkpoints", fingerprints, average) if progress is not None else 0
     if start_step:
         say(f"continuing {folder} after step {start_step}")
         if first and (planned := Recipe.load(folder / "recipe.yaml", []).train.steps) != recipe.train.steps:
@@ -181,9 +182,9 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
     batches = data.stream(
         recipe, caption_encoder, rank=rank, world_size=world_size, skip_batches=start_step * recipe.train.grad_accum
     )
-    num_skipped = deep.latest_state(folder / "checkpoints").get("num_skipped", 0) if start_step else 0
+    num_skipped = saving.latest_state(folder / "checkpoints").get("num_skipped", 0) if start_step else 0
     epoch = data.epoch_samples(recipe)
-    saver = deep.Saver(
+    saver = saving.Saver(
         engine,
         folder / "checkpoints",
         fingerprints,
@@ -191,6 +192,7 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
         keep_best=recipe.train.keep_best,
         background=recipe.train.save_in_background,
     )
+    monitor = deep.together(lambda: deep.monitor(recipe.train.monitors, folder, start_step) if first else None, device)
     log = None
     if first:
         folder.mkdir(parents=True, exist_ok=True)
@@ -201,12 +203,16 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
             start_step=start_step,
             log_every=recipe.train.log_every,
             curves="tensorboard" in recipe.train.monitors,
-            monitor=deep.monitor(recipe.train.monitors, folder, start_step),
+            monitor=monitor,
         )
         shapes = plan.shapes(recipe)
 
     def last_checkpoint() -> str:
-        return f"the last checkpoint is of step {saved_step}" if saved_step else "no checkpoint was saved yet"
+        """Said on all ranks alike, once what is being written stands or has failed."""
+        with suppress(ValueError):
+            saver.finish(device)
+        saved = saving.latest_step(folder / "checkpoints")
+        return f"the last checkpoint is of step {saved}" if saved else "no checkpoint was saved yet"
 
     def stop(reason: str, step: int, names: list[str]) -> NoReturn:
         """End the run, on all ranks alike, and leave the names of the step's samples to look at."""
@@ -223,7 +229,7 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
     rate = matmul_rate(device, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32) * world_size
     say(f"a matrix product runs at {rate / 1e12:.3g} TFLOP/s on all ranks")
     watch = Stopwatch(device)
-    step, saved_step, stopped = start_step, start_step, False
+    step, stopped = start_step, False
     while step < recipe.train.steps and not stopped:
         step += 1
         torch.manual_seed(seed_for(recipe.run.seed, rank, step))
@@ -324,7 +330,6 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
             counted = {"num_skipped": num_skipped, "validation_loss": validated.get("validation_loss")}
             saver.save(step, counted, average, device)
             watch.lap("save")
-            saved_step = step
 
     # ---- finish ------------------------------------------------------------------------------
     saver.finish(device)

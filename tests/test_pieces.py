@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,3 +106,34 @@ def test_a_copy_does_not_follow_the_weights():
     copy = pieces.copied([{"master": weight, "count": 1}])
     weight.add_(1)
     assert copy[0]["master"].tolist() == [1, 1, 1] and copy[0]["count"] == 1
+
+
+def test_copies_that_all_ranks_hold_are_read_once(tmp_path):
+    """Without ZeRO every rank holds all: rank 0's file serves any number of ranks, also for moments in 8 bits."""
+    layout, shapes = [Piece("a", 0, 0, 0, 70)], [torch.Size([70])]
+    state = [{"master": torch.randn(70), "state1": torch.randint(9, (70,), dtype=torch.uint8)}]
+    pieces.write(tmp_path, 0, layout, shapes, state)
+    for rank in range(3):
+        found = pieces.read(tmp_path, rank, 3, 1, layout, shapes)
+        assert torch.equal(found[0]["master"], state[0]["master"]) and torch.equal(found[0]["state1"], state[0]["state1"])
+
+
+def test_nothing_that_is_read_keeps_the_file(tmp_path):
+    """A file that is mapped cannot be deleted on some network file systems, and its space is not freed on others."""
+    write(tmp_path / "one", cut(1, 0))
+    for cut_to in (cut(1, 0), cut(2, 0)):
+        held = pieces.read(tmp_path / "one", 0, len(cut_to), 1, *cut_to[0])
+        assert held and str(tmp_path / "one") not in Path("/proc/self/maps").read_text()
+
+
+def test_a_piece_that_is_none_is_refused(tmp_path):
+    write(tmp_path / "one", cut(1, 0))
+    path = tmp_path / "one" / "rank_00000.json"
+    found = json.loads(path.read_text())
+    for wrong in ([["a", 0]], [["a", 0, 9, 0, 1]], [["a", 0, 0, 0, "1"]]):
+        path.write_text(json.dumps(found | {"pieces": wrong}))
+        with pytest.raises(ValueError, match="expected pieces of name, start, flat, flat_start and number"):
+            pieces.read(tmp_path / "one", 0, 1, 1, *cut(1, 0)[0])
+    (tmp_path / "one" / pieces.STATE).write_text(json.dumps({"step": 3, "world_size": 1, "sha256": {}}))
+    with pytest.raises(ValueError, match="checkpoint format None, expected 1"):
+        pieces.recorded(tmp_path / "one")

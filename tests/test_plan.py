@@ -73,7 +73,7 @@ def test_zero_memory_on_paper():
     assert bytes_of(0, trained=0).held == 1600, "frozen weights have no state"
     assert bytes_of(0, precision="fp32").held == 16 * 800
     offloaded = bytes_of(2, **{"zero.offload_optimizer": "cpu", "optim.name": "cpu_adam"})
-    assert offloaded.held == 1600 and offloaded.host == 16 * 100
+    assert offloaded.held == 1600 and offloaded.host == (4 + 12 + 2 * 2) * 100, "gradients in float32, and two copies in bfloat16"
     assert bytes_of(0, **{"optim.name": "adamw_8bit"}).optimizer == 6 * 800
 
 
@@ -138,3 +138,12 @@ def test_what_a_plan_without_files_needs_is_said(tmp_path, monkeypatch, capsys):
         assert main([str(RECIPES / name / "b_256.yaml"), *changes, "--plan"]) == 2
         said = f"no file {path}; to plan a released model without its file, set {keys}\n"
         assert capsys.readouterr().err == f"error: backbone.path: {said}"
+
+
+def test_a_plan_for_flash_attention_needs_no_gpu():
+    recipe = Recipe.load(RECIPES / "llamagen/b_256.yaml", ["backbone.attn_implementation=flash_attention_2"])
+    assert plan.activation_bytes(recipe, [1])[1] > 0
+
+
+def test_an_average_takes_its_share():
+    assert bytes_of(3, **{"train.ema_decay": 0.99}).optimizer == bytes_of(3).optimizer + 4 * 100

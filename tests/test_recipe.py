@@ -317,3 +317,14 @@ def test_every_recipe_loads(file):
     """However deep it lies, of whatever kind, and without its model being here."""
     recipe = module.read_recipe(module.recipe_class(module.read_settings(file)), file)
     assert isinstance(recipe, Recipe) == (file != IMAGE_TOKENIZER)
+
+
+@pytest.mark.parametrize("extra, problem", [
+    ("{offload_optimizer: {device: nvme, nvme_path: /tmp}}", "states on NVMe cannot be saved for resuming yet; the nearest is zero.offload_optimizer cpu"),
+    ("{offload_param: {device: nvme}}", "the nearest is zero.offload_params cpu"),
+    ("{offload_optimizer: {device: cpu, ratio: 0.5}}", "states of a ratio cannot be saved for resuming yet"),
+])
+def test_states_that_could_not_be_saved_are_refused(extra, problem):
+    """They would have been saved as nothing, and the run resumed from its start without a word."""
+    with pytest.raises(RecipeError, match=problem):
+        Recipe.load(ROOT / "recipes" / "tiny" / "tensorar.yaml", [f"zero.extra={extra}"])

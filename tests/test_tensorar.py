@@ -1,6 +1,10 @@
 """The model: fresh heads change nothing, windows leak nothing, the loss is the sum it claims to be."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +23,7 @@ BACKBONES = {
     "janus": tiny_janus,
 }
 BATCH = 3
+ROOT = Path(__file__).resolve().parents[1]
 UNCOND = torch.tensor([False, True, False])
 
 
@@ -360,3 +365,41 @@ def test_noise_follows_the_generator_alone():
         torch.rand(3)
         losses.append(model(codes, fake_condition(), UNCOND, noise(seed)).loss.item())
     assert losses[0] == losses[1] != losses[2]
+
+
+LIGER = """
+import torch
+from mmtensorar import layers
+from tests.fakes import fake_condition, tiny_janus, tiny_llamagen, llamagen_condition
+from tests.test_tensorar import UNCOND, noise, open_codec, random_codes, wrap
+
+torch.manual_seed(0)
+for backbone, condition in ((tiny_janus(), fake_condition()), (tiny_llamagen(), None)):
+    condition = condition or llamagen_condition(backbone)
+    codes = random_codes(backbone)
+    for window in (1, 3):
+        model, found = open_codec(wrap(backbone, window)) if window > 1 else wrap(backbone, 1), []
+        model.chunk_tokens = 6
+        for model.loss_kernel in ("torch", "liger"):
+            model.zero_grad()
+            output = model(codes, condition, UNCOND, noise())
+            output.loss.backward()
+            found.append((output.loss.detach(), output.loss_per_offset, {n: p.grad for n, p in model.named_parameters()}))
+        torch.testing.assert_close(*found, rtol=2e-5, atol=1e-6)
+print("equal")
+"""
+
+
+def test_ligers_loss_is_ours():
+    """The kernel itself, in Triton's interpreter, so that no GPU is needed: the same losses and gradients."""
+    pytest.importorskip("liger_kernel")
+    done = subprocess.run(
+        [sys.executable, "-c", LIGER], env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "equal", done.stderr[-3000:]
+
+
+def test_a_loss_that_liger_does_not_make_is_refused():
+    model = wrap(FakeBackbone((11,)), 2, loss_kernel="liger")
+    with pytest.raises(ValueError, match="train.loss_kernel liger: this head or this loss is none that it makes"):
+        model(random_codes(model.backbone), fake_condition(), UNCOND)

@@ -316,10 +316,10 @@ def exported_alike(bench: Path, name: str) -> None:
 
 
 def test_a_run_goes_on_with_other_numbers_of_ranks_and_other_stages(bench, two_ranks):
-    """Two ranks under ZeRO-3, then one under ZeRO-2 in two micro batches, then two under ZeRO-1: as if never changed."""
+    """Two ranks under ZeRO-3, one under ZeRO-2 in two micro batches, two without ZeRO, one under ZeRO-1: as if never changed."""
     name = "two"
-    ways = [(1, ["zero.stage=2", "train.grad_accum=2"]), (2, ["zero.stage=1"])]
-    for step, (ranks, settings) in enumerate(ways, 2):
+    ways = [(1, ["zero.stage=2", "train.grad_accum=2"]), (2, ["zero.stage=0"]), (1, ["zero.stage=1"])]
+    for step, (ranks, settings) in enumerate(ways, 1):
         name = cut(bench, name, "on", step=step)
         done = run(bench, f"run.name={name}", *ALIKE, *settings, EMA, "train.save_every=1", "train.keep_last=4", "--resume", ranks=ranks)
         assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]

@@ -17,8 +17,9 @@ from pathlib import Path
 
 from mmtensorar import pieces
 from mmtensorar.checkpoint import INDEX
-from mmtensorar.export import export, number_of
+from mmtensorar.export import export
 from mmtensorar.metrics import read_log
+from mmtensorar.pieces import step_of
 
 SCORES = "scores.jsonl"
 
@@ -27,7 +28,7 @@ def newest(run: Path) -> Path | None:
     """The last checkpoint of a run, unless it or a later one has a line in scores.jsonl."""
     scored = max((row["step"] for row in read_log(run / SCORES)), default=-1)
     found = [path.parent for path in run.glob(f"checkpoints/step_*/{pieces.STATE}")]
-    return max((folder for folder in found if number_of(folder) > scored), key=number_of, default=None)
+    return max((folder for folder in found if step_of(folder) > scored), key=step_of, default=None)
 
 
 def score(run: Path, step: int, arguments: list[str], *, average: bool) -> dict:
@@ -70,7 +71,7 @@ def watch(run: Path, arguments: list[str], *, average: bool, once: bool, pause_s
         finished = (run / "model" / INDEX).is_file()  # asked first: what is saved before is seen below
         folder = newest(run)
         if folder is not None:
-            step = number_of(folder)
+            step = step_of(folder)
             try:
                 row = score(run, step, arguments, average=average)
             except ValueError as error:

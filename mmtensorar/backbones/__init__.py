@@ -46,7 +46,9 @@ class Backbone(Protocol):
     activation_checkpointing: Checkpointing  # set before training
     embed: nn.Module  # codes [..., F] -> [..., D]
     prefix: nn.Module  # (Condition, uncond [B] bool) -> Prefix; uncond rows get the null prompt
-    head: nn.Module  # (hidden [..., D], prev [..., f]) -> logits [..., V_f], f = prev.shape[-1]
+    # (hidden [..., D], prev [..., f]) -> logits [..., V_f], f = prev.shape[-1]. A head that has `last_map`, the linear map that its
+    # logits come out of, takes targets [...] too, and then gives their summed cross entropy.
+    head: nn.Module
 
     def __call__(self, embeds: Tensor, mask: Tensor, cache: Any = None) -> Tensor:
         """[B, S, D], [B, cached + S] bool -> [B, S, D], what `head` takes; causal; S rows follow the cache."""

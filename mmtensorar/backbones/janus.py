@@ -117,14 +117,20 @@ class JanusPrefix(nn.Module):
 
 
 class JanusHead(nn.Module):
-    """hidden [..., D] -> logits [..., V]; prev is empty, a token having one factor."""
+    """hidden [..., D] -> logits [..., V], or with targets [...] their summed cross entropy; prev is empty: a token has one factor."""
 
     def __init__(self, config: JanusConfig):
         super().__init__()
         self.head = JanusVQVAEHead(config.vq_config)
 
-    def forward(self, hidden: Tensor, prev: Tensor) -> Tensor:
-        return self.head(hidden)
+    @property
+    def last_map(self) -> nn.Module:
+        return self.head.vision_head
+
+    def forward(self, hidden: Tensor, prev: Tensor, targets: Tensor | None = None) -> Tensor:
+        if targets is None:
+            return self.head(hidden)
+        return self.last_map(self.head.activation_fn(self.head.proj_out(hidden)), targets)
 
 
 class JanusCacheLayer(DynamicLayer):

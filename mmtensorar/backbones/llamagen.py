@@ -168,14 +168,18 @@ class TextPrefix(nn.Module):
 
 
 class LlamaGenHead(nn.Module):
-    """hidden [..., D] -> logits [..., V]; prev is empty, a token having one factor."""
+    """hidden [..., D] -> logits [..., V], or with targets [...] their summed cross entropy; prev is empty: a token has one factor."""
 
     def __init__(self, config: Architecture):
         super().__init__()
         self.output = layers.Linear(config.dim, config.vocab_size, bias=False)
 
-    def forward(self, hidden: Tensor, prev: Tensor) -> Tensor:
-        return self.output(hidden)
+    @property
+    def last_map(self) -> nn.Module:
+        return self.output
+
+    def forward(self, hidden: Tensor, prev: Tensor, targets: Tensor | None = None) -> Tensor:
+        return self.output(hidden) if targets is None else self.output(hidden, targets)
 
 
 class LlamaGenBackbone(nn.Module):

@@ -1,0 +1,92 @@
+"""Checkpoints being written: what stands when something fails, what is kept."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mmtensorar import pieces
+
+saving = pytest.importorskip("mmtensorar.saving")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    """A Saver of one rank around one weight."""
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    monkeypatch.setattr(saving.deep, "together", lambda work, device: work())
+    weight = torch.nn.Parameter(torch.arange(4.0))
+    optimizer = torch.optim.AdamW([weight])
+    module = SimpleNamespace(named_parameters=lambda: [("weight", weight)], parameters=lambda: [weight])
+    engine = SimpleNamespace(
+        module=module, optimizer=optimizer, zero_optimization_stage=lambda: 0, bfloat16_enabled=lambda: False
+    )
+
+    def build(**options):
+        settings = {"keep_last": 2, "keep_best": True, "background": False} | options
+        return saving.Saver(engine, tmp_path / "checkpoints", {"shards": "x"}, **settings)
+
+    return build
+
+
+def steps(saver) -> list[int]:
+    return sorted(pieces.step_of(path) for path in saver.folder.glob("step_*"))
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_the_newest_and_the_best_stay(make, background):
+    saver = make(background=background)
+    for step, loss in ((9, 3.0), (10, 1.0), (11, None), (999_999, 2.0), (1_000_000, 4.0)):
+        saver.save(step, {"validation_loss": loss}, None, CPU)
+    saver.finish(CPU)
+    assert steps(saver) == [10, 999_999, 1_000_000]
+    assert (saver.folder / "best").read_text() == "step_000010" and pieces.latest(saver.folder)["step"] == 1_000_000
+
+
+def test_a_run_set_back_forgets_what_came_later(make):
+    """As a damaged checkpoint's message advises: the abandoned one is neither newest nor best."""
+    saver = make()
+    for step, loss in ((1, 3.0), (2, 1.0)):
+        saver.save(step, {"validation_loss": loss}, None, CPU)
+    (saver.folder / "latest").write_text("step_000001")
+    (saver.folder / "step_000002" / pieces.STATE).write_text("{")
+    saver.save(2, {"validation_loss": 2.0}, None, CPU)
+    saver.save(3, {"validation_loss": 2.5}, None, CPU)
+    assert steps(saver) == [2, 3] and (saver.folder / "best").read_text() == "step_000002"
+    (saver.folder / "step_000007").mkdir()
+    (saver.folder / "step_000007" / pieces.STATE).write_text(json.dumps(pieces.latest(saver.folder) | {"step": 7}))
+    saver.save(4, {}, None, CPU)
+    assert steps(saver) == [2, 3, 4]
+
+
+def test_a_failure_is_told_and_the_next_checkpoint_stands(make, monkeypatch, capsys):
+    saver, write = make(background=True), pieces.write
+    saver.save(1, {}, None, CPU)
+    saver.finish(CPU)
+    monkeypatch.setattr(pieces, "write", lambda *a: (_ for _ in ()).throw(OSError("no space left")))
+    saver.save(2, {}, None, CPU)  # begins to
+    monkeypatch.setattr(pieces, "write", write)
+    saver.save(3, {}, None, CPU)
+    assert "could not be written (no space left); that of step 3 stands" in capsys.readouterr().out
+    assert pieces.latest(saver.folder)["step"] == 3
+    monkeypatch.setattr(pieces, "write", lambda *a: (_ for _ in ()).throw(OSError("no space left")))
+    saver.save(4, {}, None, CPU)
+    with pytest.raises(ValueError, match="a checkpoint could not be written .no space left"):
+        saver.finish(CPU)
+    assert pieces.latest(saver.folder)["step"] == 3
+    monkeypatch.setattr(pieces, "write", write)
+    saver.save(4, {}, None, CPU)  # what was left of the one that failed does no harm
+    saver.finish(CPU)
+    assert pieces.latest(saver.folder)["step"] == 4
+
+
+def test_rank_0_does_not_wait_for_ever(make, monkeypatch):
+    monkeypatch.setattr(saving, "PATIENCE_S", 0.05)
+    saver = make()
+    saver.num_files = 2
+    with pytest.raises(ValueError, match="rank 1 has written nothing for 0.05 seconds"):
+        saver.save(1, {}, None, CPU)
+    assert not (saver.folder / "latest").exists()
