@@ -15,6 +15,7 @@ from data_tools.shapes import SKILLS, draw, sample_scene
 from eval import gallery, layout, lines, report_table
 from eval.geneval import ceiling, report, suite
 from eval.geneval import __main__ as geneval
+from mmtensorar import checkpoint, metrics, pieces
 from tests.test_generate import ckpt  # noqa: F401  (a fixture)
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -340,3 +341,38 @@ def test_boxes_are_drawn_where_they_are():
     assert picture.size == (report.SIDE, report.SIDE // 2)
     assert picture.getpixel((55, 80)) == (0, 208, 255), "the left edge, five times as far"
     assert picture.getpixel((160, 60)) == (255, 255, 255), "too unsure to count"
+
+
+# ---- watching a run ------------------------------------------------------------------------------
+
+
+def save_checkpoint(run_dir: Path, model, step: int) -> None:
+    """As training leaves one, without training."""
+    folder = run_dir / "checkpoints" / f"step_{step:06d}"
+    folder.mkdir(parents=True)
+    named = [(name, parameter.detach()) for name, parameter in model.named_parameters()]
+    layout = [pieces.Piece(name, 0, flat, 0, value.numel()) for flat, (name, value) in enumerate(named)]
+    pieces.write(folder, 0, layout, [value.shape for _, value in named], [{"master": value} for _, value in named])
+    recorded = {"format": pieces.FORMAT, "step": step, "num_files": 1, "sha256": pieces.digests(folder, 1)}
+    (folder / pieces.STATE).write_text(json.dumps(recorded))
+    (run_dir / "checkpoints" / "latest").write_text(folder.name)
+
+
+def test_a_runs_checkpoints_are_scored_as_they_come(ckpt, tmp_path, capsys):  # noqa: F811
+    loaded, run_dir = checkpoint.load(ckpt), tmp_path / "run"
+    run_dir.mkdir()
+    checkpoint.saved_recipe(ckpt).save(run_dir / "recipe.yaml")
+    few = ["--suite", "shapes", "--num-prompts", "1", "--num-images", "1", "--num-bound-images", "0"]
+    for step in (2, 10):
+        save_checkpoint(run_dir, loaded.model, step)
+        assert run("watch", run_dir, "--once", *few) == 0
+    assert run("watch", run_dir, "--once", *few) == 0, "nothing newer"
+    shutil.rmtree(run_dir / "checkpoints" / "step_000010")
+    assert run("watch", run_dir, "--once", *few) == 0, "an older one than was scored is passed over"
+    found = metrics.read_log(run_dir / "scores.jsonl")
+    assert [row["step"] for row in found] == [2, 10]
+    assert all(row["num_images"] == 6 and len(row["skills"]) == 6 and 0 <= row["overall"] <= 1 for row in found)
+    assert sorted(path.name for path in (run_dir / "scores").iterdir()) == ["step_000002", "step_000010"]
+    assert (run_dir / "scores" / "step_000002" / "report.html").is_file() and any((run_dir / "tensorboard").iterdir())
+    capsys.readouterr()
+    assert run("watch", tmp_path) == 2 and "no run folder" in capsys.readouterr().err
