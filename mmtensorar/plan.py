@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mmtensorar import adapters, backbones, tensorar
+from mmtensorar import adapters, backbones, layers, tensorar
 from mmtensorar import memory as tensor_memory
 from mmtensorar.backbones import Condition
 from mmtensorar.recipe import Recipe
@@ -159,7 +159,10 @@ def _activation_bytes(recipe: Recipe, rows: int) -> int:
             parameter.data = parameter.data.bfloat16()
     model.backbone.activation_checkpointing = recipe.train.activation_checkpointing
     model.train()
-    return tensor_memory.of_a_step(model, lambda model: model(*_inputs(model, rows)).loss)
+    try:
+        return tensor_memory.of_a_step(model, lambda model: model(*_inputs(model, rows)).loss)
+    finally:
+        layers.rotary_table.cache_clear()  # a table without values would serve the next real model
 
 
 def _inputs(model, rows: int) -> tuple[Tensor, Condition, Tensor]:

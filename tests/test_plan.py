@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mmtensorar import plan
+from mmtensorar import layers, plan
 from mmtensorar.backbones import janus
 from mmtensorar.recipe import Recipe, main
 
@@ -147,3 +147,11 @@ def test_a_plan_for_flash_attention_needs_no_gpu():
 
 def test_an_average_takes_its_share():
     assert bytes_of(3, **{"train.ema_decay": 0.99}).optimizer == bytes_of(3).optimizer + 4 * 100
+
+
+def test_a_plan_leaves_nothing_behind():
+    """Tables that layers keep were without values afterwards, and the next training of the process failed on them."""
+    layers.rotary_table.cache_clear()
+    recipe = Recipe.load(RECIPES / "llamagen/b_256.yaml")
+    plan.activation_bytes(recipe, [1])
+    assert layers.rotary_table.cache_info().currsize == 0
