@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 
 import pytest
 import torch
@@ -38,13 +39,14 @@ def folder(tmp_path_factory):
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("matrix")
     write_tiny_janus(folder / "janus", 32, 4, width=64)
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            patch.delenv(name, raising=False)
-        deep.start_process_group(0)
-        torch.set_num_threads(1)
-        yield folder
-        deep.stop_process_group()
+    environment = dict(os.environ)
+    deep.start_process_group(0)
+    torch.set_num_threads(1)
+    yield folder
+    deep.stop_process_group()
+    # Processes that later tests start would take themselves for ranks of this one's group.
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 def step(engine) -> float:
@@ -61,6 +63,8 @@ def step(engine) -> float:
 def test_what_a_recipe_allows_trains_and_goes_on(folder, tmp_path, stage, parts):
     cpu, allowed = torch.device("cpu"), 0
     for precision, (optimizer, offload) in itertools.product(PRECISIONS, OPTIMIZERS):
+        if precision == "fp32" and optimizer == "adamw_8bit":
+            continue  # to save time: its moments are those of bf16, its weights those of adamw
         asked = settings(folder, stage, parts, precision, optimizer, offload)
         try:
             recipe = Recipe.model_validate(asked)
