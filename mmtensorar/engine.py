@@ -165,6 +165,8 @@ def start(recipe: Recipe, world_size: int, device: torch.device):
         model = together(lambda: checkpoint.model_to_train(recipe), device)
     if recipe.train.loss_kernel == "liger" and not layers.has_fused_loss():
         raise ValueError("train.loss_kernel liger needs liger-kernel: pip install 'mmtensorar[liger]'")
+    if recipe.train.loss_kernel == "liger" and device.type != "cuda":
+        raise ValueError("train.loss_kernel liger needs a GPU; auto takes it where there is one")
     model.backbone.activation_checkpointing = recipe.train.activation_checkpointing
     model.train()
     if recipe.train.compile:

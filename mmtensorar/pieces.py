@@ -202,7 +202,13 @@ def _stretch(file, layout: dict, piece: Piece, skip: int, number: int, path: Pat
 
 
 def latest(folder: Path) -> dict:
-    """What was recorded with the checkpoint that the file `latest` in folder names. Raises ValueError when it is not whole."""
+    """What was recorded with the checkpoint that the file `latest` in folder names, or without that file with the newest.
+
+    Raises ValueError when it is not whole.
+    """
+    if not (folder / "latest").is_file():
+        # Lost in a copy, say, or never written because the run was killed just then: what is whole is whole.
+        return recorded(max((path.parent for path in folder.glob(f"step_*/{STATE}")), key=step_of))
     name = (folder / "latest").read_text(encoding="utf-8").strip()
     if not (folder / name / STATE).is_file():
         raise ValueError(

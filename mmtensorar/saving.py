@@ -197,8 +197,9 @@ def latest_step(folder: Path) -> int | None:
 
 
 def latest_state(folder: Path) -> dict:
-    """What was recorded with the checkpoint that `latest` names, nothing when the run has none yet."""
-    return pieces.latest(folder) if (folder / "latest").is_file() else {}
+    """What was recorded with the last checkpoint, nothing when the run has none yet."""
+    has_any = (folder / "latest").is_file() or any(folder.glob(f"step_*/{pieces.STATE}"))
+    return pieces.latest(folder) if has_any else {}
 
 
 def check_recorded(folder: Path, expected: Mapping[str, object]) -> dict:

@@ -90,3 +90,13 @@ def test_rank_0_does_not_wait_for_ever(make, monkeypatch):
     with pytest.raises(ValueError, match="rank 1 has written nothing for 0.05 seconds"):
         saver.save(1, {}, None, CPU)
     assert not (saver.folder / "latest").exists()
+
+
+def test_without_the_file_latest_the_newest_checkpoint_counts(make):
+    """It was lost in a copy once: the run began anew and deleted what was there."""
+    saver = make()
+    assert saving.latest_step(saver.folder) is None
+    for step in (9, 10):
+        saver.save(step, {}, None, CPU)
+    (saver.folder / "latest").unlink()
+    assert saving.latest_step(saver.folder) == 10
