@@ -23,13 +23,14 @@ def find(run: Path, step: str) -> Path:
     there = sorted(path.parent for path in folder.glob(f"step_*/{pieces.STATE}"))
     if not there:
         raise ValueError(f"{run}: no checkpoint in it")
-    if step in ("latest", "best"):
-        if not (folder / step).is_file():
-            unknown = "no checkpoint of a step whose validation loss was measured is kept" if step == "best" else "no file names it"
-            raise ValueError(f"{folder}: {step}: {unknown}")
-        named = folder / (folder / step).read_text(encoding="utf-8").strip()
+    if step == "latest":
+        return folder / f"step_{pieces.latest(folder)['step']:06d}"
+    if step == "best":
+        if not (folder / "best").is_file():
+            raise ValueError(f"{folder}: no checkpoint of a step whose validation loss was measured is kept, so none is the best")
+        named = folder / (folder / "best").read_text(encoding="utf-8").strip()
         if named not in there:
-            raise ValueError(f"{folder / step} names {named.name}, which is not there")
+            raise ValueError(f"{folder / 'best'} names {named.name}, which is not there")
         return named
     wanted = folder / f"step_{int(step):06d}" if step.isdigit() else None
     if wanted not in there:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mmtensorar import pieces
+from mmtensorar.export import find
 
 saving = pytest.importorskip("mmtensorar.saving")
 CPU = torch.device("cpu")
@@ -100,3 +101,7 @@ def test_without_the_file_latest_the_newest_checkpoint_counts(make):
         saver.save(step, {}, None, CPU)
     (saver.folder / "latest").unlink()
     assert saving.latest_step(saver.folder) == 10
+    assert find(saver.folder.parent, "latest").name == "step_000010" and find(saver.folder.parent, "9").name == "step_000009"
+    for step, problem in (("best", "none is the best"), ("8", "no checkpoint of step 8; there are latest, 9, 10")):
+        with pytest.raises(ValueError, match=problem):
+            find(saver.folder.parent, step)
