@@ -105,7 +105,7 @@ def main() -> None:
                 model = plan.shapes(settings)
                 largest = max(parameter.numel() for parameter in model.parameters())
                 active = plan.activation_bytes(settings, [ROWS])[ROWS]
-                planned = plan.memory(settings, plan.parameters(model), largest, active, 1, device="cpu").peak
+                planned = plan.memory(settings, plan.parameters(model), largest, active, 1).peak
                 command = [sys.executable, str(Path(__file__).resolve()), folder, json.dumps(way)]
                 done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
                 if done.returncode:

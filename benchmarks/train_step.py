@@ -1,9 +1,10 @@
 """Time of a training step, beside a plain PyTorch loop and transformers' Trainer: python benchmarks/train_step.py
 
-One small Janus with random weights, in float32, trained by each on the same batch (prompts of several lengths), in turns in one process; the fastest of a few
-rounds each is compared. Ours is the whole step of train.py (DeepSpeed's engine, without ZeRO, clipping included), at K=1 and K=4.
-At K=1 all three compute the same loss, which is checked. Beside it ours with train.compile, with selective activation
-checkpointing, and the time that a batch of cached codes takes to come out of shards.
+One small Janus with random weights, in float32, trained by each on the same batch (prompts of several lengths), in turns
+in one process; the fastest of a few rounds each is compared. Ours is the whole step of train.py (DeepSpeed's engine, without
+ZeRO, clipping included), at K=1 and K=4. At K=1 all compute the same loss, which is checked. Ours and Trainer take torch's
+fused AdamW; the plain loop takes the one that torch chooses by itself, and once the fused one. Beside it ours with
+train.compile, with selective activation checkpointing, and the time that a batch of cached codes takes to come out of shards.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from torch import Tensor, nn
 from benchmarks import data
 from benchmarks.decode import NUM_WORDS, PAD, PROMPT_LEN, Sizes, random_janus
 from mmtensorar.backbones import Condition, janus
-from mmtensorar.image_tokenizers import janus_vq
 from mmtensorar.data import stream
+from mmtensorar.image_tokenizers import janus_vq
 from mmtensorar.recipe import Data, Recipe, Run, Train
 
 LR, CLIP = 1e-4, 1.0
@@ -60,8 +61,8 @@ class Plain(nn.Module):
         return {"loss": functional.cross_entropy(logits.flatten(0, 1).float(), codes.flatten())}
 
 
-def plain_steps(model: Plain, batch: dict[str, Tensor]) -> Callable[[], float]:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0.0)
+def plain_steps(model: Plain, batch: dict[str, Tensor], **adamw) -> Callable[[], float]:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0.0, **adamw)
 
     def step() -> float:
         loss = model(**batch)["loss"]
@@ -181,6 +182,7 @@ def main() -> None:
         os.environ.pop(name, None)
     trainer_model = Plain(reference).train()
     steps["plain loop"] = plain_steps(copy.deepcopy(trainer_model), batch)
+    steps["plain loop, fused AdamW"] = plain_steps(copy.deepcopy(trainer_model), batch, fused=True)
     losses = {name: step() for name, step in steps.items()}  # the first step also makes what later ones reuse
     print({name: round(loss, 5) for name, loss in losses.items()})
     assert abs(losses["ours, K=1"] - losses["plain loop"]) < 1e-3, losses

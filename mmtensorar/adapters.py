@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import logging
 import re
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -157,17 +159,20 @@ def fold(model: nn.Module, recipe: Recipe, adapters: dict[str, Tensor]) -> None:
 # ---- four bits -------------------------------------------------------------------------------
 
 
-def _bitsandbytes():
+def bitsandbytes_for(setting: str) -> ModuleType:
+    """The library, for a setting that needs it. Raises ValueError, naming the setting, when it is not installed."""
+    # At its import it recommends a package for inference in 4 bits on CPUs.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         import bitsandbytes
     except ImportError as error:
-        raise ValueError(f"train.parts qlora needs bitsandbytes: pip install 'mmtensorar[small]' ({error})") from None
+        raise ValueError(f"{setting} needs bitsandbytes: pip install 'mmtensorar[small]' ({error})") from None
     return bitsandbytes
 
 
 def _quantise(model: nn.Module, recipe: Recipe) -> None:
     """Put the targeted matrices into NF4, in place."""
-    bitsandbytes = _bitsandbytes()
+    bitsandbytes = bitsandbytes_for("train.parts qlora")
     computed_in = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     for name in _targeted(model, recipe):
         old = model.backbone.get_submodule(name)
@@ -189,6 +194,6 @@ def _quantise(model: nn.Module, recipe: Recipe) -> None:
 
 def _rounded(weight: Tensor) -> Tensor:
     """A matrix after NF4 and back."""
-    functional = _bitsandbytes().functional
+    functional = bitsandbytes_for("train.parts qlora").functional
     packed, quant_state = functional.quantize_4bit(weight.contiguous(), quant_type="nf4", compress_statistics=True)
     return functional.dequantize_4bit(packed, quant_state).to(weight.dtype)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -247,7 +248,11 @@ def _replaced(folder: Path) -> Iterator[Path]:
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    yield partial
+    try:
+        yield partial
+    except SafetensorError as error:  # the disk is full, say
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"{folder}: cannot be written ({error})") from error
     # Renaming onto a folder that holds files fails, so the old one steps aside first and is
     # deleted only when the new one stands.
     old = folder.with_name(folder.name + ".old")
@@ -270,7 +275,12 @@ def read_index(folder: str | Path) -> dict:
     """checkpoint.json of a folder. Raises ValueError when there is none or it is of another format."""
     path = Path(folder) / INDEX
     if not path.is_file():
-        raise ValueError(f"no checkpoint at {folder}: expected {INDEX}")
+        hint = ""
+        if (Path(folder) / "model" / INDEX).is_file():
+            hint = f"; the run's model is in {Path(folder) / 'model'}"
+        elif (Path(folder) / "checkpoints").is_dir():
+            hint = f"; of an unfinished run, python -m mmtensorar.export {folder} --out FOLDER makes a model of a checkpoint"
+        raise ValueError(f"no checkpoint at {folder}: expected {INDEX}{hint}")
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError):

@@ -18,7 +18,6 @@ from torch import Generator, Tensor
 from mmtensorar.tensorar import Condition, TensorAR
 from mmtensorar.windows import valid_slots
 
-
 # The settings that may be one number, or a list with one per factor of a code.
 PER_FACTOR = ("temperature", "top_k", "top_p")
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-
 STOPPED = "stopped.json"
 
 

@@ -36,7 +36,7 @@ def build(
     """The optimiser that optim.name asks for; cpu_adam: DeepSpeed's class. Raises ValueError when it cannot be had here."""
     common = {"betas": tuple(optim.betas), "eps": optim.eps, "weight_decay": optim.weight_decay}
     if optim.name == "adamw":
-        return torch.optim.AdamW(groups, **common)
+        return torch.optim.AdamW(groups, fused=True, **common)
     if optim.name == "cpu_adam":
         try:
             return cpu_adam(groups, adamw_mode=True, **common)
@@ -45,10 +45,7 @@ def build(
             raise ValueError(f"optim.name cpu_adam: DeepSpeed cannot compile it here ({reason}); adamw works") from error
     if optim.name.startswith("paged") and device.type != "cuda":
         raise ValueError(f"optim.name is {optim.name}, which pages between GPU and host memory, and there is no GPU")
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise ValueError(f"optim.name {optim.name} needs bitsandbytes: pip install 'mmtensorar[small]' ({error})") from None
+    bitsandbytes = adapters.bitsandbytes_for(f"optim.name {optim.name}")
     kinds = {
         "adamw_8bit": bitsandbytes.optim.AdamW8bit,
         "paged_adamw": bitsandbytes.optim.PagedAdamW32bit,

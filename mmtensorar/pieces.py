@@ -211,9 +211,7 @@ def latest(folder: Path) -> dict:
         return recorded(max((path.parent for path in folder.glob(f"step_*/{STATE}")), key=step_of))
     name = (folder / "latest").read_text(encoding="utf-8").strip()
     if not (folder / name / STATE).is_file():
-        raise ValueError(
-            f"{folder / 'latest'} names {name!r}, but {folder / name / STATE} is missing: the checkpoint is incomplete"
-        )
+        raise ValueError(f"{folder / 'latest'} names {name!r}, but {folder / name / STATE} is missing: {way_out(folder, name)}")
     return recorded(folder / name)
 
 
@@ -228,8 +226,16 @@ def recorded(folder: Path) -> dict:
     if isinstance(found, dict) and found.get("format") != FORMAT:
         raise ValueError(f"{path}: checkpoint format {found.get('format')!r}, expected {FORMAT}; start anew with train.init_from")
     if not isinstance(found, dict) or any(not isinstance(found.get(key), kind) for key, kind in kinds.items()):
-        raise ValueError(f"{path}: expected JSON with {', '.join(kinds)}, the checkpoint is damaged")
+        raise ValueError(f"{path}: expected JSON with {', '.join(kinds)}, it is damaged: {way_out(folder.parent, folder.name)}")
     return found
+
+
+def way_out(folder: Path, name: str) -> str:
+    """What to do when the checkpoint called name is not whole, in words."""
+    older = sorted((path.parent for path in folder.glob(f"step_*/{STATE}") if path.parent.name != name), key=step_of)
+    if older:
+        return f"write {older[-1].name} into {folder / 'latest'} to go on from there"
+    return "no other one is left; delete the folder of the run, or start another run.name"
 
 
 def _name(rank: int) -> str:

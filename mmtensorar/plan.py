@@ -79,18 +79,12 @@ class Memory(NamedTuple):
         return self.held + max(self.buffers + self.activations, self.update)
 
 
-# Bytes that the moments of a parameter take, and the temporary tensors of its update (bitsandbytes has none).
+# Bytes that the moments of a parameter take. The update itself makes no tensors: torch's AdamW is the fused one.
 MOMENTS = {"adamw": 8, "cpu_adam": 8, "adamw_8bit": 2, "paged_adamw": 8, "paged_adamw_8bit": 2}
-TEMPORARY = {"adamw": 8, "cpu_adam": 0, "adamw_8bit": 0, "paged_adamw": 0, "paged_adamw_8bit": 0}
 
 
-def memory(
-    recipe: Recipe, counts: dict[str, int], largest: int, activations: float, num_gpus: int, *, device: str = "cuda"
-) -> Memory:
-    """counts: see `parameters`. largest: numbers of the largest parameter. activations: bytes, see `activation_bytes`.
-
-    device: on a CPU, AdamW without ZeRO updates one parameter after the other, on a GPU all at once.
-    """
+def memory(recipe: Recipe, counts: dict[str, int], largest: int, activations: float, num_gpus: int) -> Memory:
+    """counts: see `parameters`. largest: numbers of the largest parameter. activations: bytes, see `activation_bytes`."""
     stage, extra = recipe.zero.stage, recipe.zero.extra
     total, trained, half = counts["backbone"] + counts["tensorar"], counts["trainable"], recipe.train.precision == "bf16"
     weight = 2 if half else 4
@@ -121,10 +115,9 @@ def memory(
 
     update = 0.0
     if on_gpu:
-        # Of what is updated at a time, gradients in float32 and temporary tensors.
+        # Of what is updated at a time, gradients in float32.
         group = min(trained, int(extra.get("sub_group_size", 1e9))) if stage == 3 else trained
         update = (4 if half or stage else 0) * group / shares[2]
-        update += TEMPORARY[recipe.optim.name] * (group / shares[2] if stage or device == "cuda" else largest)
         update += 0 if kept else trained * weight / shares[1]
     # There the gradients are in float32, and in the precision of the weights on their way, those of several micro batches twice.
     host = 0 if on_gpu else trained * (4 + states + weight * (2 if kept else 1)) / shares[2]
@@ -231,6 +224,10 @@ def report(recipe: Recipe, *, activations: bool = True) -> str:
     counts = parameters(model)
     largest = max(parameter.numel() for parameter in model.parameters())
     tokens, flops = flops_per_step(recipe, model)
+    averages = 1 if recipe.train.ema_decay is None else 2
+    checkpoint = counts["trainable"] * (MOMENTS[recipe.optim.name] + 4 * averages)
+    model_bytes = 4 * averages * (counts["trainable"] if recipe.train.parts in adapters.WITH_ADAPTERS else counts["backbone"] + counts["tensorar"])
+    kept = recipe.train.keep_last + bool(recipe.train.keep_best and recipe.train.validate_every)
     steps = recipe.train.steps
     if steps is None:
         run = f"{recipe.train.epochs:g} epochs"
@@ -250,11 +247,16 @@ def report(recipe: Recipe, *, activations: bool = True) -> str:
     lines.append(_row("micro batch", [None if number is None else f"{number}" for number in rows]))
     for part in ("weights", "gradients", "optimizer", "buffers"):
         lines.append(_row(part, [f"{getattr(each, part) / GIB:.1f}" for each in found]))
+    lines.append(_row("update", [f"{each.update / GIB:.1f}" for each in found]))
     if activations:
         lines.append(_row("activations", [f"{known[number] / GIB:.1f}" if number in known else None for number in rows]))
         lines.append(_row("peak", [f"{each.peak / GIB:.1f}" if number in known else None for each, number in zip(found, rows, strict=True)]))
     if any(each.host for each in found):
-        lines.append(_row("host memory", [f"{each.host / GIB:.1f}" for each in found]))
+        lines.append(_row("host memory per GPU", [f"{each.host / GIB:.1f}" for each in found]))
+    if None in rows:
+        lines.append(f"             (-: data.batch_size {recipe.data.batch_size} cannot be divided among so many)")
+    if activations:
+        lines.append("             (peak: weights, gradients and optimizer, and of the other two, buffers with activations or update, the larger)")
     if recipe.zero.stage == 3 and recipe.train.sample_every:
         weights = (counts["backbone"] + counts["tensorar"]) * (2 if recipe.train.precision == "bf16" else 4) / GIB
         lines.append(f"             (train.sample_every gathers all weights on each GPU meanwhile: {weights:.1f} beside what is held)")
@@ -263,6 +265,8 @@ def report(recipe: Recipe, *, activations: bool = True) -> str:
         f"step         {recipe.data.batch_size} images, {tokens:,} image tokens, {tokens * model.window:,} predictions",
         f"             {flops:.3g} FLOPs with {prompt_tokens(model)} prompt tokens an image",
         f"run          {run}",
+        f"disk         {checkpoint / GIB:.1f} GiB a checkpoint (up to {kept} are kept, and one more while it is written), "
+        f"{model_bytes / GIB:.1f} GiB the model",
     ]
     return "\n".join(lines)
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
+import socket
 import sys
 import threading
 from contextlib import suppress
-from typing import NoReturn
+from pathlib import Path
+from typing import NoReturn, TextIO
 
 import torch
 
@@ -28,6 +31,29 @@ def leave(code: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def hold(folder: Path) -> TextIO | None:
+    """Take a run folder for this process as long as the file that is returned stays open, however the process ends.
+
+    None on a file system that knows no locks. Raises ValueError when another process holds the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / "lock").open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read(200).strip() or "unknown"
+        file.close()
+        raise ValueError(f"{folder}: another process trains in this folder ({holder}); stop it, or choose another run.name") from None
+    except OSError:
+        file.close()
+        return None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
 
 
 def give_memory_back() -> None:

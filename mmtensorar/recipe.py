@@ -236,6 +236,8 @@ class Recipe(Section):
             problems.append(f"tensorar.offset_weights is {weights}; expected numbers >= 0, at least one above 0")
         if "stage" in self.zero.extra:
             problems.append("zero.extra.stage has a setting of its own, zero.stage")
+        if self.train.loss_kernel == "liger" and (self.train.label_smoothing or self.train.z_loss):
+            problems.append("train.loss_kernel liger makes neither label_smoothing nor z_loss; use auto")
         if self.train.compile and self.zero.stage == 3:
             problems.append("train.compile does not go with zero.stage 3, which gathers weights inside each layer; use stage 2")
         if self.train.compile and self.train.activation_checkpointing == "selective":

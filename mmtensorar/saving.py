@@ -41,6 +41,7 @@ class Saver:
         self.num_files = torch.distributed.get_world_size() if engine.zero_optimization_stage() else 1
         self.at_work: threading.Thread | None = None
         self.failure: Exception | None = None
+        self.failed_before: ValueError | None = None
 
     def save(self, step: int, counted: Mapping[str, object], average: Average | None, device: torch.device) -> None:
         """Write a checkpoint, or begin to. counted: what else the run counts. Every rank calls it.
@@ -48,11 +49,8 @@ class Saver:
         Where the one before could not be written, this one is waited for. Raises ValueError, on every rank, when it cannot be
         written either.
         """
-        try:
-            self.finish(device)
-            failed_before = None
-        except ValueError as error:
-            failed_before = error
+        self.look_back(device)
+        failed_before, self.failed_before = self.failed_before, None
         rank, target = torch.distributed.get_rank(), self.folder / f"step_{step:06d}"
 
         def prepare() -> None:
@@ -76,7 +74,16 @@ class Saver:
         self._write(rank, target, state, recorded)
         self.finish(device)
         if failed_before is not None and rank == 0:
-            print(f"note: {failed_before}; that of step {step} stands", flush=True)
+            print(f"note: the checkpoint of step {step} stands", flush=True)
+
+    def look_back(self, device: torch.device) -> None:
+        """Wait until what is being written stands; where it failed say so, and have the next one waited for. Every rank calls it."""
+        try:
+            self.finish(device)
+        except ValueError as error:
+            self.failed_before = error
+            if torch.distributed.get_rank() == 0:
+                print(f"note: {error}; training goes on, and waits for the next one (train.save_every)", flush=True)
 
     def finish(self, device: torch.device) -> None:
         """Wait until what is being written stands. Every rank calls it; raises ValueError on every rank when it failed."""
@@ -229,7 +236,11 @@ def resume(engine, folder: Path, fingerprints: Mapping[str, str], average: Avera
         # The ranks share the work of hashing.
         for name in sorted(recorded["sha256"])[rank::world_size]:
             if not (target / name).is_file() or sha256(target / name) != recorded["sha256"][name]:
-                raise ValueError(_damaged(folder, target.name, f"{name} is not the file that was written"))
+                what = "is not the file that was written" if (target / name).is_file() else "is missing"
+                raise ValueError(
+                    f"cannot resume {folder.parent}: the checkpoint {target} is damaged ({name} {what}); "
+                    + pieces.way_out(folder, target.name)
+                )
 
     deep.together(compare, device)
     shapes = [flat.shape for flat in flats]
@@ -289,9 +300,3 @@ def _go_to(engine, step: int) -> None:
     scheduler._last_lr = [lr * factor(step) for lr, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
     for group, lr in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
         group["lr"] = lr
-
-
-def _damaged(folder: Path, tag: str, reason: str) -> str:
-    older = sorted(path.parent.name for path in folder.glob(f"step_*/{pieces.STATE}") if path.parent.name != tag)
-    remedy = f"write {older[-1]} into {folder / 'latest'} to go on from there" if older else "no older one is left"
-    return f"cannot resume {folder.parent}: the checkpoint {folder / tag} is damaged ({reason}); {remedy}"

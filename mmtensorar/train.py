@@ -32,16 +32,18 @@ from mmtensorar.decode import Sampler, decode, per_factor, revised_per_offset  #
 from mmtensorar.ema import Average  # noqa: E402
 from mmtensorar.generate import to_images  # noqa: E402
 from mmtensorar.metrics import STOPPED, StepLog, Stopwatch, matmul_rate, peak_memory_gib  # noqa: E402
-from mmtensorar.processes import leave  # noqa: E402
+from mmtensorar.processes import hold, leave  # noqa: E402
 from mmtensorar.recipe import Recipe  # noqa: E402
 
 # Settings that may change between a run and its continuation: none of them alters a past step. (Other train.steps do
-# stretch the rest of the learning rate's cosine; a run extended so is not one that was planned longer.)
+# stretch the rest of the learning rate's cosine; a run extended so is not one that was planned longer. Another rate is what
+# a run needs that stopped at a spike. Both are said.)
 FREE_ON_RESUME = {
-    "run": {"out"},
+    "run": {"name", "out"},
     "data": {"num_workers", "validation", "validation_batch_size", "max_skipped", "cache", "cache_gb"},
+    "optim": {"lr", "tensorar_lr", "final_lr_ratio", "grad_clip"},
     "train": {
-        "steps", "grad_accum", "log_every", "save_every", "save_in_background", "keep_last", "keep_best", "resume",
+        "steps", "grad_accum", "max_grad_norm", "log_every", "save_every", "save_in_background", "keep_last", "keep_best", "resume",
         "validate_every", "sample_every", "sample_prompts", "activation_checkpointing", "compile",
         "monitors",
     },
@@ -104,7 +106,8 @@ def find_progress(recipe: Recipe, *, resume: bool) -> int | None:
     return step
 
 
-def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
+def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> int:
+    """Train, in the recipe's run folder; returns the process's exit code: 0, or after a signal, as shells have it, 128 + its number."""
     # ---- recipe ------------------------------------------------------------------------------
     resume = resume or recipe.train.resume == "auto"
     recipe = checkpoint.starting(recipe)
@@ -123,19 +126,20 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
             print(sentence, flush=True)
 
     # A signal only sets a flag; the step in progress ends on every rank before anything is saved.
-    signals: list[float] = []  # when they came
+    signals: list[tuple[int, float]] = []  # which, and when it came
 
     def on_signal(received: int, frame) -> None:
         # Launchers pass a Ctrl-C on as further signals, so only a later one is a second thought.
-        if signals and received == signal.SIGINT and time.monotonic() - signals[0] > 1:
+        if signals and received == signal.SIGINT and time.monotonic() - signals[0][1] > 1:
             raise KeyboardInterrupt
         if not signals:
             say("stopping after the step in progress and saving; Ctrl-C again quits at once, without saving")
-        signals.append(time.monotonic())
+        signals.append((received, time.monotonic()))
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
 
+    deep.check(recipe, device)
     deep.micro_batch_size(recipe, world_size)
     if recipe.optim.warmup_steps >= recipe.train.steps:
         say(
@@ -144,13 +148,14 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
         )
     progress = find_progress(recipe, resume=resume)
     deep.barrier()  # nobody writes to the run folder before everybody has looked at it
+    lock = deep.together(lambda: hold(folder) if first else None, device)
     fingerprints = {"start": checkpoint.start_fingerprint(recipe)}
     exported = (folder / "model" / checkpoint.INDEX).is_file() and checkpoint.read_index(folder / "model")["step"]
     if progress is not None:
         saving.check_recorded(folder / "checkpoints", fingerprints)
     if progress is not None and progress >= recipe.train.steps and exported == progress:
         say(f"{folder} is already at step {progress} of {recipe.train.steps}: nothing to do")
-        return
+        return 0
     image_tokenizer = image_tokenizers.load(recipe.image_tokenizer)
     fingerprints["shards"] = data.preflight(recipe, image_tokenizer, world_size=world_size)
 
@@ -177,8 +182,10 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
     start_step = saving.resume(engine, folder / "checkpoints", fingerprints, average) if progress is not None else 0
     if start_step:
         say(f"continuing {folder} after step {start_step}")
-        if first and (planned := Recipe.load(folder / "recipe.yaml", []).train.steps) != recipe.train.steps:
-            say(f"note: train.steps was {planned}, now {recipe.train.steps}: from here the learning rate follows the new length")
+        if first:
+            before = Recipe.load(folder / "recipe.yaml", []).model_dump(mode="json")
+            for change in differences(before, recipe.model_dump(mode="json")):
+                say(f"note: from here {change}")
     batches = data.stream(
         recipe, caption_encoder, rank=rank, world_size=world_size, skip_batches=start_step * recipe.train.grad_accum
     )
@@ -220,8 +227,8 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
         if log is not None:
             log.stopped(step, reason, samples)
         raise FloatingPointError(
-            f"{reason}; {last_checkpoint()}, the step's samples are in {folder / STOPPED}. Try a lower "
-            "optim.lr or another run.seed"
+            f"{reason}; {last_checkpoint()}, the step's samples are in {folder / STOPPED}. Look at them, or go on with "
+            "--resume and a lower optim.lr, optim.grad_clip or (a higher) train.max_grad_norm"
         )
 
     # ---- loop --------------------------------------------------------------------------------
@@ -233,7 +240,7 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
     while step < recipe.train.steps and not stopped:
         step += 1
         torch.manual_seed(seed_for(recipe.run.seed, rank, step))
-        lr = engine.get_lr()[0]
+        lr, *_, tensorar_lr = 2 * engine.get_lr()  # by group: the codec's come last
         total, sentences, names = None, [], []
         for micro in range(recipe.train.grad_accum):
             batch = deep.together(lambda: next(batches), device)
@@ -249,9 +256,9 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
             losses = torch.cat([output.loss.detach()[None], output.loss_per_offset.detach()]).float()
             total = losses if total is None else total + losses
             if micro == recipe.train.grad_accum - 1:
-                # One message per step: the losses, whether any rank was asked to stop and how many samples were
-                # skipped. It comes before the update, so a bad loss never reaches the weights.
-                others = total.new_tensor([float(bool(signals)), float(len(sentences))])
+                # One message per step: the losses, whether any rank was asked to stop or could not write its part of a
+                # checkpoint, and how many samples were skipped. It comes before the update, so a bad loss never reaches the weights.
+                others = total.new_tensor([float(bool(signals)), float(saver.failure is not None), float(len(sentences))])
                 message = torch.cat([total / recipe.train.grad_accum, others])
                 message = deep.mean_over_ranks(message).tolist()
                 if not all(math.isfinite(value) for value in message):
@@ -266,8 +273,10 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
             watch.lap("step")
         if average is not None:
             average.update(step)
-        loss, *loss_per_offset, asked, skips = message
+        loss, *loss_per_offset, asked, unsaved, skips = message
         stopped = asked > 0
+        if unsaved:
+            saver.look_back(device)
         if skips:
             for sentence in deep.from_all_ranks(sentences):
                 num_skipped += 1
@@ -290,8 +299,6 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
 
         # ---- log -----------------------------------------------------------------------------
         watch.lap("step")
-        seconds = watch.seconds()
-        in_step = sum(seconds[part] for part in ("data", "forward", "backward", "step"))
         prompt_len = batch.condition.mask.shape[1]
         validated, sampled = {}, {}
         if recipe.train.validate_every and (step % recipe.train.validate_every == 0 or step == recipe.train.steps):
@@ -305,6 +312,8 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
             if log is not None:
                 log.images(step, to_images(pixels))
             watch.lap("sample")
+        seconds = watch.seconds()
+        in_step = sum(seconds[part] for part in ("data", "forward", "backward", "step"))
         if log is not None:
             log.step(
                 {
@@ -312,6 +321,7 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
                     "loss": loss,
                     "loss_per_offset": loss_per_offset,
                     "lr": lr,
+                    **({"tensorar_lr": tensorar_lr} if recipe.optim.tensorar_lr is not None else {}),
                     "grad_norm": grad_norm,
                     "seconds": seconds,
                     "data_share": seconds["data"] / in_step,
@@ -342,10 +352,13 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> None:
             with average.in_place():
                 export(engine, recipe, folder / "model_ema", step)
         export(engine, recipe, folder / "model", step)
+    if lock is not None:
+        lock.close()
     if step < recipe.train.steps:
         say(f"stopped by a signal after step {step}; saved to {folder / 'checkpoints'}. Add --resume to continue")
-    else:
-        say(f"finished {step} steps; the model is in {folder / 'model'}")
+        return 128 + (signals[0][0] if signals else signal.SIGTERM)  # none came here when another rank was asked
+    say(f"finished {step} steps; the model is in {folder / 'model'}")
+    return 0
 
 
 def export(engine, recipe: Recipe, folder: Path, step: int) -> None:
@@ -420,7 +433,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.plain:
             plain = ["tensorar.window=1", "tensorar.offset_weights=null", f"run.name={recipe.run.name}_plain"]
             recipe = Recipe.load(options.recipe, [*options.overrides, *plain])
-        train(recipe, resume=options.resume, local_rank=options.local_rank)
+        code = train(recipe, resume=options.resume, local_rank=options.local_rank)
     except KeyboardInterrupt:
         print("stopped at once; the last checkpoint stands", file=sys.stderr, flush=True)
         return 130
@@ -433,7 +446,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     deep.stop_process_group()
-    return 0
+    return code
 
 
 if __name__ == "__main__":

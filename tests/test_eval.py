@@ -13,8 +13,8 @@ from PIL import Image
 
 from data_tools.shapes import SKILLS, draw, sample_scene
 from eval import gallery, layout, lines, report_table
-from eval.geneval import ceiling, report, suite
 from eval.geneval import __main__ as geneval
+from eval.geneval import ceiling, report, suite
 from mmtensorar import checkpoint, metrics, pieces
 from tests.test_generate import ckpt  # noqa: F401  (a fixture)
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mmtensorar import pieces
+from mmtensorar import pieces, processes
 from mmtensorar.export import find
 
 saving = pytest.importorskip("mmtensorar.saving")
@@ -70,8 +70,13 @@ def test_a_failure_is_told_and_the_next_checkpoint_stands(make, monkeypatch, cap
     monkeypatch.setattr(pieces, "write", lambda *a: (_ for _ in ()).throw(OSError("no space left")))
     saver.save(2, {}, None, CPU)  # begins to
     monkeypatch.setattr(pieces, "write", write)
+    saver.at_work.join()
+    assert saver.failure is not None, "which the training looks at every step"
+    saver.look_back(CPU)
+    assert "could not be written (no space left); training goes on" in capsys.readouterr().out
     saver.save(3, {}, None, CPU)
-    assert "could not be written (no space left); that of step 3 stands" in capsys.readouterr().out
+    assert saver.at_work is None, "this one was waited for"
+    assert "the checkpoint of step 3 stands" in capsys.readouterr().out
     assert pieces.latest(saver.folder)["step"] == 3
     monkeypatch.setattr(pieces, "write", lambda *a: (_ for _ in ()).throw(OSError("no space left")))
     saver.save(4, {}, None, CPU)
@@ -82,6 +87,27 @@ def test_a_failure_is_told_and_the_next_checkpoint_stands(make, monkeypatch, cap
     saver.save(4, {}, None, CPU)  # what was left of the one that failed does no harm
     saver.finish(CPU)
     assert pieces.latest(saver.folder)["step"] == 4
+
+
+def test_a_run_folder_is_held_by_one_process(tmp_path):
+    first = processes.hold(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"run: another process trains in this folder \(process \d+ on .+\); stop it"):
+        processes.hold(tmp_path / "run")
+    first.close()
+    processes.hold(tmp_path / "run").close()
+
+
+def test_a_checkpoint_that_is_not_whole_says_what_to_do(make):
+    saver = make(background=False)
+    saver.save(1, {}, None, CPU)
+    saver.save(2, {}, None, CPU)
+    path = saver.folder / "step_000002" / pieces.STATE
+    path.write_text("{")
+    with pytest.raises(ValueError, match="damaged: write step_000001 into .+latest to go on from there"):
+        pieces.latest(saver.folder)
+    path.unlink()
+    with pytest.raises(ValueError, match="is missing: write step_000001 into"):
+        pieces.latest(saver.folder)
 
 
 def test_rank_0_does_not_wait_for_ever(make, monkeypatch):

@@ -146,9 +146,6 @@ def cut(bench: Path, name: str, suffix: str = "cut", *, step: int = 2) -> str:
         if folder.name > f"step_{step:06d}":
             shutil.rmtree(folder)
     (copy / "checkpoints" / "latest").write_text(f"step_{step:06d}")
-    recipe = yaml.safe_load((copy / "recipe.yaml").read_text())
-    recipe["run"]["name"] = copy.name
-    (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return copy.name
 
 
@@ -177,6 +174,18 @@ def test_resumed_run_equals_uninterrupted_run(bench, whole_run):
     loss = (bench / "runs" / name / "csv" / "loss.csv").read_text().splitlines()
     assert loss == ["step,loss", *(f"{row['step']},{row['loss']}" for row in whole_run)], "each step once, under one header"
     assert [numbers(row) for row in rows(bench, name)] == [numbers(row) for row in whole_run]
+
+
+def test_a_run_goes_on_at_a_lower_rate(bench, whole_run):
+    """What a run that stopped at a spike is advised to do; what changes is said."""
+    name = cut(bench, "whole", "slower")
+    done = run(bench, f"run.name={name}", "optim.lr=1e-5", "optim.tensorar_lr=2e-5", "train.monitors=[csv]", "--resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "note: from here optim.lr: " in done.stdout and "-> 1e-05" in done.stdout
+    for before, after in zip(rows(bench, "whole")[2:], rows(bench, name)[2:], strict=True):
+        assert after["lr"] < before["lr"] and after["tensorar_lr"] == pytest.approx(2 * after["lr"])
+    headers = {path.stem: path.read_text().splitlines()[0] for path in (bench / "runs" / name / "csv").glob("*.csv")}
+    assert headers["seconds_step"] == "step,seconds_step" and headers["loss"] == "step,loss"
 
 
 def test_other_shards_do_not_continue_a_run(bench, whole_run):
@@ -456,7 +465,7 @@ def test_the_control_is_a_switch(bench, monkeypatch):
     from mmtensorar import train as module
 
     seen = []
-    monkeypatch.setattr(module, "train", lambda recipe, **options: seen.append(recipe))
+    monkeypatch.setattr(module, "train", lambda recipe, **options: seen.append(recipe) or 0)
     monkeypatch.setattr(module.deep, "stop_process_group", lambda: None)
     weights = "tensorar.offset_weights=[1, 0.5, 0.2]"
     for switch in ([], ["--plain"]):
@@ -531,7 +540,7 @@ def stopped_well(bench: Path, name: str, done: subprocess.CompletedProcess) -> N
 
 def test_signal_saves_and_stops(bench, terminated):
     """SIGTERM ends the step, saves and says how to go on."""
-    assert terminated.returncode == 0, terminated.stderr[-3000:]
+    assert terminated.returncode == 128 + signal.SIGTERM, terminated.stderr[-3000:]
     stopped_well(bench, "terminated", terminated)
 
 
