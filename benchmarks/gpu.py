@@ -56,8 +56,9 @@ class Bench(NamedTuple):
     rate: float  # FLOPs a second of a bfloat16 matrix product
     batch: int
 
-    def peak_mib(self) -> float:
-        return torch.cuda.max_memory_allocated() / MIB if self.device.type == "cuda" else float("nan")
+    def peak(self) -> str:
+        """The most memory since `reset`, in words."""
+        return f"{torch.cuda.max_memory_allocated() / MIB:,.0f} MiB" if self.device.type == "cuda" else "memory not measured"
 
     def reset(self) -> None:
         if self.device.type == "cuda":
@@ -145,7 +146,7 @@ def loss(bench: Bench, window: int) -> str:
         bench.reset()
         try:
             spent = bench.milliseconds(lambda work=work: work(model, hidden, targets, valid).sum().backward(), 3)
-            cells.append(f"{name} {spent:.1f} ms, {bench.peak_mib():,.0f} MiB")
+            cells.append(f"{name} {spent:.1f} ms, {bench.peak()}")
         except torch.OutOfMemoryError:
             cells.append(f"{name}: out of memory")
     return "; ".join(cells)
@@ -166,7 +167,7 @@ def train(bench: Bench, folder: Path, window: int, attention: str) -> str:
     spent = bench.milliseconds(step, 4)
     tokens, flops = plan.flops_per_step(recipe, plan.shapes(recipe), prompt_len=PROMPT_LEN, recomputed=False)
     engine.destroy()
-    return f"{spent:.0f} ms, {1000 * tokens / spent:,.0f} tokens/s, MFU {1000 * flops / spent / bench.rate:.0%}, {bench.peak_mib():,.0f} MiB"
+    return f"{spent:.0f} ms, {1000 * tokens / spent:,.0f} tokens/s, MFU {1000 * flops / spent / bench.rate:.0%}, {bench.peak()}"
 
 
 def sample(bench: Bench, folder: Path, window: int, attention: str) -> str:
@@ -177,7 +178,7 @@ def sample(bench: Bench, folder: Path, window: int, attention: str) -> str:
     bench.reset()
     spent = bench.milliseconds(lambda: decode(model, condition, Sampler(), cfg_scale=5.0), 1)
     each = spent / model.backbone.num_tokens
-    return f"{spent / 1000:.1f} s for {bench.batch} guided images, {each:.1f} ms a step, {bench.peak_mib():,.0f} MiB"
+    return f"{spent / 1000:.1f} s for {bench.batch} guided images, {each:.1f} ms a step, {bench.peak()}"
 
 
 def main() -> int:
@@ -216,6 +217,7 @@ def main() -> int:
         for attention in attentions:
             for window in (1, 4):
                 parts.append((f"decoding, K={window}, {attention}", lambda w=window, a=attention: sample(bench, folder, w, a)))
+        failed = 0
         for title, part in parts:
             if time.monotonic() - began > 60 * options.minutes:
                 print(f"| {title} | left out: {options.minutes:g} minutes are over |", flush=True)
@@ -225,11 +227,14 @@ def main() -> int:
             except Exception as error:  # any: one line of the table, and the others follow
                 if os.environ.get("MMTENSORAR_DEBUG"):
                     raise
+                failed += 1
                 found = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
             bench.reset()
             print(f"| {title} | {found} |", flush=True)
     deep.stop_process_group()
-    return 0
+    if failed:
+        print(f"error: {failed} parts failed", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

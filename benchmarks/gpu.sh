@@ -3,4 +3,6 @@
 # Parity in bfloat16, memory of the loss, training steps and decoding of a random Janus-Pro, with each attention that is installed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-exec "${PYTHON:-python}" benchmarks/gpu.py "$@"
+python=.venv/bin/python
+[ -x "$python" ] || python=python
+exec "${PYTHON:-$python}" benchmarks/gpu.py "$@"

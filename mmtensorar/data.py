@@ -193,9 +193,10 @@ def _note_num_shards(recipe: Recipe, manifests: Mapping[str, Manifest], world_si
     readers = world_size * len(shares(recipe.data.batch_size, recipe.train.grad_accum, 0, world_size, recipe.data.num_workers))
     found = sum(len(manifest.shards) for manifest in manifests.values())
     if found < readers and os.environ.get("RANK", "0") == "0":
+        fewer = "lower data.num_workers, or " if recipe.data.num_workers > 1 else ""
         print(
-            f"note: {', '.join(manifests)} has {found} shards for {readers} readers; where reading is slow, lower "
-            "data.num_workers, or make the shards with a smaller --samples-per-shard",
+            f"note: {', '.join(manifests)} has {found} shards for {readers} readers; where reading is slow, {fewer}"
+            "make the shards with a smaller --samples-per-shard",
             flush=True,
         )
 

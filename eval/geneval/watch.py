@@ -2,8 +2,8 @@
 
 Beside the training, on what is left of the machine or on another card (--device cuda:1): each new checkpoint (train.save_every)
 is exported, its pictures are made and scored. runs/NAME/scores.jsonl receives a line each, runs/NAME/tensorboard curves, and
-runs/NAME/scores/step_N the pictures and the report. Ends when the finished run's last checkpoint is scored; started again,
-it goes on with what is newer. Where training saves faster than this scores, checkpoints in between are passed over.
+runs/NAME/scores/step_N the pictures and the report. Ends when the finished run's last checkpoint is scored (waits on where the run
+was stopped, for it may be resumed; Ctrl-C ends it); started again, it goes on with what is newer. Where training saves faster than this scores, checkpoints in between are passed over.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ def watch(run: Path, arguments: list[str], *, average: bool, once: bool, pause_s
     """Raises ValueError when run is no run folder."""
     if not (run / "recipe.yaml").is_file():
         raise ValueError(f"{run}: no run folder (no recipe.yaml in it)")
+    said = False
     while True:
         finished = (run / "model" / INDEX).is_file()  # asked first: what is saved before is seen below
         folder = newest(run)
@@ -79,7 +80,11 @@ def watch(run: Path, arguments: list[str], *, average: bool, once: bool, pause_s
                     raise
                 print(f"step {step} was deleted while it was read ({error})", flush=True)
                 continue
-            print(f"step {step}: {row['overall']:.1%}", flush=True)
+            print(f"step {step}: {row['overall']:.1%} (in {run / SCORES}; pictures in {run / 'scores' / folder.name})", flush=True)
+        if folder is None and (once or finished or not said):
+            is_there = "nothing new" if (run / SCORES).is_file() else "no checkpoint yet (train.save_every)"
+            print(f"{run}: {is_there}{'' if once or finished else f'; looking every {pause_s:g} s, Ctrl-C ends it'}", flush=True)
+        said = folder is None
         if finished or once:
             return
         if folder is None:
