@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ if not torch.cuda.is_available():
 import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
 from deepspeed.ops.adam import DeepSpeedCPUAdam  # noqa: E402
+from deepspeed.ops.op_builder import AsyncIOBuilder  # noqa: E402
 from deepspeed.utils import safe_get_full_fp32_param  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -131,6 +133,9 @@ def settings(recipe: Recipe, world_size: int) -> dict:
     zero = {"stage": recipe.zero.stage}
     if recipe.zero.offload_optimizer != "none":
         zero["offload_optimizer"] = {"device": recipe.zero.offload_optimizer}
+    if recipe.zero.offload_optimizer == "nvme":
+        # Buffers for weights, gradients and two moments of the group that is updated.
+        zero["offload_optimizer"] |= {"nvme_path": str(_swap_folder(recipe)), "buffer_count": 4}
     if recipe.zero.offload_params != "none":
         zero["offload_param"] = {"device": recipe.zero.offload_params}
     zero.update(recipe.zero.extra)
@@ -162,6 +167,8 @@ def check(recipe: Recipe, device: torch.device) -> None:
         raise ValueError("train.loss_kernel liger needs liger-kernel: pip install 'mmtensorar[liger]'")
     if recipe.train.loss_kernel == "liger" and device.type != "cuda":
         raise ValueError("train.loss_kernel liger needs a GPU; auto takes it where there is one")
+    if recipe.zero.offload_optimizer == "nvme" and not AsyncIOBuilder().is_compatible(verbose=False):
+        raise ValueError("zero.offload_optimizer nvme needs libaio (Debian's libaio-dev), from which DeepSpeed compiles its reader; cpu needs none")
     if "wandb" in recipe.train.monitors and importlib.util.find_spec("wandb") is None:
         raise ValueError("train.monitors wandb needs wandb: pip install wandb")
     if recipe.train.parts == "qlora":
@@ -226,6 +233,45 @@ def flat_tensors(engine) -> list[Tensor]:
     if engine.bfloat16_enabled():
         return [master for group in engine.optimizer.fp32_groups for master in group]
     return [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+
+
+def flat_shapes(engine) -> list[torch.Size]:
+    """The shapes of `flat_tensors`, also of those that are on NVMe, which are empty until they are asked for."""
+    return [
+        torch.Size([engine.optimizer.fp16_partitioned_groups_flat_numel[number]]) if on_nvme(engine, number) else flat.shape
+        for number, flat in enumerate(flat_tensors(engine))
+    ]
+
+
+def on_nvme(engine, number: int) -> bool:
+    """Whether that flat tensor and its moments are on NVMe; those of less than 1 MiB stay in memory."""
+    return engine.zero_optimization_stage() == 3 and engine.optimizer._swappable_optimizer_subgroup(number)
+
+
+@contextmanager
+def in_memory(engine, number: int, *, changed: bool = False) -> Iterator[None]:
+    """That flat tensor and its moments are in memory inside this with statement. changed: they go back as they are at its end."""
+    if not on_nvme(engine, number):
+        yield
+        return
+    optimizer = engine.optimizer
+    optimizer._optimizer_states_and_gradient_swap_in(number)
+    yield
+    if changed:
+        optimizer._optimizer_states_and_gradient_swap_out(number)
+    else:
+        optimizer.optimizer_swapper.release_swap_buffers(optimizer.fp32_partitioned_groups_flat[number])
+        optimizer.fp32_partitioned_groups_flat[number].grad = None
+
+
+def _swap_folder(recipe: Recipe) -> Path:
+    return Path(recipe.zero.nvme_path).expanduser() / recipe.run.name
+
+
+def forget_swap(recipe: Recipe) -> None:
+    """Delete what a run that has ended has on its node's NVMe."""
+    if recipe.zero.offload_optimizer == "nvme":
+        shutil.rmtree(_swap_folder(recipe), ignore_errors=True)
 
 
 def _partitioned_model(recipe: Recipe, config: dict, device: torch.device):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,12 +107,15 @@ def read(
     shapes: Sequence[torch.Size],
     *,
     only: str | None = None,
+    flats: Collection[int] | None = None,
 ) -> State:
     """A rank's state, from files of saved_ranks ranks. Tensors are on the CPU, those of a flat tensor's size in its shape.
 
-    only: a key, when the others are not wanted. Raises ValueError when the files are damaged, do not hold all of a stretch, or hold moments in 8 bits, which are scaled
-    in blocks of a flat tensor, and the ranks were cut otherwise.
+    only: a key, when the others are not wanted; flats: flat tensors, when the others are not. Raises ValueError when the files are
+    damaged, do not hold all of a stretch, or hold moments in 8 bits, which are scaled in blocks of a flat tensor, and the ranks were
+    cut otherwise.
     """
+    flats = range(len(shapes)) if flats is None else flats
     layouts = [_layout(folder, saved) for saved in range(saved_ranks)]
     sizes = [shape.numel() for shape in shapes]
     own = {"pieces": [list(piece) for piece in pieces], "sizes": sizes}
@@ -123,15 +126,16 @@ def read(
         with _opened(folder / _name(alike)) as file:
             for name in file.keys():
                 flat, key = name.split("/", 1)
-                if only in (None, key):
+                if only in (None, key) and int(flat) in flats:
                     # A copy: what stays a view of the file keeps it from being deleted.
                     state[int(flat)][key] = file.get_tensor(name).clone()
         for name, value in layouts[alike]["numbers"].items():
             flat, key = name.split("/", 1)
-            if only in (None, key):
+            if only in (None, key) and int(flat) in flats:
                 state[int(flat)][key] = value
     else:
-        state = _recut(folder, layouts, pieces, sizes, only)
+        wanted = [piece for piece in pieces if piece.flat in flats]
+        state = _recut(folder, layouts, wanted, [size if flat in flats else 0 for flat, size in enumerate(sizes)], only)
     for values, shape in zip(state, shapes, strict=True):
         for key, value in values.items():
             if isinstance(value, Tensor) and value.ndim and value.numel() == shape.numel():

@@ -59,7 +59,7 @@ class Memory(NamedTuple):
     """Bytes on each GPU. held: between the steps; activations: the most beside it in forward and backward.
 
     optimizer: of moments, float32 weights and their average. buffers: of ZeRO, for what is gathered and what is reduced. update: the most beside held while the optimiser works.
-    host: per GPU in host memory, of what is offloaded. peak: of all together, without what PyTorch and CUDA take for themselves (1 GiB or so) and lose to fragmentation.
+    host, nvme: per GPU in host memory and on NVMe, of what is offloaded. peak: of all together, without what PyTorch and CUDA take for themselves (1 GiB or so) and lose to fragmentation.
     """
 
     weights: float
@@ -69,6 +69,7 @@ class Memory(NamedTuple):
     activations: float
     update: float
     host: float
+    nvme: float
 
     @property
     def held(self) -> float:
@@ -121,11 +122,15 @@ def memory(recipe: Recipe, counts: dict[str, int], largest: int, activations: fl
         update += 0 if kept else trained * weight / shares[1]
     # There the gradients are in float32, and in the precision of the weights on their way, those of several micro batches twice.
     host = 0 if on_gpu else trained * (4 + states + weight * (2 if kept else 1)) / shares[2]
+    nvme = 0.0
+    if recipe.zero.offload_optimizer == "nvme":
+        nvme = trained * states / shares[2]
+        host = trained * weight / shares[2] + 4 * 4 * min(trained / shares[2], int(extra.get("sub_group_size", 1e9)))
     if recipe.train.save_in_background:
         host += trained * states / shares[2]
     if not params_on_gpu:
         host, weights = host + weights / shares[0], 0
-    return Memory(weights / shares[0], gradients, optimizer, buffers, activations, update, host)
+    return Memory(weights / shares[0], gradients, optimizer, buffers, activations, update, host, nvme)
 
 
 def activation_bytes(recipe: Recipe, numbers: Iterable[int]) -> dict[int, int]:
@@ -253,6 +258,8 @@ def report(recipe: Recipe, *, activations: bool = True) -> str:
         lines.append(_row("peak", [f"{each.peak / GIB:.1f}" if number in known else None for each, number in zip(found, rows, strict=True)]))
     if any(each.host for each in found):
         lines.append(_row("host memory per GPU", [f"{each.host / GIB:.1f}" for each in found]))
+    if any(each.nvme for each in found):
+        lines.append(_row("NVMe per GPU", [f"{each.nvme / GIB:.1f}" for each in found]))
     if None in rows:
         lines.append(f"             (-: data.batch_size {recipe.data.batch_size} cannot be divided among so many)")
     if activations:

@@ -181,11 +181,16 @@ class Lora(Section):
 
 
 class Zero(Section):
-    """ZeRO stage and offloading; extra goes into DeepSpeed's zero_optimization untouched."""
+    """ZeRO stage and offloading; extra goes into DeepSpeed's zero_optimization untouched.
+
+    nvme_path: a folder of each node's own disk, for offload_optimizer nvme: weights in float32 and moments are there, 12 bytes a
+    parameter, and read and written at every step.
+    """
 
     stage: Literal[0, 1, 2, 3] = 0
-    offload_optimizer: Literal["none", "cpu"] = "none"
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
     offload_params: Literal["none", "cpu"] = "none"
+    nvme_path: str | None = None
     extra: dict[str, Any] = {}
 
 
@@ -245,8 +250,8 @@ class Recipe(Section):
         for key in ("offload_optimizer", "offload_param"):
             moved = self.zero.extra.get(key) if isinstance(self.zero.extra.get(key), dict) else {}
             if moved.get("device") == "nvme" or moved.get("ratio", 1) != 1:
-                what = "on NVMe" if moved.get("device") == "nvme" else "of a ratio"
-                problems.append(f"zero.extra.{key}: states {what} cannot be saved for resuming yet; the nearest is zero.{key.replace('_param', '_params')} cpu")
+                nearest = "offload_optimizer nvme" if "optimizer" in key and moved.get("device") == "nvme" else f"{key.replace('_param', '_params')} cpu"
+                problems.append(f"zero.extra.{key}: what is moved so cannot be saved for resuming; the nearest is zero.{nearest}")
         if self.data.batch_size % self.train.grad_accum:
             problems.append(
                 f"data.batch_size {self.data.batch_size} is not a multiple of train.grad_accum {self.train.grad_accum}"
@@ -270,8 +275,22 @@ class Recipe(Section):
         offloaded = self.zero.offload_optimizer != "none"
         if self.optim.name == "cpu_adam" and not offloaded:
             problems.append("optim.name cpu_adam is for zero.offload_optimizer cpu; without it use adamw")
-        if offloaded and self.zero.stage == 0:
+        if self.zero.offload_optimizer == "cpu" and self.zero.stage == 0:
             problems.append("zero.offload_optimizer needs zero.stage 1, 2 or 3, found 0")
+        if self.zero.offload_optimizer == "nvme":
+            if self.zero.nvme_path is None:
+                problems.append("zero.offload_optimizer nvme needs zero.nvme_path, a folder of each node's own disk")
+            if self.zero.stage != 3:
+                problems.append(f"zero.offload_optimizer nvme needs zero.stage 3, found {self.zero.stage}")
+            if self.optim.name == "adamw":
+                problems.append("zero.offload_optimizer nvme does not go with optim.name adamw; use cpu_adam")
+            if self.train.ema_decay is not None or self.train.save_in_background:
+                problems.append(
+                    "zero.offload_optimizer nvme does not go with train.ema_decay or train.save_in_background, which need memory "
+                    "for all that it moves away; use cpu"
+                )
+        elif self.zero.nvme_path is not None:
+            problems.append("zero.nvme_path has an effect only with zero.offload_optimizer nvme")
         if offloaded and self.optim.name not in ("adamw", "cpu_adam"):
             problems.append(f"zero.offload_optimizer does not go with optim.name {self.optim.name}; use cpu_adam")
         if self.train.precision == "fp32" and getattr(self.backbone, "attn_implementation", None) == "flash_attention_2":

@@ -6,7 +6,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -35,7 +35,7 @@ class Saver:
     def __init__(self, engine, folder: Path, fingerprints: Mapping[str, str], *, keep_last: int, keep_best: bool, background: bool):
         self.engine, self.folder, self.fingerprints = engine, folder, dict(fingerprints)
         self.keep_last, self.keep_best, self.background = keep_last, keep_best, background
-        self.shapes, self.pieces = [flat.shape for flat in deep.flat_tensors(engine)], _pieces(engine)
+        self.shapes, self.pieces = deep.flat_shapes(engine), _pieces(engine)
         assert all(piece.flat_start + piece.number <= self.shapes[piece.flat].numel() for piece in self.pieces)
         # Without ZeRO all ranks hold the same.
         self.num_files = torch.distributed.get_world_size() if engine.zero_optimization_stage() else 1
@@ -63,7 +63,7 @@ class Saver:
 
         deep.together(lambda: prepare() if rank == 0 else None, device)
         deep.together(look, device)
-        state = _state(self.engine, average)
+        state = _state(self.engine, average, target)
         recorded = {"format": pieces.FORMAT, "step": step, "num_files": self.num_files, **counted, **self.fingerprints}
         recorded |= {"world_size": torch.distributed.get_world_size(), "zero_stage": self.engine.zero_optimization_stage()}
         if self.background and failed_before is None:
@@ -187,15 +187,26 @@ def _base_optimizer(engine) -> torch.optim.Optimizer:
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
-def _state(engine, average: Average | None) -> pieces.State:
-    """The live tensors of a rank's training state."""
+def _state(engine, average: Average | None, folder: Path) -> pieces.State:
+    """The live tensors of a rank's training state. Copies of what is on NVMe, which memory need not hold, are files in folder."""
     moments, found = _base_optimizer(engine).state, []
     for number, flat in enumerate(deep.flat_tensors(engine)):
-        values = {"master": flat.detach(), **moments.get(flat, {})}
+        with deep.in_memory(engine, number):
+            values = {"master": flat.detach(), **moments.get(flat, {})}
+            if deep.on_nvme(engine, number):
+                path = folder / f"rank_{torch.distributed.get_rank():05d}.copy"
+                values = {key: _on_disk(value, path) if isinstance(value, Tensor) else value for key, value in values.items()}
         if average is not None:
             values["average"] = average.averages[number]
         found.append(values)
     return found
+
+
+def _on_disk(tensor: Tensor, path: Path) -> Tensor:
+    """A copy whose memory is a file, which is gone with it."""
+    copy = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
+    path.unlink()
+    return copy.copy_(tensor)
 
 
 def latest_step(folder: Path) -> int | None:
@@ -243,46 +254,56 @@ def resume(engine, folder: Path, fingerprints: Mapping[str, str], average: Avera
                 )
 
     deep.together(compare, device)
-    shapes = [flat.shape for flat in flats]
-    state = deep.together(lambda: pieces.read(target, rank, world_size, num_files, _pieces(engine), shapes), device)
+    shapes = deep.flat_shapes(engine)
+    one_by_one = any(deep.on_nvme(engine, number) for number in range(len(flats)))
+
+    def read(wanted: Collection[int]) -> pieces.State:
+        return deep.together(lambda: pieces.read(target, rank, world_size, num_files, _pieces(engine), shapes, flats=wanted), device)
+
+    state = [] if one_by_one else read(range(len(flats)))
     optimizer = _base_optimizer(engine)
     moments = optimizer.state
     in_pieces = engine.zero_optimization_partition_weights()
     if in_pieces:
         engine.optimizer.checkpoint_event_prologue()
-    for number, (flat, values) in enumerate(zip(flats, state, strict=True)):
-        flat.data.copy_(values.pop("master"))
-        if average is not None:
-            average.averages[number].copy_(values.pop("average"))
-        held = moments.get(flat, {})
-        for key, value in values.items():
-            if key not in held and getattr(optimizer, "is_paged", False) and isinstance(value, Tensor) and value.shape == flat.shape:
-                held[key] = optimizer.get_state_buffer(flat, dtype=value.dtype)  # or it would all be on the GPU from now on
-            if isinstance(held.get(key), Tensor) and held[key].shape == value.shape:
-                held[key].copy_(value)  # in place: DeepSpeed and bitsandbytes hold on to some
-            else:
-                held[key] = value.to(flat.device) if isinstance(value, Tensor) and value.ndim else value
-        moments[flat] = held
-    _publish(engine)
+    for number, flat in enumerate(flats):
+        values = read([number])[number] if one_by_one else state[number]
+        with deep.in_memory(engine, number, changed=True):
+            flat.data.copy_(values.pop("master"))
+            if average is not None:
+                average.averages[number].copy_(values.pop("average"))
+            held = moments.get(flat, {})
+            for key, value in values.items():
+                if key not in held and getattr(optimizer, "is_paged", False) and isinstance(value, Tensor) and value.shape == flat.shape:
+                    held[key] = optimizer.get_state_buffer(flat, dtype=value.dtype)  # or it would all be on the GPU from now on
+                if isinstance(held.get(key), Tensor) and held[key].shape == value.shape:
+                    held[key].copy_(value)  # in place: DeepSpeed and bitsandbytes hold on to some
+                else:
+                    held[key] = value.to(flat.device) if isinstance(value, Tensor) and value.ndim else value
+            moments[flat] = held
+            if in_pieces:
+                _publish_flat(engine.optimizer, number)
     if in_pieces:
         engine.optimizer.checkpoint_event_epilogue()
+    else:
+        _publish(engine)
     _go_to(engine, step)
     return step
 
 
+def _publish_flat(optimizer, number: int) -> None:
+    """Under ZeRO-3, make the weights that the forward uses those of a flat tensor."""
+    rounded, parts = optimizer.fp16_partitioned_groups_flat[number], optimizer.fp16_partitioned_groups[number]
+    if rounded.numel():
+        rounded.data.copy_(optimizer.fp32_partitioned_groups_flat[number].data)
+        for part, value in zip(parts, optimizer.unflatten(rounded, parts), strict=True):
+            part.data = value.data
+
+
 def _publish(engine) -> None:
-    """Make the weights that the forward uses those of the flat tensors."""
-    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
-    if stage == 3:
-        for flat, rounded, parts in zip(
-            optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat, optimizer.fp16_partitioned_groups, strict=True
-        ):
-            if flat.numel():
-                rounded.data.copy_(flat.data)
-                for part, value in zip(parts, optimizer.unflatten(rounded, parts), strict=True):
-                    part.data = value.data
-    elif stage:
-        optimizer.update_lp_params()
+    """Make the weights that the forward uses those of the flat tensors, in the other stages."""
+    if engine.zero_optimization_stage():
+        engine.optimizer.update_lp_params()
     else:
         masters = deep.masters_of(engine)
         for parameter in engine.module.parameters():

@@ -352,6 +352,7 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> int:
             with average.in_place():
                 export(engine, recipe, folder / "model_ema", step)
         export(engine, recipe, folder / "model", step)
+    deep.forget_swap(recipe)
     if lock is not None:
         lock.close()
     if step < recipe.train.steps:

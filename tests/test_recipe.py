@@ -87,6 +87,7 @@ def test_settings_that_do_not_fit_each_other_come_together(path):
         ("train.steps=true", "train.steps  expected an integer >= 1 or null, got True"),  # which pydantic takes for 1
         ("tensorar.offset_weights=[1, -1, 1, 1]", "tensorar.offset_weights is [1.0, -1.0, 1.0, 1.0]; expected numbers >= 0"),
         ("optim.name=cpu_adam", "optim.name cpu_adam is for zero.offload_optimizer cpu; without it use adamw"),
+        ("zero.nvme_path=disk", "zero.nvme_path has an effect only with zero.offload_optimizer nvme"),
         ("zero.offload_optimizer=cpu", "zero.offload_optimizer needs zero.stage 1, 2 or 3, found 0"),
         ("zero.extra.stage=2", "zero.extra.stage has a setting of its own, zero.stage"),
         ("train.precision=fp16", "train.precision  expected 'bf16' or 'fp32', got 'fp16'"),
@@ -117,6 +118,20 @@ def test_one_mistake_is_one_sentence(path, override, problem):
     first, *rest = mistakes(path, override)
     assert first == f"{path}: 1 problem"
     assert len(rest) == 1 and problem in rest[0]
+
+
+@pytest.mark.parametrize(
+    "overrides, problem",
+    [
+        (["train.loss_kernel=liger", "train.z_loss=0.1"], "train.loss_kernel liger makes neither label_smoothing nor z_loss"),
+        (["zero.offload_optimizer=nvme"], "zero.offload_optimizer nvme needs zero.nvme_path, a folder of each node's own disk"),
+        (["zero.offload_optimizer=nvme", "zero.nvme_path=disk", "zero.stage=2"], "zero.offload_optimizer nvme needs zero.stage 3"),
+        (["zero.offload_optimizer=nvme", "zero.nvme_path=disk", "optim.name=adamw"], "does not go with optim.name adamw; use cpu_adam"),
+        (["zero.offload_optimizer=nvme", "zero.nvme_path=disk", "train.ema_decay=0.9"], "does not go with train.ema_decay"),
+    ],
+)
+def test_settings_that_do_not_go_together_name_what_does(path, overrides, problem):
+    assert problem in "\n".join(mistakes(path, *overrides))
 
 
 def test_missing_settings_are_named(tmp_path):
@@ -320,9 +335,9 @@ def test_every_recipe_loads(file):
 
 
 @pytest.mark.parametrize("extra, problem", [
-    ("{offload_optimizer: {device: nvme, nvme_path: /tmp}}", "states on NVMe cannot be saved for resuming yet; the nearest is zero.offload_optimizer cpu"),
+    ("{offload_optimizer: {device: nvme, nvme_path: /tmp}}", "cannot be saved for resuming; the nearest is zero.offload_optimizer nvme"),
     ("{offload_param: {device: nvme}}", "the nearest is zero.offload_params cpu"),
-    ("{offload_optimizer: {device: cpu, ratio: 0.5}}", "states of a ratio cannot be saved for resuming yet"),
+    ("{offload_optimizer: {device: cpu, ratio: 0.5}}", "cannot be saved for resuming; the nearest is zero.offload_optimizer cpu"),
 ])
 def test_states_that_could_not_be_saved_are_refused(extra, problem):
     """They would have been saved as nothing, and the run resumed from its start without a word."""

@@ -1,0 +1,87 @@
+"""Weights and moments on NVMe: the same steps as on the host, saved and taken up by either. Where there is libaio."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmtensorar import plan
+from mmtensorar.backbones import Condition
+from mmtensorar.recipe import Recipe
+from tests.test_train import environment
+
+ROOT = Path(__file__).resolve().parents[1]
+PLACES = ("nvme", "cpu")
+
+
+def recipe_for(place: str, folder: Path) -> Recipe:
+    """The tiny Janus: two of its four flat tensors are large enough to be moved."""
+    changes = ["zero.stage=3", "data.batch_size=4", "optim.name=cpu_adam", f"zero.offload_optimizer={place}"]
+    changes += [f"zero.nvme_path={folder / 'disk'}"] if place == "nvme" else []
+    return Recipe.load(ROOT / "recipes/tiny/tensorar.yaml", changes)
+
+
+def main(folder: Path) -> None:
+    from mmtensorar import engine as deep
+    from mmtensorar import saving
+
+    deep.start_process_group(0)
+    cpu, found = torch.device("cpu"), {}
+
+    def step(engine) -> float:
+        codes = torch.arange(4 * engine.module.backbone.num_tokens).view(4, -1, 1) % 200
+        condition = Condition(torch.full((4, 8), 5), torch.ones(4, 8, dtype=torch.bool))
+        loss = engine(codes, condition, torch.zeros(4, dtype=torch.bool), torch.Generator().manual_seed(0)).loss
+        engine.backward(loss)
+        engine.step()
+        return loss.item()
+
+    for place in PLACES:
+        engine = deep.start(recipe_for(place, folder), 1, cpu)
+        found[place] = [step(engine)]
+        saver = saving.Saver(engine, folder / place, {}, keep_last=1, keep_best=False, background=False)
+        saver.save(1, {}, None, cpu)
+        found[f"{place} moved"] = sum(deep.on_nvme(engine, number) for number in range(len(deep.flat_tensors(engine))))
+        found[place] += [step(engine), step(engine)]
+        engine.destroy()
+    for saved in PLACES:
+        for place in PLACES:
+            engine = deep.start(recipe_for(place, folder), 1, cpu)
+            saving.resume(engine, folder / saved, {})
+            found[f"{saved} then {place}"] = [step(engine), step(engine)]
+            engine.destroy()
+    deep.forget_swap(recipe_for("nvme", folder))
+    found["left"] = [str(path) for path in (folder / "disk").rglob("*")]
+    (folder / "found.json").write_text(json.dumps(found))
+    deep.stop_process_group()
+
+
+def test_steps_are_those_on_the_host_and_either_goes_on_from_the_other(tmp_path):
+    pytest.importorskip("deepspeed")
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        pytest.skip("no libaio")
+    command = [sys.executable, "-m", "tests.test_nvme", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert (found["nvme moved"], found["cpu moved"], found["left"]) == (2, 0, [])
+    assert found["nvme"] == found["cpu"] and found["nvme"][2] < found["nvme"][0]
+    for saved in PLACES:
+        for place in PLACES:
+            assert found[f"{saved} then {place}"] == found["cpu"][1:], (saved, place)
+
+
+def test_the_plan_counts_what_is_moved(tmp_path):
+    counts = {"backbone": 800, "tensorar": 0, "trainable": 800, "four_bit": 0}
+    planned = {place: plan.memory(recipe_for(place, tmp_path), counts, 100, 0.0, 1) for place in PLACES}
+    assert planned["nvme"].nvme == 12 * 800 and planned["cpu"].nvme == 0
+    assert planned["nvme"].peak == planned["cpu"].peak
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
