@@ -90,7 +90,7 @@ class WindowEncoder(nn.Module):
         self.query_norms = nn.ModuleList(nn.RMSNorm(dim, eps=1e-6) for _ in range(depth - 1))
 
     def forward(self, embeds: Tensor, valid: Tensor) -> Tensor:
-        """[B, S, K, D], valid [S, K] bool (slot 0 always True) -> [B, S, D].
+        """[B, S, K, D], valid [S, K] or [B, S, K] bool (slot 0 always True) -> [B, S, D].
 
         A slot that is not valid has no influence on the result.
         """

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
+from mmtensorar.noise import invert_cdf
 from mmtensorar.tensorar import Condition, TensorAR
 from mmtensorar.windows import valid_slots
 
@@ -73,7 +74,7 @@ class Sampler:
         """Logits [B, K, V], numbers in [0, 1) [B, K] float64 -> tokens [B, K] int64."""
         if self.greedy:
             return logits.argmax(-1)
-        tokens = _invert_cdf(self.probabilities(logits), uniform)
+        tokens = invert_cdf(self.probabilities(logits), uniform)
         if self.greedy_drafts:
             tokens[:, 1:] = logits[:, 1:].argmax(-1)
         return tokens
@@ -94,19 +95,6 @@ class Sampler:
         return probs
 
 
-def _invert_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
-    """[B, K, V], [B, K] in [0, 1) -> [B, K]: the token whose slice of the line holds the number.
-
-    One number per token, where a categorical draw takes V: so every row can have its own
-    generator at no cost. float64, for V is in the thousands and the slices are thin.
-    """
-    line = probs.cumsum(-1)
-    total = line[..., -1:]
-    point = torch.minimum(uniform[..., None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    # right=True: the first token whose slice ends beyond the point, never an empty slice.
-    return torch.searchsorted(line, point, right=True)[..., 0]
-
-
 class Decoded(NamedTuple):
     codes: Tensor  # [B, T, F] int64
     trace: Tensor | None  # [B, T, K, F] int64: trace[:, t] is the window of step t, 0 past the last token
@@ -120,6 +108,7 @@ def decode(
     *,
     cfg_scale: float | Sequence[float] = 1.0,
     cfg_tokens: int | None = None,
+    draft_guidance: float = 1.0,
     generator: Generator | Sequence[Generator] | None = None,
     keep_trace: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -131,7 +120,9 @@ def decode(
     uncond + s (cond - uncond), applied to the logits of every offset, one number or one per
     factor; 1 everywhere runs no uncond rows. The guided token of a factor goes to both halves
     before the logits of the next. cfg_tokens: guide the first so many steps only; None guides
-    all. generator: one for the batch, or one per row, which makes a row independent of its
+    all. draft_guidance: w in without + w (with - without), of rows that see drafts and rows that see none: 1 trusts drafts as the
+    model was trained to and runs no further rows, 0 ignores them, for which it must have been trained with draft dropout.
+    generator: one for the batch, or one per row, which makes a row independent of its
     neighbours; None draws from the global one. progress is called with (tokens done, T) after
     each step. The model should be in eval mode.
     Raises ValueError when the number of generators is not B, or of a setting's numbers not F.
@@ -150,24 +141,35 @@ def decode(
     if guided:
         values, mask = values.repeat(2, *[1] * (values.ndim - 1)), mask.repeat(2, 1)
         uncond = torch.cat([uncond, ~uncond])
+    dialled = K > 1 and draft_guidance != 1
+    if dialled:  # the later half sees no drafts
+        values, mask, uncond = values.repeat(2, *[1] * (values.ndim - 1)), mask.repeat(2, 1), uncond.repeat(2)
+    R = len(values)
 
     def both(rows: Tensor) -> Tensor:
-        """[B, ...] -> [R, ...]: cond and uncond rows continue with the same window."""
-        return torch.cat([rows, rows]) if guided else rows
+        """[B, ...] -> [R, ...]: all rows of an image continue with the same window."""
+        return rows.repeat(R // B, *[1] * (rows.ndim - 1))
 
     prefix = backbone.prefix(condition._replace(values=values, mask=mask), uncond)
-    R, P = prefix.mask.shape
+    P = prefix.mask.shape[1]
     # The last window is never fed back, hence T - 1 places after the prefix.
     seen = torch.cat([prefix.mask, prefix.mask.new_ones(R, T - 1)], dim=1)
     cache = backbone.new_cache(P + T - 1)
     hidden = backbone(prefix.embeds, prefix.mask, cache)[:, -1:]
 
     valid = valid_slots(T, K, device)
+    seen_slots = valid.expand(R, T, K)
+    if dialled:
+        blind = torch.arange(R, device=device) >= R // 2
+        seen_slots = seen_slots & ~(blind[:, None, None] & (torch.arange(K, device=device) > 0))
     trace = torch.zeros(B, T, K, len(sizes), dtype=torch.int64, device=device)
     for t in range(T):
         window = trace[:, t : t + 1, :, :0]  # [B, 1, K, f], one factor longer each round
         for factor in range(len(sizes)):
             logits = model.logits(hidden, both(window)).float()[:, 0]  # [R, K, V_f]
+            if dialled:
+                informed, blind_logits = logits.chunk(2)
+                logits = blind_logits + draft_guidance * (informed - blind_logits)
             if guided:
                 cond_logits, uncond_logits = logits.chunk(2)
                 logits = cond_logits
@@ -177,7 +179,7 @@ def decode(
             window = torch.cat([window, tokens[:, None, :, None]], dim=-1)
         trace[:, t] = window[:, 0] * valid[t, :, None]
         if t + 1 < T:
-            embeds = model.encode(both(trace[:, t : t + 1]), valid[t : t + 1])
+            embeds = model.encode(both(trace[:, t : t + 1]), seen_slots[:, t : t + 1])
             hidden = backbone(embeds, seen[:, : P + t + 1], cache)
         if progress is not None:
             progress(t + 1, T)

@@ -44,16 +44,18 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Sampling(Sampler):
-    """A sampler and the guidance scale, one number or one per factor; 1 is no guidance.
+    """A sampler and the guidance scale, one number or one per factor, 1 is no guidance; draft_guidance: see `decode`.
 
     Raises ValueError for a value out of range.
     """
 
     cfg_scale: float | Sequence[float] = 1.0
+    draft_guidance: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check("cfg_scale", lambda x: x >= 0 and isfinite(x), "a number, 0 or more")
+        for name in ("cfg_scale", "draft_guidance"):
+            self._check(name, lambda x: x >= 0 and isfinite(x), "a number, 0 or more")
 
 
 class Generator:
@@ -156,6 +158,7 @@ class Generator:
                     self.caption_encoder(list(prompts)),
                     sampling,
                     cfg_scale=sampling.cfg_scale,
+                    draft_guidance=sampling.draft_guidance,
                     generator=generators,
                     keep_trace=keep_trace,
                     progress=progress,

@@ -6,7 +6,7 @@ codebook. It is 0 at offset 0, the final token, and grows with the offset
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,19 +29,28 @@ SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class FixedSchedule:
-    """The schedule of that name: the rate depends on the offset alone.
+    """The schedule of that name, or of these rates, one per offset: the rate depends on the offset alone.
 
-    Raises ValueError for a name that is not in SCHEDULES.
+    Raises ValueError for a name that is not in SCHEDULES, or rates outside [0, 1] or above 0 at offset 0.
     """
 
-    name: str
+    name: str | Sequence[float]
 
     def __post_init__(self) -> None:
-        if self.name not in SCHEDULES:
-            raise ValueError(f"tensorar.schedule is {self.name!r}; expected one of {', '.join(SCHEDULES)}")
+        if isinstance(self.name, str):
+            if self.name not in SCHEDULES:
+                raise ValueError(f"tensorar.schedule is {self.name!r}; expected one of {', '.join(SCHEDULES)}, or rates")
+            return
+        object.__setattr__(self, "name", tuple(self.name))
+        if not self.name or self.name[0] != 0 or not all(0 <= rate <= 1 for rate in self.name):
+            raise ValueError(f"tensorar.schedule is {list(self.name)}; expected rates from 0 to 1, the first of them 0")
 
     def rates(self, window: int) -> Tensor:
-        """[K] float32: the rate at each offset."""
+        """[K] float32: the rate at each offset. Raises ValueError for another number of rates."""
+        if not isinstance(self.name, str):
+            if len(self.name) != window:
+                raise ValueError(f"tensorar.schedule has {len(self.name)} rates; expected {window}, one per offset of the window")
+            return torch.tensor(self.name, dtype=torch.float32)
         return SCHEDULES[self.name](torch.arange(window, dtype=torch.float32) / window)
 
     def __call__(self, shape: tuple[int, int, int], generator: Generator | None = None) -> Tensor:
@@ -55,11 +64,14 @@ def corrupt(
     factor_sizes: tuple[int, ...],
     generator: Generator | None = None,
     rows: tuple[int, int] | None = None,
+    *,
+    nested: bool = False,
 ) -> Tensor:
     """Resample each slot with its rate: q(x* | x) = (1 - rate) x + rate / V.
 
     windows: [B, T, K, F] int64. rates: [B, T, K] in [0, 1]. factor_sizes: V of each factor. rows: (first, number) when these
-    are the B rows from first on of a larger batch, whose noise does not depend on how it is cut.
+    are the B rows from first on of a larger batch, whose noise does not depend on how it is cut. nested: an image token has one coin
+    in all its windows, so that with rates that grow, redrawn at one offset it is redrawn at every later one.
     Returns a new [B, T, K, F]. One coin covers a token; each factor is then
     uniform, which is uniform over the product codebook. A redraw may hit the same token,
     so the share of changed tokens is rate * (1 - 1/V).
@@ -71,10 +83,26 @@ def corrupt(
     first, number = rows or (0, len(windows))
     shape = (number, *windows.shape[1:-1])
     # float32 whatever the model computes in: bfloat16 has too few steps for small rates.
-    coin = torch.rand(shape, generator=generator, device=device, dtype=torch.float32)
+    places = (number, shape[1] + shape[2] - 1) if nested else shape
+    coin = torch.rand(places, generator=generator, device=device, dtype=torch.float32)
+    if nested:
+        coin = coin.unfold(1, shape[2], 1)  # of slot i of window t that of token t + i
     drawn = torch.stack(
         [torch.randint(size, shape, generator=generator, device=device) for size in factor_sizes], dim=-1
     )
     # rand is in [0, 1): rate 0 never fires and rate 1 always does.
     coin, drawn = (value[first : first + len(windows)].to(windows.device) for value in (coin, drawn))
     return torch.where((coin < rates.to(windows.device))[..., None], drawn, windows)
+
+
+def invert_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
+    """Probabilities [..., V], not normalised, and numbers in [0, 1) [...] -> [...]: the token whose slice of the line holds the number.
+
+    One number per token, where a categorical draw takes V: so every row can have its own
+    generator at no cost. float64, for V is in the thousands and the slices are thin.
+    """
+    line = probs.cumsum(-1)
+    total = line[..., -1:]
+    point = torch.minimum(uniform[..., None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    # right=True: the first token whose slice ends beyond the point, never an empty slice.
+    return torch.searchsorted(line, point, right=True)[..., 0]

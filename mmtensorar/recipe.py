@@ -62,13 +62,20 @@ class Run(Section):
 
 
 class TensorARSettings(Section):
-    """window 1 is the plain next-token model: it has no codec, and the other settings have no effect."""
+    """window 1 is the plain next-token model: it has no codec, and the other settings have no effect.
+
+    schedule: a name, or the rate of each offset. draft_dropout: share of samples trained without drafts. nested_noise: a slot that
+    is redrawn is redrawn at every later offset. self_drafts: share of redrawn slots that hold the model's own draft.
+    """
 
     window: int = Field(4, ge=1)
-    schedule: Literal["linear", "sine", "sqrt", "exponential", "none"] = "exponential"
+    schedule: Literal["linear", "sine", "sqrt", "exponential", "none"] | list[Annotated[float, Ge(0), Le(1)]] = "exponential"
     offset_weights: list[float] | Literal["uniform", "first_only", "geometric"] | None = None
     depth: int = Field(1, ge=1)
     num_heads: int = Field(8, ge=1)
+    draft_dropout: float = Field(0.0, ge=0, le=1)
+    nested_noise: bool = False
+    self_drafts: float = Field(0.0, ge=0, le=1)
 
 
 class Data(Section):
@@ -209,6 +216,7 @@ class SamplerSettings(Section):
     top_p: PerFactor[Annotated[float, Gt(0), Le(1)]] = 1.0
     cfg_scale: PerFactor[Annotated[float, Ge(0)]] = 5.0
     greedy_drafts: bool = False
+    draft_guidance: float = Field(1.0, ge=0)
 
 
 class Recipe(Section):
@@ -237,6 +245,9 @@ class Recipe(Section):
                 f"tensorar.offset_weights has {len(weights)} numbers, tensorar.window is {self.tensorar.window}; "
                 "expected one number per offset"
             )
+        rates = self.tensorar.schedule
+        if isinstance(rates, list) and (len(rates) != self.tensorar.window or rates[0] != 0):
+            problems.append(f"tensorar.schedule is {rates}; expected {self.tensorar.window} rates, one per offset, the first of them 0")
         if isinstance(weights, list) and (min(weights, default=0) < 0 or not any(weights)):
             problems.append(f"tensorar.offset_weights is {weights}; expected numbers >= 0, at least one above 0")
         if "stage" in self.zero.extra:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from mmtensorar import layers
 from mmtensorar.backbones import Backbone, Condition
 from mmtensorar.codec import WindowDecoder, WindowEncoder
-from mmtensorar.noise import FixedSchedule, Schedule, corrupt
+from mmtensorar.noise import FixedSchedule, Schedule, corrupt, invert_cdf
 from mmtensorar.recipe import Recipe
 from mmtensorar.windows import slide
 
@@ -35,7 +35,9 @@ class TensorAR(nn.Module):
     encoder and decoder are None when the window is 1. offset_weights: K numbers, whose
     count is the window. chunk_tokens: the most rows of logits held at once. label_smoothing: share of each target spread over
     all codes. loss_kernel: auto takes Liger's fused loss on a GPU where it is installed and the head allows, torch and liger are
-    as they say. z_loss: weight of log(Z)^2 of each prediction (Chowdhery et al., arXiv:2204.02311, section 5), which keeps
+    as they say. draft_dropout: share of samples that are trained without drafts, as plain next-token samples. nested_noise: see
+    `corrupt`. self_drafts: share of the redrawn slots that hold what the model itself drafts there, instead of uniform noise; costs
+    a forward more. z_loss: weight of log(Z)^2 of each prediction (Chowdhery et al., arXiv:2204.02311, section 5), which keeps
     logits from drifting.
     """
 
@@ -51,6 +53,9 @@ class TensorAR(nn.Module):
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
         loss_kernel: str = "auto",
+        draft_dropout: float = 0.0,
+        nested_noise: bool = False,
+        self_drafts: float = 0.0,
     ):
         super().__init__()
         self.window = len(offset_weights)
@@ -70,6 +75,7 @@ class TensorAR(nn.Module):
         self.chunk_tokens = chunk_tokens
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
         self.loss_kernel = loss_kernel
+        self.draft_dropout, self.nested_noise, self.self_drafts = draft_dropout, nested_noise, self_drafts
 
     def forward(
         self,
@@ -85,18 +91,30 @@ class TensorAR(nn.Module):
         without their prompt. generator: draws the noise; None draws from the global one. rows: see `corrupt`.
         """
         targets_BTKF, valid_TK = slide(codes, self.window)
-        inputs_BSKF = targets_BTKF[:, :-1]
-        rates_BSK = self.schedule(tuple(inputs_BSKF.shape[:3]), generator)
-        inputs_BSKF = corrupt(inputs_BSKF, rates_BSK, self.backbone.factor_sizes, generator, rows)
-        hidden_BTD = self.hidden(inputs_BSKF, valid_TK[:-1], condition, uncond)
+        clean_BSKF, seen = targets_BTKF[:, :-1], valid_TK[:-1]
+        rates_BSK = self.schedule(tuple(clean_BSKF.shape[:3]), generator)
+        inputs_BSKF = corrupt(clean_BSKF, rates_BSK, self.backbone.factor_sizes, generator, rows, nested=self.nested_noise)
+        if self.training and self.self_drafts and self.window > 1:
+            own_BSKF = self.own_drafts(inputs_BSKF, seen, condition, uncond, generator, rows)
+            redrawn_BSK = (inputs_BSKF != clean_BSKF).any(-1)
+            taken_BSK = redrawn_BSK & (_uniform(redrawn_BSK.shape, generator, rows, redrawn_BSK.device) < self.self_drafts)
+            inputs_BSKF = torch.where(taken_BSK[..., None], own_BSKF, inputs_BSKF)
+        if self.training and self.draft_dropout and self.window > 1:
+            dropped_B = _uniform((len(codes),), generator, rows, codes.device) < self.draft_dropout
+            seen = seen & ~(dropped_B[:, None, None] & (torch.arange(self.window, device=codes.device) > 0))
+        return self.score(inputs_BSKF, seen, codes, condition, uncond)
 
+    def score(self, inputs: Tensor, seen: Tensor, codes: Tensor, condition: Condition, uncond: Tensor) -> Output:
+        """Loss of codes [B, T, F] when the model is given the input windows [B, T - 1, K, F]; seen: as valid of `hidden`."""
+        targets_BTKF, valid_TK = slide(codes, self.window)
+        hidden_BTD = self.hidden(inputs, seen, condition, uncond)
         # T is fixed, so every offset counts the same tokens on every rank: a local mean is the global one.
         goal_K, loss_K, right_K = self._summed_loss(hidden_BTD, targets_BTKF, valid_TK) / (len(codes) * valid_TK.sum(0))
         weights_K = torch.tensor(self.offset_weights, device=loss_K.device)
         return Output((weights_K * goal_K).sum(), loss_K.detach(), None if self.training else right_K.detach())
 
     def hidden(self, inputs: Tensor, valid: Tensor, condition: Condition, uncond: Tensor) -> Tensor:
-        """Input windows [B, S, K, F], valid [S, K] -> [B, S + 1, D]; row t predicts window t.
+        """Input windows [B, S, K, F], valid [S, K] or [B, S, K] -> [B, S + 1, D]; row t predicts window t.
 
         Row 0 is the last place of the prefix and has seen no window; row t has seen t of them.
         """
@@ -107,9 +125,34 @@ class TensorAR(nn.Module):
         return hidden[:, prefix.embeds.shape[1] - 1 :]
 
     def encode(self, windows: Tensor, valid: Tensor) -> Tensor:
-        """[B, S, K, F] int64, valid [S, K] bool -> [B, S, D]; slots that are not valid add nothing."""
+        """[B, S, K, F] int64, valid [S, K] or [B, S, K] bool -> [B, S, D]; slots that are not valid add nothing."""
         embeds = self.backbone.embed(windows)
         return embeds[..., 0, :] if self.encoder is None else self.encoder(embeds, valid)
+
+    @torch.no_grad()
+    def own_drafts(
+        self,
+        inputs: Tensor,
+        valid: Tensor,
+        condition: Condition,
+        uncond: Tensor,
+        generator: Generator | None = None,
+        rows: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """[B, S, K, F], what the model samples at temperature 1 for each of the input windows when it has seen those before it.
+
+        Arguments as of `forward` and `hidden`.
+        """
+        hidden_BSD = self.hidden(inputs, valid, condition, uncond)[:, :-1]
+        uniform = _uniform(inputs.shape, generator, rows, inputs.device).double()
+        size, parts = max(1, self.chunk_tokens // (self.window * len(inputs))), []
+        for hidden, numbers in zip(hidden_BSD.split(size, 1), uniform.split(size, 1), strict=True):
+            drafts = numbers.new_zeros(numbers.shape[:-1] + (0,), dtype=torch.int64)
+            for factor in range(inputs.shape[-1]):
+                probs = self.logits(hidden, drafts).double().softmax(-1)
+                drafts = torch.cat([drafts, invert_cdf(probs, numbers[..., factor])[..., None]], dim=-1)
+            parts.append(drafts)
+        return torch.cat(parts, dim=1)
 
     def logits(self, hidden: Tensor, prev: Tensor) -> Tensor:
         """[B, S, D], earlier factors of each token [B, S, K, f] int64 -> logits [B, S, K, V_f] of factor f."""
@@ -187,6 +230,14 @@ class TensorAR(nn.Module):
         return torch.where(valid, sums, 0).sum(1)
 
 
+def _uniform(shape: Sequence[int], generator: Generator | None, rows: tuple[int, int] | None, device: torch.device) -> Tensor:
+    """Numbers in [0, 1) of a shape whose first axis is the samples; generator, rows: see `corrupt`."""
+    first, number = rows or (0, shape[0])
+    made_on = device if generator is None else generator.device
+    numbers = torch.rand((number, *shape[1:]), generator=generator, device=made_on)
+    return numbers[first : first + shape[0]].to(device)
+
+
 def resolve_offset_weights(spec: Sequence[float] | str | None, window: int) -> list[float]:
     """The K weights of the loss: a list of K numbers, a name, or None for 1 then 0.1 per draft.
 
@@ -242,4 +293,7 @@ def build(recipe: Recipe, backbone: Backbone) -> TensorAR:
         label_smoothing=recipe.train.label_smoothing,
         z_loss=recipe.train.z_loss,
         loss_kernel=recipe.train.loss_kernel,
+        draft_dropout=settings.draft_dropout,
+        nested_noise=settings.nested_noise,
+        self_drafts=settings.self_drafts,
     )

@@ -402,7 +402,7 @@ def validate(engine, recipe: Recipe, caption_encoder, rank: int, world_size: int
 
 
 def sampler(recipe: Recipe) -> Sampler:
-    return Sampler(**recipe.sampler.model_dump(exclude={"cfg_scale"}))
+    return Sampler(**recipe.sampler.model_dump(exclude={"cfg_scale", "draft_guidance"}))
 
 
 def sample(engine, recipe: Recipe, caption_encoder, image_tokenizer, device: torch.device) -> tuple[torch.Tensor, list[float]]:
@@ -414,9 +414,8 @@ def sample(engine, recipe: Recipe, caption_encoder, image_tokenizer, device: tor
     condition = type(condition)(*(part.to(device) for part in condition))
     generator = torch.Generator(device).manual_seed(recipe.run.seed)
     with deep.whole(engine) as model:
-        decoded = decode(
-            model, condition, sampler(recipe), cfg_scale=recipe.sampler.cfg_scale, generator=generator, keep_trace=True
-        )
+        guidance = {"cfg_scale": recipe.sampler.cfg_scale, "draft_guidance": recipe.sampler.draft_guidance}
+        decoded = decode(model, condition, sampler(recipe), **guidance, generator=generator, keep_trace=True)
     with torch.no_grad():
         return image_tokenizer.decode(decoded.codes.cpu()).float().cpu(), revised_per_offset(decoded.trace)
 

@@ -29,18 +29,22 @@ def make(name: str, window: int) -> TensorAR:
 
 
 @torch.no_grad()
-def recompute(model: TensorAR, condition: Condition, cfg_scale: float) -> Tensor:
+def recompute(model: TensorAR, condition: Condition, cfg_scale: float, draft_guidance: float = 1.0) -> Tensor:
     """The greedy trace [B, T, K, F] without a cache: every step runs the whole sequence, cond and uncond apart."""
     T, F, B = model.backbone.num_tokens, len(model.backbone.factor_sizes), len(condition.values)
     valid = valid_slots(T, model.window)
     trace = torch.zeros(B, 0, model.window, F, dtype=torch.int64)
     for t in range(T):
+        blind = valid[:t] & (torch.arange(model.window) < 1)
         states = [
-            model.hidden(trace, valid[:t], condition, torch.full((B,), uncond))[:, -1:] for uncond in (False, True)
+            model.hidden(trace, slots, condition, torch.full((B,), uncond))[:, -1:]
+            for slots in (valid[:t], blind)
+            for uncond in (False, True)
         ]
         window = trace.new_zeros(B, 1, model.window, 0)
         for _ in range(F):
-            cond, uncond = (model.logits(state, window) for state in states)
+            cond, uncond, *without = (model.logits(state, window) for state in states)
+            cond, uncond = (b + draft_guidance * (a - b) for a, b in zip((cond, uncond), without, strict=True))
             tokens = (uncond + cfg_scale * (cond - uncond)).argmax(-1)
             window = torch.cat([window, tokens[..., None]], dim=-1)
         trace = torch.cat([trace, window * valid[t, :, None]], dim=1)
@@ -71,6 +75,18 @@ def test_cached_decode_equals_recomputation(name, window, cfg_scale):
     expected = recompute(model, condition, cfg_scale)
     assert torch.equal(decoded.trace, expected)
     assert len(decoded.codes.unique()) > 1, "a constant image would prove little"
+
+
+@pytest.mark.parametrize("cfg_scale, draft_guidance", [(1.0, 0.0), (1.0, 0.3), (2.0, 6.0)])
+@pytest.mark.parametrize("name", ["one_factor", "two_factors", "janus"])
+def test_draft_guidance_equals_recomputation(name, cfg_scale, draft_guidance):
+    """Rows that see drafts and rows that see none, each with its own cache, set against each other."""
+    model, condition = make(name, 3), fake_condition()
+    settings = {"cfg_scale": cfg_scale, "draft_guidance": draft_guidance, "keep_trace": True}
+    decoded = decode(model, condition, GREEDY, **settings)
+    assert torch.equal(decoded.trace, recompute(model, condition, cfg_scale, draft_guidance))
+    trusting = decode(model, condition, GREEDY, cfg_scale=cfg_scale, keep_trace=True)
+    assert not torch.equal(decoded.trace, trusting.trace), "or the comparison would prove little"
 
 
 @pytest.mark.parametrize("name", BACKBONES)

@@ -390,6 +390,64 @@ print("equal")
 """
 
 
+def inputs_of(model: TensorAR, codes: Tensor, rows=None, seed: int = 7) -> tuple[Tensor, Tensor]:
+    """The last windows and slots that a training forward encodes."""
+    seen = []
+    encode = model.encode
+    model.encode = lambda windows, valid: seen.append((windows, valid)) or encode(windows, valid)
+    condition = fake_condition()
+    first, stop = (0, len(codes)) if rows is None else (rows[0], rows[0] + len(codes))
+    condition = type(condition)(*(value[first:stop] for value in condition))
+    model.train()(codes, condition, UNCOND[first:stop], noise(seed), rows)
+    del model.encode
+    return seen[-1]
+
+
+def test_draft_dropout_hides_all_drafts_of_a_sample():
+    """And of no others; validation sees all drafts."""
+    model = open_codec(wrap(FakeBackbone((11,)), 3, draft_dropout=0.5))
+    codes = random_codes(model.backbone)
+    hidden = set()
+    for seed in range(8):
+        slots = inputs_of(model, codes, seed=seed)[1]
+        assert slots[..., 0].all()
+        for sample in slots:
+            hidden.add(bool(sample[:, 1:].any()))
+            assert not sample[:, 1:].any() or torch.equal(sample, slide(codes, 3)[1][:-1])
+        for first in range(BATCH):
+            cut = inputs_of(model, codes[first : first + 1], (first, BATCH), seed)[1]
+            assert torch.equal(cut[0], slots[first])
+    assert hidden == {True, False}
+    whole = wrap(model.backbone, 3)
+    whole.load_state_dict(model.state_dict())
+    losses = [each.eval()(codes, fake_condition(), UNCOND, noise()).loss for each in (model, whole)]
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("name", ["one_factor", "two_factors"])
+def test_self_drafts_are_what_the_model_samples(name):
+    """With pure noise at the drafts every one is the model's: of a model that always says the same, that; offset 0 stays true."""
+    backbone = BACKBONES[name]()
+    model = open_codec(wrap(backbone, 3, schedule=drafts(1.0), self_drafts=1.0, chunk_tokens=8))
+    codes = random_codes(backbone)
+    clean = slide(codes, 3)[0][:, :-1]
+    said = torch.tensor([size - 2 for size in backbone.factor_sizes])
+    model.logits = lambda hidden, prev: functional.one_hot(
+        said[prev.shape[-1]].expand(*hidden.shape[:2], 3), backbone.factor_sizes[prev.shape[-1]]
+    ).float() * 1e4
+    windows, _ = inputs_of(model, codes)
+    assert torch.equal(windows[:, :, 0], clean[:, :, 0])
+    redrawn = (windows != clean).any(-1)
+    assert redrawn[..., 1:].any() and (windows[redrawn] == said).all()
+    del model.logits
+    together, _ = inputs_of(model, codes)
+    for first in range(BATCH):
+        assert torch.equal(inputs_of(model, codes[first : first + 1], (first, BATCH))[0][0], together[first])
+    loss = model.train()(codes, fake_condition(), UNCOND, noise()).loss
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_ligers_loss_is_ours():
     """The kernel itself, in Triton's interpreter, so that no GPU is needed: the same losses and gradients."""
     pytest.importorskip("liger_kernel")

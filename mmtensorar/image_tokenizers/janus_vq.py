@@ -65,6 +65,10 @@ class JanusVQ(Frozen):
         """Codes [B, T, 1] -> [B, 3, H, W]; rows are normalised when they are looked up."""
         return self.model.decode(codes[..., 0])
 
+    def vectors(self, codes: Tensor) -> Tensor:
+        """Codes [B, T, 1] -> [B, T, C] float32, the unit vectors that they stand for."""
+        return functional.normalize(self.model.quantize.embedding.weight, dim=-1)[codes[..., 0]]
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the VQ model alone, in float16 where that loses nothing."""
         self.model.save_pretrained(folder, state_dict=small(self.model.state_dict()))
