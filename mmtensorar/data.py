@@ -33,6 +33,7 @@ from mmtensorar import backbones
 from mmtensorar.backbones import CaptionEncoder, Condition
 from mmtensorar.captions import ClassNumbers, T5Features, encoder_hash, left_pad
 from mmtensorar.mixture import Lanes, Row, apportion, read_manifest, sources
+from mmtensorar.processes import let_go
 from mmtensorar.recipe import Recipe
 from mmtensorar.remote import Cache, is_url, shown
 from mmtensorar.shards import (
@@ -407,7 +408,7 @@ def stream(
         batch_size=None,
         num_workers=len(readers) if settings.num_workers else 0,
         collate_fn=_as_is,
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_begin_worker,
         generator=torch.Generator(),  # its own: the loader would draw from torch's global one
     )
     parts: list[RawBatch] = []
@@ -484,7 +485,8 @@ def _as_is(batch: RawBatch | Failure) -> RawBatch | Failure:
     return batch
 
 
-def _ignore_interrupts(worker: int) -> None:
+def _begin_worker(worker: int) -> None:
+    let_go()
     # Ctrl-C reaches every process of the terminal; the training loop decides what it means.
     # DeepSpeed's launcher answers it with SIGTERM to the whole tree; a worker that died of it would end the rank
     # before it could save.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import math
 import os
@@ -162,14 +163,17 @@ def learning_rate_factor(step: int, *, steps: int, warmup_steps: int, final_lr_r
 
 
 def check(recipe: Recipe, device: torch.device) -> None:
-    """Raise ValueError when the recipe asks for what this machine has not; before anything is loaded."""
+    """Raise ValueError, or OSError, when the recipe asks for what this machine has not; before anything is loaded."""
     if recipe.train.loss_kernel == "liger" and not layers.has_fused_loss():
         raise ValueError("train.loss_kernel liger needs liger-kernel: pip install 'mmtensorar[liger]'")
     if recipe.train.loss_kernel == "liger" and device.type != "cuda":
         raise ValueError("train.loss_kernel liger needs a GPU; auto takes it where there is one")
     if recipe.zero.offload_optimizer == "nvme" and not AsyncIOBuilder().is_compatible(verbose=False):
         raise ValueError("zero.offload_optimizer nvme needs libaio (Debian's libaio-dev), from which DeepSpeed compiles its reader; cpu needs none")
-    if "wandb" in recipe.train.monitors and importlib.util.find_spec("wandb") is None:
+    if recipe.zero.offload_optimizer == "nvme":
+        _swap_folder(recipe).mkdir(parents=True, exist_ok=True)
+    optimizers.check(recipe.optim, device)
+    if "wandb" in recipe.train.monitors and is_first() and importlib.util.find_spec("wandb") is None:
         raise ValueError("train.monitors wandb needs wandb: pip install wandb")
     if recipe.train.parts == "qlora":
         adapters.bitsandbytes_for("train.parts qlora")
@@ -256,16 +260,20 @@ def in_memory(engine, number: int, *, changed: bool = False) -> Iterator[None]:
         return
     optimizer = engine.optimizer
     optimizer._optimizer_states_and_gradient_swap_in(number)
-    yield
-    if changed:
-        optimizer._optimizer_states_and_gradient_swap_out(number)
-    else:
-        optimizer.optimizer_swapper.release_swap_buffers(optimizer.fp32_partitioned_groups_flat[number])
-        optimizer.fp32_partitioned_groups_flat[number].grad = None
+    try:
+        yield
+    finally:
+        if changed:
+            optimizer._optimizer_states_and_gradient_swap_out(number)
+        else:
+            optimizer.optimizer_swapper.release_swap_buffers(optimizer.fp32_partitioned_groups_flat[number])
+            optimizer.fp32_partitioned_groups_flat[number].grad = None
 
 
 def _swap_folder(recipe: Recipe) -> Path:
-    return Path(recipe.zero.nvme_path).expanduser() / recipe.run.name
+    """A run's own, whatever other runs, of the same name elsewhere too, have on that disk."""
+    place = hashlib.sha256(str(recipe.run_dir.resolve()).encode()).hexdigest()[:12]
+    return Path(recipe.zero.nvme_path).expanduser() / "mmtensorar_swap" / f"{recipe.run.name}_{place}"
 
 
 def forget_swap(recipe: Recipe) -> None:
@@ -340,7 +348,7 @@ def full_state_dict(engine, *, trained_only: bool = False) -> dict[str, Tensor] 
     Every rank must call it, since ZeRO gathers each parameter from all of them.
     """
     rank = torch.distributed.get_rank()
-    state, masters = {}, masters_of(engine)
+    state, masters = {}, masters_of(engine) | _gathered_from_nvme(engine)
     for name, parameter in engine.module.named_parameters(remove_duplicate=False):
         if trained_only and not parameter.requires_grad:
             continue
@@ -358,6 +366,27 @@ def full_state_dict(engine, *, trained_only: bool = False) -> dict[str, Tensor] 
     persistent = engine.module.state_dict().keys()
     state.update({name: value.cpu() for name, value in engine.module.named_buffers() if name in persistent})
     return state
+
+
+def _gathered_from_nvme(engine) -> dict[int, Tensor]:
+    """A parameter's id -> all of its float32 master copy on the CPU, of what is on NVMe (read once); empty tensors past rank 0.
+
+    DeepSpeed's accessor would read the whole flat tensor for each parameter in it.
+    """
+    found: dict[int, Tensor] = {}
+    for number in range(len(flat_tensors(engine))):
+        if not on_nvme(engine, number):
+            continue
+        with in_memory(engine, number):
+            flat = engine.optimizer.fp32_partitioned_groups_flat[number]
+            for parameter in engine.optimizer.fp16_groups[number]:
+                _, start, share = engine.optimizer.grad_position[engine.optimizer.get_param_id(parameter)]
+                own = flat.detach()[start : start + share].to(engine.device)
+                parts = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
+                torch.distributed.all_gather(parts, own)
+                whole = torch.cat(parts)[: parameter.ds_numel].cpu() if is_first() else own.new_empty(0)
+                found[id(parameter)] = whole
+    return found
 
 
 def monitor(names: Sequence[str], run_dir: Path, start_step: int) -> Callable[[list[Event]], None] | None:

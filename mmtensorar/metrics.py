@@ -143,7 +143,7 @@ class StepLog:
 
         row: step (int, 1 is the first), loss (nats per token), loss_per_offset (list, offset 0
         first), lr, grad_norm, tokens_per_s (image tokens, all ranks), memory_gib (peak, rank 0). Of rank 0's time: seconds (a
-        dictionary: data, forward, backward, step, and save, sample and validation since the last row), data_share, and mfu, the
+        dictionary: data, forward, backward, step, validation and sample, and save of the checkpoint before), data_share, and mfu, the
         share of a matrix product's rate at which the model's FLOPs were done, without those done again. num_skipped
         (damaged samples so far), validation_loss, validation_loss_per_offset, validation_accuracy_per_offset and
         revised_per_offset where there are any.

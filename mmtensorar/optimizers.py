@@ -30,6 +30,14 @@ def groups(model: nn.Module, optim: Optim) -> list[dict]:
     ]
 
 
+def check(optim: Optim, device: torch.device) -> None:
+    """Raise ValueError when the optimiser that optim.name asks for cannot be had here."""
+    if optim.name.startswith("paged") and device.type != "cuda":
+        raise ValueError(f"optim.name is {optim.name}, which pages between GPU and host memory, and there is no GPU")
+    if optim.name not in ("adamw", "cpu_adam"):
+        adapters.bitsandbytes_for(f"optim.name {optim.name}")
+
+
 def build(
     optim: Optim, groups: list[dict], device: torch.device, cpu_adam: Callable[..., torch.optim.Optimizer] | None = None
 ) -> torch.optim.Optimizer:
@@ -43,8 +51,7 @@ def build(
         except Exception as error:  # it is compiled at first use, by whatever compiler is there
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"optim.name cpu_adam: DeepSpeed cannot compile it here ({reason}); adamw works") from error
-    if optim.name.startswith("paged") and device.type != "cuda":
-        raise ValueError(f"optim.name is {optim.name}, which pages between GPU and host memory, and there is no GPU")
+    check(optim, device)
     bitsandbytes = adapters.bitsandbytes_for(f"optim.name {optim.name}")
     kinds = {
         "adamw_8bit": bitsandbytes.optim.AdamW8bit,

@@ -175,11 +175,25 @@ def _recut(folder: Path, layouts: list[dict], pieces: Sequence[Piece], sizes: li
         for file in opened:
             file.__exit__(None, None, None)
     # A flat tensor may be all padding: it counts steps all the same.
-    for key, value in {key: value for values in state for key, value in values.items()}.items():
+    known = _kinds_of_values(folder / _name(0), layouts[0], only) | {key: value for values in state for key, value in values.items()}
+    for key, value in known.items():
         for values, size in zip(state, sizes, strict=True):
             single = not isinstance(value, Tensor) or not value.ndim
             values.setdefault(key, value if single else value.new_zeros(size))
     return state
+
+
+def _kinds_of_values(path: Path, layout: dict, only: str | None) -> dict[str, Any]:
+    """Key -> a value of its kind, of what a file holds: tensors as large as a flat one are empty here."""
+    found = {name.partition("/")[2]: value for name, value in layout["numbers"].items()}
+    with _opened(path) as file:
+        for name in file.keys():
+            key, value = name.partition("/")[2], file.get_slice(name)
+            if not value.get_shape():
+                found[key] = file.get_tensor(name).clone()
+            elif value.get_dtype() in ("F32", "F16", "BF16") and key not in found:
+                found[key] = value[:0]
+    return {key: value for key, value in found.items() if only in (None, key)}
 
 
 def _stretch(file, layout: dict, piece: Piece, skip: int, number: int, path: Path, only: str | None) -> dict[str, Any]:

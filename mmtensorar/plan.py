@@ -124,7 +124,8 @@ def memory(recipe: Recipe, counts: dict[str, int], largest: int, activations: fl
     host = 0 if on_gpu else trained * (4 + states + weight * (2 if kept else 1)) / shares[2]
     nvme = 0.0
     if recipe.zero.offload_optimizer == "nvme":
-        nvme = trained * states / shares[2]
+        nvme = trained * (states + 4) / shares[2]  # gradients too
+        buffers += 4 * min(bucket, trained) / shares[2]  # a bucket's gradients in float32, on their way
         host = trained * weight / shares[2] + 4 * 4 * min(trained / shares[2], int(extra.get("sub_group_size", 1e9)))
     if recipe.train.save_in_background:
         host += trained * states / shares[2]
@@ -182,7 +183,7 @@ def flops_per_step(
 
     prompt_len: places of the prompts; None is the backbone's, or a guess. recomputed: whether what is done again counts again.
 
-    Computed again in the backward are the layers with activation checkpointing, and decoder and head where
+    The forward that tensorar.self_drafts adds is not counted. Computed again in the backward are the layers with activation checkpointing, and decoder and head where
     the loss is made in chunks (as it is on one rank; with a small micro batch on many it may fit into one).
     """
     K, T, D = model.window, model.backbone.num_tokens, model.backbone.dim

@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn, TextIO
@@ -33,27 +34,48 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def hold(folder: Path) -> TextIO | None:
+_held: list[TextIO] = []
+
+
+def hold(folder: Path, patience_s: float = 0) -> TextIO | None:
     """Take a run folder for this process as long as the file that is returned stays open, however the process ends.
 
-    None on a file system that knows no locks. Raises ValueError when another process holds the folder.
+    None on a file system that knows no locks. Raises ValueError when another process holds the folder for longer than patience_s.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / "lock").open("a+", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read(200).strip() or "unknown"
-        file.close()
-        raise ValueError(f"{folder}: another process trains in this folder ({holder}); stop it, or choose another run.name") from None
-    except OSError:
-        file.close()
-        return None
+    deadline, told = time.monotonic() + patience_s, False
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read(200).strip() or "unknown"
+            problem = f"{folder}: another process trains in this folder ({holder})"
+            if time.monotonic() >= deadline:
+                file.close()
+                raise ValueError(f"{problem}; stop it, or choose another run.name") from None
+            if not told:
+                print(f"{problem}; waiting up to {patience_s:g} s for its end", flush=True)
+            told = True
+            time.sleep(1)
+        except OSError:
+            file.close()
+            return None
+    _held.append(file)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return file
+
+
+def let_go() -> None:
+    """In a child process: leave the folders to the process that holds them, so that they are free when that one ends."""
+    for file in _held:
+        with suppress(OSError):
+            os.close(file.fileno())
+    _held.clear()
 
 
 def give_memory_back() -> None:

@@ -127,7 +127,7 @@ class Optim(Section):
     """AdamW with linear warm-up and a cosine to final_lr_ratio. tensorar_lr: rate of the codec, None as lr.
 
     name: torch's own; bitsandbytes' with moments in 8 bits, or paged out of a GPU that is full; DeepSpeed's for
-    zero.offload_optimizer cpu, several times as fast there as torch's.
+    zero.offload_optimizer cpu, several times as fast there as torch's, and nvme.
     """
 
     name: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "cpu_adam"] = "adamw"
@@ -144,10 +144,13 @@ class Optim(Section):
 class Train(Section):
     """Either steps or epochs. label_smoothing, z_loss: see TensorAR; the losses in the log stay cross entropy per offset.
 
-    loss_kernel: auto is Liger's on a GPU where liger-kernel is installed. activation_checkpointing: true computes each layer again in the backward, selective only what is no matrix product or
-    attention. compile: the layers, by torch.compile. parts: what of the backbone is trained beside the codec: all, its head, or adapters (lora), on matrices in 4 bits (qlora).
-    freeze: patterns of names of parameters that are not, on top. max_grad_norm: a gradient norm (before clipping) beyond which the run stops, None is any. ema_decay: of a moving average of the weights, written beside
-    the model as model_ema. sample_every, validate_every, save_every: 0 is never (a finished or stopped run is always saved)."""
+    loss_kernel: auto is Liger's on a GPU where liger-kernel is installed. activation_checkpointing: true computes each layer again
+    in the backward, selective only what is no matrix product or attention. compile: the layers, by torch.compile. parts: what of
+    the backbone is trained beside the codec: all, its head, or adapters (lora), on matrices in 4 bits (qlora). freeze: patterns of
+    names of parameters that are not, on top. max_grad_norm: a gradient norm (before clipping) beyond which the run stops, None is
+    any. ema_decay: of a moving average of the weights, written beside the model as model_ema. sample_every, validate_every,
+    save_every: 0 is never (a finished or stopped run is always saved).
+    """
 
     steps: Annotated[int, Ge(1)] | None = None
     epochs: Annotated[float, Gt(0)] | None = None
@@ -190,8 +193,8 @@ class Lora(Section):
 class Zero(Section):
     """ZeRO stage and offloading; extra goes into DeepSpeed's zero_optimization untouched.
 
-    nvme_path: a folder of each node's own disk, for offload_optimizer nvme: weights in float32 and moments are there, 12 bytes a
-    parameter, and read and written at every step.
+    nvme_path: a folder of each node's own disk, for offload_optimizer nvme: weights, moments and gradients in float32 are there, 16
+    bytes a parameter, and read and written at every step.
     """
 
     stage: Literal[0, 1, 2, 3] = 0
@@ -246,7 +249,7 @@ class Recipe(Section):
                 "expected one number per offset"
             )
         rates = self.tensorar.schedule
-        if isinstance(rates, list) and (len(rates) != self.tensorar.window or rates[0] != 0):
+        if self.tensorar.window > 1 and isinstance(rates, list) and (len(rates) != self.tensorar.window or rates[0] != 0):
             problems.append(f"tensorar.schedule is {rates}; expected {self.tensorar.window} rates, one per offset, the first of them 0")
         if isinstance(weights, list) and (min(weights, default=0) < 0 or not any(weights)):
             problems.append(f"tensorar.offset_weights is {weights}; expected numbers >= 0, at least one above 0")
@@ -258,7 +261,9 @@ class Recipe(Section):
             problems.append("train.compile does not go with zero.stage 3, which gathers weights inside each layer; use stage 2")
         if self.train.compile and self.train.activation_checkpointing == "selective":
             problems.append("train.compile hides from activation_checkpointing selective what it selects; use true or false")
-        for key in ("offload_optimizer", "offload_param"):
+        for key, chosen in (("offload_optimizer", self.zero.offload_optimizer), ("offload_param", self.zero.offload_params)):
+            if chosen != "none" and key in self.zero.extra:
+                problems.append(f"zero.extra.{key} would take the place of what zero says of it; set one of them")
             moved = self.zero.extra.get(key) if isinstance(self.zero.extra.get(key), dict) else {}
             if moved.get("device") == "nvme" or moved.get("ratio", 1) != 1:
                 nearest = "offload_optimizer nvme" if "optimizer" in key and moved.get("device") == "nvme" else f"{key.replace('_param', '_params')} cpu"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 import time
@@ -63,7 +64,7 @@ class Saver:
 
         deep.together(lambda: prepare() if rank == 0 else None, device)
         deep.together(look, device)
-        state = _state(self.engine, average, target)
+        state = deep.together(lambda: _state(self.engine, average), device)
         recorded = {"format": pieces.FORMAT, "step": step, "num_files": self.num_files, **counted, **self.fingerprints}
         recorded |= {"world_size": torch.distributed.get_world_size(), "zero_stage": self.engine.zero_optimization_stage()}
         if self.background and failed_before is None:
@@ -136,6 +137,9 @@ class Saver:
                 done[path.parent] = pieces.recorded(path.parent)
         done = {path: each for path, each in done.items() if each["step"] <= step}
         losses = {path: each["validation_loss"] for path, each in done.items() if each.get("validation_loss") is not None}
+        # A run may go on with another set, whose losses say nothing beside those of this one.
+        current = done[max(done, key=pieces.step_of)].get("validation") if done else None
+        losses = {path: loss for path, loss in losses.items() if done[path].get("validation") == current}
         kept = set(list(done)[-max(1, self.keep_last) :])
         if losses and self.keep_best:
             best = min(losses, key=losses.__getitem__)
@@ -187,14 +191,17 @@ def _base_optimizer(engine) -> torch.optim.Optimizer:
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
-def _state(engine, average: Average | None, folder: Path) -> pieces.State:
-    """The live tensors of a rank's training state. Copies of what is on NVMe, which memory need not hold, are files in folder."""
+def _state(engine, average: Average | None) -> pieces.State:
+    """The live tensors of a rank's training state; of what is on NVMe copies, which are files there, for memory need not hold them.
+
+    Raises OSError when there is no room for them.
+    """
     moments, found = _base_optimizer(engine).state, []
     for number, flat in enumerate(deep.flat_tensors(engine)):
         with deep.in_memory(engine, number):
             values = {"master": flat.detach(), **moments.get(flat, {})}
             if deep.on_nvme(engine, number):
-                path = folder / f"rank_{torch.distributed.get_rank():05d}.copy"
+                path = Path(engine.optimizer.optimizer_swapper.swap_folder) / "copy"
                 values = {key: _on_disk(value, path) if isinstance(value, Tensor) else value for key, value in values.items()}
         if average is not None:
             values["average"] = average.averages[number]
@@ -203,9 +210,15 @@ def _state(engine, average: Average | None, folder: Path) -> pieces.State:
 
 
 def _on_disk(tensor: Tensor, path: Path) -> Tensor:
-    """A copy whose memory is a file, which is gone with it."""
-    copy = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
-    path.unlink()
+    """A copy whose memory is a file, which is gone with it. Raises OSError when the disk is full."""
+    try:
+        with path.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, tensor.numel() * tensor.element_size())  # or to write would kill the process
+        copy = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
+    except RuntimeError as error:
+        raise OSError(f"{path}: cannot be mapped ({error})") from error
+    finally:
+        path.unlink(missing_ok=True)
     return copy.copy_(tensor)
 
 
@@ -279,7 +292,7 @@ def resume(engine, folder: Path, fingerprints: Mapping[str, str], average: Avera
                 if isinstance(held.get(key), Tensor) and held[key].shape == value.shape:
                     held[key].copy_(value)  # in place: DeepSpeed and bitsandbytes hold on to some
                 else:
-                    held[key] = value.to(flat.device) if isinstance(value, Tensor) and value.ndim else value
+                    held[key] = value.to(flat.device) if isinstance(value, Tensor) else value
             moments[flat] = held
             if in_pieces:
                 _publish_flat(engine.optimizer, number)

@@ -287,7 +287,7 @@ def build(recipe: Recipe, backbone: Backbone) -> TensorAR:
         backbone,
         encoder,
         decoder,
-        FixedSchedule(settings.schedule),
+        FixedSchedule(settings.schedule if settings.window > 1 else "none"),
         offset_weights=resolve_offset_weights(settings.offset_weights, settings.window),
         chunk_tokens=recipe.train.loss_chunk_tokens,
         label_smoothing=recipe.train.label_smoothing,

@@ -19,6 +19,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import argparse  # noqa: E402
 import hashlib  # noqa: E402
 import math  # noqa: E402
+import os  # noqa: E402
 import signal  # noqa: E402
 import time  # noqa: E402
 from contextlib import suppress  # noqa: E402
@@ -139,7 +140,7 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
 
-    deep.check(recipe, device)
+    deep.together(lambda: deep.check(recipe, device), device)
     deep.micro_batch_size(recipe, world_size)
     if recipe.optim.warmup_steps >= recipe.train.steps:
         say(
@@ -148,7 +149,9 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> int:
         )
     progress = find_progress(recipe, resume=resume)
     deep.barrier()  # nobody writes to the run folder before everybody has looked at it
-    lock = deep.together(lambda: hold(folder) if first else None, device)
+    # A rank 0 that was killed on another node may be thought alive for a while.
+    patience_s = 120 if recipe.train.resume == "auto" else 0
+    lock = deep.together(lambda: hold(folder, patience_s) if first else None, device)
     fingerprints = {"start": checkpoint.start_fingerprint(recipe)}
     exported = (folder / "model" / checkpoint.INDEX).is_file() and checkpoint.read_index(folder / "model")["step"]
     if progress is not None:
@@ -338,7 +341,7 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> int:
         last = step == recipe.train.steps or stopped
         if last or (recipe.train.save_every and step % recipe.train.save_every == 0):
             counted = {"num_skipped": num_skipped, "validation_loss": validated.get("validation_loss")}
-            saver.save(step, counted, average, device)
+            saver.save(step, counted | {"validation": recipe.data.validation}, average, device)
             watch.lap("save")
 
     # ---- finish ------------------------------------------------------------------------------
@@ -352,11 +355,15 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> int:
             with average.in_place():
                 export(engine, recipe, folder / "model_ema", step)
         export(engine, recipe, folder / "model", step)
+    deep.barrier()
     deep.forget_swap(recipe)
+    deep.barrier()
     if lock is not None:
         lock.close()
     if step < recipe.train.steps:
         say(f"stopped by a signal after step {step}; saved to {folder / 'checkpoints'}. Add --resume to continue")
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            return 0  # torchrun takes any other code for a failure, and starts the ranks again
         return 128 + (signals[0][0] if signals else signal.SIGTERM)  # none came here when another rank was asked
     say(f"finished {step} steps; the model is in {folder / 'model'}")
     return 0

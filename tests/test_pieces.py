@@ -66,6 +66,10 @@ def test_any_cut_is_read_from_any_other(tmp_path, seed):
                 for held, shape in zip(state, shapes, strict=True):
                     assert held["master"].shape == held["exp_avg"].shape == shape, "also where all is padding"
                     assert held["step"].item() == 7 and held["count"] == 3
+                for flat in range(len(shapes)):  # one at a time, as under NVMe
+                    alone = pieces.read(tmp_path / str(number), rank, num_ranks, saved_ranks, layout, shapes, flats=[flat])
+                    assert alone[flat].keys() == state[flat].keys()
+                    assert all(torch.equal(torch.as_tensor(alone[flat][key]), torch.as_tensor(each)) for key, each in state[flat].items())
 
 
 def test_the_same_cut_is_read_as_it_is_with_moments_of_any_kind(tmp_path):

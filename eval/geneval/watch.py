@@ -16,10 +16,11 @@ import time
 from pathlib import Path
 
 from mmtensorar import pieces
-from mmtensorar.checkpoint import INDEX
+from mmtensorar.checkpoint import INDEX, read_index
 from mmtensorar.export import export
 from mmtensorar.metrics import read_log
 from mmtensorar.pieces import step_of
+from mmtensorar.recipe import Recipe
 
 SCORES = "scores.jsonl"
 
@@ -63,13 +64,19 @@ def _draw(run: Path, row: dict) -> None:
             curves.add_scalar(f"score/{name}", value, row["step"])
 
 
+def _finished(run: Path) -> bool:
+    """Whether the run has come to its end; one that is trained on has the model of its first end meanwhile."""
+    steps = Recipe.load(run / "recipe.yaml").train.steps
+    return (run / "model" / INDEX).is_file() and read_index(run / "model")["step"] >= (steps or 0)
+
+
 def watch(run: Path, arguments: list[str], *, average: bool, once: bool, pause_s: float) -> None:
     """Raises ValueError when run is no run folder."""
     if not (run / "recipe.yaml").is_file():
         raise ValueError(f"{run}: no run folder (no recipe.yaml in it)")
     said = False
     while True:
-        finished = (run / "model" / INDEX).is_file()  # asked first: what is saved before is seen below
+        finished = _finished(run)  # asked first: what is saved before is seen below
         folder = newest(run)
         if folder is not None:
             step = step_of(folder)

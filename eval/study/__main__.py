@@ -1,0 +1,171 @@
+"""Run a grid, or write its report: python -m eval.study run GRID.yaml | report FOLDER (see eval/study/__init__.py)"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+from eval import lines
+from eval.study import report
+from eval.study.grid import Grid
+
+RESULTS = "results.jsonl"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def read(path: Path) -> list[dict]:
+    """Rows of stored results. Raises ValueError naming a line that is none."""
+    rows = []
+    for where, row in lines.read(path) if path.is_file() else ():
+        if not {"arm", "seed", "sampling", "score", "verdicts", "probe"} <= row.keys():
+            raise ValueError(f"{where}: expected a row of results")
+        rows.append(row)
+    return rows
+
+
+def hours(text: str) -> float:
+    """'90m' or '2h' -> seconds."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([mh])", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"expected a time such as 90m or 2h, got {text!r}")
+    return float(found[1]) * {"m": 60, "h": 3600}[found[2]]
+
+
+def places(workers: int | None) -> list[dict[str, str]]:
+    """What each worker sees of the machine, as environment: a GPU each, or on a machine without one an equal part of the cores."""
+    import torch
+
+    if gpus := torch.cuda.device_count():
+        return [{"CUDA_VISIBLE_DEVICES": str(number % gpus)} for number in range(workers or gpus)]
+    workers = workers or os.cpu_count() or 1
+    # Jobs that each take all cores wait on each other.
+    threads = str(max(1, (os.cpu_count() or 1) // workers))
+    return [{"OMP_NUM_THREADS": threads}] * workers
+
+
+def draft_error(rows: list[dict], arm: str, seed: int) -> list[float] | None:
+    """The measured draft errors of an arm, as rates of noise; None when it has no row yet."""
+    for row in rows:
+        if (row["arm"], row["seed"]) == (arm, seed):
+            return [0.0, *row["probe"]["draft_error"][1:]]
+    return None
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Stop a job that still runs, and the training it started."""
+    if process.poll() is None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+
+
+def run(options: argparse.Namespace) -> None:
+    from eval.study import worlds
+    from mmtensorar.recipe import Recipe
+
+    grid, out = Grid.load(options.grid), options.out or Path("runs/study") / options.grid.stem
+    out.mkdir(parents=True, exist_ok=True)
+    results = options.results or ROOT / "docs/study" / options.grid.stem / RESULTS
+    results.parent.mkdir(parents=True, exist_ok=True)
+    wanted = options.arms or list(grid.arms)
+    if unknown := set(wanted) - grid.arms.keys():
+        raise ValueError(f"--arms: unknown {', '.join(sorted(unknown))}; there are {', '.join(grid.arms)}")
+    print(f"data of {grid.world} in {out / 'data'}", flush=True)
+    worlds.load(grid.world).prepare(out / "data", Recipe.load(ROOT / grid.recipe, []).image_tokenizer.path)
+    began, free, running, failed = time.monotonic(), places(options.workers), [], 0
+    # Seed after seed, so that whenever the time is over all arms have been seen equally often.
+    work = [(seed, name) for seed in range(options.seeds or grid.num_seeds) for name in grid.arms if name in wanted]
+    rows = read(results)
+    done = {(row["seed"], row["arm"]) for row in rows}
+    total, work = len(work), [each for each in work if each not in done]
+    print(f"{total - len(work)} of {total} runs are in {results}; {len(work)} to do, {len(free)} at a time", flush=True)
+    with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
+        while work or running:
+            over = options.budget is not None and time.monotonic() - began > options.budget
+            for seed, name in list(work) if free and not over else ():
+                rates, calibrated_on = None, grid.arms[name].calibrated_on
+                if calibrated_on is not None and (rates := draft_error(rows, calibrated_on, seed)) is None:
+                    if calibrated_on in wanted:
+                        continue  # its turn comes
+                    raise ValueError(f"{name} is calibrated on {calibrated_on}, which has no result for seed {seed}")
+                if not free:
+                    break
+                place, target = free.pop(), Path(temporary) / f"{name}-{seed}.jsonl"
+                command = [sys.executable, "-m", "eval.study.job", str(options.grid), name, str(seed), str(out), json.dumps(rates), str(target)]
+                log = (out / f"{name}-{seed}.out").open("w", encoding="utf-8")
+                process = subprocess.Popen(
+                    command, cwd=ROOT, env=os.environ | place, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                )
+                stack.callback(_end, process)
+                running.append((process, name, seed, target, place, time.monotonic()))
+                work.remove((seed, name))
+            if not running:
+                break
+            time.sleep(1)
+            for each in list(running):
+                process, name, seed, target, place, started = each
+                if process.poll() is None:
+                    continue
+                running.remove(each)
+                free.append(place)
+                if process.returncode:
+                    failed += 1
+                    told = (out / f"{name}-{seed}.out").read_text(encoding="utf-8", errors="replace").strip()
+                    print(f"failed: {name}, seed {seed}: {told[-2000:]}", file=sys.stderr, flush=True)
+                    continue
+                text = target.read_text(encoding="utf-8")
+                with results.open("a", encoding="utf-8") as file:
+                    file.write(text)
+                new = [json.loads(line) for line in text.splitlines()]
+                rows += new
+                first = new[0]
+                print(
+                    f"{name}, seed {seed}: {100 * first['score']['overall']:.1f} %, Frechet {first['frechet']:.4f}, "
+                    f"{time.monotonic() - started:.0f} s, {len(work)} left",
+                    flush=True,
+                )
+    if failed:
+        raise ValueError(f"{failed} runs failed; the same command tries them again")
+    if work:
+        print(f"the time is over; {len(work)} runs are left, the same command goes on")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m eval.study", description="Grids of small runs, scored alike.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("run", help="train and score what is missing of a grid")
+    one.add_argument("grid", type=Path, help="YAML file, such as recipes/study/shapes.yaml")
+    one.add_argument("--budget", type=hours, metavar="TIME", help="start no run after this time, such as 90m or 2h")
+    one.add_argument("--arms", nargs="+", metavar="NAME", help="default: all of the grid")
+    one.add_argument("--seeds", type=int, help="how many; default: the grid's")
+    one.add_argument("--workers", type=int, help="runs at a time; default: one per GPU, or without one per core")
+    one.add_argument("--out", type=Path, help="data, runs and logs; default: runs/study/GRID")
+    one.add_argument("--results", type=Path, metavar="FILE", help=f"default: docs/study/GRID/{RESULTS}")
+    one.set_defaults(call=run)
+    other = commands.add_parser("report", help="write tables and plots from the stored results alone")
+    other.add_argument("grid", type=Path)
+    other.add_argument("--results", type=Path, metavar="FILE", help=f"default: docs/study/GRID/{RESULTS}")
+    other.set_defaults(call=lambda options: report.write(options.grid, options.results or ROOT / "docs/study" / options.grid.stem / RESULTS))
+    options = parser.parse_args(arguments)
+    try:
+        options.call(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

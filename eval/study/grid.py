@@ -1,0 +1,75 @@
+"""A grid: which arms there are of a study, read from a YAML file as strictly as a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from mmtensorar.recipe import Recipe, SamplerSettings, Section, read_recipe
+
+BASE = "base"  # the arm that is not trained
+USUAL = "as the recipe"  # the sampling of every arm
+
+
+class Arm(Section):
+    """settings: of the grid's recipe that this arm changes, `key=value`. samplings: beside the recipe's own, by name.
+
+    calibrated_on: an arm whose measured draft errors are this one's rates of noise.
+    """
+
+    about: str
+    settings: list[str] = []
+    samplings: list[str] = []
+    calibrated_on: str | None = None
+
+
+class Grid(Section):
+    """world: a module of this folder. recipe: what all arms start from. base: checkpoint folder of the arm called base.
+
+    control: the arm that the others are compared with. samplings: name -> settings of the sampler.
+    """
+
+    world: str
+    recipe: str
+    base: str
+    control: str
+    num_seeds: int = Field(3, ge=1)
+    num_images: int = Field(2, ge=1)
+    samplings: dict[str, dict] = {}
+    arms: dict[str, Arm]
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> Grid:
+        problems = []
+        if self.world not in (worlds := known_worlds()):
+            problems.append(f"world is {self.world!r}; expected one of {', '.join(worlds)}")
+        for needed in (BASE, self.control):
+            if needed not in self.arms:
+                problems.append(f"arms has no {needed!r}")
+        for name, settings in self.samplings.items():
+            if unknown := settings.keys() - SamplerSettings.model_fields.keys():
+                problems.append(f"samplings.{name}: unknown {', '.join(sorted(unknown))}")
+        for name, arm in self.arms.items():
+            if unknown := [each for each in arm.samplings if each not in self.samplings]:
+                problems.append(f"arms.{name}.samplings: unknown {', '.join(unknown)}")
+            if arm.calibrated_on is not None and arm.calibrated_on not in list(self.arms)[: list(self.arms).index(name)]:
+                problems.append(f"arms.{name}.calibrated_on is {arm.calibrated_on!r}; expected an arm that comes before")
+        if problems:
+            raise ValueError(*problems)
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path) -> Grid:
+        """Raises RecipeError, naming the file and each key that is wrong, of the arms' recipes too."""
+        grid = read_recipe(cls, path)
+        for name, arm in grid.arms.items():
+            try:
+                Recipe.load(grid.recipe, arm.settings)
+            except ValueError as error:
+                raise type(error)(f"{path}: arms.{name}: {error}") from None
+        return grid
+
+
+def known_worlds() -> list[str]:
+    return sorted(path.stem for path in (Path(__file__).parent / "worlds").glob("*.py") if not path.stem.startswith("_"))

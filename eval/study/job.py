@@ -1,0 +1,166 @@
+"""One arm with one seed: train it, then measure the model. A process of its own, so that several run side by side.
+
+What is measured, of pictures by each sampling and of teacher-forced validation samples, is one line each of the results:
+
+    score          share of pictures that show what is asked for: of each group, and their mean (overall)
+    verdicts       prompt -> a digit per picture, 1 where it is right, from which intervals are drawn
+    frechet        Frechet distance to validation pictures, in the image tokenizer's code vectors averaged over quarters
+    revised        share of tokens that changed at each offset while sampling
+    probe          nats per token and sampled accuracy at each offset, given drafts that are true, the model's own, or none
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eval.fid.score import frechet_distance, statistics
+from eval.run import image_seed
+from eval.study import worlds
+from eval.study.grid import BASE, USUAL, Grid
+from mmtensorar import data
+from mmtensorar.decode import revised_per_offset
+from mmtensorar.generate import Generator
+from mmtensorar.metrics import read_log
+from mmtensorar.recipe import Recipe
+from mmtensorar.tensorar import TensorAR
+from mmtensorar.windows import slide
+
+ROOT = Path(__file__).resolve().parents[2]
+BATCH_SIZE = 40  # pictures at a time
+ROUNDS = 3  # of drafting anew from the own drafts of the round before
+ON_ALL = ["train.monitors=[]", "train.sample_every=0", "train.sample_prompts=[]", "train.save_every=0", "train.log_every=50"]
+
+
+def recipe_of(grid: Grid, name: str, seed: int, out: Path, rates: list[float] | None = None) -> list[str]:
+    """The overrides that make the grid's recipe that of an arm and seed; data and initial codec depend on the seed alone."""
+    train, _ = worlds.load(grid.world).sets(out / "data")
+    arm = grid.arms[name]
+    overrides = [*arm.settings, f"run.name={name}-{seed}", f"run.out={out / 'runs'}", f"run.seed={seed}", f"data.shards={train}"]
+    if rates is not None:
+        overrides.append(f"tensorar.schedule={json.dumps(rates)}")
+    return [*ON_ALL, "zero.stage=0", *overrides]
+
+
+def train(grid: Grid, name: str, seed: int, out: Path, rates: list[float] | None) -> tuple[Path, dict]:
+    """The model folder, and what training took. Raises ValueError when it fails."""
+    if name == BASE:
+        return ROOT / grid.base, {"steps": 0, "train_seconds": 0.0, "step_seconds": None}
+    folder = out / "runs" / f"{name}-{seed}"
+    command = [sys.executable, "mmtensorar/train.py", grid.recipe, *recipe_of(grid, name, seed, out.resolve(), rates), "--resume"]
+    with (out / f"{name}-{seed}.log").open("w", encoding="utf-8") as log:
+        done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=False)
+    if done.returncode:
+        raise ValueError(f"training {name} with seed {seed} failed, see {log.name}")
+    rows = read_log(folder / "log.jsonl")
+    seconds = [sum(row["seconds"].get(part, 0) for part in ("data", "forward", "backward", "step")) for row in rows]
+    return folder / "model", {"steps": len(rows), "train_seconds": sum(seconds), "step_seconds": median(seconds)}
+
+
+@torch.no_grad()
+def probe(model: TensorAR, recipe: Recipe, generator: Generator) -> dict:
+    """Nats per token and accuracy at each offset on data.validation; see above. Keys true, own, none; draft_error of own."""
+    K, totals, count = model.window, defaultdict(float), 0
+    device = generator.device
+    for number, num_samples, batch in data.validation_batches(recipe, generator.caption_encoder, rank=0, world_size=1):
+        codes, uncond = batch.codes.to(device)[:num_samples], batch.uncond.to(device)[:num_samples]
+        condition = type(batch.condition)(*(part.to(device)[:num_samples] for part in batch.condition))
+        windows, valid = slide(codes, K)
+        clean, seen = windows[:, :-1], valid[:-1]
+        blind = seen & (torch.arange(K, device=device) < 1)
+        given = {"none": (clean, blind)}
+        if K > 1:
+            noise = torch.Generator().manual_seed(number)
+            drafts, slots = clean, blind
+            for _ in range(ROUNDS):
+                own = model.own_drafts(drafts, slots, condition, uncond, noise)
+                drafts, slots = torch.cat([clean[:, :, :1], own[:, :, 1:]], dim=2), seen
+            given |= {"true": (clean, seen), "own": (drafts, seen)}
+            wrong = (drafts != clean).any(-1) & seen
+            totals["draft_error"] += wrong.sum((0, 1)) / seen.sum(0)
+        for name, (inputs, slots) in given.items():
+            found = model.score(inputs, slots, codes, condition, uncond)
+            totals[f"{name} nats"] += found.loss_per_offset * num_samples
+            totals[f"{name} accuracy"] += found.accuracy_per_offset * num_samples
+        count += num_samples
+    return {name: [round(number, 5) for number in (value / count).tolist()] for name, value in totals.items()}
+
+
+def features(generator: Generator, codes: Tensor) -> np.ndarray:
+    """Codes [B, T, 1] -> [B, 4 C]: code vectors, averaged over each quarter of the picture."""
+    down, across = generator.image_tokenizer.grid
+    vectors = generator.image_tokenizer.vectors(codes).unflatten(1, (2, down // 2, 2, across // 2))
+    return vectors.mean((2, 4)).flatten(1).double().cpu().numpy()
+
+
+@torch.no_grad()
+def draw(grid: Grid, generator: Generator, settings: dict, seed: int, reference: np.ndarray) -> dict:
+    """Pictures of all prompts by one sampling, and what they are worth."""
+    world = worlds.load(grid.world)
+    prompts, sampling = world.prompts(), generator.sampling(**settings)
+    work = [(number, image) for number in range(len(prompts)) for image in range(grid.num_images)]
+    verdicts, found, revised, seconds = defaultdict(str), [], [], 0.0
+    for start in range(0, len(work), BATCH_SIZE):
+        part = work[start : start + BATCH_SIZE]
+        began = time.perf_counter()
+        decoded = generator.decode(
+            [prompts[number][1] for number, _ in part], [image_seed(seed, *place) for place in part], sampling, keep_trace=True
+        )
+        seconds += time.perf_counter() - began
+        revised.append(revised_per_offset(decoded.trace))
+        found.append(features(generator, decoded.codes))
+        for (number, _), image in zip(part, generator.pictures(decoded.codes), strict=True):
+            verdicts[number] += str(int(world.correct(number, [image])[0]))
+    groups = defaultdict(list)
+    for number, (group, _) in enumerate(prompts):
+        groups[group] += map(int, verdicts[number])
+    score = {group: sum(each) / len(each) for group, each in groups.items()}
+    return {
+        "score": {"overall": sum(score.values()) / len(score), **score},
+        "verdicts": dict(verdicts),
+        "frechet": frechet_distance(statistics(reference), statistics(np.concatenate(found))),
+        "revised": np.mean(revised, axis=0).round(5).tolist(),
+        "seconds_per_image": seconds / len(work),
+    }
+
+
+def measure(grid: Grid, name: str, seed: int, model_folder: Path, out: Path) -> list[dict]:
+    """A row per sampling."""
+    generator = Generator.load(model_folder)
+    _, validation = worlds.load(grid.world).sets(out / "data")
+    recipe = Recipe.load(ROOT / grid.recipe, [f"data.validation={validation}", "train.validate_every=1", "data.validation_batch_size=64"])
+    batches = data.validation_batches(recipe, generator.caption_encoder, rank=0, world_size=1)
+    reference = np.concatenate([features(generator, batch.codes[:number].to(generator.device)) for _, number, batch in batches])
+    probed = probe(generator.model, recipe, generator)
+    samplings = {USUAL: {}} | {each: grid.samplings[each] for each in grid.arms[name].samplings}
+    return [
+        {"sampling": sampling, "probe": probed, **draw(grid, generator, settings, seed, reference), **generator.runs_as()}
+        for sampling, settings in samplings.items()
+    ]
+
+
+def main(arguments: list[str]) -> int:
+    """GRID ARM SEED OUT RATES FILE: rows of results into FILE, as JSON."""
+    grid_path, name, seed, out, rates, target = arguments
+    grid, torch_threads = Grid.load(grid_path), torch.get_num_threads()
+    rates = json.loads(rates)
+    folder, took = train(grid, name, int(seed), Path(out), rates)
+    rows = measure(grid, name, int(seed), folder, Path(out))
+    settings = grid.arms[name].settings + ([] if rates is None else [f"tensorar.schedule={json.dumps(rates)}"])
+    facts = {"world": grid.world, "arm": name, "seed": int(seed), "settings": settings, **took, "threads": torch_threads}
+    facts["torch"] = torch.__version__
+    Path(target).write_text("".join(json.dumps(facts | row) + "\n" for row in rows), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
