@@ -143,7 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m eval.study", description="Grids of small runs, scored alike.")
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("run", help="train and score what is missing of a grid")
-    one.add_argument("grid", type=Path, help="YAML file, such as recipes/study/shapes.yaml")
+    one.add_argument("grid", type=Path, help="YAML file, such as eval/study/grids/shapes.yaml")
     one.add_argument("--budget", type=hours, metavar="TIME", help="start no run after this time, such as 90m or 2h")
     one.add_argument("--arms", nargs="+", metavar="NAME", help="default: all of the grid")
     one.add_argument("--seeds", type=int, help="how many; default: the grid's")
