@@ -139,6 +139,11 @@ def run(options: argparse.Namespace) -> None:
         print(f"the time is over; {len(work)} runs are left, the same command goes on")
 
 
+def write(options: argparse.Namespace) -> None:
+    results = options.results or ROOT / "docs/study" / options.grid.stem / RESULTS
+    print(report.write(options.grid, results, read(results)))
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m eval.study", description="Grids of small runs, scored alike.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -154,7 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
     other = commands.add_parser("report", help="write tables and plots from the stored results alone")
     other.add_argument("grid", type=Path)
     other.add_argument("--results", type=Path, metavar="FILE", help=f"default: docs/study/GRID/{RESULTS}")
-    other.set_defaults(call=lambda options: report.write(options.grid, options.results or ROOT / "docs/study" / options.grid.stem / RESULTS))
+    other.set_defaults(call=write)
     options = parser.parse_args(arguments)
     try:
         options.call(options)

@@ -1,1 +1,259 @@
-"""(being written)"""
+"""The page of a study: tables, intervals and plots from the stored results alone.
+
+Intervals are 95 %, by a bootstrap that draws seeds anew and, within each group, prompts. Arms are set beside the control on the same
+seeds and prompts, so that what is hard for both cancels.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
+
+import numpy as np
+
+from eval.layout import write_text
+from eval.study import worlds
+from eval.study.grid import BASE, USUAL, Grid
+
+NUM_RESAMPLES = 2000
+NATS_PER_BIT = np.log(2)
+
+
+class Interval(NamedTuple):
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:+.1f} [{100 * self.low:+.1f} {100 * self.high:+.1f}]"
+
+
+class Runs(NamedTuple):
+    """One arm with one sampling. shares: seed -> share of right pictures of each prompt [N]."""
+
+    rows: list[dict]
+    shares: dict[int, np.ndarray]
+
+
+def collect(rows: Sequence[dict]) -> dict[tuple[str, str], Runs]:
+    """(arm, sampling) -> its runs. Of a run that is stored twice the last counts."""
+    found: dict[tuple[str, str], dict[int, dict]] = defaultdict(dict)
+    for row in rows:
+        found[row["arm"], row["sampling"]][row["seed"]] = row
+    result = {}
+    for key, by_seed in found.items():
+        shares = {}
+        for seed, row in by_seed.items():
+            verdicts = [row["verdicts"][number] for number in sorted(row["verdicts"], key=int)]
+            shares[seed] = np.array([mean(map(int, digits)) for digits in verdicts])
+        result[key] = Runs([by_seed[seed] for seed in sorted(by_seed)], shares)
+    return result
+
+
+def interval(values: np.ndarray, groups: Sequence[str]) -> dict[str, Interval]:
+    """[seeds, prompts] -> the mean of each group, and overall that of the groups' means."""
+    rng, (num_seeds, _) = np.random.default_rng(0), values.shape
+    seeds = rng.integers(num_seeds, size=(NUM_RESAMPLES, num_seeds))
+    found, drawn_means = {}, []
+    for group in dict.fromkeys(groups):
+        own = values[:, [index for index, each in enumerate(groups) if each == group]]
+        chosen = rng.integers(own.shape[1], size=(NUM_RESAMPLES, own.shape[1]))
+        drawn = np.array([own[np.ix_(s, p)].mean() for s, p in zip(seeds, chosen, strict=True)])
+        found[group] = Interval(own.mean(), *np.percentile(drawn, (2.5, 97.5)))
+        drawn_means.append(drawn)
+    overall = np.mean([each.value for each in found.values()])
+    return {"overall": Interval(overall, *np.percentile(np.mean(drawn_means, axis=0), (2.5, 97.5))), **found}
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "|".join(["---", *["---:"] * (len(head) - 1)]) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def _mean(runs: Runs, of) -> float | None:
+    values = [value for row in runs.rows if (value := of(row)) is not None]
+    return mean(values) if values else None
+
+
+def _spread(runs: Runs, of, digits: int) -> str:
+    """Mean and, of several seeds, half the distance between the extremes."""
+    values = [of(row) for row in runs.rows]
+    text = f"{mean(values):.{digits}f}"
+    return text if len(values) == 1 else f"{text} ±{(max(values) - min(values)) / 2:.{digits}f}"
+
+
+def scores(grid: Grid, found: dict, groups: Sequence[str]) -> str:
+    """Every arm by its recipe's sampling: score, difference from the control, Frechet distance, time."""
+    control, rows = found.get((grid.control, USUAL)), []
+    for name, arm in grid.arms.items():
+        if (runs := found.get((name, USUAL))) is None:
+            continue
+        own = interval(np.stack([runs.shares[seed] for seed in sorted(runs.shares)]), groups)["overall"]
+        both = sorted(runs.shares.keys() & control.shares.keys()) if control and name != grid.control else []
+        beside = "" if not both else str(interval(np.stack([runs.shares[s] - control.shares[s] for s in both]), groups)["overall"])
+        step = _mean(runs, lambda row: row["step_seconds"])
+        rows.append(
+            [
+                f"`{name}`: {arm.about}",
+                str(len(runs.shares)),
+                f"{100 * own.value:.1f} [{100 * own.low:.1f} {100 * own.high:.1f}]",
+                beside,
+                _spread(runs, lambda row: 100 * row["frechet"], 2),
+                "" if not step else f"{runs.rows[0]['steps']}",
+                "" if not step else f"{mean(row['train_seconds'] for row in runs.rows):.0f}",
+                f"{1000 * mean(row['seconds_per_image'] for row in runs.rows):.0f}",
+            ]
+        )
+    head = ["arm", "seeds", "right pictures, %", f"minus `{grid.control}`, points", "Frechet, x 100", "steps", "training, s", "ms a picture"]
+    return _table(head, rows)
+
+
+def per_group(grid: Grid, found: dict, groups: Sequence[str]) -> str:
+    """Difference from the control, per skill."""
+    control, names = found[grid.control, USUAL], list(dict.fromkeys(groups))
+    rows = []
+    for name in grid.arms:
+        runs = found.get((name, USUAL))
+        both = sorted(runs.shares.keys() & control.shares.keys()) if runs and name != grid.control else []
+        if both:
+            beside = interval(np.stack([runs.shares[seed] - control.shares[seed] for seed in both]), groups)
+            rows.append([f"`{name}`", *(str(beside[group]) for group in names)])
+    return _table(["arm", *names], rows)
+
+
+def samplings(grid: Grid, found: dict, groups: Sequence[str]) -> str:
+    """Arms that were sampled in several ways."""
+    rows = []
+    for (name, sampling), runs in found.items():
+        if name in grid.arms and grid.arms[name].samplings:
+            own = interval(np.stack([runs.shares[seed] for seed in sorted(runs.shares)]), groups)["overall"]
+            revised = [f"{100 * value:.0f}" for value in np.mean([row["revised"] for row in runs.rows], axis=0)] if runs.rows[0]["revised"] else []
+            score = f"{100 * own.value:.1f} [{100 * own.low:.1f} {100 * own.high:.1f}]"
+            rows.append([f"`{name}`", sampling, score, _spread(runs, lambda row: 100 * row["frechet"], 2), " ".join(revised)])
+    rows.sort(key=lambda row: list(grid.arms).index(row[0].strip("`")))
+    return _table(["arm", "sampling", "right pictures, %", "Frechet, x 100", "revised at each offset, %"], rows)
+
+
+def probes(grid: Grid, found: dict) -> str:
+    """What drafts are worth to the final token, and how good they are."""
+    rows = []
+    for name in grid.arms:
+        if (runs := found.get((name, USUAL))) is None:
+            continue
+
+        def of(key: str, runs: Runs = runs) -> np.ndarray | None:
+            return np.mean([row["probe"][key] for row in runs.rows], axis=0) if key in runs.rows[0]["probe"] else None
+
+        none, own, true, error = of("none nats"), of("own nats"), of("true nats"), of("draft_error")
+        rows.append(
+            [
+                f"`{name}`",
+                f"{none[0] / NATS_PER_BIT:.3f}",
+                "" if own is None else f"{own[0] / NATS_PER_BIT:.3f}",
+                "" if true is None else f"{true[0] / NATS_PER_BIT:.3f}",
+                "" if own is None else " ".join(f"{value / NATS_PER_BIT:.2f}" for value in own[1:]),
+                "" if error is None else " ".join(f"{100 * (1 - value):.0f}" for value in error[1:]),
+                " ".join(f"{100 * value:.0f}" for value in np.mean([row["revised"] for row in runs.rows], axis=0)),
+            ]
+        )
+    head = ["arm", "without drafts", "with its own", "with true ones", "drafts, with its own", "sampled drafts right, %", "revised, %"]
+    return _table(head, rows)
+
+
+def draw(grid: Grid, found: dict, groups: Sequence[str], path: Path) -> None:
+    """Score of every arm with its interval, best first; the control's as a band. Raises ValueError without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("plots need matplotlib: pip install -e '.[study]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    bars = []
+    for name in grid.arms:
+        if runs := found.get((name, USUAL)):
+            bars.append((name, interval(np.stack([runs.shares[seed] for seed in sorted(runs.shares)]), groups)["overall"]))
+    bars.sort(key=lambda bar: bar[1].value)
+    figure, axes = pyplot.subplots(figsize=(7, 0.28 * len(bars) + 1))
+    for place, (name, own) in enumerate(bars):
+        color = {grid.control: "#d62728", BASE: "#7f7f7f"}.get(name, "#1f77b4")
+        axes.errorbar(
+            100 * own.value, place, xerr=[[100 * (own.value - own.low)], [100 * (own.high - own.value)]], fmt="o", color=color, capsize=2
+        )
+        if name == grid.control:
+            axes.axvspan(100 * own.low, 100 * own.high, color=color, alpha=0.08)
+    axes.set_yticks(range(len(bars)), [name for name, _ in bars], fontsize=8)
+    axes.set_xlabel("right pictures, % (95 % over seeds and prompts)")
+    axes.grid(axis="x", alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def scatter(grid: Grid, found: dict, path: Path) -> list[str]:
+    """Draft error at offset 1 beside the score, an arm a point; returns what the page says of it, nothing for less than three arms."""
+    from matplotlib import pyplot
+
+    points = [
+        (name, mean(row["probe"]["draft_error"][1] for row in runs.rows), mean(row["score"]["overall"] for row in runs.rows))
+        for name in grid.arms
+        if (runs := found.get((name, USUAL))) and "draft_error" in runs.rows[0]["probe"]
+    ]
+    if len(points) < 3:
+        return []
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for name, error, score in points:
+        axes.plot(100 * error, 100 * score, "o", color="#1f77b4")
+        axes.annotate(name, (100 * error, 100 * score), fontsize=7, xytext=(3, 3), textcoords="offset points")
+    axes.set_xlabel("sampled drafts wrong at offset 1, %")
+    axes.set_ylabel("right pictures, %")
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+    correlation = np.corrcoef([point[1] for point in points], [point[2] for point in points])[0, 1]
+    said = f"Over {len(points)} arms the correlation of draft error at offset 1 and score is {correlation:.2f}."
+    return [f"![drafts]({path.name})", said]
+
+
+def write(grid_path: Path, results: Path, rows: Sequence[dict]) -> Path:
+    """README.md beside the results, with plots; returns its path. Raises ValueError when there are no results of the control."""
+    grid = Grid.load(grid_path)
+    found, folder = collect(rows), results.parent
+    if (grid.control, USUAL) not in found:
+        raise ValueError(f"{results}: no result of the control, {grid.control}; run it first")
+    groups = [group for group, _ in worlds.load(grid.world).prompts()]
+    draw(grid, found, groups, folder / "scores.png")
+    first = rows[0]
+    missing = [name for name in grid.arms if (name, USUAL) not in found]
+    notes = folder / "notes.md"
+    parts = [
+        f"# Study on the world `{grid.world}`",
+        f"Made by `python -m eval.study report {grid_path.as_posix()}` from `{results.name}` alone "
+        f"(`python -m eval.study run {grid_path.as_posix()}`; torch {first['torch']}, {first['device']}, {first['threads']} thread a run).",
+        notes.read_text(encoding="utf-8").strip() if notes.is_file() else "",
+        "## Every arm",
+        f"All arms start from `{grid.base}` and see the same samples in the same order for a seed; settings not named are those of "
+        f"`{grid.recipe}`. {grid.num_images} pictures of each of {len(groups)} prompts. Frechet distance: in the image tokenizer's code vectors, "
+        "averaged over quarters, to pictures of the validation set (± half the distance between the extremes of the seeds). Times are of runs "
+        "side by side on one machine, so they compare roughly.",
+        scores(grid, found, groups),
+        "![scores](scores.png)",
+        *([f"Not run yet: {', '.join(f'`{name}`' for name in missing)}."] if missing else []),
+        f"## Per skill, minus `{grid.control}`, points",
+        per_group(grid, found, groups),
+        "## Samplings",
+        samplings(grid, found, groups),
+        "## What drafts are worth",
+        "Bits per token of the final prediction (offset 0) on validation samples, given the past alone, with the model's own sampled drafts "
+        "in view, and with true ones (which is copying); bits per token of the drafts themselves; share of the sampled drafts that are right; "
+        "share of tokens that changed at each offset while sampling.",
+        probes(grid, found),
+        *scatter(grid, found, folder / "drafts.png"),
+    ]
+    page = folder / "README.md"
+    write_text(page, "\n\n".join(part for part in parts if part) + "\n")
+    return page
