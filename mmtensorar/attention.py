@@ -43,6 +43,10 @@ class LayerCache:
         self._values[:, :, start : self.length] = value
         return self._keys[:, :, : self.length], self._values[:, :, : self.length]
 
+    def crop(self, length: int) -> None:
+        """Forget all places from length on."""
+        self.length = min(self.length, length)
+
 
 class Pattern(NamedTuple):
     """Who sees whom. Made once for a forward pass, since all layers share it."""

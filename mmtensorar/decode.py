@@ -98,6 +98,7 @@ class Sampler:
 class Decoded(NamedTuple):
     codes: Tensor  # [B, T, F] int64
     trace: Tensor | None  # [B, T, K, F] int64: trace[:, t] is the window of step t, 0 past the last token
+    passes: int = 0  # through the backbone, that over the prefix included
 
 
 @torch.no_grad()
@@ -109,11 +110,13 @@ def decode(
     cfg_scale: float | Sequence[float] = 1.0,
     cfg_tokens: int | None = None,
     draft_guidance: float = 1.0,
+    stride: int = 1,
+    lookahead: int = 1,
     generator: Generator | Sequence[Generator] | None = None,
     keep_trace: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Decoded:
-    """Generate one image per row of the condition, in T backbone steps whatever the window.
+    """Generate one image per row of the condition, in T backbone steps whatever the window, or fewer.
 
     condition: B rows, on any device. sampler: or any function of logits [B, K, V] and numbers
     [B, K] to tokens [B, K], called for one factor after the other. cfg_scale: s in
@@ -122,12 +125,20 @@ def decode(
     before the logits of the next. cfg_tokens: guide the first so many steps only; None guides
     all. draft_guidance: w in without + w (with - without), of rows that see drafts and rows that see none: 1 trusts drafts as the
     model was trained to and runs no further rows, 0 ignores them, for which it must have been trained with draft dropout.
+    stride: emit so many tokens of each window, unrevised but the first, in T / stride passes; 1 to K; train with tensorar.max_stride.
+    lookahead: feed so many steps at once, the later ones guessed, and keep what the pass confirms: with its own random numbers for
+    each step that is the image of one step at a time, up to rounding, in fewer passes; of a batch, what all its rows confirm.
     generator: one for the batch, or one per row, which makes a row independent of its
     neighbours; None draws from the global one. progress is called with (tokens done, T) after
     each step. The model should be in eval mode.
-    Raises ValueError when the number of generators is not B, or of a setting's numbers not F.
+    Raises ValueError when the number of generators is not B, or of a setting's numbers not F; for a stride that is no number from 1 to
+    K, a lookahead below 1, or both above 1.
     """
     backbone, K = model.backbone, model.window
+    if not 1 <= stride <= K:
+        raise ValueError(f"stride is {stride}; expected 1 to {K}, the model's window")
+    if lookahead < 1 or (lookahead > 1 and stride > 1):
+        raise ValueError(f"lookahead is {lookahead} and stride {stride}; expected 1 or more, and one of them 1")
     T, sizes = backbone.num_tokens, backbone.factor_sizes
     device = next(model.parameters()).device
     values, mask = condition.values.to(device), condition.mask.to(device)
@@ -152,38 +163,81 @@ def decode(
 
     prefix = backbone.prefix(condition._replace(values=values, mask=mask), uncond)
     P = prefix.mask.shape[1]
-    # The last window is never fed back, hence T - 1 places after the prefix.
+    # The last window is never fed back, hence T - 1 places after the prefix; lookahead feeds guesses beyond it.
     seen = torch.cat([prefix.mask, prefix.mask.new_ones(R, T - 1)], dim=1)
     cache = backbone.new_cache(P + T - 1)
-    hidden = backbone(prefix.embeds, prefix.mask, cache)[:, -1:]
+    hidden, passes = backbone(prefix.embeds, prefix.mask, cache)[:, -1:], 1
 
-    valid = valid_slots(T, K, device)
+    valid, offsets = valid_slots(T, K, device), torch.arange(K, device=device)
     seen_slots = valid.expand(R, T, K)
     if dialled:
         blind = torch.arange(R, device=device) >= R // 2
-        seen_slots = seen_slots & ~(blind[:, None, None] & (torch.arange(K, device=device) > 0))
-    trace = torch.zeros(B, T, K, len(sizes), dtype=torch.int64, device=device)
-    for t in range(T):
-        window = trace[:, t : t + 1, :, :0]  # [B, 1, K, f], one factor longer each round
+        seen_slots = seen_slots & ~(blind[:, None, None] & (offsets > 0))
+
+    def predict(hidden: Tensor, first: int) -> Tensor:
+        """Hidden states [R, m, D] of the steps from first on -> their windows [B, m, K, F], 0 past the last token."""
+        m = hidden.shape[1]
+        windows = torch.zeros(B, m, K, 0, dtype=torch.int64, device=device)  # one factor longer each round
         for factor in range(len(sizes)):
-            logits = model.logits(hidden, both(window)).float()[:, 0]  # [R, K, V_f]
+            logits = model.logits(hidden, both(windows)).float()  # [R, m, K, V_f]
             if dialled:
                 informed, blind_logits = logits.chunk(2)
                 logits = blind_logits + draft_guidance * (informed - blind_logits)
             if guided:
                 cond_logits, uncond_logits = logits.chunk(2)
-                logits = cond_logits
-                if cfg_tokens is None or t < cfg_tokens:
-                    logits = uncond_logits + scales[factor] * (cond_logits - uncond_logits)
-            tokens = samplers[factor](logits, uniform[:, t, factor])
-            window = torch.cat([window, tokens[:, None, :, None]], dim=-1)
-        trace[:, t] = window[:, 0] * valid[t, :, None]
-        if t + 1 < T:
-            embeds = model.encode(both(trace[:, t : t + 1]), seen_slots[:, t : t + 1])
-            hidden = backbone(embeds, seen[:, : P + t + 1], cache)
+                logits = uncond_logits + scales[factor] * (cond_logits - uncond_logits)
+                if cfg_tokens is not None:
+                    logits[:, max(0, cfg_tokens - first) :] = cond_logits[:, max(0, cfg_tokens - first) :]
+            numbers = uniform[:, first : first + m, factor]
+            tokens = samplers[factor](logits.flatten(0, 1), numbers.flatten(0, 1)).unflatten(0, (B, m))
+            windows = torch.cat([windows, tokens[..., None]], dim=-1)
+        return windows * valid[first : first + m, :, None]
+
+    def feed(windows: Tensor, first: int, known: Tensor) -> Tensor:
+        """Windows [B, m, K, F] of the steps from first on, of which slots known [m, K] hold something -> hidden states [R, m, D]."""
+        stop = first + windows.shape[1]
+        embeds = model.encode(both(windows), seen_slots[:, first:stop] & known)
+        return backbone(embeds, seen[:, : P + stop], cache)
+
+    trace = torch.zeros(B, T, K, len(sizes), dtype=torch.int64, device=device)
+    t = 0
+    if lookahead > 1:
+        every = torch.ones(1, K, dtype=torch.bool, device=device)
+        trace[:, :1] = predict(hidden, 0)
+        guesses = trace[:, :0]
+        while t + 1 < T:
+            # The window of step t is exact; what follows is guessed, from the pass before or by moving on by a token.
+            m = min(lookahead, T - 1 - t)
+            fed = torch.cat([trace[:, t : t + 1], guesses[:, : m - 1]], dim=1)
+            while fed.shape[1] < m:
+                fed = torch.cat([fed, torch.cat([fed[:, -1:, 1:], fed[:, -1:, -1:]], dim=2)], dim=1)
+            fed = fed * valid[t : t + m, :, None]
+            found = predict(feed(fed, t, every), t + 1)  # of steps t + 1 to t + m
+            passes += 1
+            # A guess that is what was found was right, and so was all that was computed from it.
+            right = (fed[:, 1:] == found[:, : m - 1]).flatten(2).all(-1).all(0).long().cumprod(0).sum().item()
+            trace[:, t + 1 : t + right + 2] = found[:, : right + 1]
+            guesses = found[:, right + 1 :]
+            t += right + 1
+            for layer in getattr(cache, "layers", cache):
+                layer.crop(P + t)
+            if progress is not None:
+                progress(t, T)
         if progress is not None:
-            progress(t + 1, T)
-    return Decoded(trace[:, :, 0].clone(), trace if keep_trace else None)
+            progress(T, T)
+        return Decoded(trace[:, :, 0].clone(), trace if keep_trace else None, passes)
+    while t < T:
+        s = min(stride, T - t)
+        window = predict(hidden[:, -1:], t)[:, 0]
+        for row in range(s):  # a step later fewer of the same drafts are ahead
+            trace[:, t + row, : K - row] = window[:, row:]
+        if t + s < T:
+            hidden = feed(trace[:, t : t + s], t, torch.arange(s, device=device)[:, None] + offsets < K)
+            passes += 1
+        t += s
+        if progress is not None:
+            progress(t, T)
+    return Decoded(trace[:, :, 0].clone(), trace if keep_trace else None, passes)
 
 
 def revised_per_offset(trace: Tensor) -> list[float]:

@@ -44,13 +44,15 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Sampling(Sampler):
-    """A sampler and the guidance scale, one number or one per factor, 1 is no guidance; draft_guidance: see `decode`.
+    """A sampler and the guidance scale, one number or one per factor, 1 is no guidance; the others: see `decode`.
 
     Raises ValueError for a value out of range.
     """
 
     cfg_scale: float | Sequence[float] = 1.0
     draft_guidance: float = 1.0
+    stride: int = 1
+    lookahead: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -159,6 +161,8 @@ class Generator:
                     sampling,
                     cfg_scale=sampling.cfg_scale,
                     draft_guidance=sampling.draft_guidance,
+                    stride=sampling.stride,
+                    lookahead=sampling.lookahead,
                     generator=generators,
                     keep_trace=keep_trace,
                     progress=progress,

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-SAMPLING = ("cfg_scale", "temperature", "top_k", "top_p", "greedy_drafts", "draft_guidance")
+SAMPLING = ("cfg_scale", "temperature", "top_k", "top_p", "greedy_drafts", "draft_guidance", "stride", "lookahead")
 LOADING = ("device", "precision", "attn_implementation")
 
 
@@ -47,6 +47,8 @@ def add_generation(parser: argparse.ArgumentParser, *, needs: str = "") -> None:
     group.add_argument(
         "--draft-guidance", type=float, help="trust in drafts: 1 as trained, 0 ignores them (train with tensorar.draft_dropout)"
     )
+    group.add_argument("--stride", type=at_least_1, help="emit so many tokens of each window at once (train with tensorar.max_stride)")
+    group.add_argument("--lookahead", type=at_least_1, help="guess so many steps at once and keep what is confirmed: the same image in fewer passes")
     group = parser.add_argument_group(f"computing{needs}")
     group.add_argument("--batch-size", type=at_least_1, default=16, help="images at a time (default 16)")
     group.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU if there is one")

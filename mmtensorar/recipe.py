@@ -65,7 +65,8 @@ class TensorARSettings(Section):
     """window 1 is the plain next-token model: it has no codec, and the other settings have no effect.
 
     schedule: a name, or the rate of each offset. draft_dropout: share of samples trained without drafts. nested_noise: a slot that
-    is redrawn is redrawn at every later offset. self_drafts: share of redrawn slots that hold the model's own draft.
+    is redrawn is redrawn at every later offset. self_drafts: share of redrawn slots that hold the model's own draft. max_stride: the
+    most tokens of a window that samples are trained to have emitted at once, for sampler.stride.
     """
 
     window: int = Field(4, ge=1)
@@ -76,6 +77,7 @@ class TensorARSettings(Section):
     draft_dropout: float = Field(0.0, ge=0, le=1)
     nested_noise: bool = False
     self_drafts: float = Field(0.0, ge=0, le=1)
+    max_stride: int = Field(1, ge=1)
 
 
 class Data(Section):
@@ -220,6 +222,8 @@ class SamplerSettings(Section):
     cfg_scale: PerFactor[Annotated[float, Ge(0)]] = 5.0
     greedy_drafts: bool = False
     draft_guidance: float = Field(1.0, ge=0)
+    stride: int = Field(1, ge=1)
+    lookahead: int = Field(1, ge=1)
 
 
 class Recipe(Section):
@@ -248,6 +252,8 @@ class Recipe(Section):
                 f"tensorar.offset_weights has {len(weights)} numbers, tensorar.window is {self.tensorar.window}; "
                 "expected one number per offset"
             )
+        if 1 < self.tensorar.window < self.tensorar.max_stride:
+            problems.append(f"tensorar.max_stride is {self.tensorar.max_stride}; expected 1 to {self.tensorar.window}, the window")
         rates = self.tensorar.schedule
         if self.tensorar.window > 1 and isinstance(rates, list) and (len(rates) != self.tensorar.window or rates[0] != 0):
             problems.append(f"tensorar.schedule is {rates}; expected {self.tensorar.window} rates, one per offset, the first of them 0")

@@ -37,7 +37,8 @@ class TensorAR(nn.Module):
     all codes. loss_kernel: auto takes Liger's fused loss on a GPU where it is installed and the head allows, torch and liger are
     as they say. draft_dropout: share of samples that are trained without drafts, as plain next-token samples. nested_noise: see
     `corrupt`. self_drafts: share of the redrawn slots that hold what the model itself drafts there, instead of uniform noise; costs
-    a forward more. z_loss: weight of log(Z)^2 of each prediction (Chowdhery et al., arXiv:2204.02311, section 5), which keeps
+    a forward more. max_stride: each sample is trained as if so many tokens of each window, 1 to max_stride, were emitted at once (see
+    `decode`): drafts of later steps are missing then, and the rest further ahead. z_loss: weight of log(Z)^2 of each prediction (Chowdhery et al., arXiv:2204.02311, section 5), which keeps
     logits from drifting.
     """
 
@@ -56,8 +57,11 @@ class TensorAR(nn.Module):
         draft_dropout: float = 0.0,
         nested_noise: bool = False,
         self_drafts: float = 0.0,
+        max_stride: int = 1,
     ):
         super().__init__()
+        if not 1 <= max_stride <= len(offset_weights):
+            raise ValueError(f"tensorar.max_stride is {max_stride}; expected 1 to {len(offset_weights)}, the window")
         self.window = len(offset_weights)
         if not 1 <= self.window <= backbone.num_tokens:
             raise ValueError(
@@ -76,6 +80,7 @@ class TensorAR(nn.Module):
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
         self.loss_kernel = loss_kernel
         self.draft_dropout, self.nested_noise, self.self_drafts = draft_dropout, nested_noise, self_drafts
+        self.max_stride = max_stride
 
     def forward(
         self,
@@ -93,6 +98,13 @@ class TensorAR(nn.Module):
         targets_BTKF, valid_TK = slide(codes, self.window)
         clean_BSKF, seen = targets_BTKF[:, :-1], valid_TK[:-1]
         rates_BSK = self.schedule(tuple(clean_BSKF.shape[:3]), generator)
+        if self.training and self.max_stride > 1:
+            strides_B = 1 + (_uniform((len(codes),), generator, rows, codes.device) * self.max_stride).long()
+            # How far ahead a slot's token was drafted: a row that is emitted with others sees what the first of them saw.
+            steps_S, offsets_K = (torch.arange(size, device=codes.device) for size in clean_BSKF.shape[1:3])
+            ahead_BSK = (steps_S % strides_B[:, None])[..., None] + offsets_K
+            further_BSK = rates_BSK.to(codes.device).gather(-1, ahead_BSK.clamp(max=self.window - 1))
+            rates_BSK, seen = further_BSK * (offsets_K > 0), seen & (ahead_BSK < self.window)
         inputs_BSKF = corrupt(clean_BSKF, rates_BSK, self.backbone.factor_sizes, generator, rows, nested=self.nested_noise)
         if self.training and self.self_drafts and self.window > 1:
             own_BSKF = self.own_drafts(inputs_BSKF, seen, condition, uncond, generator, rows)
@@ -296,4 +308,5 @@ def build(recipe: Recipe, backbone: Backbone) -> TensorAR:
         draft_dropout=settings.draft_dropout,
         nested_noise=settings.nested_noise,
         self_drafts=settings.self_drafts,
+        max_stride=min(settings.max_stride, settings.window),
     )

@@ -408,8 +408,11 @@ def validate(engine, recipe: Recipe, caption_encoder, rank: int, world_size: int
     }
 
 
+GUIDANCE = {"cfg_scale", "draft_guidance", "stride", "lookahead"}  # of the sampler's settings, those of `decode` itself
+
+
 def sampler(recipe: Recipe) -> Sampler:
-    return Sampler(**recipe.sampler.model_dump(exclude={"cfg_scale", "draft_guidance"}))
+    return Sampler(**recipe.sampler.model_dump(exclude=GUIDANCE))
 
 
 def sample(engine, recipe: Recipe, caption_encoder, image_tokenizer, device: torch.device) -> tuple[torch.Tensor, list[float]]:
@@ -421,7 +424,7 @@ def sample(engine, recipe: Recipe, caption_encoder, image_tokenizer, device: tor
     condition = type(condition)(*(part.to(device) for part in condition))
     generator = torch.Generator(device).manual_seed(recipe.run.seed)
     with deep.whole(engine) as model:
-        guidance = {"cfg_scale": recipe.sampler.cfg_scale, "draft_guidance": recipe.sampler.draft_guidance}
+        guidance = recipe.sampler.model_dump(include=GUIDANCE)
         decoded = decode(model, condition, sampler(recipe), **guidance, generator=generator, keep_trace=True)
     with torch.no_grad():
         return image_tokenizer.decode(decoded.codes.cpu()).float().cpu(), revised_per_offset(decoded.trace)

@@ -23,6 +23,14 @@ class FakeCache:
         assert self.length <= self.max_len, "decode asked for more places than it announced"
         return torch.cat(self.keys, 1), torch.cat(self.values, 1)
 
+    @property
+    def layers(self) -> list["FakeCache"]:
+        return [self]
+
+    def crop(self, length: int) -> None:
+        self.keys, self.values = ([torch.cat(each, 1)[:, :length]] for each in (self.keys, self.values))
+        self.length = min(self.length, length)
+
 
 class FakePrefix(nn.Module):
     """Prompt ids -> embeddings; an uncond row keeps its length and loses its words."""

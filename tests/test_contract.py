@@ -166,6 +166,8 @@ def test_cached_decoding_equals_recomputation(tiny, window, cfg_scale):
         open_codec(model)
     decoded = decode(model, tiny.condition, GREEDY, cfg_scale=cfg_scale, keep_trace=True)
     assert torch.equal(decoded.trace, recompute(model, tiny.condition, cfg_scale))
+    ahead = decode(model, tiny.condition, GREEDY, cfg_scale=cfg_scale, keep_trace=True, lookahead=3)
+    assert torch.equal(ahead.trace, decoded.trace) and ahead.passes <= decoded.passes
     assert len(decoded.codes.flatten(1).unique(dim=0)) > 1, "equal images would prove little"
 
 

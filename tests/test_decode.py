@@ -89,6 +89,69 @@ def test_draft_guidance_equals_recomputation(name, cfg_scale, draft_guidance):
     assert not torch.equal(decoded.trace, trusting.trace), "or the comparison would prove little"
 
 
+@pytest.mark.parametrize("sampler", [GREEDY, Sampler(temperature=0.9)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("window, settings", [(1, {}), (3, {"cfg_scale": 3.0}), (3, {"draft_guidance": 0.4, "cfg_tokens": 2, "cfg_scale": 2.0})])
+@pytest.mark.parametrize("name", ["one_factor", "two_factors", "janus"])
+def test_lookahead_gives_the_image_of_one_step_at_a_time(name, window, settings, sampler):
+    """Every window of it, however many guesses are fed at once; a pass is never wasted."""
+    model, condition = make(name, window), fake_condition()
+    settings = settings | {"keep_trace": True}
+    expected = decode(model, condition, sampler, generator=generators(1, 2, 3), **settings)
+    T = model.backbone.num_tokens
+    assert expected.passes == T and len(expected.codes.unique()) > 1
+    for lookahead in (2, 3, T + 5):
+        found = decode(model, condition, sampler, generator=generators(1, 2, 3), lookahead=lookahead, **settings)
+        assert torch.equal(found.trace, expected.trace), lookahead
+        assert found.passes <= T
+
+
+def test_lookahead_saves_passes_where_guesses_are_right():
+    """A model that always says the same confirms all that it guessed, from the second pass on."""
+    model = make("one_factor", 3)
+    T = model.backbone.num_tokens
+    always = Sampler(greedy=True)
+    model.logits = lambda hidden, prev: torch.eye(11)[4].expand(*hidden.shape[:2], 3, 11)
+    found = decode(model, fake_condition(), always, lookahead=T, keep_trace=True)
+    assert (found.codes == 4).all() and found.passes <= 4 < T
+
+
+@torch.no_grad()
+def recompute_strided(model: TensorAR, condition: Condition, stride: int) -> Tensor:
+    """The greedy codes [B, T, F] without a cache, with whole rows of slots built from the emitted windows alone."""
+    T, K, F, B = model.backbone.num_tokens, model.window, len(model.backbone.factor_sizes), len(condition.values)
+    codes, inputs, slots = torch.zeros(B, 0, F, dtype=torch.int64), torch.zeros(B, 0, K, F, dtype=torch.int64), torch.zeros(0, K, dtype=torch.bool)
+    while codes.shape[1] < T:
+        t = codes.shape[1]
+        state = model.hidden(inputs, slots, condition, torch.zeros(B, dtype=torch.bool))[:, -1:]
+        window = torch.zeros(B, 1, K, 0, dtype=torch.int64)
+        for _ in range(F):
+            window = torch.cat([window, model.logits(state, window).argmax(-1)[..., None]], dim=-1)
+        for row in range(min(stride, T - t)):
+            codes = torch.cat([codes, window[:, :, row]], dim=1)
+            ahead = [row + slot for slot in range(K)]
+            left = torch.stack([window[:, 0, min(a, K - 1)] for a in ahead], dim=1)
+            inputs = torch.cat([inputs, left[:, None]], dim=1)
+            slots = torch.cat([slots, torch.tensor([[a < K and t + a < T for a in ahead]])])
+    return codes
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("name", ["one_factor", "two_factors", "janus"])
+def test_strides_equal_recomputation(name, stride):
+    model, condition = make(name, 3), fake_condition()
+    found = decode(model, condition, GREEDY, stride=stride, keep_trace=True)
+    T = model.backbone.num_tokens
+    assert torch.equal(found.codes, recompute_strided(model, condition, stride))
+    assert torch.equal(found.trace[:, :, 0], found.codes) and found.passes == -(-T // stride)
+
+
+def test_strides_and_lookaheads_that_cannot_be_are_refused():
+    model = make("one_factor", 3)
+    for settings, problem in (({"stride": 4}, "expected 1 to 3"), ({"lookahead": 0}, "expected 1"), ({"lookahead": 2, "stride": 2}, "one of them 1")):
+        with pytest.raises(ValueError, match=problem):
+            decode(model, fake_condition(), GREEDY, **settings)
+
+
 @pytest.mark.parametrize("name", BACKBONES)
 def test_guidance_changes_the_image(name):
     """Otherwise the comparison above could pass with guidance left out on both sides."""

@@ -121,7 +121,7 @@ def test_an_arm_is_trained_and_measured(bench, grid_file, tmp_path):  # noqa: F8
 def row(arm: str, seed: int, verdicts: dict[str, str], sampling: str = USUAL, **probe) -> dict:
     score = {"overall": np.mean([int(digit) for digits in verdicts.values() for digit in digits])}
     probe = {"none nats": [1.0], **probe}
-    facts = {"steps": 3, "train_seconds": 1.0, "step_seconds": 0.3, "seconds_per_image": 0.1, "threads": 1, "torch": "2", "device": "cpu"}
+    facts = {"steps": 3, "train_seconds": 1.0, "step_seconds": 0.3, "seconds_per_image": 0.1, "passes_per_image": 16, "threads": 1, "torch": "2", "device": "cpu"}
     return {"arm": arm, "seed": seed, "sampling": sampling, "verdicts": verdicts, "score": score, "frechet": 0.5, "probe": probe, "revised": [], **facts}
 
 

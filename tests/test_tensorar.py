@@ -424,6 +424,28 @@ def test_draft_dropout_hides_all_drafts_of_a_sample():
     assert torch.equal(*losses)
 
 
+def test_samples_are_trained_at_every_stride():
+    """What a row of a stride sees: drafts made as far ahead as its group's first row had them, none beyond the window."""
+    model = open_codec(wrap(FakeBackbone((11,)), 3, schedule=FixedSchedule([0, 0, 1]), max_stride=3))
+    codes, found = random_codes(model.backbone), set()
+    clean, valid = slide(codes, 3)
+    S, offsets = clean.shape[1] - 1, torch.arange(3)
+    ahead = {stride: (torch.arange(S) % stride)[:, None] + offsets for stride in (1, 2, 3)}
+    for seed in range(8):
+        windows, slots = inputs_of(model, codes, seed=seed)
+        for sample in range(BATCH):
+            (stride,) = [s for s, a in ahead.items() if torch.equal(slots[sample], valid[:-1] & (a < 3))]
+            found.add(stride)
+            changed = (windows[sample] != clean[sample, :-1]).any(-1)
+            # A rate of 1 at two tokens ahead and 0 nearer; the emitted token itself is always the true one.
+            assert not changed[(ahead[stride] < 2) | (offsets == 0)].any()
+            cut = inputs_of(model, codes[sample : sample + 1], (sample, BATCH), seed)
+            assert torch.equal(cut[0][0], windows[sample]) and torch.equal(cut[1][0], slots[sample])
+    assert found == {1, 2, 3}
+    with pytest.raises(ValueError, match="max_stride is 4; expected 1 to 3"):
+        wrap(model.backbone, 3, max_stride=4)
+
+
 @pytest.mark.parametrize("name", ["one_factor", "two_factors"])
 def test_self_drafts_are_what_the_model_samples(name):
     """With pure noise at the drafts every one is the model's: of a model that always says the same, that; offset 0 stays true."""

@@ -27,7 +27,7 @@ class Arm(Section):
 class Grid(Section):
     """world: a module of this folder. recipe: what all arms start from. base: checkpoint folder of the arm called base.
 
-    control: the arm that the others are compared with. samplings: name -> settings of the sampler.
+    control: the arm that the others are compared with. samplings: name -> settings of the sampler, and batch_size.
     """
 
     world: str
@@ -48,7 +48,7 @@ class Grid(Section):
             if needed not in self.arms:
                 problems.append(f"arms has no {needed!r}")
         for name, settings in self.samplings.items():
-            if unknown := settings.keys() - SamplerSettings.model_fields.keys():
+            if unknown := settings.keys() - SamplerSettings.model_fields.keys() - {"batch_size"}:
                 problems.append(f"samplings.{name}: unknown {', '.join(sorted(unknown))}")
         for name, arm in self.arms.items():
             if unknown := [each for each in arm.samplings if each not in self.samplings]:

@@ -6,6 +6,7 @@ What is measured, of pictures by each sampling and of teacher-forced validation 
     verdicts       prompt -> a digit per picture, 1 where it is right, from which intervals are drawn
     frechet        Frechet distance to validation pictures, in the image tokenizer's code vectors averaged over quarters
     revised        share of tokens that changed at each offset while sampling
+    passes_per_image, seconds_per_image    through the backbone, and of sampling without decoding the picture
     probe          nats per token and sampled accuracy at each offset, given drafts that are true, the model's own, or none
 """
 
@@ -36,7 +37,7 @@ from mmtensorar.tensorar import TensorAR
 from mmtensorar.windows import slide
 
 ROOT = Path(__file__).resolve().parents[2]
-BATCH_SIZE = 40  # pictures at a time
+BATCH_SIZE = 40  # pictures at a time, unless a sampling says another number
 ROUNDS = 3  # of drafting anew from the own drafts of the round before
 ON_ALL = ["train.monitors=[]", "train.sample_every=0", "train.sample_prompts=[]", "train.save_every=0", "train.log_every=50"]
 
@@ -106,16 +107,18 @@ def features(generator: Generator, codes: Tensor) -> np.ndarray:
 def draw(grid: Grid, generator: Generator, settings: dict, seed: int, reference: np.ndarray) -> dict:
     """Pictures of all prompts by one sampling, and what they are worth."""
     world = worlds.load(grid.world)
-    prompts, sampling = world.prompts(), generator.sampling(**settings)
+    batch_size = settings.get("batch_size", BATCH_SIZE)
+    prompts, sampling = world.prompts(), generator.sampling(**{key: value for key, value in settings.items() if key != "batch_size"})
     work = [(number, image) for number in range(len(prompts)) for image in range(grid.num_images)]
-    verdicts, found, revised, seconds = defaultdict(str), [], [], 0.0
-    for start in range(0, len(work), BATCH_SIZE):
-        part = work[start : start + BATCH_SIZE]
+    verdicts, found, revised, seconds, passes = defaultdict(str), [], [], 0.0, 0
+    for start in range(0, len(work), batch_size):
+        part = work[start : start + batch_size]
         began = time.perf_counter()
         decoded = generator.decode(
             [prompts[number][1] for number, _ in part], [image_seed(seed, *place) for place in part], sampling, keep_trace=True
         )
         seconds += time.perf_counter() - began
+        passes += decoded.passes * len(part)
         revised.append(revised_per_offset(decoded.trace))
         found.append(features(generator, decoded.codes))
         for (number, _), image in zip(part, generator.pictures(decoded.codes), strict=True):
@@ -130,6 +133,8 @@ def draw(grid: Grid, generator: Generator, settings: dict, seed: int, reference:
         "frechet": frechet_distance(statistics(reference), statistics(np.concatenate(found))),
         "revised": np.mean(revised, axis=0).round(5).tolist(),
         "seconds_per_image": seconds / len(work),
+        "passes_per_image": passes / len(work),
+        "batch_size": batch_size,
     }
 
 

@@ -132,9 +132,11 @@ def samplings(grid: Grid, found: dict, groups: Sequence[str]) -> str:
             own = interval(np.stack([runs.shares[seed] for seed in sorted(runs.shares)]), groups)["overall"]
             revised = [f"{100 * value:.0f}" for value in np.mean([row["revised"] for row in runs.rows], axis=0)] if runs.rows[0]["revised"] else []
             score = f"{100 * own.value:.1f} [{100 * own.low:.1f} {100 * own.high:.1f}]"
-            rows.append([f"`{name}`", sampling, score, _spread(runs, lambda row: 100 * row["frechet"], 2), " ".join(revised)])
+            passes = _mean(runs, lambda row: row.get("passes_per_image"))  # which the first rows did not record
+            cost = ["" if passes is None else f"{passes:.0f}", f"{1000 * mean(row['seconds_per_image'] for row in runs.rows):.0f}"]
+            rows.append([f"`{name}`", sampling, score, _spread(runs, lambda row: 100 * row["frechet"], 2), " ".join(revised), *cost])
     rows.sort(key=lambda row: list(grid.arms).index(row[0].strip("`")))
-    return _table(["arm", "sampling", "right pictures, %", "Frechet, x 100", "revised at each offset, %"], rows)
+    return _table(["arm", "sampling", "right pictures, %", "Frechet, x 100", "revised at each offset, %", "passes a picture", "ms a picture"], rows)
 
 
 def probes(grid: Grid, found: dict) -> str:

@@ -55,7 +55,7 @@ class Backbone(Protocol):
         ...
 
     def new_cache(self, max_len: int) -> Any:
-        """An empty key-value cache for max_len places."""
+        """An empty key-value cache for max_len places: layers, or an object with `layers`, each with crop(length)."""
         ...
 
     def save_pretrained(self, folder) -> None:

@@ -145,6 +145,10 @@ class JanusCacheLayer(DynamicLayer):
         self.keys, self.values = self.memory.append(key_states, value_states)
         return self.keys, self.values
 
+    def crop(self, max_length: int) -> None:
+        self.memory.crop(max_length)
+        self.keys, self.values = (each[:, :, : self.memory.length] for each in (self.keys, self.values))
+
 
 class JanusBackbone(nn.Module):
     """See mmtensorar.backbones.Backbone. pad_id fills the unconditional prompt."""
