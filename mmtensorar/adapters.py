@@ -24,6 +24,10 @@ WITH_ADAPTERS = ("lora", "qlora")
 BLOCK = 64  # numbers that share a scale in NF4
 
 
+# At its import, which may be peft's doing, bitsandbytes recommends a package for inference in 4 bits on CPUs.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
 class Counts(NamedTuple):
     """A line of the table of what is trained. part: the first names of the parameters in it."""
 
@@ -161,8 +165,6 @@ def fold(model: nn.Module, recipe: Recipe, adapters: dict[str, Tensor]) -> None:
 
 def bitsandbytes_for(setting: str) -> ModuleType:
     """The library, for a setting that needs it. Raises ValueError, naming the setting, when it is not installed."""
-    # At its import it recommends a package for inference in 4 bits on CPUs.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         import bitsandbytes
     except ImportError as error:
