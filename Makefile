@@ -18,7 +18,7 @@ demo: setup
 	$(BIN)/python recipes/tiny/demo.py
 
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 clean: # what the demo made
 	rm -rf data/shapes runs/plain runs/tensorar runs/eval

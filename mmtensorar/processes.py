@@ -73,8 +73,8 @@ def hold(folder: Path, patience_s: float = 0) -> TextIO | None:
 def let_go() -> None:
     """In a child process: leave the folders to the process that holds them, so that they are free when that one ends."""
     for file in _held:
-        with suppress(OSError):
-            os.close(file.fileno())
+        if not file.closed:
+            file.close()
     _held.clear()
 
 

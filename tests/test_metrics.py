@@ -2,12 +2,14 @@
 
 import sys
 import time
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 from mmtensorar import metrics
+from mmtensorar.recipe import Recipe
 
 CPU = torch.device("cpu")
 
@@ -64,5 +66,6 @@ def test_weights_and_biases_gets_each_number(monkeypatch, tmp_path):
     assert deep.monitor(["tensorboard"], tmp_path / "run", 0) is None
     monkeypatch.delitem(sys.modules, "wandb")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    recipe = Recipe.load(Path(__file__).parents[1] / "recipes/tiny/plain.yaml", ["train.monitors=[wandb]"])
     with pytest.raises(ValueError, match="train.monitors wandb needs wandb: pip install wandb"):
-        deep.monitor(["wandb"], tmp_path / "run", 0)
+        deep.check(recipe, torch.device("cpu"))
