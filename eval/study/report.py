@@ -240,8 +240,8 @@ def write(grid_path: Path, results: Path, rows: Sequence[dict]) -> Path:
         "## Every arm",
         f"All arms start from `{grid.base}` and see the same samples in the same order for a seed; settings not named are those of "
         f"`{grid.recipe}`. {grid.num_images} pictures of each of {len(groups)} prompts. Frechet distance: in the image tokenizer's code vectors, "
-        "averaged over quarters, to pictures of the validation set (± half the distance between the extremes of the seeds). Times are of runs "
-        "side by side on one machine, so they compare roughly.",
+        "averaged over quarters, to pictures of the validation set (± half the distance between the extremes of the seeds). Of one seed "
+        "the intervals are over prompts alone. Times are of runs side by side on one machine, so they compare roughly.",
         scores(grid, found, groups),
         "![scores](scores.png)",
         *([f"Not run yet: {', '.join(f'`{name}`' for name in missing)}."] if missing else []),
