@@ -119,7 +119,8 @@ def decode(
     """Generate one image per row of the condition, in T backbone steps whatever the window, or fewer.
 
     condition: B rows, on any device. sampler: or any function of logits [B, K, V] and numbers
-    [B, K] to tokens [B, K], called for one factor after the other. cfg_scale: s in
+    [B, K] to tokens [B, K], called for one factor after the other
+    (where windows are coherent, for one slot after the other). cfg_scale: s in
     uncond + s (cond - uncond), applied to the logits of every offset, one number or one per
     factor; 1 everywhere runs no uncond rows. The guided token of a factor goes to both halves
     before the logits of the next. cfg_tokens: guide the first so many steps only; None guides
@@ -146,6 +147,9 @@ def decode(
     uniform = _uniform((T, len(sizes), K), B, generator).to(device)  # [B, T, F, K]
     scales = per_factor(cfg_scale, len(sizes), "cfg_scale")
     samplers = sampler.per_factor(len(sizes)) if isinstance(sampler, Sampler) else [sampler] * len(sizes)
+
+    # Of slots that are called for one by one.
+    draft_samplers = [replace(each, greedy=True) if isinstance(each, Sampler) and each.greedy_drafts else each for each in samplers]
 
     uncond = torch.zeros(B, dtype=torch.bool, device=device)
     guided = any(scale != 1 for scale in scales)
@@ -177,9 +181,10 @@ def decode(
     def predict(hidden: Tensor, first: int) -> Tensor:
         """Hidden states [R, m, D] of the steps from first on -> their windows [B, m, K, F], 0 past the last token."""
         m = hidden.shape[1]
-        windows = torch.zeros(B, m, K, 0, dtype=torch.int64, device=device)  # one factor longer each round
-        for factor in range(len(sizes)):
-            logits = model.logits(hidden, both(windows)).float()  # [R, m, K, V_f]
+
+        def choose(logits: Tensor, factor: int, slots: slice) -> Tensor:
+            """Logits [R, m, k, V_f] -> tokens [R, m, k], equal for all rows of an image."""
+            logits = logits.float()
             if dialled:
                 informed, blind_logits = logits.chunk(2)
                 logits = blind_logits + draft_guidance * (informed - blind_logits)
@@ -188,9 +193,11 @@ def decode(
                 logits = uncond_logits + scales[factor] * (cond_logits - uncond_logits)
                 if cfg_tokens is not None:
                     logits[:, max(0, cfg_tokens - first) :] = cond_logits[:, max(0, cfg_tokens - first) :]
-            numbers = uniform[:, first : first + m, factor]
-            tokens = samplers[factor](logits.flatten(0, 1), numbers.flatten(0, 1)).unflatten(0, (B, m))
-            windows = torch.cat([windows, tokens[..., None]], dim=-1)
+            numbers = uniform[:, first : first + m, factor, slots]
+            sample = (draft_samplers if slots.start else samplers)[factor]
+            return both(sample(logits.flatten(0, 1), numbers.flatten(0, 1)).unflatten(0, (B, m)))
+
+        windows = model.draft(hidden, choose)[:B]
         return windows * valid[first : first + m, :, None]
 
     def feed(windows: Tensor, first: int, known: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ F factors, V vocabulary, D width.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -159,20 +159,48 @@ class TensorAR(nn.Module):
         uniform = _uniform(inputs.shape, generator, rows, inputs.device).double()
         size, parts = max(1, self.chunk_tokens // (self.window * len(inputs))), []
         for hidden, numbers in zip(hidden_BSD.split(size, 1), uniform.split(size, 1), strict=True):
-            drafts = numbers.new_zeros(numbers.shape[:-1] + (0,), dtype=torch.int64)
-            for factor in range(inputs.shape[-1]):
-                probs = self.logits(hidden, drafts).double().softmax(-1)
-                drafts = torch.cat([drafts, invert_cdf(probs, numbers[..., factor])[..., None]], dim=-1)
-            parts.append(drafts)
+
+            def choose(logits: Tensor, factor: int, slots: slice, numbers: Tensor = numbers) -> Tensor:
+                return invert_cdf(logits.double().softmax(-1), numbers[:, :, slots, factor])
+
+            parts.append(self.draft(hidden, choose))
         return torch.cat(parts, dim=1)
 
-    def logits(self, hidden: Tensor, prev: Tensor) -> Tensor:
-        """[B, S, D], earlier factors of each token [B, S, K, f] int64 -> logits [B, S, K, V_f] of factor f."""
-        return self.backbone.head(self._states(hidden), prev)
+    def draft(self, hidden: Tensor, choose: Callable[[Tensor, int, slice], Tensor]) -> Tensor:
+        """Fill windows: [B, S, D] -> [B, S, K, F] int64.
 
-    def _states(self, hidden: Tensor) -> Tensor:
-        """[..., D] -> [..., K, D], one state per offset."""
-        return hidden[..., None, :] if self.decoder is None else self.decoder(hidden)
+        choose: (logits [B, S, k, V_f], factor f, which k slots of the window) -> tokens [B, S, k]. It is called for one factor after
+        the other with all slots at once, or, where windows are coherent, with one slot after the other.
+        """
+        states_BSKD = self._states(hidden)
+        alone = self.decoder is not None and self.decoder.link is not None
+        parts: list[Tensor] = []
+        for slots in [slice(k, k + 1) for k in range(self.window)] if alone else [slice(0, self.window)]:
+            states = states_BSKD[:, :, slots]
+            if parts:
+                states = self.decoder.link(states, self.backbone.embed(parts[-1]))
+            tokens = torch.zeros(*states.shape[:-1], 0, dtype=torch.int64, device=states.device)
+            for factor in range(len(self.backbone.factor_sizes)):
+                tokens = torch.cat([tokens, choose(self.backbone.head(states, tokens), factor, slots)[..., None]], dim=-1)
+            parts.append(tokens)
+        return torch.cat(parts, dim=2)
+
+    def logits(self, hidden: Tensor, prev: Tensor, windows: Tensor | None = None) -> Tensor:
+        """[B, S, D], earlier factors of each token [B, S, K, f] int64 -> logits [B, S, K, V_f] of factor f.
+
+        windows: [B, S, K, F] that the slots are told of where windows are coherent, else not needed.
+        """
+        return self.backbone.head(self._states(hidden, windows), prev)
+
+    def _states(self, hidden: Tensor, windows: Tensor | None = None) -> Tensor:
+        """[..., D] -> [..., K, D], one state per offset; with windows [..., K, F] each linked to the token one slot earlier."""
+        if self.decoder is None:
+            return hidden[..., None, :]
+        states = self.decoder(hidden)
+        if windows is None or self.decoder.link is None:
+            return states
+        linked = self.decoder.link(states[..., 1:, :], self.backbone.embed(windows[..., :-1, :]))
+        return torch.cat([states[..., :1, :], linked], dim=-2)
 
     def _summed_loss(self, hidden: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
         """[B, T, D], [B, T, K, F], [T, K] -> [3, K] float32, summed over B and valid T.
@@ -208,11 +236,12 @@ class TensorAR(nn.Module):
 
     def _fused_loss(self, hidden: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
         """As `_summed_loss`. Only the decoder is made in chunks, and again; the states of all offsets are in memory."""
-        chunks = hidden.flatten(0, 1)[None].split(max(1, self.chunk_tokens // self.window), dim=1)
+        size = max(1, self.chunk_tokens // self.window)
+        chunks = zip(hidden.flatten(0, 1)[None].split(size, dim=1), targets.flatten(0, 1)[None].split(size, dim=1), strict=True)
         if self.decoder is None:
-            states = [chunk[..., None, :] for chunk in chunks]
+            states = [self._states(chunk) for chunk, _ in chunks]
         else:
-            states = [checkpoint(self.decoder, chunk, use_reentrant=False) for chunk in chunks]
+            states = [checkpoint(self._states, *chunk, use_reentrant=False) for chunk in chunks]
         states = torch.cat(states, dim=1)
         wanted = targets[..., 0].masked_fill(~valid, layers.IGNORED).flatten(0, 1)[None]
         none = targets.new_empty(*states.shape[:2], 0)
@@ -222,7 +251,8 @@ class TensorAR(nn.Module):
     def _chunk_loss(self, hidden: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
         """[N, D], [N, K, F], [N, K] -> [3, K] float32, summed over valid N and over factors; see `_summed_loss`."""
         # One batch row of N steps, since a head expects [B, S, ...] as in `logits`.
-        states, targets = self._states(hidden[None]), targets[None]
+        targets = targets[None]
+        states = self._states(hidden[None], targets)
         goals = losses = 0
         right = targets.new_zeros(targets[..., 0].numel(), dtype=torch.float32)
         if not self.training:
@@ -294,7 +324,7 @@ def build(recipe: Recipe, backbone: Backbone) -> TensorAR:
     if settings.window > 1:
         shape = {"num_heads": settings.num_heads, "depth": settings.depth}
         encoder = WindowEncoder(backbone.dim, settings.window, **shape)
-        decoder = WindowDecoder(backbone.dim, settings.window, **shape)
+        decoder = WindowDecoder(backbone.dim, settings.window, **shape, coherent=settings.coherent)
     return TensorAR(
         backbone,
         encoder,

@@ -110,9 +110,37 @@ def test_lookahead_saves_passes_where_guesses_are_right():
     model = make("one_factor", 3)
     T = model.backbone.num_tokens
     always = Sampler(greedy=True)
-    model.logits = lambda hidden, prev: torch.eye(11)[4].expand(*hidden.shape[:2], 3, 11)
+    model.backbone.head.forward = lambda states, prev: torch.eye(11)[4].expand(*states.shape[:-1], 11)
     found = decode(model, fake_condition(), always, lookahead=T, keep_trace=True)
     assert (found.codes == 4).all() and found.passes <= 4 < T
+
+
+@torch.no_grad()
+def recompute_coherent(model: TensorAR, condition: Condition, cfg_scale: float) -> Tensor:
+    """The greedy trace [B, T, K, F] of linked drafts: each slot from the logits of a window whose earlier slots are what was taken."""
+    T, K, F, B = model.backbone.num_tokens, model.window, len(model.backbone.factor_sizes), len(condition.values)
+    valid = valid_slots(T, K)
+    trace = torch.zeros(B, 0, K, F, dtype=torch.int64)
+    for t in range(T):
+        states = [model.hidden(trace, valid[:t], condition, torch.full((B,), uncond))[:, -1:] for uncond in (False, True)]
+        window = trace.new_zeros(B, 1, K, F)
+        for slot in range(K):
+            for factor in range(F):
+                cond, uncond = (model.logits(state, window[..., :factor], window) for state in states)
+                window[:, :, slot, factor] = (uncond + cfg_scale * (cond - uncond))[:, :, slot].argmax(-1)
+        trace = torch.cat([trace, window * valid[t, :, None]], dim=1)
+    return trace
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 3.0])
+@pytest.mark.parametrize("name", ["one_factor", "two_factors"])
+def test_coherent_windows_equal_recomputation(name, cfg_scale):
+    model = open_codec(wrap(BACKBONES[name](), 3, coherent=True)).eval()
+    for sampler in (GREEDY, Sampler(greedy_drafts=True, top_k=1)):  # the only one of the likeliest is the likeliest
+        decoded = decode(model, fake_condition(), sampler, cfg_scale=cfg_scale, keep_trace=True)
+        assert torch.equal(decoded.trace, recompute_coherent(model, fake_condition(), cfg_scale))
+    model.decoder.link = None
+    assert not torch.equal(decode(model, fake_condition(), GREEDY, cfg_scale=cfg_scale, keep_trace=True).trace, decoded.trace)
 
 
 @torch.no_grad()

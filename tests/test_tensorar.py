@@ -38,11 +38,14 @@ def backbone(request):
     return BACKBONES[request.param]()
 
 
-def wrap(backbone, window: int, *, depth: int = 1, schedule=FixedSchedule("linear"), weights=None, **options) -> TensorAR:
+def wrap(
+    backbone, window: int, *, depth: int = 1, schedule=FixedSchedule("linear"), weights=None, coherent: bool = False, **options
+) -> TensorAR:
     """A TensorAR with a fresh codec around the backbone itself, not a copy."""
     codec = [None, None]
     if window > 1:
-        codec = [part(backbone.dim, window, num_heads=2, depth=depth) for part in (WindowEncoder, WindowDecoder)]
+        shape = {"num_heads": 2, "depth": depth}
+        codec = [WindowEncoder(backbone.dim, window, **shape), WindowDecoder(backbone.dim, window, **shape, coherent=coherent)]
     return TensorAR(backbone, *codec, schedule, offset_weights=resolve_offset_weights(weights, window), **options)
 
 
@@ -51,6 +54,8 @@ def open_codec(model: TensorAR) -> TensorAR:
     """Move the projections off zero, as training does, so that the codec takes part."""
     for part in (model.encoder, model.decoder):
         part.layers[-1].output.weight.normal_(std=0.5)
+    if model.decoder.link is not None:
+        model.decoder.link.output.weight.normal_(std=0.5)
     return model
 
 
@@ -446,6 +451,26 @@ def test_samples_are_trained_at_every_stride():
         wrap(model.backbone, 3, max_stride=4)
 
 
+def test_coherent_drafts_are_told_of_the_slot_before(backbone):
+    """A token of a window moves the logits of the next slot alone; fresh links change nothing; all of it is trained."""
+    model, same = wrap(backbone, 3, coherent=True), wrap(backbone, 3)
+    codes, condition = random_codes(backbone), fake_condition()
+    same.load_state_dict({name: value for name, value in model.state_dict().items() if ".link." not in name})
+    assert torch.equal(model.eval()(codes, condition, UNCOND, noise()).loss, same.eval()(codes, condition, UNCOND, noise()).loss)
+    open_codec(model)
+    hidden, (windows, _) = torch.randn(BATCH, backbone.num_tokens, backbone.dim), slide(codes, 3)
+    other = windows.clone()
+    other[:, :, 1] = (other[:, :, 1] + 1) % torch.tensor(backbone.factor_sizes)
+    nothing = windows[..., :0]
+    with torch.no_grad():
+        changed = (model.logits(hidden, nothing, windows) != model.logits(hidden, nothing, other)).flatten(3).any(-1)
+    assert not changed[..., :2].any() and changed[..., 2].all()
+    small = wrap(backbone, 3, coherent=True, chunk_tokens=8)
+    small.load_state_dict(model.state_dict())
+    for one, two in zip(gradients(model.train(), codes).values(), gradients(small.train(), codes).values(), strict=True):
+        assert one.any() and torch.allclose(one, two, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["one_factor", "two_factors"])
 def test_self_drafts_are_what_the_model_samples(name):
     """With pure noise at the drafts every one is the model's: of a model that always says the same, that; offset 0 stays true."""
@@ -454,14 +479,15 @@ def test_self_drafts_are_what_the_model_samples(name):
     codes = random_codes(backbone)
     clean = slide(codes, 3)[0][:, :-1]
     said = torch.tensor([size - 2 for size in backbone.factor_sizes])
-    model.logits = lambda hidden, prev: functional.one_hot(
-        said[prev.shape[-1]].expand(*hidden.shape[:2], 3), backbone.factor_sizes[prev.shape[-1]]
+    real = backbone.head.forward
+    backbone.head.forward = lambda states, prev: functional.one_hot(
+        said[prev.shape[-1]].expand(states.shape[:-1]), backbone.factor_sizes[prev.shape[-1]]
     ).float() * 1e4
     windows, _ = inputs_of(model, codes)
     assert torch.equal(windows[:, :, 0], clean[:, :, 0])
     redrawn = (windows != clean).any(-1)
     assert redrawn[..., 1:].any() and (windows[redrawn] == said).all()
-    del model.logits
+    backbone.head.forward = real
     together, _ = inputs_of(model, codes)
     for first in range(BATCH):
         assert torch.equal(inputs_of(model, codes[first : first + 1], (first, BATCH))[0][0], together[first])
