@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 pytest.importorskip("deepspeed")
 
 from eval.study import __main__ as study
-from eval.study import job, report, worlds
+from eval.study import features, job, report, start, worlds
+from eval.study.features import quarters
 from eval.study.grid import USUAL, Grid
+from eval.study.worlds import _classes, photographs
 from mmtensorar.generate import Generator
 from mmtensorar.recipe import Recipe, RecipeError
 from tests.test_train import bench  # noqa: F401
@@ -30,23 +33,31 @@ class World:
     def sets(self, folder: Path) -> tuple[Path, Path]:
         return self.shards, self.shards
 
-    def prepare(self, folder: Path, image_tokenizer: str) -> None:
+    FEATURES = "made-up features"
+
+    def prepare(self, folder: Path) -> None:
         pass
 
     def prompts(self) -> list[tuple[str, str]]:
         return PROMPTS
 
-    def correct(self, number: int, images) -> list[bool]:
+    def features(self, folder: Path, image_tokenizer, codes) -> np.ndarray:
+        return quarters(image_tokenizer, codes)
+
+    def correct(self, folder: Path, number: int, images) -> list[bool]:
         return [bool(np.asarray(image).mean() > 127) for image in images]
 
 
 @pytest.fixture
 def grid_file(bench, tmp_path, monkeypatch) -> Path:  # noqa: F811
     monkeypatch.setattr(worlds, "load", lambda name: World(bench))
+    (tmp_path / "base").mkdir()
+    for part, place in {"backbone": "janus", "image_tokenizer": "janus/vq"}.items():
+        (tmp_path / "base" / part).symlink_to(bench / place)
     content = {
         "world": "shapes",
         "recipe": str(bench / "recipe.yaml"),
-        "base": str(bench / "runs" / "none"),
+        "base": str(tmp_path / "base"),
         "control": "plain",
         "samplings": {"greedy": {"greedy_drafts": True}},
         "arms": {
@@ -64,11 +75,13 @@ def grid_file(bench, tmp_path, monkeypatch) -> Path:  # noqa: F811
 @pytest.mark.parametrize(
     "key, value, problem",
     [
-        ("world", "moon", "world is 'moon'; expected one of shapes"),
+        ("world", "moon", "world is 'moon'; expected one of digits, photographs, shapes"),
         ("control", "none", "arms has no 'none'"),
         ("samplings", {"greedy": {"heat": 1}}, "samplings.greedy: unknown heat"),
         ("arms", {"base": {"about": "", "samplings": ["x"]}, "plain": {"about": ""}}, "arms.base.samplings: unknown x"),
         ("arms", {"base": {"about": "", "calibrated_on": "plain"}, "plain": {"about": ""}}, "expected an arm that comes before"),
+        ("base", None, "expected one of base and from_nothing"),
+        ("from_nothing", {"image_tokenizer": {"image_size": 16}, "backbone": {}}, "from_nothing.image_tokenizer.num_embeddings"),
         ("arms", {"base": {"about": ""}, "plain": {"about": "", "settings": ["tensorar.windw=1"]}}, "did you mean tensorar.window"),
     ],
 )
@@ -82,7 +95,7 @@ def test_mistakes_in_a_grid_are_named(grid_file, key, value, problem):
 @pytest.mark.parametrize("path", sorted((ROOT / "eval/study/grids").glob("*.yaml")), ids=lambda path: path.name)
 def test_the_grids_that_are_here_load(path):
     grid = Grid.load(path)
-    assert grid.control in grid.arms and (ROOT / grid.base).is_dir()
+    assert grid.control in grid.arms and (grid.base is None or (ROOT / grid.base).is_dir())
 
 
 def test_an_arm_is_trained_and_measured(bench, grid_file, tmp_path):  # noqa: F811
@@ -116,6 +129,68 @@ def test_an_arm_is_trained_and_measured(bench, grid_file, tmp_path):  # noqa: F8
         logits = generator.model.logits(hidden, windows[..., :0])[:, :, 0]
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.codes.flatten())
     assert number == 4 and probed["none nats"][0] == pytest.approx(expected.item(), rel=1e-3)
+
+
+def grounds() -> tuple[list, list]:
+    """Pictures of one colour with a little noise; the class is the colour."""
+    rng = np.random.default_rng(0)
+
+    def drawn(number: int) -> list:
+        classes = rng.integers(2, size=number)
+        noise = rng.integers(60, size=(number, 16, 16, 3), dtype=np.uint8)
+        return [(int(c), Image.fromarray(n + np.uint8(180) * np.uint8(c))) for c, n in zip(classes, noise, strict=True)]
+
+    return drawn(40), drawn(20)
+
+
+def test_a_base_is_made_from_nothing(grid_file, tmp_path, monkeypatch):
+    """A world of classes from pictures to codes, an image tokenizer and a trained LlamaGen; nothing is made twice."""
+    world = _classes.Classes("grounds", 16, ["dark", "bright"], grounds, num_prompts=3)
+    monkeypatch.setattr(worlds, "load", lambda name: world)
+    monkeypatch.setattr(features, "STEPS", 60)
+    content = yaml.safe_load(grid_file.read_text())
+    content["recipe"] = str(ROOT / "eval/study/recipes/classes.yaml")
+    del content["base"]
+    content["from_nothing"] = {
+        "image_tokenizer": {"image_size": 16, "num_embeddings": 8, "channel_multiplier": [1, 1, 1], "latent_channels": 32, "steps": 2, "warmup_steps": 1, "batch_size": 4},
+        "backbone": dict(condition="class", dim=16, num_layers=1, num_heads=2, num_kv_heads=2, ffn_dim=16, vocab_size=8, num_tokens=16, num_classes=2),
+        "settings": ["train.steps=1", "data.batch_size=8", "optim.warmup_steps=0"],
+    }
+    content["arms"] = {"base": {"about": "not trained"}, "plain": {"about": "control", "settings": ["tensorar.window=1"]}}
+    grid_file.write_text(yaml.safe_dump(content, sort_keys=False))
+    grid, out = Grid.load(grid_file), tmp_path / "out"
+    (out / "data").mkdir(parents=True)
+    start.prepare(grid, out)
+    folder = start.folder(grid, out)
+    made = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    start.prepare(grid, out)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == made
+    generator = Generator.load(folder)
+    assert generator.image_tokenizer.grid == (4, 4) and not (out / "start").exists()
+    assert world.prompts() == [("dark", "0")] * 3 + [("bright", "1")] * 3
+    images = [image for _, image in grounds()[1]]
+    expected = [number == 1 for number, _ in grounds()[1]]
+    assert world.correct(out / "data", 4, images) == expected and world.correct(out / "data", 0, images) == [not each for each in expected]
+    assert world.classifier(out / "data")[1] == 1
+    codes = torch.randint(8, (3, 16, 1))
+    assert world.features(out / "data", generator.image_tokenizer, codes).shape == (3, features.WIDTH)
+    rows = job.measure(grid, "base", 0, folder, out)
+    assert set(rows[0]["score"]) == {"overall", "dark", "bright"} and rows[0]["probe"]["none nats"][0] > 0
+
+
+@pytest.mark.parametrize("name", ["digits", "photographs"])
+def test_the_worlds_that_are_here_have_pictures_of_every_class(name, monkeypatch):
+    pytest.importorskip("skimage")
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr(photographs, "NUM_TRAIN", 200)
+    monkeypatch.setattr(photographs, "NUM_VALIDATION", 200)
+    world = worlds.load(name)
+    train, validation = world.pictures()
+    for part in (train, validation):
+        assert {number for number, _ in part} == set(range(len(world.names)))
+        assert all(image.size == (world.size, world.size) and image.mode == "RGB" for _, image in part)
+    again = world.pictures()[1]
+    assert all(a[0] == b[0] and a[1].tobytes() == b[1].tobytes() for a, b in zip(validation, again, strict=True))
 
 
 def row(arm: str, seed: int, verdicts: dict[str, str], sampling: str = USUAL, **probe) -> dict:

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from eval import lines
 from eval.study import report
+from eval.study.commands import ROOT
 from eval.study.grid import Grid
 
 RESULTS = "results.jsonl"
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def read(path: Path) -> list[dict]:
@@ -41,14 +41,17 @@ def hours(text: str) -> float:
 
 
 def places(workers: int | None) -> list[dict[str, str]]:
-    """What each worker sees of the machine, as environment: a GPU each, or on a machine without one an equal part of the cores."""
+    """What each worker sees of the machine, as environment: a GPU each, or on a machine without one an equal part of the cores.
+
+    Who has set OMP_NUM_THREADS keeps it.
+    """
     import torch
 
     if gpus := torch.cuda.device_count():
         return [{"CUDA_VISIBLE_DEVICES": str(number % gpus)} for number in range(workers or gpus)]
     workers = workers or os.cpu_count() or 1
     # Jobs that each take all cores wait on each other.
-    threads = str(max(1, (os.cpu_count() or 1) // workers))
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // workers))
     return [{"OMP_NUM_THREADS": threads}] * workers
 
 
@@ -69,8 +72,7 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from eval.study import worlds
-    from mmtensorar.recipe import Recipe
+    from eval.study import start
 
     grid, out = Grid.load(options.grid), options.out or Path("runs/study") / options.grid.stem
     out.mkdir(parents=True, exist_ok=True)
@@ -79,8 +81,8 @@ def run(options: argparse.Namespace) -> None:
     wanted = options.arms or list(grid.arms)
     if unknown := set(wanted) - grid.arms.keys():
         raise ValueError(f"--arms: unknown {', '.join(sorted(unknown))}; there are {', '.join(grid.arms)}")
-    print(f"data of {grid.world} in {out / 'data'}", flush=True)
-    worlds.load(grid.world).prepare(out / "data", Recipe.load(ROOT / grid.recipe, []).image_tokenizer.path)
+    print(f"data of {grid.world} in {out / 'data'}, base {start.folder(grid, out)}", flush=True)
+    start.prepare(grid, out)
     began, free, running, failed = time.monotonic(), places(options.workers), [], 0
     # Seed after seed, so that whenever the time is over all arms have been seen equally often.
     work = [(seed, name) for seed in range(options.seeds or grid.num_seeds) for name in grid.arms if name in wanted]
@@ -173,4 +175,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # As Ctrl-C does: whoever ends this ends what it has started.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from mmtensorar.backbones import llamagen
 from mmtensorar.recipe import Recipe, SamplerSettings, Section, read_recipe
+from mmtensorar.train_image_tokenizer import ImageTokenizerRecipe
 
 BASE = "base"  # the arm that is not trained
 USUAL = "as the recipe"  # the sampling of every arm
+# Settings of every training: nothing beside the steps, and their log.
+ON_ALL = ["train.monitors=[]", "train.sample_every=0", "train.sample_prompts=[]", "train.save_every=0", "train.log_every=50"]
 
 
 class Arm(Section):
@@ -24,15 +29,34 @@ class Arm(Section):
     calibrated_on: str | None = None
 
 
+class FromNothing(Section):
+    """A base to be trained on the world's pictures, from nothing.
+
+    image_tokenizer: settings of mmtensorar.train_image_tokenizer; shards and out are the study's. backbone: architecture of a LlamaGen.
+    settings: of the grid's recipe that its training changes, `key=value`.
+    """
+
+    image_tokenizer: ImageTokenizerRecipe
+    backbone: llamagen.Architecture
+    settings: list[str] = []
+
+    @field_validator("image_tokenizer", mode="before")
+    @classmethod
+    def _has_places(cls, settings: Any) -> Any:
+        return {"shards": "", "out": ""} | settings if isinstance(settings, dict) else settings
+
+
 class Grid(Section):
-    """world: a module of this folder. recipe: what all arms start from. base: checkpoint folder of the arm called base.
+    """world: a module of this folder. recipe: the settings that arms change. base: the checkpoint folder that
+    they start from, or from_nothing: how to make one.
 
     control: the arm that the others are compared with. samplings: name -> settings of the sampler, and batch_size.
     """
 
     world: str
     recipe: str
-    base: str
+    base: str | None = None
+    from_nothing: FromNothing = None  # not `| None`, which would hide which of its settings is wrong
     control: str
     num_seeds: int = Field(3, ge=1)
     num_images: int = Field(2, ge=1)
@@ -44,6 +68,8 @@ class Grid(Section):
         problems = []
         if self.world not in (worlds := known_worlds()):
             problems.append(f"world is {self.world!r}; expected one of {', '.join(worlds)}")
+        if (self.base is None) == (self.from_nothing is None):
+            problems.append("expected one of base and from_nothing")
         for needed in (BASE, self.control):
             if needed not in self.arms:
                 problems.append(f"arms has no {needed!r}")
@@ -63,6 +89,11 @@ class Grid(Section):
     def load(cls, path: str | Path) -> Grid:
         """Raises RecipeError, naming the file and each key that is wrong, of the arms' recipes too."""
         grid = read_recipe(cls, path)
+        if grid.from_nothing is not None:
+            try:
+                Recipe.load(grid.recipe, grid.from_nothing.settings)
+            except ValueError as error:
+                raise type(error)(f"{path}: from_nothing: {error}") from None
         for name, arm in grid.arms.items():
             try:
                 Recipe.load(grid.recipe, arm.settings)

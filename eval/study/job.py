@@ -13,7 +13,6 @@ What is measured, of pictures by each sampling and of teacher-forced validation 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -22,12 +21,12 @@ from statistics import median
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from eval.fid.score import frechet_distance, statistics
 from eval.run import image_seed
-from eval.study import worlds
-from eval.study.grid import BASE, USUAL, Grid
+from eval.study import start, worlds
+from eval.study.commands import run
+from eval.study.grid import BASE, ON_ALL, USUAL, Grid
 from mmtensorar import data
 from mmtensorar.decode import revised_per_offset
 from mmtensorar.generate import Generator
@@ -39,14 +38,14 @@ from mmtensorar.windows import slide
 ROOT = Path(__file__).resolve().parents[2]
 BATCH_SIZE = 40  # pictures at a time, unless a sampling says another number
 ROUNDS = 3  # of drafting anew from the own drafts of the round before
-ON_ALL = ["train.monitors=[]", "train.sample_every=0", "train.sample_prompts=[]", "train.save_every=0", "train.log_every=50"]
 
 
 def recipe_of(grid: Grid, name: str, seed: int, out: Path, rates: list[float] | None = None) -> list[str]:
     """The overrides that make the grid's recipe that of an arm and seed; data and initial codec depend on the seed alone."""
     train, _ = worlds.load(grid.world).sets(out / "data")
-    arm = grid.arms[name]
-    overrides = [*arm.settings, f"run.name={name}-{seed}", f"run.out={out / 'runs'}", f"run.seed={seed}", f"data.shards={train}"]
+    base = start.folder(grid, out)
+    overrides = [*grid.arms[name].settings, f"run.name={name}-{seed}", f"run.out={out / 'runs'}", f"run.seed={seed}", f"data.shards={train}"]
+    overrides += [f"backbone.path={base / 'backbone'}", f"image_tokenizer.path={base / 'image_tokenizer'}"]
     if rates is not None:
         overrides.append(f"tensorar.schedule={json.dumps(rates)}")
     return [*ON_ALL, "zero.stage=0", *overrides]
@@ -55,13 +54,10 @@ def recipe_of(grid: Grid, name: str, seed: int, out: Path, rates: list[float] | 
 def train(grid: Grid, name: str, seed: int, out: Path, rates: list[float] | None) -> tuple[Path, dict]:
     """The model folder, and what training took. Raises ValueError when it fails."""
     if name == BASE:
-        return ROOT / grid.base, {"steps": 0, "train_seconds": 0.0, "step_seconds": None}
+        return start.folder(grid, out), {"steps": 0, "train_seconds": 0.0, "step_seconds": None}
     folder = out / "runs" / f"{name}-{seed}"
-    command = [sys.executable, "mmtensorar/train.py", grid.recipe, *recipe_of(grid, name, seed, out.resolve(), rates), "--resume"]
-    with (out / f"{name}-{seed}.log").open("w", encoding="utf-8") as log:
-        done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=False)
-    if done.returncode:
-        raise ValueError(f"training {name} with seed {seed} failed, see {log.name}")
+    overrides = recipe_of(grid, name, seed, out.resolve(), rates)
+    run("mmtensorar/train.py", grid.recipe, *overrides, "--resume", log=out / f"{name}-{seed}.log")
     rows = read_log(folder / "log.jsonl")
     seconds = [sum(row["seconds"].get(part, 0) for part in ("data", "forward", "backward", "step")) for row in rows]
     return folder / "model", {"steps": len(rows), "train_seconds": sum(seconds), "step_seconds": median(seconds)}
@@ -96,23 +92,16 @@ def probe(model: TensorAR, recipe: Recipe, generator: Generator) -> dict:
     return {name: [round(number, 5) for number in (value / count).tolist()] for name, value in totals.items()}
 
 
-def features(generator: Generator, codes: Tensor) -> np.ndarray:
-    """Codes [B, T, 1] -> [B, 4 C]: code vectors, averaged over each quarter of the picture."""
-    down, across = generator.image_tokenizer.grid
-    vectors = generator.image_tokenizer.vectors(codes).unflatten(1, (2, down // 2, 2, across // 2))
-    return vectors.mean((2, 4)).flatten(1).double().cpu().numpy()
-
-
 @torch.no_grad()
-def draw(grid: Grid, generator: Generator, settings: dict, seed: int, reference: np.ndarray) -> dict:
+def draw(grid: Grid, generator: Generator, settings: dict, seed: int, data_folder: Path, reference: np.ndarray) -> dict:
     """Pictures of all prompts by one sampling, and what they are worth."""
     world = worlds.load(grid.world)
     batch_size = settings.get("batch_size", BATCH_SIZE)
     prompts, sampling = world.prompts(), generator.sampling(**{key: value for key, value in settings.items() if key != "batch_size"})
     work = [(number, image) for number in range(len(prompts)) for image in range(grid.num_images)]
     verdicts, found, revised, seconds, passes = defaultdict(str), [], [], 0.0, 0
-    for start in range(0, len(work), batch_size):
-        part = work[start : start + batch_size]
+    for first in range(0, len(work), batch_size):
+        part = work[first : first + batch_size]
         began = time.perf_counter()
         decoded = generator.decode(
             [prompts[number][1] for number, _ in part], [image_seed(seed, *place) for place in part], sampling, keep_trace=True
@@ -120,9 +109,9 @@ def draw(grid: Grid, generator: Generator, settings: dict, seed: int, reference:
         seconds += time.perf_counter() - began
         passes += decoded.passes * len(part)
         revised.append(revised_per_offset(decoded.trace))
-        found.append(features(generator, decoded.codes))
+        found.append(world.features(data_folder, generator.image_tokenizer, decoded.codes))
         for (number, _), image in zip(part, generator.pictures(decoded.codes), strict=True):
-            verdicts[number] += str(int(world.correct(number, [image])[0]))
+            verdicts[number] += str(int(world.correct(data_folder, number, [image])[0]))
     groups = defaultdict(list)
     for number, (group, _) in enumerate(prompts):
         groups[group] += map(int, verdicts[number])
@@ -141,14 +130,16 @@ def draw(grid: Grid, generator: Generator, settings: dict, seed: int, reference:
 def measure(grid: Grid, name: str, seed: int, model_folder: Path, out: Path) -> list[dict]:
     """A row per sampling."""
     generator = Generator.load(model_folder)
-    _, validation = worlds.load(grid.world).sets(out / "data")
-    recipe = Recipe.load(ROOT / grid.recipe, [f"data.validation={validation}", "train.validate_every=1", "data.validation_batch_size=64"])
+    world, data_folder = worlds.load(grid.world), out / "data"
+    _, validation = world.sets(data_folder)
+    recipe = Recipe.load(ROOT / grid.recipe, [f"image_tokenizer.path={model_folder / 'image_tokenizer'}", f"data.validation={validation}", "train.validate_every=1", "data.validation_batch_size=64"])
     batches = data.validation_batches(recipe, generator.caption_encoder, rank=0, world_size=1)
-    reference = np.concatenate([features(generator, batch.codes[:number].to(generator.device)) for _, number, batch in batches])
+    codes = [batch.codes[:number].to(generator.device) for _, number, batch in batches]
+    reference = np.concatenate([world.features(data_folder, generator.image_tokenizer, each) for each in codes])
     probed = probe(generator.model, recipe, generator)
     samplings = {USUAL: {}} | {each: grid.samplings[each] for each in grid.arms[name].samplings}
     return [
-        {"sampling": sampling, "probe": probed, **draw(grid, generator, settings, seed, reference), **generator.runs_as()}
+        {"sampling": sampling, "probe": probed, **draw(grid, generator, settings, seed, data_folder, reference), **generator.runs_as()}
         for sampling, settings in samplings.items()
     ]
 

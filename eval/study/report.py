@@ -227,7 +227,8 @@ def write(grid_path: Path, results: Path, rows: Sequence[dict]) -> Path:
     found, folder = collect(rows), results.parent
     if (grid.control, USUAL) not in found:
         raise ValueError(f"{results}: no result of the control, {grid.control}; run it first")
-    groups = [group for group, _ in worlds.load(grid.world).prompts()]
+    world = worlds.load(grid.world)
+    groups = [group for group, _ in world.prompts()]
     draw(grid, found, groups, folder / "scores.png")
     first = rows[0]
     missing = [name for name in grid.arms if (name, USUAL) not in found]
@@ -238,9 +239,9 @@ def write(grid_path: Path, results: Path, rows: Sequence[dict]) -> Path:
         f"(`python -m eval.study run {grid_path.as_posix()}`; torch {first['torch']}, {first['device']}, {first['threads']} thread a run).",
         notes.read_text(encoding="utf-8").strip() if notes.is_file() else "",
         "## Every arm",
-        f"All arms start from `{grid.base}` and see the same samples in the same order for a seed; settings not named are those of "
-        f"`{grid.recipe}`. {grid.num_images} pictures of each of {len(groups)} prompts. Frechet distance: in the image tokenizer's code vectors, "
-        "averaged over quarters, to pictures of the validation set (± half the distance between the extremes of the seeds). Of one seed "
+        f"All arms start from {f'`{grid.base}`' if grid.base else 'a base that the run trains from nothing'} and see the same samples in the same order for a seed; settings not named are those of "
+        f"`{grid.recipe}`. {grid.num_images} pictures of each of {len(groups)} prompts. Frechet distance: in {world.FEATURES}, "
+        "to pictures of the validation set (± half the distance between the extremes of the seeds). Of one seed "
         "the intervals are over prompts alone. Times are of runs side by side on one machine, so they compare roughly.",
         scores(grid, found, groups),
         "![scores](scores.png)",

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from eval.geneval import suite as suites
 from eval.geneval.score import by_class, judge
+from eval.study.commands import run
+from eval.study.features import quarters
+from mmtensorar.image_tokenizers import ImageTokenizer
 
-ROOT = Path(__file__).resolve().parents[3]
 # name -> seed and number of pictures; those of training are the demo's.
 SETS = {"shapes": (1, 4096), "shapes_validation": (2, 1024)}
+FEATURES = "the image tokenizer's code vectors, averaged over quarters"
 
 
 @cache
@@ -28,26 +31,23 @@ def sets(folder: Path) -> tuple[Path, Path]:
     return train, validation
 
 
-def prepare(folder: Path, image_tokenizer: str) -> None:
+def prepare(folder: Path) -> None:
     for name, (seed, number) in SETS.items():
-        make = ["data_tools/make_shards.py", "--synthesize", "shapes", "--seed", str(seed), "--num-samples", str(number)]
-        _run([*make, "--samples-per-shard", "512", "--out", str(folder / name)])
-        _run(["data_tools/encode_codes.py", str(folder / name), "--image-tokenizer", image_tokenizer])
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ValueError(f"{' '.join(command)}: {done.stderr.strip()[-1000:]}")
+        make = ["--synthesize", "shapes", "--seed", seed, "--num-samples", number, "--samples-per-shard", 512]
+        run("data_tools/make_shards.py", *make, "--out", folder / name)
 
 
 def prompts() -> list[tuple[str, str]]:
     return [(prompt["tag"], prompt["prompt"]) for prompt in _suite().prompts]
 
 
-def correct(number: int, images: Sequence[Image.Image]) -> list[bool]:
+def correct(folder: Path, number: int, images: Sequence[Image.Image]) -> list[bool]:
     suite = _suite()
     metadata = suite.prompts[number]
     colored = [[clause["class"] for clause in metadata["include"] if "color" in clause]] * len(images)
     found = suite.detector().detect_batch(list(images), colored)
     return [judge(metadata, *by_class(detections), suite.settings).correct for detections in found]
+
+
+def features(folder: Path, image_tokenizer: ImageTokenizer, codes: Tensor) -> np.ndarray:
+    return quarters(image_tokenizer, codes)
