@@ -11,8 +11,9 @@ from PIL import Image
 
 pytest.importorskip("deepspeed")
 
+from data_tools.sources import shapes
 from eval.study import __main__ as study
-from eval.study import features, job, report, start, worlds
+from eval.study import across, features, job, report, start, worlds
 from eval.study.features import quarters
 from eval.study.grid import USUAL, Grid
 from eval.study.worlds import _classes, photographs
@@ -43,6 +44,9 @@ class World:
 
     def features(self, folder: Path, image_tokenizer, codes) -> np.ndarray:
         return quarters(image_tokenizer, codes)
+
+    def judge(self, folder: Path) -> str:
+        return "a look at the ground"
 
     def correct(self, folder: Path, number: int, images) -> list[bool]:
         return [bool(np.asarray(image).mean() > 127) for image in images]
@@ -178,6 +182,17 @@ def test_a_base_is_made_from_nothing(grid_file, tmp_path, monkeypatch):
     assert set(rows[0]["score"]) == {"overall", "dark", "bright"} and rows[0]["probe"]["none nats"][0] > 0
 
 
+def test_pictures_of_the_shapes_world_are_judged_by_their_prompt(tmp_path):
+    world = worlds.load("shapes")
+    prompts = {prompt: number for number, (_, prompt) in enumerate(world.prompts())}
+    drawn = [item for item in shapes.items(3000, seed=5, size=64) if item.captions[0] in prompts][:5]
+    assert len(drawn) == 5
+    for item in drawn:
+        image = item.picture()
+        number = prompts[item.captions[0]]
+        assert world.correct(tmp_path, number, [image, Image.new("RGB", (64, 64), "grey")]) == [True, False], item.captions
+
+
 @pytest.mark.parametrize("name", ["digits", "photographs"])
 def test_the_worlds_that_are_here_have_pictures_of_every_class(name, monkeypatch):
     pytest.importorskip("skimage")
@@ -217,6 +232,30 @@ def test_the_page_is_made_from_stored_rows_alone(grid_file, tmp_path):
     # Of circles one prompt gains half of its pictures in every seed, of squares the only prompt loses half.
     assert line == "| `k3` | +25.0 [+0.0 +50.0] | -50.0 [-50.0 -50.0] |"
     assert "| `k3` | greedy |" in page and (tmp_path / "scores.png").is_file()
+
+
+def test_worlds_are_set_beside_each_other(grid_file, tmp_path, capsys):
+    """Gains and gaps of arms that both have, from the stored rows alone."""
+    pytest.importorskip("matplotlib")
+    other = grid_file.with_name("other.yaml")
+    other.write_text(grid_file.read_text())
+    folder = tmp_path / "pages"
+    for grid, right in ((grid_file, "11"), (other, "00")):
+        rows = [row("plain", 0, {"0": "10", "1": "10", "2": "10"})]
+        for arm, gap in (("base", None), ("k3", 0.5), ("own", 1.0)):
+            drafted = {} if gap is None else {"own nats": [np.log(2), (1 + gap) * np.log(2), 3.0], "draft_error": [0, 0.5, 0.7]}
+            rows.append(row(arm, 0, {"0": "10", "1": "10", "2": right if arm == "own" else "10"}, **drafted))
+        (folder / grid.stem).mkdir(parents=True)
+        (folder / grid.stem / "results.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    assert study.main(["across", str(grid_file), str(other), "--folder", str(folder)]) == 0
+    page = (folder / "README.md").read_text()
+    assert "| `own` | +25.0 [+25.0 +25.0] | 1.00 | -25.0 [-25.0 -25.0] | 1.00 |" in page and (folder / "gaps.png").is_file()
+    gaps = across.points([across.load(path, study.read(folder / path.stem / "results.jsonl")) for path in (grid_file, other)])
+    assert [(point.arm, round(point.gap, 6), point.gain) for point in gaps] == [("k3", 0.5, 0), ("own", 1, 25), ("k3", 0.5, 0), ("own", 1, -25)]
+    assert "+0.00 over all (4 arms)" in page
+    (folder / "other" / "results.jsonl").write_text(json.dumps(row("base", 0, {"0": "1", "1": "1", "2": "1"})) + "\n")
+    assert study.main(["across", str(grid_file), str(other), "--folder", str(folder)]) == 2
+    assert "other.yaml: no result of the control, plain" in capsys.readouterr().err
 
 
 def test_intervals_know_seeds_and_prompts():

@@ -1,4 +1,4 @@
-"""Run a grid, or write its report: python -m eval.study run GRID.yaml | report FOLDER (see eval/study/__init__.py)"""
+"""Run a grid, or write its page: python -m eval.study run GRID.yaml | report GRID.yaml | across GRID.yaml GRID.yaml ..."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from eval import lines
-from eval.study import report
+from eval.study import across, report
 from eval.study.commands import ROOT
 from eval.study.grid import Grid
 
@@ -146,6 +146,11 @@ def write(options: argparse.Namespace) -> None:
     print(report.write(options.grid, results, read(results)))
 
 
+def compare(options: argparse.Namespace) -> None:
+    found = [across.load(path, read(options.folder / path.stem / RESULTS)) for path in options.grids]
+    print(across.write(found, options.folder))
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m eval.study", description="Grids of small runs, scored alike.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -162,6 +167,10 @@ def main(arguments: list[str] | None = None) -> int:
     other.add_argument("grid", type=Path)
     other.add_argument("--results", type=Path, metavar="FILE", help=f"default: docs/study/GRID/{RESULTS}")
     other.set_defaults(call=write)
+    last = commands.add_parser("across", help="set several worlds beside each other, from the stored results alone")
+    last.add_argument("grids", type=Path, nargs="+", metavar="grid")
+    last.add_argument("--folder", type=Path, default=ROOT / "docs/study", help=f"of GRID/{RESULTS}, and for the page; default: docs/study")
+    last.set_defaults(call=compare)
     options = parser.parse_args(arguments)
     try:
         options.call(options)

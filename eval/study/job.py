@@ -153,7 +153,7 @@ def main(arguments: list[str]) -> int:
     rows = measure(grid, name, int(seed), folder, Path(out))
     settings = grid.arms[name].settings + ([] if rates is None else [f"tensorar.schedule={json.dumps(rates)}"])
     facts = {"world": grid.world, "arm": name, "seed": int(seed), "settings": settings, **took, "threads": torch_threads}
-    facts["torch"] = torch.__version__
+    facts |= {"torch": torch.__version__, "judge": worlds.load(grid.world).judge(Path(out) / "data")}
     Path(target).write_text("".join(json.dumps(facts | row) + "\n" for row in rows), encoding="utf-8")
     return 0
 

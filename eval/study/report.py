@@ -165,8 +165,8 @@ def probes(grid: Grid, found: dict) -> str:
     return _table(head, rows)
 
 
-def draw(grid: Grid, found: dict, groups: Sequence[str], path: Path) -> None:
-    """Score of every arm with its interval, best first; the control's as a band. Raises ValueError without matplotlib."""
+def plots():
+    """matplotlib's pyplot, drawing into files. Raises ValueError without matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -174,6 +174,12 @@ def draw(grid: Grid, found: dict, groups: Sequence[str], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def draw(grid: Grid, found: dict, groups: Sequence[str], path: Path) -> None:
+    """Score of every arm with its interval, best first; the control's as a band."""
+    pyplot = plots()
     bars = []
     for name in grid.arms:
         if runs := found.get((name, USUAL)):
@@ -197,8 +203,7 @@ def draw(grid: Grid, found: dict, groups: Sequence[str], path: Path) -> None:
 
 def scatter(grid: Grid, found: dict, path: Path) -> list[str]:
     """Draft error at offset 1 beside the score, an arm a point; returns what the page says of it, nothing for less than three arms."""
-    from matplotlib import pyplot
-
+    pyplot = plots()
     points = [
         (name, mean(row["probe"]["draft_error"][1] for row in runs.rows), mean(row["score"]["overall"] for row in runs.rows))
         for name in grid.arms
@@ -230,7 +235,7 @@ def write(grid_path: Path, results: Path, rows: Sequence[dict]) -> Path:
     world = worlds.load(grid.world)
     groups = [group for group, _ in world.prompts()]
     draw(grid, found, groups, folder / "scores.png")
-    first = rows[0]
+    first, judge = rows[0], next((row["judge"] for row in rows if "judge" in row), "the world's detector")
     missing = [name for name in grid.arms if (name, USUAL) not in found]
     notes = folder / "notes.md"
     parts = [
@@ -240,7 +245,8 @@ def write(grid_path: Path, results: Path, rows: Sequence[dict]) -> Path:
         notes.read_text(encoding="utf-8").strip() if notes.is_file() else "",
         "## Every arm",
         f"All arms start from {f'`{grid.base}`' if grid.base else 'a base that the run trains from nothing'} and see the same samples in the same order for a seed; settings not named are those of "
-        f"`{grid.recipe}`. {grid.num_images} pictures of each of {len(groups)} prompts. Frechet distance: in {world.FEATURES}, "
+        f"`{grid.recipe}`. {grid.num_images} pictures of each of {len(groups)} prompts; what is right "
+        f"says {judge}. Frechet distance: in {world.FEATURES}, "
         "to pictures of the validation set (± half the distance between the extremes of the seeds). Of one seed "
         "the intervals are over prompts alone. Times are of runs side by side on one machine, so they compare roughly.",
         scores(grid, found, groups),

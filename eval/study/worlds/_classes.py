@@ -66,6 +66,9 @@ class Classes:
     def correct(self, folder: Path, number: int, images: Sequence[Image.Image]) -> list[bool]:
         return [found == number // self.num_prompts for found in self.classifier(folder)[0].classes(images)]
 
+    def judge(self, folder: Path) -> str:
+        return f"a small classifier of the same pictures, right about {100 * self.classifier(folder)[1]:.1f} % of validation"
+
     def features(self, folder: Path, image_tokenizer: ImageTokenizer, codes: Tensor) -> np.ndarray:
         pixels = to_pixels(to_images(image_tokenizer.decode(codes)))
         return self.classifier(folder)[0].features(pixels).double().numpy()

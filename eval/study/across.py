@@ -1,0 +1,151 @@
+"""The page over several worlds, from their stored results alone: what an arm gains or loses in each, and whether drafts foretell it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
+
+import numpy as np
+
+from eval.layout import write_text
+from eval.study import report, worlds
+from eval.study.grid import USUAL, Grid
+
+FIGURE = "gaps.png"
+
+
+class Point(NamedTuple):
+    """An arm with drafts in one world. gap: bits that a draft one token ahead costs more than the final token. gain: points of score."""
+
+    world: str
+    arm: str
+    gap: float
+    gain: float
+
+
+class Study(NamedTuple):
+    """One grid and its results."""
+
+    path: Path
+    grid: Grid
+    found: dict[tuple[str, str], report.Runs]
+    groups: list[str]
+
+    def beside(self, arm: str) -> tuple[report.Interval, float] | None:
+        """Score minus the control's, and Frechet distance over the control's, on the seeds that both have."""
+        runs, control = self.found.get((arm, USUAL)), self.found.get((self.grid.control, USUAL))
+        both = sorted(runs.shares.keys() & control.shares.keys()) if runs and control else []
+        if not both:
+            return None
+        differences = np.stack([runs.shares[seed] - control.shares[seed] for seed in both])
+        distances = [mean(row["frechet"] for row in each.rows if row["seed"] in both) for each in (runs, control)]
+        return report.interval(differences, self.groups)["overall"], distances[0] / distances[1]
+
+    def bits(self, arm: str) -> np.ndarray | None:
+        """Bits per token at each offset, with the arm's own drafts in view where it has some."""
+        runs = self.found.get((arm, USUAL))
+        if runs is None:
+            return None
+        key = "own nats" if "own nats" in runs.rows[0]["probe"] else "none nats"
+        return np.mean([row["probe"][key] for row in runs.rows], axis=0) / report.NATS_PER_BIT
+
+
+def load(path: Path, rows: Sequence[dict]) -> Study:
+    grid = Grid.load(path)
+    return Study(path, grid, report.collect(rows), [group for group, _ in worlds.load(grid.world).prompts()])
+
+
+def gains(studies: Sequence[Study]) -> str:
+    """Arms that more than one world has."""
+    rows = []
+    for arm in dict.fromkeys(name for study in studies for name in study.grid.arms):
+        cells = [study.beside(arm) for study in studies if arm != study.grid.control]
+        if sum(cell is not None for cell in cells) > 1:
+            rows.append([f"`{arm}`", *(text for cell in cells for text in (("", "") if cell is None else (str(cell[0]), f"{cell[1]:.2f}")))])
+    head = [text for study in studies for text in (f"{study.grid.world}, points", "Frechet")]
+    return report._table(["arm", *head], rows)
+
+
+def offsets(studies: Sequence[Study], arms: Sequence[str]) -> str:
+    rows = []
+    for study in studies:
+        for arm in (study.grid.control, *arms):
+            if (bits := study.bits(arm)) is not None:
+                beside = study.beside(arm) if arm != study.grid.control else None
+                gap = "" if len(bits) == 1 else f"{bits[1] - bits[0]:.2f}"
+                rows.append([study.grid.world, f"`{arm}`", " ".join(f"{each:.2f}" for each in bits), gap, "" if beside is None else str(beside[0])])
+    head = ["world", "arm", "bits per token at each offset", "gap of offset 1", "score minus the control's, points"]
+    return report._table(head, rows)
+
+
+def points(studies: Sequence[Study]) -> list[Point]:
+    found = []
+    for study in studies:
+        for arm in study.grid.arms:
+            bits, beside = study.bits(arm), study.beside(arm)
+            if bits is not None and len(bits) > 1 and beside is not None:
+                found.append(Point(study.grid.world, arm, bits[1] - bits[0], 100 * beside[0].value))
+    return found
+
+
+def correlations(found: Sequence[Point]) -> str:
+    """What gaps foretell of gains, in each world and over all arms."""
+    said = []
+    for world in [*dict.fromkeys(point.world for point in found), None]:
+        own = [point for point in found if world in (None, point.world)]
+        if len(own) > 2:
+            value = np.corrcoef([point.gap for point in own], [point.gain for point in own])[0, 1]
+            said.append(f"{value:+.2f} {'over all' if world is None else f'in {world}'} ({len(own)} arms)")
+    return "Correlation of that gap with the gain, of arms that have drafts: " + ", ".join(said) + "." if said else ""
+
+
+def draw(found: Sequence[Point], path: Path) -> None:
+    pyplot = report.plots()
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for number, world in enumerate(dict.fromkeys(point.world for point in found)):
+        own = [point for point in found if point.world == world]
+        axes.plot([point.gap for point in own], [point.gain for point in own], "o", label=world, color=f"C{number}")
+        for point in own:
+            axes.annotate(point.arm, (point.gap, point.gain), fontsize=6, xytext=(3, 3), textcoords="offset points")
+    axes.axhline(0, color="#7f7f7f", linewidth=1)
+    axes.set_xlabel("bits that a draft one token ahead costs more than the final token")
+    axes.set_ylabel("right pictures, points above the plain control")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def write(studies: Sequence[Study], folder: Path) -> Path:
+    """README.md and a plot in the folder; returns the page's path. Raises ValueError when a study has no result of its control."""
+    for study in studies:
+        if (study.grid.control, USUAL) not in study.found:
+            raise ValueError(f"{study.path}: no result of the control, {study.grid.control}; run it first")
+    found = points(studies)
+    draw(found, folder / FIGURE)
+    notes = folder / "notes.md"
+    num_seeds = {study.grid.world: len({row["seed"] for runs in study.found.values() for row in runs.rows}) for study in studies}
+    parts = [
+        "# Does refinement help? Three worlds beside each other" if len(studies) == 3 else "# Worlds beside each other",
+        f"Made by `python -m eval.study across {' '.join(study.path.as_posix() for study in studies)}` from the stored results alone. "
+        + ", ".join(f"[{study.grid.world}]({study.path.stem}/README.md)" for study in studies)
+        + " have a page each. Seeds: "
+        + ", ".join(f"{number} of {world}" for world, number in num_seeds.items())
+        + " at most.",
+        notes.read_text(encoding="utf-8").strip() if notes.is_file() else "",
+        "## Score minus the plain control's, and Frechet distance over the control's",
+        "Points of right pictures, with 95 % intervals over seeds and prompts; a Frechet distance above 1 is worse than the control's.",
+        gains(studies),
+        "## Cross entropy per offset, and what refinement gains",
+        "On validation samples, with the model's own sampled drafts in view. The gap says how much worse a draft made one token ahead is than the "
+        "final token.",
+        offsets(studies, ["k2", "k4", "k2_self", "k4_self"]),
+        correlations(found),
+        f"![gaps]({FIGURE})",
+    ]
+    page = folder / "README.md"
+    write_text(page, "\n\n".join(part for part in parts if part) + "\n")
+    return page
