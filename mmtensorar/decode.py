@@ -97,7 +97,7 @@ class Sampler:
 
 class Decoded(NamedTuple):
     codes: Tensor  # [B, T, F] int64
-    trace: Tensor | None  # [B, T, K, F] int64: trace[:, t] is the window of step t, 0 past the last token
+    trace: Tensor | None  # [B, T, K, F] int64: trace[:, t] is the window of step t, 0 past the last token, -1 where a stride left none
     passes: int = 0  # through the backbone, that over the prefix included
 
 
@@ -144,7 +144,8 @@ def decode(
     device = next(model.parameters()).device
     values, mask = condition.values.to(device), condition.mask.to(device)
     B = len(values)
-    uniform = _uniform((T, len(sizes), K), B, generator).to(device)  # [B, T, F, K]
+    # [B, T, F, K]; first those of the final tokens, which are then the same whatever the window.
+    uniform = torch.cat([_uniform((T, len(sizes), k), B, generator) for k in (1, K - 1)], dim=-1).to(device)
     scales = per_factor(cfg_scale, len(sizes), "cfg_scale")
     samplers = sampler.per_factor(len(sizes)) if isinstance(sampler, Sampler) else [sampler] * len(sizes)
 
@@ -238,8 +239,9 @@ def decode(
         window = predict(hidden[:, -1:], t)[:, 0]
         for row in range(s):  # a step later fewer of the same drafts are ahead
             trace[:, t + row, : K - row] = window[:, row:]
+            trace[:, t + row, K - row :] = torch.where(valid[t + row, K - row :, None], -1, 0)
         if t + s < T:
-            hidden = feed(trace[:, t : t + s], t, torch.arange(s, device=device)[:, None] + offsets < K)
+            hidden = feed(trace[:, t : t + s].clamp(min=0), t, torch.arange(s, device=device)[:, None] + offsets < K)
             passes += 1
         t += s
         if progress is not None:
@@ -248,10 +250,13 @@ def decode(
 
 
 def revised_per_offset(trace: Tensor) -> list[float]:
-    """Windows of every step [B, T, K, F] -> for each offset but the last, the share of its tokens that differ from the draft before."""
-    changed = (trace[:, 1:, :-1] != trace[:, :-1, 1:]).any(-1)  # the same places, one step later at one offset less
-    valid = valid_slots(trace.shape[1], trace.shape[2], trace.device)[1:, :-1]
-    return ((changed & valid).sum((0, 1)) / (len(trace) * valid.sum(0)).clamp(min=1)).tolist()
+    """Windows of every step [B, T, K, F] -> for each offset but the last, the share of its tokens that differ from the draft before.
+
+    Of tokens that have both; -1 is no draft.
+    """
+    later, earlier = trace[:, 1:, :-1], trace[:, :-1, 1:]  # the same places, one step later at one offset less
+    valid = valid_slots(trace.shape[1], trace.shape[2], trace.device)[1:, :-1] & (later >= 0).all(-1) & (earlier >= 0).all(-1)
+    return (((later != earlier).any(-1) & valid).sum((0, 1)) / valid.sum((0, 1)).clamp(min=1)).tolist()
 
 
 def _uniform(shape: tuple[int, ...], batch: int, generator: Generator | Sequence[Generator] | None) -> Tensor:

@@ -206,12 +206,15 @@ def revisions(trace: Tensor) -> Tensor:
 
     trace[:, t, j] is position t + j as drafted at step t. Revision r takes position p from step p - (K-1-r), where
     it stood at offset K-1-r; r = K-1 is the final image. The first K-1 positions are never drafted that early and
-    are taken from step 0.
+    are taken from step 0. A place without a draft, -1, stands as at the next revision.
     """
     T, K = trace.shape[1:3]
     places = torch.arange(T, device=trace.device)
     offsets = torch.minimum(torch.arange(K - 1, -1, -1, device=trace.device)[:, None], places)  # [K, T]
-    return trace[:, places - offsets, offsets]
+    found = trace[:, places - offsets, offsets]
+    for revision in range(K - 2, -1, -1):
+        found[:, revision] = torch.where(found[:, revision] < 0, found[:, revision + 1], found[:, revision])
+    return found
 
 
 def save_png(image: Image.Image, path: Path, **text: object) -> None:
@@ -272,12 +275,16 @@ def write_images(generator: Generator, prompts: Sequence[str | int], options: ar
     ):
         for start in range(0, len(work), options.batch_size):
             batch = work[start : start + options.batch_size]
+
+            def tell(done: int, total: int, start: int = start, rows: int = len(batch)) -> None:
+                bar.update(start * total + done * rows - bar.n)
+
             decoded = generator.decode(
                 [prompt for prompt, _ in batch],
                 [seed for _, seed in batch],
                 sampling,
                 keep_trace=options.trace,
-                progress=lambda done, total, rows=len(batch): bar.update(rows),
+                progress=tell,
             )
             for row, image in enumerate(generator.pictures(decoded.codes)):
                 prompt, seed = batch[row]

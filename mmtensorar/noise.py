@@ -58,41 +58,47 @@ class FixedSchedule:
         return self.rates(shape[2]).expand(shape)
 
 
+def redraw(
+    shape: tuple[int, int, int],
+    rates: Tensor,
+    factor_sizes: tuple[int, ...],
+    generator: Generator | None = None,
+    rows: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Which slots of windows [B, T, K, F] are redrawn, and what would stand there: [B, T, K] bool, [B, T, K, F] int64.
+
+    shape: (B, T, K). rates: [B, T, K] in [0, 1]. factor_sizes: V of each factor. rows: (first, number) when these are the B rows from
+    first on of a larger batch, whose noise does not depend on how it is cut. One coin covers a token; each factor is then uniform,
+    which is uniform over the product codebook. Noise is drawn on the generator's device (without one, on that of the rates), so a
+    CPU generator gives the same noise on every device.
+    """
+    device = rates.device if generator is None else generator.device
+    first, number = rows or (0, shape[0])
+    whole = (number, *shape[1:])
+    # float32 whatever the model computes in: bfloat16 has too few steps for small rates.
+    coin = torch.rand(whole, generator=generator, device=device, dtype=torch.float32)
+    drawn = torch.stack(
+        [torch.randint(size, whole, generator=generator, device=device) for size in factor_sizes], dim=-1
+    )
+    coin, drawn = (value[first : first + shape[0]].to(rates.device) for value in (coin, drawn))
+    # rand is in [0, 1): rate 0 never fires and rate 1 always does.
+    return coin < rates, drawn
+
+
 def corrupt(
     windows: Tensor,
     rates: Tensor,
     factor_sizes: tuple[int, ...],
     generator: Generator | None = None,
     rows: tuple[int, int] | None = None,
-    *,
-    nested: bool = False,
 ) -> Tensor:
     """Resample each slot with its rate: q(x* | x) = (1 - rate) x + rate / V.
 
-    windows: [B, T, K, F] int64. rates: [B, T, K] in [0, 1]. factor_sizes: V of each factor. rows: (first, number) when these
-    are the B rows from first on of a larger batch, whose noise does not depend on how it is cut. nested: an image token has one coin
-    in all its windows, so that with rates that grow, redrawn at one offset it is redrawn at every later one.
-    Returns a new [B, T, K, F]. One coin covers a token; each factor is then
-    uniform, which is uniform over the product codebook. A redraw may hit the same token,
+    windows: [B, T, K, F] int64. The others: see `redraw`. Returns a new [B, T, K, F]. A redraw may hit the same token,
     so the share of changed tokens is rate * (1 - 1/V).
-
-    Noise is drawn on the generator's device (without one, on that of the windows), so a
-    CPU generator gives the same noise on every device.
     """
-    device = windows.device if generator is None else generator.device
-    first, number = rows or (0, len(windows))
-    shape = (number, *windows.shape[1:-1])
-    # float32 whatever the model computes in: bfloat16 has too few steps for small rates.
-    places = (number, shape[1] + shape[2] - 1) if nested else shape
-    coin = torch.rand(places, generator=generator, device=device, dtype=torch.float32)
-    if nested:
-        coin = coin.unfold(1, shape[2], 1)  # of slot i of window t that of token t + i
-    drawn = torch.stack(
-        [torch.randint(size, shape, generator=generator, device=device) for size in factor_sizes], dim=-1
-    )
-    # rand is in [0, 1): rate 0 never fires and rate 1 always does.
-    coin, drawn = (value[first : first + len(windows)].to(windows.device) for value in (coin, drawn))
-    return torch.where((coin < rates.to(windows.device))[..., None], drawn, windows)
+    redrawn, drawn = redraw(tuple(windows.shape[:3]), rates.to(windows.device), factor_sizes, generator, rows)
+    return torch.where(redrawn[..., None], drawn, windows)
 
 
 def invert_cdf(probs: Tensor, uniform: Tensor) -> Tensor:

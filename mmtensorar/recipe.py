@@ -64,10 +64,9 @@ class Run(Section):
 class TensorARSettings(Section):
     """window 1 is the plain next-token model: it has no codec, and the other settings have no effect.
 
-    schedule: a name, or the rate of each offset. draft_dropout: share of samples trained without drafts. nested_noise: a slot that
-    is redrawn is redrawn at every later offset. self_drafts: share of redrawn slots that hold the model's own draft. max_stride: the
-    most tokens of a window that samples are trained to have emitted at once, for sampler.stride. coherent: each draft is told of the
-    token one slot earlier in its window.
+    schedule: a name, or the rate of each offset. draft_dropout: share of samples trained without drafts. self_drafts: share of redrawn
+    slots that hold the model's own draft. max_stride: the most tokens of a window that samples are trained to have emitted at once,
+    for sampler.stride. coherent: each draft is told of the token one slot earlier in its window.
     """
 
     window: int = Field(4, ge=1)
@@ -76,7 +75,6 @@ class TensorARSettings(Section):
     depth: int = Field(1, ge=1)
     num_heads: int = Field(8, ge=1)
     draft_dropout: float = Field(0.0, ge=0, le=1)
-    nested_noise: bool = False
     self_drafts: float = Field(0.0, ge=0, le=1)
     max_stride: int = Field(1, ge=1)
     coherent: bool = False

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from mmtensorar import layers
 from mmtensorar.backbones import Backbone, Condition
 from mmtensorar.codec import WindowDecoder, WindowEncoder
-from mmtensorar.noise import FixedSchedule, Schedule, corrupt, invert_cdf
+from mmtensorar.noise import FixedSchedule, Schedule, invert_cdf, redraw
 from mmtensorar.recipe import Recipe
 from mmtensorar.windows import slide
 
@@ -35,11 +35,11 @@ class TensorAR(nn.Module):
     encoder and decoder are None when the window is 1. offset_weights: K numbers, whose
     count is the window. chunk_tokens: the most rows of logits held at once. label_smoothing: share of each target spread over
     all codes. loss_kernel: auto takes Liger's fused loss on a GPU where it is installed and the head allows, torch and liger are
-    as they say. draft_dropout: share of samples that are trained without drafts, as plain next-token samples. nested_noise: see
-    `corrupt`. self_drafts: share of the redrawn slots that hold what the model itself drafts there, instead of uniform noise; costs
-    a forward more. max_stride: each sample is trained as if so many tokens of each window, 1 to max_stride, were emitted at once (see
-    `decode`): drafts of later steps are missing then, and the rest further ahead. z_loss: weight of log(Z)^2 of each prediction (Chowdhery et al., arXiv:2204.02311, section 5), which keeps
-    logits from drifting.
+    as they say. draft_dropout: share of samples that are trained without drafts, as plain next-token samples. self_drafts: share of
+    the redrawn slots that hold what the model itself drafts there, instead of uniform noise; costs a forward more. max_stride: each
+    sample is trained as if so many tokens of each window, 1 to max_stride, were emitted at once (see `decode`): drafts of later steps
+    are missing then, and the rest further ahead. z_loss: weight of log(Z)^2 of each prediction (Chowdhery et al., arXiv:2204.02311,
+    section 5), which keeps logits from drifting.
     """
 
     def __init__(
@@ -55,7 +55,6 @@ class TensorAR(nn.Module):
         z_loss: float = 0.0,
         loss_kernel: str = "auto",
         draft_dropout: float = 0.0,
-        nested_noise: bool = False,
         self_drafts: float = 0.0,
         max_stride: int = 1,
     ):
@@ -79,7 +78,7 @@ class TensorAR(nn.Module):
         self.chunk_tokens = chunk_tokens
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
         self.loss_kernel = loss_kernel
-        self.draft_dropout, self.nested_noise, self.self_drafts = draft_dropout, nested_noise, self_drafts
+        self.draft_dropout, self.self_drafts = draft_dropout, self_drafts
         self.max_stride = max_stride
 
     def forward(
@@ -93,22 +92,30 @@ class TensorAR(nn.Module):
         """Teacher-forced loss over all windows.
 
         codes: [B, T, F] int64. condition: B rows. uncond: [B] bool, True rows are trained
-        without their prompt. generator: draws the noise; None draws from the global one. rows: see `corrupt`.
+        without their prompt. generator: draws the noise; None draws from the global one. rows: see `redraw`.
         """
         targets_BTKF, valid_TK = slide(codes, self.window)
         clean_BSKF, seen = targets_BTKF[:, :-1], valid_TK[:-1]
         rates_BSK = self.schedule(tuple(clean_BSKF.shape[:3]), generator)
+        steps_S, offsets_K = (torch.arange(size, device=codes.device) for size in clean_BSKF.shape[1:3])
+        phases_BS = None
         if self.training and self.max_stride > 1:
             strides_B = 1 + (_uniform((len(codes),), generator, rows, codes.device) * self.max_stride).long()
             # How far ahead a slot's token was drafted: a row that is emitted with others sees what the first of them saw.
-            steps_S, offsets_K = (torch.arange(size, device=codes.device) for size in clean_BSKF.shape[1:3])
-            ahead_BSK = (steps_S % strides_B[:, None])[..., None] + offsets_K
+            phases_BS = steps_S % strides_B[:, None]
+            ahead_BSK = phases_BS[..., None] + offsets_K
             further_BSK = rates_BSK.to(codes.device).gather(-1, ahead_BSK.clamp(max=self.window - 1))
             rates_BSK, seen = further_BSK * (offsets_K > 0), seen & (ahead_BSK < self.window)
-        inputs_BSKF = corrupt(clean_BSKF, rates_BSK, self.backbone.factor_sizes, generator, rows, nested=self.nested_noise)
+        sizes = self.backbone.factor_sizes
+        redrawn_BSK, drawn_BSKF = redraw(tuple(clean_BSKF.shape[:3]), rates_BSK.to(codes.device), sizes, generator, rows)
+        inputs_BSKF = torch.where(redrawn_BSK[..., None], drawn_BSKF, clean_BSKF)
         if self.training and self.self_drafts and self.window > 1:
-            own_BSKF = self.own_drafts(inputs_BSKF, seen, condition, uncond, generator, rows)
-            redrawn_BSK = (inputs_BSKF != clean_BSKF).any(-1)
+            # Made without a look at the redrawn slots, whose uniform noise the model does not meet elsewhere.
+            own_BSKF = self.own_drafts(clean_BSKF, seen & ~redrawn_BSK, condition, uncond, generator, rows)
+            if phases_BS is not None:
+                samples = torch.arange(len(codes), device=codes.device)[:, None, None]
+                slots_BSK = (phases_BS[..., None] + offsets_K).clamp(max=self.window - 1)
+                own_BSKF = own_BSKF[samples, (steps_S - phases_BS)[..., None], slots_BSK]
             taken_BSK = redrawn_BSK & (_uniform(redrawn_BSK.shape, generator, rows, redrawn_BSK.device) < self.self_drafts)
             inputs_BSKF = torch.where(taken_BSK[..., None], own_BSKF, inputs_BSKF)
         if self.training and self.draft_dropout and self.window > 1:
@@ -153,14 +160,17 @@ class TensorAR(nn.Module):
     ) -> Tensor:
         """[B, S, K, F], what the model samples at temperature 1 for each of the input windows when it has seen those before it.
 
-        Arguments as of `forward` and `hidden`.
+        Where windows are coherent, drafts hang on the input windows' own first token, as on the emitted one. Arguments as of `forward` and `hidden`.
         """
         hidden_BSD = self.hidden(inputs, valid, condition, uncond)[:, :-1]
         uniform = _uniform(inputs.shape, generator, rows, inputs.device).double()
         size, parts = max(1, self.chunk_tokens // (self.window * len(inputs))), []
-        for hidden, numbers in zip(hidden_BSD.split(size, 1), uniform.split(size, 1), strict=True):
+        alone = self.decoder is not None and self.decoder.link is not None
+        for hidden, numbers, given in zip(*(whole.split(size, 1) for whole in (hidden_BSD, uniform, inputs)), strict=True):
 
-            def choose(logits: Tensor, factor: int, slots: slice, numbers: Tensor = numbers) -> Tensor:
+            def choose(logits: Tensor, factor: int, slots: slice, numbers: Tensor = numbers, given: Tensor = given) -> Tensor:
+                if alone and slots.start == 0:
+                    return given[:, :, slots, factor]
                 return invert_cdf(logits.double().softmax(-1), numbers[:, :, slots, factor])
 
             parts.append(self.draft(hidden, choose))
@@ -273,7 +283,7 @@ class TensorAR(nn.Module):
 
 
 def _uniform(shape: Sequence[int], generator: Generator | None, rows: tuple[int, int] | None, device: torch.device) -> Tensor:
-    """Numbers in [0, 1) of a shape whose first axis is the samples; generator, rows: see `corrupt`."""
+    """Numbers in [0, 1) of a shape whose first axis is the samples; generator, rows: see `redraw`."""
     first, number = rows or (0, shape[0])
     made_on = device if generator is None else generator.device
     numbers = torch.rand((number, *shape[1:]), generator=generator, device=made_on)
@@ -336,7 +346,6 @@ def build(recipe: Recipe, backbone: Backbone) -> TensorAR:
         z_loss=recipe.train.z_loss,
         loss_kernel=recipe.train.loss_kernel,
         draft_dropout=settings.draft_dropout,
-        nested_noise=settings.nested_noise,
         self_drafts=settings.self_drafts,
         max_stride=min(settings.max_stride, settings.window),
     )

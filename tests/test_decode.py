@@ -9,6 +9,7 @@ from torch import Tensor
 from benchmarks import decode as benchmark
 from mmtensorar.backbones import Condition
 from mmtensorar.decode import Sampler, decode, revised_per_offset
+from mmtensorar.generate import revisions
 from mmtensorar.tensorar import TensorAR
 from mmtensorar.windows import valid_slots
 from tests.fakes import FakeBackbone, fake_condition
@@ -171,6 +172,10 @@ def test_strides_equal_recomputation(name, stride):
     T = model.backbone.num_tokens
     assert torch.equal(found.codes, recompute_strided(model, condition, stride))
     assert torch.equal(found.trace[:, :, 0], found.codes) and found.passes == -(-T // stride)
+    if stride == 3:  # nothing is predicted twice, so nothing is revised
+        assert revised_per_offset(found.trace) == [0, 0] and torch.equal(revisions(found.trace)[:, -1], found.codes)
+        missing = (torch.arange(T) % 3)[:, None] + torch.arange(3) > 2
+        assert torch.equal((found.trace < 0).any(-1)[0], missing & valid_slots(T, 3)) and (revisions(found.trace) >= 0).all()
 
 
 def test_strides_and_lookaheads_that_cannot_be_are_refused():
@@ -268,6 +273,9 @@ def test_a_fresh_codec_generates_the_plain_models_image():
     plain = wrap(FakeBackbone(), 1).eval()
     fresh = wrap(copy.deepcopy(plain.backbone), 3).eval()
     assert torch.equal(decode(plain, fake_condition(), GREEDY).codes, decode(fresh, fake_condition(), GREEDY).codes)
+    # Final tokens have random numbers of their own, so that models of other windows are compared on the same ones.
+    one, other = (decode(model, fake_condition(), Sampler(), generator=generators(1, 2, 3)).codes for model in (plain, fresh))
+    assert torch.equal(one, other)
 
 
 # ---- the sampler ---------------------------------------------------------------------------------
@@ -447,3 +455,5 @@ def test_revised_tokens_are_counted_by_offset():
     # Picture 0: 2 stays, 3 becomes 4. Picture 1: 5 becomes 6, 7 becomes 8.
     assert revised_per_offset(trace) == [0.75]
     assert revised_per_offset(trace[:, :, :1]) == []
+    trace[1, 0, 1] = -1  # no draft
+    assert revised_per_offset(trace) == pytest.approx([2 / 3])

@@ -163,20 +163,6 @@ def test_rate_0_never_and_rate_1_always():
     assert (windows == 3).all(), "the input is not written to"
 
 
-def test_nested_noise_has_one_coin_for_a_token():
-    """What is redrawn at one offset is redrawn at every later one, at the schedule's rates; a batch may be cut anywhere."""
-    V, N, K = 2**40, 4000, 4
-    windows, rates = torch.zeros(3, N, K, 1, dtype=torch.int64), fixed([0.0, 0.2, 0.5, 0.8], 3, N)
-    noisy = corrupt(windows, rates, (V,), torch.Generator().manual_seed(0), nested=True)
-    coins = noisy[..., 0] != 0  # slot j of window t is token t + j
-    for offset in range(K - 1):
-        assert not (coins[:, 1:, offset] & ~coins[:, :-1, offset + 1]).any(), "redrawn late, so redrawn before"
-    share = coins.float().mean((0, 1))
-    assert ((share - rates[0, 0]).abs() < 5 * (0.25 / (3 * N)) ** 0.5).all(), share
-    part = corrupt(windows[1:2], rates[1:2], (V,), torch.Generator().manual_seed(0), (1, 3), nested=True)
-    assert torch.equal(part, noisy[1:2])
-
-
 def test_a_schedule_may_be_a_rate_per_offset():
     assert FixedSchedule([0, 0.25, 0.75]).rates(3).tolist() == [0, 0.25, 0.75]
     with pytest.raises(ValueError, match="has 3 rates; expected 4, one per offset"):

@@ -18,6 +18,7 @@ from mmtensorar.shards import Manifest, iterate_shard, picture
 
 WIDTH = 32  # of a classifier's features
 STEPS, BATCH_SIZE, LR = 800, 64, 2e-3
+LOOKED_AT = 32  # pixels a side at most
 NUM_SCORED = 256  # pictures at a time
 
 
@@ -42,6 +43,8 @@ class Classifier(nn.Module):
 
     def features(self, pixels: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, WIDTH]."""
+        if pixels.shape[-1] > LOOKED_AT:
+            pixels = functional.adaptive_avg_pool2d(pixels, LOOKED_AT)
         for convolution in self.convolutions:
             pixels = functional.gelu(convolution(pixels))
         return functional.gelu(self.hidden(functional.adaptive_avg_pool2d(pixels, 2).flatten(1)))

@@ -20,13 +20,15 @@ ON_ALL = ["train.monitors=[]", "train.sample_every=0", "train.sample_prompts=[]"
 class Arm(Section):
     """settings: of the grid's recipe that this arm changes, `key=value`. samplings: beside the recipe's own, by name.
 
-    calibrated_on: an arm whose measured draft errors are this one's rates of noise.
+    calibrated_on: an arm whose measured draft errors are this one's rates of noise. removed: why its setting is in the code no
+    more; its stored rows stay on the page, and it is not run.
     """
 
     about: str
     settings: list[str] = []
     samplings: list[str] = []
     calibrated_on: str | None = None
+    removed: str | None = None
 
 
 class FromNothing(Section):
