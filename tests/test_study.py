@@ -45,7 +45,7 @@ class World:
     def features(self, folder: Path, image_tokenizer, codes) -> np.ndarray:
         return quarters(image_tokenizer, codes)
 
-    def judge(self, folder: Path) -> str:
+    def judge(self, folder: Path, image_tokenizer) -> str:
         return "a look at the ground"
 
     def correct(self, folder: Path, number: int, images) -> list[bool]:
@@ -84,6 +84,9 @@ def grid_file(bench, tmp_path, monkeypatch) -> Path:  # noqa: F811
         ("samplings", {"greedy": {"heat": 1}}, "samplings.greedy: unknown heat"),
         ("arms", {"base": {"about": "", "samplings": ["x"]}, "plain": {"about": ""}}, "arms.base.samplings: unknown x"),
         ("arms", {"base": {"about": "", "calibrated_on": "plain"}, "plain": {"about": ""}}, "expected an arm that comes before"),
+        ("samplings", {"greedy": {"temperature": -1}}, "samplings.greedy: temperature"),
+        ("samplings", {"greedy": {"stride": 4}}, "arms.k3.samplings: greedy has stride 4, the window is 3"),
+        ("arms", {"base": {"about": "", "settings": ["train.steps=1"]}, "plain": {"about": ""}}, "arms.base: .*not trained"),
         ("base", None, "expected one of base and from_nothing"),
         ("from_nothing", {"image_tokenizer": {"image_size": 16}, "backbone": {}}, "from_nothing.image_tokenizer.num_embeddings"),
         ("arms", {"base": {"about": ""}, "plain": {"about": "", "settings": ["tensorar.windw=1"]}}, "did you mean tensorar.window"),
@@ -211,7 +214,8 @@ def test_the_worlds_that_are_here_have_pictures_of_every_class(name, monkeypatch
 def row(arm: str, seed: int, verdicts: dict[str, str], sampling: str = USUAL, **probe) -> dict:
     score = {"overall": np.mean([int(digit) for digits in verdicts.values() for digit in digits])}
     probe = {"none nats": [1.0], **probe}
-    facts = {"steps": 3, "train_seconds": 1.0, "step_seconds": 0.3, "seconds_per_image": 0.1, "passes_per_image": 16, "threads": 1, "torch": "2", "device": "cpu"}
+    settings = {"plain": ["tensorar.window=1"], "k3": ["train.steps=2"]}.get(arm, [])
+    facts = {"settings": settings, "steps": 3, "train_seconds": 1.0, "step_seconds": 0.3, "seconds_per_image": 0.1, "passes_per_image": 16, "threads": 1, "torch": "2", "device": "cpu"}
     return {"arm": arm, "seed": seed, "sampling": sampling, "verdicts": verdicts, "score": score, "frechet": 0.5, "probe": probe, "revised": [], **facts}
 
 
@@ -230,7 +234,7 @@ def test_the_page_is_made_from_stored_rows_alone(grid_file, tmp_path):
     assert "| `k3`: K=3 | 3 | 50.0 [" in page and "Not run yet: `base`, `own`." in page
     line = next(line for line in page.splitlines() if line.startswith("| `k3` | +"))
     # Of circles one prompt gains half of its pictures in every seed, of squares the only prompt loses half.
-    assert line == "| `k3` | +25.0 [+0.0 +50.0] | -50.0 [-50.0 -50.0] |"
+    assert line == "| `k3` | +25.0 [-24.0 +74.0] | -50.0 [-50.0 -50.0] |"
     assert "| `k3` | greedy |" in page and (tmp_path / "scores.png").is_file()
 
 
@@ -243,7 +247,8 @@ def test_worlds_are_set_beside_each_other(grid_file, tmp_path, capsys):
     for grid, right in ((grid_file, "11"), (other, "00")):
         rows = [row("plain", 0, {"0": "10", "1": "10", "2": "10"})]
         for arm, gap in (("base", None), ("k3", 0.5), ("own", 1.0)):
-            drafted = {} if gap is None else {"own nats": [np.log(2), (1 + gap) * np.log(2), 3.0], "draft_error": [0, 0.5, 0.7]}
+            bits = [np.log(2), (1 + (gap or 0)) * np.log(2), 3.0]
+            drafted = {"none nats": [1.0]} if gap is None else {"none nats": bits, "own nats": bits, "draft_error": [0, 0.5, 0.7]}
             rows.append(row(arm, 0, {"0": "10", "1": "10", "2": right if arm == "own" else "10"}, **drafted))
         (folder / grid.stem).mkdir(parents=True)
         (folder / grid.stem / "results.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
@@ -252,21 +257,39 @@ def test_worlds_are_set_beside_each_other(grid_file, tmp_path, capsys):
     assert "| `own` | +25.0 [+25.0 +25.0] | 1.00 | -25.0 [-25.0 -25.0] | 1.00 |" in page and (folder / "gaps.png").is_file()
     gaps = across.points([across.load(path, study.read(folder / path.stem / "results.jsonl")) for path in (grid_file, other)])
     assert [(point.arm, round(point.gap, 6), point.gain) for point in gaps] == [("k3", 0.5, 0), ("own", 1, 25), ("k3", 0.5, 0), ("own", 1, -25)]
-    assert "+0.00 over all (4 arms)" in page
     (folder / "other" / "results.jsonl").write_text(json.dumps(row("base", 0, {"0": "1", "1": "1", "2": "1"})) + "\n")
     assert study.main(["across", str(grid_file), str(other), "--folder", str(folder)]) == 2
     assert "other.yaml: no result of the control, plain" in capsys.readouterr().err
 
 
 def test_intervals_know_seeds_and_prompts():
-    """Seeds that differ widen the interval as prompts that differ do; equal ones leave it a point."""
-    groups = ["a"] * 4 + ["b"] * 4
-    same = report.interval(np.full((3, 8), 0.5), groups)["overall"]
-    assert same == (0.5, 0.5, 0.5)
-    seeds = report.interval(np.array([[0.0] * 8, [0.5] * 8, [1.0] * 8]), groups)["overall"]
-    prompts = report.interval(np.tile([0.0, 1.0] * 4, (3, 1)), groups)["overall"]
-    for found in (seeds, prompts):
-        assert found.value == 0.5 and found.low < 0.3 and found.high > 0.7
+    """Prompts that differ widen an interval; seeds do where they differ by more than the chance of sampling."""
+    groups = ["a"] * 40 + ["b"] * 40
+
+    def half(values: np.ndarray) -> float:
+        found = report.interval(values, groups, report.spreads([values], groups))["overall"]
+        assert found.value == pytest.approx(0.5) and found.high - found.value == pytest.approx(found.value - found.low)
+        return found.high - found.value
+
+    assert half(np.full((3, 80), 0.5)) == 0
+    assert half(np.repeat([[0.4], [0.5], [0.6]], 80, axis=1)) == pytest.approx(4.3027 * 0.1 / 3**0.5, rel=1e-4)  # Student's t of three
+    assert half(np.tile([0.0, 1.0] * 40, (3, 1))) == pytest.approx(1.96 * (40 * 0.25 / 39 / 40 / 2) ** 0.5)
+    with pytest.raises(ValueError, match="verdicts on 80 prompts; expected 79"):
+        report.interval(np.zeros((1, 80)), groups[1:], report.spreads([], groups[1:]))
+
+
+@pytest.mark.parametrize("seed_spread", [0.0, 0.02, 0.06])
+def test_intervals_hold_what_they_say(seed_spread):
+    """Over made-up studies of eight arms and three seeds with a known truth: some 95 % of intervals hold it."""
+    rng, held, groups = np.random.default_rng(0), [], ["a"] * 30 + ["b"] * 30
+    for _ in range(60):
+        hard = rng.normal(0, 0.15, (8, 1, 60))
+        levels = np.clip(0.5 + rng.normal(0, seed_spread, (8, 3, 1)) + hard, 0, 1)
+        shares = rng.binomial(2, levels) / 2
+        spread = report.spreads(list(shares), groups)
+        found = [report.interval(values, groups, spread)["overall"] for values in shares]
+        held += [each.low <= 0.5 <= each.high for each in found]
+    assert 0.92 <= np.mean(held) <= 0.99, np.mean(held)
 
 
 def test_a_run_takes_up_what_is_missing(grid_file, tmp_path, monkeypatch, capsys):
@@ -292,4 +315,11 @@ def test_a_run_takes_up_what_is_missing(grid_file, tmp_path, monkeypatch, capsys
     assert study.main(["run", str(grid_file), "--seeds", "1", "--out", str(tmp_path / "out"), "--results", str(results)]) == 0
     assert asked == [("plain", 0, None), ("k3", 0, None), ("own", 0, [0.0, 0.5, 0.75])]
     assert [each["arm"] for each in study.read(results)] == ["base", "plain", "k3", "own"]
+    # A sampling without a row is missing, and rows of other settings are none of this grid.
+    rows, grid = study.read(results), Grid.load(grid_file)
+    assert study.missing(grid, rows, list(grid.arms), 1) == [(0, "k3")]
+    rows.append(row("k3", 0, {"0": "1"}, "greedy"))
+    assert study.missing(grid, rows, list(grid.arms), 2) == [(1, "base"), (1, "plain"), (1, "k3"), (1, "own")]
+    with pytest.raises(ValueError, match="arms.k3 was run with .*steps=3.*, the grid has .*steps=2.*another name"):
+        study.missing(grid, [rows[-1] | {"settings": ["train.steps=3"]}], ["k3"], 1)
     assert study.main(["run", str(grid_file), "--arms", "nobody"]) == 2 and "unknown nobody" in capsys.readouterr().err

@@ -11,13 +11,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from eval import lines
 from eval.study import across, report
 from eval.study.commands import ROOT
-from eval.study.grid import Grid
+from eval.study.grid import USUAL, Grid
+from mmtensorar import processes
+from mmtensorar.options import at_least_1
 
 RESULTS = "results.jsonl"
 
@@ -26,13 +29,13 @@ def read(path: Path) -> list[dict]:
     """Rows of stored results. Raises ValueError naming a line that is none."""
     rows = []
     for where, row in lines.read(path) if path.is_file() else ():
-        if not {"arm", "seed", "sampling", "score", "verdicts", "probe"} <= row.keys():
+        if not {"arm", "seed", "sampling", "settings", "score", "verdicts", "probe"} <= row.keys():
             raise ValueError(f"{where}: expected a row of results")
         rows.append(row)
     return rows
 
 
-def hours(text: str) -> float:
+def seconds(text: str) -> float:
     """'90m' or '2h' -> seconds."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([mh])", text)
     if not found:
@@ -47,8 +50,9 @@ def places(workers: int | None) -> list[dict[str, str]]:
     """
     import torch
 
-    if gpus := torch.cuda.device_count():
-        return [{"CUDA_VISIBLE_DEVICES": str(number % gpus)} for number in range(workers or gpus)]
+    if torch.cuda.device_count():
+        gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu] or list(map(str, range(torch.cuda.device_count())))
+        return [{"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} for number in range(workers or len(gpus))]
     workers = workers or os.cpu_count() or 1
     # Jobs that each take all cores wait on each other.
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // workers))
@@ -64,31 +68,60 @@ def draft_error(rows: list[dict], arm: str, seed: int) -> list[float] | None:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Stop a job that still runs, and the training it started."""
+    """Stop a job that still runs, and the training it started, which ends its step and saves."""
     if process.poll() is None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
+            process.wait()
+            while True:
+                os.killpg(process.pid, 0)
+                time.sleep(0.2)
+
+
+def missing(grid: Grid, rows: list[dict], wanted: Sequence[str], num_seeds: int) -> list[tuple[int, str]]:
+    """(seed, arm) of what has no row for one of its samplings. Raises ValueError for rows of an arm that had other settings then."""
+    stored = {(row["seed"], row["arm"], row["sampling"]): row for row in rows}
+    found = []
+    # Seed after seed, so that whenever the time is over all arms have been seen equally often.
+    for seed in range(num_seeds):
+        for name, arm in grid.arms.items():
+            if name not in wanted or arm.removed:
+                continue
+            own = [stored.get((seed, name, sampling)) for sampling in (USUAL, *arm.samplings)]
+            for row in filter(None, own):
+                # A calibrated arm's rates are not the grid's.
+                if row["settings"][: len(arm.settings)] != arm.settings or (arm.calibrated_on is None and len(row["settings"]) != len(arm.settings)):
+                    raise ValueError(
+                        f"arms.{name} was run with {row['settings']}, the grid has {arm.settings}: give the arm another name, or take its rows "
+                        "out of the results and its folder out of the runs"
+                    )
+            if None in own:
+                found.append((seed, name))
+    return found
 
 
 def run(options: argparse.Namespace) -> None:
     from eval.study import start
 
-    grid, out = Grid.load(options.grid), options.out or Path("runs/study") / options.grid.stem
-    out.mkdir(parents=True, exist_ok=True)
-    results = options.results or ROOT / "docs/study" / options.grid.stem / RESULTS
-    results.parent.mkdir(parents=True, exist_ok=True)
-    wanted = options.arms or list(grid.arms)
+    grid = Grid.load(options.grid)
+    wanted = list(dict.fromkeys(options.arms or grid.arms))
     if unknown := set(wanted) - grid.arms.keys():
         raise ValueError(f"--arms: unknown {', '.join(sorted(unknown))}; there are {', '.join(grid.arms)}")
+    out = (options.out or Path("runs/study") / options.grid.stem).resolve()
+    results = options.results or ROOT / "docs/study" / options.grid.stem / RESULTS
+    results.parent.mkdir(parents=True, exist_ok=True)
+    held = processes.hold(out)  # noqa: F841, for as long as this runs
     print(f"data of {grid.world} in {out / 'data'}, base {start.folder(grid, out)}", flush=True)
     start.prepare(grid, out)
     began, free, running, failed = time.monotonic(), places(options.workers), [], 0
-    # Seed after seed, so that whenever the time is over all arms have been seen equally often.
-    work = [(seed, name) for seed in range(options.seeds or grid.num_seeds) for name in grid.arms if name in wanted]
+    num_seeds = options.seeds or grid.num_seeds
     rows = read(results)
-    done = {(row["seed"], row["arm"]) for row in rows}
-    total, work = len(work), [each for each in work if each not in done]
+    work = missing(grid, rows, wanted, num_seeds)
+    for seed, name in work:
+        calibrated_on = grid.arms[name].calibrated_on
+        if calibrated_on not in (None, *wanted) and draft_error(rows, calibrated_on, seed) is None:
+            raise ValueError(f"{name} is calibrated on {calibrated_on}, which has no result for seed {seed}")
+    total = num_seeds * sum(not grid.arms[name].removed for name in wanted)
     print(f"{total - len(work)} of {total} runs are in {results}; {len(work)} to do, {len(free)} at a time", flush=True)
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         while work or running:
@@ -96,17 +129,15 @@ def run(options: argparse.Namespace) -> None:
             for seed, name in list(work) if free and not over else ():
                 rates, calibrated_on = None, grid.arms[name].calibrated_on
                 if calibrated_on is not None and (rates := draft_error(rows, calibrated_on, seed)) is None:
-                    if calibrated_on in wanted:
-                        continue  # its turn comes
-                    raise ValueError(f"{name} is calibrated on {calibrated_on}, which has no result for seed {seed}")
+                    continue  # its turn comes
                 if not free:
                     break
                 place, target = free.pop(), Path(temporary) / f"{name}-{seed}.jsonl"
-                command = [sys.executable, "-m", "eval.study.job", str(options.grid), name, str(seed), str(out), json.dumps(rates), str(target)]
-                log = (out / f"{name}-{seed}.out").open("w", encoding="utf-8")
-                process = subprocess.Popen(
-                    command, cwd=ROOT, env=os.environ | place, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-                )
+                command = [sys.executable, "-m", "eval.study.job", str(options.grid.resolve()), name, str(seed), str(out), json.dumps(rates), str(target)]
+                with (out / f"{name}-{seed}.out").open("w", encoding="utf-8") as log:
+                    process = subprocess.Popen(
+                        command, cwd=ROOT, env=os.environ | place, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                    )
                 stack.callback(_end, process)
                 running.append((process, name, seed, target, place, time.monotonic()))
                 work.remove((seed, name))
@@ -156,10 +187,10 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("run", help="train and score what is missing of a grid")
     one.add_argument("grid", type=Path, help="YAML file, such as eval/study/grids/shapes.yaml")
-    one.add_argument("--budget", type=hours, metavar="TIME", help="start no run after this time, such as 90m or 2h")
+    one.add_argument("--budget", type=seconds, metavar="TIME", help="start no run after this time, such as 90m or 2h")
     one.add_argument("--arms", nargs="+", metavar="NAME", help="default: all of the grid")
-    one.add_argument("--seeds", type=int, help="how many; default: the grid's")
-    one.add_argument("--workers", type=int, help="runs at a time; default: one per GPU, or without one per core")
+    one.add_argument("--seeds", type=at_least_1, help="how many; default: the grid's")
+    one.add_argument("--workers", type=at_least_1, help="runs at a time; default: one per GPU, or without one per core")
     one.add_argument("--out", type=Path, help="data, runs and logs; default: runs/study/GRID")
     one.add_argument("--results", type=Path, metavar="FILE", help=f"default: docs/study/GRID/{RESULTS}")
     one.set_defaults(call=run)

@@ -17,7 +17,8 @@ FIGURE = "gaps.png"
 
 
 class Point(NamedTuple):
-    """An arm with drafts in one world. gap: bits that a draft one token ahead costs more than the final token. gain: points of score."""
+    """An arm with drafts in one world. gap: bits that a prediction two tokens ahead costs more than the next one, given the past alone;
+    with drafts in view, harm to the final token would shrink it. gain: points of score."""
 
     world: str
     arm: str
@@ -31,74 +32,74 @@ class Study(NamedTuple):
     path: Path
     grid: Grid
     found: dict[tuple[str, str], report.Runs]
-    groups: list[str]
+    known: report.Scores
 
     def beside(self, arm: str) -> tuple[report.Interval, float] | None:
         """Score minus the control's, and Frechet distance over the control's, on the seeds that both have."""
-        runs, control = self.found.get((arm, USUAL)), self.found.get((self.grid.control, USUAL))
-        both = sorted(runs.shares.keys() & control.shares.keys()) if runs and control else []
-        if not both:
+        if (beside := self.known.beside(arm)) is None:
             return None
-        differences = np.stack([runs.shares[seed] - control.shares[seed] for seed in both])
+        runs, control = self.found[arm, USUAL], self.found[self.grid.control, USUAL]
+        both = runs.shares.keys() & control.shares.keys()
         distances = [mean(row["frechet"] for row in each.rows if row["seed"] in both) for each in (runs, control)]
-        return report.interval(differences, self.groups)["overall"], distances[0] / distances[1]
+        return beside["overall"], distances[0] / distances[1]
 
-    def bits(self, arm: str) -> np.ndarray | None:
-        """Bits per token at each offset, with the arm's own drafts in view where it has some."""
-        runs = self.found.get((arm, USUAL))
-        if runs is None:
+    def bits(self, arm: str, drafts: str) -> np.ndarray | None:
+        """Bits per token at each offset, with drafts in view that are none or own; None where there are no such rows."""
+        runs, key = self.found.get((arm, USUAL)), f"{drafts} nats"
+        if runs is None or key not in runs.rows[0]["probe"]:
             return None
-        key = "own nats" if "own nats" in runs.rows[0]["probe"] else "none nats"
         return np.mean([row["probe"][key] for row in runs.rows], axis=0) / report.NATS_PER_BIT
 
 
 def load(path: Path, rows: Sequence[dict]) -> Study:
-    grid = Grid.load(path)
-    return Study(path, grid, report.collect(rows), [group for group, _ in worlds.load(grid.world).prompts()])
+    grid, found = Grid.load(path), report.collect(rows)
+    return Study(path, grid, found, report.Scores(grid, found, [group for group, _ in worlds.load(grid.world).prompts()]))
 
 
 def gains(studies: Sequence[Study]) -> str:
     """Arms that more than one world has."""
     rows = []
     for arm in dict.fromkeys(name for study in studies for name in study.grid.arms):
-        cells = [study.beside(arm) for study in studies if arm != study.grid.control]
+        cells = [study.beside(arm) for study in studies]
         if sum(cell is not None for cell in cells) > 1:
             rows.append([f"`{arm}`", *(text for cell in cells for text in (("", "") if cell is None else (str(cell[0]), f"{cell[1]:.2f}")))])
     head = [text for study in studies for text in (f"{study.grid.world}, points", "Frechet")]
-    return report._table(["arm", *head], rows)
+    return report.table(["arm", *head], rows)
 
 
 def offsets(studies: Sequence[Study], arms: Sequence[str]) -> str:
     rows = []
     for study in studies:
         for arm in (study.grid.control, *arms):
-            if (bits := study.bits(arm)) is not None:
-                beside = study.beside(arm) if arm != study.grid.control else None
+            if (bits := study.bits(arm, "none")) is not None:
+                own, beside = study.bits(arm, "own"), study.beside(arm)
                 gap = "" if len(bits) == 1 else f"{bits[1] - bits[0]:.2f}"
-                rows.append([study.grid.world, f"`{arm}`", " ".join(f"{each:.2f}" for each in bits), gap, "" if beside is None else str(beside[0])])
-    head = ["world", "arm", "bits per token at each offset", "gap of offset 1", "score minus the control's, points"]
-    return report._table(head, rows)
+                cells = ["" if each is None else " ".join(f"{value:.2f}" for value in each) for each in (bits, own)]
+                rows.append([study.grid.world, f"`{arm}`", *cells, gap, "" if beside is None else str(beside[0])])
+    head = ["world", "arm", "bits per token at each offset, given the past", "with its own drafts", "gap", "score minus the control's, points"]
+    return report.table(head, rows)
 
 
 def points(studies: Sequence[Study]) -> list[Point]:
+    """Of arms whose drafts are made apart from each other: linked ones are scored with the true token before them."""
     found = []
     for study in studies:
-        for arm in study.grid.arms:
-            bits, beside = study.bits(arm), study.beside(arm)
-            if bits is not None and len(bits) > 1 and beside is not None:
-                found.append(Point(study.grid.world, arm, bits[1] - bits[0], 100 * beside[0].value))
+        for name, arm in study.grid.arms.items():
+            bits, beside = study.bits(name, "none"), study.beside(name)
+            if bits is not None and len(bits) > 1 and beside is not None and "tensorar.coherent=true" not in arm.settings:
+                found.append(Point(study.grid.world, name, bits[1] - bits[0], 100 * beside[0].value))
     return found
 
 
 def correlations(found: Sequence[Point]) -> str:
-    """What gaps foretell of gains, in each world and over all arms."""
+    """What gaps foretell of gains, in each world; worlds differ in too much to be one sample."""
     said = []
-    for world in [*dict.fromkeys(point.world for point in found), None]:
-        own = [point for point in found if world in (None, point.world)]
+    for world in dict.fromkeys(point.world for point in found):
+        own = [point for point in found if point.world == world]
         if len(own) > 2:
             value = np.corrcoef([point.gap for point in own], [point.gain for point in own])[0, 1]
-            said.append(f"{value:+.2f} {'over all' if world is None else f'in {world}'} ({len(own)} arms)")
-    return "Correlation of that gap with the gain, of arms that have drafts: " + ", ".join(said) + "." if said else ""
+            said.append(f"{value:+.2f} in {world} ({len(own)} arms)")
+    return "Correlation of the gap with the gain over arms that have drafts: " + ", ".join(said) + "." if said else ""
 
 
 def draw(found: Sequence[Point], path: Path) -> None:
@@ -110,7 +111,7 @@ def draw(found: Sequence[Point], path: Path) -> None:
         for point in own:
             axes.annotate(point.arm, (point.gap, point.gain), fontsize=6, xytext=(3, 3), textcoords="offset points")
     axes.axhline(0, color="#7f7f7f", linewidth=1)
-    axes.set_xlabel("bits that a draft one token ahead costs more than the final token")
+    axes.set_xlabel("bits that a token two ahead costs more than the next one")
     axes.set_ylabel("right pictures, points above the plain control")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -140,8 +141,8 @@ def write(studies: Sequence[Study], folder: Path) -> Path:
         "Points of right pictures, with 95 % intervals over seeds and prompts; a Frechet distance above 1 is worse than the control's.",
         gains(studies),
         "## Cross entropy per offset, and what refinement gains",
-        "On validation samples, with the model's own sampled drafts in view. The gap says how much worse a draft made one token ahead is than the "
-        "final token.",
+        "On validation samples. The gap says how much more a prediction two tokens ahead costs than the next token's, given the past alone: "
+        "how much worse a draft is than what it is to help.",
         offsets(studies, ["k2", "k4", "k2_self", "k4_self"]),
         correlations(found),
         f"![gaps]({FIGURE})",

@@ -8,7 +8,8 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from mmtensorar.backbones import llamagen
-from mmtensorar.recipe import Recipe, SamplerSettings, Section, read_recipe
+from mmtensorar.generate import Sampling
+from mmtensorar.recipe import Recipe, RecipeError, SamplerSettings, Section, read_recipe
 from mmtensorar.train_image_tokenizer import ImageTokenizerRecipe
 
 BASE = "base"  # the arm that is not trained
@@ -49,7 +50,7 @@ class FromNothing(Section):
 
 
 class Grid(Section):
-    """world: a module of this folder. recipe: the settings that arms change. base: the checkpoint folder that
+    """world: a module of eval/study/worlds. recipe: the settings that arms change. base: the checkpoint folder that
     they start from, or from_nothing: how to make one.
 
     control: the arm that the others are compared with. samplings: name -> settings of the sampler, and batch_size.
@@ -76,8 +77,18 @@ class Grid(Section):
             if needed not in self.arms:
                 problems.append(f"arms has no {needed!r}")
         for name, settings in self.samplings.items():
-            if unknown := settings.keys() - SamplerSettings.model_fields.keys() - {"batch_size"}:
+            given = {key: value for key, value in settings.items() if key != "batch_size"}
+            if unknown := given.keys() - SamplerSettings.model_fields.keys():
                 problems.append(f"samplings.{name}: unknown {', '.join(sorted(unknown))}")
+                continue
+            try:
+                Sampling(**given)
+            except ValueError as error:
+                problems.append(f"samplings.{name}: {error}")
+            if not isinstance(settings.get("batch_size", 1), int) or settings.get("batch_size", 1) < 1:
+                problems.append(f"samplings.{name}: batch_size is {settings['batch_size']!r}; expected 1 or more")
+        if (untrained := self.arms.get(BASE)) and (untrained.settings or untrained.calibrated_on):
+            problems.append(f"arms.{BASE}: settings are given, but it is not trained")
         for name, arm in self.arms.items():
             if unknown := [each for each in arm.samplings if each not in self.samplings]:
                 problems.append(f"arms.{name}.samplings: unknown {', '.join(unknown)}")
@@ -96,11 +107,19 @@ class Grid(Section):
                 Recipe.load(grid.recipe, grid.from_nothing.settings)
             except ValueError as error:
                 raise type(error)(f"{path}: from_nothing: {error}") from None
+        windows = {}
         for name, arm in grid.arms.items():
+            if arm.removed:
+                continue
             try:
-                Recipe.load(grid.recipe, arm.settings)
+                windows[name] = Recipe.load(grid.recipe, arm.settings).tensorar.window
             except ValueError as error:
                 raise type(error)(f"{path}: arms.{name}: {error}") from None
+            for sampling in arm.samplings:
+                if (stride := grid.samplings[sampling].get("stride", 1)) > windows[name]:
+                    raise RecipeError(f"{path}: arms.{name}.samplings: {sampling} has stride {stride}, the window is {windows[name]}")
+            if arm.calibrated_on is not None and windows[name] != windows.get(arm.calibrated_on):
+                raise RecipeError(f"{path}: arms.{name}: its window is {windows[name]}, {arm.calibrated_on} has another")
         return grid
 
 

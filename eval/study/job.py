@@ -4,15 +4,16 @@ What is measured, of pictures by each sampling and of teacher-forced validation 
 
     score          share of pictures that show what is asked for: of each group, and their mean (overall)
     verdicts       prompt -> a digit per picture, 1 where it is right, from which intervals are drawn
-    frechet        Frechet distance to validation pictures, in the image tokenizer's code vectors averaged over quarters
+    frechet        Frechet distance to validation pictures, in the world's features
     revised        share of tokens that changed at each offset while sampling
     passes_per_image, seconds_per_image    through the backbone, and of sampling without decoding the picture
-    probe          nats per token and sampled accuracy at each offset, given drafts that are true, the model's own, or none
+    probe          nats per token and accuracy of the likeliest at each offset, given drafts that are true, the model's own, or none
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from collections import defaultdict
@@ -23,9 +24,10 @@ import numpy as np
 import torch
 
 from eval.fid.score import frechet_distance, statistics
+from eval.layout import write_text
 from eval.run import image_seed
 from eval.study import start, worlds
-from eval.study.commands import run
+from eval.study.commands import ROOT, run
 from eval.study.grid import BASE, ON_ALL, USUAL, Grid
 from mmtensorar import data
 from mmtensorar.decode import revised_per_offset
@@ -35,7 +37,6 @@ from mmtensorar.recipe import Recipe
 from mmtensorar.tensorar import TensorAR
 from mmtensorar.windows import slide
 
-ROOT = Path(__file__).resolve().parents[2]
 BATCH_SIZE = 40  # pictures at a time, unless a sampling says another number
 ROUNDS = 3  # of drafting anew from the own drafts of the round before
 
@@ -57,6 +58,10 @@ def train(grid: Grid, name: str, seed: int, out: Path, rates: list[float] | None
         return start.folder(grid, out), {"steps": 0, "train_seconds": 0.0, "step_seconds": None}
     folder = out / "runs" / f"{name}-{seed}"
     overrides = recipe_of(grid, name, seed, out.resolve(), rates)
+    told = out / f"{name}-{seed}.json"  # of what the run folder holds
+    if folder.is_dir() and (not told.is_file() or json.loads(told.read_text(encoding="utf-8")) != overrides):
+        shutil.rmtree(folder)
+    write_text(told, json.dumps(overrides))
     run("mmtensorar/train.py", grid.recipe, *overrides, "--resume", log=out / f"{name}-{seed}.log")
     rows = read_log(folder / "log.jsonl")
     seconds = [sum(row["seconds"].get(part, 0) for part in ("data", "forward", "backward", "step")) for row in rows]
@@ -106,6 +111,8 @@ def draw(grid: Grid, generator: Generator, settings: dict, seed: int, data_folde
         decoded = generator.decode(
             [prompts[number][1] for number, _ in part], [image_seed(seed, *place) for place in part], sampling, keep_trace=True
         )
+        if generator.device.type == "cuda":
+            torch.cuda.synchronize()
         seconds += time.perf_counter() - began
         passes += decoded.passes * len(part)
         revised.append(revised_per_offset(decoded.trace))
@@ -129,17 +136,18 @@ def draw(grid: Grid, generator: Generator, settings: dict, seed: int, data_folde
 
 def measure(grid: Grid, name: str, seed: int, model_folder: Path, out: Path) -> list[dict]:
     """A row per sampling."""
-    generator = Generator.load(model_folder)
+    generator = Generator.load(model_folder, precision="fp32")  # the same on every device
     world, data_folder = worlds.load(grid.world), out / "data"
     _, validation = world.sets(data_folder)
     recipe = Recipe.load(ROOT / grid.recipe, [f"image_tokenizer.path={model_folder / 'image_tokenizer'}", f"data.validation={validation}", "train.validate_every=1", "data.validation_batch_size=64"])
     batches = data.validation_batches(recipe, generator.caption_encoder, rank=0, world_size=1)
     codes = [batch.codes[:number].to(generator.device) for _, number, batch in batches]
     reference = np.concatenate([world.features(data_folder, generator.image_tokenizer, each) for each in codes])
+    judge = world.judge(data_folder, generator.image_tokenizer)
     probed = probe(generator.model, recipe, generator)
     samplings = {USUAL: {}} | {each: grid.samplings[each] for each in grid.arms[name].samplings}
     return [
-        {"sampling": sampling, "probe": probed, **draw(grid, generator, settings, seed, data_folder, reference), **generator.runs_as()}
+        {"sampling": sampling, "judge": judge, "probe": probed, **draw(grid, generator, settings, seed, data_folder, reference), **generator.runs_as()}
         for sampling, settings in samplings.items()
     ]
 
@@ -153,7 +161,7 @@ def main(arguments: list[str]) -> int:
     rows = measure(grid, name, int(seed), folder, Path(out))
     settings = grid.arms[name].settings + ([] if rates is None else [f"tensorar.schedule={json.dumps(rates)}"])
     facts = {"world": grid.world, "arm": name, "seed": int(seed), "settings": settings, **took, "threads": torch_threads}
-    facts |= {"torch": torch.__version__, "judge": worlds.load(grid.world).judge(Path(out) / "data")}
+    facts["torch"] = torch.__version__
     Path(target).write_text("".join(json.dumps(facts | row) + "\n" for row in rows), encoding="utf-8")
     return 0
 

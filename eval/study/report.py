@@ -1,7 +1,7 @@
 """The page of a study: tables, intervals and plots from the stored results alone.
 
-Intervals are 95 %, by a bootstrap that draws seeds anew and, within each group, prompts. Arms are set beside the control on the same
-seeds and prompts, so that what is hard for both cancels.
+Intervals are 95 %, over seeds and prompts (see `interval`; how much seeds differ is pooled over the arms). Arms are set beside the control on the same seeds and prompts, so that what
+is hard for both cancels.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from statistics import mean
 from typing import NamedTuple
 
 import numpy as np
+from scipy import stats
 
 from eval.layout import write_text
 from eval.study import worlds
 from eval.study.grid import BASE, USUAL, Grid
 
-NUM_RESAMPLES = 2000
 NATS_PER_BIT = np.log(2)
 
 
@@ -53,22 +53,81 @@ def collect(rows: Sequence[dict]) -> dict[tuple[str, str], Runs]:
     return result
 
 
-def interval(values: np.ndarray, groups: Sequence[str]) -> dict[str, Interval]:
-    """[seeds, prompts] -> the mean of each group, and overall that of the groups' means."""
-    rng, (num_seeds, _) = np.random.default_rng(0), values.shape
-    seeds = rng.integers(num_seeds, size=(NUM_RESAMPLES, num_seeds))
-    found, drawn_means = {}, []
-    for group in dict.fromkeys(groups):
-        own = values[:, [index for index, each in enumerate(groups) if each == group]]
-        chosen = rng.integers(own.shape[1], size=(NUM_RESAMPLES, own.shape[1]))
-        drawn = np.array([own[np.ix_(s, p)].mean() for s, p in zip(seeds, chosen, strict=True)])
-        found[group] = Interval(own.mean(), *np.percentile(drawn, (2.5, 97.5)))
-        drawn_means.append(drawn)
-    overall = np.mean([each.value for each in found.values()])
-    return {"overall": Interval(overall, *np.percentile(np.mean(drawn_means, axis=0), (2.5, 97.5))), **found}
+class Spread(NamedTuple):
+    """How seeds differ beyond the chance of sampling, of a group's mean: variance, and the degrees of freedom that it is known by."""
+
+    variance: float
+    freedom: int
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _parts(groups: Sequence[str]) -> dict[str, list[list[int]]]:
+    """Name -> the prompts of the groups whose means it is the mean of: `overall` of all, a group's of its own."""
+    places = {group: [index for index, each in enumerate(groups) if each == group] for group in dict.fromkeys(groups)}
+    return {"overall": list(places.values()), **{group: [own] for group, own in places.items()}}
+
+
+def _mean_and_variance(shares: np.ndarray, parts: list[list[int]]) -> tuple[float, float]:
+    """[prompts] -> the mean of the groups' means, and its variance over prompts, which holds the chance of sampling."""
+    variance = sum(shares[own].var(ddof=1) / len(own) for own in parts if len(own) > 1) / len(parts) ** 2
+    return float(np.mean([shares[own].mean() for own in parts])), variance
+
+
+def spreads(several: Sequence[np.ndarray], groups: Sequence[str]) -> dict[str, Spread]:
+    """Of several arms' [seeds, prompts], pooled, since of the few seeds of one arm it would be hardly known."""
+    found = {}
+    for name, parts in _parts(groups).items():
+        between, chance, freedom = 0.0, 0.0, 0
+        for values in several:
+            means, variances = zip(*(_mean_and_variance(row, parts) for row in values), strict=True)
+            if len(values) > 1:
+                between += (len(values) - 1) * np.var(means, ddof=1)
+                chance += (len(values) - 1) * np.mean(variances)
+                freedom += len(values) - 1
+        found[name] = Spread(max(0.0, between - chance) / max(1, freedom), freedom)
+    return found
+
+
+def interval(values: np.ndarray, groups: Sequence[str], spread: dict[str, Spread]) -> dict[str, Interval]:
+    """[seeds, prompts] -> the mean of each group, and overall that of the groups' means.
+
+    Its variance is that over prompts of the seeds' mean, and the spread of seeds, with Student's t of its degrees of freedom.
+    """
+    if values.shape[1] != len(groups):
+        raise ValueError(f"a row has verdicts on {values.shape[1]} prompts; expected {len(groups)}, the world's")
+    found = {}
+    for name, parts in _parts(groups).items():
+        value, variance = _mean_and_variance(values.mean(axis=0), parts)
+        t = stats.t.ppf(0.975, spread[name].freedom) if spread[name].freedom else 0.0
+        half = float(np.sqrt(1.96**2 * variance + t**2 * spread[name].variance / len(values)))
+        found[name] = Interval(value, value - half, value + half)
+    return found
+
+
+class Scores:
+    """Intervals of a grid's arms: alone, and beside the control on the seeds that both have."""
+
+    def __init__(self, grid: Grid, found: dict[tuple[str, str], Runs], groups: Sequence[str]):
+        self.grid, self.found, self.groups = grid, found, groups
+        usual = [name for name in grid.arms if (name, USUAL) in found]
+        self._alone = spreads([np.stack(list(found[name, USUAL].shares.values())) for name in usual], groups)
+        differences = [self.differences(name) for name in usual]
+        self._beside = spreads([each for each in differences if each is not None], groups)
+
+    def differences(self, arm: str) -> np.ndarray | None:
+        """[seeds, prompts]: shares minus the control's; None for the control itself, or where no seed has both."""
+        runs, control = self.found.get((arm, USUAL)), self.found.get((self.grid.control, USUAL))
+        both = sorted(runs.shares.keys() & control.shares.keys()) if runs and control and arm != self.grid.control else []
+        return np.stack([runs.shares[seed] - control.shares[seed] for seed in both]) if both else None
+
+    def alone(self, runs: Runs) -> Interval:
+        return interval(np.stack([runs.shares[seed] for seed in sorted(runs.shares)]), self.groups, self._alone)["overall"]
+
+    def beside(self, arm: str) -> dict[str, Interval] | None:
+        differences = self.differences(arm)
+        return None if differences is None else interval(differences, self.groups, self._beside)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "|".join(["---", *["---:"] * (len(head) - 1)]) + "|"]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
@@ -85,22 +144,20 @@ def _spread(runs: Runs, of, digits: int) -> str:
     return text if len(values) == 1 else f"{text} ±{(max(values) - min(values)) / 2:.{digits}f}"
 
 
-def scores(grid: Grid, found: dict, groups: Sequence[str]) -> str:
+def scores(grid: Grid, found: dict, known: Scores) -> str:
     """Every arm by its recipe's sampling: score, difference from the control, Frechet distance, time."""
-    control, rows = found.get((grid.control, USUAL)), []
+    rows = []
     for name, arm in grid.arms.items():
         if (runs := found.get((name, USUAL))) is None:
             continue
-        own = interval(np.stack([runs.shares[seed] for seed in sorted(runs.shares)]), groups)["overall"]
-        both = sorted(runs.shares.keys() & control.shares.keys()) if control and name != grid.control else []
-        beside = "" if not both else str(interval(np.stack([runs.shares[s] - control.shares[s] for s in both]), groups)["overall"])
+        own, beside = known.alone(runs), known.beside(name)
         step = _mean(runs, lambda row: row["step_seconds"])
         rows.append(
             [
-                f"`{name}`: {arm.about}",
+                f"`{name}`: {arm.about}{f' (removed: {arm.removed})' if arm.removed else ''}",
                 str(len(runs.shares)),
                 f"{100 * own.value:.1f} [{100 * own.low:.1f} {100 * own.high:.1f}]",
-                beside,
+                "" if beside is None else str(beside["overall"]),
                 _spread(runs, lambda row: 100 * row["frechet"], 2),
                 "" if not step else f"{runs.rows[0]['steps']}",
                 "" if not step else f"{mean(row['train_seconds'] for row in runs.rows):.0f}",
@@ -108,35 +165,30 @@ def scores(grid: Grid, found: dict, groups: Sequence[str]) -> str:
             ]
         )
     head = ["arm", "seeds", "right pictures, %", f"minus `{grid.control}`, points", "Frechet, x 100", "steps", "training, s", "ms a picture"]
-    return _table(head, rows)
+    return table(head, rows)
 
 
-def per_group(grid: Grid, found: dict, groups: Sequence[str]) -> str:
+def per_group(grid: Grid, known: Scores) -> str:
     """Difference from the control, per skill."""
-    control, names = found[grid.control, USUAL], list(dict.fromkeys(groups))
-    rows = []
-    for name in grid.arms:
-        runs = found.get((name, USUAL))
-        both = sorted(runs.shares.keys() & control.shares.keys()) if runs and name != grid.control else []
-        if both:
-            beside = interval(np.stack([runs.shares[seed] - control.shares[seed] for seed in both]), groups)
-            rows.append([f"`{name}`", *(str(beside[group]) for group in names)])
-    return _table(["arm", *names], rows)
+    names = list(dict.fromkeys(known.groups))
+    found = {name: known.beside(name) for name in grid.arms}
+    rows = [[f"`{name}`", *(str(beside[group]) for group in names)] for name, beside in found.items() if beside is not None]
+    return table(["arm", *names], rows)
 
 
-def samplings(grid: Grid, found: dict, groups: Sequence[str]) -> str:
+def samplings(grid: Grid, found: dict, known: Scores) -> str:
     """Arms that were sampled in several ways."""
     rows = []
     for (name, sampling), runs in found.items():
         if name in grid.arms and grid.arms[name].samplings:
-            own = interval(np.stack([runs.shares[seed] for seed in sorted(runs.shares)]), groups)["overall"]
+            own = known.alone(runs)
             revised = [f"{100 * value:.0f}" for value in np.mean([row["revised"] for row in runs.rows], axis=0)] if runs.rows[0]["revised"] else []
             score = f"{100 * own.value:.1f} [{100 * own.low:.1f} {100 * own.high:.1f}]"
             passes = _mean(runs, lambda row: row.get("passes_per_image"))  # which the first rows did not record
             cost = ["" if passes is None else f"{passes:.0f}", f"{1000 * mean(row['seconds_per_image'] for row in runs.rows):.0f}"]
             rows.append([f"`{name}`", sampling, score, _spread(runs, lambda row: 100 * row["frechet"], 2), " ".join(revised), *cost])
     rows.sort(key=lambda row: list(grid.arms).index(row[0].strip("`")))
-    return _table(["arm", "sampling", "right pictures, %", "Frechet, x 100", "revised at each offset, %", "passes a picture", "ms a picture"], rows)
+    return table(["arm", "sampling", "right pictures, %", "Frechet, x 100", "revised at each offset, %", "passes a picture", "ms a picture"], rows)
 
 
 def probes(grid: Grid, found: dict) -> str:
@@ -162,7 +214,7 @@ def probes(grid: Grid, found: dict) -> str:
             ]
         )
     head = ["arm", "without drafts", "with its own", "with true ones", "drafts, with its own", "sampled drafts right, %", "revised, %"]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def plots():
@@ -177,13 +229,13 @@ def plots():
     return pyplot
 
 
-def draw(grid: Grid, found: dict, groups: Sequence[str], path: Path) -> None:
+def draw(grid: Grid, found: dict, known: Scores, path: Path) -> None:
     """Score of every arm with its interval, best first; the control's as a band."""
     pyplot = plots()
     bars = []
     for name in grid.arms:
         if runs := found.get((name, USUAL)):
-            bars.append((name, interval(np.stack([runs.shares[seed] for seed in sorted(runs.shares)]), groups)["overall"]))
+            bars.append((name, known.alone(runs)))
     bars.sort(key=lambda bar: bar[1].value)
     figure, axes = pyplot.subplots(figsize=(7, 0.28 * len(bars) + 1))
     for place, (name, own) in enumerate(bars):
@@ -234,7 +286,8 @@ def write(grid_path: Path, results: Path, rows: Sequence[dict]) -> Path:
         raise ValueError(f"{results}: no result of the control, {grid.control}; run it first")
     world = worlds.load(grid.world)
     groups = [group for group, _ in world.prompts()]
-    draw(grid, found, groups, folder / "scores.png")
+    known = Scores(grid, found, groups)
+    draw(grid, found, known, folder / "scores.png")
     first, judge = rows[0], next((row["judge"] for row in rows if "judge" in row), "the world's detector")
     missing = [name for name in grid.arms if (name, USUAL) not in found]
     notes = folder / "notes.md"
@@ -247,15 +300,15 @@ def write(grid_path: Path, results: Path, rows: Sequence[dict]) -> Path:
         f"All arms start from {f'`{grid.base}`' if grid.base else 'a base that the run trains from nothing'} and see the same samples in the same order for a seed; settings not named are those of "
         f"`{grid.recipe}`. {grid.num_images} pictures of each of {len(groups)} prompts; what is right "
         f"says {judge}. Frechet distance: in {world.FEATURES}, "
-        "to pictures of the validation set (± half the distance between the extremes of the seeds). Of one seed "
-        "the intervals are over prompts alone. Times are of runs side by side on one machine, so they compare roughly.",
-        scores(grid, found, groups),
+        "to pictures of the validation set (± half the distance between the extremes of the seeds). Intervals are 95 %, "
+        "over seeds and prompts. Times are of runs side by side on one machine, so they compare roughly.",
+        scores(grid, found, known),
         "![scores](scores.png)",
         *([f"Not run yet: {', '.join(f'`{name}`' for name in missing)}."] if missing else []),
         f"## Per skill, minus `{grid.control}`, points",
-        per_group(grid, found, groups),
+        per_group(grid, known),
         "## Samplings",
-        samplings(grid, found, groups),
+        samplings(grid, found, known),
         "## What drafts are worth",
         "Bits per token of the final prediction (offset 0) on validation samples, given the past alone, with the model's own sampled drafts "
         "in view, and with true ones (which is copying); bits per token of the drafts themselves; share of the sampled drafts that are right; "

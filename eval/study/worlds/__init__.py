@@ -31,7 +31,7 @@ class World(Protocol):
     def correct(self, folder: Path, number: int, images: Sequence[Image.Image]) -> list[bool]:
         """For pictures of that prompt, whether each shows what it asks for."""
 
-    def judge(self, folder: Path) -> str:
+    def judge(self, folder: Path, image_tokenizer: ImageTokenizer) -> str:
         """Who says what is correct, and how well, in words."""
 
     def features(self, folder: Path, image_tokenizer: ImageTokenizer, codes: Tensor) -> np.ndarray:

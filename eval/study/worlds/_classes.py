@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -11,8 +12,9 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from eval.layout import write_text
 from eval.study.commands import run
-from eval.study.features import WIDTH, Classifier, load_classifier, train_classifier
+from eval.study.features import WIDTH, Classifier, load_classifier, read_pictures, train_classifier
 from mmtensorar.image_tokenizers import ImageTokenizer, to_images, to_pixels
 from mmtensorar.shards import MANIFEST
 
@@ -41,12 +43,15 @@ class Classes:
             except ImportError as error:
                 raise ValueError(f"the world {self.name} needs {error.name}: pip install -e '.[study]'") from None
             for path, part in zip(both, drawn, strict=True):
+                if (path / MANIFEST).is_file():
+                    continue
                 with tempfile.TemporaryDirectory() as temporary:
+                    place = Path(temporary) / path.name  # a set is known by its source's name
                     for number in range(len(self.names)):
-                        (Path(temporary) / f"{number:03}").mkdir()  # all of them, so that numbers are the names' places
+                        (place / f"{number:03}").mkdir(parents=True)  # all of them, so that numbers are the names' places
                     for index, (number, image) in enumerate(part):
-                        image.save(Path(temporary) / f"{number:03}" / f"{index:05}.png")
-                    source = ["--class-folder", temporary, "--image-size", self.size, "--format", "png"]
+                        image.save(place / f"{number:03}" / f"{index:05}.png")
+                    source = ["--class-folder", place, "--image-size", self.size, "--format", "png"]
                     run("data_tools/make_shards.py", *source, "--samples-per-shard", 1000, "--out", path)
         train_classifier(folder / "classifier.safetensors", *both, len(self.names))
 
@@ -66,8 +71,20 @@ class Classes:
     def correct(self, folder: Path, number: int, images: Sequence[Image.Image]) -> list[bool]:
         return [found == number // self.num_prompts for found in self.classifier(folder)[0].classes(images)]
 
-    def judge(self, folder: Path) -> str:
-        return f"a small classifier of the same pictures, right about {100 * self.classifier(folder)[1]:.1f} % of validation"
+    def judge(self, folder: Path, image_tokenizer: ImageTokenizer) -> str:
+        """Measured once, on originals and on what is left of them after the image tokenizer."""
+        told = folder / "judge.json"
+        if not told.is_file():
+            pixels, classes = read_pictures(self.sets(folder)[1])
+            device = next(image_tokenizer.parameters()).device
+            decoded = [image for part in pixels.split(32) for image in to_images(image_tokenizer.decode(image_tokenizer.encode(part.to(device))))]
+            right = np.mean([found == number for found, number in zip(self.classifier(folder)[0].classes(decoded), classes.tolist(), strict=True)])
+            write_text(told, json.dumps({"originals": self.classifier(folder)[1], "decoded": float(right)}))
+        shares = json.loads(told.read_text(encoding="utf-8"))
+        return (
+            f"a small classifier of the same pictures, right about {100 * shares['originals']:.1f} % of validation, and about "
+            f"{100 * shares['decoded']:.1f} % of it after a round trip through the image tokenizer"
+        )
 
     def features(self, folder: Path, image_tokenizer: ImageTokenizer, codes: Tensor) -> np.ndarray:
         pixels = to_pixels(to_images(image_tokenizer.decode(codes)))

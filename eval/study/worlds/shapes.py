@@ -49,7 +49,7 @@ def correct(folder: Path, number: int, images: Sequence[Image.Image]) -> list[bo
     return [score.judge(metadata, *score.by_class(detections), suite.settings).correct for detections in found]
 
 
-def judge(folder: Path) -> str:
+def judge(folder: Path, image_tokenizer: ImageTokenizer) -> str:
     return "the exact detector of the suite `shapes`"
 
 
