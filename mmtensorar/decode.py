@@ -1,9 +1,10 @@
 """Sliding-window sampling with guidance and a KV cache.
 
 Each step samples a whole window; its offset 0 is final, the rest are drafts that the
-next step sees and may revise. The cache only grows: refinement happens in the window,
-never in past keys. Shapes: B batch, P prefix, T image tokens, K window, F factors,
-V vocabulary; R rows, B or with guidance 2B.
+next step sees and may revise. Refinement happens in the window, never in past keys: the
+cache only grows, but for guesses of lookahead that were wrong. Shapes: B batch, P prefix,
+T image tokens, K window, F factors, V vocabulary; R rows, B, with guidance 2B, with draft
+guidance twice as many again.
 """
 
 from __future__ import annotations

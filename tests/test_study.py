@@ -112,6 +112,7 @@ def test_an_arm_is_trained_and_measured(bench, grid_file, tmp_path):  # noqa: F8
     folder, took = job.train(grid, "k3", 5, tmp_path, None)
     assert took["steps"] == 2 and took["train_seconds"] > 0
     assert Recipe.load(folder / "recipe.yaml").run.seed == 5
+    assert job.step_seconds(grid, "k3", tmp_path, 2) > 0
     rows = job.measure(grid, "k3", 5, folder, tmp_path)
     assert [row["sampling"] for row in rows] == [USUAL, "greedy"]
     for row in rows:
@@ -229,9 +230,11 @@ def test_the_page_is_made_from_stored_rows_alone(grid_file, tmp_path):
         rows.append(row("k3", seed, {"0": "11", "1": "11", "2": "01"}, "greedy", **drafted))
     results = tmp_path / "results.jsonl"
     results.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    (tmp_path / report.STEP_SECONDS).write_text('{"plain": 0.5, "k3": 0.75}')
     assert study.main(["report", str(grid_file), "--results", str(results)]) == 0
     page = (tmp_path / "README.md").read_text()
     assert "| `k3`: K=3 | 3 | 50.0 [" in page and "Not run yet: `base`, `own`." in page
+    assert "| 3 | 1.50 |" in page
     line = next(line for line in page.splitlines() if line.startswith("| `k3` | +"))
     # Of circles one prompt gains half of its pictures in every seed, of squares the only prompt loses half.
     assert line == "| `k3` | +25.0 [-24.0 +74.0] | -50.0 [-50.0 -50.0] |"

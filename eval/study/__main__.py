@@ -16,9 +16,10 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from eval import lines
+from eval.layout import write_text
 from eval.study import across, report
 from eval.study.commands import ROOT
-from eval.study.grid import USUAL, Grid
+from eval.study.grid import BASE, USUAL, Grid
 from mmtensorar import processes
 from mmtensorar.options import at_least_1
 
@@ -172,6 +173,24 @@ def run(options: argparse.Namespace) -> None:
         print(f"the time is over; {len(work)} runs are left, the same command goes on")
 
 
+def time_steps(options: argparse.Namespace) -> None:
+    """A few steps of each arm, one arm after the other with nothing beside them: while runs share a machine their times say little."""
+    from eval.study import job, start
+
+    grid = Grid.load(options.grid)
+    out = (options.out or Path("runs/study") / options.grid.stem).resolve()
+    target = (options.results or ROOT / "docs/study" / options.grid.stem / RESULTS).with_name(report.STEP_SECONDS)
+    held = processes.hold(out)  # noqa: F841, for as long as this runs
+    start.prepare(grid, out)
+    found = json.loads(target.read_text(encoding="utf-8")) if target.is_file() else {}
+    names = [name for name, arm in grid.arms.items() if name in (options.arms or grid.arms) and name != BASE and not arm.removed]
+    # Rates that are measured change no shape, and so no time.
+    for name in names:
+        found[name] = round(job.step_seconds(grid, name, out, options.steps), 4)
+        print(f"{name}: {found[name]:.3f} s a step", flush=True)
+        write_text(target, json.dumps(found, indent=1) + "\n")
+
+
 def write(options: argparse.Namespace) -> None:
     results = options.results or ROOT / "docs/study" / options.grid.stem / RESULTS
     print(report.write(options.grid, results, read(results)))
@@ -194,6 +213,13 @@ def main(arguments: list[str] | None = None) -> int:
     one.add_argument("--out", type=Path, help="data, runs and logs; default: runs/study/GRID")
     one.add_argument("--results", type=Path, metavar="FILE", help=f"default: docs/study/GRID/{RESULTS}")
     one.set_defaults(call=run)
+    timed = commands.add_parser("time", help="time a few steps of each arm, alone on the machine, for the report")
+    timed.add_argument("grid", type=Path)
+    timed.add_argument("--arms", nargs="+", metavar="NAME", help="default: all of the grid")
+    timed.add_argument("--steps", type=at_least_1, default=20)
+    timed.add_argument("--out", type=Path, help="as of run")
+    timed.add_argument("--results", type=Path, metavar="FILE", help="as of run; times are put beside it")
+    timed.set_defaults(call=time_steps)
     other = commands.add_parser("report", help="write tables and plots from the stored results alone")
     other.add_argument("grid", type=Path)
     other.add_argument("--results", type=Path, metavar="FILE", help=f"default: docs/study/GRID/{RESULTS}")

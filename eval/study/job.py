@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -66,6 +67,15 @@ def train(grid: Grid, name: str, seed: int, out: Path, rates: list[float] | None
     rows = read_log(folder / "log.jsonl")
     seconds = [sum(row["seconds"].get(part, 0) for part in ("data", "forward", "backward", "step")) for row in rows]
     return folder / "model", {"steps": len(rows), "train_seconds": sum(seconds), "step_seconds": median(seconds)}
+
+
+def step_seconds(grid: Grid, name: str, out: Path, num_steps: int) -> float:
+    """Median seconds of a training step of an arm, without the first ones, of a run that is thrown away."""
+    with tempfile.TemporaryDirectory() as temporary:
+        places = [f"run.out={temporary}", f"train.steps={num_steps}", "optim.warmup_steps=0"]
+        run("mmtensorar/train.py", grid.recipe, *recipe_of(grid, name, 0, out), *places)
+        rows = read_log(Path(temporary) / f"{name}-0" / "log.jsonl")
+    return median(sum(row["seconds"].values()) for row in rows[min(5, num_steps - 1) :])
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ is hard for both cancels.
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from eval.layout import write_text
 from eval.study import worlds
 from eval.study.grid import BASE, USUAL, Grid
 
+STEP_SECONDS = "step_seconds.json"  # arm -> seconds of a step, timed alone
 NATS_PER_BIT = np.log(2)
 
 
@@ -144,8 +146,8 @@ def _spread(runs: Runs, of, digits: int) -> str:
     return text if len(values) == 1 else f"{text} ±{(max(values) - min(values)) / 2:.{digits}f}"
 
 
-def scores(grid: Grid, found: dict, known: Scores) -> str:
-    """Every arm by its recipe's sampling: score, difference from the control, Frechet distance, time."""
+def scores(grid: Grid, found: dict, known: Scores, timed: dict[str, float]) -> str:
+    """Every arm by its recipe's sampling: score, difference from the control, Frechet distance, steps and time of one beside the control's."""
     rows = []
     for name, arm in grid.arms.items():
         if (runs := found.get((name, USUAL))) is None:
@@ -160,11 +162,11 @@ def scores(grid: Grid, found: dict, known: Scores) -> str:
                 "" if beside is None else str(beside["overall"]),
                 _spread(runs, lambda row: 100 * row["frechet"], 2),
                 "" if not step else f"{runs.rows[0]['steps']}",
-                "" if not step else f"{mean(row['train_seconds'] for row in runs.rows):.0f}",
+                "" if not {name, grid.control} <= timed.keys() else f"{timed[name] / timed[grid.control]:.2f}",
                 f"{1000 * mean(row['seconds_per_image'] for row in runs.rows):.0f}",
             ]
         )
-    head = ["arm", "seeds", "right pictures, %", f"minus `{grid.control}`, points", "Frechet, x 100", "steps", "training, s", "ms a picture"]
+    head = ["arm", "seeds", "right pictures, %", f"minus `{grid.control}`, points", "Frechet, x 100", "steps", "time of a step", "ms a picture"]
     return table(head, rows)
 
 
@@ -290,7 +292,8 @@ def write(grid_path: Path, results: Path, rows: Sequence[dict]) -> Path:
     draw(grid, found, known, folder / "scores.png")
     first, judge = rows[0], next((row["judge"] for row in rows if "judge" in row), "the world's detector")
     missing = [name for name in grid.arms if (name, USUAL) not in found]
-    notes = folder / "notes.md"
+    notes, times = folder / "notes.md", folder / STEP_SECONDS
+    timed = json.loads(times.read_text(encoding="utf-8")) if times.is_file() else {}
     parts = [
         f"# Study on the world `{grid.world}`",
         f"Made by `python -m eval.study report {grid_path.as_posix()}` from `{results.name}` alone "
@@ -301,8 +304,9 @@ def write(grid_path: Path, results: Path, rows: Sequence[dict]) -> Path:
         f"`{grid.recipe}`. {grid.num_images} pictures of each of {len(groups)} prompts; what is right "
         f"says {judge}. Frechet distance: in {world.FEATURES}, "
         "to pictures of the validation set (± half the distance between the extremes of the seeds). Intervals are 95 %, "
-        "over seeds and prompts. Times are of runs side by side on one machine, so they compare roughly.",
-        scores(grid, found, known),
+        "over seeds and prompts. Time of a step: beside the control's, where it was measured alone on the machine (`python -m eval.study time`); "
+        "sampling was timed beside other runs and compares roughly.",
+        scores(grid, found, known, timed),
         "![scores](scores.png)",
         *([f"Not run yet: {', '.join(f'`{name}`' for name in missing)}."] if missing else []),
         f"## Per skill, minus `{grid.control}`, points",
