@@ -24,6 +24,8 @@ SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {
     "exponential": lambda u: 1 - torch.exp(-2 * u),
     # The paper's noise-free control: with clean drafts in view the model learns to copy.
     "none": torch.zeros_like,
+    # Not the paper's: every draft is redrawn, so that it carries nothing, or with tensorar.self_drafts is the model's own.
+    "full": lambda u: (u > 0).float(),
 }
 
 

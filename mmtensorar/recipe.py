@@ -70,7 +70,7 @@ class TensorARSettings(Section):
     """
 
     window: int = Field(4, ge=1)
-    schedule: Literal["linear", "sine", "sqrt", "exponential", "none"] | list[Annotated[float, Ge(0), Le(1)]] = "exponential"
+    schedule: Literal["linear", "sine", "sqrt", "exponential", "none", "full"] | list[Annotated[float, Ge(0), Le(1)]] = "exponential"
     offset_weights: list[float] | Literal["uniform", "first_only", "geometric"] | None = None
     depth: int = Field(1, ge=1)
     num_heads: int = Field(8, ge=1)

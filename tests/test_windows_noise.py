@@ -8,7 +8,7 @@ import torch
 from mmtensorar.noise import SCHEDULES, FixedSchedule, corrupt
 from mmtensorar.windows import slide, valid_slots
 
-NAMES = ["linear", "sine", "sqrt", "exponential", "none"]
+NAMES = ["linear", "sine", "sqrt", "exponential", "none", "full"]
 
 
 def fixed(rates: list[float], batch: int, tokens: int) -> torch.Tensor:
@@ -63,6 +63,7 @@ def test_window_outside_the_image_is_refused(window):
         ("sqrt", [0, 0.5, math.sqrt(0.5), math.sqrt(0.75)]),
         ("exponential", [0, 1 - math.exp(-0.5), 1 - math.exp(-1), 1 - math.exp(-1.5)]),
         ("none", [0, 0, 0, 0]),
+        ("full", [0, 1, 1, 1]),
     ],
 )
 def test_formulas_at_window_4(name, rates):
@@ -78,10 +79,13 @@ def test_every_schedule_is_listed_here():
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("window", [1, 2, 4, 16])
 def test_rates_start_at_exactly_0_and_grow(name, window):
-    """Offset 0 is the final token and stays the truth; later drafts are noisier, and never surely noise."""
+    """Offset 0 is the final token and stays the truth; later drafts are noisier, and never surely noise but where all are."""
     rates = FixedSchedule(name).rates(window)
     assert rates[0] == 0
     steps = rates.diff()
+    if name == "full":
+        assert (rates[1:] == 1).all()
+        return
     assert (steps == 0).all() if name == "none" else (steps > 0).all()
     assert (rates < 1).all()
 
@@ -94,7 +98,7 @@ def test_rates_cover_every_row():
 
 
 def test_unknown_schedule_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="'cosine'; expected one of linear, sine, sqrt, exponential, none"):
+    with pytest.raises(ValueError, match="'cosine'; expected one of linear, sine, sqrt, exponential, none, full"):
         FixedSchedule("cosine")
 
 
