@@ -117,7 +117,7 @@ def decode(
     keep_trace: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Decoded:
-    """Generate one image per row of the condition, in T backbone steps whatever the window, or fewer.
+    """Generate one image per row of the condition, in T passes through the backbone whatever the window, or fewer.
 
     condition: B rows, on any device. sampler: or any function of logits [B, K, V] and numbers
     [B, K] to tokens [B, K], called for one factor after the other

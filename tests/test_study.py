@@ -249,17 +249,19 @@ def test_worlds_are_set_beside_each_other(grid_file, tmp_path, capsys):
     folder = tmp_path / "pages"
     for grid, right in ((grid_file, "11"), (other, "00")):
         rows = [row("plain", 0, {"0": "10", "1": "10", "2": "10"})]
-        for arm, gap in (("base", None), ("k3", 0.5), ("own", 1.0)):
-            bits = [np.log(2), (1 + (gap or 0)) * np.log(2), 3.0]
-            drafted = {"none nats": [1.0]} if gap is None else {"none nats": bits, "own nats": bits, "draft_error": [0, 0.5, 0.7]}
+        for arm, own in (("base", None), ("k3", 1.0), ("own", 1.5)):
+            bits = [(own or 0) * np.log(2), 2.0, 3.0]
+            drafted = {"none nats": [1.0]} if own is None else {"none nats": bits, "own nats": bits, "draft_error": [0, 0.5, 0.7]}
             rows.append(row(arm, 0, {"0": "10", "1": "10", "2": right if arm == "own" else "10"}, **drafted))
         (folder / grid.stem).mkdir(parents=True)
         (folder / grid.stem / "results.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
     assert study.main(["across", str(grid_file), str(other), "--folder", str(folder)]) == 0
     page = (folder / "README.md").read_text()
-    assert "| `own` | +25.0 [+25.0 +25.0] | 1.00 | -25.0 [-25.0 -25.0] | 1.00 |" in page and (folder / "gaps.png").is_file()
-    gaps = across.points([across.load(path, study.read(folder / path.stem / "results.jsonl")) for path in (grid_file, other)])
-    assert [(point.arm, round(point.gap, 6), point.gain) for point in gaps] == [("k3", 0.5, 0), ("own", 1, 25), ("k3", 0.5, 0), ("own", 1, -25)]
+    assert "| `own` | +25.0 [+25.0 +25.0] | 1.00 | -25.0 [-25.0 -25.0] | 1.00 |" in page and (folder / "costs.png").is_file()
+    found = across.points([across.load(path, study.read(folder / path.stem / "results.jsonl")) for path in (grid_file, other)])
+    assert [(point.arm, point.gain) for point in found] == [("k3", 0), ("own", 25), ("k3", 0), ("own", -25)]
+    # Bits of the final token with own drafts, 1 and 1.5, minus the control's one nat.
+    assert [point.cost for point in found[:2]] == pytest.approx([1 - 1 / np.log(2), 1.5 - 1 / np.log(2)])
     (folder / "other" / "results.jsonl").write_text(json.dumps(row("base", 0, {"0": "1", "1": "1", "2": "1"})) + "\n")
     assert study.main(["across", str(grid_file), str(other), "--folder", str(folder)]) == 2
     assert "other.yaml: no result of the control, plain" in capsys.readouterr().err
@@ -270,13 +272,15 @@ def test_intervals_know_seeds_and_prompts():
     groups = ["a"] * 40 + ["b"] * 40
 
     def half(values: np.ndarray) -> float:
-        found = report.interval(values, groups, report.spreads([values], groups))["overall"]
+        found = report.interval(values, groups, report.spreads([values] * 3, groups))["overall"]
         assert found.value == pytest.approx(0.5) and found.high - found.value == pytest.approx(found.value - found.low)
         return found.high - found.value
 
     assert half(np.full((3, 80), 0.5)) == 0
-    assert half(np.repeat([[0.4], [0.5], [0.6]], 80, axis=1)) == pytest.approx(4.3027 * 0.1 / 3**0.5, rel=1e-4)  # Student's t of three
+    assert half(np.repeat([[0.4], [0.5], [0.6]], 80, axis=1)) == pytest.approx(2.4469 * 0.1 / 3**0.5, rel=1e-4)  # Student's t of 3 x 2 degrees of freedom
     assert half(np.tile([0.0, 1.0] * 40, (3, 1))) == pytest.approx(1.96 * (40 * 0.25 / 39 / 40 / 2) ** 0.5)
+    few = np.repeat([[0.4], [0.6]], 80, axis=1)  # of two seeds of one arm nothing is known
+    assert report.interval(few, groups, report.spreads([few], groups))["overall"].high == pytest.approx(0.5)
     with pytest.raises(ValueError, match="verdicts on 80 prompts; expected 79"):
         report.interval(np.zeros((1, 80)), groups[1:], report.spreads([], groups[1:]))
 

@@ -1,4 +1,4 @@
-"""The page over several worlds, from their stored results alone: what an arm gains or loses in each, and whether drafts foretell it."""
+"""The page over several worlds, from their stored results alone: what an arm gains or loses in each, and whether its bits foretell it."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from statistics import mean
 from typing import NamedTuple
 
 import numpy as np
+from scipy import stats
 
 from eval.layout import write_text
 from eval.study import report, worlds
 from eval.study.grid import USUAL, Grid
 
-FIGURE = "gaps.png"
+FIGURE = "costs.png"
 
 
 class Point(NamedTuple):
-    """An arm with drafts in one world. gap: bits that a prediction two tokens ahead costs more than the next one, given the past alone;
-    with drafts in view, harm to the final token would shrink it. gain: points of score."""
+    """An arm with drafts in one world. cost: bits that the final token costs more with the arm's own drafts in view than the control's.
+    gain: points of score.
+    """
 
     world: str
     arm: str
-    gap: float
+    cost: float
     gain: float
 
 
@@ -67,39 +69,44 @@ def gains(studies: Sequence[Study]) -> str:
     return report.table(["arm", *head], rows)
 
 
+def costs(study: Study) -> dict[str, float]:
+    """Arm with drafts -> bits that its final token costs more than the control's."""
+    control = study.bits(study.grid.control, "none")[0]
+    return {name: own[0] - control for name in study.grid.arms if (own := study.bits(name, "own")) is not None}
+
+
 def offsets(studies: Sequence[Study], arms: Sequence[str]) -> str:
     rows = []
     for study in studies:
+        cost = costs(study)
         for arm in (study.grid.control, *arms):
             if (bits := study.bits(arm, "none")) is not None:
                 own, beside = study.bits(arm, "own"), study.beside(arm)
-                gap = "" if len(bits) == 1 else f"{bits[1] - bits[0]:.2f}"
                 cells = ["" if each is None else " ".join(f"{value:.2f}" for value in each) for each in (bits, own)]
-                rows.append([study.grid.world, f"`{arm}`", *cells, gap, "" if beside is None else str(beside[0])])
-    head = ["world", "arm", "bits per token at each offset, given the past", "with its own drafts", "gap", "score minus the control's, points"]
+                more = f"{cost[arm]:+.2f}" if arm in cost else ""
+                rows.append([study.grid.world, f"`{arm}`", *cells, more, "" if beside is None else str(beside[0])])
+    head = ["world", "arm", "bits per token at each offset, given the past", "with its own drafts", "final token minus the control's", "score, points"]
     return report.table(head, rows)
 
 
 def points(studies: Sequence[Study]) -> list[Point]:
-    """Of arms whose drafts are made apart from each other: linked ones are scored with the true token before them."""
-    found = []
-    for study in studies:
-        for name, arm in study.grid.arms.items():
-            bits, beside = study.bits(name, "none"), study.beside(name)
-            if bits is not None and len(bits) > 1 and beside is not None and "tensorar.coherent=true" not in arm.settings:
-                found.append(Point(study.grid.world, name, bits[1] - bits[0], 100 * beside[0].value))
-    return found
+    return [
+        Point(study.grid.world, arm, cost, 100 * beside[0].value)
+        for study in studies
+        for arm, cost in costs(study).items()
+        if (beside := study.beside(arm)) is not None
+    ]
 
 
 def correlations(found: Sequence[Point]) -> str:
-    """What gaps foretell of gains, in each world; worlds differ in too much to be one sample."""
+    """What costs foretell of gains, in each world; worlds differ in too much to be one sample."""
     said = []
     for world in dict.fromkeys(point.world for point in found):
         own = [point for point in found if point.world == world]
         if len(own) > 2:
-            value = np.corrcoef([point.gap for point in own], [point.gain for point in own])[0, 1]
+            value = stats.spearmanr([point.cost for point in own], [point.gain for point in own]).statistic
             said.append(f"{value:+.2f} in {world} ({len(own)} arms)")
-    return "Correlation of the gap with the gain over arms that have drafts: " + ", ".join(said) + "." if said else ""
+    return "Rank correlation of what the final token costs more with the gain in score: " + ", ".join(said) + "." if said else ""
 
 
 def draw(found: Sequence[Point], path: Path) -> None:
@@ -107,11 +114,11 @@ def draw(found: Sequence[Point], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     for number, world in enumerate(dict.fromkeys(point.world for point in found)):
         own = [point for point in found if point.world == world]
-        axes.plot([point.gap for point in own], [point.gain for point in own], "o", label=world, color=f"C{number}")
+        axes.plot([point.cost for point in own], [point.gain for point in own], "o", label=world, color=f"C{number}")
         for point in own:
-            axes.annotate(point.arm, (point.gap, point.gain), fontsize=6, xytext=(3, 3), textcoords="offset points")
+            axes.annotate(point.arm, (point.cost, point.gain), fontsize=6, xytext=(3, 3), textcoords="offset points")
     axes.axhline(0, color="#7f7f7f", linewidth=1)
-    axes.set_xlabel("bits that a token two ahead costs more than the next one")
+    axes.set_xlabel("bits that the final token costs more than the control's")
     axes.set_ylabel("right pictures, points above the plain control")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -141,11 +148,11 @@ def write(studies: Sequence[Study], folder: Path) -> Path:
         "Points of right pictures, with 95 % intervals over seeds and prompts; a Frechet distance above 1 is worse than the control's.",
         gains(studies),
         "## Cross entropy per offset, and what refinement gains",
-        "On validation samples. The gap says how much more a prediction two tokens ahead costs than the next token's, given the past alone: "
-        "how much worse a draft is than what it is to help.",
+        "On validation samples, given the past alone and with the model's own sampled drafts in view. How far offsets are apart says how much "
+        "worse a draft is than the prediction that it is to help; where drafts do harm, it is in the final token's bits too.",
         offsets(studies, ["k2", "k4", "k2_self", "k4_self"]),
         correlations(found),
-        f"![gaps]({FIGURE})",
+        f"![costs]({FIGURE})",
     ]
     page = folder / "README.md"
     write_text(page, "\n\n".join(part for part in parts if part) + "\n")

@@ -20,6 +20,7 @@ from eval.layout import write_text
 from eval.study import worlds
 from eval.study.grid import BASE, USUAL, Grid
 
+MIN_FREEDOM = 5  # from which on the spread of seeds enters the intervals
 STEP_SECONDS = "step_seconds.json"  # arm -> seconds of a step, timed alone
 NATS_PER_BIT = np.log(2)
 
@@ -99,7 +100,8 @@ def interval(values: np.ndarray, groups: Sequence[str], spread: dict[str, Spread
     found = {}
     for name, parts in _parts(groups).items():
         value, variance = _mean_and_variance(values.mean(axis=0), parts)
-        t = stats.t.ppf(0.975, spread[name].freedom) if spread[name].freedom else 0.0
+        # Of less than that nothing useful is known of it.
+        t = stats.t.ppf(0.975, spread[name].freedom) if spread[name].freedom >= MIN_FREEDOM else 0.0
         half = float(np.sqrt(1.96**2 * variance + t**2 * spread[name].variance / len(values)))
         found[name] = Interval(value, value - half, value + half)
     return found
@@ -114,6 +116,8 @@ class Scores:
         self._alone = spreads([np.stack(list(found[name, USUAL].shares.values())) for name in usual], groups)
         differences = [self.differences(name) for name in usual]
         self._beside = spreads([each for each in differences if each is not None], groups)
+
+        self.knows_seeds = self._beside["overall"].freedom >= MIN_FREEDOM
 
     def differences(self, arm: str) -> np.ndarray | None:
         """[seeds, prompts]: shares minus the control's; None for the control itself, or where no seed has both."""
@@ -304,7 +308,7 @@ def write(grid_path: Path, results: Path, rows: Sequence[dict]) -> Path:
         f"`{grid.recipe}`. {grid.num_images} pictures of each of {len(groups)} prompts; what is right "
         f"says {judge}. Frechet distance: in {world.FEATURES}, "
         "to pictures of the validation set (± half the distance between the extremes of the seeds). Intervals are 95 %, "
-        "over seeds and prompts. Time of a step: beside the control's, where it was measured alone on the machine (`python -m eval.study time`); "
+        f"over seeds and prompts{'' if known.knows_seeds else ' (of too few seeds yet to know how they differ: over prompts alone)'}. Time of a step: beside the control's, where it was measured alone on the machine (`python -m eval.study time`); "
         "sampling was timed beside other runs and compares roughly.",
         scores(grid, found, known, timed),
         "![scores](scores.png)",
