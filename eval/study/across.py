@@ -117,6 +117,7 @@ def draw(found: Sequence[Point], path: Path) -> None:
         axes.plot([point.cost for point in own], [point.gain for point in own], "o", label=world, color=f"C{number}")
         for point in own:
             axes.annotate(point.arm, (point.cost, point.gain), fontsize=6, xytext=(3, 3), textcoords="offset points")
+    axes.set_xscale("symlog", linthresh=0.1)  # a model that copies its drafts costs a hundred times what one that is not harmed does
     axes.axhline(0, color="#7f7f7f", linewidth=1)
     axes.set_xlabel("bits that the final token costs more than the control's")
     axes.set_ylabel("right pictures, points above the plain control")
