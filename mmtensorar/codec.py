@@ -4,7 +4,8 @@ Both are small query transformers with a residual around the original path
 (arXiv:2505.16324). Their last projection starts at zero, so a fresh pair changes
 nothing: encoder(x) == x[..., 0, :] and decoder(h)[..., j, :] == h, bit for bit.
 Neither has an MLP: each costs 4 D^2 per layer, inside the paper's budget of about
-8.6 D^2 for the pair. The link of coherent windows, which is not the paper's, costs 3 D^2. Shapes: B batch, S rows, K window, D width, N = B * S, H heads.
+8.6 D^2 for the pair. The link of coherent windows, which is not the paper's, costs 3 D^2.
+Shapes: B batch, S rows, K window, D width, N = B * S, H heads.
 """
 
 import torch
