@@ -63,12 +63,12 @@ def grid_file(bench, tmp_path, monkeypatch) -> Path:  # noqa: F811
         "recipe": str(bench / "recipe.yaml"),
         "base": str(tmp_path / "base"),
         "control": "plain",
-        "samplings": {"greedy": {"greedy_drafts": True}},
+        "samplings": {"greedy": {"greedy_drafts": True}, "sharp": {"top_p": 0.5}},
         "arms": {
             "base": {"about": "not trained"},
             "plain": {"about": "control", "settings": ["tensorar.window=1"]},
-            "k3": {"about": "K=3", "settings": ["train.steps=2"], "samplings": ["greedy"]},
-            "own": {"about": "calibrated", "settings": [], "calibrated_on": "k3"},
+            "k3": {"about": "K=3", "settings": ["train.steps=2"], "samplings": ["greedy"], "samplings_once": ["sharp"]},
+            "own": {"about": "calibrated", "settings": [], "calibrated_on": "k3", "num_seeds": 1},
         },
     }
     path = tmp_path / "grid.yaml"
@@ -83,9 +83,11 @@ def grid_file(bench, tmp_path, monkeypatch) -> Path:  # noqa: F811
         ("control", "none", "arms has no 'none'"),
         ("samplings", {"greedy": {"heat": 1}}, "samplings.greedy: unknown heat"),
         ("arms", {"base": {"about": "", "samplings": ["x"]}, "plain": {"about": ""}}, "arms.base.samplings: unknown x"),
+        ("arms", {"base": {"about": "", "samplings_once": ["y"]}, "plain": {"about": ""}}, "arms.base.samplings_once: unknown y"),
+        ("equal_time", "more", "arms has no 'more'"),
         ("arms", {"base": {"about": "", "calibrated_on": "plain"}, "plain": {"about": ""}}, "expected an arm that comes before"),
         ("samplings", {"greedy": {"temperature": -1}}, "samplings.greedy: temperature"),
-        ("samplings", {"greedy": {"stride": 4}}, "arms.k3.samplings: greedy has stride 4, the window is 3"),
+        ("samplings", {"greedy": {"stride": 4}}, "arms.k3: greedy has stride 4, the window is 3"),
         ("arms", {"base": {"about": "", "settings": ["train.steps=1"]}, "plain": {"about": ""}}, "arms.base: .*not trained"),
         ("base", None, "expected one of base and from_nothing"),
         ("from_nothing", {"image_tokenizer": {"image_size": 16}, "backbone": {}}, "from_nothing.image_tokenizer.num_embeddings"),
@@ -233,12 +235,22 @@ def test_the_page_is_made_from_stored_rows_alone(grid_file, tmp_path):
     (tmp_path / report.STEP_SECONDS).write_text('{"plain": 0.5, "k3": 0.75}')
     assert study.main(["report", str(grid_file), "--results", str(results)]) == 0
     page = (tmp_path / "README.md").read_text()
-    assert "| `k3`: K=3 | 3 | 50.0 [" in page and "Not run yet: `base`, `own`." in page
+    assert "| `k3`: K=3 | 3 | 50.0 [" in page and "minus `plain`, points | minus" not in page and "Not run yet: `base`, `own`." in page
     assert "| 3 | 1.50 |" in page
     line = next(line for line in page.splitlines() if line.startswith("| `k3` | +"))
     # Of circles one prompt gains half of its pictures in every seed, of squares the only prompt loses half.
     assert line == "| `k3` | +25.0 [-24.0 +74.0] | -50.0 [-50.0 -50.0] |"
-    assert "| `k3` | greedy |" in page and (tmp_path / "scores.png").is_file()
+    assert "| `k3` | greedy | 3 |" in page and (tmp_path / "scores.png").is_file()
+    # Beside an arm that had more time, too.
+    content = yaml.safe_load(grid_file.read_text())
+    content["arms"]["long"] = {"about": "control, longer", "settings": ["tensorar.window=1", "train.steps=6"]}
+    grid_file.write_text(yaml.safe_dump(content | {"equal_time": "long"}, sort_keys=False))
+    rows += [row("long", seed, {"0": "11", "1": "11", "2": "11"}) for seed in range(3)]
+    results.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    assert study.main(["report", str(grid_file), "--results", str(results)]) == 0
+    page = (tmp_path / "README.md").read_text()
+    cells = [cell.strip() for cell in next(line for line in page.splitlines() if line.startswith("| `k3`: K=3")).split("|")]
+    assert "minus `long`, points" in page and [cell.split()[0] for cell in cells[4:6]] == ["-12.5", "-50.0"]
 
 
 def test_worlds_are_set_beside_each_other(grid_file, tmp_path, capsys):
@@ -326,7 +338,12 @@ def test_a_run_takes_up_what_is_missing(grid_file, tmp_path, monkeypatch, capsys
     rows, grid = study.read(results), Grid.load(grid_file)
     assert study.missing(grid, rows, list(grid.arms), 1) == [(0, "k3")]
     rows.append(row("k3", 0, {"0": "1"}, "greedy"))
-    assert study.missing(grid, rows, list(grid.arms), 2) == [(1, "base"), (1, "plain"), (1, "k3"), (1, "own")]
+    assert study.missing(grid, rows, list(grid.arms), 1) == [(0, "k3")]
+    rows.append(row("k3", 0, {"0": "1"}, "sharp"))
+    # `own` has one seed, and `sharp` is of the first seed alone.
+    assert study.missing(grid, rows, list(grid.arms), 2) == [(1, "base"), (1, "plain"), (1, "k3")]
+    rows += [row("k3", 1, {"0": "1"}), row("k3", 1, {"0": "1"}, "greedy")]
+    assert study.missing(grid, rows, list(grid.arms), 2) == [(1, "base"), (1, "plain")]
     with pytest.raises(ValueError, match="arms.k3 was run with .*steps=3.*, the grid has .*steps=2.*another name"):
-        study.missing(grid, [rows[-1] | {"settings": ["train.steps=3"]}], ["k3"], 1)
+        study.missing(grid, [rows[-1] | {"settings": ["train.steps=3"]}], ["k3"], 2)
     assert study.main(["run", str(grid_file), "--arms", "nobody"]) == 2 and "unknown nobody" in capsys.readouterr().err

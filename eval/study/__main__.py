@@ -19,7 +19,7 @@ from eval import lines
 from eval.layout import write_text
 from eval.study import across, report
 from eval.study.commands import ROOT
-from eval.study.grid import BASE, USUAL, Grid
+from eval.study.grid import BASE, Grid
 from mmtensorar import processes
 from mmtensorar.options import at_least_1
 
@@ -83,21 +83,18 @@ def missing(grid: Grid, rows: list[dict], wanted: Sequence[str], num_seeds: int)
     """(seed, arm) of what has no row for one of its samplings. Raises ValueError for rows of an arm that had other settings then."""
     stored = {(row["seed"], row["arm"], row["sampling"]): row for row in rows}
     found = []
-    # Seed after seed, so that whenever the time is over all arms have been seen equally often.
-    for seed in range(num_seeds):
-        for name, arm in grid.arms.items():
-            if name not in wanted or arm.removed:
-                continue
-            own = [stored.get((seed, name, sampling)) for sampling in (USUAL, *arm.samplings)]
-            for row in filter(None, own):
-                # A calibrated arm's rates are not the grid's.
-                if row["settings"][: len(arm.settings)] != arm.settings or (arm.calibrated_on is None and len(row["settings"]) != len(arm.settings)):
-                    raise ValueError(
-                        f"arms.{name} was run with {row['settings']}, the grid has {arm.settings}: give the arm another name, or take its rows "
-                        "out of the results and its folder out of the runs"
-                    )
-            if None in own:
-                found.append((seed, name))
+    for seed, name in grid.runs(wanted, num_seeds):
+        arm = grid.arms[name]
+        own = [stored.get((seed, name, sampling)) for sampling in arm.samplings_of(seed)]
+        for row in filter(None, own):
+            # A calibrated arm's rates are not the grid's.
+            if row["settings"][: len(arm.settings)] != arm.settings or (arm.calibrated_on is None and len(row["settings"]) != len(arm.settings)):
+                raise ValueError(
+                    f"arms.{name} was run with {row['settings']}, the grid has {arm.settings}: give the arm another name, or take its rows "
+                    "out of the results and its folder out of the runs"
+                )
+        if None in own:
+            found.append((seed, name))
     return found
 
 
@@ -122,7 +119,7 @@ def run(options: argparse.Namespace) -> None:
         calibrated_on = grid.arms[name].calibrated_on
         if calibrated_on not in (None, *wanted) and draft_error(rows, calibrated_on, seed) is None:
             raise ValueError(f"{name} is calibrated on {calibrated_on}, which has no result for seed {seed}")
-    total = num_seeds * sum(not grid.arms[name].removed for name in wanted)
+    total = len(grid.runs(wanted, num_seeds))
     print(f"{total - len(work)} of {total} runs are in {results}; {len(work)} to do, {len(free)} at a time", flush=True)
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         while work or running:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,21 @@ ON_ALL = ["train.monitors=[]", "train.sample_every=0", "train.sample_prompts=[]"
 class Arm(Section):
     """settings: of the grid's recipe that this arm changes, `key=value`. samplings: beside the recipe's own, by name.
 
-    calibrated_on: an arm whose measured draft errors are this one's rates of noise. removed: why its setting is in the code no
-    more; its stored rows stay on the page, and it is not run.
+    samplings_once: the same, with the first seed alone. num_seeds: fewer than the grid's. calibrated_on: an arm whose measured
+    draft errors are this one's rates of noise. removed: why its setting is in the code no more; its stored rows stay on the page,
+    and it is not run.
     """
 
     about: str
     settings: list[str] = []
     samplings: list[str] = []
+    samplings_once: list[str] = []
+    num_seeds: int | None = Field(None, ge=1)
     calibrated_on: str | None = None
     removed: str | None = None
+
+    def samplings_of(self, seed: int) -> list[str]:
+        return [USUAL, *self.samplings, *(self.samplings_once if seed == 0 else ())]
 
 
 class FromNothing(Section):
@@ -53,7 +60,7 @@ class Grid(Section):
     """world: a module of eval/study/worlds. recipe: the settings that arms change. base: the checkpoint folder that
     they start from, or from_nothing: how to make one.
 
-    control: the arm that the others are compared with. samplings: name -> settings of the sampler, and batch_size.
+    control: the arm that the others are compared with. equal_time: one that had at least their time, compared with too. samplings: name -> settings of the sampler, and batch_size.
     """
 
     world: str
@@ -61,6 +68,7 @@ class Grid(Section):
     base: str | None = None
     from_nothing: FromNothing = None  # not `| None`, which would hide which of its settings is wrong
     control: str
+    equal_time: str | None = None
     num_seeds: int = Field(3, ge=1)
     num_images: int = Field(2, ge=1)
     samplings: dict[str, dict] = {}
@@ -73,7 +81,7 @@ class Grid(Section):
             problems.append(f"world is {self.world!r}; expected one of {', '.join(worlds)}")
         if (self.base is None) == (self.from_nothing is None):
             problems.append("expected one of base and from_nothing")
-        for needed in (BASE, self.control):
+        for needed in filter(None, (BASE, self.control, self.equal_time)):
             if needed not in self.arms:
                 problems.append(f"arms has no {needed!r}")
         for name, settings in self.samplings.items():
@@ -90,8 +98,9 @@ class Grid(Section):
         if (untrained := self.arms.get(BASE)) and (untrained.settings or untrained.calibrated_on):
             problems.append(f"arms.{BASE}: settings are given, but it is not trained")
         for name, arm in self.arms.items():
-            if unknown := [each for each in arm.samplings if each not in self.samplings]:
-                problems.append(f"arms.{name}.samplings: unknown {', '.join(unknown)}")
+            for key in ("samplings", "samplings_once"):
+                if unknown := [each for each in getattr(arm, key) if each not in self.samplings]:
+                    problems.append(f"arms.{name}.{key}: unknown {', '.join(unknown)}")
             if arm.calibrated_on is not None and arm.calibrated_on not in list(self.arms)[: list(self.arms).index(name)]:
                 problems.append(f"arms.{name}.calibrated_on is {arm.calibrated_on!r}; expected an arm that comes before")
         if problems:
@@ -115,12 +124,17 @@ class Grid(Section):
                 windows[name] = Recipe.load(grid.recipe, arm.settings).tensorar.window
             except ValueError as error:
                 raise type(error)(f"{path}: arms.{name}: {error}") from None
-            for sampling in arm.samplings:
+            for sampling in arm.samplings_of(0)[1:]:
                 if (stride := grid.samplings[sampling].get("stride", 1)) > windows[name]:
-                    raise RecipeError(f"{path}: arms.{name}.samplings: {sampling} has stride {stride}, the window is {windows[name]}")
+                    raise RecipeError(f"{path}: arms.{name}: {sampling} has stride {stride}, the window is {windows[name]}")
             if arm.calibrated_on is not None and windows[name] != windows.get(arm.calibrated_on):
                 raise RecipeError(f"{path}: arms.{name}: its window is {windows[name]}, {arm.calibrated_on} has another")
         return grid
+
+    def runs(self, wanted: Iterable[str], num_seeds: int) -> list[tuple[int, str]]:
+        """(seed, arm), seed after seed, so that whenever the time is over all arms have been seen equally often."""
+        arms = {name: arm for name, arm in self.arms.items() if name in wanted and not arm.removed}
+        return [(seed, name) for seed in range(num_seeds) for name, arm in arms.items() if seed < (arm.num_seeds or num_seeds)]
 
 
 def known_worlds() -> list[str]:

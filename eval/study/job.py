@@ -29,7 +29,7 @@ from eval.layout import write_text
 from eval.run import image_seed
 from eval.study import start, worlds
 from eval.study.commands import ROOT, run
-from eval.study.grid import BASE, ON_ALL, USUAL, Grid
+from eval.study.grid import BASE, ON_ALL, Grid
 from mmtensorar import data
 from mmtensorar.decode import revised_per_offset
 from mmtensorar.generate import Generator
@@ -155,7 +155,7 @@ def measure(grid: Grid, name: str, seed: int, model_folder: Path, out: Path) -> 
     reference = np.concatenate([world.features(data_folder, generator.image_tokenizer, each) for each in codes])
     judge = world.judge(data_folder, generator.image_tokenizer)
     probed = probe(generator.model, recipe, generator)
-    samplings = {USUAL: {}} | {each: grid.samplings[each] for each in grid.arms[name].samplings}
+    samplings = {each: grid.samplings.get(each, {}) for each in grid.arms[name].samplings_of(seed)}
     return [
         {"sampling": sampling, "judge": judge, "probe": probed, **draw(grid, generator, settings, seed, data_folder, reference), **generator.runs_as()}
         for sampling, settings in samplings.items()

@@ -108,29 +108,31 @@ def interval(values: np.ndarray, groups: Sequence[str], spread: dict[str, Spread
 
 
 class Scores:
-    """Intervals of a grid's arms: alone, and beside the control on the seeds that both have."""
+    """Intervals of a grid's arms: alone, and beside another arm on the seeds that both have."""
 
     def __init__(self, grid: Grid, found: dict[tuple[str, str], Runs], groups: Sequence[str]):
         self.grid, self.found, self.groups = grid, found, groups
-        usual = [name for name in grid.arms if (name, USUAL) in found]
-        self._alone = spreads([np.stack(list(found[name, USUAL].shares.values())) for name in usual], groups)
-        differences = [self.differences(name) for name in usual]
-        self._beside = spreads([each for each in differences if each is not None], groups)
+        self._alone = spreads([np.stack(list(found[name, USUAL].shares.values())) for name in grid.arms if (name, USUAL) in found], groups)
+        self._beside = {}
+        for other in filter(None, (grid.control, grid.equal_time)):
+            differences = [self.differences(name, other) for name in grid.arms]
+            self._beside[other] = spreads([each for each in differences if each is not None], groups)
+        self.knows_seeds = self._beside[grid.control]["overall"].freedom >= MIN_FREEDOM
 
-        self.knows_seeds = self._beside["overall"].freedom >= MIN_FREEDOM
-
-    def differences(self, arm: str) -> np.ndarray | None:
-        """[seeds, prompts]: shares minus the control's; None for the control itself, or where no seed has both."""
-        runs, control = self.found.get((arm, USUAL)), self.found.get((self.grid.control, USUAL))
-        both = sorted(runs.shares.keys() & control.shares.keys()) if runs and control and arm != self.grid.control else []
-        return np.stack([runs.shares[seed] - control.shares[seed] for seed in both]) if both else None
+    def differences(self, arm: str, other: str) -> np.ndarray | None:
+        """[seeds, prompts]: shares minus the other's; None for the other itself, or where no seed has both."""
+        own, others = self.found.get((arm, USUAL)), self.found.get((other, USUAL))
+        both = sorted(own.shares.keys() & others.shares.keys()) if own and others and arm != other else []
+        return np.stack([own.shares[seed] - others.shares[seed] for seed in both]) if both else None
 
     def alone(self, runs: Runs) -> Interval:
         return interval(np.stack([runs.shares[seed] for seed in sorted(runs.shares)]), self.groups, self._alone)["overall"]
 
-    def beside(self, arm: str) -> dict[str, Interval] | None:
-        differences = self.differences(arm)
-        return None if differences is None else interval(differences, self.groups, self._beside)
+    def beside(self, arm: str, other: str | None = None) -> dict[str, Interval] | None:
+        """other: the grid's control, unless it is its arm of equal time."""
+        other = other or self.grid.control
+        differences = self.differences(arm, other)
+        return None if differences is None else interval(differences, self.groups, self._beside[other])
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -156,21 +158,22 @@ def scores(grid: Grid, found: dict, known: Scores, timed: dict[str, float]) -> s
     for name, arm in grid.arms.items():
         if (runs := found.get((name, USUAL))) is None:
             continue
-        own, beside = known.alone(runs), known.beside(name)
+        own, others = known.alone(runs), [known.beside(name, other) for other in filter(None, (grid.control, grid.equal_time))]
         step = _mean(runs, lambda row: row["step_seconds"])
         rows.append(
             [
                 f"`{name}`: {arm.about}{f' (removed: {arm.removed})' if arm.removed else ''}",
                 str(len(runs.shares)),
                 f"{100 * own.value:.1f} [{100 * own.low:.1f} {100 * own.high:.1f}]",
-                "" if beside is None else str(beside["overall"]),
+                *("" if beside is None else str(beside["overall"]) for beside in others),
                 _spread(runs, lambda row: 100 * row["frechet"], 2),
                 "" if not step else f"{runs.rows[0]['steps']}",
                 "" if not {name, grid.control} <= timed.keys() else f"{timed[name] / timed[grid.control]:.2f}",
                 f"{1000 * mean(row['seconds_per_image'] for row in runs.rows):.0f}",
             ]
         )
-    head = ["arm", "seeds", "right pictures, %", f"minus `{grid.control}`, points", "Frechet, x 100", "steps", "time of a step", "ms a picture"]
+    beside = [f"minus `{other}`, points" for other in filter(None, (grid.control, grid.equal_time))]
+    head = ["arm", "seeds", "right pictures, %", *beside, "Frechet, x 100", "steps", "time of a step", "ms a picture"]
     return table(head, rows)
 
 
@@ -186,15 +189,15 @@ def samplings(grid: Grid, found: dict, known: Scores) -> str:
     """Arms that were sampled in several ways."""
     rows = []
     for (name, sampling), runs in found.items():
-        if name in grid.arms and grid.arms[name].samplings:
+        if name in grid.arms and grid.arms[name].samplings_of(0)[1:]:
             own = known.alone(runs)
             revised = [f"{100 * value:.0f}" for value in np.mean([row["revised"] for row in runs.rows], axis=0)] if runs.rows[0]["revised"] else []
             score = f"{100 * own.value:.1f} [{100 * own.low:.1f} {100 * own.high:.1f}]"
             passes = _mean(runs, lambda row: row.get("passes_per_image"))  # which the first rows did not record
             cost = ["" if passes is None else f"{passes:.0f}", f"{1000 * mean(row['seconds_per_image'] for row in runs.rows):.0f}"]
-            rows.append([f"`{name}`", sampling, score, _spread(runs, lambda row: 100 * row["frechet"], 2), " ".join(revised), *cost])
+            rows.append([f"`{name}`", sampling, str(len(runs.rows)), score, _spread(runs, lambda row: 100 * row["frechet"], 2), " ".join(revised), *cost])
     rows.sort(key=lambda row: list(grid.arms).index(row[0].strip("`")))
-    return table(["arm", "sampling", "right pictures, %", "Frechet, x 100", "revised at each offset, %", "passes a picture", "ms a picture"], rows)
+    return table(["arm", "sampling", "seeds", "right pictures, %", "Frechet, x 100", "revised at each offset, %", "passes a picture", "ms a picture"], rows)
 
 
 def probes(grid: Grid, found: dict) -> str:
