@@ -4,12 +4,11 @@ Both are small query transformers with a residual around the original path
 (arXiv:2505.16324). Their last projection starts at zero, so a fresh pair changes
 nothing: encoder(x) == x[..., 0, :] and decoder(h)[..., j, :] == h, bit for bit.
 Neither has an MLP: each costs 4 D^2 per layer, inside the paper's budget of about
-8.6 D^2 for the pair. The link of coherent windows, which is not the paper's, costs 3 D^2.
+8.6 D^2 for the pair.
 Shapes: B batch, S rows, K window, D width, N = B * S, H heads.
 """
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from mmtensorar.layers import Linear
@@ -106,26 +105,8 @@ class WindowEncoder(nn.Module):
         return embeds[..., 0, :] + update[..., 0, :]
 
 
-class WindowLink(nn.Module):
-    """Tells a slot's state which token the slot before it holds; changes nothing at first."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.state_norm = nn.RMSNorm(dim, eps=1e-6)
-        self.embed_norm = nn.RMSNorm(dim, eps=1e-6)
-        self.both = Linear(2 * dim, dim, bias=False)
-        self.output = ZeroLinear(dim, dim, bias=False)
-
-    def forward(self, states: Tensor, embeds: Tensor) -> Tensor:
-        """States [..., D], embeddings of the tokens one slot earlier [..., D] -> states [..., D]."""
-        both = torch.cat([self.state_norm(states), self.embed_norm(embeds)], dim=-1)
-        return states + self.output(functional.silu(self.both(both)))
-
-
 class WindowDecoder(nn.Module):
     """One state -> K states: K learned offset queries attend to [state; queries].
-
-    link: None, or what tells each slot of the token one slot earlier, so that the drafts of a window fit each other (`coherent`).
 
     Over the state alone the softmax would have one key, and the query and key maps
     would never learn; with the queries as further keys each head learns, per offset
@@ -134,10 +115,9 @@ class WindowDecoder(nn.Module):
     Raises ValueError when num_heads does not divide dim, window < 2 or depth < 1.
     """
 
-    def __init__(self, dim: int, window: int, *, num_heads: int = 8, depth: int = 1, coherent: bool = False):
+    def __init__(self, dim: int, window: int, *, num_heads: int = 8, depth: int = 1):
         super().__init__()
         _check(window, depth)
-        self.link = WindowLink(dim) if coherent else None
         self.norm = nn.RMSNorm(dim, eps=1e-6)
         self.offset_queries = _offset_vectors(window, dim)
         self.layers = nn.ModuleList(

@@ -3,8 +3,7 @@
 Each step samples a whole window; its offset 0 is final, the rest are drafts that the
 next step sees and may revise. Refinement happens in the window, never in past keys: the
 cache only grows, but for guesses of lookahead that were wrong. Shapes: B batch, P prefix,
-T image tokens, K window, F factors, V vocabulary; R rows, B, with guidance 2B, with draft
-guidance twice as many again.
+T image tokens, K window, F factors, V vocabulary; R rows, B, with guidance 2B.
 """
 
 from __future__ import annotations
@@ -110,7 +109,6 @@ def decode(
     *,
     cfg_scale: float | Sequence[float] = 1.0,
     cfg_tokens: int | None = None,
-    draft_guidance: float = 1.0,
     stride: int = 1,
     lookahead: int = 1,
     generator: Generator | Sequence[Generator] | None = None,
@@ -120,14 +118,11 @@ def decode(
     """Generate one image per row of the condition, in T passes through the backbone whatever the window, or fewer.
 
     condition: B rows, on any device. sampler: or any function of logits [B, K, V] and numbers
-    [B, K] to tokens [B, K], called for one factor after the other
-    (where windows are coherent, for one slot after the other). cfg_scale: s in
+    [B, K] to tokens [B, K], called for one factor after the other. cfg_scale: s in
     uncond + s (cond - uncond), applied to the logits of every offset, one number or one per
     factor; 1 everywhere runs no uncond rows. The guided token of a factor goes to both halves
     before the logits of the next. cfg_tokens: guide the first so many steps only; None guides
-    all. draft_guidance: w in without + w (with - without), of rows that see drafts and rows that see none: 1 trusts drafts as the
-    model was trained to and runs no further rows, 0 ignores them, for which it must have been trained with draft dropout.
-    stride: emit so many tokens of each window, unrevised but the first, in T / stride passes; 1 to K; train with tensorar.max_stride.
+    all. stride: emit so many tokens of each window, unrevised but the first, in T / stride passes; 1 to K; train with tensorar.max_stride.
     lookahead: feed so many steps at once, the later ones guessed, and keep what the pass confirms: with its own random numbers for
     each step that is the image of one step at a time, up to rounding, in fewer passes; of a batch, what all its rows confirm.
     generator: one for the batch, or one per row, which makes a row independent of its
@@ -150,17 +145,11 @@ def decode(
     scales = per_factor(cfg_scale, len(sizes), "cfg_scale")
     samplers = sampler.per_factor(len(sizes)) if isinstance(sampler, Sampler) else [sampler] * len(sizes)
 
-    # Of slots that are called for one by one.
-    draft_samplers = [replace(each, greedy=True) if isinstance(each, Sampler) and each.greedy_drafts else each for each in samplers]
-
     uncond = torch.zeros(B, dtype=torch.bool, device=device)
     guided = any(scale != 1 for scale in scales)
     if guided:
         values, mask = values.repeat(2, *[1] * (values.ndim - 1)), mask.repeat(2, 1)
         uncond = torch.cat([uncond, ~uncond])
-    dialled = K > 1 and draft_guidance != 1
-    if dialled:  # the later half sees no drafts
-        values, mask, uncond = values.repeat(2, *[1] * (values.ndim - 1)), mask.repeat(2, 1), uncond.repeat(2)
     R = len(values)
 
     def both(rows: Tensor) -> Tensor:
@@ -175,29 +164,21 @@ def decode(
     hidden, passes = backbone(prefix.embeds, prefix.mask, cache)[:, -1:], 1
 
     valid, offsets = valid_slots(T, K, device), torch.arange(K, device=device)
-    seen_slots = valid.expand(R, T, K)
-    if dialled:
-        blind = torch.arange(R, device=device) >= R // 2
-        seen_slots = seen_slots & ~(blind[:, None, None] & (offsets > 0))
 
     def predict(hidden: Tensor, first: int) -> Tensor:
         """Hidden states [R, m, D] of the steps from first on -> their windows [B, m, K, F], 0 past the last token."""
         m = hidden.shape[1]
 
-        def choose(logits: Tensor, factor: int, slots: slice) -> Tensor:
-            """Logits [R, m, k, V_f] -> tokens [R, m, k], equal for all rows of an image."""
+        def choose(logits: Tensor, factor: int) -> Tensor:
+            """Logits [R, m, K, V_f] -> tokens [R, m, K], equal for all rows of an image."""
             logits = logits.float()
-            if dialled:
-                informed, blind_logits = logits.chunk(2)
-                logits = blind_logits + draft_guidance * (informed - blind_logits)
             if guided:
                 cond_logits, uncond_logits = logits.chunk(2)
                 logits = uncond_logits + scales[factor] * (cond_logits - uncond_logits)
                 if cfg_tokens is not None:
                     logits[:, max(0, cfg_tokens - first) :] = cond_logits[:, max(0, cfg_tokens - first) :]
-            numbers = uniform[:, first : first + m, factor, slots]
-            sample = (draft_samplers if slots.start else samplers)[factor]
-            return both(sample(logits.flatten(0, 1), numbers.flatten(0, 1)).unflatten(0, (B, m)))
+            numbers = uniform[:, first : first + m, factor]
+            return both(samplers[factor](logits.flatten(0, 1), numbers.flatten(0, 1)).unflatten(0, (B, m)))
 
         windows = model.draft(hidden, choose)[:B]
         return windows * valid[first : first + m, :, None]
@@ -205,7 +186,7 @@ def decode(
     def feed(windows: Tensor, first: int, known: Tensor) -> Tensor:
         """Windows [B, m, K, F] of the steps from first on, of which slots known [m, K] hold something -> hidden states [R, m, D]."""
         stop = first + windows.shape[1]
-        embeds = model.encode(both(windows), seen_slots[:, first:stop] & known)
+        embeds = model.encode(both(windows), valid[first:stop] & known)
         return backbone(embeds, seen[:, : P + stop], cache)
 
     trace = torch.zeros(B, T, K, len(sizes), dtype=torch.int64, device=device)

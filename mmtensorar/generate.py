@@ -50,14 +50,12 @@ class Sampling(Sampler):
     """
 
     cfg_scale: float | Sequence[float] = 1.0
-    draft_guidance: float = 1.0
     stride: int = 1
     lookahead: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("cfg_scale", "draft_guidance"):
-            self._check(name, lambda x: x >= 0 and isfinite(x), "a number, 0 or more")
+        self._check("cfg_scale", lambda x: x >= 0 and isfinite(x), "a number, 0 or more")
 
 
 class Generator:
@@ -160,7 +158,6 @@ class Generator:
                     self.caption_encoder(list(prompts)),
                     sampling,
                     cfg_scale=sampling.cfg_scale,
-                    draft_guidance=sampling.draft_guidance,
                     stride=sampling.stride,
                     lookahead=sampling.lookahead,
                     generator=generators,

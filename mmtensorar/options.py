@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-SAMPLING = ("cfg_scale", "temperature", "top_k", "top_p", "greedy_drafts", "draft_guidance", "stride", "lookahead")
+SAMPLING = ("cfg_scale", "temperature", "top_k", "top_p", "greedy_drafts", "stride", "lookahead")
 LOADING = ("device", "precision", "attn_implementation")
 
 
@@ -43,9 +43,6 @@ def add_generation(parser: argparse.ArgumentParser, *, needs: str = "") -> None:
     group.add_argument("--top-p", type=number, help="keep likeliest tokens with this probability together; 1 keeps all")
     group.add_argument(
         "--greedy-drafts", action=argparse.BooleanOptionalAction, default=None, help="likeliest token at offsets above 0"
-    )
-    group.add_argument(
-        "--draft-guidance", type=float, help="trust in drafts: 1 as trained, 0 ignores them (train with tensorar.draft_dropout)"
     )
     group.add_argument("--stride", type=at_least_1, help="emit so many tokens of each window at once (train with tensorar.max_stride)")
     group.add_argument("--lookahead", type=at_least_1, help="guess so many steps at once and keep what is confirmed: the same image in fewer passes")

@@ -64,9 +64,8 @@ class Run(Section):
 class TensorARSettings(Section):
     """window 1 is the plain next-token model: it has no codec, and the other settings have no effect.
 
-    schedule: a name, or the rate of each offset. draft_dropout: share of samples trained without drafts. self_drafts: share of redrawn
-    slots that hold the model's own draft. max_stride: the most tokens of a window that samples are trained to have emitted at once,
-    for sampler.stride. coherent: each draft is told of the token one slot earlier in its window.
+    schedule: a name, or the rate of each offset. self_drafts: share of redrawn slots that hold the model's own draft. max_stride: the
+    most tokens of a window that samples are trained to have emitted at once, for sampler.stride.
     """
 
     window: int = Field(4, ge=1)
@@ -74,10 +73,8 @@ class TensorARSettings(Section):
     offset_weights: list[float] | Literal["uniform", "first_only", "geometric"] | None = None
     depth: int = Field(1, ge=1)
     num_heads: int = Field(8, ge=1)
-    draft_dropout: float = Field(0.0, ge=0, le=1)
     self_drafts: float = Field(0.0, ge=0, le=1)
     max_stride: int = Field(1, ge=1)
-    coherent: bool = False
 
 
 class Data(Section):
@@ -221,7 +218,6 @@ class SamplerSettings(Section):
     top_p: PerFactor[Annotated[float, Gt(0), Le(1)]] = 1.0
     cfg_scale: PerFactor[Annotated[float, Ge(0)]] = 5.0
     greedy_drafts: bool = False
-    draft_guidance: float = Field(1.0, ge=0)
     stride: int = Field(1, ge=1)
     lookahead: int = Field(1, ge=1)
 

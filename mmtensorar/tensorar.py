@@ -35,8 +35,7 @@ class TensorAR(nn.Module):
     encoder and decoder are None when the window is 1. offset_weights: K numbers, whose
     count is the window. chunk_tokens: the most rows of logits held at once. label_smoothing: share of each target spread over
     all codes. loss_kernel: auto takes Liger's fused loss on a GPU where it is installed and the head allows, torch and liger are
-    as they say. draft_dropout: share of samples that are trained without drafts, as plain next-token samples. self_drafts: share of
-    the redrawn slots that hold what the model itself drafts there, instead of uniform noise; costs a forward more. max_stride: each
+    as they say. self_drafts: share of the redrawn slots that hold what the model itself drafts there, instead of uniform noise; costs a forward more. max_stride: each
     sample is trained as if so many tokens of each window, 1 to max_stride, were emitted at once (see `decode`): drafts of later steps
     are missing then, and the rest further ahead. z_loss: weight of log(Z)^2 of each prediction (Chowdhery et al., arXiv:2204.02311,
     section 5), which keeps logits from drifting.
@@ -54,7 +53,6 @@ class TensorAR(nn.Module):
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
         loss_kernel: str = "auto",
-        draft_dropout: float = 0.0,
         self_drafts: float = 0.0,
         max_stride: int = 1,
     ):
@@ -78,8 +76,7 @@ class TensorAR(nn.Module):
         self.chunk_tokens = chunk_tokens
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
         self.loss_kernel = loss_kernel
-        self.draft_dropout, self.self_drafts = draft_dropout, self_drafts
-        self.max_stride = max_stride
+        self.self_drafts, self.max_stride = self_drafts, max_stride
 
     def forward(
         self,
@@ -118,9 +115,6 @@ class TensorAR(nn.Module):
                 own_BSKF = own_BSKF[samples, (steps_S - phases_BS)[..., None], slots_BSK]
             taken_BSK = redrawn_BSK & (_uniform(redrawn_BSK.shape, generator, rows, redrawn_BSK.device) < self.self_drafts)
             inputs_BSKF = torch.where(taken_BSK[..., None], own_BSKF, inputs_BSKF)
-        if self.training and self.draft_dropout and self.window > 1:
-            dropped_B = _uniform((len(codes),), generator, rows, codes.device) < self.draft_dropout
-            seen = seen & ~(dropped_B[:, None, None] & (torch.arange(self.window, device=codes.device) > 0))
         return self.score(inputs_BSKF, seen, codes, condition, uncond)
 
     def score(self, inputs: Tensor, seen: Tensor, codes: Tensor, condition: Condition, uncond: Tensor) -> Output:
@@ -160,57 +154,37 @@ class TensorAR(nn.Module):
     ) -> Tensor:
         """[B, S, K, F], what the model samples at temperature 1 for each of the input windows when it has seen those before it.
 
-        Where windows are coherent, drafts hang on the input windows' own first token, as on the emitted one. Arguments as of `forward` and `hidden`.
+        Arguments as of `forward` and `hidden`.
         """
         hidden_BSD = self.hidden(inputs, valid, condition, uncond)[:, :-1]
         uniform = _uniform(inputs.shape, generator, rows, inputs.device).double()
         size, parts = max(1, self.chunk_tokens // (self.window * len(inputs))), []
-        alone = self.decoder is not None and self.decoder.link is not None
-        for hidden, numbers, given in zip(*(whole.split(size, 1) for whole in (hidden_BSD, uniform, inputs)), strict=True):
+        for hidden, numbers in zip(hidden_BSD.split(size, 1), uniform.split(size, 1), strict=True):
 
-            def choose(logits: Tensor, factor: int, slots: slice, numbers: Tensor = numbers, given: Tensor = given) -> Tensor:
-                if alone and slots.start == 0:
-                    return given[:, :, slots, factor]
-                return invert_cdf(logits.double().softmax(-1), numbers[:, :, slots, factor])
+            def choose(logits: Tensor, factor: int, numbers: Tensor = numbers) -> Tensor:
+                return invert_cdf(logits.double().softmax(-1), numbers[..., factor])
 
             parts.append(self.draft(hidden, choose))
         return torch.cat(parts, dim=1)
 
-    def draft(self, hidden: Tensor, choose: Callable[[Tensor, int, slice], Tensor]) -> Tensor:
+    def draft(self, hidden: Tensor, choose: Callable[[Tensor, int], Tensor]) -> Tensor:
         """Fill windows: [B, S, D] -> [B, S, K, F] int64.
 
-        choose: (logits [B, S, k, V_f], factor f, which k slots of the window) -> tokens [B, S, k]. It is called for one factor after
-        the other with all slots at once, or, where windows are coherent, with one slot after the other.
+        choose: (logits [B, S, K, V_f], factor f) -> tokens [B, S, K], called for one factor after the other.
         """
-        states_BSKD = self._states(hidden)
-        alone = self.decoder is not None and self.decoder.link is not None
-        parts: list[Tensor] = []
-        for slots in [slice(k, k + 1) for k in range(self.window)] if alone else [slice(0, self.window)]:
-            states = states_BSKD[:, :, slots]
-            if parts:
-                states = self.decoder.link(states, self.backbone.embed(parts[-1]))
-            tokens = torch.zeros(*states.shape[:-1], 0, dtype=torch.int64, device=states.device)
-            for factor in range(len(self.backbone.factor_sizes)):
-                tokens = torch.cat([tokens, choose(self.backbone.head(states, tokens), factor, slots)[..., None]], dim=-1)
-            parts.append(tokens)
-        return torch.cat(parts, dim=2)
+        states = self._states(hidden)
+        tokens = torch.zeros(*states.shape[:-1], 0, dtype=torch.int64, device=states.device)
+        for factor in range(len(self.backbone.factor_sizes)):
+            tokens = torch.cat([tokens, choose(self.backbone.head(states, tokens), factor)[..., None]], dim=-1)
+        return tokens
 
-    def logits(self, hidden: Tensor, prev: Tensor, windows: Tensor | None = None) -> Tensor:
-        """[B, S, D], earlier factors of each token [B, S, K, f] int64 -> logits [B, S, K, V_f] of factor f.
+    def logits(self, hidden: Tensor, prev: Tensor) -> Tensor:
+        """[B, S, D], earlier factors of each token [B, S, K, f] int64 -> logits [B, S, K, V_f] of factor f."""
+        return self.backbone.head(self._states(hidden), prev)
 
-        windows: [B, S, K, F] that the slots are told of where windows are coherent, else not needed.
-        """
-        return self.backbone.head(self._states(hidden, windows), prev)
-
-    def _states(self, hidden: Tensor, windows: Tensor | None = None) -> Tensor:
-        """[..., D] -> [..., K, D], one state per offset; with windows [..., K, F] each linked to the token one slot earlier."""
-        if self.decoder is None:
-            return hidden[..., None, :]
-        states = self.decoder(hidden)
-        if windows is None or self.decoder.link is None:
-            return states
-        linked = self.decoder.link(states[..., 1:, :], self.backbone.embed(windows[..., :-1, :]))
-        return torch.cat([states[..., :1, :], linked], dim=-2)
+    def _states(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., K, D], one state per offset."""
+        return hidden[..., None, :] if self.decoder is None else self.decoder(hidden)
 
     def _summed_loss(self, hidden: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
         """[B, T, D], [B, T, K, F], [T, K] -> [3, K] float32, summed over B and valid T.
@@ -246,12 +220,11 @@ class TensorAR(nn.Module):
 
     def _fused_loss(self, hidden: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
         """As `_summed_loss`. Only the decoder is made in chunks, and again; the states of all offsets are in memory."""
-        size = max(1, self.chunk_tokens // self.window)
-        chunks = zip(hidden.flatten(0, 1)[None].split(size, dim=1), targets.flatten(0, 1)[None].split(size, dim=1), strict=True)
+        chunks = hidden.flatten(0, 1)[None].split(max(1, self.chunk_tokens // self.window), dim=1)
         if self.decoder is None:
-            states = [self._states(chunk) for chunk, _ in chunks]
+            states = [self._states(chunk) for chunk in chunks]
         else:
-            states = [checkpoint(self._states, *chunk, use_reentrant=False) for chunk in chunks]
+            states = [checkpoint(self._states, chunk, use_reentrant=False) for chunk in chunks]
         states = torch.cat(states, dim=1)
         wanted = targets[..., 0].masked_fill(~valid, layers.IGNORED).flatten(0, 1)[None]
         none = targets.new_empty(*states.shape[:2], 0)
@@ -262,7 +235,7 @@ class TensorAR(nn.Module):
         """[N, D], [N, K, F], [N, K] -> [3, K] float32, summed over valid N and over factors; see `_summed_loss`."""
         # One batch row of N steps, since a head expects [B, S, ...] as in `logits`.
         targets = targets[None]
-        states = self._states(hidden[None], targets)
+        states = self._states(hidden[None])
         goals = losses = 0
         right = targets.new_zeros(targets[..., 0].numel(), dtype=torch.float32)
         if not self.training:
@@ -334,7 +307,7 @@ def build(recipe: Recipe, backbone: Backbone) -> TensorAR:
     if settings.window > 1:
         shape = {"num_heads": settings.num_heads, "depth": settings.depth}
         encoder = WindowEncoder(backbone.dim, settings.window, **shape)
-        decoder = WindowDecoder(backbone.dim, settings.window, **shape, coherent=settings.coherent)
+        decoder = WindowDecoder(backbone.dim, settings.window, **shape)
     return TensorAR(
         backbone,
         encoder,
@@ -345,7 +318,6 @@ def build(recipe: Recipe, backbone: Backbone) -> TensorAR:
         label_smoothing=recipe.train.label_smoothing,
         z_loss=recipe.train.z_loss,
         loss_kernel=recipe.train.loss_kernel,
-        draft_dropout=settings.draft_dropout,
         self_drafts=settings.self_drafts,
         max_stride=min(settings.max_stride, settings.window),
     )

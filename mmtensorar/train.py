@@ -408,7 +408,7 @@ def validate(engine, recipe: Recipe, caption_encoder, rank: int, world_size: int
     }
 
 
-GUIDANCE = {"cfg_scale", "draft_guidance", "stride", "lookahead"}  # of the sampler's settings, those of `decode` itself
+GUIDANCE = {"cfg_scale", "stride", "lookahead"}  # of the sampler's settings, those of `decode` itself
 
 
 def sampler(recipe: Recipe) -> Sampler:

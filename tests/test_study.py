@@ -68,7 +68,8 @@ def grid_file(bench, tmp_path, monkeypatch) -> Path:  # noqa: F811
             "base": {"about": "not trained"},
             "plain": {"about": "control", "settings": ["tensorar.window=1"]},
             "k3": {"about": "K=3", "settings": ["train.steps=2"], "samplings": ["greedy"], "samplings_once": ["sharp"]},
-            "own": {"about": "calibrated", "settings": [], "calibrated_on": "k3", "num_seeds": 1},
+            "own": {"about": "once", "num_seeds": 1},
+            "gone": {"about": "what was tried", "removed": "it was worse"},
         },
     }
     path = tmp_path / "grid.yaml"
@@ -85,9 +86,8 @@ def grid_file(bench, tmp_path, monkeypatch) -> Path:  # noqa: F811
         ("arms", {"base": {"about": "", "samplings": ["x"]}, "plain": {"about": ""}}, "arms.base.samplings: unknown x"),
         ("arms", {"base": {"about": "", "samplings_once": ["y"]}, "plain": {"about": ""}}, "arms.base.samplings_once: unknown y"),
         ("equal_time", "more", "arms has no 'more'"),
-        ("arms", {"base": {"about": "", "calibrated_on": "plain"}, "plain": {"about": ""}}, "expected an arm that comes before"),
         ("samplings", {"greedy": {"temperature": -1}}, "samplings.greedy: temperature"),
-        ("samplings", {"greedy": {"stride": 4}}, "arms.k3: greedy has stride 4, the window is 3"),
+        ("samplings", {"greedy": {"stride": 4}, "sharp": {}}, "arms.k3: greedy has stride 4, the window is 3"),
         ("arms", {"base": {"about": "", "settings": ["train.steps=1"]}, "plain": {"about": ""}}, "arms.base: .*not trained"),
         ("base", None, "expected one of base and from_nothing"),
         ("from_nothing", {"image_tokenizer": {"image_size": 16}, "backbone": {}}, "from_nothing.image_tokenizer.num_embeddings"),
@@ -111,7 +111,7 @@ def test_an_arm_is_trained_and_measured(bench, grid_file, tmp_path):  # noqa: F8
     """Rows are whole, and what they say of a model without drafts is its validation loss."""
     torch.set_num_threads(1)
     grid = Grid.load(grid_file)
-    folder, took = job.train(grid, "k3", 5, tmp_path, None)
+    folder, took = job.train(grid, "k3", 5, tmp_path)
     assert took["steps"] == 2 and took["train_seconds"] > 0
     assert Recipe.load(folder / "recipe.yaml").run.seed == 5
     assert job.step_seconds(grid, "k3", tmp_path, 2) > 0
@@ -230,6 +230,7 @@ def test_the_page_is_made_from_stored_rows_alone(grid_file, tmp_path):
         drafted = {"own nats": [0.9, 2.0, 3.0], "true nats": [0.1, 1.0, 1.0], "draft_error": [0, 0.5, 0.7]}
         rows.append(row("k3", seed, {"0": "11", "1": "11", "2": "00"}, **drafted))
         rows.append(row("k3", seed, {"0": "11", "1": "11", "2": "01"}, "greedy", **drafted))
+    rows += [row("gone", 0, {"0": "10", "1": "10", "2": "10"}, sampling) for sampling in (USUAL, "greedy")]
     results = tmp_path / "results.jsonl"
     results.write_text("".join(json.dumps(each) + "\n" for each in rows))
     (tmp_path / report.STEP_SECONDS).write_text('{"plain": 0.5, "k3": 0.75}')
@@ -241,6 +242,7 @@ def test_the_page_is_made_from_stored_rows_alone(grid_file, tmp_path):
     # Of circles one prompt gains half of its pictures in every seed, of squares the only prompt loses half.
     assert line == "| `k3` | +25.0 [-24.0 +74.0] | -50.0 [-50.0 -50.0] |"
     assert "| `k3` | greedy | 3 |" in page and (tmp_path / "scores.png").is_file()
+    assert "| `gone`: what was tried (removed: it was worse) | 1 | 50.0 [" in page and "| `gone` | greedy | 1 |" in page
     # Beside an arm that had more time, too.
     content = yaml.safe_load(grid_file.read_text())
     content["arms"]["long"] = {"about": "control, longer", "settings": ["tensorar.window=1", "train.steps=6"]}
@@ -312,7 +314,7 @@ def test_intervals_hold_what_they_say(seed_spread):
 
 
 def test_a_run_takes_up_what_is_missing(grid_file, tmp_path, monkeypatch, capsys):
-    """Jobs of the control come first; what is calibrated waits for what it is calibrated on, and gets its errors as rates."""
+    """Arm after arm, those alone that lack a row and are not removed."""
     monkeypatch.setattr(study, "places", lambda workers: [{}])
     results, asked = tmp_path / "results.jsonl", []
     results.write_text(json.dumps(row("base", 0, {"0": "1"})) + "\n")
@@ -321,10 +323,9 @@ def test_a_run_takes_up_what_is_missing(grid_file, tmp_path, monkeypatch, capsys
         pid, returncode = 0, 0
 
         def __init__(self, command, **options):
-            name, seed, rates, target = command[4], int(command[5]), command[7], Path(command[8])
-            asked.append((name, seed, json.loads(rates)))
-            drafted = {} if name == "plain" else {"draft_error": [0, 0.5, 0.75]}
-            target.write_text(json.dumps(row(name, seed, {"0": "1"}, **drafted)) + "\n")
+            name, seed, target = command[4], int(command[5]), Path(command[7])
+            asked.append((name, seed))
+            target.write_text(json.dumps(row(name, seed, {"0": "1"})) + "\n")
 
         def poll(self):
             return 0
@@ -332,7 +333,7 @@ def test_a_run_takes_up_what_is_missing(grid_file, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(study.subprocess, "Popen", Job)
     monkeypatch.setattr(study.time, "sleep", lambda seconds: None)
     assert study.main(["run", str(grid_file), "--seeds", "1", "--out", str(tmp_path / "out"), "--results", str(results)]) == 0
-    assert asked == [("plain", 0, None), ("k3", 0, None), ("own", 0, [0.0, 0.5, 0.75])]
+    assert asked == [("plain", 0), ("k3", 0), ("own", 0)]
     assert [each["arm"] for each in study.read(results)] == ["base", "plain", "k3", "own"]
     # A sampling without a row is missing, and rows of other settings are none of this grid.
     rows, grid = study.read(results), Grid.load(grid_file)

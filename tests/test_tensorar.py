@@ -38,14 +38,12 @@ def backbone(request):
     return BACKBONES[request.param]()
 
 
-def wrap(
-    backbone, window: int, *, depth: int = 1, schedule=FixedSchedule("linear"), weights=None, coherent: bool = False, **options
-) -> TensorAR:
+def wrap(backbone, window: int, *, depth: int = 1, schedule=FixedSchedule("linear"), weights=None, **options) -> TensorAR:
     """A TensorAR with a fresh codec around the backbone itself, not a copy."""
     codec = [None, None]
     if window > 1:
         shape = {"num_heads": 2, "depth": depth}
-        codec = [WindowEncoder(backbone.dim, window, **shape), WindowDecoder(backbone.dim, window, **shape, coherent=coherent)]
+        codec = [WindowEncoder(backbone.dim, window, **shape), WindowDecoder(backbone.dim, window, **shape)]
     return TensorAR(backbone, *codec, schedule, offset_weights=resolve_offset_weights(weights, window), **options)
 
 
@@ -54,8 +52,6 @@ def open_codec(model: TensorAR) -> TensorAR:
     """Move the projections off zero, as training does, so that the codec takes part."""
     for part in (model.encoder, model.decoder):
         part.layers[-1].output.weight.normal_(std=0.5)
-    if model.decoder.link is not None:
-        model.decoder.link.output.weight.normal_(std=0.5)
     return model
 
 
@@ -408,27 +404,6 @@ def inputs_of(model: TensorAR, codes: Tensor, rows=None, seed: int = 7) -> tuple
     return seen[-1]
 
 
-def test_draft_dropout_hides_all_drafts_of_a_sample():
-    """And of no others; validation sees all drafts."""
-    model = open_codec(wrap(FakeBackbone((11,)), 3, draft_dropout=0.5))
-    codes = random_codes(model.backbone)
-    hidden = set()
-    for seed in range(8):
-        slots = inputs_of(model, codes, seed=seed)[1]
-        assert slots[..., 0].all()
-        for sample in slots:
-            hidden.add(bool(sample[:, 1:].any()))
-            assert not sample[:, 1:].any() or torch.equal(sample, slide(codes, 3)[1][:-1])
-        for first in range(BATCH):
-            cut = inputs_of(model, codes[first : first + 1], (first, BATCH), seed)[1]
-            assert torch.equal(cut[0], slots[first])
-    assert hidden == {True, False}
-    whole = wrap(model.backbone, 3)
-    whole.load_state_dict(model.state_dict())
-    losses = [each.eval()(codes, fake_condition(), UNCOND, noise()).loss for each in (model, whole)]
-    assert torch.equal(*losses)
-
-
 def test_samples_are_trained_at_every_stride():
     """What a row of a stride sees: drafts made as far ahead as its group's first row had them, none beyond the window."""
     model = open_codec(wrap(FakeBackbone((11,)), 3, schedule=FixedSchedule([0, 0, 1]), max_stride=3))
@@ -479,44 +454,6 @@ def test_self_drafts_of_a_stride_are_those_that_its_first_row_had(monkeypatch):
                     assert torch.equal(windows[sample, :, 1:, 0][slots[sample][:, 1:]], expected[:, 1:][slots[sample][:, 1:]])
             found.update(fits)
     assert found == {1, 2, 3}
-
-
-def test_coherent_self_drafts_hang_on_the_emitted_token():
-    """Drafts of a window change with its own first token, which is the true one, and that stays."""
-    model = open_codec(wrap(FakeBackbone((11,)), 3, coherent=True)).eval()
-    codes, condition = random_codes(model.backbone), fake_condition()
-    windows, valid = (part[:, :-1] if part.ndim > 2 else part[:-1] for part in slide(codes, 3))
-    blind = valid & (torch.arange(3) < 1)
-    drafts_of = [model.own_drafts(each, blind, condition, UNCOND, noise()) for each in (windows, windows.roll(1, 0))]
-    assert torch.equal(drafts_of[0][:, :, 0], windows[:, :, 0])
-    hidden = model.hidden(windows, blind, condition, UNCOND)[:, :-1]
-    likeliest = windows.clone()
-    with torch.no_grad():
-        for slot in (1, 2):
-            likeliest[:, :, slot] = model.logits(hidden, windows[..., :0], likeliest)[:, :, slot].argmax(-1)[..., None]
-        sharp = model.backbone.head.forward
-        model.backbone.head.forward = lambda states, prev: 1e4 * sharp(states, prev)
-        assert torch.equal(model.own_drafts(windows, blind, condition, UNCOND, noise()), likeliest)
-
-
-def test_coherent_drafts_are_told_of_the_slot_before(backbone):
-    """A token of a window moves the logits of the next slot alone; fresh links change nothing; all of it is trained."""
-    model, same = wrap(backbone, 3, coherent=True), wrap(backbone, 3)
-    codes, condition = random_codes(backbone), fake_condition()
-    same.load_state_dict({name: value for name, value in model.state_dict().items() if ".link." not in name})
-    assert torch.equal(model.eval()(codes, condition, UNCOND, noise()).loss, same.eval()(codes, condition, UNCOND, noise()).loss)
-    open_codec(model)
-    hidden, (windows, _) = torch.randn(BATCH, backbone.num_tokens, backbone.dim), slide(codes, 3)
-    other = windows.clone()
-    other[:, :, 1] = (other[:, :, 1] + 1) % torch.tensor(backbone.factor_sizes)
-    nothing = windows[..., :0]
-    with torch.no_grad():
-        changed = (model.logits(hidden, nothing, windows) != model.logits(hidden, nothing, other)).flatten(3).any(-1)
-    assert not changed[..., :2].any() and changed[..., 2].all()
-    small = wrap(backbone, 3, coherent=True, chunk_tokens=8)
-    small.load_state_dict(model.state_dict())
-    for one, two in zip(gradients(model.train(), codes).values(), gradients(small.train(), codes).values(), strict=True):
-        assert one.any() and torch.allclose(one, two, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["one_factor", "two_factors"])

@@ -60,14 +60,6 @@ def places(workers: int | None) -> list[dict[str, str]]:
     return [{"OMP_NUM_THREADS": threads}] * workers
 
 
-def draft_error(rows: list[dict], arm: str, seed: int) -> list[float] | None:
-    """The measured draft errors of an arm, as rates of noise; None when it has no row yet."""
-    for row in rows:
-        if (row["arm"], row["seed"]) == (arm, seed):
-            return [0.0, *row["probe"]["draft_error"][1:]]
-    return None
-
-
 def _end(process: subprocess.Popen) -> None:
     """Stop a job that still runs, and the training it started, which ends its step and saves."""
     if process.poll() is None:
@@ -87,8 +79,7 @@ def missing(grid: Grid, rows: list[dict], wanted: Sequence[str], num_seeds: int)
         arm = grid.arms[name]
         own = [stored.get((seed, name, sampling)) for sampling in arm.samplings_of(seed)]
         for row in filter(None, own):
-            # A calibrated arm's rates are not the grid's.
-            if row["settings"][: len(arm.settings)] != arm.settings or (arm.calibrated_on is None and len(row["settings"]) != len(arm.settings)):
+            if row["settings"] != arm.settings:
                 raise ValueError(
                     f"arms.{name} was run with {row['settings']}, the grid has {arm.settings}: give the arm another name, or take its rows "
                     "out of the results and its folder out of the runs"
@@ -113,32 +104,22 @@ def run(options: argparse.Namespace) -> None:
     start.prepare(grid, out)
     began, free, running, failed = time.monotonic(), places(options.workers), [], 0
     num_seeds = options.seeds or grid.num_seeds
-    rows = read(results)
-    work = missing(grid, rows, wanted, num_seeds)
-    for seed, name in work:
-        calibrated_on = grid.arms[name].calibrated_on
-        if calibrated_on not in (None, *wanted) and draft_error(rows, calibrated_on, seed) is None:
-            raise ValueError(f"{name} is calibrated on {calibrated_on}, which has no result for seed {seed}")
+    work = missing(grid, read(results), wanted, num_seeds)
     total = len(grid.runs(wanted, num_seeds))
     print(f"{total - len(work)} of {total} runs are in {results}; {len(work)} to do, {len(free)} at a time", flush=True)
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         while work or running:
             over = options.budget is not None and time.monotonic() - began > options.budget
-            for seed, name in list(work) if free and not over else ():
-                rates, calibrated_on = None, grid.arms[name].calibrated_on
-                if calibrated_on is not None and (rates := draft_error(rows, calibrated_on, seed)) is None:
-                    continue  # its turn comes
-                if not free:
-                    break
-                place, target = free.pop(), Path(temporary) / f"{name}-{seed}.jsonl"
-                command = [sys.executable, "-m", "eval.study.job", str(options.grid.resolve()), name, str(seed), str(out), json.dumps(rates), str(target)]
+            while work and free and not over:
+                (seed, name), place = work.pop(0), free.pop()
+                target = Path(temporary) / f"{name}-{seed}.jsonl"
+                command = [sys.executable, "-m", "eval.study.job", str(options.grid.resolve()), name, str(seed), str(out), str(target)]
                 with (out / f"{name}-{seed}.out").open("w", encoding="utf-8") as log:
                     process = subprocess.Popen(
                         command, cwd=ROOT, env=os.environ | place, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
                     )
                 stack.callback(_end, process)
                 running.append((process, name, seed, target, place, time.monotonic()))
-                work.remove((seed, name))
             if not running:
                 break
             time.sleep(1)
@@ -156,9 +137,7 @@ def run(options: argparse.Namespace) -> None:
                 text = target.read_text(encoding="utf-8")
                 with results.open("a", encoding="utf-8") as file:
                     file.write(text)
-                new = [json.loads(line) for line in text.splitlines()]
-                rows += new
-                first = new[0]
+                first = json.loads(text.splitlines()[0])
                 print(
                     f"{name}, seed {seed}: {100 * first['score']['overall']:.1f} %, Frechet {first['frechet']:.4f}, "
                     f"{time.monotonic() - started:.0f} s, {len(work)} left",
@@ -181,7 +160,6 @@ def time_steps(options: argparse.Namespace) -> None:
     start.prepare(grid, out)
     found = json.loads(target.read_text(encoding="utf-8")) if target.is_file() else {}
     names = [name for name, arm in grid.arms.items() if name in (options.arms or grid.arms) and name != BASE and not arm.removed]
-    # Rates that are measured change no shape, and so no time.
     for name in names:
         found[name] = round(job.step_seconds(grid, name, out, options.steps), 4)
         print(f"{name}: {found[name]:.3f} s a step", flush=True)

@@ -22,9 +22,8 @@ ON_ALL = ["train.monitors=[]", "train.sample_every=0", "train.sample_prompts=[]"
 class Arm(Section):
     """settings: of the grid's recipe that this arm changes, `key=value`. samplings: beside the recipe's own, by name.
 
-    samplings_once: the same, with the first seed alone. num_seeds: fewer than the grid's. calibrated_on: an arm whose measured
-    draft errors are this one's rates of noise. removed: why its setting is in the code no more; its stored rows stay on the page,
-    and it is not run.
+    samplings_once: the same, with the first seed alone. num_seeds: fewer than the grid's. removed: why its setting is in the code
+    no more; its stored rows stay on the page, and it is not run.
     """
 
     about: str
@@ -32,7 +31,6 @@ class Arm(Section):
     samplings: list[str] = []
     samplings_once: list[str] = []
     num_seeds: int | None = Field(None, ge=1)
-    calibrated_on: str | None = None
     removed: str | None = None
 
     def samplings_of(self, seed: int) -> list[str]:
@@ -95,14 +93,12 @@ class Grid(Section):
                 problems.append(f"samplings.{name}: {error}")
             if not isinstance(settings.get("batch_size", 1), int) or settings.get("batch_size", 1) < 1:
                 problems.append(f"samplings.{name}: batch_size is {settings['batch_size']!r}; expected 1 or more")
-        if (untrained := self.arms.get(BASE)) and (untrained.settings or untrained.calibrated_on):
+        if BASE in self.arms and self.arms[BASE].settings:
             problems.append(f"arms.{BASE}: settings are given, but it is not trained")
         for name, arm in self.arms.items():
             for key in ("samplings", "samplings_once"):
                 if unknown := [each for each in getattr(arm, key) if each not in self.samplings]:
                     problems.append(f"arms.{name}.{key}: unknown {', '.join(unknown)}")
-            if arm.calibrated_on is not None and arm.calibrated_on not in list(self.arms)[: list(self.arms).index(name)]:
-                problems.append(f"arms.{name}.calibrated_on is {arm.calibrated_on!r}; expected an arm that comes before")
         if problems:
             raise ValueError(*problems)
         return self
@@ -116,19 +112,16 @@ class Grid(Section):
                 Recipe.load(grid.recipe, grid.from_nothing.settings)
             except ValueError as error:
                 raise type(error)(f"{path}: from_nothing: {error}") from None
-        windows = {}
         for name, arm in grid.arms.items():
             if arm.removed:
                 continue
             try:
-                windows[name] = Recipe.load(grid.recipe, arm.settings).tensorar.window
+                window = Recipe.load(grid.recipe, arm.settings).tensorar.window
             except ValueError as error:
                 raise type(error)(f"{path}: arms.{name}: {error}") from None
             for sampling in arm.samplings_of(0)[1:]:
-                if (stride := grid.samplings[sampling].get("stride", 1)) > windows[name]:
-                    raise RecipeError(f"{path}: arms.{name}: {sampling} has stride {stride}, the window is {windows[name]}")
-            if arm.calibrated_on is not None and windows[name] != windows.get(arm.calibrated_on):
-                raise RecipeError(f"{path}: arms.{name}: its window is {windows[name]}, {arm.calibrated_on} has another")
+                if (stride := grid.samplings[sampling].get("stride", 1)) > window:
+                    raise RecipeError(f"{path}: arms.{name}: {sampling} has stride {stride}, the window is {window}")
         return grid
 
     def runs(self, wanted: Iterable[str], num_seeds: int) -> list[tuple[int, str]]:

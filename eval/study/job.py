@@ -42,23 +42,21 @@ BATCH_SIZE = 40  # pictures at a time, unless a sampling says another number
 ROUNDS = 3  # of drafting anew from the own drafts of the round before
 
 
-def recipe_of(grid: Grid, name: str, seed: int, out: Path, rates: list[float] | None = None) -> list[str]:
+def recipe_of(grid: Grid, name: str, seed: int, out: Path) -> list[str]:
     """The overrides that make the grid's recipe that of an arm and seed; data and initial codec depend on the seed alone."""
     train, _ = worlds.load(grid.world).sets(out / "data")
     base = start.folder(grid, out)
     overrides = [*grid.arms[name].settings, f"run.name={name}-{seed}", f"run.out={out / 'runs'}", f"run.seed={seed}", f"data.shards={train}"]
     overrides += [f"backbone.path={base / 'backbone'}", f"image_tokenizer.path={base / 'image_tokenizer'}"]
-    if rates is not None:
-        overrides.append(f"tensorar.schedule={json.dumps(rates)}")
     return [*ON_ALL, "zero.stage=0", *overrides]
 
 
-def train(grid: Grid, name: str, seed: int, out: Path, rates: list[float] | None) -> tuple[Path, dict]:
+def train(grid: Grid, name: str, seed: int, out: Path) -> tuple[Path, dict]:
     """The model folder, and what training took. Raises ValueError when it fails."""
     if name == BASE:
         return start.folder(grid, out), {"steps": 0, "train_seconds": 0.0, "step_seconds": None}
     folder = out / "runs" / f"{name}-{seed}"
-    overrides = recipe_of(grid, name, seed, out.resolve(), rates)
+    overrides = recipe_of(grid, name, seed, out.resolve())
     told = out / f"{name}-{seed}.json"  # of what the run folder holds
     if folder.is_dir() and (not told.is_file() or json.loads(told.read_text(encoding="utf-8")) != overrides):
         shutil.rmtree(folder)
@@ -163,15 +161,13 @@ def measure(grid: Grid, name: str, seed: int, model_folder: Path, out: Path) -> 
 
 
 def main(arguments: list[str]) -> int:
-    """GRID ARM SEED OUT RATES FILE: rows of results into FILE, as JSON."""
-    grid_path, name, seed, out, rates, target = arguments
+    """GRID ARM SEED OUT FILE: rows of results into FILE, as JSON."""
+    grid_path, name, seed, out, target = arguments
     grid, torch_threads = Grid.load(grid_path), torch.get_num_threads()
-    rates = json.loads(rates)
-    folder, took = train(grid, name, int(seed), Path(out), rates)
+    folder, took = train(grid, name, int(seed), Path(out))
     rows = measure(grid, name, int(seed), folder, Path(out))
-    settings = grid.arms[name].settings + ([] if rates is None else [f"tensorar.schedule={json.dumps(rates)}"])
-    facts = {"world": grid.world, "arm": name, "seed": int(seed), "settings": settings, **took, "threads": torch_threads}
-    facts["torch"] = torch.__version__
+    facts = {"world": grid.world, "arm": name, "seed": int(seed), "settings": grid.arms[name].settings, **took}
+    facts |= {"threads": torch_threads, "torch": torch.__version__}
     Path(target).write_text("".join(json.dumps(facts | row) + "\n" for row in rows), encoding="utf-8")
     return 0
 

@@ -189,7 +189,7 @@ def samplings(grid: Grid, found: dict, known: Scores) -> str:
     """Arms that were sampled in several ways."""
     rows = []
     for (name, sampling), runs in found.items():
-        if name in grid.arms and grid.arms[name].samplings_of(0)[1:]:
+        if name in grid.arms and any(arm == name and other != USUAL for arm, other in found):
             own = known.alone(runs)
             revised = [f"{100 * value:.0f}" for value in np.mean([row["revised"] for row in runs.rows], axis=0)] if runs.rows[0]["revised"] else []
             score = f"{100 * own.value:.1f} [{100 * own.low:.1f} {100 * own.high:.1f}]"
