@@ -183,7 +183,7 @@ def flops_per_step(
 
     prompt_len: places of the prompts; None is the backbone's, or a guess. recomputed: whether what is done again counts again.
 
-    The forward that tensorar.self_drafts adds is not counted. Computed again in the backward are the layers with activation checkpointing, and decoder and head where
+    Computed again in the backward are the layers with activation checkpointing, and decoder and head where
     the loss is made in chunks (as it is on one rank; with a small micro batch on many it may fit into one).
     """
     K, T, D = model.window, model.backbone.num_tokens, model.backbone.dim
@@ -194,25 +194,28 @@ def flops_per_step(
     layer_passes = 4 if recipe.train.activation_checkpointing is True and recomputed else 3
     places = recipe.data.batch_size // recipe.train.grad_accum * T
     loss_passes = 4 if recomputed and places > max(1, recipe.train.loss_chunk_tokens // K) else 3
+    # Self-drafts are a forward more, whose head makes all slots but the first.
+    drafted = int(K > 1 and model.self_drafts > 0)
+    drafted_slots = (K - 1) * drafted
     per_sample = 0
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2 or id(parameter) in tables or "offset_" in name:
             continue
         # The embedding maps and the codec see K slots of each window, the head predicts K tokens.
         if name.startswith("backbone.head.factorized_blocks"):
-            times = 3 * K * T * loss_passes  # one place for the first factor, two for the second
+            times = 3 * T * (K * loss_passes + drafted_slots)  # one place for the first factor, two for the second
         elif name.startswith("backbone.head"):
-            times = K * T * loss_passes
+            times = T * (K * loss_passes + drafted_slots)
         elif name.startswith("backbone.embed") or name.startswith("encoder"):
-            times = K * T * 3
+            times = K * T * (3 + drafted)
         elif name.startswith("decoder"):
-            times = (K + 1) * T * loss_passes
+            times = (K + 1) * T * (loss_passes + drafted)
         elif name.startswith("backbone.prefix"):
-            times = prefix_len * 3
+            times = prefix_len * (3 + drafted)
         else:
-            times = rows * (layer_passes - (not parameter.requires_grad))  # a frozen weight needs no gradient of its own
+            times = rows * (layer_passes + drafted - (not parameter.requires_grad))  # a frozen weight needs no gradient of its own
         per_sample += 2 * parameter.numel() * times
-    per_sample += len(model.backbone.layers) * 2 * D * rows * rows * layer_passes
+    per_sample += len(model.backbone.layers) * 2 * D * rows * rows * (layer_passes + drafted)
     return recipe.data.batch_size * T, recipe.data.batch_size * per_sample
 
 

@@ -152,27 +152,31 @@ class TensorAR(nn.Module):
         generator: Generator | None = None,
         rows: tuple[int, int] | None = None,
     ) -> Tensor:
-        """[B, S, K, F], what the model samples at temperature 1 for each of the input windows when it has seen those before it.
+        """[B, S, K, F]: the input windows with what the model samples at temperature 1 as drafts, having seen the windows before.
 
         Arguments as of `forward` and `hidden`.
         """
         hidden_BSD = self.hidden(inputs, valid, condition, uncond)[:, :-1]
-        uniform = _uniform(inputs.shape, generator, rows, inputs.device).double()
+        uniform = _uniform(inputs.shape, generator, rows, inputs.device)
         size, parts = max(1, self.chunk_tokens // (self.window * len(inputs))), []
-        for hidden, numbers in zip(hidden_BSD.split(size, 1), uniform.split(size, 1), strict=True):
+        for hidden, numbers in zip(hidden_BSD.split(size, 1), uniform[:, :, 1:].split(size, 1), strict=True):
 
             def choose(logits: Tensor, factor: int, numbers: Tensor = numbers) -> Tensor:
-                return invert_cdf(logits.double().softmax(-1), numbers[..., factor])
+                # Thin slices of the line may be a little off in float32, which is near enough for noise.
+                return invert_cdf(logits.float().softmax(-1), numbers[..., factor])
 
-            parts.append(self.draft(hidden, choose))
-        return torch.cat(parts, dim=1)
+            parts.append(self._fill(self._states(hidden)[:, :, 1:], choose))
+        return torch.cat([inputs[:, :, :1], torch.cat(parts, dim=1)], dim=2)
 
     def draft(self, hidden: Tensor, choose: Callable[[Tensor, int], Tensor]) -> Tensor:
         """Fill windows: [B, S, D] -> [B, S, K, F] int64.
 
         choose: (logits [B, S, K, V_f], factor f) -> tokens [B, S, K], called for one factor after the other.
         """
-        states = self._states(hidden)
+        return self._fill(self._states(hidden), choose)
+
+    def _fill(self, states: Tensor, choose: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """States of some slots [B, S, k, D] -> their tokens [B, S, k, F]; see `draft`."""
         tokens = torch.zeros(*states.shape[:-1], 0, dtype=torch.int64, device=states.device)
         for factor in range(len(self.backbone.factor_sizes)):
             tokens = torch.cat([tokens, choose(self.backbone.head(states, tokens), factor)[..., None]], dim=-1)

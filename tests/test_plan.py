@@ -121,6 +121,16 @@ def test_what_is_computed_again_counts_again():
     assert (again - whole) / (2 * tokens * sizes["layers"]) == pytest.approx(1.1, abs=0.1)  # and attention, and the prompt
 
 
+def test_self_drafts_are_a_forward_more():
+    """A third of a step that computes nothing again, but for the head over each window's first slot."""
+    settings = ["tensorar.window=2", "train.loss_chunk_tokens=1000000000", "train.activation_checkpointing=false"]
+    recipes = [Recipe.load(RECIPES / "janus_pro_7b.yaml", [*settings, f"tensorar.self_drafts={share}"]) for share in (0, 1)]
+    model = plan.shapes(recipes[0])
+    plain, drafted = (plan.flops_per_step(recipe, plan.shapes(recipe))[1] for recipe in recipes)
+    head = sum(p.numel() for p in model.backbone.head.parameters() if p.ndim > 1)
+    assert drafted - plain == pytest.approx(plain / 3 - 2 * 128 * 576 * head, rel=1e-3)
+
+
 def test_the_report_loads_no_weights(monkeypatch):
     """A plan must work where the model was never downloaded."""
     for name in ("fill", "locate"):

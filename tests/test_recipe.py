@@ -19,6 +19,7 @@ MINIMAL = """
 run: {name: test}
 backbone: {name: janus, path: models/janus}
 image_tokenizer: {name: janus_vq, path: models/janus}
+tensorar: {window: 4}
 data: {shards: data/train, batch_size: 4}
 train: {steps: 3}
 """
