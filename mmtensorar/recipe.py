@@ -64,10 +64,11 @@ class Run(Section):
 class TensorARSettings(Section):
     """window 1 is the plain next-token model: it has no codec, and the other settings have no effect.
 
-    The defaults are what did least harm in docs/study; the paper's are window 4, schedule exponential and self_drafts 0.
+    The defaults are what did least harm in docs/study; the paper's are window 4 and schedule exponential.
 
-    schedule: a name, or the rate of each offset. self_drafts: share of redrawn slots that hold the model's own draft. max_stride: the
-    most tokens of a window that samples are trained to have emitted at once, for sampler.stride.
+    schedule: a name, or the rate of each offset. self_drafts: share of redrawn slots that hold the model's own draft; unless given, 1
+    with schedule full and 0 with another. max_stride: the most tokens of a window that samples are trained to have emitted at once, for
+    sampler.stride.
     """
 
     window: int = Field(2, ge=1)
@@ -77,6 +78,13 @@ class TensorARSettings(Section):
     num_heads: int = Field(8, ge=1)
     self_drafts: float = Field(1.0, ge=0, le=1)
     max_stride: int = Field(1, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _noise_that_was_asked_for(cls, settings: Any) -> Any:
+        if isinstance(settings, dict) and "self_drafts" not in settings and settings.get("schedule", "full") != "full":
+            return settings | {"self_drafts": 0.0}
+        return settings
 
 
 class Data(Section):

@@ -39,6 +39,14 @@ def mistakes(path: Path, *overrides: str) -> list[str]:
     return str(caught.value).splitlines()
 
 
+def test_noise_named_as_in_the_paper_is_noise_alone(path):
+    """Self-drafts are a default of the schedule that they were measured with."""
+    shares = {given: Recipe.load(path, [*given]).tensorar.self_drafts for given in (
+        (), ("tensorar.schedule=full",), ("tensorar.schedule=exponential",), ("tensorar.schedule=[0, 1, 1, 1]",),
+        ("tensorar.schedule=sqrt", "tensorar.self_drafts=0.5"), ("tensorar.self_drafts=0",))}
+    assert list(shares.values()) == [1, 1, 0, 0, 0.5, 0]
+
+
 # ---- mistakes ------------------------------------------------------------------------------------
 
 

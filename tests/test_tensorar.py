@@ -391,15 +391,15 @@ print("equal")
 """
 
 
-def inputs_of(model: TensorAR, codes: Tensor, rows=None, seed: int = 7) -> tuple[Tensor, Tensor]:
-    """The last windows and slots that a training forward encodes."""
+def inputs_of(model: TensorAR, codes: Tensor, rows=None, seed: int = 7, training: bool = True) -> tuple[Tensor, Tensor]:
+    """The last windows and slots that a forward encodes."""
     seen = []
     encode = model.encode
     model.encode = lambda windows, valid: seen.append((windows, valid)) or encode(windows, valid)
     condition = fake_condition()
     first, stop = (0, len(codes)) if rows is None else (rows[0], rows[0] + len(codes))
     condition = type(condition)(*(value[first:stop] for value in condition))
-    model.train()(codes, condition, UNCOND[first:stop], noise(seed), rows)
+    model.train(training)(codes, condition, UNCOND[first:stop], noise(seed), rows)
     del model.encode
     return seen[-1]
 
@@ -472,6 +472,8 @@ def test_self_drafts_are_what_the_model_samples(name):
     assert torch.equal(windows[:, :, 0], clean[:, :, 0])
     # Also where chance would have drawn the true token, which would make a draft more often right than it is.
     assert (windows[:, :, 1:] == said).all() and (clean[:, :, 1:] != said).any()
+    validated, _ = inputs_of(model, codes, training=False)
+    assert torch.equal(validated, windows), "validation would measure what the model never meets"
     backbone.head.forward = real
     together, _ = inputs_of(model, codes)
     for first in range(BATCH):
