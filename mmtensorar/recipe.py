@@ -561,15 +561,22 @@ def _problems(
 
 def _locate(model: type[BaseModel], location: tuple[str | int, ...]) -> tuple[FieldInfo | None, list[str]]:
     """The setting that a pydantic location is in or at, and its key path; None for an unknown key."""
-    field, keys = None, []
+    field, keys, named = None, [], False
     for part in location:
+        if named:  # whatever name a section has in a dictionary of sections
+            keys.append(part)
+            named = False
+            continue
         if part not in model.model_fields:
             return None, keys
         field = model.model_fields[part]
         keys.append(part)
-        if not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
+        kind = field.annotation
+        if get_origin(kind) is dict:
+            kind, named = get_args(kind)[-1], True
+        if not (isinstance(kind, type) and issubclass(kind, Section)):
             break
-        model = field.annotation
+        model = kind
     return field, keys
 
 
@@ -611,6 +618,8 @@ def _known(path: str, prefix: tuple[str, ...], model: type[BaseModel]) -> str:
     siblings = [key for key in known if key.rpartition(".")[0] == path.rpartition(".")[0]]
     # By the last part alone: with a section's name in front, any two of its keys resemble each other.
     nearest = _nearest_leaf(path, siblings) or _nearest_leaf(path, known)
+    if nearest and not siblings:  # in one of a dictionary of sections
+        nearest = f"{path.rpartition('.')[0]}.{nearest.rpartition('.')[2]}"
     return f"did you mean {nearest}?" if nearest else f"known here: {', '.join(siblings)}"
 
 

@@ -13,7 +13,7 @@ pytest.importorskip("deepspeed")
 
 from data_tools.sources import shapes
 from eval.study import __main__ as study
-from eval.study import across, features, job, report, start, worlds
+from eval.study import across, features, job, report, start, timing, worlds
 from eval.study.features import quarters
 from eval.study.grid import USUAL, Grid
 from eval.study.worlds import _classes, photographs
@@ -82,13 +82,18 @@ def grid_file(bench, tmp_path, monkeypatch) -> Path:  # noqa: F811
     [
         ("world", "moon", "world is 'moon'; expected one of digits, photographs, shapes"),
         ("control", "none", "arms has no 'none'"),
-        ("samplings", {"greedy": {"heat": 1}}, "samplings.greedy: unknown heat"),
+        ("samplings", {"greedy": {"heat": 1}}, "samplings.greedy.heat is 1"),
         ("arms", {"base": {"about": "", "samplings": ["x"]}, "plain": {"about": ""}}, "arms.base.samplings: unknown x"),
         ("arms", {"base": {"about": "", "samplings_once": ["y"]}, "plain": {"about": ""}}, "arms.base.samplings_once: unknown y"),
         ("equal_time", "more", "arms has no 'more'"),
-        ("samplings", {"greedy": {"temperature": -1}}, "samplings.greedy: temperature"),
+        ("samplings", {"greedy": {"temperature": -1}}, "samplings.greedy.temperature is -1"),
         ("samplings", {"greedy": {"stride": 4}, "sharp": {}}, "arms.k3: greedy has stride 4, the window is 3"),
         ("arms", {"base": {"about": "", "settings": ["train.steps=1"]}, "plain": {"about": ""}}, "arms.base: .*not trained"),
+        ("arms", {"base": {"abuot": ""}, "plain": {"about": ""}}, r"arms.base.abuot +unknown key; did you mean arms.base.about\?"),
+        ("arms", {"base": {"about": ""}, "plain": {"about": "", "num_seeds": "one"}}, "arms.plain.num_seeds +expected an integer or null >= 1, got 'one'"),
+        ("arms", {"base": {"about": ""}, "plain": {}}, "arms.plain.about +missing"),
+        ("samplings", {"greedy": {"stride": 0}, "sharp": {}}, "samplings.greedy.stride is 0"),
+        ("samplings", {"greedy": {"stride": 2, "lookahead": 2}, "sharp": {}}, "samplings.greedy: stride and lookahead"),
         ("base", None, "expected one of base and from_nothing"),
         ("from_nothing", {"image_tokenizer": {"image_size": 16}, "backbone": {}}, "from_nothing.image_tokenizer.num_embeddings"),
         ("arms", {"base": {"about": ""}, "plain": {"about": "", "settings": ["tensorar.windw=1"]}}, "did you mean tensorar.window"),
@@ -114,9 +119,8 @@ def test_an_arm_is_trained_and_measured(bench, grid_file, tmp_path):  # noqa: F8
     folder, took = job.train(grid, "k3", 5, tmp_path)
     assert took["steps"] == 2 and took["train_seconds"] > 0
     assert Recipe.load(folder / "recipe.yaml").run.seed == 5
-    assert job.step_seconds(grid, "k3", tmp_path, 2) > 0
     rows = job.measure(grid, "k3", 5, folder, tmp_path)
-    assert [row["sampling"] for row in rows] == [USUAL, "greedy"]
+    assert [(row["sampling"], row["made_of"]["sampler"]["greedy_drafts"]) for row in rows] == [(USUAL, False), ("greedy", True)]
     for row in rows:
         assert {len(digits) for digits in row["verdicts"].values()} == {2} and len(row["revised"]) == 2
         shares = [sum(map(int, digits)) / 2 for digits in row["verdicts"].values()]
@@ -139,6 +143,32 @@ def test_an_arm_is_trained_and_measured(bench, grid_file, tmp_path):  # noqa: F8
         logits = generator.model.logits(hidden, windows[..., :0])[:, :, 0]
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.codes.flatten())
     assert number == 4 and probed["none nats"][0] == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_an_arm_is_checked_against_its_stored_score(bench, grid_file, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """Trained anew; here by a job that draws what it is told to."""
+    from eval.study import commands
+
+    results = tmp_path / "results.jsonl"
+    results.write_text("".join(json.dumps(row(arm, 0, {"0": "10", "1": "11", "2": "10"})) + "\n" for arm in ("plain", "k3")))
+    for digits, code, said in (("10", 0, "k3, seed 0: stored 62.5 [38.0 87.0], now 62.5: within"), ("00", 1, "now 12.5: outside")):
+
+        def job_of(*command, log, digits=digits):
+            command[-1].write_text(json.dumps(row("k3", 0, {"0": digits, "1": "11" if digits == "10" else "10", "2": digits})) + "\n")
+
+        monkeypatch.setattr(commands, "run", job_of)
+        arguments = ["check", str(grid_file), "--arm", "k3", "--results", str(results), "--out", str(tmp_path / f"check{code}")]
+        assert study.main(arguments) == code and said in capsys.readouterr().out
+    assert study.main([*arguments[:3], "own", *arguments[4:6], "--out", str(tmp_path / "check2")]) == 2
+    assert "no row of own, seed 0" in capsys.readouterr().err
+
+
+def test_steps_are_timed_in_turns(bench, grid_file, tmp_path):  # noqa: F811
+    seconds = timing.steps_in_turns(Grid.load(grid_file), ["plain", "k3"], tmp_path, 3)
+    assert {name: len(own) for name, own in seconds.items()} == {"plain": 3, "k3": 3} and min(map(min, seconds.values())) > 0
+    # A slow second round is slow for both.
+    found = timing.beside_control(Grid.load(grid_file), {"plain": [1.0, 9.0, 1.0], "k3": [1.5, 13.5, 2.0]})
+    assert found == {"plain": {"seconds": 1.0, "over_control": 1.0}, "k3": {"seconds": 2.0, "over_control": 1.5}}
 
 
 def grounds() -> tuple[list, list]:
@@ -174,7 +204,13 @@ def test_a_base_is_made_from_nothing(grid_file, tmp_path, monkeypatch):
     folder = start.folder(grid, out)
     made = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     start.prepare(grid, out)
-    assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == made
+    again = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name != "from_nothing.json"}
+    assert again == {path: when for path, when in made.items() if path.name != "from_nothing.json"}
+    content["from_nothing"]["settings"].append("optim.lr=1e-3")
+    other = grid_file.with_name("other.yaml")
+    other.write_text(yaml.safe_dump(content, sort_keys=False))
+    with pytest.raises(ValueError, match="made with another from_nothing"):
+        start.prepare(Grid.load(other), out)
     generator = Generator.load(folder)
     assert generator.image_tokenizer.grid == (4, 4) and not (out / "start").exists()
     assert world.prompts() == [("dark", "0")] * 3 + [("bright", "1")] * 3
@@ -233,15 +269,16 @@ def test_the_page_is_made_from_stored_rows_alone(grid_file, tmp_path):
     rows += [row("gone", 0, {"0": "10", "1": "10", "2": "10"}, sampling) for sampling in (USUAL, "greedy")]
     results = tmp_path / "results.jsonl"
     results.write_text("".join(json.dumps(each) + "\n" for each in rows))
-    (tmp_path / report.STEP_SECONDS).write_text('{"plain": 0.5, "k3": 0.75}')
+    (tmp_path / report.STEP_TIMES).write_text('{"plain": {"seconds": 0.5, "over_control": 1.0}, "k3": {"seconds": 0.75, "over_control": 1.5}}')
     assert study.main(["report", str(grid_file), "--results", str(results)]) == 0
     page = (tmp_path / "README.md").read_text()
     assert "| `k3`: K=3 | 3 | 50.0 [" in page and "minus `plain`, points | minus" not in page and "Not run yet: `base`, `own`." in page
-    assert "| 3 | 1.50 |" in page
+    assert "| 3 | 1.50 | 1.50 |" in page
     line = next(line for line in page.splitlines() if line.startswith("| `k3` | +"))
     # Of circles one prompt gains half of its pictures in every seed, of squares the only prompt loses half.
     assert line == "| `k3` | +25.0 [-24.0 +74.0] | -50.0 [-50.0 -50.0] |"
-    assert "| `k3` | greedy | 3 |" in page and (tmp_path / "scores.png").is_file()
+    # Greedy drafts gain a half of a picture in one of three prompts, the only one of its group.
+    assert "| `k3` | greedy | 3 | 75.0 [75.0 75.0] | +25.0 [+25.0 +25.0] | 0.500 ±0.000 |" in page and (tmp_path / "scores.png").is_file()
     assert "| `gone`: what was tried (removed: it was worse) | 1 | 50.0 [" in page and "| `gone` | greedy | 1 |" in page
     # Beside an arm that had more time, too.
     content = yaml.safe_load(grid_file.read_text())
@@ -271,14 +308,30 @@ def test_worlds_are_set_beside_each_other(grid_file, tmp_path, capsys):
         (folder / grid.stem / "results.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
     assert study.main(["across", str(grid_file), str(other), "--folder", str(folder)]) == 0
     page = (folder / "README.md").read_text()
-    assert "| `own` | +25.0 [+25.0 +25.0] | 1.00 | -25.0 [-25.0 -25.0] | 1.00 |" in page and (folder / "costs.png").is_file()
+    assert "| `own`: once | +25.0 [+25.0 +25.0] | 1.00 | -25.0 [-25.0 -25.0] | 1.00 |" in page and (folder / "costs.png").is_file()
     found = across.points([across.load(path, study.read(folder / path.stem / "results.jsonl")) for path in (grid_file, other)])
     assert [(point.arm, point.gain) for point in found] == [("k3", 0), ("own", 25), ("k3", 0), ("own", -25)]
     # Bits of the final token with own drafts, 1 and 1.5, minus the control's one nat.
     assert [point.cost for point in found[:2]] == pytest.approx([1 - 1 / np.log(2), 1.5 - 1 / np.log(2)])
+    assert study.main(["across", str(grid_file), "--folder", str(folder)]) == 2 and "expected two or more" in capsys.readouterr().err
     (folder / "other" / "results.jsonl").write_text(json.dumps(row("base", 0, {"0": "1", "1": "1", "2": "1"})) + "\n")
     assert study.main(["across", str(grid_file), str(other), "--folder", str(folder)]) == 2
     assert "other.yaml: no result of the control, plain" in capsys.readouterr().err
+
+
+def test_a_frechet_distance_is_set_over_the_controls_of_the_same_seed(grid_file):
+    """Its logarithms' spread over seeds is pooled over the arms; of one arm it would be hardly known."""
+    distances = {"plain": [1.0, 2.0, 4.0], "base": [2.0, 4.0, 8.0], "k3": [0.5, 2.0, 8.0], "own": [3.0]}
+    rows = [row(arm, seed, {"0": "1", "1": "1", "2": "1"}) | {"frechet": value} for arm, own in distances.items() for seed, value in enumerate(own)]
+    known = report.Scores(Grid.load(grid_file), report.collect(rows), ["a", "a", "b"])
+    assert known.ratio("base") == "2.00" and known.ratio("own") == "3.00"  # four degrees of freedom are too few
+    rows += [row("gone", seed, {"0": "1", "1": "1", "2": "1"}) | {"frechet": value} for seed, value in enumerate([1.0, 2.0, 4.0])]
+    known = report.Scores(Grid.load(grid_file), report.collect(rows), ["a", "a", "b"])
+    # Logarithms base 2: 1, 1, 1; -1, 0, 1; 0, 0, 0: a variance of 2 over six degrees of freedom.
+    half = 2.4469 * (2 / 6) ** 0.5
+    for arm, exponent, number in (("base", 1, 3), ("k3", 0, 3), ("own", np.log2(3), 1)):
+        value, low, high = known.distances[arm]
+        assert np.log2([value, low, high]) == pytest.approx([exponent, exponent - half / number**0.5, exponent + half / number**0.5], rel=1e-4, abs=1e-4)
 
 
 def test_intervals_know_seeds_and_prompts():
@@ -299,12 +352,12 @@ def test_intervals_know_seeds_and_prompts():
         report.interval(np.zeros((1, 80)), groups[1:], report.spreads([], groups[1:]))
 
 
-@pytest.mark.parametrize("seed_spread", [0.0, 0.02, 0.06])
-def test_intervals_hold_what_they_say(seed_spread):
+@pytest.mark.parametrize("seed_spread, prompt_spread", [(0.0, 0.15), (0.02, 0.15), (0.06, 0.15), (0.035, 0.35)])
+def test_intervals_hold_what_they_say(seed_spread, prompt_spread):
     """Over made-up studies of eight arms and three seeds with a known truth: some 95 % of intervals hold it."""
     rng, held, groups = np.random.default_rng(0), [], ["a"] * 30 + ["b"] * 30
     for _ in range(60):
-        hard = rng.normal(0, 0.15, (8, 1, 60))
+        hard = rng.normal(0, prompt_spread, (8, 1, 60))
         levels = np.clip(0.5 + rng.normal(0, seed_spread, (8, 3, 1)) + hard, 0, 1)
         shares = rng.binomial(2, levels) / 2
         spread = report.spreads(list(shares), groups)
@@ -347,4 +400,18 @@ def test_a_run_takes_up_what_is_missing(grid_file, tmp_path, monkeypatch, capsys
     assert study.missing(grid, rows, list(grid.arms), 2) == [(1, "base"), (1, "plain")]
     with pytest.raises(ValueError, match="arms.k3 was run with .*steps=3.*, the grid has .*steps=2.*another name"):
         study.missing(grid, [rows[-1] | {"settings": ["train.steps=3"]}], ["k3"], 2)
-    assert study.main(["run", str(grid_file), "--arms", "nobody"]) == 2 and "unknown nobody" in capsys.readouterr().err
+    made_of = grid.made_of("k3", "greedy")
+    assert made_of["train"]["steps"] == 2 and made_of["sampler"]["greedy_drafts"]
+    assert study.missing(grid, [rows[-1] | {"made_of": made_of}], ["k3"], 2)
+    for changed in ({"num_images": 9}, {"sampler": made_of["sampler"] | {"top_k": 3}}, {"optim": made_of["optim"] | {"lr": 1.0}}):
+        with pytest.raises(ValueError, match=f"arms.k3, sampling 'greedy', was run with another {next(iter(changed))} than"):
+            study.missing(grid, [rows[-1] | {"made_of": made_of | changed}], ["k3"], 2)
+    for named, problem in (("nobody", "unknown nobody"), ("gone", "gone cannot be run any more, what it sets is not in the code: it was worse")):
+        for command in ("run", "time"):
+            assert study.main([command, str(grid_file), "--arms", named]) == 2 and problem in capsys.readouterr().err
+    assert study.main(["run", str(grid_file), "--dry-run", "--out", str(tmp_path / "none"), "--results", str(tmp_path / "none.jsonl")]) == 0
+    assert "own, seed 0\nbase, seed 1" in capsys.readouterr().out and not (tmp_path / "none.jsonl").exists()
+    # Rows of another base are not mixed with this one's.
+    results.write_text(json.dumps(row("plain", 0, {"0": "1"}) | {"base": "another"}) + "\n")
+    assert study.main(["run", str(grid_file), "--out", str(tmp_path / "other"), "--results", str(results)]) == 2
+    assert "start from other weights (of plain: another)" in capsys.readouterr().err

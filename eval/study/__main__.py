@@ -1,4 +1,4 @@
-"""Run a grid, or write its page: python -m eval.study run GRID.yaml | report GRID.yaml | across GRID.yaml GRID.yaml ..."""
+"""Run a grid, or write its page: python -m eval.study run GRID.yaml | report GRID.yaml | across GRID.yaml GRID.yaml | check | time"""
 
 from __future__ import annotations
 
@@ -14,24 +14,27 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import TextIO
 
 from eval import lines
 from eval.layout import write_text
 from eval.study import across, report
 from eval.study.commands import ROOT
-from eval.study.grid import BASE, Grid
+from eval.study.grid import BASE, USUAL, Grid
 from mmtensorar import processes
 from mmtensorar.options import at_least_1
 
 RESULTS = "results.jsonl"
+PATIENCE_S = 120  # for a training to end its step and save
+KEYS = {"arm", "seed", "sampling", "settings", "score", "verdicts", "probe", "frechet", "revised", "steps", "seconds_per_image", "torch", "device", "threads"}
 
 
 def read(path: Path) -> list[dict]:
     """Rows of stored results. Raises ValueError naming a line that is none."""
     rows = []
     for where, row in lines.read(path) if path.is_file() else ():
-        if not {"arm", "seed", "sampling", "settings", "score", "verdicts", "probe"} <= row.keys():
-            raise ValueError(f"{where}: expected a row of results")
+        if lacks := KEYS - row.keys():
+            raise ValueError(f"{where}: expected a row of results; it has no {', '.join(sorted(lacks))}")
         rows.append(row)
     return rows
 
@@ -66,9 +69,11 @@ def _end(process: subprocess.Popen) -> None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
             process.wait()
-            while True:
+            deadline = time.monotonic() + PATIENCE_S
+            while time.monotonic() < deadline:
                 os.killpg(process.pid, 0)
                 time.sleep(0.2)
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def missing(grid: Grid, rows: list[dict], wanted: Sequence[str], num_seeds: int) -> list[tuple[int, str]]:
@@ -84,29 +89,65 @@ def missing(grid: Grid, rows: list[dict], wanted: Sequence[str], num_seeds: int)
                     f"arms.{name} was run with {row['settings']}, the grid has {arm.settings}: give the arm another name, or take its rows "
                     "out of the results and its folder out of the runs"
                 )
+            now = grid.made_of(name, row["sampling"])
+            if "made_of" in row and row["made_of"] != now:  # the first rows have none
+                changed = sorted(key for key in row["made_of"].keys() | now.keys() if row["made_of"].get(key) != now.get(key))
+                raise ValueError(
+                    f"arms.{name}, sampling {row['sampling']!r}, was run with another {' and '.join(changed)} than the grid and its recipe "
+                    "have now: use another --results and --out, or take its rows out of the results"
+                )
         if None in own:
             found.append((seed, name))
     return found
 
 
+def _wanted(grid: Grid, named: Sequence[str] | None) -> list[str]:
+    """The arms that a command is about. Raises ValueError for a name that is none, or that cannot be run any more."""
+    if unknown := set(named or ()) - grid.arms.keys():
+        raise ValueError(f"--arms: unknown {', '.join(sorted(unknown))}; there are {', '.join(grid.arms)}")
+    for name in named or ():
+        if reason := grid.arms[name].removed:
+            raise ValueError(f"--arms: {name} cannot be run any more, what it sets is not in the code: {reason}")
+    return list(dict.fromkeys(named or grid.arms))
+
+
+def _out(options: argparse.Namespace) -> Path:
+    return (options.out or Path("runs/study") / options.grid.stem).resolve()
+
+
+def _hold(out: Path) -> TextIO | None:
+    """Raises ValueError when another process works in the folder."""
+    try:
+        return processes.hold(out)
+    except ValueError as error:
+        raise ValueError(str(error).replace("choose another run.name", "choose another --out")) from None
+
+
 def run(options: argparse.Namespace) -> None:
-    from eval.study import start
+    from eval.study import job, start
 
     grid = Grid.load(options.grid)
-    wanted = list(dict.fromkeys(options.arms or grid.arms))
-    if unknown := set(wanted) - grid.arms.keys():
-        raise ValueError(f"--arms: unknown {', '.join(sorted(unknown))}; there are {', '.join(grid.arms)}")
-    out = (options.out or Path("runs/study") / options.grid.stem).resolve()
+    wanted, out = _wanted(grid, options.arms), _out(options)
     results = options.results or ROOT / "docs/study" / options.grid.stem / RESULTS
-    results.parent.mkdir(parents=True, exist_ok=True)
-    held = processes.hold(out)  # noqa: F841, for as long as this runs
-    print(f"data of {grid.world} in {out / 'data'}, base {start.folder(grid, out)}", flush=True)
-    start.prepare(grid, out)
-    began, free, running, failed = time.monotonic(), places(options.workers), [], 0
+    held, began = _hold(out), time.monotonic()  # noqa: F841, for as long as this runs
+    free, running, failed = places(options.workers), [], 0
     num_seeds = options.seeds or grid.num_seeds
-    work = missing(grid, read(results), wanted, num_seeds)
+    try:
+        work = missing(grid, read(results), wanted, num_seeds)
+    except ValueError as error:
+        raise ValueError(f"{options.grid} and {results}: {error}") from None
     total = len(grid.runs(wanted, num_seeds))
     print(f"{total - len(work)} of {total} runs are in {results}; {len(work)} to do, {len(free)} at a time", flush=True)
+    if options.dry_run:
+        print("\n".join(f"{name}, seed {seed}" for seed, name in work))
+    if options.dry_run or not work:
+        return
+    print(f"data of {grid.world} in {out / 'data'}, base {start.folder(grid, out)}; what is missing of them is made first", flush=True)
+    start.prepare(grid, out)
+    base = job.fingerprint(start.folder(grid, out))
+    if other := next((row for row in read(results) if row.get("base", base) != base), None):
+        raise ValueError(f"{results}: its rows start from other weights (of {other['arm']}: {other['base']}) than {out} has ({base}); use another --results")
+    results.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         while work or running:
             over = options.budget is not None and time.monotonic() - began > options.budget
@@ -149,21 +190,45 @@ def run(options: argparse.Namespace) -> None:
         print(f"the time is over; {len(work)} runs are left, the same command goes on")
 
 
-def time_steps(options: argparse.Namespace) -> None:
-    """A few steps of each arm, one arm after the other with nothing beside them: while runs share a machine their times say little."""
-    from eval.study import job, start
+def check(options: argparse.Namespace) -> int:
+    """One arm trained and scored anew, beside its stored score: 0 when it is within that one's interval, else 1."""
+    from eval.study import commands, start
 
     grid = Grid.load(options.grid)
-    out = (options.out or Path("runs/study") / options.grid.stem).resolve()
-    target = (options.results or ROOT / "docs/study" / options.grid.stem / RESULTS).with_name(report.STEP_SECONDS)
-    held = processes.hold(out)  # noqa: F841, for as long as this runs
+    _wanted(grid, [options.arm])
+    results = options.results or ROOT / "docs/study" / options.grid.stem / RESULTS
+    stored = report.collect([row for row in read(results) if (row["arm"], row["seed"]) == (options.arm, options.seed)])
+    if (runs := stored.get((options.arm, USUAL))) is None:
+        raise ValueError(f"{results}: no row of {options.arm}, seed {options.seed}")
+    out = (options.out or Path("runs/study") / f"{options.grid.stem}_check").resolve()
+    held = _hold(out)  # noqa: F841, for as long as this runs
     start.prepare(grid, out)
-    found = json.loads(target.read_text(encoding="utf-8")) if target.is_file() else {}
-    names = [name for name, arm in grid.arms.items() if name in (options.arms or grid.arms) and name != BASE and not arm.removed]
-    for name in names:
-        found[name] = round(job.step_seconds(grid, name, out, options.steps), 4)
-        print(f"{name}: {found[name]:.3f} s a step", flush=True)
-        write_text(target, json.dumps(found, indent=1) + "\n")
+    target = out / "rows.jsonl"
+    commands.run("-m", "eval.study.job", options.grid.resolve(), options.arm, options.seed, out, target, log=out / f"{options.arm}-{options.seed}.out")
+    known = report.Scores(grid, report.collect(read(results)), report.groups_of(grid))
+    own, score = known.alone(runs), known.alone(report.collect(read(target))[options.arm, USUAL]).value
+    within = own.low <= score <= own.high
+    print(
+        f"{options.arm}, seed {options.seed}: stored {100 * own.value:.1f} [{100 * own.low:.1f} {100 * own.high:.1f}], now {100 * score:.1f}: "
+        f"{'within' if within else 'outside'}"
+    )
+    return 0 if within else 1
+
+
+def time_steps(options: argparse.Namespace) -> None:
+    """A few steps of every arm, with nothing beside them: while runs share a machine their times say little."""
+    from eval.study import start, timing
+
+    grid = Grid.load(options.grid)
+    out = _out(options)
+    target = (options.results or ROOT / "docs/study" / options.grid.stem / RESULTS).with_name(report.STEP_TIMES)
+    names = [name for name in _wanted(grid, options.arms) if name not in (BASE, grid.control) and not grid.arms[name].removed]
+    held = _hold(out)  # noqa: F841, for as long as this runs
+    start.prepare(grid, out)
+    found = timing.beside_control(grid, timing.steps_in_turns(grid, [grid.control, *names], out, options.rounds))
+    write_text(target, json.dumps(found, indent=1) + "\n")
+    for name, times in found.items():
+        print(f"{name}: {times['seconds']:.3f} s a step, {times['over_control']:.2f} times the control's")
 
 
 def write(options: argparse.Namespace) -> None:
@@ -185,16 +250,24 @@ def main(arguments: list[str] | None = None) -> int:
     one.add_argument("--arms", nargs="+", metavar="NAME", help="default: all of the grid")
     one.add_argument("--seeds", type=at_least_1, help="how many; default: the grid's")
     one.add_argument("--workers", type=at_least_1, help="runs at a time; default: one per GPU, or without one per core")
+    one.add_argument("--dry-run", action="store_true", help="only say what is missing")
     one.add_argument("--out", type=Path, help="data, runs and logs; default: runs/study/GRID")
     one.add_argument("--results", type=Path, metavar="FILE", help=f"default: docs/study/GRID/{RESULTS}")
     one.set_defaults(call=run)
-    timed = commands.add_parser("time", help="time a few steps of each arm, alone on the machine, for the report")
+    timed = commands.add_parser("time", help="time steps of the arms in turns, alone on the machine, for the report")
     timed.add_argument("grid", type=Path)
     timed.add_argument("--arms", nargs="+", metavar="NAME", help="default: all of the grid")
-    timed.add_argument("--steps", type=at_least_1, default=20)
+    timed.add_argument("--rounds", type=at_least_1, default=8, help="steps of each arm (default 8)")
     timed.add_argument("--out", type=Path, help="as of run")
     timed.add_argument("--results", type=Path, metavar="FILE", help="as of run; times are put beside it")
     timed.set_defaults(call=time_steps)
+    again = commands.add_parser("check", help="train and score one arm anew, beside its stored score; exit 1 outside its interval")
+    again.add_argument("grid", type=Path)
+    again.add_argument("--arm", required=True, metavar="NAME")
+    again.add_argument("--seed", type=int, default=0)
+    again.add_argument("--out", type=Path, help="default: runs/study/GRID_check")
+    again.add_argument("--results", type=Path, metavar="FILE", help="as of run")
+    again.set_defaults(call=check)
     other = commands.add_parser("report", help="write tables and plots from the stored results alone")
     other.add_argument("grid", type=Path)
     other.add_argument("--results", type=Path, metavar="FILE", help=f"default: docs/study/GRID/{RESULTS}")
@@ -205,14 +278,13 @@ def main(arguments: list[str] | None = None) -> int:
     last.set_defaults(call=compare)
     options = parser.parse_args(arguments)
     try:
-        options.call(options)
+        return options.call(options) or 0
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

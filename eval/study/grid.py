@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from eval.study.commands import ROOT
 from mmtensorar.backbones import llamagen
-from mmtensorar.generate import Sampling
 from mmtensorar.recipe import Recipe, RecipeError, SamplerSettings, Section, read_recipe
 from mmtensorar.train_image_tokenizer import ImageTokenizerRecipe
 
@@ -84,13 +85,13 @@ class Grid(Section):
                 problems.append(f"arms has no {needed!r}")
         for name, settings in self.samplings.items():
             given = {key: value for key, value in settings.items() if key != "batch_size"}
-            if unknown := given.keys() - SamplerSettings.model_fields.keys():
-                problems.append(f"samplings.{name}: unknown {', '.join(sorted(unknown))}")
-                continue
             try:
-                Sampling(**given)
-            except ValueError as error:
-                problems.append(f"samplings.{name}: {error}")
+                sampler = SamplerSettings.model_validate(given)
+            except ValidationError as error:
+                problems += [f"samplings.{name}.{each['loc'][0]} is {each['input']!r}: {each['msg']}" for each in error.errors()]
+                continue
+            if sampler.stride > 1 and sampler.lookahead > 1:
+                problems.append(f"samplings.{name}: stride and lookahead are above 1; expected one of them 1")
             if not isinstance(settings.get("batch_size", 1), int) or settings.get("batch_size", 1) < 1:
                 problems.append(f"samplings.{name}: batch_size is {settings['batch_size']!r}; expected 1 or more")
         if BASE in self.arms and self.arms[BASE].settings:
@@ -109,20 +110,31 @@ class Grid(Section):
         grid = read_recipe(cls, path)
         if grid.from_nothing is not None:
             try:
-                Recipe.load(grid.recipe, grid.from_nothing.settings)
+                Recipe.load(ROOT / grid.recipe, grid.from_nothing.settings)
             except ValueError as error:
                 raise type(error)(f"{path}: from_nothing: {error}") from None
         for name, arm in grid.arms.items():
             if arm.removed:
                 continue
             try:
-                window = Recipe.load(grid.recipe, arm.settings).tensorar.window
+                # The base has no drafts.
+                window = 1 if name == BASE else Recipe.load(ROOT / grid.recipe, arm.settings).tensorar.window
             except ValueError as error:
                 raise type(error)(f"{path}: arms.{name}: {error}") from None
             for sampling in arm.samplings_of(0)[1:]:
                 if (stride := grid.samplings[sampling].get("stride", 1)) > window:
                     raise RecipeError(f"{path}: arms.{name}: {sampling} has stride {stride}, the window is {window}")
         return grid
+
+    def made_of(self, name: str, sampling: str) -> dict:
+        """What a row of results hangs on, beside the base's weights, as JSON has it: settings of training and of sampling."""
+        recipe = Recipe.load(ROOT / self.recipe, [*ON_ALL, *self.arms[name].settings])
+        sections = {} if name == BASE else recipe.model_dump(mode="json", include={"tensorar", "optim", "train", "data"})
+        for place in ("shards", "validation", "cache", "cache_gb"):
+            sections.get("data", {}).pop(place, None)
+        sampler = recipe.sampler.model_dump(mode="json") | self.samplings.get(sampling, {})
+        start = None if self.from_nothing is None else self.from_nothing.model_dump(mode="json")
+        return json.loads(json.dumps({**sections, "sampler": sampler, "num_images": self.num_images, "from_nothing": start}))
 
     def runs(self, wanted: Iterable[str], num_seeds: int) -> list[tuple[int, str]]:
         """(seed, arm), seed after seed, so that whenever the time is over all arms have been seen equally often."""

@@ -12,10 +12,10 @@ What is measured, of pictures by each sampling and of teacher-forced validation 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sys
-import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -67,13 +67,12 @@ def train(grid: Grid, name: str, seed: int, out: Path) -> tuple[Path, dict]:
     return folder / "model", {"steps": len(rows), "train_seconds": sum(seconds), "step_seconds": median(seconds)}
 
 
-def step_seconds(grid: Grid, name: str, out: Path, num_steps: int) -> float:
-    """Median seconds of a training step of an arm, without the first ones, of a run that is thrown away."""
-    with tempfile.TemporaryDirectory() as temporary:
-        places = [f"run.out={temporary}", f"train.steps={num_steps}", "optim.warmup_steps=0"]
-        run("mmtensorar/train.py", grid.recipe, *recipe_of(grid, name, 0, out), *places)
-        rows = read_log(Path(temporary) / f"{name}-0" / "log.jsonl")
-    return median(sum(row["seconds"].values()) for row in rows[min(5, num_steps - 1) :])
+def fingerprint(base: Path) -> str:
+    """Of the weights that all arms start from, and of the image tokenizer's."""
+    digest = hashlib.sha256()
+    for path in sorted(base.rglob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 @torch.no_grad()
@@ -153,9 +152,10 @@ def measure(grid: Grid, name: str, seed: int, model_folder: Path, out: Path) -> 
     reference = np.concatenate([world.features(data_folder, generator.image_tokenizer, each) for each in codes])
     judge = world.judge(data_folder, generator.image_tokenizer)
     probed = probe(generator.model, recipe, generator)
-    samplings = {each: grid.samplings.get(each, {}) for each in grid.arms[name].samplings_of(seed)}
+    samplings = {each: grid.made_of(name, each)["sampler"] for each in grid.arms[name].samplings_of(seed)}
+    start_of = fingerprint(start.folder(grid, out))
     return [
-        {"sampling": sampling, "judge": judge, "probe": probed, **draw(grid, generator, settings, seed, data_folder, reference), **generator.runs_as()}
+        {"sampling": sampling, "made_of": grid.made_of(name, sampling), "base": start_of, "judge": judge, "probe": probed, **draw(grid, generator, settings, seed, data_folder, reference), **generator.runs_as()}
         for sampling, settings in samplings.items()
     ]
 

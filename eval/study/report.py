@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Sequence
+from math import floor, log10
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from eval.study import worlds
 from eval.study.grid import BASE, USUAL, Grid
 
 MIN_FREEDOM = 5  # from which on the spread of seeds enters the intervals
-STEP_SECONDS = "step_seconds.json"  # arm -> seconds of a step, timed alone
+STEP_TIMES = "step_times.json"  # arm -> seconds of a step and what it takes over the control's, timed alone
 NATS_PER_BIT = np.log(2)
 
 
@@ -56,6 +57,11 @@ def collect(rows: Sequence[dict]) -> dict[tuple[str, str], Runs]:
     return result
 
 
+def groups_of(grid: Grid) -> list[str]:
+    """The group of each of the world's prompts."""
+    return [group for group, _ in worlds.load(grid.world).prompts()]
+
+
 class Spread(NamedTuple):
     """How seeds differ beyond the chance of sampling, of a group's mean: variance, and the degrees of freedom that it is known by."""
 
@@ -81,10 +87,12 @@ def spreads(several: Sequence[np.ndarray], groups: Sequence[str]) -> dict[str, S
     for name, parts in _parts(groups).items():
         between, chance, freedom = 0.0, 0.0, 0
         for values in several:
-            means, variances = zip(*(_mean_and_variance(row, parts) for row in values), strict=True)
             if len(values) > 1:
+                means = [_mean_and_variance(row, parts)[0] for row in values]
+                # What is left of prompts once what all seeds have in common is gone: how hard a prompt is, is no chance.
+                variances = [_mean_and_variance(row, parts)[1] for row in values - values.mean(axis=0)]
                 between += (len(values) - 1) * np.var(means, ddof=1)
-                chance += (len(values) - 1) * np.mean(variances)
+                chance += len(values) * np.mean(variances)
                 freedom += len(values) - 1
         found[name] = Spread(max(0.0, between - chance) / max(1, freedom), freedom)
     return found
@@ -117,6 +125,7 @@ class Scores:
         for other in filter(None, (grid.control, grid.equal_time)):
             differences = [self.differences(name, other) for name in grid.arms]
             self._beside[other] = spreads([each for each in differences if each is not None], groups)
+        self.distances = self._distances()
         self.knows_seeds = self._beside[grid.control]["overall"].freedom >= MIN_FREEDOM
 
     def differences(self, arm: str, other: str) -> np.ndarray | None:
@@ -125,8 +134,39 @@ class Scores:
         both = sorted(own.shares.keys() & others.shares.keys()) if own and others and arm != other else []
         return np.stack([own.shares[seed] - others.shares[seed] for seed in both]) if both else None
 
+    def _distances(self) -> dict[str, tuple[float, float, float]]:
+        """Arm -> its Frechet distance over the control's on the seeds that both have, and the ends of its interval.
+
+        Of logarithms, whose spread over seeds is pooled over the arms; both ends are nan where it is hardly known.
+        """
+        logs = {name: {row["seed"]: np.log(row["frechet"]) for row in runs.rows} for (name, sampling), runs in self.found.items() if sampling == USUAL}
+        control = logs.get(self.grid.control, {})
+        differences = {name: np.array([own[seed] - control[seed] for seed in sorted(own.keys() & control.keys())]) for name, own in logs.items()}
+        several = [each for name, each in differences.items() if len(each) > 1 and name != self.grid.control]
+        freedom = sum(len(each) - 1 for each in several)
+        t = stats.t.ppf(0.975, freedom) if freedom >= MIN_FREEDOM else np.nan
+        deviation = np.sqrt(sum(((each - each.mean()) ** 2).sum() for each in several) / max(1, freedom))
+        return {
+            name: tuple(float(np.exp(each.mean() + sign * (t * deviation / np.sqrt(len(each)) if sign else 0.0))) for sign in (0, -1, 1))
+            for name, each in differences.items()
+            if len(each) and name != self.grid.control
+        }
+
+    def ratio(self, arm: str) -> str:
+        value, low, high = self.distances[arm]
+        return f"{value:.2f}" if np.isnan(low) else f"{value:.2f} [{low:.2f} {high:.2f}]"
+
     def alone(self, runs: Runs) -> Interval:
         return interval(np.stack([runs.shares[seed] for seed in sorted(runs.shares)]), self.groups, self._alone)["overall"]
+
+    def sampled(self, arm: str, sampling: str) -> Interval | None:
+        """The same models' score by a sampling minus that by the recipe's own, on the seeds that both have, over prompts."""
+        own, usual = self.found[arm, sampling], self.found.get((arm, USUAL))
+        both = sorted(own.shares.keys() & usual.shares.keys()) if usual and sampling != USUAL else []
+        if not both:
+            return None
+        same_models = dict.fromkeys(_parts(self.groups), Spread(0.0, 0))
+        return interval(np.stack([own.shares[seed] - usual.shares[seed] for seed in both]), self.groups, same_models)["overall"]
 
     def beside(self, arm: str, other: str | None = None) -> dict[str, Interval] | None:
         """other: the grid's control, unless it is its arm of equal time."""
@@ -145,35 +185,38 @@ def _mean(runs: Runs, of) -> float | None:
     return mean(values) if values else None
 
 
-def _spread(runs: Runs, of, digits: int) -> str:
-    """Mean and, of several seeds, half the distance between the extremes."""
-    values = [of(row) for row in runs.rows]
+def _distance(runs: Runs) -> str:
+    """Mean Frechet distance to three digits and, of several seeds, half the distance between the extremes."""
+    values = [row["frechet"] for row in runs.rows]
+    digits = max(0, 2 - floor(log10(mean(values)))) if mean(values) > 0 else 0
     text = f"{mean(values):.{digits}f}"
     return text if len(values) == 1 else f"{text} ±{(max(values) - min(values)) / 2:.{digits}f}"
 
 
-def scores(grid: Grid, found: dict, known: Scores, timed: dict[str, float]) -> str:
+def scores(grid: Grid, found: dict, known: Scores, timed: dict[str, dict[str, float]]) -> str:
     """Every arm by its recipe's sampling: score, difference from the control, Frechet distance, steps and time of one beside the control's."""
-    rows = []
+    rows, control_steps = [], found[grid.control, USUAL].rows[0]["steps"]
     for name, arm in grid.arms.items():
         if (runs := found.get((name, USUAL))) is None:
             continue
         own, others = known.alone(runs), [known.beside(name, other) for other in filter(None, (grid.control, grid.equal_time))]
-        step = _mean(runs, lambda row: row["step_seconds"])
+        steps, time = runs.rows[0]["steps"], timed.get(name, {}).get("over_control")
         rows.append(
             [
                 f"`{name}`: {arm.about}{f' (removed: {arm.removed})' if arm.removed else ''}",
                 str(len(runs.shares)),
                 f"{100 * own.value:.1f} [{100 * own.low:.1f} {100 * own.high:.1f}]",
                 *("" if beside is None else str(beside["overall"]) for beside in others),
-                _spread(runs, lambda row: 100 * row["frechet"], 2),
-                "" if not step else f"{runs.rows[0]['steps']}",
-                "" if not {name, grid.control} <= timed.keys() else f"{timed[name] / timed[grid.control]:.2f}",
+                _distance(runs),
+                known.ratio(name) if name in known.distances else "",
+                f"{steps}" if steps else "",
+                "" if time is None else f"{time:.2f}",
+                "" if time is None else f"{time * steps / control_steps:.2f}",
                 f"{1000 * mean(row['seconds_per_image'] for row in runs.rows):.0f}",
             ]
         )
     beside = [f"minus `{other}`, points" for other in filter(None, (grid.control, grid.equal_time))]
-    head = ["arm", "seeds", "right pictures, %", *beside, "Frechet, x 100", "steps", "time of a step", "ms a picture"]
+    head = ["arm", "seeds", "right pictures, %", *beside, "Frechet", f"over `{grid.control}`", "steps", "time of a step", "of the training", "ms a picture"]
     return table(head, rows)
 
 
@@ -195,9 +238,10 @@ def samplings(grid: Grid, found: dict, known: Scores) -> str:
             score = f"{100 * own.value:.1f} [{100 * own.low:.1f} {100 * own.high:.1f}]"
             passes = _mean(runs, lambda row: row.get("passes_per_image"))  # which the first rows did not record
             cost = ["" if passes is None else f"{passes:.0f}", f"{1000 * mean(row['seconds_per_image'] for row in runs.rows):.0f}"]
-            rows.append([f"`{name}`", sampling, str(len(runs.rows)), score, _spread(runs, lambda row: 100 * row["frechet"], 2), " ".join(revised), *cost])
+            beside = known.sampled(name, sampling)
+            rows.append([f"`{name}`", sampling, str(len(runs.rows)), score, str(beside or ""), _distance(runs), " ".join(revised), *cost])
     rows.sort(key=lambda row: list(grid.arms).index(row[0].strip("`")))
-    return table(["arm", "sampling", "seeds", "right pictures, %", "Frechet, x 100", "revised at each offset, %", "passes a picture", "ms a picture"], rows)
+    return table(["arm", "sampling", "seeds", "right pictures, %", f"minus {USUAL}, points", "Frechet", "revised at each offset, %", "passes a picture", "ms a picture"], rows)
 
 
 def probes(grid: Grid, found: dict) -> str:
@@ -262,55 +306,30 @@ def draw(grid: Grid, found: dict, known: Scores, path: Path) -> None:
     pyplot.close(figure)
 
 
-def scatter(grid: Grid, found: dict, path: Path) -> list[str]:
-    """Draft error at offset 1 beside the score, an arm a point; returns what the page says of it, nothing for less than three arms."""
-    pyplot = plots()
-    points = [
-        (name, mean(row["probe"]["draft_error"][1] for row in runs.rows), mean(row["score"]["overall"] for row in runs.rows))
-        for name in grid.arms
-        if (runs := found.get((name, USUAL))) and "draft_error" in runs.rows[0]["probe"]
-    ]
-    if len(points) < 3:
-        return []
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for name, error, score in points:
-        axes.plot(100 * error, 100 * score, "o", color="#1f77b4")
-        axes.annotate(name, (100 * error, 100 * score), fontsize=7, xytext=(3, 3), textcoords="offset points")
-    axes.set_xlabel("sampled drafts wrong at offset 1, %")
-    axes.set_ylabel("right pictures, %")
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    pyplot.close(figure)
-    correlation = np.corrcoef([point[1] for point in points], [point[2] for point in points])[0, 1]
-    said = f"Over {len(points)} arms the correlation of draft error at offset 1 and score is {correlation:.2f}."
-    return [f"![drafts]({path.name})", said]
-
-
 def write(grid_path: Path, results: Path, rows: Sequence[dict]) -> Path:
     """README.md beside the results, with plots; returns its path. Raises ValueError when there are no results of the control."""
     grid = Grid.load(grid_path)
     found, folder = collect(rows), results.parent
     if (grid.control, USUAL) not in found:
         raise ValueError(f"{results}: no result of the control, {grid.control}; run it first")
-    world = worlds.load(grid.world)
-    groups = [group for group, _ in world.prompts()]
+    world, groups = worlds.load(grid.world), groups_of(grid)
     known = Scores(grid, found, groups)
     draw(grid, found, known, folder / "scores.png")
     first, judge = rows[0], next((row["judge"] for row in rows if "judge" in row), "the world's detector")
     missing = [name for name in grid.arms if (name, USUAL) not in found]
-    notes, times = folder / "notes.md", folder / STEP_SECONDS
+    notes, times = folder / "notes.md", folder / STEP_TIMES
     timed = json.loads(times.read_text(encoding="utf-8")) if times.is_file() else {}
     parts = [
         f"# Study on the world `{grid.world}`",
         f"Made by `python -m eval.study report {grid_path.as_posix()}` from `{results.name}` alone "
-        f"(`python -m eval.study run {grid_path.as_posix()}`; torch {first['torch']}, {first['device']}, {first['threads']} thread a run).",
+        f"(`python -m eval.study run {grid_path.as_posix()}`; torch {first['torch']}, {' and '.join(sorted({row['device'] for row in rows}))}, threads a run: {', '.join(sorted({str(row['threads']) for row in rows}))}).",
         notes.read_text(encoding="utf-8").strip() if notes.is_file() else "",
         "## Every arm",
         f"All arms start from {f'`{grid.base}`' if grid.base else 'a base that the run trains from nothing'} and see the same samples in the same order for a seed; settings not named are those of "
-        f"`{grid.recipe}`. {grid.num_images} pictures of each of {len(groups)} prompts; what is right "
-        f"says {judge}. Frechet distance: in {world.FEATURES}, "
-        "to pictures of the validation set (± half the distance between the extremes of the seeds). Intervals are 95 %, "
+        f"`{grid.recipe}`. {grid.num_images} picture{'s' * (grid.num_images > 1)} of each of {len(groups)} prompts; what is right is "
+        f"said by {judge}. Frechet distance: in {world.FEATURES}, "
+        "to pictures of the validation set (± half the distance between the extremes of the seeds), and what it is over the control's."
+        " Below 1 is better. Intervals are 95 %, "
         f"over seeds and prompts{'' if known.knows_seeds else ' (of too few seeds yet to know how they differ: over prompts alone)'}. Time of a step: beside the control's, where it was measured alone on the machine (`python -m eval.study time`); "
         "sampling was timed beside other runs and compares roughly.",
         scores(grid, found, known, timed),
@@ -325,7 +344,6 @@ def write(grid_path: Path, results: Path, rows: Sequence[dict]) -> Path:
         "in view, and with true ones (which is copying); bits per token of the drafts themselves; share of the sampled drafts that are right; "
         "share of tokens that changed at each offset while sampling.",
         probes(grid, found),
-        *scatter(grid, found, folder / "drafts.png"),
     ]
     page = folder / "README.md"
     write_text(page, "\n\n".join(part for part in parts if part) + "\n")

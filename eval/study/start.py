@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import torch
 
+from eval.layout import write_text
 from eval.study import worlds
 from eval.study.commands import ROOT, run
 from eval.study.grid import ON_ALL, Grid
@@ -22,6 +24,12 @@ def folder(grid: Grid, out: Path) -> Path:
 def prepare(grid: Grid, out: Path) -> None:
     """Make what is missing of the world's shards, their codes, and the base. Raises ValueError when it fails."""
     world = worlds.load(grid.world)
+    if grid.from_nothing is not None:
+        told, settings = out / "from_nothing.json", grid.from_nothing.model_dump(mode="json")
+        if told.is_file() and json.loads(told.read_text(encoding="utf-8")) != json.loads(json.dumps(settings)):
+            raise ValueError(f"{out}: image tokenizer and base in it were made with another from_nothing ({told}); choose another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(told, json.dumps(settings, indent=1) + "\n")
     world.prepare(out / "data")
     sets = [path.resolve() for path in world.sets(out / "data")]
     image_tokenizer = folder(grid, out) / "image_tokenizer"
@@ -41,6 +49,6 @@ def prepare(grid: Grid, out: Path) -> None:
         torch.manual_seed(0)
         llamagen.LlamaGenBackbone(grid.from_nothing.backbone).save_pretrained(start)
         paths = [f"backbone.path={start}", f"image_tokenizer.path={image_tokenizer}", f"data.shards={sets[0]}"]
-        named = ["run.name=base", f"run.out={out.resolve()}", "zero.stage=0", "tensorar.window=1"]
+        named = ["run.name=base", f"run.out={out.resolve()}", "zero.stage=0", "tensorar.window=1", "train.save_every=100"]
         run("mmtensorar/train.py", grid.recipe, *ON_ALL, *paths, *named, *grid.from_nothing.settings, "--resume", log=out / "base.log")
         shutil.rmtree(start)

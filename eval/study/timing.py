@@ -1,0 +1,64 @@
+"""What a training step of each arm costs, alone on the machine: the arms take turns, so that a slow minute slows them all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from eval.study import job
+from eval.study.commands import ROOT
+from eval.study.grid import Grid
+from mmtensorar import backbones, data
+from mmtensorar import engine as deep
+from mmtensorar.recipe import Recipe
+
+
+def steps_in_turns(grid: Grid, names: Sequence[str], out: Path, rounds: int) -> dict[str, list[float]]:
+    """Arm -> seconds of forward, backward and update in each round, on the same samples; a first round is not counted.
+
+    Models and optimisers of all arms are in memory at once.
+    """
+    _, _, device = deep.start_process_group(0)
+    steps = {}
+    for name in names:
+        recipe = Recipe.load(ROOT / grid.recipe, [*job.recipe_of(grid, name, 0, out), "optim.warmup_steps=0"])
+        if not steps:
+            encoder = backbones.caption_encoder(recipe.backbone)
+            batch = next(data.stream(recipe, encoder, rank=0, world_size=1))
+        steps[name] = _step(deep.start(recipe, 1, device), batch, device)
+    seconds = {name: [] for name in names}
+    for number in range(rounds + 1):
+        for name in names:
+            began = time.perf_counter()
+            steps[name](number)
+            if number:
+                seconds[name].append(time.perf_counter() - began)
+    deep.stop_process_group()
+    return seconds
+
+
+def _step(engine, batch: data.Batch, device: torch.device) -> Callable[[int], None]:
+    condition = type(batch.condition)(*(part.to(device) for part in batch.condition))
+    codes, uncond = batch.codes.to(device), batch.uncond.to(device)
+
+    def step(number: int) -> None:
+        generator = torch.Generator(device).manual_seed(number)
+        engine.backward(engine(codes, condition, uncond, generator, (0, len(codes))).loss)
+        engine.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return step
+
+
+def beside_control(grid: Grid, seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Arm -> median seconds of a step, and the median of what it takes over what the control took in the same round."""
+    control = seconds[grid.control]
+    return {
+        name: {"seconds": round(median(own), 4), "over_control": round(median(a / b for a, b in zip(own, control, strict=True)), 3)}
+        for name, own in seconds.items()
+    }
