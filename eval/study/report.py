@@ -157,7 +157,8 @@ class Scores:
         return f"{value:.2f}" if np.isnan(low) else f"{value:.2f} [{low:.2f} {high:.2f}]"
 
     def alone(self, runs: Runs) -> Interval:
-        return interval(np.stack([runs.shares[seed] for seed in sorted(runs.shares)]), self.groups, self._alone)["overall"]
+        found = interval(np.stack([runs.shares[seed] for seed in sorted(runs.shares)]), self.groups, self._alone)["overall"]
+        return Interval(found.value, max(0.0, found.low), min(1.0, found.high))
 
     def sampled(self, arm: str, sampling: str) -> Interval | None:
         """The same models' score by a sampling minus that by the recipe's own, on the seeds that both have, over prompts."""
