@@ -139,7 +139,8 @@ def run(options: argparse.Namespace) -> None:
     total = len(grid.runs(wanted, num_seeds))
     print(f"{total - len(work)} of {total} runs are in {results}; {len(work)} to do, {len(free)} at a time", flush=True)
     if options.dry_run:
-        print("\n".join(f"{name}, seed {seed}" for seed, name in work))
+        for seed, name in work:
+            print(f"{name}, seed {seed}")
     if options.dry_run or not work:
         return
     print(f"data of {grid.world} in {out / 'data'}, base {start.folder(grid, out)}; what is missing of them is made first", flush=True)
