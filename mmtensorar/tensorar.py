@@ -162,8 +162,9 @@ class TensorAR(nn.Module):
         for hidden, numbers in zip(hidden_BSD.split(size, 1), uniform[:, :, 1:].split(size, 1), strict=True):
 
             def choose(logits: Tensor, factor: int, numbers: Tensor = numbers) -> Tensor:
-                # Thin slices of the line may be a little off in float32, which is near enough for noise.
-                return invert_cdf(logits.float().softmax(-1), numbers[..., factor])
+                # Thin slices of the line may be a little off in float32, which is near enough for noise. Logits that are not finite
+                # have no token; the loss tells of them, an index out of range would not.
+                return invert_cdf(logits.float().softmax(-1), numbers[..., factor]).clamp(max=logits.shape[-1] - 1)
 
             parts.append(self._fill(self._states(hidden)[:, :, 1:], choose))
         return torch.cat([inputs[:, :, :1], torch.cat(parts, dim=1)], dim=2)

@@ -56,7 +56,8 @@ def test_a_run_outlives_the_loss_of_a_node(bench, tmp_path):  # noqa: F811
     The losses are those of a run that one node did from the start.
     """
     steps, folder = 120, bench / "runs" / "elastic"
-    settings = ["zero.stage=2", f"train.steps={steps}", "train.save_every=1", *ALIKE]
+    # Drafts of the model's own would carry a rounding on: a token near a tie is drawn otherwise.
+    settings = ["zero.stage=2", f"train.steps={steps}", "tensorar.schedule=exponential", "train.save_every=1", *ALIKE]
     conditions = "last_call_timeout=2,join_timeout=60,keep_alive_interval=1,keep_alive_max_attempt=3"
     command = [str(BIN / "torchrun"), "--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d"]
     command += [f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=test", f"--rdzv-conf={conditions}", "--local-addr=127.0.0.1"]
@@ -76,7 +77,7 @@ def test_a_run_outlives_the_loss_of_a_node(bench, tmp_path):  # noqa: F811
         end(nodes)
     assert "continuing" in logs[0].read_text()
     assert json.loads((folder / "checkpoints" / f"step_{steps:06d}" / "state.json").read_text())["world_size"] == 1
-    alone = run(bench, "run.name=never_lost", "train.save_every=0", *settings[:2], *ALIKE)
+    alone = run(bench, "run.name=never_lost", "train.save_every=0", *settings[:3], *ALIKE)
     assert alone.returncode == 0, alone.stderr[-3000:]
     assert [row["step"] for row in rows(bench, "elastic")] == list(range(1, steps + 1))
     close(rows(bench, "elastic")[:20], rows(bench, "never_lost")[:20])

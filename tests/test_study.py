@@ -1,6 +1,7 @@
 """Studies: a grid's mistakes, one arm from training to its row, intervals, and the page from stored rows alone."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -164,8 +165,10 @@ def test_an_arm_is_checked_against_its_stored_score(bench, grid_file, tmp_path, 
 
 
 def test_steps_are_timed_in_turns(bench, grid_file, tmp_path):  # noqa: F811
+    before = dict(os.environ)
     seconds = timing.steps_in_turns(Grid.load(grid_file), ["plain", "k3"], tmp_path, 3)
     assert {name: len(own) for name, own in seconds.items()} == {"plain": 3, "k3": 3} and min(map(min, seconds.values())) > 0
+    assert os.environ == before
     # A slow second round is slow for both.
     found = timing.beside_control(Grid.load(grid_file), {"plain": [1.0, 9.0, 1.0], "k3": [1.5, 13.5, 2.0]})
     assert found == {"plain": {"seconds": 1.0, "over_control": 1.0}, "k3": {"seconds": 2.0, "over_control": 1.5}}

@@ -474,6 +474,8 @@ def test_self_drafts_are_what_the_model_samples(name):
     assert (windows[:, :, 1:] == said).all() and (clean[:, :, 1:] != said).any()
     validated, _ = inputs_of(model, codes, training=False)
     assert torch.equal(validated, windows), "validation would measure what the model never meets"
+    backbone.head.forward = lambda states, prev: torch.full((*states.shape[:-1], backbone.factor_sizes[prev.shape[-1]]), torch.nan)
+    assert model(codes, fake_condition(), UNCOND, noise()).loss.isnan(), "a model that diverged is told of by its loss"
     backbone.head.forward = real
     together, _ = inputs_of(model, codes)
     for first in range(BATCH):

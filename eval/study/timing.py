@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,22 +23,26 @@ def steps_in_turns(grid: Grid, names: Sequence[str], out: Path, rounds: int) -> 
 
     Models and optimisers of all arms are in memory at once.
     """
+    before, steps, seconds = dict(os.environ), {}, {name: [] for name in names}
     _, _, device = deep.start_process_group(0)
-    steps = {}
-    for name in names:
-        recipe = Recipe.load(ROOT / grid.recipe, [*job.recipe_of(grid, name, 0, out), "optim.warmup_steps=0"])
-        if not steps:
-            encoder = backbones.caption_encoder(recipe.backbone)
-            batch = next(data.stream(recipe, encoder, rank=0, world_size=1))
-        steps[name] = _step(deep.start(recipe, 1, device), batch, device)
-    seconds = {name: [] for name in names}
-    for number in range(rounds + 1):
+    try:
         for name in names:
-            began = time.perf_counter()
-            steps[name](number)
-            if number:
-                seconds[name].append(time.perf_counter() - began)
-    deep.stop_process_group()
+            recipe = Recipe.load(ROOT / grid.recipe, [*job.recipe_of(grid, name, 0, out), "optim.warmup_steps=0"])
+            if not steps:
+                encoder = backbones.caption_encoder(recipe.backbone)
+                batch = next(data.stream(recipe, encoder, rank=0, world_size=1))
+            steps[name] = _step(deep.start(recipe, 1, device), batch, device)
+        for number in range(rounds + 1):
+            for name in names:
+                began = time.perf_counter()
+                steps[name](number)
+                if number:
+                    seconds[name].append(time.perf_counter() - began)
+    finally:
+        deep.stop_process_group()
+        # A process that is started from here would take this one's port for its own.
+        os.environ.clear()
+        os.environ.update(before)
     return seconds
 
 
