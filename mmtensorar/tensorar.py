@@ -107,7 +107,7 @@ class TensorAR(nn.Module):
         redrawn_BSK, drawn_BSKF = redraw(tuple(clean_BSKF.shape[:3]), rates_BSK.to(codes.device), sizes, generator, rows)
         inputs_BSKF = torch.where(redrawn_BSK[..., None], drawn_BSKF, clean_BSKF)
         if self.self_drafts and self.window > 1:
-            # In validation too, which would else measure what the model never meets. Made without a look at the redrawn slots, whose uniform noise the model does not meet elsewhere.
+            # In validation too, and made without a look at the redrawn slots: a model does not meet their uniform noise elsewhere.
             own_BSKF = self.own_drafts(clean_BSKF, seen & ~redrawn_BSK, condition, uncond, generator, rows)
             if phases_BS is not None:
                 samples = torch.arange(len(codes), device=codes.device)[:, None, None]
