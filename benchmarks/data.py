@@ -56,8 +56,12 @@ def samples(num: int) -> Iterator[Sample]:
 def write_ours(folder: Path, found: list[Sample], per_shard: int, image_size: int = 64) -> None:
     folder.mkdir()
     starts = range(0, len(found), per_shard)
-    shards = [write_tar(folder / f"{n:05d}.tar", found[start : start + per_shard]) for n, start in enumerate(starts)]
-    codes = Codes(image_tokenizer="noise", weight_hash="0" * 64, grid=(SIDE, SIDE), factor_sizes=(NUM_CODES,), crops=1)
+    shards = [
+        write_tar(folder / f"{n:05d}.tar", found[start : start + per_shard]) for n, start in enumerate(starts)
+    ]
+    codes = Codes(
+        image_tokenizer="noise", weight_hash="0" * 64, grid=(SIDE, SIDE), factor_sizes=(NUM_CODES,), crops=1
+    )
     settings = dict(num_samples=len(found), image_size=image_size, codes=codes, source="noise", seed=0)
     Manifest(shards=tuple(shards), **settings).write(folder)
 
@@ -75,7 +79,9 @@ def captions_only(captions: list[str]) -> Condition:
 
 def stream_ours(folder: Path) -> Iterator:
     recipe = SimpleNamespace(
-        run=Run(name="benchmark"), data=Data(shards=str(folder), batch_size=BATCH, shuffle=1000), train=Train(steps=1)
+        run=Run(name="benchmark"),
+        data=Data(shards=str(folder), batch_size=BATCH, shuffle=1000),
+        train=Train(steps=1),
     )
     return data.stream(recipe, captions_only, rank=0, world_size=1)
 
@@ -87,7 +93,10 @@ def stream_theirs(folder: Path) -> Iterator:
         wds.tarfile_to_samples(),
         wds.shuffle(1000),
         wds.map(lambda sample: (np.load(io.BytesIO(sample["codes.npy"]))[0], sample["txt"].decode())),
-        wds.batched(BATCH, collation_fn=lambda rows: (np.stack([codes for codes, _ in rows]), [text for _, text in rows])),
+        wds.batched(
+            BATCH,
+            collation_fn=lambda rows: (np.stack([codes for codes, _ in rows]), [text for _, text in rows]),
+        ),
     )
     for codes, texts in pipeline:
         yield torch.from_numpy(codes.astype(np.int64)), captions_only(texts), None
@@ -140,12 +149,16 @@ def large_samples(num: int) -> Iterator[Sample]:
     """Smooth pictures with some noise, about as large in bytes as photographs."""
     rng = np.random.default_rng(1)
     for number in range(num):
-        smooth = Image.fromarray(rng.integers(0, 256, (9, 9, 3), np.uint8)).resize((LARGE, LARGE), Image.Resampling.BICUBIC)
+        smooth = Image.fromarray(rng.integers(0, 256, (9, 9, 3), np.uint8)).resize(
+            (LARGE, LARGE), Image.Resampling.BICUBIC
+        )
         pixels = np.asarray(smooth).astype(np.int16) + rng.integers(-12, 13, (LARGE, LARGE, 3))
         picture = io.BytesIO()
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(picture, "JPEG", quality=90)
         codes = encode_codes(np.zeros((1, SIDE * SIDE, 1), np.uint16))
-        yield Sample(f"{number:09d}", {"jpg": picture.getvalue(), "txt": b"noise", "json": b"{}", "codes.npy": codes})
+        yield Sample(
+            f"{number:09d}", {"jpg": picture.getvalue(), "txt": b"noise", "json": b"{}", "codes.npy": codes}
+        )
 
 
 def compare_pictures(folder: Path, num: int) -> None:
@@ -167,7 +180,11 @@ def compare_pictures(folder: Path, num: int) -> None:
     size = len(found[0].members["jpg"])
     print(f"\n{num} pictures of {LARGE} pixels and {size} bytes, in {of} processes\n")
     print("| | pictures/s | ours / it |\n|---|---:|---:|")
-    for name, rate in {"ours": rates["ours"], "webdataset": rates["theirs"], "Pillow alone": rates["plain"]}.items():
+    for name, rate in {
+        "ours": rates["ours"],
+        "webdataset": rates["theirs"],
+        "Pillow alone": rates["plain"],
+    }.items():
         print(f"| {name} | {rate:,.0f} | {rates['ours'] / rate:.2f} |")
 
 
@@ -191,7 +208,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     found = list(samples(options.num_samples))
-    print(f"{len(found)} samples of {sum(map(len, found[0].members.values()))} bytes, {options.samples_per_shard} a shard")
+    print(
+        f"{len(found)} samples of {sum(map(len, found[0].members.values()))} bytes, {options.samples_per_shard} a shard"
+    )
     with tempfile.TemporaryDirectory() as temporary:
         times: dict[str, list[float]] = {"ours": [], "theirs": []}
         for turn in range(ROUNDS):
@@ -207,7 +226,10 @@ def main() -> None:
             for name, stream in (("ours", stream_ours), ("theirs", stream_theirs)):
                 folder = Path(temporary) / f"{name}0"
                 rates[name].append(streamed(lambda stream=stream, folder=folder: stream(folder), len(found)))
-        best = {name: (min(start for start, _ in each), max(rate for _, rate in each)) for name, each in rates.items()}
+        best = {
+            name: (min(start for start, _ in each), max(rate for _, rate in each))
+            for name, each in rates.items()
+        }
         (ours_start, ours), (theirs_start, theirs) = best.values()
         print(f"| codes streamed, samples/s | {ours:,.0f} | {theirs:,.0f} | {ours / theirs:.2f} |")
         print(f"| first batch after, s | {ours_start:.2f} | {theirs_start:.2f} | |")

@@ -50,7 +50,9 @@ class Sizes(NamedTuple):
         if math.isqrt(self.tokens) ** 2 != self.tokens or self.tokens < WINDOW:
             raise ValueError(f"--tokens is {self.tokens}; expected a square of {WINDOW} or more")
         if self.dim % 8 or self.dim % (4 * self.heads):
-            raise ValueError(f"--dim is {self.dim}; expected a multiple of 8 and of 4 times --heads, {4 * self.heads}")
+            raise ValueError(
+                f"--dim is {self.dim}; expected a multiple of 8 and of 4 times --heads, {4 * self.heads}"
+            )
 
 
 class Side(NamedTuple):
@@ -153,7 +155,9 @@ def llamagen_pair(sizes: Sizes, checkout: Path) -> Pair:
     """The authors' GPT and its sampling function, class-conditional, from a checkout that is imported here."""
     for name in REFERENCE_FILES:
         if not (checkout / name).is_file():
-            raise ValueError(f"--reference {checkout} has no {name}; expected a checkout of FoundationVision/LlamaGen")
+            raise ValueError(
+                f"--reference {checkout} has no {name}; expected a checkout of FoundationVision/LlamaGen"
+            )
     backbone = llamagen.LlamaGenBackbone(
         llamagen.Architecture(
             condition="class",
@@ -185,15 +189,25 @@ def llamagen_pair(sizes: Sizes, checkout: Path) -> Pair:
             num_classes=NUM_CLASSES,
         )
     ).eval()
-    reference.load_state_dict({llamagen.official_name(name): value for name, value in backbone.state_dict().items()})
+    reference.load_state_dict(
+        {llamagen.official_name(name): value for name, value in backbone.state_dict().items()}
+    )
 
     def conditions(batch: int) -> Condition:
         return Condition(torch.randint(NUM_CLASSES, (batch, 1)), torch.ones(batch, 1, dtype=torch.bool))
 
     def generate(condition: Condition, cfg_scale: float) -> Tensor:
-        options = {"cfg_scale": cfg_scale, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "sample_logits": False}
+        options = {
+            "cfg_scale": cfg_scale,
+            "temperature": 1.0,
+            "top_k": 0,
+            "top_p": 1.0,
+            "sample_logits": False,
+        }
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # it asks for attention in a way that has a newer name
+            warnings.simplefilter(
+                "ignore", FutureWarning
+            )  # it asks for attention in a way that has a newer name
             return sampling.generate(reference, condition.values[:, 0], sizes.tokens, **options)
 
     return Pair(backbone, Side(reference, generate), conditions, [(1, 1.0), (8, 4.0)])
@@ -203,7 +217,11 @@ def llamagen_pair(sizes: Sizes, checkout: Path) -> Pair:
 
 
 def ours(backbone: Backbone, window: int) -> Side:
-    codec = [part(backbone.dim, window) for part in (WindowEncoder, WindowDecoder)] if window > 1 else [None, None]
+    codec = (
+        [part(backbone.dim, window) for part in (WindowEncoder, WindowDecoder)]
+        if window > 1
+        else [None, None]
+    )
     model = TensorAR(backbone, *codec, FixedSchedule("none"), offset_weights=[1.0] * window).eval()
 
     def generate(condition: Condition, cfg_scale: float) -> Tensor:
@@ -247,7 +265,11 @@ def weight_bytes(backbone: nn.Module) -> int:
 
 def table(pair: Pair, runs: int) -> list[str]:
     """Markdown lines, a row per case."""
-    sides = {"ours": ours(pair.backbone, 1), "reference": pair.reference, "window": ours(pair.backbone, WINDOW)}
+    sides = {
+        "ours": ours(pair.backbone, 1),
+        "reference": pair.reference,
+        "window": ours(pair.backbone, WINDOW),
+    }
     lines = [
         "| batch | cfg_scale | ours, ms a step | reference | times as fast | by the median | "
         f"K={WINDOW} over K=1 | share of the floor | equal tokens |",
@@ -276,9 +298,13 @@ def table(pair: Pair, runs: int) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Time our decoding beside a reference's, on the same random weights.")
+    parser = argparse.ArgumentParser(
+        description="Time our decoding beside a reference's, on the same random weights."
+    )
     parser.add_argument("backbone", choices=["janus", "llamagen"])
-    parser.add_argument("--reference", type=Path, metavar="CHECKOUT", help="for llamagen: the authors' repository")
+    parser.add_argument(
+        "--reference", type=Path, metavar="CHECKOUT", help="for llamagen: the authors' repository"
+    )
     for name, default in Sizes(dim=768, layers=12, heads=12, codes=16384, tokens=256)._asdict().items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--runs", type=int, default=3, help="batches of images per side")
@@ -294,7 +320,9 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError("llamagen needs --reference, a checkout of FoundationVision/LlamaGen")
         torch.set_num_threads(options.threads)
         torch.manual_seed(0)
-        pair = llamagen_pair(sizes, options.reference) if options.backbone == "llamagen" else janus_pair(sizes)
+        pair = (
+            llamagen_pair(sizes, options.reference) if options.backbone == "llamagen" else janus_pair(sizes)
+        )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

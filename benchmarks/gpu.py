@@ -58,7 +58,11 @@ class Bench(NamedTuple):
 
     def peak(self) -> str:
         """The most memory since `reset`, in words."""
-        return f"{torch.cuda.max_memory_allocated() / MIB:,.0f} MiB" if self.device.type == "cuda" else "memory not measured"
+        return (
+            f"{torch.cuda.max_memory_allocated() / MIB:,.0f} MiB"
+            if self.device.type == "cuda"
+            else "memory not measured"
+        )
 
     def reset(self) -> None:
         if self.device.type == "cuda":
@@ -131,7 +135,9 @@ def parity(bench: Bench, attention: str) -> str:
 
 def loss(bench: Bench, window: int) -> str:
     vq = bench.config.vq_config
-    sizes = loss_memory.Sizes(bench.batch, vq.num_patches**2, bench.config.text_config.hidden_size, vq.num_embeddings)
+    sizes = loss_memory.Sizes(
+        bench.batch, vq.num_patches**2, bench.config.text_config.hidden_size, vq.num_embeddings
+    )
     torch.manual_seed(0)
     with torch.device(bench.device):
         decoder = WindowDecoder(sizes.dim, window, num_heads=4) if window > 1 else None
@@ -145,7 +151,9 @@ def loss(bench: Bench, window: int) -> str:
     for name, work in (("ours", loss_memory.ours), ("all logits", loss_memory.naive)):
         bench.reset()
         try:
-            spent = bench.milliseconds(lambda work=work: work(model, hidden, targets, valid).sum().backward(), 3)
+            spent = bench.milliseconds(
+                lambda work=work: work(model, hidden, targets, valid).sum().backward(), 3
+            )
             cells.append(f"{name} {spent:.1f} ms, {bench.peak()}")
         except torch.OutOfMemoryError:
             cells.append(f"{name}: out of memory")
@@ -171,7 +179,11 @@ def train(bench: Bench, folder: Path, window: int, attention: str) -> str:
 
 
 def sample(bench: Bench, folder: Path, window: int, attention: str) -> str:
-    model = tensorar.build(bench.recipe(folder, window, attention), bench.backbone(attention)).to(bench.device).eval()
+    model = (
+        tensorar.build(bench.recipe(folder, window, attention), bench.backbone(attention))
+        .to(bench.device)
+        .eval()
+    )
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16()
     _, condition, _ = bench.inputs(bench.batch)
@@ -189,13 +201,20 @@ def main() -> int:
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and options.size != "tiny":
-        print(f"error: no CUDA card is visible; --size {options.size} needs one (--size tiny runs anywhere)", file=sys.stderr)
+        print(
+            f"error: no CUDA card is visible; --size {options.size} needs one (--size tiny runs anywhere)",
+            file=sys.stderr,
+        )
         return 2
     began = time.monotonic()
     from mmtensorar import engine as deep
 
     deep.start_process_group(0)
-    settings = TINY if options.size == "tiny" else janus.RELEASED[f"deepseek-community/Janus-Pro-{options.size.upper()}"]
+    settings = (
+        TINY
+        if options.size == "tiny"
+        else janus.RELEASED[f"deepseek-community/Janus-Pro-{options.size.upper()}"]
+    )
     bench = Bench(device, JanusConfig(**settings), matmul_rate(device, torch.bfloat16), options.batch_size)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU (figures mean nothing)"
     print(f"{name}, torch {torch.__version__}, Janus-Pro {options.size}, batch {bench.batch}, bfloat16")
@@ -213,10 +232,20 @@ def main() -> int:
             parts.append((f"loss, K={window}", lambda w=window: loss(bench, w)))
         for attention in attentions:
             for window in (1, 4):
-                parts.append((f"training step, K={window}, {attention}", lambda w=window, a=attention: train(bench, folder, w, a)))
+                parts.append(
+                    (
+                        f"training step, K={window}, {attention}",
+                        lambda w=window, a=attention: train(bench, folder, w, a),
+                    )
+                )
         for attention in attentions:
             for window in (1, 4):
-                parts.append((f"decoding, K={window}, {attention}", lambda w=window, a=attention: sample(bench, folder, w, a)))
+                parts.append(
+                    (
+                        f"decoding, K={window}, {attention}",
+                        lambda w=window, a=attention: sample(bench, folder, w, a),
+                    )
+                )
         failed = 0
         for title, part in parts:
             if time.monotonic() - began > 60 * options.minutes:

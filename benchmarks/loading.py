@@ -53,7 +53,9 @@ def write(folder: Path, gib: float) -> int:
     folder.mkdir(parents=True)
     backbone.save_config(folder)
     save_torch_state_dict(
-        {llamagen.official_name(name): value for name, value in state.items()}, folder, max_shard_size=size // 4
+        {llamagen.official_name(name): value for name, value in state.items()},
+        folder,
+        max_shard_size=size // 4,
     )
     return size
 
@@ -75,14 +77,26 @@ def recipe(folder: Path):
 
 def resident() -> int:
     return (
-        int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS")).split()[1])
+        int(
+            next(
+                line
+                for line in Path("/proc/self/status").read_text().splitlines()
+                if line.startswith("VmRSS")
+            ).split()[1]
+        )
         * 1024
     )
 
 
 def peak() -> int:
     return (
-        int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")).split()[1])
+        int(
+            next(
+                line
+                for line in Path("/proc/self/status").read_text().splitlines()
+                if line.startswith("VmHWM")
+            ).split()[1]
+        )
         * 1024
     )
 
@@ -99,7 +113,9 @@ def rank(folder: Path) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = resident()
     model = deep._partitioned_model(plan, config, device)
-    share = sum(parameter.ds_tensor.numel() * parameter.ds_tensor.element_size() for parameter in model.parameters())
+    share = sum(
+        parameter.ds_tensor.numel() * parameter.ds_tensor.element_size() for parameter in model.parameters()
+    )
     result = {"rank": number, "peak": peak() - before, "after": resident() - before, "share": share}
     (folder / f"result_{number}.json").write_text(json.dumps(result))
     deep.stop_process_group()
@@ -128,16 +144,31 @@ def main() -> None:
         folder = Path(name)
         size = write(folder / "model", options.gib)
         part = max(path.stat().st_size for path in (folder / "model").glob("*.safetensors"))
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(options.ranks)]
+        launch = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(options.ranks),
+        ]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        subprocess.run([*launch, str(Path(__file__).resolve()), "--rank-in", name], check=True, env=environment)
-        subprocess.run([sys.executable, str(Path(__file__).resolve()), "--whole-in", name], check=True, env=environment)
-        print(f"checkpoint {size / MIB:,.0f} MiB in bfloat16, its largest part {part / MIB:,.0f} MiB, {options.ranks} ranks")
+        subprocess.run(
+            [*launch, str(Path(__file__).resolve()), "--rank-in", name], check=True, env=environment
+        )
+        subprocess.run(
+            [sys.executable, str(Path(__file__).resolve()), "--whole-in", name], check=True, env=environment
+        )
+        print(
+            f"checkpoint {size / MIB:,.0f} MiB in bfloat16, its largest part {part / MIB:,.0f} MiB, {options.ranks} ranks"
+        )
         print(f"{'':8} {'share':>8} {'after':>8} {'peak':>8} {'bound':>8}  peak / bound   (MiB)")
         for number in range(options.ranks):
             found = json.loads((folder / f"result_{number}.json").read_text())
             bound = 1.3 * found["share"] + part
-            cells = "".join(f"{value / MIB:>9,.0f}" for value in (found["share"], found["after"], found["peak"], bound))
+            cells = "".join(
+                f"{value / MIB:>9,.0f}" for value in (found["share"], found["after"], found["peak"], bound)
+            )
             print(f"rank {number:<3}{cells}  {found['peak'] / bound:>12.2f}")
         alone = json.loads((folder / "result_whole.json").read_text())["peak"]
         print(f"loaded whole by one process, float32: {alone / MIB:,.0f} MiB")

@@ -63,7 +63,9 @@ class HeadOnly(nn.Module):
 def naive(model: TensorAR, hidden: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
     """All B * T * K rows of logits at once."""
     logits = model.backbone.head(model._states(hidden), targets[..., :0]).float()
-    losses = functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape[:-1])
+    losses = functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view(
+        targets.shape[:-1]
+    )
     return torch.where(valid, losses, 0).sum((0, 1))
 
 
@@ -102,7 +104,9 @@ def measure(window: int, sizes: Sizes) -> dict[str, tuple[float, float]]:
     decoder = WindowDecoder(sizes.dim, window, num_heads=8) if window > 1 else None
     encoder = nn.Identity() if window > 1 else None
     chunk = Train.model_fields["loss_chunk_tokens"].default
-    model = TensorAR(backbone, encoder, decoder, lambda *_: None, offset_weights=[1.0] * window, chunk_tokens=chunk)
+    model = TensorAR(
+        backbone, encoder, decoder, lambda *_: None, offset_weights=[1.0] * window, chunk_tokens=chunk
+    )
     hidden = torch.randn(sizes.batch, sizes.tokens, sizes.dim, requires_grad=True)
     targets, valid = slide(torch.randint(sizes.codes, (sizes.batch, sizes.tokens, 1)), window)
     # The gradients are there before, so that they are not counted.
@@ -115,12 +119,15 @@ def measure(window: int, sizes: Sizes) -> dict[str, tuple[float, float]]:
             for tensor in (hidden, *model.parameters()):
                 tensor.grad.zero_()
             memory, elapsed = risen(lambda loss=loss: loss(model, hidden, targets, valid).sum().backward())
-            memory, elapsed = (min(pair) for pair in zip(found.get(name, (memory, elapsed)), (memory, elapsed), strict=True))
+            memory, elapsed = (
+                min(pair) for pair in zip(found.get(name, (memory, elapsed)), (memory, elapsed), strict=True)
+            )
             found[name] = (memory, elapsed)
             if turn == 0:
                 gradients[name] = [tensor.grad.clone() for tensor in (hidden, *model.parameters())]
     apart = max(
-        ((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item() for a, b in zip(*gradients.values(), strict=True)
+        ((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()
+        for a, b in zip(*gradients.values(), strict=True)
     )
     return found | {"gradients": (apart, 0.0)}
 

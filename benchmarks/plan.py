@@ -31,8 +31,14 @@ WAYS: dict[str, dict[str, Any]] = {
     "bf16, ZeRO-2": {"zero": {"stage": 2, "extra": BUCKETS}},
     "bf16, ZeRO-2, grad_accum 2": {"zero": {"stage": 2, "extra": BUCKETS}, "train": {"grad_accum": 2}},
     "bf16, ZeRO-3": {"zero": {"stage": 3, "extra": BUCKETS}},
-    "bf16, ZeRO-3, all recomputed": {"zero": {"stage": 3, "extra": BUCKETS}, "train": {"activation_checkpointing": True}},
-    "bf16, ZeRO-2, selective": {"zero": {"stage": 2, "extra": BUCKETS}, "train": {"activation_checkpointing": "selective"}},
+    "bf16, ZeRO-3, all recomputed": {
+        "zero": {"stage": 3, "extra": BUCKETS},
+        "train": {"activation_checkpointing": True},
+    },
+    "bf16, ZeRO-2, selective": {
+        "zero": {"stage": 2, "extra": BUCKETS},
+        "train": {"activation_checkpointing": "selective"},
+    },
     "bf16, LoRA": {"train": {"parts": "lora"}},
 }
 ROWS = 4
@@ -99,7 +105,9 @@ def main() -> None:
     worst = 1.0
     for name, (dim, layers) in SIZES.items():
         with tempfile.TemporaryDirectory() as folder:
-            random_janus(Sizes(dim=dim, layers=layers, heads=dim // 64, codes=16384, tokens=256)).save_pretrained(folder)
+            random_janus(
+                Sizes(dim=dim, layers=layers, heads=dim // 64, codes=16384, tokens=256)
+            ).save_pretrained(folder)
             for title, way in WAYS.items():
                 settings = recipe(Path(folder), way)
                 model = plan.shapes(settings)
@@ -113,7 +121,10 @@ def main() -> None:
                 found = json.loads(done.stdout.splitlines()[-1])["measured"]
                 ratio = planned / found
                 worst = max(worst, ratio, 1 / ratio)
-                print(f"| {name} | {title} | {planned / MIB:,.0f} | {found / MIB:,.0f} | {ratio:.2f} |", flush=True)
+                print(
+                    f"| {name} | {title} | {planned / MIB:,.0f} | {found / MIB:,.0f} | {ratio:.2f} |",
+                    flush=True,
+                )
     print(f"\nworst: {worst - 1:.0%} apart")
 
 

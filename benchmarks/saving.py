@@ -41,7 +41,10 @@ def main() -> None:
         loading.write(folder / "model", options.gib)
         recipe = loading.recipe(folder)
         recipe = recipe.model_copy(
-            update={"zero": recipe.zero.model_copy(update={"stage": 2}), "data": recipe.data.model_copy(update={"batch_size": 1})}
+            update={
+                "zero": recipe.zero.model_copy(update={"stage": 2}),
+                "data": recipe.data.model_copy(update={"batch_size": 1}),
+            }
         )
         engine = deep.start(recipe, 1, cpu)
         inputs = plan._inputs(engine.module, 1)
@@ -56,7 +59,9 @@ def main() -> None:
         found: dict[str, list[float]] = {"ours": [], "ours, background": [], "DeepSpeed's, hashed": []}
         until, beside, size = [], [], 0
         savers = {
-            background: saving.Saver(engine, folder / f"ours_{background}", {}, keep_last=1, keep_best=False, background=background)
+            background: saving.Saver(
+                engine, folder / f"ours_{background}", {}, keep_last=1, keep_best=False, background=background
+            )
             for background in (False, True)
         }
         for number in range(1, options.rounds + 1):
@@ -81,10 +86,14 @@ def main() -> None:
                 sha256(path)
             found["DeepSpeed's, hashed"].append(time.perf_counter() - began)
             shutil.rmtree(folder / "theirs")
-        print(f"state of {size / MIB:,.0f} MiB, a step takes {alone:.1f} s\n\n| | training stands still, s | of ours |\n|---|---:|---:|")
+        print(
+            f"state of {size / MIB:,.0f} MiB, a step takes {alone:.1f} s\n\n| | training stands still, s | of ours |\n|---|---:|---:|"
+        )
         for name, seconds in found.items():
             print(f"| {name} | {min(seconds):.2f} | {min(seconds) / min(found['ours']):.2f} |")
-        print(f"\nin the background it stood after {min(until):.1f} s, and a step meanwhile took {min(beside):.1f} to {max(beside):.1f} s")
+        print(
+            f"\nin the background it stood after {min(until):.1f} s, and a step meanwhile took {min(beside):.1f} to {max(beside):.1f} s"
+        )
     deep.stop_process_group()
 
 

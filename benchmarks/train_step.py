@@ -62,7 +62,9 @@ class Plain(nn.Module):
 
 
 def plain_steps(model: Plain, batch: dict[str, Tensor], **adamw) -> Callable[[], float]:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0.0, **adamw)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0.0, **adamw
+    )
 
     def step() -> float:
         loss = model(**batch)["loss"]
@@ -85,7 +87,9 @@ def trainer_seconds(model: Plain, batch: dict[str, Tensor], steps: int) -> float
         def on_step_end(self, *arguments, **others) -> None:
             ends.append(time.perf_counter())
 
-    rows = [{name: value[row] for name, value in batch.items()} for row in range(len(batch["ids"]))] * (steps + 1)
+    rows = [{name: value[row] for name, value in batch.items()} for row in range(len(batch["ids"]))] * (
+        steps + 1
+    )
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
             output_dir=folder,
@@ -156,18 +160,25 @@ def main() -> None:
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))  # start_process_group would share the cores out
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", str(os.cpu_count())
+    )  # start_process_group would share the cores out
     from mmtensorar import engine as deep
 
     deep.start_process_group(0)
     sizes = Sizes(
-        dim=options.dim, layers=options.layers, heads=options.dim // 64, tokens=options.tokens, codes=options.codes
+        dim=options.dim,
+        layers=options.layers,
+        heads=options.dim // 64,
+        tokens=options.tokens,
+        codes=options.codes,
     )
     reference = random_janus(sizes)
     torch.manual_seed(0)
     batch = {
         "ids": torch.randint(4, NUM_WORDS, (options.batch_size, PROMPT_LEN)),
-        "mask": torch.arange(PROMPT_LEN) >= torch.arange(options.batch_size)[:, None],  # prompts of several lengths
+        "mask": torch.arange(PROMPT_LEN)
+        >= torch.arange(options.batch_size)[:, None],  # prompts of several lengths
         "codes": torch.randint(options.codes, (options.batch_size, options.tokens)),
     }
     batch["ids"][~batch["mask"]] = PAD
@@ -178,7 +189,11 @@ def main() -> None:
         steps["ours, K=1, train.compile"] = our_steps(folder, 1, batch, compile=True)
         steps["ours, K=1, selective"] = our_steps(folder, 1, batch, activation_checkpointing="selective")
         waiting = data_seconds(folder / "shards", options.batch_size)
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # by which Trainer would take itself for one of several, and do more
+    for name in (
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+    ):  # by which Trainer would take itself for one of several, and do more
         os.environ.pop(name, None)
     trainer_model = Plain(reference).train()
     steps["plain loop"] = plain_steps(copy.deepcopy(trainer_model), batch)
@@ -199,7 +214,9 @@ def main() -> None:
     for name, seconds in best.items():
         print(f"| {name} | {seconds:.2f} | {seconds / ours:.2f} |")
     share = waiting / (waiting + ours)
-    print(f"\na batch of cached codes (576 a picture) takes {1000 * waiting:.1f} ms: {share:.2%} of a step at K=1")
+    print(
+        f"\na batch of cached codes (576 a picture) takes {1000 * waiting:.1f} ms: {share:.2%} of a step at K=1"
+    )
     deep.stop_process_group()
 
 

@@ -11,7 +11,9 @@ more than once are counted.
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a script, the folder of this file stands first
+sys.path[0] = str(
+    Path(__file__).resolve().parents[1]
+)  # run as a script, the folder of this file stands first
 
 import argparse
 import hashlib
@@ -113,7 +115,9 @@ def _check_text(sample: Sample, where: str, classes: tuple[str, ...] | None) -> 
 
 def check_class(caption: str, where: str, classes: tuple[str, ...] | None) -> None:
     """Raise ValueError when there are classes, and the caption is no number of one."""
-    if classes is not None and not (caption.isdecimal() and len(caption) < 20 and int(caption) < len(classes)):
+    if classes is not None and not (
+        caption.isdecimal() and len(caption) < 20 and int(caption) < len(classes)
+    ):
         raise ValueError(f"{where}: {caption[:50]!r} is no number of the manifest's {len(classes)} classes")
 
 
@@ -127,7 +131,9 @@ def check_shard(folder: Path, shard: Shard, manifest: Manifest) -> Checked:
     except OSError as error:
         return Checked(shard, (), (Problem(shard.name, None, f"{path}: {error.strerror}"),))
     if changed:
-        problems.append(Problem(shard.name, None, f"{path}: changed since it was made: its sha256 is not the manifest's"))
+        problems.append(
+            Problem(shard.name, None, f"{path}: changed since it was made: its sha256 is not the manifest's")
+        )
     starts, damage = whole_starts(path)
     with tars.opened(path) as file:
         for number, (start, stop) in enumerate(zip(starts.tolist(), starts.tolist()[1:], strict=False)):
@@ -137,8 +143,12 @@ def check_shard(folder: Path, shard: Shard, manifest: Manifest) -> Checked:
                 problems.append(Problem(shard.name, None, str(error)))
                 continue
             where = f"{path}: sample {sample.key}"
-            problems += [Problem(shard.name, sample.key, text) for text in sample_problems(sample, where, manifest)]
-            picture = next((sample.members[name] for name in IMAGE_EXTENSIONS if name in sample.members), None)
+            problems += [
+                Problem(shard.name, sample.key, text) for text in sample_problems(sample, where, manifest)
+            ]
+            picture = next(
+                (sample.members[name] for name in IMAGE_EXTENSIONS if name in sample.members), None
+            )
             digest = None if picture is None else hashlib.sha256(picture).hexdigest()[:32]
             read.append(Read(number, sample.key, digest))
     found = len(starts) - 1
@@ -195,8 +205,12 @@ def report(folder: Path, manifest: Manifest, findings: Findings) -> dict:
         "samples": manifest.num_samples,
         "read": findings.num_read,
         "good": sum(map(len, findings.good.values())),
-        "problems": [{"shard": each.shard, "key": each.key, "problem": each.text} for each in findings.problems],
-        "duplicates": [{"shard": name, "key": read.key, "same_as": first} for read, name, first in findings.duplicates],
+        "problems": [
+            {"shard": each.shard, "key": each.key, "problem": each.text} for each in findings.problems
+        ],
+        "duplicates": [
+            {"shard": name, "key": read.key, "same_as": first} for read, name, first in findings.duplicates
+        ],
     }
 
 
@@ -207,18 +221,26 @@ def write_good(path: Path, target: Path, numbers: list[int]) -> Shard:
     return shards.write_tar(target, shards.read_samples(path, whole_starts(path)[0], numbers, EXTENSIONS))
 
 
-def repair(folder: Path, manifest: Manifest, findings: Findings, out: Path, *, drop_duplicates: bool, workers: int) -> None:
+def repair(
+    folder: Path, manifest: Manifest, findings: Findings, out: Path, *, drop_duplicates: bool, workers: int
+) -> None:
     """Write the good samples as a new set, shard by shard. Raises ValueError when out is not empty, or nothing is good."""
-    left_over = [path for path in out.glob("*") if not path.name.startswith(Staging.PREFIX) and path.name != DROPPED]
+    left_over = [
+        path for path in out.glob("*") if not path.name.startswith(Staging.PREFIX) and path.name != DROPPED
+    ]
     if left_over:
-        raise ValueError(f"{out} is not empty: it has {left_over[0].name}; choose another folder for --repair")
+        raise ValueError(
+            f"{out} is not empty: it has {left_over[0].name}; choose another folder for --repair"
+        )
     dropped = list(findings.problems)
     numbers = dict(findings.good)
     if drop_duplicates:
         for read, name, first in findings.duplicates:
             numbers[name] = [number for number in numbers[name] if number != read.number]
             dropped.append(
-                Problem(name, read.key, f"{folder / name}: sample {read.key}: the same picture as sample {first}")
+                Problem(
+                    name, read.key, f"{folder / name}: sample {read.key}: the same picture as sample {first}"
+                )
             )
     if not any(numbers.values()):
         raise ValueError(f"{folder}: no good sample is left to write to {out}")
@@ -241,7 +263,9 @@ def repair(folder: Path, manifest: Manifest, findings: Findings, out: Path, *, d
     num_samples = sum(shard.num_samples for shard in kept)
     # It is not any more what make_shards would make.
     staging.commit(manifest.model_copy(update={"shards": kept, "num_samples": num_samples, "made": None}))
-    print(f"{out}: {num_samples} of {manifest.num_samples} samples; what was dropped, and why, is in {out / DROPPED}")
+    print(
+        f"{out}: {num_samples} of {manifest.num_samples} samples; what was dropped, and why, is in {out / DROPPED}"
+    )
 
 
 def check_writable(path: Path) -> None:
@@ -257,8 +281,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("shards", type=Path, help="shard folder")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: cores)")
     parser.add_argument("--report", type=Path, metavar="JSON", help="write what was found")
-    parser.add_argument("--repair", type=Path, metavar="OUT", help="write the good samples to a new shard folder")
-    parser.add_argument("--drop-duplicates", action="store_true", help="with --repair: of equal pictures keep the first")
+    parser.add_argument(
+        "--repair", type=Path, metavar="OUT", help="write the good samples to a new shard folder"
+    )
+    parser.add_argument(
+        "--drop-duplicates", action="store_true", help="with --repair: of equal pictures keep the first"
+    )
     options = parser.parse_args(arguments)
     if options.workers < 1:
         parser.error(f"--workers must be at least 1, got {options.workers}")
@@ -291,7 +319,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenProcessPool:
-        print("error: a worker process was killed, perhaps for lack of memory; try fewer --workers", file=sys.stderr)
+        print(
+            "error: a worker process was killed, perhaps for lack of memory; try fewer --workers",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

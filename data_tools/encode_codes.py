@@ -15,7 +15,9 @@ goes on where it stopped when the same command is given again, on any number of 
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a script, the folder of this file stands first
+sys.path[0] = str(
+    Path(__file__).resolve().parents[1]
+)  # run as a script, the folder of this file stands first
 
 import argparse
 from collections.abc import Iterable, Iterator
@@ -44,7 +46,9 @@ def crops_of(pixels: Tensor, size: int, num: int) -> Tensor:
     corners = [(0, 0), (0, end), (end, 0), (end, end)]
     places = [*(corners if num in (5, 10) else ()), (middle, middle)]
     images = (pixels, pixels.flip(-1)) if num in (2, 10) else (pixels,)
-    return torch.stack([image[:, top : top + size, left : left + size] for image in images for top, left in places])
+    return torch.stack(
+        [image[:, top : top + size, left : left + size] for image in images for top, left in places]
+    )
 
 
 def pictures(
@@ -97,7 +101,9 @@ def encode_samples(
 def codes_of(image_tokenizer, *, crops: int, precision: str) -> Codes:
     """What the manifest will say. Raises ValueError when codes.npy cannot hold the codebook."""
     if max(image_tokenizer.factor_sizes) > 2**16:
-        raise ValueError(f"codebook of {max(image_tokenizer.factor_sizes)} codes: codes.npy holds at most {2**16}")
+        raise ValueError(
+            f"codebook of {max(image_tokenizer.factor_sizes)} codes: codes.npy holds at most {2**16}"
+        )
     return Codes(
         image_tokenizer=image_tokenizer.name,
         weight_hash=image_tokenizer.weight_hash,
@@ -109,7 +115,14 @@ def codes_of(image_tokenizer, *, crops: int, precision: str) -> Codes:
 
 
 def encode(
-    folder: Path, image_tokenizer, ranks: Ranks, *, crops: int, precision: str, batch_size: int, device: torch.device
+    folder: Path,
+    image_tokenizer,
+    ranks: Ranks,
+    *,
+    crops: int,
+    precision: str,
+    batch_size: int,
+    device: torch.device,
 ) -> None:
     """Encode a shard folder. Raises ValueError when the set does not fit the image tokenizer, or is damaged."""
     manifest = read_set(folder, ranks)
@@ -121,7 +134,9 @@ def encode(
 
     def encoded(shard: Shard) -> Iterator[Sample]:
         settings = dict(image_size=manifest.image_size, batch_size=batch_size, device=device)
-        return encode_samples(iterate_shard(folder, shard), folder / shard.name, image_tokenizer, expected, **settings)
+        return encode_samples(
+            iterate_shard(folder, shard), folder / shard.name, image_tokenizer, expected, **settings
+        )
 
     rewrite(folder, manifest, encoded, ranks, desc="encoding", unit="images", codes=expected)
     ranks.say(
@@ -148,7 +163,9 @@ def check_size(name: str, found: int, size: int, crops: int) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """How pictures are encoded, once there is an image tokenizer."""
-    parser.add_argument("--batch-size", type=int, default=32, help="images (or crops) encoded at a time (default: 32)")
+    parser.add_argument(
+        "--batch-size", type=int, default=32, help="images (or crops) encoded at a time (default: 32)"
+    )
     parser.add_argument(
         "--crops",
         type=int,
@@ -179,7 +196,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options.device = str(device(options.device))
         image_tokenizer, place = image_tokenizers.from_arguments(options)
-        settings = dict(crops=options.crops, precision=options.precision, batch_size=options.batch_size, device=place)
+        settings = dict(
+            crops=options.crops, precision=options.precision, batch_size=options.batch_size, device=place
+        )
         encode(options.shards, image_tokenizer, Ranks(), **settings)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

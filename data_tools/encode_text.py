@@ -15,7 +15,9 @@ on where it stopped when the same command is given again, on any number of ranks
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a script, the folder of this file stands first
+sys.path[0] = str(
+    Path(__file__).resolve().parents[1]
+)  # run as a script, the folder of this file stands first
 
 import argparse
 from collections.abc import Iterable, Iterator
@@ -49,7 +51,9 @@ def encode_samples(
         for sample, place in zip(batch, where, strict=True):
             if "txt" not in sample.members:
                 raise ValueError(f"{place}: no txt member")
-        captions = [decode_caption(sample.members["txt"], place) for sample, place in zip(batch, where, strict=True)]
+        captions = [
+            decode_caption(sample.members["txt"], place) for sample, place in zip(batch, where, strict=True)
+        ]
         for sample, row, place in zip(batch, encoder.features(captions), where, strict=True):
             with np.errstate(over="ignore"):  # too large is infinite, which the check names
                 features = row.numpy().astype(np.float16)
@@ -74,7 +78,9 @@ def encode(folder: Path, encoder: T5Features, ranks: Ranks, *, batch_size: int) 
     manifest = read_set(folder, ranks)
     if manifest.classes is not None:
         classes = len(manifest.classes)
-        raise ValueError(f"{folder}: its captions are numbers of {classes} classes, which have no text features")
+        raise ValueError(
+            f"{folder}: its captions are numbers of {classes} classes, which have no text features"
+        )
     expected = features_of(encoder)
     what = f"text features of {encoder.path} {expected.weight_hash[:12]}"
     if manifest.text_features == expected:
@@ -98,7 +104,9 @@ def encode(folder: Path, encoder: T5Features, ranks: Ranks, *, batch_size: int) 
 def stored_bytes(path: Path) -> int:
     """Bytes that the features take in a shard, headers and padding included."""
     with tars.opened(path) as file:
-        return sum(member.end - place for place, member in tars.placed(file, path) if member.name.endswith(".t5.npy"))
+        return sum(
+            member.end - place for place, member in tars.placed(file, path) if member.name.endswith(".t5.npy")
+        )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,7 +117,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="original",
         help="as in backbone.caption_cleaning (default: original, LlamaGen's)",
     )
-    parser.add_argument("--max-tokens", type=int, default=120, help="longer captions are cut (default: 120, LlamaGen's)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=120, help="longer captions are cut (default: 120, LlamaGen's)"
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -66,9 +66,13 @@ class OnRay:
             import ray
             import ray.data
         except ImportError as error:
-            raise ValueError(f"--engine ray needs a library: pip install 'mmtensorar[ray]' ({error})") from None
+            raise ValueError(
+                f"--engine ray needs a library: pip install 'mmtensorar[ray]' ({error})"
+            ) from None
         self.ray = ray
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # reports to Ray's makers are for the user to allow
+        os.environ.setdefault(
+            "RAY_USAGE_STATS_ENABLED", "0"
+        )  # reports to Ray's makers are for the user to allow
         settings: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
         if address is None:
             settings |= {"num_cpus": workers, "include_dashboard": False}
@@ -90,7 +94,9 @@ class OnRay:
         context.print_on_execution_start = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
 
-    def __call__(self, function: Callable[..., Result], tasks: Sequence[tuple], workers: int) -> Iterator[Result]:
+    def __call__(
+        self, function: Callable[..., Result], tasks: Sequence[tuple], workers: int
+    ) -> Iterator[Result]:
         """function(*task) for each task, in any order. A task's ValueError is raised here."""
         if not tasks:
             return

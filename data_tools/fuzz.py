@@ -91,8 +91,16 @@ def write_good(folder: Path) -> None:
         shards=tuple(shards),
         num_samples=NUM_SHARDS * PER_SHARD,
         image_size=16,
-        codes=Codes(image_tokenizer="fuzz", weight_hash="0" * 64, grid=(SIDE, SIDE), factor_sizes=(NUM_CODES,), crops=1),
-        text_features=TextFeatures(text_encoder="fuzz", weight_hash="0" * 64, width=8, max_tokens=3, cleaning="none"),
+        codes=Codes(
+            image_tokenizer="fuzz",
+            weight_hash="0" * 64,
+            grid=(SIDE, SIDE),
+            factor_sizes=(NUM_CODES,),
+            crops=1,
+        ),
+        text_features=TextFeatures(
+            text_encoder="fuzz", weight_hash="0" * 64, width=8, max_tokens=3, cleaning="none"
+        ),
         source="fuzz",
         seed=0,
     ).write(folder)
@@ -216,7 +224,17 @@ def extended_header(content: bytes, rng: Rng) -> bytes:
     return content[:start] + one * int(rng.choice([1, 2, 500])) + content[start:]
 
 
-TAR_CHANGES = (flip_bits, flip_bits, cut, insert, remove, shuffle_blocks, change_header, change_header, extended_header)
+TAR_CHANGES = (
+    flip_bits,
+    flip_bits,
+    cut,
+    insert,
+    remove,
+    shuffle_blocks,
+    change_header,
+    change_header,
+    extended_header,
+)
 
 
 def png_bomb(side: int) -> bytes:
@@ -275,7 +293,16 @@ def other_members(samples: list[Sample], rng: Rng) -> list[Sample]:
         b"%!PS-Adobe",
         b"",
     )
-    texts = (b"[" * 100_000, b"1" * 60_000, b"\xff\xfe", b"", b" ", b"\0", b'{"a": 1e999}', b'"' + b"\\ud800" * 1000 + b'"')
+    texts = (
+        b"[" * 100_000,
+        b"1" * 60_000,
+        b"\xff\xfe",
+        b"",
+        b" ",
+        b"\0",
+        b'{"a": 1e999}',
+        b'"' + b"\\ud800" * 1000 + b'"',
+    )
     number = int(rng.integers(len(samples)))
     members = dict(samples[number].members)
     extension = list(members)[rng.integers(len(members))]
@@ -313,7 +340,22 @@ def change_manifest(content: bytes, rng: Rng) -> bytes:
     if choice == 1:
         return b"[" * 100_000
     found = json.loads(content)
-    values = (0, -1, 10**30, 1.5, None, "x", [], {}, True, "../x.tar", "pipe:ls", "0" * 64, [[[]]], [2**40, 2**40])
+    values = (
+        0,
+        -1,
+        10**30,
+        1.5,
+        None,
+        "x",
+        [],
+        {},
+        True,
+        "../x.tar",
+        "pipe:ls",
+        "0" * 64,
+        [[[]]],
+        [2**40, 2**40],
+    )
     value = values[rng.integers(len(values))]
     places: list[tuple] = [(found, key) for key in found]
     places += [(shard, key) for shard in found["shards"] for key in shard]
@@ -358,7 +400,14 @@ def damage(folder: Path, rng: Rng) -> Damage:
         path.write_bytes(change(path.read_bytes(), rng))
         return Damage(f"{change.__name__} {path.name}")
     if kind == "other file":
-        others = (b"", b"\x1f\x8b" + rng.bytes(100), bytes(1024), bytes(10**6), rng.bytes(5000), picture_of("PNG"))
+        others = (
+            b"",
+            b"\x1f\x8b" + rng.bytes(100),
+            bytes(1024),
+            bytes(10**6),
+            rng.bytes(5000),
+            picture_of("PNG"),
+        )
         path.write_bytes(others[rng.integers(len(others))])
         return Damage(f"other file {path.name}", (NUM_SHARDS - 1) * PER_SHARD)
     manifest = Manifest.read(folder)
@@ -398,8 +447,12 @@ def read_pictures(folder: Path) -> Found:
     manifest, found = Manifest.read(folder), []
     for shard in manifest.shards:
         samples = iterate_shard(folder, shard)
-        for batch, images in pictures(samples, folder / shard.name, image_size=manifest.image_size, batch_size=3, threads=1):
-            found += [sample.key for sample, image in zip(batch, images, strict=True) if image.size == (16, 16)]
+        for batch, images in pictures(
+            samples, folder / shard.name, image_size=manifest.image_size, batch_size=3, threads=1
+        ):
+            found += [
+                sample.key for sample, image in zip(batch, images, strict=True) if image.size == (16, 16)
+            ]
     return found, 0
 
 
@@ -417,7 +470,9 @@ def _stream(folder: Path, on_error: str) -> Found:
     from mmtensorar.recipe import Data, Run, Train
 
     total = NUM_SHARDS * PER_SHARD
-    settings = Data(shards=str(folder), batch_size=total, shuffle=4, text_features="cached", on_error=on_error)
+    settings = Data(
+        shards=str(folder), batch_size=total, shuffle=4, text_features="cached", on_error=on_error
+    )
     recipe = SimpleNamespace(run=Run(name="fuzz"), data=settings, train=Train(steps=1))
     captions, skipped = [], 0
     for batch in islice(data.stream(recipe, None, rank=0, world_size=1), 1):
@@ -440,7 +495,9 @@ def read_source(folder: Path) -> Found:
     for number, item in enumerate(sources.items("tars", str(folder), sources.Layout())):
         try:
             found.append(
-                make_sample(f"{number}", item._replace(captions=item.captions[:1]), Wanted(image_size=16)).sample.key
+                make_sample(
+                    f"{number}", item._replace(captions=item.captions[:1]), Wanted(image_size=16)
+                ).sample.key
             )
         except ValueError:
             missing += 1
@@ -481,7 +538,9 @@ def judge(read: Callable[[Path], Found], folder: Path, expected: int, is_changed
 # ---- cases, each in a child process ----------------------------------------------------------
 
 
-def run_case(good: Path, work: Path, seed: int, case: int, readers: dict[str, Callable[[Path], Found]]) -> list[tuple]:
+def run_case(
+    good: Path, work: Path, seed: int, case: int, readers: dict[str, Callable[[Path], Found]]
+) -> list[tuple]:
     """(reader, what was done, verdict) of each reader on one case."""
     rng = np.random.default_rng([seed, case])
     folder = work / "set"
@@ -562,7 +621,10 @@ def fuzz(
     counts: Counter[tuple[str, str]] = Counter()
     failures: list[str] = []
     tried, deadline = 0, time.monotonic() + seconds
-    with tempfile.TemporaryDirectory() as temporary, tqdm(desc="fuzzing", unit=" cases", disable=None) as progress:
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        tqdm(desc="fuzzing", unit=" cases", disable=None) as progress,
+    ):
         good, work = Path(temporary) / "good", Path(temporary) / "work"
         write_good(good)
         child = Child(good, work, seed, readers)
@@ -577,7 +639,9 @@ def fuzz(
             for name, done, verdict in found:
                 counts[name, verdict.kind] += 1
                 if verdict.kind in BAD:
-                    failures.append(f"case {case} of seed {seed}, {done}, {name}: {verdict.kind}: {verdict.detail}")
+                    failures.append(
+                        f"case {case} of seed {seed}, {done}, {name}: {verdict.kind}: {verdict.detail}"
+                    )
                     if keep is not None and (work / "set").is_dir():
                         shutil.copytree(work / "set", keep / f"{seed}-{case}", dirs_exist_ok=True)
             tried += 1
@@ -606,7 +670,9 @@ def main(arguments: list[str] | None = None) -> int:
     cases = None if options.case is None else range(options.case, options.case + 1)
     began = time.monotonic()
     counts, failures, tried = fuzz(options.seed, seconds=options.seconds, cases=cases, keep=options.keep)
-    print(f"{tried} cases, {tried / (time.monotonic() - began):.0f} a second, each read by {len(READERS)} readers\n")
+    print(
+        f"{tried} cases, {tried / (time.monotonic() - began):.0f} a second, each read by {len(READERS)} readers\n"
+    )
     print(table(counts))
     for failure in failures[:20]:
         print(f"\n{failure}", file=sys.stderr)

@@ -7,7 +7,9 @@ pictures with their captions, spread over the set.
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a script, the folder of this file stands first
+sys.path[0] = str(
+    Path(__file__).resolve().parents[1]
+)  # run as a script, the folder of this file stands first
 
 import argparse
 import base64
@@ -109,7 +111,9 @@ def facts(folder: Path, manifest: Manifest, found: Numbers) -> list[tuple[str, s
     else:
         numbers = sorted(found.captions[str(number).encode()] for number in range(len(manifest.classes)))
         middle = numbers[len(numbers) // 2]
-        rows.append(("classes", f"{len(manifest.classes)}, of {numbers[0]} to {numbers[-1]} samples, median {middle}"))
+        rows.append(
+            ("classes", f"{len(manifest.classes)}, of {numbers[0]} to {numbers[-1]} samples, median {middle}")
+        )
     if (codes := manifest.codes) is not None:
         shape = f"{codes.crops} x {codes.grid[0]}x{codes.grid[1]} x {len(codes.factor_sizes)}"
         rows.append(("codes", f"{shape} of {codes.image_tokenizer} {codes.weight_hash[:12]}"))

@@ -16,7 +16,9 @@ goes on where it stopped when the same command is given again.
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a script, the folder of this file stands first
+sys.path[0] = str(
+    Path(__file__).resolve().parents[1]
+)  # run as a script, the folder of this file stands first
 
 import argparse
 import hashlib
@@ -91,7 +93,9 @@ def read_source(options: argparse.Namespace) -> Source:
 
     def chosen() -> Iterator[Item]:
         for item in listed:
-            if item.problem and options.on_error == "raise" and not options.dry_run:  # at once, not when its turn comes
+            if (
+                item.problem and options.on_error == "raise" and not options.dry_run
+            ):  # at once, not when its turn comes
                 raise ValueError(f"{item.problem}; to leave such samples out add --on-error skip")
             for one in choose_captions(item, options.captions, options.seed):
                 told = [one.key, one.captions, one.meta, one.group]
@@ -99,8 +103,16 @@ def read_source(options: argparse.Namespace) -> Source:
                 yield one
 
     items = Items(chosen())
-    name = places.at(place).name if is_url(place) else Path(place).resolve().name if Path(place).exists() else place
-    return Source(f"{kind} {name} {digest.hexdigest()[:16]}", shuffled(items, options.seed)[: options.limit], classes)
+    name = (
+        places.at(place).name
+        if is_url(place)
+        else Path(place).resolve().name
+        if Path(place).exists()
+        else place
+    )
+    return Source(
+        f"{kind} {name} {digest.hexdigest()[:16]}", shuffled(items, options.seed)[: options.limit], classes
+    )
 
 
 def _url(place: str) -> str:
@@ -117,7 +129,9 @@ def own_set(place: str) -> Manifest | None:
 def _numbered(names: dict[str, str], path: Path | str) -> tuple[str, ...]:
     missing = [str(number) for number in range(len(names)) if str(number) not in names]
     if missing:
-        raise ValueError(f"{path}: {len(names)} names, but none for class {missing[0]}; expected numbers from 0 on")
+        raise ValueError(
+            f"{path}: {len(names)} names, but none for class {missing[0]}; expected numbers from 0 on"
+        )
     return tuple(names[str(number)] for number in range(len(names)))
 
 
@@ -139,7 +153,9 @@ def shuffled(items: Items, seed: int) -> Items:
     within: list[list[int]] = [[] for _ in items.groups]
     for place, group in enumerate(items.group_of):
         within[group].append(place)
-    return items.at([within[g][i] for g in rng.permutation(len(within)) for i in rng.permutation(len(within[g]))])
+    return items.at(
+        [within[g][i] for g in rng.permutation(len(within)) for i in rng.permutation(len(within[g]))]
+    )
 
 
 def is_validation(picture: str, share: float) -> bool:
@@ -178,7 +194,9 @@ def set_in(out: Path) -> Manifest | None:
         if not out.is_dir():
             raise ValueError(f"{out} is a file; choose another --out")
         ours = [
-            p for p in out.iterdir() if p.name.startswith(Staging.PREFIX) or p.name == LEFT_OUT or p.name.endswith(".tmp")
+            p
+            for p in out.iterdir()
+            if p.name.startswith(Staging.PREFIX) or p.name == LEFT_OUT or p.name.endswith(".tmp")
         ]
         strangers = [p for p in out.iterdir() if p not in ours]
         if strangers:
@@ -191,9 +209,15 @@ def set_in(out: Path) -> Manifest | None:
 def is_made(out: Path, made: dict, entry: dict, overwrite: bool) -> bool:
     """Whether the set is there already, with what is to be encoded. Raises ValueError when another one is, which is to stay."""
     old = set_in(out)
-    same = old is not None and old.made == made and all(getattr(old, key) == value for key, value in entry.items())
+    same = (
+        old is not None
+        and old.made == made
+        and all(getattr(old, key) == value for key, value in entry.items())
+    )
     if old is not None and not same and not overwrite:
-        raise ValueError(f"{out} holds another set ({describe(old)}); choose another --out, or add --overwrite")
+        raise ValueError(
+            f"{out} holds another set ({describe(old)}); choose another --out, or add --overwrite"
+        )
     return same
 
 
@@ -234,25 +258,33 @@ def make(options: argparse.Namespace) -> None:
         raise ValueError(f"{out}: nothing is left of {len(gone)} samples ({reasons(left_out)})")
 
     share = options.validation_share
-    aside = {each.number for part in parts for each in part.kept if splits and is_validation(each.picture, share)}
+    aside = {
+        each.number for part in parts for each in part.kept if splits and is_validation(each.picture, share)
+    }
 
     kept = {each.number for part in parts for each in part.kept} - gone
     if splits and not 0 < len(kept & aside) < len(kept):
         sizes = f"{len(kept - aside)} samples and {len(kept & aside)} for validation"
         raise ValueError(f"{out}: --validation-share {share:g} gives {sizes}; choose another one")
     if not splits and (held_out / MANIFEST).is_file():
-        print(f"note: {held_out} was split from another set in {out}, and may hold the same pictures as this one")
+        print(
+            f"note: {held_out} was split from another set in {out}, and may hold the same pictures as this one"
+        )
 
     def held(number: int) -> bool:
         return number in aside
 
     write = partial(write_set, parts, options=options, source=source, made=made, entry=entry)
     if splits and not held_is_made:
-        write(Staging(held_out, [made, PARTS]), staging.path, lambda number: number not in gone and held(number))
+        write(
+            Staging(held_out, [made, PARTS]), staging.path, lambda number: number not in gone and held(number)
+        )
     if left_out:
         lines = [json.dumps({"name": each.name, "reason": each.reason}) for each in sorted(left_out)]
         write_text(out / LEFT_OUT, "\n".join(lines) + "\n")
-        print(f"left out {len(left_out)} of {len(source.items)}: {reasons(left_out)}; listed in {out / LEFT_OUT}")
+        print(
+            f"left out {len(left_out)} of {len(source.items)}: {reasons(left_out)}; listed in {out / LEFT_OUT}"
+        )
     else:
         (out / LEFT_OUT).unlink(missing_ok=True)
     write(staging, staging.path, lambda number: number not in gone and not held(number))
@@ -306,7 +338,10 @@ def load_encoder(options: argparse.Namespace) -> Encoder:
     from mmtensorar import image_tokenizers
 
     asked = argparse.Namespace(
-        image_tokenizer=options.image_tokenizer, name=options.name, device=options.device, image_size=options.tokenizer_size
+        image_tokenizer=options.image_tokenizer,
+        name=options.name,
+        device=options.device,
+        image_size=options.tokenizer_size,
     )
     image_tokenizer, device = image_tokenizers.from_arguments(asked)
     codes = encode_codes.codes_of(image_tokenizer, crops=options.crops, precision=options.precision)
@@ -342,7 +377,9 @@ def all_parts(
         return len(part.kept) + len(part.left_out)
 
     initial = sum(map(count, finished.values()))
-    with tqdm(desc="making shards", unit=" images", total=len(source.items), initial=initial, disable=None) as progress:
+    with tqdm(
+        desc="making shards", unit=" images", total=len(source.items), initial=initial, disable=None
+    ) as progress:
         for part in chain(uncoded, options.run(make_part, tasks, options.workers)):
             if encoder:
                 part = add_codes(staging.path, part, encoder.encoded)
@@ -366,7 +403,11 @@ def duplicates(parts: list[Part], items: Items, *, pictures: bool) -> list[LeftO
 
 def reasons(left_out: list[LeftOut]) -> str:
     kinds = Counter(
-        "duplicate" if each.reason.startswith("duplicate") else "damaged" if each.reason.startswith("error") else each.reason
+        "duplicate"
+        if each.reason.startswith("duplicate")
+        else "damaged"
+        if each.reason.startswith("error")
+        else each.reason
         for each in left_out
     )
     return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
@@ -397,8 +438,12 @@ def write_set(
             tasks.append((from_folder, path, pieces))
     # Moving takes no time; only where samples are regrouped is there something to wait for.
     regrouped = any(len(pieces) != 1 or not pieces[0].whole for pieces in plan)
-    run, workers = (options.run, options.workers) if regrouped or not is_local(staging.path) else (in_processes, 1)
-    with tqdm(desc="regrouping", unit=" shards", total=len(tasks), disable=None if regrouped else True) as progress:
+    run, workers = (
+        (options.run, options.workers) if regrouped or not is_local(staging.path) else (in_processes, 1)
+    )
+    with tqdm(
+        desc="regrouping", unit=" shards", total=len(tasks), disable=None if regrouped else True
+    ) as progress:
         for shard in run(make_shard, tasks, workers):
             staging.record(shard)
             finished[shard.name] = shard
@@ -443,12 +488,16 @@ def show(source: Source, wanted: Wanted, options: argparse.Namespace) -> None:
     if sizes:
         print("\n".join(told))
         kept, mean = share * len(source.items), sum(sizes) / len(sizes)
-        per_shard = max(1, options.bytes_per_shard // mean) if options.bytes_per_shard else options.samples_per_shard
+        per_shard = (
+            max(1, options.bytes_per_shard // mean) if options.bytes_per_shard else options.samples_per_shard
+        )
         print(
             f"about {kept:.0f} samples of {mean:,.0f} bytes, {kept * mean / 1e6:,.1f} MB in {max(1, math.ceil(kept / per_shard))} shards"
         )
         if options.validation_share:
-            print(f"about {kept * options.validation_share:.0f} of them for validation, in {options.out}_validation")
+            print(
+                f"about {kept * options.validation_share:.0f} of them for validation, in {options.out}_validation"
+            )
     else:
         print("nothing would be left")
     if (old := set_in(options.out)) is not None and not options.overwrite:
@@ -506,7 +555,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     one.add_argument("--synthesize", choices=["shapes"], help="draw an embedded world")
 
     group = parser.add_argument_group("how the source is read")
-    group.add_argument("--image-column", default="image", metavar="NAME", help="column or key (default: image)")
+    group.add_argument(
+        "--image-column", default="image", metavar="NAME", help="column or key (default: image)"
+    )
     group.add_argument(
         "--caption-columns",
         type=lambda text: text.split(","),
@@ -521,7 +572,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="where a picture has several: the first, one by chance, or a sample with each (default: first)",
     )
     group.add_argument(
-        "--image-root", type=places.argument, help="folder that paths are relative to (default: the table's own)"
+        "--image-root",
+        type=places.argument,
+        help="folder that paths are relative to (default: the table's own)",
     )
     group.add_argument("--split", default="train", help="of a dataset (default: train)")
     group.add_argument(
@@ -534,13 +587,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     group.add_argument(
         "--class-names", type=Path, metavar="JSON", help='{"n01440764": "tench"}: names of folders or numbers'
     )
-    group.add_argument("--num-samples", type=positive, help="pictures to draw (--synthesize only; default 4096)")
+    group.add_argument(
+        "--num-samples", type=positive, help="pictures to draw (--synthesize only; default 4096)"
+    )
     group.add_argument("--limit", type=positive, help="take only so many, by chance")
 
     group = parser.add_argument_group("what is taken")
     group.add_argument("--min-side", type=positive, default=0, metavar="PIXELS", help="smaller side at least")
     group.add_argument(
-        "--max-aspect", type=at_least_one, default=0.0, metavar="RATIO", help="longer side over smaller at most"
+        "--max-aspect",
+        type=at_least_one,
+        default=0.0,
+        metavar="RATIO",
+        help="longer side over smaller at most",
     )
     group.add_argument("--min-caption", type=positive, default=0, metavar="CHARACTERS")
     group.add_argument("--max-caption", type=positive, default=0, metavar="CHARACTERS")
@@ -593,25 +652,44 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     group.add_argument("--name", help="kind of image tokenizer, where its tensors do not tell")
     group.add_argument(
-        "--tokenizer-size", type=positive, metavar="PIXELS", help="the image tokenizer's, where it does not tell"
+        "--tokenizer-size",
+        type=positive,
+        metavar="PIXELS",
+        help="the image tokenizer's, where it does not tell",
     )
-    group.add_argument("--crops", type=int, choices=[1, 2, 5, 10], default=1, help="codes per image, see encode_codes.py")
-    group.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of encoding (default: fp32)")
+    group.add_argument(
+        "--crops", type=int, choices=[1, 2, 5, 10], default=1, help="codes per image, see encode_codes.py"
+    )
+    group.add_argument(
+        "--precision", choices=["fp32", "bf16"], default="fp32", help="of encoding (default: fp32)"
+    )
     group.add_argument(
         "--text-encoder",
         metavar="PATH",
         help="add text features in the same pass, as encode_text.py would: a T5's folder or hub id",
     )
     group.add_argument(
-        "--caption-cleaning", choices=["original", "lower", "none"], default="original", help="see encode_text.py"
+        "--caption-cleaning",
+        choices=["original", "lower", "none"],
+        default="original",
+        help="see encode_text.py",
     )
-    group.add_argument("--max-tokens", type=positive, default=120, help="longer captions are cut (default: 120)")
     group.add_argument(
-        "--batch-size", type=positive, default=32, help="images (or crops), or captions, at a time (default: 32)"
+        "--max-tokens", type=positive, default=120, help="longer captions are cut (default: 120)"
+    )
+    group.add_argument(
+        "--batch-size",
+        type=positive,
+        default=32,
+        help="images (or crops), or captions, at a time (default: 32)",
     )
     group.add_argument("--device", help="for encoding (default: cuda where there is one, else cpu)")
-    group.add_argument("--samples-per-shard", type=positive, default=1000, metavar="N", help="(default: 1000)")
-    group.add_argument("--bytes-per-shard", type=num_bytes, default=0, metavar="N", help="instead: such as 500M or 1G")
+    group.add_argument(
+        "--samples-per-shard", type=positive, default=1000, metavar="N", help="(default: 1000)"
+    )
+    group.add_argument(
+        "--bytes-per-shard", type=num_bytes, default=0, metavar="N", help="instead: such as 500M or 1G"
+    )
     group.add_argument(
         "--validation-share",
         type=share,
@@ -627,11 +705,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="where the work is done: processes of this machine, or Ray Data, here or on a cluster (default: local)",
     )
     group.add_argument(
-        "--ray-address", metavar="ADDRESS", help="of a cluster, such as auto or ray://head:10001 (default: start Ray here)"
+        "--ray-address",
+        metavar="ADDRESS",
+        help="of a cluster, such as auto or ray://head:10001 (default: start Ray here)",
     )
-    group.add_argument("--overwrite", action="store_true", help="replace another set in --out once the new one is made")
     group.add_argument(
-        "--dry-run", action="store_true", help="write nothing; try the first pictures and tell what would be made"
+        "--overwrite", action="store_true", help="replace another set in --out once the new one is made"
+    )
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="write nothing; try the first pictures and tell what would be made",
     )
     options = parser.parse_args(arguments)
     goes_with = {
@@ -642,7 +726,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     given = {"--image-tokenizer": options.image_tokenizer, "--text-encoder": options.text_encoder}
     for wanted, names in goes_with.items():
         for name in names:
-            if not any(given[each] for each in wanted.split(" or ")) and getattr(options, name) != parser.get_default(name):
+            if not any(given[each] for each in wanted.split(" or ")) and getattr(
+                options, name
+            ) != parser.get_default(name):
                 parser.error(f"--{name.replace('_', '-')} goes with {wanted}")
     if options.num_samples and not options.synthesize:
         parser.error("--num-samples goes with --synthesize; of any other source --limit takes a part")
@@ -675,7 +761,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {where}{error}", file=sys.stderr)
         return 2
     except BrokenProcessPool:
-        print("error: a worker process was killed, perhaps for lack of memory; try fewer --workers", file=sys.stderr)
+        print(
+            "error: a worker process was killed, perhaps for lack of memory; try fewer --workers",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)

@@ -67,10 +67,18 @@ class Part(NamedTuple):
         if not path.is_file():
             return None
         name, sha256, kept, left_out, coded = json.loads(path.read_bytes())
-        return cls(name, sha256, tuple(Kept(*each) for each in kept), tuple(LeftOut(*each) for each in left_out), coded)
+        return cls(
+            name,
+            sha256,
+            tuple(Kept(*each) for each in kept),
+            tuple(LeftOut(*each) for each in left_out),
+            coded,
+        )
 
 
-def make_part(folder: Path, name: str, first: int, items: Sequence[Item], wanted: Wanted, skip_errors: bool) -> Part:
+def make_part(
+    folder: Path, name: str, first: int, items: Sequence[Item], wanted: Wanted, skip_errors: bool
+) -> Part:
     """Write one part. first: place of its first item in the whole set, from which the keys are counted.
 
     folder: on the disk, or a UPath. Raises ValueError naming the item that is damaged, unless they are left out.
@@ -85,7 +93,9 @@ def make_part(folder: Path, name: str, first: int, items: Sequence[Item], wanted
             except Unwanted as reason:
                 left_out.append(LeftOut(number, item.key, str(reason)))
             except (ValueError, MemoryError) as error:
-                reason = str(error) if isinstance(error, ValueError) else f"{item.key}: more than fits into memory"
+                reason = (
+                    str(error) if isinstance(error, ValueError) else f"{item.key}: more than fits into memory"
+                )
                 if not skip_errors:
                     raise ValueError(reason) from error
                 left_out.append(LeftOut(number, item.key, f"error: {reason}"))
@@ -105,7 +115,9 @@ def make_part(folder: Path, name: str, first: int, items: Sequence[Item], wanted
     return part
 
 
-def add_codes(folder: Path, part: Part, encoded: Callable[[Iterable[Sample], Path], Iterator[Sample]]) -> Part:
+def add_codes(
+    folder: Path, part: Part, encoded: Callable[[Iterable[Sample], Path], Iterator[Sample]]
+) -> Part:
     """The part with codes in every sample. encoded: samples and the path of their tar -> samples with codes."""
     if part.kept:
         path = folder / f"{part.name}.tar"

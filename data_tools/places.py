@@ -30,7 +30,9 @@ def at(name: str) -> Path | Any:
         # What a listing said is not kept: workers write to the place too.
         return UPath(name, use_listings_cache=False)
     except ImportError as error:
-        raise ValueError(f"{shown(name)} needs a library: pip install 'mmtensorar[remote]' ({error})") from None
+        raise ValueError(
+            f"{shown(name)} needs a library: pip install 'mmtensorar[remote]' ({error})"
+        ) from None
 
 
 def argument(name: str) -> Path | Any:
@@ -76,7 +78,10 @@ def files(root: Path | Any) -> dict[Path | Any, int | None]:
         except OSError as error:
             raise ValueError(f"{shown(str(root))}: cannot be listed ({error})") from error
         # A name, unlike a path, is the same for a store and for UPath.
-        found = {root / name.removeprefix(root.path).lstrip("/"): status.get("size") for name, status in listed.items()}
+        found = {
+            root / name.removeprefix(root.path).lstrip("/"): status.get("size")
+            for name, status in listed.items()
+        }
         found = {path: size for path, size in found.items() if not _is_hidden(path, root)}
     return dict(sorted(found.items(), key=lambda pair: pair[0].parts))
 
@@ -115,7 +120,9 @@ def with_suffix(name: str, suffix: str) -> tuple[Path | Any, list[Path | Any]]:
 
 def folders(root: Path | Any) -> tuple[str, ...]:
     """Names of the folders in a folder, sorted. Hidden ones are left out."""
-    return tuple(sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")))
+    return tuple(
+        sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    )
 
 
 def contents(paths: Iterable[Path | Any], most: int) -> Iterator[bytes | ValueError]:
@@ -156,7 +163,9 @@ def read_file(path: Path | Any, most: int = EXTENSIONS["jpg"]) -> bytes:
     try:
         with path.open("rb") as file:
             # Of a small file no buffer of `most` bytes.
-            content = file.read(min(most, os.fstat(file.fileno()).st_size) + 1 if is_local(path) else most + 1)
+            content = file.read(
+                min(most, os.fstat(file.fileno()).st_size) + 1 if is_local(path) else most + 1
+            )
     except OSError as error:
         raise ValueError(f"{shown(str(path))}: {error.strerror or error}") from error
     if len(content) > most:

@@ -19,7 +19,9 @@ class Ranks:
     """The processes that share the work. Under no launcher it is one."""
 
     def __init__(self) -> None:
-        self.rank, self.size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+        self.rank, self.size = (
+            int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))
+        )
         if self.size > 1 and not torch.distributed.is_initialized():
             # Shards differ in size, so that one rank may wait for hours at the end. A rank that fails ends, and the
             # launcher then ends the others.
@@ -80,7 +82,9 @@ def rewrite(
     own = missing[ranks.rank :: ranks.size]
     total = sum(shard.num_samples for shard in own)
     where = f" (rank 0 of {ranks.size})" if ranks.size > 1 else ""
-    with tqdm(desc=desc + where, unit=f" {unit}", total=total, disable=None if ranks.first else True) as progress:
+    with tqdm(
+        desc=desc + where, unit=f" {unit}", total=total, disable=None if ranks.first else True
+    ) as progress:
 
         def counted(samples: Iterator[Sample]) -> Iterator[Sample]:
             for sample in samples:

@@ -70,7 +70,10 @@ def make_sample(key: str, item: Item, wanted: Wanted) -> Made:
     if wanted.max_aspect and max(size) > wanted.max_aspect * min(size):
         raise Unwanted(f"longer side more than {wanted.max_aspect:g} times the smaller")
     # Nested values as text: readers that make a table of the json members need one type per column.
-    meta = {k: json.dumps(v, sort_keys=True, default=str) if isinstance(v, dict) else v for k, v in item.meta.items()}
+    meta = {
+        k: json.dumps(v, sort_keys=True, default=str) if isinstance(v, dict) else v
+        for k, v in item.meta.items()
+    }
     meta["size"] = list(size)
     extension, picture = _encoded(image, found, item.key, wanted)
     members = {extension: picture, "txt": caption.encode(), "json": json.dumps(meta, sort_keys=True).encode()}
@@ -87,7 +90,11 @@ def make_sample(key: str, item: Item, wanted: Wanted) -> Made:
 def original_size(meta: dict) -> tuple[int, int] | None:
     """Width and height before a picture was cropped for a set of ours, where its json member tells."""
     found = meta.get("size")
-    if isinstance(found, list) and len(found) == 2 and all(type(side) is int and 0 < side < 2**31 for side in found):
+    if (
+        isinstance(found, list)
+        and len(found) == 2
+        and all(type(side) is int and 0 < side < 2**31 for side in found)
+    ):
         return found[0], found[1]
     return None
 

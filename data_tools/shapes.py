@@ -68,7 +68,9 @@ _INSIDE = {
     "bar": lambda u, v: (np.abs(u) <= 1) & (np.abs(v) <= 0.42),
     "ring": lambda u, v: (u**2 + v**2 <= 1) & (u**2 + v**2 >= 0.30),
     "diamond": lambda u, v: np.abs(u) / 0.62 + np.abs(v) <= 1,
-    "heart": lambda u, v: ((1.2 * u) ** 2 + (-1.2 * v + 0.12) ** 2 - 1) ** 3 - (1.2 * u) ** 2 * (-1.2 * v + 0.12) ** 3 <= 0,
+    "heart": lambda u, v: (
+        ((1.2 * u) ** 2 + (-1.2 * v + 0.12) ** 2 - 1) ** 3 - (1.2 * u) ** 2 * (-1.2 * v + 0.12) ** 3 <= 0
+    ),
 }
 SHAPES: tuple[str, ...] = tuple(_INSIDE)
 PLURALS = {name: name + ("es" if name.endswith("s") else "s") for name in SHAPES}
@@ -172,7 +174,9 @@ def coverage(shape: str, radius: float, x: float, y: float, size: int) -> np.nda
     return covered
 
 
-def _place(rng: np.random.Generator, count: int, relation: str | None, size: int) -> list[tuple[float, float, float]]:
+def _place(
+    rng: np.random.Generator, count: int, relation: str | None, size: int
+) -> list[tuple[float, float, float]]:
     """Centres and radii (x, y, radius) that neither touch each other nor the border; by rejection.
 
     Centres lie on a lattice of 8 pixels, the pixels of one image code, and radii are a few whole pixels (at size 64),
@@ -210,7 +214,9 @@ def draw(scene: Scene, rng: np.random.Generator, size: int = 64) -> Image.Image:
     pixels = np.full((size, size, 3), GROUNDS[rng.integers(len(GROUNDS))], np.float32)
     free = [name for name in COLORS if name not in {o.color for o in scene.objects}]
     shared = free[rng.integers(len(free))]
-    for item, (x, y, radius) in zip(scene.objects, _place(rng, len(scene.objects), scene.relation, size), strict=True):
+    for item, (x, y, radius) in zip(
+        scene.objects, _place(rng, len(scene.objects), scene.relation, size), strict=True
+    ):
         # Counted things share a colour; otherwise each open colour is drawn on its own.
         name = item.color or (shared if scene.skill == "counting" else free[rng.integers(len(free))])
         # Only the box around the shape is drawn on; (left, top) is its corner.

@@ -30,7 +30,9 @@ def pick(prompts: list[dict], num_prompts: int) -> list[int]:
     skills = list(dict.fromkeys(prompt["tag"] for prompt in prompts))
     each = num_prompts // len(skills)
     if not each:
-        raise ValueError(f"number of prompts is {num_prompts}; expected at least one per skill, {len(skills)}")
+        raise ValueError(
+            f"number of prompts is {num_prompts}; expected at least one per skill, {len(skills)}"
+        )
     return [
         index
         for skill in skills
@@ -61,7 +63,9 @@ def read(folder: Path) -> tuple[list[dict], list[list[Path]], dict[Path, bool]]:
     return prompts, files, verdicts
 
 
-def compose(folders: Mapping[str, Path], *, num_prompts: int = 12, num_images: int = 4, scale: int = 2) -> Image.Image:
+def compose(
+    folders: Mapping[str, Path], *, num_prompts: int = 12, num_images: int = 4, scale: int = 2
+) -> Image.Image:
     """The gallery of folders by column heading.
 
     Raises ValueError when the folders have different prompts or fewer images than asked for.
@@ -72,7 +76,9 @@ def compose(folders: Mapping[str, Path], *, num_prompts: int = 12, num_images: i
         if others != prompts:
             raise ValueError(f"{folders[name]} holds other prompts than {next(iter(folders.values()))}")
         if len(files[0]) < num_images:
-            raise ValueError(f"{folders[name]} holds {len(files[0])} images per prompt; {num_images} asked for")
+            raise ValueError(
+                f"{folders[name]} holds {len(files[0])} images per prompt; {num_images} asked for"
+            )
     chosen = pick(prompts, num_prompts)
     first = layout.open_image(next(iter(read_folders.values()))[1][0][0])
     width, height = (side * scale for side in first.size)
@@ -100,7 +106,9 @@ def compose(folders: Mapping[str, Path], *, num_prompts: int = 12, num_images: i
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.gallery", description="Images of several models side by side.")
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.gallery", description="Images of several models side by side."
+    )
     parser.add_argument("folders", nargs="+", metavar="[NAME=]FOLDER")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.png")
     parser.add_argument("--num-prompts", type=int, default=12, help="over all skills (default 12)")

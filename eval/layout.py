@@ -18,7 +18,9 @@ def image_path(folder: Path, prompt_index: int, image_index: int) -> Path:
     return folder / f"{prompt_index:05d}" / "samples" / f"{image_index:05d}.png"
 
 
-def survey(folder: Path, *, num_prompts: int | None = None, num_images: int | None = None) -> tuple[list[list[Path]], list[str]]:
+def survey(
+    folder: Path, *, num_prompts: int | None = None, num_images: int | None = None
+) -> tuple[list[list[Path]], list[str]]:
     """Per prompt its images' files, those of one prompt in order; and what is missing, there twice or too many, in words.
 
     num_prompts, num_images (per prompt): how many there must be; None takes the most that are there. Raises ValueError
@@ -28,7 +30,10 @@ def survey(folder: Path, *, num_prompts: int | None = None, num_images: int | No
         raise ValueError(f"no folder {folder}")
     problems: list[str] = []
     folders = _numbered(folder, (path for path in folder.iterdir() if path.is_dir()), problems)
-    found = {index: _numbered(folder, (path / "samples").glob("*.png"), problems) for index, path in folders.items()}
+    found = {
+        index: _numbered(folder, (path / "samples").glob("*.png"), problems)
+        for index, path in folders.items()
+    }
     if not any(found.values()):
         raise ValueError(f"{folder} holds no images; expected {image_path(Path(), 0, 0)}")
     if num_prompts is None:
@@ -42,8 +47,16 @@ def survey(folder: Path, *, num_prompts: int | None = None, num_images: int | No
         absent = [i for i in range(num_images) if i not in found[index]]
         problems += [f"{image_path(Path(), index, i)} is missing" for i in absent]
     for index, images in found.items():
-        problems += [f"{p.relative_to(folder)} is one too many" for i, p in images.items() if index >= num_prompts or i >= num_images]
-    wanted = {index: {i: p for i, p in found[index].items() if i < num_images} for index in sorted(found) if index < num_prompts}
+        problems += [
+            f"{p.relative_to(folder)} is one too many"
+            for i, p in images.items()
+            if index >= num_prompts or i >= num_images
+        ]
+    wanted = {
+        index: {i: p for i, p in found[index].items() if i < num_images}
+        for index in sorted(found)
+        if index < num_prompts
+    }
     return [[images[i] for i in sorted(images)] for images in wanted.values() if images], problems
 
 
@@ -57,7 +70,9 @@ def _numbered(folder: Path, paths: Iterable[Path], problems: list[str]) -> dict[
     return found
 
 
-def image_files(folder: Path, *, num_prompts: int | None = None, num_images: int | None = None) -> list[list[Path]]:
+def image_files(
+    folder: Path, *, num_prompts: int | None = None, num_images: int | None = None
+) -> list[list[Path]]:
     """The files of `survey`. Raises ValueError listing its problems."""
     files, problems = survey(folder, num_prompts=num_prompts, num_images=num_images)
     if problems:

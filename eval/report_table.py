@@ -78,7 +78,11 @@ def notes(summaries: Mapping[str, dict]) -> str:
     """What the numbers are, in one paragraph."""
     first = next(iter(summaries.values()))
     seeds = [str(s["seed"]) if s.get("seed") is not None else "unknown" for s in summaries.values()]
-    seed = seeds[0] if len(set(seeds)) == 1 else ", ".join(f"{s} ({name})" for name, s in zip(summaries, seeds, strict=True))
+    seed = (
+        seeds[0]
+        if len(set(seeds)) == 1
+        else ", ".join(f"{s} ({name})" for name, s in zip(summaries, seeds, strict=True))
+    )
     sampling = {name: _sampling(summary) for name, summary in summaries.items()}
     if len(set(sampling.values())) == 1:
         sampled = next(iter(sampling.values()))
@@ -86,7 +90,11 @@ def notes(summaries: Mapping[str, dict]) -> str:
         sampled = "; ".join(f"{name}: {told}" for name, told in sampling.items())
     pictures = [bound["num_images"] for s in summaries.values() for bound in _bounds(s).values()]
     drawn = f" Ceiling and chance: {pictures[0]} drawn pictures." if pictures else ""
-    partial = [f"{name} lacks {len(s['partial'])} images or prompts" for name, s in summaries.items() if s.get("partial")]
+    partial = [
+        f"{name} lacks {len(s['partial'])} images or prompts"
+        for name, s in summaries.items()
+        if s.get("partial")
+    ]
     lacking = f" PARTIAL: {'; '.join(partial)}." if partial else ""
     return (
         f"Suite {first['suite']}, detector {first['detector']}, seed {seed}. Sampling: {sampled}. Percent correct [95 % interval, clustered by "
@@ -110,7 +118,10 @@ def render(summaries: Mapping[str, dict], *, markdown: bool = False) -> str:
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
 
     def line(row: list[str]) -> list[str]:
-        return [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        return [
+            row[0].ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+        ]
 
     if markdown:
         ruler = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
@@ -146,7 +157,9 @@ def named(text: str) -> tuple[str, Path]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.report_table", description="Several models' scores in one table.")
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.report_table", description="Several models' scores in one table."
+    )
     parser.add_argument("summaries", nargs="+", metavar="NAME=summary.json")
     parser.add_argument("--markdown", action="store_true")
     options = parser.parse_args(arguments)

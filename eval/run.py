@@ -33,7 +33,10 @@ FREE = ("checkpoint", "num_prompts", "batch_size", "device", "attn_implementatio
 
 def image_seed(seed: int, prompt_index: int, image_index: int) -> int:
     """The 63-bit seed of one image; models compared under one seed share their random numbers."""
-    return int(np.random.SeedSequence((seed, prompt_index, image_index)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return int(
+        np.random.SeedSequence((seed, prompt_index, image_index)).generate_state(1, np.uint64)[0]
+        >> np.uint64(1)
+    )
 
 
 def rank() -> int:
@@ -145,13 +148,19 @@ def generate(
     batches = [batch for batch in batches if not all(image_path(out, *place).is_file() for place in batch)]
     made = 0
     with tqdm(
-        total=sum(map(len, batches)), unit="image", desc=f"generating in {out}", file=sys.stderr, disable=rank() > 0
+        total=sum(map(len, batches)),
+        unit="image",
+        desc=f"generating in {out}",
+        file=sys.stderr,
+        disable=rank() > 0,
     ) as bar:
         for batch in batches:
             texts = [prompts[prompt]["prompt"] for prompt, _ in batch]
             seeds = [image_seed(seed, *place) for place in batch]
             decoded = generator.decode(texts, seeds, sampling)
-            for place, image_seed_, image in zip(batch, seeds, generator.pictures(decoded.codes), strict=True):
+            for place, image_seed_, image in zip(
+                batch, seeds, generator.pictures(decoded.codes), strict=True
+            ):
                 path = image_path(out, *place)
                 if not path.is_file():
                     path.parent.mkdir(parents=True, exist_ok=True)
@@ -169,7 +178,9 @@ def claim(out: Path, settings: dict) -> None:
     settings = json.loads(json.dumps(settings))  # tuples come back from the record as lists
     if not path.is_file():
         if any(item.name.isdigit() for item in out.iterdir()):
-            raise ValueError(f"{out} holds images but no {RECORD}, so their origin is unknown; choose another --out")
+            raise ValueError(
+                f"{out} holds images but no {RECORD}, so their origin is unknown; choose another --out"
+            )
         write_text(path, json.dumps(settings, indent=2) + "\n")
         return
     found = read_record(out)
@@ -179,4 +190,6 @@ def claim(out: Path, settings: dict) -> None:
         if key not in FREE and found.get(key) != value
     ]
     if changed:
-        raise ValueError(f"{out} holds images of another run ({'; '.join(changed)}); choose another --out or delete it")
+        raise ValueError(
+            f"{out} holds images of another run ({'; '.join(changed)}); choose another --out or delete it"
+        )

@@ -3,7 +3,16 @@
 import platform
 from importlib import metadata
 
-PACKAGES = ("mmtensorar", "torch", "transformers", "open_clip_torch", "torch-fidelity", "numpy", "scipy", "pillow")
+PACKAGES = (
+    "mmtensorar",
+    "torch",
+    "transformers",
+    "open_clip_torch",
+    "torch-fidelity",
+    "numpy",
+    "scipy",
+    "pillow",
+)
 
 
 def installed() -> dict[str, str]:

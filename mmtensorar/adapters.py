@@ -59,18 +59,26 @@ def prepare(model: nn.Module, recipe: Recipe) -> None:
         matched = [parameter for name, parameter in model.named_parameters() if re.search(pattern, name)]
         if not matched:
             some = ", ".join(name for name, _ in list(model.named_parameters())[:3])
-            raise ValueError(f"train.freeze: {pattern!r} matches no parameter; they have names such as {some}")
+            raise ValueError(
+                f"train.freeze: {pattern!r} matches no parameter; they have names such as {some}"
+            )
         for parameter in matched:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f"train.parts {parts} and train.freeze {list(recipe.train.freeze)} leave nothing to train")
+        raise ValueError(
+            f"train.parts {parts} and train.freeze {list(recipe.train.freeze)} leave nothing to train"
+        )
 
 
 def counts(model: nn.Module) -> list[Counts]:
     """Trained and all parameters, by part."""
     found: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():
-        part = "adapters" if ".lora_" in name else ".".join(name.split(".")[: 2 if name.startswith("backbone.") else 1])
+        part = (
+            "adapters"
+            if ".lora_" in name
+            else ".".join(name.split(".")[: 2 if name.startswith("backbone.") else 1])
+        )
         # Under ZeRO-3 a parameter is a piece; in 4 bits two numbers share a byte.
         number = getattr(parameter, "ds_numel", parameter.numel())
         if type(parameter).__name__ == "Params4bit" and parameter.dtype == torch.uint8:
@@ -100,10 +108,16 @@ def targets(recipe: Recipe) -> str:
 
 def _targeted(model: nn.Module, recipe: Recipe) -> list[str]:
     pattern = re.compile(targets(recipe))
-    found = [name for name, part in model.backbone.named_modules() if isinstance(part, nn.Linear) and pattern.fullmatch(name)]
+    found = [
+        name
+        for name, part in model.backbone.named_modules()
+        if isinstance(part, nn.Linear) and pattern.fullmatch(name)
+    ]
     if not found:
         linear = [name for name, part in model.backbone.named_modules() if isinstance(part, nn.Linear)]
-        raise ValueError(f"lora.targets {pattern.pattern!r} matches no matrix of the backbone; there are {', '.join(linear[:3])}")
+        raise ValueError(
+            f"lora.targets {pattern.pattern!r} matches no matrix of the backbone; there are {', '.join(linear[:3])}"
+        )
     return found
 
 
@@ -111,11 +125,17 @@ def _insert(model: nn.Module, recipe: Recipe) -> None:
     try:
         import peft
     except ImportError as error:
-        raise ValueError(f"train.parts {recipe.train.parts} needs peft: pip install 'mmtensorar[small]' ({error})") from None
+        raise ValueError(
+            f"train.parts {recipe.train.parts} needs peft: pip install 'mmtensorar[small]' ({error})"
+        ) from None
     settings = recipe.lora
     names = _targeted(model, recipe)
     config = peft.LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=names, bias="none"
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=names,
+        bias="none",
     )
     on_meta = next(model.parameters()).is_meta
     peft.inject_adapter_in_model(config, model.backbone, low_cpu_mem_usage=on_meta)
@@ -132,7 +152,9 @@ def initial(name: str, shape: torch.Size, seed: int) -> Tensor:
     """
     value = torch.zeros(shape)
     if ".lora_A." in name:
-        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big") >> 1)
+        generator = torch.Generator().manual_seed(
+            int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big") >> 1
+        )
         nn.init.kaiming_uniform_(value, a=5**0.5, generator=generator)
     return value
 
@@ -150,8 +172,12 @@ def fold(model: nn.Module, recipe: Recipe, adapters: dict[str, Tensor]) -> None:
             weight.data.copy_(_rounded(weight.data))
     _insert(model, recipe)
     expected = state(model.state_dict())
-    if {name: value.shape for name, value in expected.items()} != {name: value.shape for name, value in adapters.items()}:
-        raise ValueError(f"the adapters are not those that the recipe describes: {len(adapters)} tensors, expected {len(expected)}")
+    if {name: value.shape for name, value in expected.items()} != {
+        name: value.shape for name, value in adapters.items()
+    }:
+        raise ValueError(
+            f"the adapters are not those that the recipe describes: {len(adapters)} tensors, expected {len(expected)}"
+        )
     model.load_state_dict(adapters, strict=False)
     for name, module in list(model.named_modules()):
         if hasattr(module, "merge") and hasattr(module, "get_base_layer"):
@@ -179,11 +205,20 @@ def _quantise(model: nn.Module, recipe: Recipe) -> None:
     for name in _targeted(model, recipe):
         old = model.backbone.get_submodule(name)
         if old.in_features % BLOCK:
-            raise ValueError(f"train.parts qlora: backbone.{name} is {old.in_features} wide; 4 bits need a multiple of {BLOCK}")
+            raise ValueError(
+                f"train.parts qlora: backbone.{name} is {old.in_features} wide; 4 bits need a multiple of {BLOCK}"
+            )
         new = bitsandbytes.nn.Linear4bit(
-            old.in_features, old.out_features, bias=old.bias is not None, compute_dtype=computed_in, quant_type="nf4", device="meta"
+            old.in_features,
+            old.out_features,
+            bias=old.bias is not None,
+            compute_dtype=computed_in,
+            quant_type="nf4",
+            device="meta",
         )
-        new.weight = bitsandbytes.nn.Params4bit(old.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=new)
+        new.weight = bitsandbytes.nn.Params4bit(
+            old.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=new
+        )
         if old.bias is not None:
             new.bias = old.bias
         if not old.weight.is_meta:
@@ -197,5 +232,7 @@ def _quantise(model: nn.Module, recipe: Recipe) -> None:
 def _rounded(weight: Tensor) -> Tensor:
     """A matrix after NF4 and back."""
     functional = bitsandbytes_for("train.parts qlora").functional
-    packed, quant_state = functional.quantize_4bit(weight.contiguous(), quant_type="nf4", compress_statistics=True)
+    packed, quant_state = functional.quantize_4bit(
+        weight.contiguous(), quant_type="nf4", compress_statistics=True
+    )
     return functional.dequantize_4bit(packed, quant_state).to(weight.dtype)

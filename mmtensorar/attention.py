@@ -66,7 +66,9 @@ def require(implementation: Implementation, *, key: str, dtype: torch.dtype | No
             "(it needs a CUDA GPU and `pip install -e '.[flash]'`); sdpa is the default"
         )
     if dtype not in (None, torch.bfloat16, torch.float16):
-        raise ValueError(f"{key} is flash_attention_2, which computes in bf16 or fp16, not in {dtype}; use sdpa for float32")
+        raise ValueError(
+            f"{key} is flash_attention_2, which computes in bf16 or fp16, not in {dtype}; use sdpa for float32"
+        )
 
 
 def pattern(
@@ -113,7 +115,9 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
     if query.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"flash_attention_2 computes in bf16 or fp16, not in {query.dtype}; use sdpa for float32")
+        raise ValueError(
+            f"flash_attention_2 computes in bf16 or fp16, not in {query.dtype}; use sdpa for float32"
+        )
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [B, S, H, C]
     if mask is None:
         return flash_attn_func(query, key, value, causal=True).transpose(1, 2)

@@ -42,7 +42,13 @@ class T5Features:
         cleaning: Cleaning = "original",
         device: torch.device | None = None,
     ):
-        self.path, self.num_slots, self.dim, self.cleaning, self.device = path, num_slots, dim, cleaning, device
+        self.path, self.num_slots, self.dim, self.cleaning, self.device = (
+            path,
+            num_slots,
+            dim,
+            cleaning,
+            device,
+        )
         self._encoder = None
         if cleaning == "original":
             _cleaning_packages()
@@ -155,7 +161,10 @@ _DASHES = (
 # (pattern, replacement), in this order, before and after the markup is taken out.
 _LINKS = [
     (r"<person>", "person"),
-    (r"\b(?:https?:(?:/{1,3}|[a-z0-9%])|www\d{0,3}\.|[a-z0-9.-]+\.(?:com|co|ru|net|org|edu|gov|it)\b/?(?!@))\S*", ""),
+    (
+        r"\b(?:https?:(?:/{1,3}|[a-z0-9%])|www\d{0,3}\.|[a-z0-9.-]+\.(?:com|co|ru|net|org|edu|gov|it)\b/?(?!@))\S*",
+        "",
+    ),
 ]
 _MARKS = [
     (r"@\w+\b", ""),  # nicknames
@@ -234,4 +243,6 @@ class ClassNumbers:
                 raise ValueError(
                     f"{caption!r} is no class of this class-conditional backbone; expected 0 to {self.num_classes - 1}"
                 )
-        return Condition(torch.tensor([[int(c)] for c in captions]), torch.ones(len(captions), 1, dtype=torch.bool))
+        return Condition(
+            torch.tensor([[int(c)] for c in captions]), torch.ones(len(captions), 1, dtype=torch.bool)
+        )

@@ -1,14 +1,14 @@
 """Consolidated checkpoints: one folder that generation and evaluation load without DeepSpeed.
 
-    FOLDER/
-      recipe.yaml            the resolved recipe of the run
-      backbone/              config.json, model.safetensors, text tokenizer files
-      tensorar.safetensors   weights of the window encoder and decoder; absent at window 1
-      adapters.safetensors   after training with adapters: then backbone/ has no weights, and
-      base.json              says where they are, and how to know them again
-      image_tokenizer/       config.json, model.safetensors; absent where a conversion was given none
-      source.json            of a converted release: kind and sha256 of the files it came from
-      checkpoint.json        format version, step, sha256 per file; written last
+FOLDER/
+  recipe.yaml            the resolved recipe of the run
+  backbone/              config.json, model.safetensors, text tokenizer files
+  tensorar.safetensors   weights of the window encoder and decoder; absent at window 1
+  adapters.safetensors   after training with adapters: then backbone/ has no weights, and
+  base.json              says where they are, and how to know them again
+  image_tokenizer/       config.json, model.safetensors; absent where a conversion was given none
+  source.json            of a converted release: kind and sha256 of the files it came from
+  checkpoint.json        format version, step, sha256 per file; written last
 """
 
 from __future__ import annotations
@@ -121,7 +121,11 @@ def initial_values(recipe: Recipe) -> Callable[[str], Tensor]:
     _take_codec(model, recipe)
     codec = codec_state(model.state_dict())
     with_adapters = recipe.train.parts in adapters.WITH_ADAPTERS
-    shapes = {name: p.shape for name, p in skeleton(recipe).named_parameters() if ".lora_" in name} if with_adapters else {}
+    shapes = (
+        {name: p.shape for name, p in skeleton(recipe).named_parameters() if ".lora_" in name}
+        if with_adapters
+        else {}
+    )
 
     def value(name: str) -> Tensor:
         if name in codec:
@@ -135,7 +139,11 @@ def initial_values(recipe: Recipe) -> Callable[[str], Tensor]:
 
 def _take_codec(model: TensorAR, recipe: Recipe) -> None:
     """Load the codec in train.init_from, where there is one and it fits."""
-    if recipe.train.init_from is None or model.window == 1 or not (Path(recipe.train.init_from) / CODEC).is_file():
+    if (
+        recipe.train.init_from is None
+        or model.window == 1
+        or not (Path(recipe.train.init_from) / CODEC).is_file()
+    ):
         return
     folder = Path(recipe.train.init_from)
     codec, own = load_file(folder / CODEC), codec_state(model.state_dict())
@@ -143,7 +151,9 @@ def _take_codec(model: TensorAR, recipe: Recipe) -> None:
     if same_heads and {k: v.shape for k, v in codec.items()} == {k: v.shape for k, v in own.items()}:
         model.load_state_dict(codec, strict=False)
     elif os.environ.get("RANK", "0") == "0":  # without ZeRO-3 every rank comes here
-        print(f"note: the codec in {folder} has another shape or number of heads than the recipe's, so a fresh one is trained")
+        print(
+            f"note: the codec in {folder} has another shape or number of heads than the recipe's, so a fresh one is trained"
+        )
 
 
 def model_to_train(recipe: Recipe) -> TensorAR:
@@ -180,7 +190,9 @@ def codec_state(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in state_dict.items() if name.startswith(adapters.CODEC_PARTS)}
 
 
-def save_adapters(folder: str | Path, recipe: Recipe, state_dict: Mapping[str, Tensor], *, step: int = 0) -> None:
+def save_adapters(
+    folder: str | Path, recipe: Recipe, state_dict: Mapping[str, Tensor], *, step: int = 0
+) -> None:
     """Write a checkpoint of adapters and codec; the folder appears whole or not at all.
 
     state_dict: what was trained, with TensorAR's names. The backbone's own weights are not copied: base.json names them.
@@ -191,12 +203,18 @@ def save_adapters(folder: str | Path, recipe: Recipe, state_dict: Mapping[str, T
         model = build(recipe, weights=False, device="meta")
         (partial / "backbone").mkdir()
         model.backbone.save_config(partial / "backbone")
-        save_file({name: value.contiguous() for name, value in adapters.state(state_dict).items()}, partial / ADAPTERS)
+        save_file(
+            {name: value.contiguous() for name, value in adapters.state(state_dict).items()},
+            partial / ADAPTERS,
+        )
         if codec := codec_state(state_dict):
             save_file({name: value.contiguous() for name, value in codec.items()}, partial / CODEC)
         image_tokenizers.load(recipe.image_tokenizer).save_pretrained(partial / "image_tokenizer")
         path = recipe.backbone.path
-        base = {"path": str(Path(path).resolve()) if Path(path).exists() else path, "fingerprint": _fingerprint(Path(path))}
+        base = {
+            "path": str(Path(path).resolve()) if Path(path).exists() else path,
+            "fingerprint": _fingerprint(Path(path)),
+        }
         (partial / BASE).write_text(json.dumps(base) + "\n", encoding="utf-8")
         write_index(partial, step)
 
@@ -231,7 +249,9 @@ def save(
         model.backbone.save_pretrained(partial / "backbone")
         codec = codec_state(model.state_dict())
         if codec:
-            save_file({name: value.detach().cpu().contiguous() for name, value in codec.items()}, partial / CODEC)
+            save_file(
+                {name: value.detach().cpu().contiguous() for name, value in codec.items()}, partial / CODEC
+            )
         image_tokenizers.load(recipe.image_tokenizer).save_pretrained(partial / "image_tokenizer")
         write_index(partial, step)
 
@@ -305,7 +325,9 @@ def check_files(folder: str | Path) -> dict:
         if not path.is_file():
             raise ValueError(f"checkpoint {folder}: {name} is missing, {INDEX} lists it")
         if (found := sha256(path)) != expected:
-            raise ValueError(f"checkpoint {folder}: {name} is damaged, its sha256 is {found}, expected {expected}")
+            raise ValueError(
+                f"checkpoint {folder}: {name} is damaged, its sha256 is {found}, expected {expected}"
+            )
     return index
 
 
@@ -324,7 +346,9 @@ def saved_recipe(folder: str | Path, *, attn_implementation: attention.Implement
     return recipe.model_copy(
         update={
             "backbone": recipe.backbone.model_copy(update=backbone),
-            "image_tokenizer": recipe.image_tokenizer.model_copy(update={"path": str(folder / "image_tokenizer")}),
+            "image_tokenizer": recipe.image_tokenizer.model_copy(
+                update={"path": str(folder / "image_tokenizer")}
+            ),
         }
     )
 
@@ -336,8 +360,14 @@ def read_base(folder: Path) -> dict[str, str]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         found = None
-    if not isinstance(found, dict) or set(found) != {"path", "fingerprint"} or not all(isinstance(v, str) for v in found.values()):
-        raise ValueError(f"{path}: expected the path and the fingerprint of the backbone, the checkpoint is damaged")
+    if (
+        not isinstance(found, dict)
+        or set(found) != {"path", "fingerprint"}
+        or not all(isinstance(v, str) for v in found.values())
+    ):
+        raise ValueError(
+            f"{path}: expected the path and the fingerprint of the backbone, the checkpoint is damaged"
+        )
     return found
 
 
@@ -358,8 +388,12 @@ def load(
     attention.require(attn_implementation, key="attn_implementation", dtype=dtype)
     index = check_files(folder) if verify else read_index(folder)
     recipe = saved_recipe(folder, attn_implementation=attn_implementation)
-    if (folder / ADAPTERS).is_file() and _fingerprint(Path(recipe.backbone.path)) != read_base(folder)["fingerprint"]:
-        raise ValueError(f"checkpoint {folder}: its adapters are for other weights than those in {recipe.backbone.path} now")
+    if (folder / ADAPTERS).is_file() and _fingerprint(Path(recipe.backbone.path)) != read_base(folder)[
+        "fingerprint"
+    ]:
+        raise ValueError(
+            f"checkpoint {folder}: its adapters are for other weights than those in {recipe.backbone.path} now"
+        )
     model = tensorar.build(recipe, backbones.load(recipe.backbone, device="cpu"))
     if (folder / ADAPTERS).is_file():
         try:
@@ -368,7 +402,9 @@ def load(
             raise ValueError(f"checkpoint {folder}: {error}") from error
     if codec_state(model.state_dict()):
         if not (folder / CODEC).is_file():
-            raise ValueError(f"checkpoint {folder}: {CODEC} is missing, and its recipe has tensorar.window {model.window}")
+            raise ValueError(
+                f"checkpoint {folder}: {CODEC} is missing, and its recipe has tensorar.window {model.window}"
+            )
         found = load_file(folder / CODEC)
         _check_names(codec_state(model.state_dict()), found, f"checkpoint {folder}: {CODEC}")
         model.load_state_dict(found, strict=False)
@@ -391,4 +427,6 @@ def _check_names(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], wh
         raise ValueError(f"{where}: missing {missing[:3] or 'nothing'}, unexpected {extra[:3] or 'nothing'}")
     for name, value in expected.items():
         if value.shape != found[name].shape:
-            raise ValueError(f"{where}: {name} has shape {list(found[name].shape)}, expected {list(value.shape)}")
+            raise ValueError(
+                f"{where}: {name} has shape {list(found[name].shape)}, expected {list(value.shape)}"
+            )

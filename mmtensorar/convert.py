@@ -91,7 +91,9 @@ class Source(NamedTuple):
 def find(path: str, kind: str | None = None, *, key: str = "SRC", option: str = "--kind") -> Source:
     """The released model at a path or Hugging Face id. Raises ValueError when there is none, or its kind is unclear."""
     if (Path(path) / checkpoint.INDEX).is_file():
-        raise ValueError(f"{key}: {path} is a checkpoint of this project already; --original writes such a one back")
+        raise ValueError(
+            f"{key}: {path} is a checkpoint of this project already; --original writes such a one back"
+        )
     located = Path(os.path.abspath(locate(path, key=key)))
     tensors = Checkpoint(located, WRAPPERS)
     if kind is None and located.is_dir():
@@ -127,7 +129,9 @@ def convert(
     source = find(path, kind)
     if source.kind in IMAGE_TOKENIZERS:
         if image_tokenizer is not None:
-            raise ValueError(f"--image-tokenizer goes with a backbone, and {source.path} is an image tokenizer itself")
+            raise ValueError(
+                f"--image-tokenizer goes with a backbone, and {source.path} is an image tokenizer itself"
+            )
         section = _section("image_tokenizer", source, image_size=image_size, **settings)
         with appearing(folder) as partial:
             image_tokenizers.load(section).save_pretrained(partial)
@@ -142,14 +146,18 @@ def convert(
     unread.check()
     if source.kind == "janus":
         if unread.model.text_tokenizer is None:
-            raise ValueError(f"{source.path} has no tokenizer.json: give a folder that has one as --text-tokenizer")
+            raise ValueError(
+                f"{source.path} has no tokenizer.json: give a folder that has one as --text-tokenizer"
+            )
         backbones.caption_encoder(section)  # which checks it
     tokenizer_source = _inside(source) if image_tokenizer is None else image_tokenizer_at(image_tokenizer)
     tokenizer_section = None
     if tokenizer_source is not None:
         pixels = None
         if tokenizer_source.kind == "llamagen_vq":
-            pixels = math.isqrt(unread.model.num_tokens) * PIXELS_PER_TOKEN  # which all LlamaGen backbones are made for
+            pixels = (
+                math.isqrt(unread.model.num_tokens) * PIXELS_PER_TOKEN
+            )  # which all LlamaGen backbones are made for
         tokenizer_section = _section("image_tokenizer", tokenizer_source, image_size=pixels)
         loaded = image_tokenizers.load(tokenizer_section)
         paths = dict(image_tokenizer_path=tokenizer_source.path, backbone_path=source.path)
@@ -172,7 +180,9 @@ def convert(
         partial.mkdir()
         (partial / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
         Recipe.load(partial / "recipe.yaml").save(partial / "recipe.yaml")
-        tensors = _tensors_bar(unread.tensors(), len(unread.model.state_dict()), f"{source.kind} to {folder.name}")
+        tensors = _tensors_bar(
+            unread.tensors(), len(unread.model.state_dict()), f"{source.kind} to {folder.name}"
+        )
         write(partial / "backbone", tensors)
         unread.model.save_config(partial / "backbone")
         if tokenizer_source is not None:
@@ -181,7 +191,11 @@ def convert(
         size = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
         with _bytes_bar(size, "sha256 of what is written") as bar:
             checkpoint.write_index(partial, 0, bar.update)
-    without = "" if tokenizer_source else ", without image tokenizer (--image-tokenizer): it makes codes, but no images"
+    without = (
+        ""
+        if tokenizer_source
+        else ", without image tokenizer (--image-tokenizer): it makes codes, but no images"
+    )
     return f"{folder}: checkpoint of {source.kind}, {unread.model.num_tokens} tokens an image{without}"
 
 
@@ -205,7 +219,9 @@ def image_tokenizer_at(path: str, *, option: str = "--kind") -> Source:
 
 def _inside(source: Source) -> Source | None:
     kind, starts = INSIDE.get(source.kind, (None, ()))
-    return source._replace(kind=kind) if any(name.startswith(starts) for name in source.tensors.shapes) else None
+    return (
+        source._replace(kind=kind) if any(name.startswith(starts) for name in source.tensors.shapes) else None
+    )
 
 
 def _record(folder: Path, **sources: Source | None) -> None:
@@ -269,14 +285,18 @@ def original(folder: Path, target: Path, *, base: str | None = None, drop_tensor
     else:
         lost += f"{', and' if lost else ','} without image tokenizer, which the original code expects inside"
     _torch_save({"state_dict": tensors}, target)
-    return f'{target}: Open-MAGVIT2{lost}; a dictionary with the key "state_dict", which the original code reads'
+    return (
+        f'{target}: Open-MAGVIT2{lost}; a dictionary with the key "state_dict", which the original code reads'
+    )
 
 
 def _original_tokenizer(folder: Path, target: Path) -> str:
     source = find(str(folder), key="CKPT")
     wrapper = {"llamagen_vq": "model", "open_magvit2_lfq": "state_dict"}.get(source.kind)
     if wrapper is None:
-        raise ValueError(f"{folder} is a {source.kind}; --original takes checkpoints, llamagen_vq and open_magvit2_lfq")
+        raise ValueError(
+            f"{folder} is a {source.kind}; --original takes checkpoints, llamagen_vq and open_magvit2_lfq"
+        )
     image_tokenizer = image_tokenizers.load(_section("image_tokenizer", source))
     model = image_tokenizer.model if source.kind == "llamagen_vq" else image_tokenizer
     _torch_save({wrapper: model.state_dict()}, target)
@@ -287,7 +307,11 @@ def _torch_save(content: dict[str, dict[str, Tensor]], target: Path) -> None:
     if target.suffix not in TORCH_SUFFIXES:
         raise ValueError(f"DST is {target}; expected a file that ends in {', '.join(TORCH_SUFFIXES)}")
     size = sum(value.nbytes for tensors in content.values() for value in tensors.values())
-    with appearing(target) as partial, _bytes_bar(size, f"writing {target.name}") as bar, partial.open("wb") as file:
+    with (
+        appearing(target) as partial,
+        _bytes_bar(size, f"writing {target.name}") as bar,
+        partial.open("wb") as file,
+    ):
         torch.save(content, _Counted(file, bar))
 
 
@@ -305,7 +329,9 @@ class _Counted:
         self.file.flush()
 
 
-def _original_janus(folder: Path, unread: Unread, image_tokenizer: Any, target: Path, base: str | None) -> None:
+def _original_janus(
+    folder: Path, unread: Unread, image_tokenizer: Any, target: Path, base: str | None
+) -> None:
     """Every tensor and file of the base, with the trained values in the place of the base's."""
     path = base or _base_of(folder)
     try:
@@ -315,15 +341,21 @@ def _original_janus(folder: Path, unread: Unread, image_tokenizer: Any, target: 
     names = {began_as.rename(name): unread.saved_name(name) for name in unread.model.state_dict()}
     shapes, saved_shapes = began_as.source.shapes, unread.source.shapes
     if not any(name.startswith(("model.vision_model.", "vision_model.")) for name in shapes):
-        raise ValueError(f"{path} has no vision tower, so it is not a whole Janus; give the original one as --base")
+        raise ValueError(
+            f"{path} has no vision tower, so it is not a whole Janus; give the original one as --base"
+        )
     for name, saved in names.items():
         if shapes.get(name) != saved_shapes[saved]:
             found = f"has shape {shapes[name]} there" if name in shapes else "is not there"
-            raise ValueError(f"{path} is not what {folder} began as: {name} {found}, expected {saved_shapes[saved]}")
+            raise ValueError(
+                f"{path} is not what {folder} began as: {name} {found}, expected {saved_shapes[saved]}"
+            )
     trained = dict(unread.tensors())  # they stay on disk until they are used
     values = {name: trained[saved] for name, saved in names.items()}
     base_folder = began_as.source.path
-    in_transformers = read_config(base_folder, "janus", deepseek.MODEL_TYPE, key="--base")["model_type"] == "janus"
+    in_transformers = (
+        read_config(base_folder, "janus", deepseek.MODEL_TYPE, key="--base")["model_type"] == "janus"
+    )
     if image_tokenizer is not None and image_tokenizer.name == "janus_vq":
         vq_name = janus_vq.INSIDE_JANUS.__add__ if in_transformers else deepseek.vq_name
         values |= {vq_name(name): value for name, value in image_tokenizer.model.state_dict().items()}
@@ -373,7 +405,9 @@ def _base_of(folder: Path) -> str:
         folder = Path(path).parent
         if Path(path).name != "backbone" or not (folder / checkpoint.INDEX).is_file():
             return path
-    raise ValueError(f"the recipes of {', '.join(map(str, seen))} name each other; give the original Janus as --base")
+    raise ValueError(
+        f"the recipes of {', '.join(map(str, seen))} name each other; give the original Janus as --base"
+    )
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -418,23 +452,48 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m mmtensorar.convert",
         description="Convert a released checkpoint to a folder of this project, or back.",
     )
-    parser.add_argument("source", metavar="SRC", help="released file, folder or hub id; with --original a checkpoint")
+    parser.add_argument(
+        "source", metavar="SRC", help="released file, folder or hub id; with --original a checkpoint"
+    )
     parser.add_argument("target", metavar="DST", type=Path, help="what is made; must not exist")
     group = parser.add_argument_group("to a folder of this project")
-    group.add_argument("--kind", choices=[*BACKBONES, *IMAGE_TOKENIZERS], help="what SRC is, if its tensors do not tell")
-    group.add_argument("--image-tokenizer", metavar="PATH", help="the backbone's, where SRC holds none (LlamaGen)")
-    group.add_argument("--image-size", metavar="PIXELS", type=int, help="a side, of a LlamaGen file that does not tell")
-    group.add_argument("--text-tokenizer", metavar="PATH", help="Janus: a folder with tokenizer.json, if SRC has none")
-    group.add_argument("--text-encoder", metavar="PATH", help="LlamaGen, text: its T5 (default google/flan-t5-xl)")
+    group.add_argument(
+        "--kind", choices=[*BACKBONES, *IMAGE_TOKENIZERS], help="what SRC is, if its tensors do not tell"
+    )
+    group.add_argument(
+        "--image-tokenizer", metavar="PATH", help="the backbone's, where SRC holds none (LlamaGen)"
+    )
+    group.add_argument(
+        "--image-size", metavar="PIXELS", type=int, help="a side, of a LlamaGen file that does not tell"
+    )
+    group.add_argument(
+        "--text-tokenizer", metavar="PATH", help="Janus: a folder with tokenizer.json, if SRC has none"
+    )
+    group.add_argument(
+        "--text-encoder", metavar="PATH", help="LlamaGen, text: its T5 (default google/flan-t5-xl)"
+    )
     group.add_argument("--caption-cleaning", help="LlamaGen, text: original (default), lower or none")
     back = parser.add_argument_group("back")
-    back.add_argument("--original", action="store_true", help="write the checkpoint SRC in its authors' layout")
-    back.add_argument("--base", metavar="PATH", help="Janus: the original, for untrained parts (default: the recipe's)")
-    back.add_argument("--drop-tensorar", action="store_true", help="of a window above 1, write the backbone alone")
+    back.add_argument(
+        "--original", action="store_true", help="write the checkpoint SRC in its authors' layout"
+    )
+    back.add_argument(
+        "--base", metavar="PATH", help="Janus: the original, for untrained parts (default: the recipe's)"
+    )
+    back.add_argument(
+        "--drop-tensorar", action="store_true", help="of a window above 1, write the backbone alone"
+    )
     options = parser.parse_args(arguments)
     forth = {
         name: getattr(options, name)
-        for name in ("kind", "image_tokenizer", "image_size", "text_tokenizer", "text_encoder", "caption_cleaning")
+        for name in (
+            "kind",
+            "image_tokenizer",
+            "image_size",
+            "text_tokenizer",
+            "text_encoder",
+            "caption_cleaning",
+        )
     }
     back_only = {"base": options.base, "drop_tensorar": options.drop_tensorar}
     try:

@@ -127,19 +127,25 @@ def _codes(manifest: Manifest, folder: str) -> Codes:
     return manifest.codes
 
 
-def _check_condition(recipe: Recipe, folder: str, manifest: Manifest, caption_encoder: CaptionEncoder) -> None:
+def _check_condition(
+    recipe: Recipe, folder: str, manifest: Manifest, caption_encoder: CaptionEncoder
+) -> None:
     """Raise ValueError unless the shards' classes or cached features are those that the backbone takes."""
     backbone = recipe.backbone.name
     if (classes := manifest.classes) is not None:
         if not isinstance(caption_encoder, ClassNumbers):
-            raise ValueError(f"{folder} holds images of numbered classes, but the {backbone} backbone takes captions")
+            raise ValueError(
+                f"{folder} holds images of numbered classes, but the {backbone} backbone takes captions"
+            )
         if len(classes) > caption_encoder.num_classes:
             num_classes = caption_encoder.num_classes
             raise ValueError(f"{folder} has {len(classes)} classes, the {backbone} backbone {num_classes}")
     if recipe.data.text_features == "live":
         return
     if not isinstance(caption_encoder, T5Features):
-        raise ValueError(f"data.text_features is cached, but the {backbone} backbone takes no text features; expected live")
+        raise ValueError(
+            f"data.text_features is cached, but the {backbone} backbone takes no text features; expected live"
+        )
     text, encoder = _text_features(manifest, folder), caption_encoder
     pairs = {
         "features as wide as": (text.width, encoder.dim),
@@ -150,7 +156,10 @@ def _check_condition(recipe: Recipe, folder: str, manifest: Manifest, caption_en
     if not Path(encoder.path).is_dir():
         pairs["text encoder"] = (text.text_encoder, encoder.path)
     elif (found := encoder_hash(encoder.path)) != text.weight_hash:
-        pairs["text encoder"] = (f"{text.text_encoder} {text.weight_hash[:12]}", f"{encoder.path} {found[:12]}")
+        pairs["text encoder"] = (
+            f"{text.text_encoder} {text.weight_hash[:12]}",
+            f"{encoder.path} {found[:12]}",
+        )
     for what, (cached, wanted) in pairs.items():
         if cached != wanted:
             raise ValueError(
@@ -171,7 +180,9 @@ def _sizes(factor_sizes: tuple[int, ...]) -> str:
     return " x ".join(map(str, factor_sizes))
 
 
-def _check_cache(recipe: Recipe, manifests: Mapping[str, Manifest], rows: Mapping[str, int], world_size: int) -> None:
+def _check_cache(
+    recipe: Recipe, manifests: Mapping[str, Manifest], rows: Mapping[str, int], world_size: int
+) -> None:
     """Raise ValueError when the cache cannot hold the shards that this machine's rows read at the same time."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     cache, needed, told = cache_of(recipe), 0, []
@@ -191,7 +202,9 @@ def _check_cache(recipe: Recipe, manifests: Mapping[str, Manifest], rows: Mappin
 
 def _note_num_shards(recipe: Recipe, manifests: Mapping[str, Manifest], world_size: int) -> None:
     """Every reader has its samples all the same, but several read from one shard, each from another place in it."""
-    readers = world_size * len(shares(recipe.data.batch_size, recipe.train.grad_accum, 0, world_size, recipe.data.num_workers))
+    readers = world_size * len(
+        shares(recipe.data.batch_size, recipe.train.grad_accum, 0, world_size, recipe.data.num_workers)
+    )
     found = sum(len(manifest.shards) for manifest in manifests.values())
     if found < readers and os.environ.get("RANK", "0") == "0":
         fewer = "lower data.num_workers, or " if recipe.data.num_workers > 1 else ""
@@ -291,7 +304,9 @@ def decode(positions: Iterable[int], reader: Reader) -> Iterator[Decoded]:
             try:
                 if isinstance(row, ValueError):
                     raise row
-                yield _decoded(row, None if reader.middle_crop else crop, uncond, reader.cached)._replace(skipped=skipped)
+                yield _decoded(row, None if reader.middle_crop else crop, uncond, reader.cached)._replace(
+                    skipped=skipped
+                )
                 break
             except ValueError as error:
                 if not reader.skip_errors:
@@ -321,7 +336,9 @@ def _decoded(row: Row, crop: float | None, uncond: bool, cached: bool) -> Decode
 def collate(rows: list[Decoded]) -> RawBatch:
     names, codes, captions, uncond, features, skipped = zip(*rows, strict=True)
     sentences = [sentence for sentence in skipped if sentence]
-    return RawBatch(np.stack(codes), list(captions), np.array(uncond, dtype=bool), list(features), list(names), sentences)
+    return RawBatch(
+        np.stack(codes), list(captions), np.array(uncond, dtype=bool), list(features), list(names), sentences
+    )
 
 
 def joined(parts: list[RawBatch]) -> RawBatch:
@@ -401,7 +418,9 @@ def stream(
             cached=num_slots is not None,
             skip_errors=settings.on_error == "skip",
         )
-        for groups in shares(settings.batch_size, recipe.train.grad_accum, rank, world_size, settings.num_workers)
+        for groups in shares(
+            settings.batch_size, recipe.train.grad_accum, rank, world_size, settings.num_workers
+        )
     )
     loader = DataLoader(
         Readers(readers, skip_batches),

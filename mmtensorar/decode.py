@@ -60,7 +60,9 @@ class Sampler:
     def _check(self, name: str, fits: Callable[[float], bool], expected: str) -> None:
         value = getattr(self, name)
         if isinstance(value, Sequence):
-            value = tuple(value)  # a list would make the sampler unhashable, and unlike one with an equal tuple
+            value = tuple(
+                value
+            )  # a list would make the sampler unhashable, and unlike one with an equal tuple
             object.__setattr__(self, name, value)
         if not all(map(fits, value if isinstance(value, tuple) else (value,))):
             raise ValueError(f"{name} is {value}; expected {expected}")
@@ -68,7 +70,9 @@ class Sampler:
     def per_factor(self, num_factors: int) -> list[Sampler]:
         """One sampler of single numbers per factor. Raises ValueError for a list of another length."""
         columns = [per_factor(getattr(self, name), num_factors, name) for name in PER_FACTOR]
-        return [replace(self, **dict(zip(PER_FACTOR, row, strict=True))) for row in zip(*columns, strict=True)]
+        return [
+            replace(self, **dict(zip(PER_FACTOR, row, strict=True))) for row in zip(*columns, strict=True)
+        ]
 
     def __call__(self, logits: Tensor, uniform: Tensor) -> Tensor:
         """Logits [B, K, V], numbers in [0, 1) [B, K] float64 -> tokens [B, K] int64."""
@@ -97,7 +101,9 @@ class Sampler:
 
 class Decoded(NamedTuple):
     codes: Tensor  # [B, T, F] int64
-    trace: Tensor | None  # [B, T, K, F] int64: trace[:, t] is the window of step t, 0 past the last token, -1 where a stride left none
+    trace: (
+        Tensor | None
+    )  # [B, T, K, F] int64: trace[:, t] is the window of step t, 0 past the last token, -1 where a stride left none
     passes: int = 0  # through the backbone, that over the prefix included
 
 
@@ -135,7 +141,9 @@ def decode(
     if not 1 <= stride <= K:
         raise ValueError(f"stride is {stride}; expected 1 to {K}, the model's window")
     if lookahead < 1 or (lookahead > 1 and stride > 1):
-        raise ValueError(f"lookahead is {lookahead} and stride {stride}; expected 1 or more, and one of them 1")
+        raise ValueError(
+            f"lookahead is {lookahead} and stride {stride}; expected 1 or more, and one of them 1"
+        )
     T, sizes = backbone.num_tokens, backbone.factor_sizes
     device = next(model.parameters()).device
     values, mask = condition.values.to(device), condition.mask.to(device)
@@ -223,7 +231,9 @@ def decode(
             trace[:, t + row, : K - row] = window[:, row:]
             trace[:, t + row, K - row :] = torch.where(valid[t + row, K - row :, None], -1, 0)
         if t + s < T:
-            hidden = feed(trace[:, t : t + s].clamp(min=0), t, torch.arange(s, device=device)[:, None] + offsets < K)
+            hidden = feed(
+                trace[:, t : t + s].clamp(min=0), t, torch.arange(s, device=device)[:, None] + offsets < K
+            )
             passes += 1
         t += s
         if progress is not None:
@@ -236,8 +246,15 @@ def revised_per_offset(trace: Tensor) -> list[float]:
 
     Of tokens that have both; -1 is no draft.
     """
-    later, earlier = trace[:, 1:, :-1], trace[:, :-1, 1:]  # the same places, one step later at one offset less
-    valid = valid_slots(trace.shape[1], trace.shape[2], trace.device)[1:, :-1] & (later >= 0).all(-1) & (earlier >= 0).all(-1)
+    later, earlier = (
+        trace[:, 1:, :-1],
+        trace[:, :-1, 1:],
+    )  # the same places, one step later at one offset less
+    valid = (
+        valid_slots(trace.shape[1], trace.shape[2], trace.device)[1:, :-1]
+        & (later >= 0).all(-1)
+        & (earlier >= 0).all(-1)
+    )
     return (((later != earlier).any(-1) & valid).sum((0, 1)) / valid.sum((0, 1)).clamp(min=1)).tolist()
 
 
@@ -248,4 +265,6 @@ def _uniform(shape: tuple[int, ...], batch: int, generator: Generator | Sequence
         return torch.rand(batch, *shape, generator=generator, device=device, dtype=torch.float64)
     if len(generator) != batch:
         raise ValueError(f"{len(generator)} generators for {batch} rows; expected one generator per row")
-    return torch.stack([torch.rand(shape, generator=g, device=g.device, dtype=torch.float64) for g in generator])
+    return torch.stack(
+        [torch.rand(shape, generator=g, device=g.device, dtype=torch.float64) for g in generator]
+    )

@@ -66,7 +66,8 @@ def config(settings: dict[str, Any], names: Iterable[str], folder: Path, **vq_si
     try:
         language = settings["language_config"]
         vision, vq, aligner, head = (
-            settings[f"{part}_config"]["params"] for part in ("vision", "gen_vision", "gen_aligner", "gen_head")
+            settings[f"{part}_config"]["params"]
+            for part in ("vision", "gen_vision", "gen_aligner", "gen_head")
         )
         sizes = {
             "num_embeddings": vq["image_token_size"],
@@ -77,13 +78,19 @@ def config(settings: dict[str, Any], names: Iterable[str], folder: Path, **vq_si
         }
         hidden, image_size = head["image_token_embed"], vision["image_size"]
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'config.json'}: {error} is missing, which DeepSeek's Janus has") from None
+        raise ValueError(
+            f"{folder / 'config.json'}: {error} is missing, which DeepSeek's Janus has"
+        ) from None
     if hidden != sizes["projection_dim"]:
         raise ValueError(
             f"{folder / 'config.json'}: the generation head is {hidden} wide inside and the aligner "
             f"{sizes['projection_dim']}; transformers' Janus knows one width for both"
         )
-    levels = {match[1] for name in names if (match := re.match(rf"{re.escape(VQ)}encoder\.conv_blocks\.(\d+)\.", name))}
+    levels = {
+        match[1]
+        for name in names
+        if (match := re.match(rf"{re.escape(VQ)}encoder\.conv_blocks\.(\d+)\.", name))
+    }
     pixels_per_token = 2 ** (len(levels) - 1) if levels else 16
     return JanusConfig(
         text_config={"model_type": "llama"} | language,

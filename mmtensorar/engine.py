@@ -36,7 +36,12 @@ def start_process_group(local_rank: int) -> tuple[int, int, torch.device]:
 
     NCCL on GPUs, gloo on CPU. Started without a launcher, the process is a world of one.
     """
-    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": str(max(0, local_rank)), "MASTER_ADDR": "127.0.0.1"}
+    defaults = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": str(max(0, local_rank)),
+        "MASTER_ADDR": "127.0.0.1",
+    }
     alone = "RANK" not in os.environ
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
@@ -115,7 +120,9 @@ def grad_norm(engine) -> float | None:
     """Norm of the reduced gradients before an update, where DeepSpeed keeps none: float32 without ZeRO. Else None."""
     if engine.bfloat16_enabled() or engine.zero_optimization_stage():
         return None
-    return float(torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]))
+    return float(
+        torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    )
 
 
 def micro_batch_size(recipe: Recipe, world_size: int) -> int:
@@ -169,7 +176,9 @@ def check(recipe: Recipe, device: torch.device) -> None:
     if recipe.train.loss_kernel == "liger" and device.type != "cuda":
         raise ValueError("train.loss_kernel liger needs a GPU; auto takes it where there is one")
     if recipe.zero.offload_optimizer == "nvme" and not AsyncIOBuilder().is_compatible(verbose=False):
-        raise ValueError("zero.offload_optimizer nvme needs libaio (Debian's libaio-dev), from which DeepSpeed compiles its reader; cpu needs none")
+        raise ValueError(
+            "zero.offload_optimizer nvme needs libaio (Debian's libaio-dev), from which DeepSpeed compiles its reader; cpu needs none"
+        )
     if recipe.zero.offload_optimizer == "nvme":
         _swap_folder(recipe).mkdir(parents=True, exist_ok=True)
     optimizers.check(recipe.optim, device)
@@ -197,7 +206,10 @@ def start(recipe: Recipe, world_size: int, device: torch.device):
 
     def factor(step: int) -> float:
         return learning_rate_factor(
-            step, steps=recipe.train.steps, warmup_steps=optim.warmup_steps, final_lr_ratio=optim.final_lr_ratio
+            step,
+            steps=recipe.train.steps,
+            warmup_steps=optim.warmup_steps,
+            final_lr_ratio=optim.final_lr_ratio,
         )
 
     engine, *_ = deepspeed.initialize(
@@ -242,7 +254,9 @@ def flat_tensors(engine) -> list[Tensor]:
 def flat_shapes(engine) -> list[torch.Size]:
     """The shapes of `flat_tensors`, also of those that are on NVMe, which are empty until they are asked for."""
     return [
-        torch.Size([engine.optimizer.fp16_partitioned_groups_flat_numel[number]]) if on_nvme(engine, number) else flat.shape
+        torch.Size([engine.optimizer.fp16_partitioned_groups_flat_numel[number]])
+        if on_nvme(engine, number)
+        else flat.shape
         for number, flat in enumerate(flat_tensors(engine))
     ]
 
@@ -335,7 +349,9 @@ def whole(engine) -> Iterator:
     parameters = list(engine.module.parameters())
     engine.module.eval()
     try:
-        with deepspeed.zero.GatheredParameters(parameters, enabled=engine.zero_optimization_partition_weights()):
+        with deepspeed.zero.GatheredParameters(
+            parameters, enabled=engine.zero_optimization_partition_weights()
+        ):
             with torch.no_grad():
                 yield engine.module
     finally:
@@ -360,7 +376,9 @@ def full_state_dict(engine, *, trained_only: bool = False) -> dict[str, Tensor] 
             with deepspeed.zero.GatheredParameters([parameter], enabled=partitioned):
                 value = parameter.detach().float().cpu().clone()
         if rank == 0:
-            state[name] = value.detach().float().cpu().reshape(getattr(parameter, "ds_shape", parameter.shape)).clone()
+            state[name] = (
+                value.detach().float().cpu().reshape(getattr(parameter, "ds_shape", parameter.shape)).clone()
+            )
     if rank:
         return None
     persistent = engine.module.state_dict().keys()

@@ -27,7 +27,9 @@ def find(run: Path, step: str) -> Path:
         return folder / f"step_{pieces.latest(folder)['step']:06d}"
     if step == "best":
         if not (folder / "best").is_file():
-            raise ValueError(f"{folder}: no checkpoint of a step whose validation loss was measured is kept, so none is the best")
+            raise ValueError(
+                f"{folder}: no checkpoint of a step whose validation loss was measured is kept, so none is the best"
+            )
         named = folder / (folder / "best").read_text(encoding="utf-8").strip()
         if named not in there:
             raise ValueError(f"{folder / 'best'} names {named.name}, which is not there")
@@ -51,10 +53,14 @@ def export(run: Path, step: str, out: Path, *, average: bool = False) -> int:
         if not (folder / name).is_file() or sha256(folder / name) != expected:
             raise ValueError(f"{folder}: {name} is not the file that was written, the checkpoint is damaged")
     model = checkpoint.skeleton(recipe)
-    trained = [(name, parameter.shape) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    trained = [
+        (name, parameter.shape) for name, parameter in model.named_parameters() if parameter.requires_grad
+    ]
     layout = [Piece(name, 0, flat, 0, shape.numel()) for flat, (name, shape) in enumerate(trained)]
     key = "average" if average else "master"
-    found = pieces.read(folder, 0, 1, recorded["num_files"], layout, [shape for _, shape in trained], only=key)
+    found = pieces.read(
+        folder, 0, 1, recorded["num_files"], layout, [shape for _, shape in trained], only=key
+    )
     state_dict = {name: values[key] for (name, _), values in zip(trained, found, strict=True)}
     if recipe.train.parts in adapters.WITH_ADAPTERS:
         checkpoint.save_adapters(out, recipe, state_dict, step=recorded["step"])
@@ -72,8 +78,12 @@ def export(run: Path, step: str, out: Path, *, average: bool = False) -> int:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Make a model folder of a run's checkpoint.")
     parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("--step", default="latest", help="a step that has a checkpoint, latest (the default), or best")
-    parser.add_argument("--average", action="store_true", help="the moving average of the weights (train.ema_decay)")
+    parser.add_argument(
+        "--step", default="latest", help="a step that has a checkpoint, latest (the default), or best"
+    )
+    parser.add_argument(
+        "--average", action="store_true", help="the moving average of the weights (train.ema_decay)"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     options = parser.parse_args(arguments)
     try:

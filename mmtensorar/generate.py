@@ -70,7 +70,9 @@ class Generator:
     def __init__(self, loaded: checkpoint.Loaded, *, precision: str = "fp32"):
         self.model, self.image_tokenizer, self.caption_encoder, self.recipe = loaded
         if self.image_tokenizer is None:
-            raise ValueError("the checkpoint has no image tokenizer: convert it again, with --image-tokenizer")
+            raise ValueError(
+                "the checkpoint has no image tokenizer: convert it again, with --image-tokenizer"
+            )
         self.device = next(self.model.parameters()).device
         if isinstance(self.caption_encoder, T5Features):
             self.caption_encoder.device = self.device
@@ -115,7 +117,9 @@ class Generator:
         """Raise ValueError unless prompts are what the model is conditioned on: captions, or numbers of its classes."""
         if isinstance(self.caption_encoder, ClassNumbers):
             # "207" is what shards and evaluation suites call class 207.
-            if captions := [prompt for prompt in prompts if isinstance(prompt, str) and not prompt.strip().isdecimal()]:
+            if captions := [
+                prompt for prompt in prompts if isinstance(prompt, str) and not prompt.strip().isdecimal()
+            ]:
                 last = self.caption_encoder.num_classes - 1
                 raise ValueError(
                     f"this model is class-conditional: it takes class numbers (--class), 0 to {last}, and no prompts "
@@ -144,7 +148,9 @@ class Generator:
         more, per prompt, for prompts of the wrong kind, and when the GPU's memory is too small for the batch.
         """
         if len(prompts) != len(seeds) or not prompts:
-            raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds; expected one seed per prompt, at least one")
+            raise ValueError(
+                f"{len(prompts)} prompts and {len(seeds)} seeds; expected one seed per prompt, at least one"
+            )
         for seed in seeds:
             _check_seed(seed)
         self.check(prompts)
@@ -165,7 +171,9 @@ class Generator:
                     progress=progress,
                 )
         except torch.OutOfMemoryError:
-            raise ValueError(f"the GPU has too little memory for a batch of {len(prompts)}; try a smaller one") from None
+            raise ValueError(
+                f"the GPU has too little memory for a batch of {len(prompts)}; try a smaller one"
+            ) from None
 
     @torch.no_grad()
     def pictures(self, codes: Tensor) -> list[Image.Image]:
@@ -255,7 +263,9 @@ def _named(prompt: str | int) -> dict[str, str | int]:
     return {"prompt" if isinstance(prompt, str) else "class": prompt}
 
 
-def write_images(generator: Generator, prompts: Sequence[str | int], options: argparse.Namespace) -> list[Path]:
+def write_images(
+    generator: Generator, prompts: Sequence[str | int], options: argparse.Namespace
+) -> list[Path]:
     """Generate --num-images per prompt into --out; returns the pictures' paths."""
     generator.check(prompts)
     sampling = sampling_from(generator, options)
@@ -321,7 +331,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m mmtensorar.generate", description="Generate images from captions or class numbers."
     )
-    parser.add_argument("--ckpt", type=Path, required=True, help="consolidated checkpoint, such as runs/NAME/model")
+    parser.add_argument(
+        "--ckpt", type=Path, required=True, help="consolidated checkpoint, such as runs/NAME/model"
+    )
     parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
     parser.add_argument("--prompts-file", type=Path, help="one prompt a line")
     parser.add_argument(
@@ -335,7 +347,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--num-images", type=at_least_1, default=1, help="per prompt (default 1)")
     parser.add_argument("--out", type=Path, default=Path("out"))
-    parser.add_argument("--seed", type=int, default=0, help="of each prompt's first image; the next ones count up")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of each prompt's first image; the next ones count up"
+    )
     parser.add_argument("--trace", action="store_true", help="also write each image's windows and revisions")
     add_generation(parser)
     options = parser.parse_args(arguments)

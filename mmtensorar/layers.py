@@ -59,7 +59,9 @@ def ffn_width(dim: int, *, multiple_of: int = 256, multiplier: float | None = No
 
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)  # a table first asked for while sampling must still do for training
-def rotary_table(prefix_len: int, num_tokens: int, head_dim: int, base: float, device: torch.device) -> Tensor:
+def rotary_table(
+    prefix_len: int, num_tokens: int, head_dim: int, base: float, device: torch.device
+) -> Tensor:
     """[P + T, C / 2] complex64, cos + i sin per pair of channels: a quarter turns by row, a quarter by column.
 
     Neither a buffer nor a parameter, so that no cast to bf16 ever reaches it.
@@ -112,7 +114,12 @@ class Linear(nn.Linear):
             return fused_loss(x.flatten(0, -2), self.weight, self.bias, targets.flatten())
         few = x.shape[1] == 1 and x[..., 0].numel() <= MOST_ROWS
         large = self.weight.numel() >= LARGE and torch.get_num_threads() > 1
-        if not (few and large) or x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled():
+        if (
+            not (few and large)
+            or x.device.type != "cpu"
+            or x.dtype != torch.float32
+            or torch.is_grad_enabled()
+        ):
             return super().forward(x)
         rows = x.flatten(0, -2)
         product = self.weight @ (rows if len(rows) > 1 else rows.repeat(2, 1)).T  # [O, rows]
@@ -134,7 +141,9 @@ def fused_loss(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) 
     """
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
-    loss = LigerFusedLinearCrossEntropyFunction.apply(x, weight, targets, bias, None, IGNORED, 0.0, 0.0, "sum")
+    loss = LigerFusedLinearCrossEntropyFunction.apply(
+        x, weight, targets, bias, None, IGNORED, 0.0, 0.0, "sum"
+    )
     return (loss[0] if isinstance(loss, tuple) else loss).float()
 
 
@@ -191,7 +200,9 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(dim, hidden)
 
     def forward(self, x: Tensor, *context) -> Tensor:
-        x = x + functional.dropout(self.attention(self.attention_norm(x), *context), self.dropout, self.training)
+        x = x + functional.dropout(
+            self.attention(self.attention_norm(x), *context), self.dropout, self.training
+        )
         return x + functional.dropout(self.feed_forward(self.ffn_norm(x)), self.dropout, self.training)
 
 

@@ -23,7 +23,9 @@ class Peak(TorchDispatchMode):
         """These were there before, and do not count."""
         for tensor in tensors:
             self._known.add(id(tensor.untyped_storage()))
-        self._kept = [tensor.untyped_storage() for tensor in tensors]  # so that no other storage gets their ids
+        self._kept = [
+            tensor.untyped_storage() for tensor in tensors
+        ]  # so that no other storage gets their ids
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))

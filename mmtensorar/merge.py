@@ -17,7 +17,9 @@ def merge(source: Path, target: Path) -> None:
     loaded = checkpoint.load(source)
     # What was trained how is told by the run; the weights are like those of any other now.
     train = loaded.recipe.train.model_copy(update={"parts": "all", "freeze": []})
-    checkpoint.save(target, loaded.model, loaded.recipe.model_copy(update={"train": train}), step=index["step"])
+    checkpoint.save(
+        target, loaded.model, loaded.recipe.model_copy(update={"train": train}), step=index["step"]
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

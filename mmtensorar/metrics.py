@@ -77,7 +77,9 @@ class Stopwatch:
             self.marks[-1][1].synchronize()
         found: dict[str, float] = {}
         for (_, began), (name, ended) in zip(self.marks, self.marks[1:], strict=False):
-            found[name] = found.get(name, 0.0) + (began.elapsed_time(ended) / 1000 if self.on_gpu else ended - began)
+            found[name] = found.get(name, 0.0) + (
+                began.elapsed_time(ended) / 1000 if self.on_gpu else ended - began
+            )
         del self.marks[:-1]
         return found
 
@@ -133,7 +135,10 @@ class StepLog:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            print("note: tensorboard is not installed, so no curves are written; log.jsonl has the numbers", flush=True)
+            print(
+                "note: tensorboard is not installed, so no curves are written; log.jsonl has the numbers",
+                flush=True,
+            )
             return None
         # purge_step hides the points that an earlier, stopped run wrote after its last checkpoint.
         return SummaryWriter(self.folder / "tensorboard", purge_step=start_step + 1 if start_step else None)

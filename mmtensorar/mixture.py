@@ -46,7 +46,9 @@ def apportion(weights: Mapping[str, float], rows: int) -> dict[str, int]:
 
 def spread(shares: Sequence[int]) -> list[tuple[int, int]]:
     """For each row of the batch its set, and which of the set's rows it is."""
-    places = [((row + 0.5) / share, number, row) for number, share in enumerate(shares) for row in range(share)]
+    places = [
+        ((row + 0.5) / share, number, row) for number, share in enumerate(shares) for row in range(share)
+    ]
     return [(number, row) for _, number, row in sorted(places)]
 
 
@@ -63,7 +65,9 @@ class Source:
     def name(self, shard: Shard) -> str:
         """Where a shard is, for messages."""
         return (
-            shown(f"{self.folder.rstrip('/')}/{shard.name}") if is_url(self.folder) else str(Path(self.folder) / shard.name)
+            shown(f"{self.folder.rstrip('/')}/{shard.name}")
+            if is_url(self.folder)
+            else str(Path(self.folder) / shard.name)
         )
 
     @contextmanager
@@ -81,7 +85,9 @@ def read_manifest(folder: str, cache: Cache) -> Manifest:
     return cache.manifest(folder) if is_url(folder) else Manifest.read(folder)
 
 
-def sources(sets: Sequence[tuple[str, Manifest, int]], *, seed: int, shuffle: int, cache: Cache) -> tuple[Source, ...]:
+def sources(
+    sets: Sequence[tuple[str, Manifest, int]], *, seed: int, shuffle: int, cache: Cache
+) -> tuple[Source, ...]:
     """sets: folder, manifest and rows of each. shuffle: samples that the blocks of all rows hold together, about."""
     batch_size = sum(rows for _, _, rows in sets)
     found = []
@@ -144,7 +150,9 @@ class Lanes:
         found: list[Row | ValueError] = []
         for number in dict.fromkeys(place.shard for place in places):
             shard = source.manifest.shards[number]
-            found += self._read_shard(source, shard, [place.sample for place in places if place.shard == number])
+            found += self._read_shard(
+                source, shard, [place.sample for place in places if place.shard == number]
+            )
         return [found[index] for index in source.order.given_out(block)] if places else []
 
     def _read_shard(self, source: Source, shard: Shard, numbers: list[int]) -> list[Row | ValueError]:
@@ -159,7 +167,9 @@ class Lanes:
                 if damage is not None and len(starts) - 1 > shard.num_samples:
                     whole = 0  # it is another shard: none of its samples is what the manifest speaks of
                 return [
-                    damage if number >= whole else self._row(source, shard, file, path, *starts[number : number + 2])
+                    damage
+                    if number >= whole
+                    else self._row(source, shard, file, path, *starts[number : number + 2])
                     for number in numbers
                 ]
         except Unreachable as missing:
@@ -169,7 +179,9 @@ class Lanes:
         except tars.Damage as missing:
             return [missing] * len(numbers)
 
-    def _row(self, source: Source, shard: Shard, file: tars.opened, path: Path, start: int, stop: int) -> Row | ValueError:
+    def _row(
+        self, source: Source, shard: Shard, file: tars.opened, path: Path, start: int, stop: int
+    ) -> Row | ValueError:
         try:
             sample = read_sample(file, path, int(start), int(stop), self.extensions)
         except (ValueError, OSError) as error:
@@ -185,7 +197,9 @@ class Lanes:
             if damage is not None:
                 damage = ValueError(str(damage).replace(str(path), name))
             elif found != shard.num_samples:
-                damage = ValueError(f"{name}: {found} samples, the manifest says {shard.num_samples}; make the shard again")
+                damage = ValueError(
+                    f"{name}: {found} samples, the manifest says {shard.num_samples}; make the shard again"
+                )
             self._starts[key] = starts, damage
             while len(self._starts) > self.max_starts:
                 self._starts.pop(next(iter(self._starts)))  # the longest known: lanes go from shard to shard

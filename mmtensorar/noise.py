@@ -41,17 +41,23 @@ class FixedSchedule:
     def __post_init__(self) -> None:
         if isinstance(self.name, str):
             if self.name not in SCHEDULES:
-                raise ValueError(f"tensorar.schedule is {self.name!r}; expected one of {', '.join(SCHEDULES)}, or rates")
+                raise ValueError(
+                    f"tensorar.schedule is {self.name!r}; expected one of {', '.join(SCHEDULES)}, or rates"
+                )
             return
         object.__setattr__(self, "name", tuple(self.name))
         if not self.name or self.name[0] != 0 or not all(0 <= rate <= 1 for rate in self.name):
-            raise ValueError(f"tensorar.schedule is {list(self.name)}; expected rates from 0 to 1, the first of them 0")
+            raise ValueError(
+                f"tensorar.schedule is {list(self.name)}; expected rates from 0 to 1, the first of them 0"
+            )
 
     def rates(self, window: int) -> Tensor:
         """[K] float32: the rate at each offset. Raises ValueError for another number of rates."""
         if not isinstance(self.name, str):
             if len(self.name) != window:
-                raise ValueError(f"tensorar.schedule has {len(self.name)} rates; expected {window}, one per offset of the window")
+                raise ValueError(
+                    f"tensorar.schedule has {len(self.name)} rates; expected {window}, one per offset of the window"
+                )
             return torch.tensor(self.name, dtype=torch.float32)
         return SCHEDULES[self.name](torch.arange(window, dtype=torch.float32) / window)
 

@@ -45,12 +45,17 @@ State = list[dict[str, Any]]
 def copied(state: State) -> State:
     """The state as it is now, on the CPU, for writing while training goes on."""
     return [
-        {key: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value for key, value in values.items()}
+        {
+            key: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+            for key, value in values.items()
+        }
         for values in state
     ]
 
 
-def write(folder: Path, rank: int, pieces: Sequence[Piece], shapes: Sequence[torch.Size], state: State) -> None:
+def write(
+    folder: Path, rank: int, pieces: Sequence[Piece], shapes: Sequence[torch.Size], state: State
+) -> None:
     """One rank's two files. shapes: of the flat tensors."""
     tensors, numbers, seen = {}, {}, set()
     for flat, values in enumerate(state):
@@ -135,7 +140,9 @@ def read(
                 state[int(flat)][key] = value
     else:
         wanted = [piece for piece in pieces if piece.flat in flats]
-        state = _recut(folder, layouts, wanted, [size if flat in flats else 0 for flat, size in enumerate(sizes)], only)
+        state = _recut(
+            folder, layouts, wanted, [size if flat in flats else 0 for flat, size in enumerate(sizes)], only
+        )
     for values, shape in zip(state, shapes, strict=True):
         for key, value in values.items():
             if isinstance(value, Tensor) and value.ndim and value.numel() == shape.numel():
@@ -143,7 +150,9 @@ def read(
     return state
 
 
-def _recut(folder: Path, layouts: list[dict], pieces: Sequence[Piece], sizes: list[int], only: str | None) -> State:
+def _recut(
+    folder: Path, layouts: list[dict], pieces: Sequence[Piece], sizes: list[int], only: str | None
+) -> State:
     places: dict[str, list[tuple[int, Piece]]] = {}
     for saved, layout in enumerate(layouts):
         for piece in map(Piece._make, layout["pieces"]):
@@ -154,12 +163,21 @@ def _recut(folder: Path, layouts: list[dict], pieces: Sequence[Piece], sizes: li
         for piece in pieces:
             filled = 0
             for saved, there in places.get(piece.name, []):
-                first, stop = max(piece.start, there.start), min(piece.start + piece.number, there.start + there.number)
+                first, stop = (
+                    max(piece.start, there.start),
+                    min(piece.start + piece.number, there.start + there.number),
+                )
                 if first >= stop or filled == piece.number:
                     continue
                 filled += stop - first
                 values = _stretch(
-                    opened[saved], layouts[saved], there, first - there.start, stop - first, folder / _name(saved), only
+                    opened[saved],
+                    layouts[saved],
+                    there,
+                    first - there.start,
+                    stop - first,
+                    folder / _name(saved),
+                    only,
                 )
                 place = piece.flat_start + first - piece.start
                 for key, value in values.items():
@@ -175,7 +193,9 @@ def _recut(folder: Path, layouts: list[dict], pieces: Sequence[Piece], sizes: li
         for file in opened:
             file.__exit__(None, None, None)
     # A flat tensor may be all padding: it counts steps all the same.
-    known = _kinds_of_values(folder / _name(0), layouts[0], only) | {key: value for values in state for key, value in values.items()}
+    known = _kinds_of_values(folder / _name(0), layouts[0], only) | {
+        key: value for values in state for key, value in values.items()
+    }
     for key, value in known.items():
         for values, size in zip(state, sizes, strict=True):
             single = not isinstance(value, Tensor) or not value.ndim
@@ -196,7 +216,9 @@ def _kinds_of_values(path: Path, layout: dict, only: str | None) -> dict[str, An
     return {key: value for key, value in found.items() if only in (None, key)}
 
 
-def _stretch(file, layout: dict, piece: Piece, skip: int, number: int, path: Path, only: str | None) -> dict[str, Any]:
+def _stretch(
+    file, layout: dict, piece: Piece, skip: int, number: int, path: Path, only: str | None
+) -> dict[str, Any]:
     """What a file holds for a part of one of its pieces: key -> the part, or a value that is of the whole flat tensor."""
     prefix, size, found = f"{piece.flat}/", layout["sizes"][piece.flat], {}
     for name in file.keys():
@@ -229,7 +251,9 @@ def latest(folder: Path) -> dict:
         return recorded(max((path.parent for path in folder.glob(f"step_*/{STATE}")), key=step_of))
     name = (folder / "latest").read_text(encoding="utf-8").strip()
     if not (folder / name / STATE).is_file():
-        raise ValueError(f"{folder / 'latest'} names {name!r}, but {folder / name / STATE} is missing: {way_out(folder, name)}")
+        raise ValueError(
+            f"{folder / 'latest'} names {name!r}, but {folder / name / STATE} is missing: {way_out(folder, name)}"
+        )
     return recorded(folder / name)
 
 
@@ -242,15 +266,23 @@ def recorded(folder: Path) -> dict:
         found = None
     kinds: Mapping[str, type] = {"step": int, "num_files": int, "sha256": dict}
     if isinstance(found, dict) and found.get("format") != FORMAT:
-        raise ValueError(f"{path}: checkpoint format {found.get('format')!r}, expected {FORMAT}; start anew with train.init_from")
-    if not isinstance(found, dict) or any(not isinstance(found.get(key), kind) for key, kind in kinds.items()):
-        raise ValueError(f"{path}: expected JSON with {', '.join(kinds)}, it is damaged: {way_out(folder.parent, folder.name)}")
+        raise ValueError(
+            f"{path}: checkpoint format {found.get('format')!r}, expected {FORMAT}; start anew with train.init_from"
+        )
+    if not isinstance(found, dict) or any(
+        not isinstance(found.get(key), kind) for key, kind in kinds.items()
+    ):
+        raise ValueError(
+            f"{path}: expected JSON with {', '.join(kinds)}, it is damaged: {way_out(folder.parent, folder.name)}"
+        )
     return found
 
 
 def way_out(folder: Path, name: str) -> str:
     """What to do when the checkpoint called name is not whole, in words."""
-    older = sorted((path.parent for path in folder.glob(f"step_*/{STATE}") if path.parent.name != name), key=step_of)
+    older = sorted(
+        (path.parent for path in folder.glob(f"step_*/{STATE}") if path.parent.name != name), key=step_of
+    )
     if older:
         return f"write {older[-1].name} into {folder / 'latest'} to go on from there"
     return "no other one is left; delete the folder of the run, or start another run.name"
@@ -274,9 +306,13 @@ def _layout(folder: Path, rank: int) -> dict:
     except (OSError, ValueError):
         raise ValueError(f"{path} is missing or damaged") from None
     kinds: Mapping[str, type] = {"pieces": list, "sizes": list, "numbers": dict, "sha256": str}
-    if not isinstance(layout, dict) or any(not isinstance(layout.get(key), kind) for key, kind in kinds.items()):
+    if not isinstance(layout, dict) or any(
+        not isinstance(layout.get(key), kind) for key, kind in kinds.items()
+    ):
         raise ValueError(f"{path}: expected {', '.join(kinds)}")
-    whole = all(len(piece) == 5 and list(map(type, piece)) == [str, int, int, int, int] for piece in layout["pieces"])
+    whole = all(
+        len(piece) == 5 and list(map(type, piece)) == [str, int, int, int, int] for piece in layout["pieces"]
+    )
     if not whole or any(piece[2] >= len(layout["sizes"]) for piece in layout["pieces"]):
         raise ValueError(f"{path}: expected pieces of name, start, flat, flat_start and number")
     return layout

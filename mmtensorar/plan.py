@@ -23,22 +23,37 @@ from mmtensorar.recipe import Recipe
 
 GIB = 2**30
 NUM_GPUS = (1, 2, 8, 64)
-FOUR_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes: 4 bits, a scale of 8 bits for 64 numbers, one of 32 bits for 256 scales
-FEWER_ROWS, MANY_ROWS = 24, 32  # beyond which activations are taken to grow on a line: the first samples hide behind the loss
-PROMPT_TOKENS = 32  # a typical caption with the prompt template, where its length is free; the plan cannot know yours
+FOUR_BIT = (
+    0.5 + 1 / 64 + 4 / (64 * 256)
+)  # bytes: 4 bits, a scale of 8 bits for 64 numbers, one of 32 bits for 256 scales
+FEWER_ROWS, MANY_ROWS = (
+    24,
+    32,
+)  # beyond which activations are taken to grow on a line: the first samples hide behind the loss
+PROMPT_TOKENS = (
+    32  # a typical caption with the prompt template, where its length is free; the plan cannot know yours
+)
 
 
 def shapes(recipe: Recipe) -> tensorar.TensorAR:
     """The recipe's model on the meta device. Raises ValueError when neither its files nor its sizes are at hand."""
     section = recipe.backbone
-    if getattr(section, "attn_implementation", "sdpa") != "sdpa":  # which needs no GPU, and as much memory as flash-attn
+    if (
+        getattr(section, "attn_implementation", "sdpa") != "sdpa"
+    ):  # which needs no GPU, and as much memory as flash-attn
         section = section.model_copy(update={"attn_implementation": "sdpa"})
     try:
         backbone = backbones.load(section, weights=False, device="meta", sizes_only=True)
     except ValueError as error:
-        unsaid = [f"backbone.{key}" for key in ("size", "condition", "image_size") if getattr(section, key, "") is None]
+        unsaid = [
+            f"backbone.{key}"
+            for key in ("size", "condition", "image_size")
+            if getattr(section, key, "") is None
+        ]
         if unsaid and not Path(section.path).exists():
-            raise ValueError(f"{error}; to plan a released model without its file, set {', '.join(unsaid)}") from None
+            raise ValueError(
+                f"{error}; to plan a released model without its file, set {', '.join(unsaid)}"
+            ) from None
         raise
     model = tensorar.build(recipe, backbone).to("meta")
     adapters.prepare(model, recipe)
@@ -87,7 +102,11 @@ MOMENTS = {"adamw": 8, "cpu_adam": 8, "adamw_8bit": 2, "paged_adamw": 8, "paged_
 def memory(recipe: Recipe, counts: dict[str, int], largest: int, activations: float, num_gpus: int) -> Memory:
     """counts: see `parameters`. largest: numbers of the largest parameter. activations: bytes, see `activation_bytes`."""
     stage, extra = recipe.zero.stage, recipe.zero.extra
-    total, trained, half = counts["backbone"] + counts["tensorar"], counts["trainable"], recipe.train.precision == "bf16"
+    total, trained, half = (
+        counts["backbone"] + counts["tensorar"],
+        counts["trainable"],
+        recipe.train.precision == "bf16",
+    )
     weight = 2 if half else 4
     master = 4 if half or stage else 0  # with ZeRO there is a flat float32 copy whatever the precision
     shares = [num_gpus if stage >= at else 1 for at in (3, 2, 1)]
@@ -109,7 +128,9 @@ def memory(recipe: Recipe, counts: dict[str, int], largest: int, activations: fl
     elif num_gpus > 1:
         buffers += min(bucket, trained) * weight
     if stage == 3 and (num_gpus > 1 or not params_on_gpu):
-        live = int(extra.get("stage3_max_live_parameters", 1e9)) + int(extra.get("stage3_prefetch_bucket_size", 5e7))
+        live = int(extra.get("stage3_max_live_parameters", 1e9)) + int(
+            extra.get("stage3_prefetch_bucket_size", 5e7)
+        )
         buffers += min(total, max(live, largest)) * weight
     if counts["four_bit"]:
         buffers += largest * weight  # the matrix in use, unpacked
@@ -126,7 +147,9 @@ def memory(recipe: Recipe, counts: dict[str, int], largest: int, activations: fl
     if recipe.zero.offload_optimizer == "nvme":
         nvme = trained * (states + 4) / shares[2]  # gradients too
         buffers += 4 * min(bucket, trained) / shares[2]  # a bucket's gradients in float32, on their way
-        host = trained * weight / shares[2] + 4 * 4 * min(trained / shares[2], int(extra.get("sub_group_size", 1e9)))
+        host = trained * weight / shares[2] + 4 * 4 * min(
+            trained / shares[2], int(extra.get("sub_group_size", 1e9))
+        )
     if recipe.train.save_in_background:
         host += trained * states / shares[2]
     if not params_on_gpu:
@@ -142,7 +165,10 @@ def activation_bytes(recipe: Recipe, numbers: Iterable[int]) -> dict[int, int]:
     """
     numbers = set(numbers)
     ends = (FEWER_ROWS, MANY_ROWS) if any(number > MANY_ROWS for number in numbers) else ()
-    found = {number: _activation_bytes(recipe, number) for number in {*ends, *(n for n in numbers if n <= MANY_ROWS)}}
+    found = {
+        number: _activation_bytes(recipe, number)
+        for number in {*ends, *(n for n in numbers if n <= MANY_ROWS)}
+    }
     for number in numbers - found.keys():
         fewer, many = (found[end] for end in ends)
         found[number] = many + (many - fewer) * (number - MANY_ROWS) // (MANY_ROWS - FEWER_ROWS)
@@ -173,7 +199,11 @@ def _inputs(model, rows: int) -> tuple[Tensor, Condition, Tensor]:
         values = torch.zeros(rows, places, config.caption_dim)
     else:
         values = torch.zeros(rows, places, dtype=torch.long)
-    return codes, Condition(values, torch.ones(rows, places, dtype=torch.bool)), torch.zeros(rows, dtype=torch.bool)
+    return (
+        codes,
+        Condition(values, torch.ones(rows, places, dtype=torch.bool)),
+        torch.zeros(rows, dtype=torch.bool),
+    )
 
 
 def flops_per_step(
@@ -203,7 +233,9 @@ def flops_per_step(
             continue
         # The embedding maps and the codec see K slots of each window, the head predicts K tokens.
         if name.startswith("backbone.head.factorized_blocks"):
-            times = 3 * T * (K * loss_passes + drafted_slots)  # one place for the first factor, two for the second
+            times = (
+                3 * T * (K * loss_passes + drafted_slots)
+            )  # one place for the first factor, two for the second
         elif name.startswith("backbone.head"):
             times = T * (K * loss_passes + drafted_slots)
         elif name.startswith("backbone.embed") or name.startswith("encoder"):
@@ -213,7 +245,9 @@ def flops_per_step(
         elif name.startswith("backbone.prefix"):
             times = prefix_len * (3 + drafted)
         else:
-            times = rows * (layer_passes + drafted - (not parameter.requires_grad))  # a frozen weight needs no gradient of its own
+            times = rows * (
+                layer_passes + drafted - (not parameter.requires_grad)
+            )  # a frozen weight needs no gradient of its own
         per_sample += 2 * parameter.numel() * times
     per_sample += len(model.backbone.layers) * 2 * D * rows * rows * (layer_passes + drafted)
     return recipe.data.batch_size * T, recipe.data.batch_size * per_sample
@@ -235,7 +269,15 @@ def report(recipe: Recipe, *, activations: bool = True) -> str:
     tokens, flops = flops_per_step(recipe, model)
     averages = 1 if recipe.train.ema_decay is None else 2
     checkpoint = counts["trainable"] * (MOMENTS[recipe.optim.name] + 4 * averages)
-    model_bytes = 4 * averages * (counts["trainable"] if recipe.train.parts in adapters.WITH_ADAPTERS else counts["backbone"] + counts["tensorar"])
+    model_bytes = (
+        4
+        * averages
+        * (
+            counts["trainable"]
+            if recipe.train.parts in adapters.WITH_ADAPTERS
+            else counts["backbone"] + counts["tensorar"]
+        )
+    )
     kept = recipe.train.keep_last + bool(recipe.train.keep_best and recipe.train.validate_every)
     steps = recipe.train.steps
     if steps is None:
@@ -252,25 +294,48 @@ def report(recipe: Recipe, *, activations: bool = True) -> str:
     ]
     rows = [micro_batch(recipe, n) for n in NUM_GPUS]
     known = activation_bytes(recipe, {*rows} - {None}) if activations else {}
-    found = [memory(recipe, counts, largest, known.get(number, 0), n) for number, n in zip(rows, NUM_GPUS, strict=True)]
+    found = [
+        memory(recipe, counts, largest, known.get(number, 0), n)
+        for number, n in zip(rows, NUM_GPUS, strict=True)
+    ]
     lines.append(_row("micro batch", [None if number is None else f"{number}" for number in rows]))
     for part in ("weights", "gradients", "optimizer", "buffers"):
         lines.append(_row(part, [f"{getattr(each, part) / GIB:.1f}" for each in found]))
     lines.append(_row("update", [f"{each.update / GIB:.1f}" for each in found]))
     if activations:
-        lines.append(_row("activations", [f"{known[number] / GIB:.1f}" if number in known else None for number in rows]))
-        lines.append(_row("peak", [f"{each.peak / GIB:.1f}" if number in known else None for each, number in zip(found, rows, strict=True)]))
+        lines.append(
+            _row(
+                "activations", [f"{known[number] / GIB:.1f}" if number in known else None for number in rows]
+            )
+        )
+        lines.append(
+            _row(
+                "peak",
+                [
+                    f"{each.peak / GIB:.1f}" if number in known else None
+                    for each, number in zip(found, rows, strict=True)
+                ],
+            )
+        )
     if any(each.host for each in found):
         lines.append(_row("host memory per GPU", [f"{each.host / GIB:.1f}" for each in found]))
     if any(each.nvme for each in found):
         lines.append(_row("NVMe per GPU", [f"{each.nvme / GIB:.1f}" for each in found]))
     if None in rows:
-        lines.append(f"             (-: data.batch_size {recipe.data.batch_size} cannot be divided among so many)")
+        lines.append(
+            f"             (-: data.batch_size {recipe.data.batch_size} cannot be divided among so many)"
+        )
     if activations:
-        lines.append("             (peak: weights, gradients and optimizer, and of the other two, buffers with activations or update, the larger)")
+        lines.append(
+            "             (peak: weights, gradients and optimizer, and of the other two, buffers with activations or update, the larger)"
+        )
     if recipe.zero.stage == 3 and recipe.train.sample_every:
-        weights = (counts["backbone"] + counts["tensorar"]) * (2 if recipe.train.precision == "bf16" else 4) / GIB
-        lines.append(f"             (train.sample_every gathers all weights on each GPU meanwhile: {weights:.1f} beside what is held)")
+        weights = (
+            (counts["backbone"] + counts["tensorar"]) * (2 if recipe.train.precision == "bf16" else 4) / GIB
+        )
+        lines.append(
+            f"             (train.sample_every gathers all weights on each GPU meanwhile: {weights:.1f} beside what is held)"
+        )
     lines += [
         "             (and about 1 GiB for CUDA, and what fragmentation takes)",
         f"step         {recipe.data.batch_size} images, {tokens:,} image tokens, {tokens * model.window:,} predictions",

@@ -26,7 +26,16 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from annotated_types import Ge, Gt, Le, Lt, MinLen
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
@@ -72,7 +81,10 @@ class TensorARSettings(Section):
     """
 
     window: int = Field(2, ge=1)
-    schedule: Literal["linear", "sine", "sqrt", "exponential", "none", "full"] | list[Annotated[float, Ge(0), Le(1)]] = "full"
+    schedule: (
+        Literal["linear", "sine", "sqrt", "exponential", "none", "full"]
+        | list[Annotated[float, Ge(0), Le(1)]]
+    ) = "full"
     offset_weights: list[float] | Literal["uniform", "first_only", "geometric"] | None = None
     depth: int = Field(1, ge=1)
     num_heads: int = Field(8, ge=1)
@@ -82,7 +94,11 @@ class TensorARSettings(Section):
     @model_validator(mode="before")
     @classmethod
     def _noise_that_was_asked_for(cls, settings: Any) -> Any:
-        if isinstance(settings, dict) and "self_drafts" not in settings and settings.get("schedule", "full") != "full":
+        if (
+            isinstance(settings, dict)
+            and "self_drafts" not in settings
+            and settings.get("schedule", "full") != "full"
+        ):
             return settings | {"self_drafts": 0.0}
         return settings
 
@@ -259,27 +275,52 @@ class Recipe(Section):
                 "expected one number per offset"
             )
         if 1 < self.tensorar.window < self.tensorar.max_stride:
-            problems.append(f"tensorar.max_stride is {self.tensorar.max_stride}; expected 1 to {self.tensorar.window}, the window")
+            problems.append(
+                f"tensorar.max_stride is {self.tensorar.max_stride}; expected 1 to {self.tensorar.window}, the window"
+            )
         rates = self.tensorar.schedule
-        if self.tensorar.window > 1 and isinstance(rates, list) and (len(rates) != self.tensorar.window or rates[0] != 0):
-            problems.append(f"tensorar.schedule is {rates}; expected {self.tensorar.window} rates, one per offset, the first of them 0")
+        if (
+            self.tensorar.window > 1
+            and isinstance(rates, list)
+            and (len(rates) != self.tensorar.window or rates[0] != 0)
+        ):
+            problems.append(
+                f"tensorar.schedule is {rates}; expected {self.tensorar.window} rates, one per offset, the first of them 0"
+            )
         if isinstance(weights, list) and (min(weights, default=0) < 0 or not any(weights)):
-            problems.append(f"tensorar.offset_weights is {weights}; expected numbers >= 0, at least one above 0")
+            problems.append(
+                f"tensorar.offset_weights is {weights}; expected numbers >= 0, at least one above 0"
+            )
         if "stage" in self.zero.extra:
             problems.append("zero.extra.stage has a setting of its own, zero.stage")
         if self.train.loss_kernel == "liger" and (self.train.label_smoothing or self.train.z_loss):
             problems.append("train.loss_kernel liger makes neither label_smoothing nor z_loss; use auto")
         if self.train.compile and self.zero.stage == 3:
-            problems.append("train.compile does not go with zero.stage 3, which gathers weights inside each layer; use stage 2")
+            problems.append(
+                "train.compile does not go with zero.stage 3, which gathers weights inside each layer; use stage 2"
+            )
         if self.train.compile and self.train.activation_checkpointing == "selective":
-            problems.append("train.compile hides from activation_checkpointing selective what it selects; use true or false")
-        for key, chosen in (("offload_optimizer", self.zero.offload_optimizer), ("offload_param", self.zero.offload_params)):
+            problems.append(
+                "train.compile hides from activation_checkpointing selective what it selects; use true or false"
+            )
+        for key, chosen in (
+            ("offload_optimizer", self.zero.offload_optimizer),
+            ("offload_param", self.zero.offload_params),
+        ):
             if chosen != "none" and key in self.zero.extra:
-                problems.append(f"zero.extra.{key} would take the place of what zero says of it; set one of them")
+                problems.append(
+                    f"zero.extra.{key} would take the place of what zero says of it; set one of them"
+                )
             moved = self.zero.extra.get(key) if isinstance(self.zero.extra.get(key), dict) else {}
             if moved.get("device") == "nvme" or moved.get("ratio", 1) != 1:
-                nearest = "offload_optimizer nvme" if "optimizer" in key and moved.get("device") == "nvme" else f"{key.replace('_param', '_params')} cpu"
-                problems.append(f"zero.extra.{key}: what is moved so cannot be saved for resuming; the nearest is zero.{nearest}")
+                nearest = (
+                    "offload_optimizer nvme"
+                    if "optimizer" in key and moved.get("device") == "nvme"
+                    else f"{key.replace('_param', '_params')} cpu"
+                )
+                problems.append(
+                    f"zero.extra.{key}: what is moved so cannot be saved for resuming; the nearest is zero.{nearest}"
+                )
         if self.data.batch_size % self.train.grad_accum:
             problems.append(
                 f"data.batch_size {self.data.batch_size} is not a multiple of train.grad_accum {self.train.grad_accum}"
@@ -307,7 +348,9 @@ class Recipe(Section):
             problems.append("zero.offload_optimizer needs zero.stage 1, 2 or 3, found 0")
         if self.zero.offload_optimizer == "nvme":
             if self.zero.nvme_path is None:
-                problems.append("zero.offload_optimizer nvme needs zero.nvme_path, a folder of each node's own disk")
+                problems.append(
+                    "zero.offload_optimizer nvme needs zero.nvme_path, a folder of each node's own disk"
+                )
             if self.zero.stage != 3:
                 problems.append(f"zero.offload_optimizer nvme needs zero.stage 3, found {self.zero.stage}")
             if self.optim.name == "adamw":
@@ -320,9 +363,16 @@ class Recipe(Section):
         elif self.zero.nvme_path is not None:
             problems.append("zero.nvme_path has an effect only with zero.offload_optimizer nvme")
         if offloaded and self.optim.name not in ("adamw", "cpu_adam"):
-            problems.append(f"zero.offload_optimizer does not go with optim.name {self.optim.name}; use cpu_adam")
-        if self.train.precision == "fp32" and getattr(self.backbone, "attn_implementation", None) == "flash_attention_2":
-            problems.append("backbone.attn_implementation flash_attention_2 needs train.precision bf16, found fp32; sdpa computes in both")
+            problems.append(
+                f"zero.offload_optimizer does not go with optim.name {self.optim.name}; use cpu_adam"
+            )
+        if (
+            self.train.precision == "fp32"
+            and getattr(self.backbone, "attn_implementation", None) == "flash_attention_2"
+        ):
+            problems.append(
+                "backbone.attn_implementation flash_attention_2 needs train.precision bf16, found fp32; sdpa computes in both"
+            )
         if problems:
             raise ValueError(*problems)
         return self
@@ -361,7 +411,9 @@ def known_names(key: str) -> list[str]:
 def named_section(key: str, settings: Any) -> tuple[Section | None, list[tuple[str, str]]]:
     """Validate a backbone or image_tokenizer section by the Config of the module it names."""
     if not isinstance(settings, dict):
-        return None, [(key, f"expected settings with a name ({', '.join(known_names(key))}), got {settings!r}")]
+        return None, [
+            (key, f"expected settings with a name ({', '.join(known_names(key))}), got {settings!r}")
+        ]
     name = settings.get("name")
     if name not in known_names(key):
         nearest = _nearest(str(name), known_names(key))
@@ -388,7 +440,9 @@ def read_recipe(model: type[Section], path: str | Path, overrides: Sequence[str]
         problems += _override(settings, override)
     recipe, invalid = _validate(model, settings)
     given = tuple(override.partition("=")[0] + "." for override in overrides)
-    problems += [(key, text if f"{key}.".startswith(given) else text + _set_in(key, files)) for key, text in invalid]
+    problems += [
+        (key, text if f"{key}.".startswith(given) else text + _set_in(key, files)) for key, text in invalid
+    ]
     if problems:
         raise RecipeError(_report(str(path), problems))
     return recipe
@@ -428,7 +482,9 @@ class _Dumper(yaml.SafeDumper):
 
 # PyYAML takes 2e-5 for text, since it has no point.
 for _kind in (_Loader, _Dumper):
-    _kind.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789"))
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
 
 
 def read_settings(path: str | Path) -> dict:
@@ -446,7 +502,11 @@ def _with_bases(path: Path, extended_by: tuple[Path, ...] = ()) -> list[tuple[Pa
     try:
         settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
-        near = _nearest(path.name, [p.name for p in path.parent.glob("*.yaml")]) if path.parent.is_dir() else None
+        near = (
+            _nearest(path.name, [p.name for p in path.parent.glob("*.yaml")])
+            if path.parent.is_dir()
+            else None
+        )
         hint = f"; did you mean {path.parent / near}?" if near else ""
         wanted = f", which {extended_by[-1]} extends" if extended_by else ""
         raise RecipeError(f"no recipe at {path}{wanted}{hint}") from None
@@ -477,7 +537,9 @@ def _merge_all(files: list[tuple[Path, dict]]) -> dict:
 def _merged(base: dict, top: dict) -> dict:
     merged = dict(base)
     for key, value in top.items():
-        both = isinstance(value, dict) and isinstance(base.get(key), dict) and key != "shards"  # whose keys are folders
+        both = (
+            isinstance(value, dict) and isinstance(base.get(key), dict) and key != "shards"
+        )  # whose keys are folders
         if both and key in PACKAGES and value.get("name", base[key].get("name")) != base[key].get("name"):
             both = False  # the settings of another module mean nothing to this one
         merged[key] = _merged(base[key], value) if both else value
@@ -655,12 +717,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Check a recipe and print it resolved.")
     parser.add_argument("recipe", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.steps=100")
-    parser.add_argument("--plan", action="store_true", help="print parameters, memory and FLOPs; loads no weights")
+    parser.add_argument(
+        "--plan", action="store_true", help="print parameters, memory and FLOPs; loads no weights"
+    )
     options = parser.parse_intermixed_args(arguments)
     try:
         recipe = read_recipe(recipe_class(read_settings(options.recipe)), options.recipe, options.overrides)
         if options.plan and not isinstance(recipe, Recipe):
-            raise RecipeError(f"{options.recipe}: a recipe of {type(recipe).__module__}, for which there is no plan")
+            raise RecipeError(
+                f"{options.recipe}: a recipe of {type(recipe).__module__}, for which there is no plan"
+            )
         if options.plan:
             from mmtensorar import plan
 

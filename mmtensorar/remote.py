@@ -35,13 +35,19 @@ def is_url(place: str) -> bool:
     """Whether a place is a URL of SCHEMES. Raises ValueError for any other URL, and for a command."""
     scheme, separator, _ = place.partition("://")
     if place.startswith("pipe:") or (separator and scheme not in SCHEMES):
-        raise ValueError(f"{shown(place)!r} is refused; expected a folder, or a URL that begins with {', '.join(SCHEMES)}")
+        raise ValueError(
+            f"{shown(place)!r} is refused; expected a folder, or a URL that begins with {', '.join(SCHEMES)}"
+        )
     if not separator:
         return False
     if "@" in urlsplit(place).netloc:
-        raise ValueError(f"{shown(place)}: a user or password in a URL is refused, messages and logs would show it")
+        raise ValueError(
+            f"{shown(place)}: a user or password in a URL is refused, messages and logs would show it"
+        )
     if urlsplit(place).query or urlsplit(place).fragment:
-        raise ValueError(f"{shown(place)} has a query; expected the URL of a folder, with {MANIFEST} and the shards in it")
+        raise ValueError(
+            f"{shown(place)} has a query; expected the URL of a folder, with {MANIFEST} and the shards in it"
+        )
     return True
 
 
@@ -57,7 +63,11 @@ def shown(url: str) -> str:
 def store_errors() -> tuple[type[Exception], ...]:
     """What the libraries of object stores raise beside OSError, of those that are loaded."""
     names = [("botocore.exceptions", "BotoCoreError"), ("botocore.exceptions", "ClientError")]
-    names += [("gcsfs.retry", "HttpError"), ("google.auth.exceptions", "GoogleAuthError"), ("aiohttp", "ClientError")]
+    names += [
+        ("gcsfs.retry", "HttpError"),
+        ("google.auth.exceptions", "GoogleAuthError"),
+        ("aiohttp", "ClientError"),
+    ]
     return tuple(getattr(sys.modules[module], name) for module, name in names if module in sys.modules)
 
 
@@ -76,7 +86,13 @@ class Cache:
     """
 
     def __init__(
-        self, folder: Path | str, max_bytes: int, *, timeout_s: float = 60, attempts: int = 6, wait_s: float = 1
+        self,
+        folder: Path | str,
+        max_bytes: int,
+        *,
+        timeout_s: float = 60,
+        attempts: int = 6,
+        wait_s: float = 1,
     ) -> None:
         self.folder, self.max_bytes = Path(folder).expanduser(), max_bytes
         self.timeout_s, self.attempts, self.wait_s = timeout_s, attempts, wait_s
@@ -191,7 +207,9 @@ class Cache:
     def _make_room(self, num_bytes: int, wanted: Path, place: str) -> None:
         """Remove the shards that were used longest ago until so many bytes fit beside the others, and note them in `wanted`."""
         if num_bytes > self.max_bytes:
-            raise Refused(f"{shown(place)} has {num_bytes} bytes or more, data.cache_gb allows {self.max_bytes} in all")
+            raise Refused(
+                f"{shown(place)} has {num_bytes} bytes or more, data.cache_gb allows {self.max_bytes} in all"
+            )
         deadline = time.monotonic() + self.timeout_s
         while True:
             with self._locked("cache", fcntl.LOCK_EX):

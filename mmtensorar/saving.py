@@ -33,18 +33,31 @@ class Saver:
     {"shards": Manifest.fingerprint, "start": checkpoint.start_fingerprint}.
     """
 
-    def __init__(self, engine, folder: Path, fingerprints: Mapping[str, str], *, keep_last: int, keep_best: bool, background: bool):
+    def __init__(
+        self,
+        engine,
+        folder: Path,
+        fingerprints: Mapping[str, str],
+        *,
+        keep_last: int,
+        keep_best: bool,
+        background: bool,
+    ):
         self.engine, self.folder, self.fingerprints = engine, folder, dict(fingerprints)
         self.keep_last, self.keep_best, self.background = keep_last, keep_best, background
         self.shapes, self.pieces = deep.flat_shapes(engine), _pieces(engine)
-        assert all(piece.flat_start + piece.number <= self.shapes[piece.flat].numel() for piece in self.pieces)
+        assert all(
+            piece.flat_start + piece.number <= self.shapes[piece.flat].numel() for piece in self.pieces
+        )
         # Without ZeRO all ranks hold the same.
         self.num_files = torch.distributed.get_world_size() if engine.zero_optimization_stage() else 1
         self.at_work: threading.Thread | None = None
         self.failure: Exception | None = None
         self.failed_before: ValueError | None = None
 
-    def save(self, step: int, counted: Mapping[str, object], average: Average | None, device: torch.device) -> None:
+    def save(
+        self, step: int, counted: Mapping[str, object], average: Average | None, device: torch.device
+    ) -> None:
         """Write a checkpoint, or begin to. counted: what else the run counts. Every rank calls it.
 
         Where the one before could not be written, this one is waited for. Raises ValueError, on every rank, when it cannot be
@@ -60,13 +73,24 @@ class Saver:
 
         def look() -> None:
             if not target.is_dir():
-                raise ValueError(f"{target} is there for rank 0 and not for rank {rank}: run.out must be a folder that all nodes share")
+                raise ValueError(
+                    f"{target} is there for rank 0 and not for rank {rank}: run.out must be a folder that all nodes share"
+                )
 
         deep.together(lambda: prepare() if rank == 0 else None, device)
         deep.together(look, device)
         state = deep.together(lambda: _state(self.engine, average), device)
-        recorded = {"format": pieces.FORMAT, "step": step, "num_files": self.num_files, **counted, **self.fingerprints}
-        recorded |= {"world_size": torch.distributed.get_world_size(), "zero_stage": self.engine.zero_optimization_stage()}
+        recorded = {
+            "format": pieces.FORMAT,
+            "step": step,
+            "num_files": self.num_files,
+            **counted,
+            **self.fingerprints,
+        }
+        recorded |= {
+            "world_size": torch.distributed.get_world_size(),
+            "zero_stage": self.engine.zero_optimization_stage(),
+        }
         if self.background and failed_before is None:
             arguments = (rank, target, pieces.copied(state) if rank < self.num_files else [], recorded)
             self.at_work = threading.Thread(target=self._write, args=arguments, name=CHECKPOINT_THREAD)
@@ -84,7 +108,10 @@ class Saver:
         except ValueError as error:
             self.failed_before = error
             if torch.distributed.get_rank() == 0:
-                print(f"note: {error}; training goes on, and waits for the next one (train.save_every)", flush=True)
+                print(
+                    f"note: {error}; training goes on, and waits for the next one (train.save_every)",
+                    flush=True,
+                )
 
     def finish(self, device: torch.device) -> None:
         """Wait until what is being written stands. Every rank calls it; raises ValueError on every rank when it failed."""
@@ -132,11 +159,17 @@ class Saver:
     def _tidy(self, step: int) -> None:
         """Delete what is not kept; also what is of later steps, from which a run was set back."""
         done: dict[Path, dict] = {}
-        for path in sorted(self.folder.glob(f"step_*/{pieces.STATE}"), key=lambda path: pieces.step_of(path.parent)):
+        for path in sorted(
+            self.folder.glob(f"step_*/{pieces.STATE}"), key=lambda path: pieces.step_of(path.parent)
+        ):
             with suppress(ValueError):
                 done[path.parent] = pieces.recorded(path.parent)
         done = {path: each for path, each in done.items() if each["step"] <= step}
-        losses = {path: each["validation_loss"] for path, each in done.items() if each.get("validation_loss") is not None}
+        losses = {
+            path: each["validation_loss"]
+            for path, each in done.items()
+            if each.get("validation_loss") is not None
+        }
         # A run may go on with another set, whose losses say nothing beside those of this one.
         current = done[max(done, key=pieces.step_of)].get("validation") if done else None
         losses = {path: loss for path, loss in losses.items() if done[path].get("validation") == current}
@@ -202,7 +235,10 @@ def _state(engine, average: Average | None) -> pieces.State:
             values = {"master": flat.detach(), **moments.get(flat, {})}
             if deep.on_nvme(engine, number):
                 path = Path(engine.optimizer.optimizer_swapper.swap_folder) / "copy"
-                values = {key: _on_disk(value, path) if isinstance(value, Tensor) else value for key, value in values.items()}
+                values = {
+                    key: _on_disk(value, path) if isinstance(value, Tensor) else value
+                    for key, value in values.items()
+                }
         if average is not None:
             values["average"] = average.averages[number]
         found.append(values)
@@ -213,7 +249,9 @@ def _on_disk(tensor: Tensor, path: Path) -> Tensor:
     """A copy whose memory is a file, which is gone with it. Raises OSError when the disk is full."""
     try:
         with path.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, tensor.numel() * tensor.element_size())  # or to write would kill the process
+            os.posix_fallocate(
+                file.fileno(), 0, tensor.numel() * tensor.element_size()
+            )  # or to write would kill the process
         copy = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
     except RuntimeError as error:
         raise OSError(f"{path}: cannot be mapped ({error})") from error
@@ -253,7 +291,11 @@ def resume(engine, folder: Path, fingerprints: Mapping[str, str], average: Avera
     """
     recorded = check_recorded(folder, fingerprints)
     step, target, device = recorded["step"], folder / f"step_{recorded['step']:06d}", engine.device
-    rank, world_size, num_files = torch.distributed.get_rank(), torch.distributed.get_world_size(), recorded["num_files"]
+    rank, world_size, num_files = (
+        torch.distributed.get_rank(),
+        torch.distributed.get_world_size(),
+        recorded["num_files"],
+    )
     flats = deep.flat_tensors(engine)
 
     def compare() -> None:
@@ -271,7 +313,10 @@ def resume(engine, folder: Path, fingerprints: Mapping[str, str], average: Avera
     one_by_one = any(deep.on_nvme(engine, number) for number in range(len(flats)))
 
     def read(wanted: Collection[int]) -> pieces.State:
-        return deep.together(lambda: pieces.read(target, rank, world_size, num_files, _pieces(engine), shapes, flats=wanted), device)
+        return deep.together(
+            lambda: pieces.read(target, rank, world_size, num_files, _pieces(engine), shapes, flats=wanted),
+            device,
+        )
 
     state = [] if one_by_one else read(range(len(flats)))
     optimizer = _base_optimizer(engine)
@@ -287,8 +332,15 @@ def resume(engine, folder: Path, fingerprints: Mapping[str, str], average: Avera
                 average.averages[number].copy_(values.pop("average"))
             held = moments.get(flat, {})
             for key, value in values.items():
-                if key not in held and getattr(optimizer, "is_paged", False) and isinstance(value, Tensor) and value.shape == flat.shape:
-                    held[key] = optimizer.get_state_buffer(flat, dtype=value.dtype)  # or it would all be on the GPU from now on
+                if (
+                    key not in held
+                    and getattr(optimizer, "is_paged", False)
+                    and isinstance(value, Tensor)
+                    and value.shape == flat.shape
+                ):
+                    held[key] = optimizer.get_state_buffer(
+                        flat, dtype=value.dtype
+                    )  # or it would all be on the GPU from now on
                 if isinstance(held.get(key), Tensor) and held[key].shape == value.shape:
                     held[key].copy_(value)  # in place: DeepSpeed and bitsandbytes hold on to some
                 else:
@@ -331,6 +383,8 @@ def _go_to(engine, step: int) -> None:
     engine.micro_steps = step * engine.gradient_accumulation_steps()
     scheduler = engine.lr_scheduler
     scheduler.last_epoch, scheduler._step_count = step, step + 1
-    scheduler._last_lr = [lr * factor(step) for lr, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    scheduler._last_lr = [
+        lr * factor(step) for lr, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
     for group, lr in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
         group["lr"] = lr

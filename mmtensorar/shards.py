@@ -106,15 +106,21 @@ def iterate_tar(path: Path | str) -> Iterator[Sample]:
 def checked_name(path: Path, name: str, size: int) -> tuple[str, str]:
     """Key and extension of a member. Raises ValueError unless it is a plain name of a known kind, and of bounded size."""
     if "/" in name or "\\" in name or name.startswith(".") or not name.isprintable():
-        raise ValueError(f"{path}: member {name!r} is a path or has control characters; expected a name such as 0001.jpg")
+        raise ValueError(
+            f"{path}: member {name!r} is a path or has control characters; expected a name such as 0001.jpg"
+        )
     key, _, extension = name.partition(".")
     where = f"{path}: sample {key}"
     if extension.rsplit(".", 1)[-1] in PICKLED:
-        raise ValueError(f"{where}: member {name} is refused: reading .{extension} can run code that came with the data")
+        raise ValueError(
+            f"{where}: member {name} is refused: reading .{extension} can run code that came with the data"
+        )
     if extension not in EXTENSIONS:
         raise ValueError(f"{where}: member {name} has an unknown extension; known: {', '.join(EXTENSIONS)}")
     if size > EXTENSIONS[extension]:
-        raise ValueError(f"{where}: member {name} has {size} bytes, more than the {EXTENSIONS[extension]} allowed")
+        raise ValueError(
+            f"{where}: member {name} has {size} bytes, more than the {EXTENSIONS[extension]} allowed"
+        )
     return key, extension
 
 
@@ -153,7 +159,9 @@ def whole_starts(path: Path) -> tuple[np.ndarray, ValueError | None]:
     return np.array([*starts, end], np.int64), damage
 
 
-def read_samples(path: Path, starts: np.ndarray, numbers: Iterable[int], extensions: Collection[str]) -> Iterator[Sample]:
+def read_samples(
+    path: Path, starts: np.ndarray, numbers: Iterable[int], extensions: Collection[str]
+) -> Iterator[Sample]:
     """Some samples of a tar, by their numbers in it; only members of the given extensions are read. starts: of sample_starts."""
     with tars.opened(path) as file:
         for number in numbers:
@@ -179,7 +187,9 @@ def image_member(sample: Sample, where: str) -> bytes:
     """The sample's picture, still encoded. Raises ValueError unless there is exactly one."""
     found = [name for name in IMAGE_EXTENSIONS if name in sample.members]
     if len(found) != 1:
-        raise ValueError(f"{where}: expected one of {', '.join(IMAGE_EXTENSIONS)}, found {', '.join(found) or 'none'}")
+        raise ValueError(
+            f"{where}: expected one of {', '.join(IMAGE_EXTENSIONS)}, found {', '.join(found) or 'none'}"
+        )
     return sample.members[found[0]]
 
 
@@ -241,8 +251,12 @@ def square(image: Image.Image, image_size: int, place: tuple[float, float] = (0.
     if max(image.size) > 8 * min(image.size):
         # Scaled as a whole, a line of 1 x 60,000 pixels would take gigabytes: what is cut off anyway goes first.
         short = min(image.size)
-        left, top = (int((side - min(side, 4 * short)) * share) for side, share in zip(image.size, place, strict=True))
-        image = image.crop((left, top, left + min(image.width, 4 * short), top + min(image.height, 4 * short)))
+        left, top = (
+            int((side - min(side, 4 * short)) * share) for side, share in zip(image.size, place, strict=True)
+        )
+        image = image.crop(
+            (left, top, left + min(image.width, 4 * short), top + min(image.height, 4 * short))
+        )
     scale = image_size / min(image.size)
     width, height = (max(image_size, round(side * scale)) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -253,7 +267,9 @@ def square(image: Image.Image, image_size: int, place: tuple[float, float] = (0.
 def decode_caption(content: bytes, where: str) -> str:
     """Caption without surrounding white space. Raises ValueError when it is not UTF-8, too long or empty."""
     if len(content) > EXTENSIONS["txt"]:
-        raise ValueError(f"{where}: the caption has {len(content)} bytes, more than the {EXTENSIONS['txt']} allowed")
+        raise ValueError(
+            f"{where}: the caption has {len(content)} bytes, more than the {EXTENSIONS['txt']} allowed"
+        )
     try:
         caption = content.removeprefix(codecs.BOM_UTF8).decode().strip()
     except UnicodeDecodeError as error:
@@ -290,7 +306,9 @@ def _decode_array(content: bytes, where: str, dtype: type, letters: str) -> np.n
         raise ValueError(f"{where} announces more than fits into memory") from None
     # What numpy and its parser raise for a hostile header is of many kinds, and of no use to tell apart.
     except Exception as error:
-        raise ValueError(f"{where} is not a plain numpy array ({' '.join(str(error).split())[:200]})") from error
+        raise ValueError(
+            f"{where} is not a plain numpy array ({' '.join(str(error).split())[:200]})"
+        ) from error
     if array.dtype != dtype or array.ndim != len(letters):
         expected = f"{np.dtype(dtype)} [{', '.join(letters)}]"
         raise ValueError(f"{where} holds {array.dtype} {list(array.shape)}; expected {expected}")
@@ -448,7 +466,9 @@ class Manifest(_Record):
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
-            raise ValueError(f"{where}: {key}: {first['msg']}" if key else f"{where}: {first['msg']}") from error
+            raise ValueError(
+                f"{where}: {key}: {first['msg']}" if key else f"{where}: {first['msg']}"
+            ) from error
 
     def write(self, folder: Path | str) -> None:
         path = _place(folder) / MANIFEST
@@ -462,7 +482,9 @@ def iterate_shard(folder: Path | str, shard: Shard) -> Iterator[Sample]:
     for num_samples, sample in enumerate(iterate_tar(path), 1):
         yield sample
     if num_samples != shard.num_samples:
-        raise ValueError(f"{path}: {num_samples} samples, the manifest says {shard.num_samples}; make the shard again")
+        raise ValueError(
+            f"{path}: {num_samples} samples, the manifest says {shard.num_samples}; make the shard again"
+        )
 
 
 # ---- writing ---------------------------------------------------------------------------------

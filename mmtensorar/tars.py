@@ -81,7 +81,9 @@ def members(
             return
         found = _member(file, header, place, path, last, (*PLAIN, FOLDER) if folders else PLAIN)
         if found.offset + found.size > size:
-            raise Damage(f"{path}: damaged or cut after {last} ({found.name} reaches beyond the end); make the shard again")
+            raise Damage(
+                f"{path}: damaged or cut after {last} ({found.name} reaches beyond the end); make the shard again"
+            )
         place, last = found.end, found.name
         yield found
 
@@ -94,7 +96,9 @@ def placed(file: opened, path: Path) -> Iterator[tuple[int, Member]]:
         place = member.end
 
 
-def _member(file: opened, header: bytes, place: int, path: Path, last: str, kinds: tuple[bytes, ...]) -> Member:
+def _member(
+    file: opened, header: bytes, place: int, path: Path, last: str, kinds: tuple[bytes, ...]
+) -> Member:
     """The member whose header, or first of several headers, is given. kinds: that it may be of."""
     name = None
     size = None
@@ -111,9 +115,13 @@ def _member(file: opened, header: bytes, place: int, path: Path, last: str, kind
             return Member(name, offset, length, offset + -(-length // BLOCK) * BLOCK)
         if kind not in (EXTENDED, GLOBAL, LONG_NAME):
             name = _text(header[:100].partition(b"\0")[0], path, last).rstrip("/")
-            raise Damage(f"{path}: sample {name.partition('.')[0]}: member {name} is a link, folder or device; expected a plain file")
+            raise Damage(
+                f"{path}: sample {name.partition('.')[0]}: member {name} is a link, folder or device; expected a plain file"
+            )
         if length > MAX_EXTENDED:
-            raise Damage(f"{path}: after {last}: an extended header of {length} bytes, more than the {MAX_EXTENDED} allowed")
+            raise Damage(
+                f"{path}: after {last}: an extended header of {length} bytes, more than the {MAX_EXTENDED} allowed"
+            )
         content = file.pread(length, place + BLOCK)
         if kind == LONG_NAME:
             name = _text(content.rstrip(b"\0"), path, last)
@@ -121,7 +129,9 @@ def _member(file: opened, header: bytes, place: int, path: Path, last: str, kind
             records = _records(content, path, last)
             name = records.get("path", name)
             if "size" in records:
-                size = int(records["size"]) if records["size"].isascii() and records["size"].isdigit() else 2**63
+                size = (
+                    int(records["size"]) if records["size"].isascii() and records["size"].isdigit() else 2**63
+                )
             if any(key.startswith("GNU.sparse") for key in records):
                 raise Damage(f"{path}: after {last}: a sparse file; expected a plain one")
         place += BLOCK + -(-length // BLOCK) * BLOCK
@@ -173,5 +183,7 @@ def _check_end(file: opened, path: Path, place: int, size: int, last: str) -> No
 def content(file: opened, member: Member, path: Path) -> bytes:
     found = file.pread(member.size, member.offset)
     if len(found) < member.size:
-        raise Damage(f"{path}: member {member.name}: {len(found)} of {member.size} bytes; the file has become shorter")
+        raise Damage(
+            f"{path}: member {member.name}: {len(found)} of {member.size} bytes; the file has become shorter"
+        )
     return found

@@ -25,8 +25,12 @@ from mmtensorar.windows import slide
 
 class Output(NamedTuple):
     loss: Tensor  # [] float32
-    loss_per_offset: Tensor  # [K] float32, nats per token: cross entropy alone, without offset weights and detached
-    accuracy_per_offset: Tensor | None  # [K] float32, share of tokens whose likeliest code is the true one; in eval mode only
+    loss_per_offset: (
+        Tensor  # [K] float32, nats per token: cross entropy alone, without offset weights and detached
+    )
+    accuracy_per_offset: (
+        Tensor | None
+    )  # [K] float32, share of tokens whose likeliest code is the true one; in eval mode only
 
 
 class TensorAR(nn.Module):
@@ -58,7 +62,9 @@ class TensorAR(nn.Module):
     ):
         super().__init__()
         if not 1 <= max_stride <= len(offset_weights):
-            raise ValueError(f"tensorar.max_stride is {max_stride}; expected 1 to {len(offset_weights)}, the window")
+            raise ValueError(
+                f"tensorar.max_stride is {max_stride}; expected 1 to {len(offset_weights)}, the window"
+            )
         self.window = len(offset_weights)
         if not 1 <= self.window <= backbone.num_tokens:
             raise ValueError(
@@ -104,7 +110,9 @@ class TensorAR(nn.Module):
             further_BSK = rates_BSK.to(codes.device).gather(-1, ahead_BSK.clamp(max=self.window - 1))
             rates_BSK, seen = further_BSK * (offsets_K > 0), seen & (ahead_BSK < self.window)
         sizes = self.backbone.factor_sizes
-        redrawn_BSK, drawn_BSKF = redraw(tuple(clean_BSKF.shape[:3]), rates_BSK.to(codes.device), sizes, generator, rows)
+        redrawn_BSK, drawn_BSKF = redraw(
+            tuple(clean_BSKF.shape[:3]), rates_BSK.to(codes.device), sizes, generator, rows
+        )
         inputs_BSKF = torch.where(redrawn_BSK[..., None], drawn_BSKF, clean_BSKF)
         if self.self_drafts and self.window > 1:
             # In validation too, and made without a look at the redrawn slots: a model does not meet their uniform noise elsewhere.
@@ -113,18 +121,26 @@ class TensorAR(nn.Module):
                 samples = torch.arange(len(codes), device=codes.device)[:, None, None]
                 slots_BSK = (phases_BS[..., None] + offsets_K).clamp(max=self.window - 1)
                 own_BSKF = own_BSKF[samples, (steps_S - phases_BS)[..., None], slots_BSK]
-            taken_BSK = redrawn_BSK & (_uniform(redrawn_BSK.shape, generator, rows, redrawn_BSK.device) < self.self_drafts)
+            taken_BSK = redrawn_BSK & (
+                _uniform(redrawn_BSK.shape, generator, rows, redrawn_BSK.device) < self.self_drafts
+            )
             inputs_BSKF = torch.where(taken_BSK[..., None], own_BSKF, inputs_BSKF)
         return self.score(inputs_BSKF, seen, codes, condition, uncond)
 
-    def score(self, inputs: Tensor, seen: Tensor, codes: Tensor, condition: Condition, uncond: Tensor) -> Output:
+    def score(
+        self, inputs: Tensor, seen: Tensor, codes: Tensor, condition: Condition, uncond: Tensor
+    ) -> Output:
         """Loss of codes [B, T, F] when the model is given the input windows [B, T - 1, K, F]; seen: as valid of `hidden`."""
         targets_BTKF, valid_TK = slide(codes, self.window)
         hidden_BTD = self.hidden(inputs, seen, condition, uncond)
         # T is fixed, so every offset counts the same tokens on every rank: a local mean is the global one.
-        goal_K, loss_K, right_K = self._summed_loss(hidden_BTD, targets_BTKF, valid_TK) / (len(codes) * valid_TK.sum(0))
+        goal_K, loss_K, right_K = self._summed_loss(hidden_BTD, targets_BTKF, valid_TK) / (
+            len(codes) * valid_TK.sum(0)
+        )
         weights_K = torch.tensor(self.offset_weights, device=loss_K.device)
-        return Output((weights_K * goal_K).sum(), loss_K.detach(), None if self.training else right_K.detach())
+        return Output(
+            (weights_K * goal_K).sum(), loss_K.detach(), None if self.training else right_K.detach()
+        )
 
     def hidden(self, inputs: Tensor, valid: Tensor, condition: Condition, uncond: Tensor) -> Tensor:
         """Input windows [B, S, K, F], valid [S, K] or [B, S, K] -> [B, S + 1, D]; row t predicts window t.
@@ -164,7 +180,9 @@ class TensorAR(nn.Module):
             def choose(logits: Tensor, factor: int, numbers: Tensor = numbers) -> Tensor:
                 # Thin slices of the line may be a little off in float32, which is near enough for noise. Logits that are not finite
                 # have no token; the loss tells of them, an index out of range would not.
-                return invert_cdf(logits.float().softmax(-1), numbers[..., factor]).clamp(max=logits.shape[-1] - 1)
+                return invert_cdf(logits.float().softmax(-1), numbers[..., factor]).clamp(
+                    max=logits.shape[-1] - 1
+                )
 
             parts.append(self._fill(self._states(hidden)[:, :, 1:], choose))
         return torch.cat([inputs[:, :, :1], torch.cat(parts, dim=1)], dim=2)
@@ -180,7 +198,9 @@ class TensorAR(nn.Module):
         """States of some slots [B, S, k, D] -> their tokens [B, S, k, F]; see `draft`."""
         tokens = torch.zeros(*states.shape[:-1], 0, dtype=torch.int64, device=states.device)
         for factor in range(len(self.backbone.factor_sizes)):
-            tokens = torch.cat([tokens, choose(self.backbone.head(states, tokens), factor)[..., None]], dim=-1)
+            tokens = torch.cat(
+                [tokens, choose(self.backbone.head(states, tokens), factor)[..., None]], dim=-1
+            )
         return tokens
 
     def logits(self, hidden: Tensor, prev: Tensor) -> Tensor:
@@ -218,9 +238,13 @@ class TensorAR(nn.Module):
         """Whether Liger makes the loss: it knows one factor, and no other goal than cross entropy here."""
         if self.loss_kernel == "torch" or not torch.is_grad_enabled():
             return False
-        fits = type(getattr(self.backbone.head, "last_map", None)) is layers.Linear and not (self.label_smoothing or self.z_loss)
+        fits = type(getattr(self.backbone.head, "last_map", None)) is layers.Linear and not (
+            self.label_smoothing or self.z_loss
+        )
         if self.loss_kernel == "liger" and not fits:
-            raise ValueError("train.loss_kernel liger: this head or this loss is none that it makes; use auto")
+            raise ValueError(
+                "train.loss_kernel liger: this head or this loss is none that it makes; use auto"
+            )
         return fits and (self.loss_kernel == "liger" or hidden.is_cuda and layers.has_fused_loss())
 
     def _fused_loss(self, hidden: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
@@ -233,7 +257,9 @@ class TensorAR(nn.Module):
         states = torch.cat(states, dim=1)
         wanted = targets[..., 0].masked_fill(~valid, layers.IGNORED).flatten(0, 1)[None]
         none = targets.new_empty(*states.shape[:2], 0)
-        losses = torch.stack([self.backbone.head(states[:, :, k], none, wanted[..., k]) for k in range(self.window)])
+        losses = torch.stack(
+            [self.backbone.head(states[:, :, k], none, wanted[..., k]) for k in range(self.window)]
+        )
         return torch.stack([losses, losses.detach(), torch.zeros_like(losses)])
 
     def _chunk_loss(self, hidden: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
@@ -260,7 +286,9 @@ class TensorAR(nn.Module):
         return torch.where(valid, sums, 0).sum(1)
 
 
-def _uniform(shape: Sequence[int], generator: Generator | None, rows: tuple[int, int] | None, device: torch.device) -> Tensor:
+def _uniform(
+    shape: Sequence[int], generator: Generator | None, rows: tuple[int, int] | None, device: torch.device
+) -> Tensor:
     """Numbers in [0, 1) of a shape whose first axis is the samples; generator, rows: see `redraw`."""
     first, number = rows or (0, shape[0])
     made_on = device if generator is None else generator.device

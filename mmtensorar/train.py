@@ -44,8 +44,20 @@ FREE_ON_RESUME = {
     "data": {"num_workers", "validation", "validation_batch_size", "max_skipped", "cache", "cache_gb"},
     "optim": {"lr", "tensorar_lr", "final_lr_ratio", "grad_clip"},
     "train": {
-        "steps", "grad_accum", "max_grad_norm", "log_every", "save_every", "save_in_background", "keep_last", "keep_best", "resume",
-        "validate_every", "sample_every", "sample_prompts", "activation_checkpointing", "compile",
+        "steps",
+        "grad_accum",
+        "max_grad_norm",
+        "log_every",
+        "save_every",
+        "save_in_background",
+        "keep_last",
+        "keep_best",
+        "resume",
+        "validate_every",
+        "sample_every",
+        "sample_prompts",
+        "activation_checkpointing",
+        "compile",
         "monitors",
     },
     "zero": None,
@@ -95,11 +107,15 @@ def find_progress(recipe: Recipe, *, resume: bool) -> int | None:
                 f"{folder} holds a finished run: choose another run.name, delete the folder, or add --resume to train on"
             )
         if step is not None:
-            raise ValueError(f"{folder} holds a run stopped at step {step}: add --resume to continue it, or choose another run.name")
+            raise ValueError(
+                f"{folder} holds a run stopped at step {step}: add --resume to continue it, or choose another run.name"
+            )
         return None
     if step is None:
         if finished.is_file():
-            raise ValueError(f"cannot resume {folder}: it holds a finished model but no checkpoints/; choose another run.name")
+            raise ValueError(
+                f"cannot resume {folder}: it holds a finished model but no checkpoints/; choose another run.name"
+            )
         return None
     changed = differences(fixed_part(Recipe.load(folder / "recipe.yaml", [])), fixed_part(recipe))
     if changed:
@@ -153,7 +169,9 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> int:
     patience_s = 120 if recipe.train.resume == "auto" else 0
     lock = deep.together(lambda: hold(folder, patience_s) if first else None, device)
     fingerprints = {"start": checkpoint.start_fingerprint(recipe)}
-    exported = (folder / "model" / checkpoint.INDEX).is_file() and checkpoint.read_index(folder / "model")["step"]
+    exported = (folder / "model" / checkpoint.INDEX).is_file() and checkpoint.read_index(folder / "model")[
+        "step"
+    ]
     if progress is not None:
         saving.check_recorded(folder / "checkpoints", fingerprints)
     if progress is not None and progress >= recipe.train.steps and exported == progress:
@@ -172,7 +190,9 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> int:
     per_factor(recipe.sampler.cfg_scale, num_factors, "cfg_scale")
 
     if bool(recipe.train.sample_every) != bool(recipe.train.sample_prompts):
-        say("note: train.sample_every and train.sample_prompts have an effect only together: there will be no sample images")
+        say(
+            "note: train.sample_every and train.sample_prompts have an effect only together: there will be no sample images"
+        )
     say(adapters.table(engine.module))
     if hasattr(recipe.backbone, "attn_implementation"):
         say(f"attention: {recipe.backbone.attn_implementation}")
@@ -181,8 +201,12 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> int:
     caption_encoder = backbones.caption_encoder(recipe.backbone)
 
     # ---- resume ------------------------------------------------------------------------------
-    average = None if recipe.train.ema_decay is None else Average(deep.flat_tensors(engine), recipe.train.ema_decay)
-    start_step = saving.resume(engine, folder / "checkpoints", fingerprints, average) if progress is not None else 0
+    average = (
+        None if recipe.train.ema_decay is None else Average(deep.flat_tensors(engine), recipe.train.ema_decay)
+    )
+    start_step = (
+        saving.resume(engine, folder / "checkpoints", fingerprints, average) if progress is not None else 0
+    )
     if start_step:
         say(f"continuing {folder} after step {start_step}")
         if first:
@@ -190,7 +214,11 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> int:
             for change in differences(before, recipe.model_dump(mode="json")):
                 say(f"note: from here {change}")
     batches = data.stream(
-        recipe, caption_encoder, rank=rank, world_size=world_size, skip_batches=start_step * recipe.train.grad_accum
+        recipe,
+        caption_encoder,
+        rank=rank,
+        world_size=world_size,
+        skip_batches=start_step * recipe.train.grad_accum,
     )
     num_skipped = saving.latest_state(folder / "checkpoints").get("num_skipped", 0) if start_step else 0
     epoch = data.epoch_samples(recipe)
@@ -202,7 +230,9 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> int:
         keep_best=recipe.train.keep_best,
         background=recipe.train.save_in_background,
     )
-    monitor = deep.together(lambda: deep.monitor(recipe.train.monitors, folder, start_step) if first else None, device)
+    monitor = deep.together(
+        lambda: deep.monitor(recipe.train.monitors, folder, start_step) if first else None, device
+    )
     log = None
     if first:
         folder.mkdir(parents=True, exist_ok=True)
@@ -236,7 +266,10 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> int:
 
     # ---- loop --------------------------------------------------------------------------------
     deep.barrier()  # ranks that share a machine share its rate
-    rate = matmul_rate(device, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32) * world_size
+    rate = (
+        matmul_rate(device, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
+        * world_size
+    )
     say(f"a matrix product runs at {rate / 1e12:.3g} TFLOP/s on all ranks")
     watch = Stopwatch(device)
     step, stopped = start_step, False
@@ -261,11 +294,17 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> int:
             if micro == recipe.train.grad_accum - 1:
                 # One message per step: the losses, whether any rank was asked to stop or could not write its part of a
                 # checkpoint, and how many samples were skipped. It comes before the update, so a bad loss never reaches the weights.
-                others = total.new_tensor([float(bool(signals)), float(saver.failure is not None), float(len(sentences))])
+                others = total.new_tensor(
+                    [float(bool(signals)), float(saver.failure is not None), float(len(sentences))]
+                )
                 message = torch.cat([total / recipe.train.grad_accum, others])
                 message = deep.mean_over_ranks(message).tolist()
                 if not all(math.isfinite(value) for value in message):
-                    stop(f"the loss is not finite at step {step}: all ranks stop before the update", step, names)
+                    stop(
+                        f"the loss is not finite at step {step}: all ranks stop before the update",
+                        step,
+                        names,
+                    )
             watch.lap("forward")
             engine.backward(output.loss)
             watch.lap("backward")
@@ -298,16 +337,24 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> int:
             stop(f"the gradient is not finite at step {step}: all ranks stop", step, names)
         if recipe.train.max_grad_norm is not None and grad_norm > recipe.train.max_grad_norm:
             bound = f"train.max_grad_norm {recipe.train.max_grad_norm:g}"
-            stop(f"the norm of the gradient at step {step} is {grad_norm:.3g}, more than {bound}", step, names)
+            stop(
+                f"the norm of the gradient at step {step} is {grad_norm:.3g}, more than {bound}", step, names
+            )
 
         # ---- log -----------------------------------------------------------------------------
         watch.lap("step")
         prompt_len = batch.condition.mask.shape[1]
         validated, sampled = {}, {}
-        if recipe.train.validate_every and (step % recipe.train.validate_every == 0 or step == recipe.train.steps):
+        if recipe.train.validate_every and (
+            step % recipe.train.validate_every == 0 or step == recipe.train.steps
+        ):
             validated = validate(engine, recipe, caption_encoder, rank, world_size, device)
             watch.lap("validation")
-        if recipe.train.sample_every and recipe.train.sample_prompts and step % recipe.train.sample_every == 0:
+        if (
+            recipe.train.sample_every
+            and recipe.train.sample_prompts
+            and step % recipe.train.sample_every == 0
+        ):
             # Every rank decodes the same images: under ZeRO-3 each layer's weights are gathered
             # from all ranks, so rank 0 alone would wait for ever.
             pixels, revised = sample(engine, recipe, caption_encoder, image_tokenizer, device)
@@ -329,7 +376,9 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> int:
                     "seconds": seconds,
                     "data_share": seconds["data"] / in_step,
                     "tokens_per_s": recipe.data.batch_size * backbone.num_tokens / in_step,
-                    "mfu": plan.flops_per_step(recipe, shapes, prompt_len=prompt_len, recomputed=False)[1] / in_step / rate,
+                    "mfu": plan.flops_per_step(recipe, shapes, prompt_len=prompt_len, recomputed=False)[1]
+                    / in_step
+                    / rate,
                     "memory_gib": peak_memory_gib(),
                     **({"num_skipped": num_skipped} if recipe.data.on_error == "skip" else {}),
                     **validated,
@@ -361,10 +410,14 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> int:
     if lock is not None:
         lock.close()
     if step < recipe.train.steps:
-        say(f"stopped by a signal after step {step}; saved to {folder / 'checkpoints'}. Add --resume to continue")
+        say(
+            f"stopped by a signal after step {step}; saved to {folder / 'checkpoints'}. Add --resume to continue"
+        )
         if "TORCHELASTIC_RUN_ID" in os.environ:
             return 0  # torchrun takes any other code for a failure, and starts the ranks again
-        return 128 + (signals[0][0] if signals else signal.SIGTERM)  # none came here when another rank was asked
+        return 128 + (
+            signals[0][0] if signals else signal.SIGTERM
+        )  # none came here when another rank was asked
     say(f"finished {step} steps; the model is in {folder / 'model'}")
     return 0
 
@@ -380,7 +433,9 @@ def export(engine, recipe: Recipe, folder: Path, step: int) -> None:
     deep.barrier()
 
 
-def validate(engine, recipe: Recipe, caption_encoder, rank: int, world_size: int, device: torch.device) -> dict:
+def validate(
+    engine, recipe: Recipe, caption_encoder, rank: int, world_size: int, device: torch.device
+) -> dict:
     """Loss and accuracy of each offset over all of data.validation, the same for any number of ranks; a row's validation_...
 
     Raises ValueError, on every rank, naming a sample that is damaged.
@@ -388,13 +443,20 @@ def validate(engine, recipe: Recipe, caption_encoder, rank: int, world_size: int
     totals = None
     engine.eval()
     batches = data.validation_batches(recipe, caption_encoder, rank=rank, world_size=world_size)
-    while (found := deep.together(lambda: next(batches, None), device)) is not None:  # all ranks have equally many
+    while (
+        found := deep.together(lambda: next(batches, None), device)
+    ) is not None:  # all ranks have equally many
         number, num_samples, batch = found
         condition = type(batch.condition)(*(part.to(device) for part in batch.condition))
         generator = torch.Generator(device).manual_seed(seed_for(0, number))
         with torch.no_grad():
             output = engine(batch.codes.to(device), condition, batch.uncond.to(device), generator)
-        parts = [output.loss[None], output.loss_per_offset, output.accuracy_per_offset, output.loss.new_ones(1)]
+        parts = [
+            output.loss[None],
+            output.loss_per_offset,
+            output.accuracy_per_offset,
+            output.loss.new_ones(1),
+        ]
         losses = torch.cat(parts).double() * num_samples
         totals = losses if totals is None else totals + losses
     engine.train()
@@ -415,7 +477,9 @@ def sampler(recipe: Recipe) -> Sampler:
     return Sampler(**recipe.sampler.model_dump(exclude=GUIDANCE))
 
 
-def sample(engine, recipe: Recipe, caption_encoder, image_tokenizer, device: torch.device) -> tuple[torch.Tensor, list[float]]:
+def sample(
+    engine, recipe: Recipe, caption_encoder, image_tokenizer, device: torch.device
+) -> tuple[torch.Tensor, list[float]]:
     """One image per train.sample_prompts: pixels [N, 3, H, W] in [-1, 1], on the CPU; and the share of tokens revised per offset.
 
     Same noise at every call.
@@ -434,8 +498,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Train a model from a recipe.")
     parser.add_argument("recipe", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.steps=100")
-    parser.add_argument("--plain", action="store_true", help="the control: the same without TensorAR (window 1), as run NAME_plain")
-    parser.add_argument("--resume", action="store_true", help="continue the run in the run folder, if there is one")
+    parser.add_argument(
+        "--plain",
+        action="store_true",
+        help="the control: the same without TensorAR (window 1), as run NAME_plain",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the run in the run folder, if there is one"
+    )
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
     options = parser.parse_intermixed_args(arguments)
     try:

@@ -29,12 +29,16 @@ class ImageTokenizerRecipe(Section):
     shards: str
     out: str
     seed: int = 0
-    start: str | None = Field(None, description="folder of an image tokenizer to train on, instead of a fresh one")
+    start: str | None = Field(
+        None, description="folder of an image tokenizer to train on, instead of a fresh one"
+    )
     image_size: int = Field(ge=16)
     num_embeddings: int = Field(ge=2)
     embed_dim: int = Field(8, ge=1)
     latent_channels: int = Field(64, ge=1)
-    base_channels: int = Field(32, ge=32, multiple_of=32, description="multiple of the 32 groups that are normalised")
+    base_channels: int = Field(
+        32, ge=32, multiple_of=32, description="multiple of the 32 groups that are normalised"
+    )
     channel_multiplier: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = [1, 1, 2, 2]
     num_res_blocks: int = Field(1, ge=1)
     steps: int = Field(ge=1)
@@ -45,7 +49,9 @@ class ImageTokenizerRecipe(Section):
     commitment: float = Field(0.25, ge=0)
     foreground_weight: float = Field(1.0, ge=1)
     plain_weight: float = Field(0.0, ge=0, description="weight of pulling patches of one colour to one code")
-    crop: int | None = Field(None, ge=8, description="pixels a side of the crops of all but the last full_steps")
+    crop: int | None = Field(
+        None, ge=8, description="pixels a side of the crops of all but the last full_steps"
+    )
     full_steps: int = Field(0, ge=0)
     crop_batch_size: int = Field(64, ge=1)
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -55,13 +61,17 @@ class ImageTokenizerRecipe(Section):
     def _fits_together(self) -> Self:
         problems = []
         if self.warmup_steps >= self.steps:
-            problems.append(f"warmup_steps is {self.warmup_steps}, steps is {self.steps}; the codebook would never be trained")
+            problems.append(
+                f"warmup_steps is {self.warmup_steps}, steps is {self.steps}; the codebook would never be trained"
+            )
         if self.crop is not None and self.crop > self.image_size:
             problems.append(f"crop is {self.crop}, image_size is {self.image_size}")
         for key in ("image_size", "crop"):
             size, factor = getattr(self, key), 2 ** (len(self.channel_multiplier) - 1)
             if size is not None and size % factor:
-                problems.append(f"{key} is {size}; expected a multiple of {factor}, the pixels of one code a side")
+                problems.append(
+                    f"{key} is {size}; expected a multiple of {factor}, the pixels of one code a side"
+                )
         if problems:
             raise ValueError(*problems)
         return self
@@ -71,7 +81,9 @@ def load_pictures(folder: Path, size: int) -> np.ndarray:
     """Every picture of a shard folder as [N, H, W, 3] uint8. Raises ValueError for damage or another size."""
     manifest = Manifest.read(folder)
     if manifest.image_size != size:
-        raise ValueError(f"{folder} has pictures of {manifest.image_size} pixels a side, image_size is {size}")
+        raise ValueError(
+            f"{folder} has pictures of {manifest.image_size} pixels a side, image_size is {size}"
+        )
     pictures = []
     for shard in manifest.shards:
         for sample in iterate_shard(folder, shard):
@@ -100,7 +112,9 @@ def plain_patches(pixels: Tensor, size: int) -> Tensor:
     """[B, 3, H, W] in [-1, 1] -> [B, H / size, W / size] int64: a number for the colour of each patch of one colour, else -1."""
     highest, lowest = F.max_pool2d(pixels, size), -F.max_pool2d(-pixels, size)
     plain = (highest - lowest).amax(1) < 0.12
-    level = ((highest + lowest) * 5.5).round().long() + 16  # steps of 12 grey levels, wider than compression noise
+    level = (
+        (highest + lowest) * 5.5
+    ).round().long() + 16  # steps of 12 grey levels, wider than compression noise
     red, green, blue = level.unbind(1)
     return torch.where(plain, (red * 64 + green) * 64 + blue, -1)
 
@@ -127,8 +141,13 @@ def crop_on_foreground(pixels: Tensor, unlike: Tensor, size: int, stride: int) -
     """
     places = F.avg_pool2d(unlike, size, stride)[:, 0]
     chosen = torch.multinomial(places.flatten(1) + 0.02, 1)[:, 0]
-    rows, columns = (chosen // places.shape[2] * stride).tolist(), (chosen % places.shape[2] * stride).tolist()
-    return torch.stack([p[:, r : r + size, c : c + size] for p, r, c in zip(pixels, rows, columns, strict=True)])
+    rows, columns = (
+        (chosen // places.shape[2] * stride).tolist(),
+        (chosen % places.shape[2] * stride).tolist(),
+    )
+    return torch.stack(
+        [p[:, r : r + size, c : c + size] for p, r, c in zip(pixels, rows, columns, strict=True)]
+    )
 
 
 def train(recipe: ImageTokenizerRecipe) -> None:
@@ -179,7 +198,9 @@ def train(recipe: ImageTokenizerRecipe) -> None:
         weight_of_pixel = pixel_weights(pixels, recipe.foreground_weight)
         if cropped:
             both = torch.cat([pixels, weight_of_pixel], dim=1)
-            both = crop_on_foreground(both, weight_of_pixel - 1, recipe.crop, recipe.image_size // config.num_patches)
+            both = crop_on_foreground(
+                both, weight_of_pixel - 1, recipe.crop, recipe.image_size // config.num_patches
+            )
             pixels, weight_of_pixel = both[:, :3].contiguous(memory_format=torch.channels_last), both[:, 3:]
         seen += batch_size
         with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
@@ -211,7 +232,11 @@ def train(recipe: ImageTokenizerRecipe) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
             output = model.decoder(model.post_quant_conv(latent.permute(0, 3, 1, 2)))
         error = output.float() - pixels
-        loss = (weight_of_pixel * (error.abs() + error.square())).mean() + commitment + recipe.plain_weight * spread
+        loss = (
+            (weight_of_pixel * (error.abs() + error.square())).mean()
+            + commitment
+            + recipe.plain_weight * spread
+        )
         if not torch.isfinite(loss):
             raise ValueError(f"step {step}: the loss is {loss.item()}; lower lr")
         optimizer.zero_grad(set_to_none=True)

@@ -19,7 +19,12 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -95,7 +100,9 @@ def _weights_among(names: Sequence[str], *, where: Path | str, key: str) -> str:
         return files[0]
     if not files:
         raise ValueError(f"{key}: {where} has no {WEIGHTS}, nor another weights file")
-    raise ValueError(f"{key}: {where} has {', '.join(files)}; give one of these files as the path, {where}/{files[0]}")
+    raise ValueError(
+        f"{key}: {where} has {', '.join(files)}; give one of these files as the path, {where}/{files[0]}"
+    )
 
 
 def read_config(folder: Path, *model_types: str, key: str) -> dict:
@@ -123,7 +130,9 @@ def _settings(folder: Path) -> Any:
 def parse_config(architecture: type[BaseModel], settings: Mapping[str, Any], folder: Path):
     """The settings of a folder's config.json as an architecture. Raises ValueError naming the first that is wrong."""
     try:
-        return architecture.model_validate({key: value for key, value in settings.items() if key != "model_type"})
+        return architecture.model_validate(
+            {key: value for key, value in settings.items() if key != "model_type"}
+        )
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -207,7 +216,10 @@ class Checkpoint:
         file = self._files[name]
         if self._opened is None or self._opened[0] != file:
             torch_file = file.suffix in TORCH_SUFFIXES
-            self._opened = (file, _read_torch(file, self._wrappers)[0].__getitem__ if torch_file else _open(file).get_tensor)
+            self._opened = (
+                file,
+                _read_torch(file, self._wrappers)[0].__getitem__ if torch_file else _open(file).get_tensor,
+            )
         return self._opened[1](name)
 
     def file(self, name: str) -> Path:
@@ -227,7 +239,9 @@ def without_values() -> Iterator[None]:
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         register(module, name, parameter)
         if parameter is not None and not parameter.is_meta:
-            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+            module._parameters[name] = nn.Parameter(
+                parameter.to("meta"), requires_grad=parameter.requires_grad
+            )
 
     nn.Module.register_parameter = on_meta
     try:
@@ -295,7 +309,9 @@ def _match(
     if missing := sorted(wanted.keys() - checkpoint.shapes.keys()):
         problems.append(_some(missing, "missing"))
     if ignore is not None:
-        if unexpected := sorted(name for name in checkpoint.shapes.keys() - wanted.keys() if not ignore(name)):
+        if unexpected := sorted(
+            name for name in checkpoint.shapes.keys() - wanted.keys() if not ignore(name)
+        ):
             problems.append(_some(unexpected, "unexpected"))
     if problems:
         raise ValueError(f"{checkpoint.path}: {'; '.join(problems)}")
@@ -405,11 +421,23 @@ def _read_torch(path: Path, wrappers: Sequence[str]) -> tuple[dict[str, Tensor],
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     # An unpickler that meets a text file may also stumble over its bytes.
     except (
-        pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, struct.error
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        struct.error,
     ) as error:
         # torch's message is a page; what matters in it is the class that the file wants.
         refused = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it holds a {refused[1]}" if refused else (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (
+            f"it holds a {refused[1]}"
+            if refused
+            else (str(error).strip() or type(error).__name__).splitlines()[0]
+        )
         raise ValueError(f"{path}: cannot be read as PyTorch weights ({reason})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds {type(content).__name__}, expected a state dict")
@@ -419,7 +447,11 @@ def _read_torch(path: Path, wrappers: Sequence[str]) -> tuple[dict[str, Tensor],
             others = {name: value for name, value in content.items() if name != key}
             content = content[key]
             break
-    odd = [str(name) for name, value in content.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
+    odd = [
+        str(name)
+        for name, value in content.items()
+        if not (isinstance(name, str) and isinstance(value, Tensor))
+    ]
     if odd:
         looked = f", nor is one under {', '.join(wrappers)}" if wrappers else ""
         raise ValueError(f"{path}: no state dict: it has {', '.join(odd[:10])}{looked}")

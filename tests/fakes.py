@@ -73,7 +73,9 @@ class FakeHead(nn.Module):
 class FakeBackbone(nn.Module):
     """One causal attention layer. factor_sizes of length 1 or more; 2 is the factorised variant."""
 
-    def __init__(self, factor_sizes: tuple[int, ...] = (11,), num_tokens: int = 6, dim: int = 16, num_words: int = 9):
+    def __init__(
+        self, factor_sizes: tuple[int, ...] = (11,), num_tokens: int = 6, dim: int = 16, num_words: int = 9
+    ):
         super().__init__()
         self.dim, self.num_tokens, self.factor_sizes = dim, num_tokens, factor_sizes
         self.embed = FakeEmbed(dim, factor_sizes)
@@ -117,7 +119,9 @@ def tiny_janus(num_codes: int = 11, side: int = 3):
     """A real Janus backbone with random weights, width 16, side * side image tokens; takes fake_condition's words."""
     from mmtensorar.backbones import janus
 
-    text = dict(vocab_size=12, hidden_size=16, intermediate_size=24, max_position_embeddings=64, pad_token_id=PAD)
+    text = dict(
+        vocab_size=12, hidden_size=16, intermediate_size=24, max_position_embeddings=64, pad_token_id=PAD
+    )
     # The range is large enough that the likeliest token is not a matter of rounding.
     return janus.build(_janus_config(num_codes, side, initializer_range=0.3, **text))
 
@@ -127,8 +131,28 @@ def write_tiny_janus(folder: Path, num_codes: int = 32, side: int = 4, width: in
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import JanusForConditionalGeneration, PreTrainedTokenizerFast
 
-    special = ["<unk>", "<｜▁pad▁｜>", "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<begin_of_image>", "<end_of_image>"]
-    words = special + ["a", "red", "blue", "green", "circle", "square", "User", "Assistant", ":", "<", ">", "|"]
+    special = [
+        "<unk>",
+        "<｜▁pad▁｜>",
+        "<｜begin▁of▁sentence｜>",
+        "<｜end▁of▁sentence｜>",
+        "<begin_of_image>",
+        "<end_of_image>",
+    ]
+    words = special + [
+        "a",
+        "red",
+        "blue",
+        "green",
+        "circle",
+        "square",
+        "User",
+        "Assistant",
+        ":",
+        "<",
+        ">",
+        "|",
+    ]
     text_tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     text_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     text_tokenizer.add_special_tokens(special)
@@ -207,7 +231,9 @@ def tiny_llamagen(condition: str = "class", **changes):
 
     sizes = dict(dim=16, num_layers=2, num_heads=2, num_kv_heads=1, ffn_dim=24, vocab_size=11, num_tokens=9)
     kind = dict(prefix_len=5, caption_dim=6) if condition == "text" else dict(num_classes=7)
-    backbone = llamagen.LlamaGenBackbone(llamagen.Architecture(condition=condition, **(sizes | kind | changes)))
+    backbone = llamagen.LlamaGenBackbone(
+        llamagen.Architecture(condition=condition, **(sizes | kind | changes))
+    )
     with torch.no_grad():
         for parameter in backbone.parameters():
             if parameter.ndim > 1:
@@ -236,9 +262,13 @@ def llamagen_condition(backbone, batch: int = 3) -> Condition:
     """Class ids, or captions of different lengths, left-padded with zeros."""
     config = backbone.config
     if config.condition == "class":
-        return Condition(torch.arange(batch)[:, None] % config.num_classes, torch.ones(batch, 1, dtype=torch.bool))
+        return Condition(
+            torch.arange(batch)[:, None] % config.num_classes, torch.ones(batch, 1, dtype=torch.bool)
+        )
     mask = torch.arange(config.prefix_len) >= (2 * torch.arange(batch) % config.prefix_len)[:, None]
-    features = torch.randn(batch, config.prefix_len, config.caption_dim, generator=torch.Generator().manual_seed(1))
+    features = torch.randn(
+        batch, config.prefix_len, config.caption_dim, generator=torch.Generator().manual_seed(1)
+    )
     return Condition(features * mask[..., None], mask)
 
 
@@ -283,7 +313,10 @@ def write_tiny_vlm(folder: Path) -> None:
     )
 
     special = ["<unk>", "<pad>", "<s>", "</s>", "<image>"]
-    words = [*special, *"yes no Yes No maybe is there the a circle red blue ? Answer with one word , or .".split()]
+    words = [
+        *special,
+        *"yes no Yes No maybe is there the a circle red blue ? Answer with one word , or .".split(),
+    ]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens(special)
@@ -314,7 +347,13 @@ def write_tiny_vlm(folder: Path) -> None:
         **small,
     )
     vision = CLIPVisionConfig(
-        num_hidden_layers=2, image_size=8, patch_size=4, projection_dim=16, initializer_range=0.8, initializer_factor=8.0, **small
+        num_hidden_layers=2,
+        image_size=8,
+        patch_size=4,
+        projection_dim=16,
+        initializer_range=0.8,
+        initializer_factor=8.0,
+        **small,
     )
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(

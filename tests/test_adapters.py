@@ -24,7 +24,9 @@ def bench(tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapters")
     write_tiny_janus(folder / "janus", width=adapters.BLOCK)
     write_tiny_janus(folder / "narrow")
-    tiny_llamagen(vocab_size=32, num_tokens=16, dim=adapters.BLOCK, ffn_dim=2 * adapters.BLOCK).save_pretrained(folder / "llamagen")
+    tiny_llamagen(
+        vocab_size=32, num_tokens=16, dim=adapters.BLOCK, ffn_dim=2 * adapters.BLOCK
+    ).save_pretrained(folder / "llamagen")
     return folder
 
 
@@ -88,7 +90,9 @@ def test_a_step_changes_what_is_trained_and_loads_to_the_same_outputs(bench, tmp
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed <= trained and any(name.startswith("encoder.") for name in changed)
-    assert (parts == "all") == any(".layers." in name and name.startswith("backbone.") and ".lora_" not in name for name in changed)
+    assert (parts == "all") == any(
+        ".layers." in name and name.startswith("backbone.") and ".lora_" not in name for name in changed
+    )
     assert (parts in ("all", "heads")) == any(name.startswith("backbone.head.") for name in changed)
     assert (parts in ("lora", "qlora")) == any(".lora_B" in name for name in changed)
     save(recipe, model, tmp_path / "model")
@@ -112,13 +116,17 @@ def test_folded_in_they_are_the_same_checkpoint(bench, tmp_path, capsys):
     assert merge.main([str(tmp_path / "merged"), str(tmp_path / "twice")]) == 2
     assert "has no adapters.safetensors" in capsys.readouterr().err
     start = make(bench, "janus", init_from=str(tmp_path / "merged"), precision="fp32")
-    torch.testing.assert_close(losses(checkpoint.initial_model(start), inputs), losses(model, inputs), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        losses(checkpoint.initial_model(start), inputs), losses(model, inputs), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_adapters_are_for_one_backbone_only(bench, tmp_path):
     shutil.copytree(bench / "janus", tmp_path / "janus")
     recipe = make(bench, "janus", parts="lora")
-    recipe = recipe.model_copy(update={"backbone": recipe.backbone.model_copy(update={"path": str(tmp_path / "janus")})})
+    recipe = recipe.model_copy(
+        update={"backbone": recipe.backbone.model_copy(update={"path": str(tmp_path / "janus")})}
+    )
     model = checkpoint.model_to_train(recipe)
     save(recipe, model, tmp_path / "model")
     with pytest.raises(ValueError, match="train.init_from: .* holds adapters; fold them in first"):
@@ -133,8 +141,15 @@ def test_adapters_are_for_one_backbone_only(bench, tmp_path):
 def test_four_bits_are_counted_and_take_a_quarter(bench):
     full, small = (plan.shapes(make(bench, "janus", parts=parts)) for parts in ("lora", "qlora"))
     assert plan.parameters(full)["four_bit"] == 0 < plan.parameters(small)["four_bit"]
-    assert plan.parameters(full)["trainable"] == plan.parameters(small)["trainable"] < plan.parameters(full)["backbone"]
-    weights = [plan.memory(make(bench, "janus", parts="lora"), {**EMPTY, "four_bit": number}, 0, 0, 1).weights for number in (0, 6400)]
+    assert (
+        plan.parameters(full)["trainable"]
+        == plan.parameters(small)["trainable"]
+        < plan.parameters(full)["backbone"]
+    )
+    weights = [
+        plan.memory(make(bench, "janus", parts="lora"), {**EMPTY, "four_bit": number}, 0, 0, 1).weights
+        for number in (0, 6400)
+    ]
     assert weights == [2 * 6400, 3301.5625]
 
 
@@ -144,7 +159,10 @@ EMPTY = {"backbone": 6400, "tensorar": 0, "trainable": 0}
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"freeze": ["no_such_thing"]}, "'no_such_thing' matches no parameter; they have names such as backbone"),
+        (
+            {"freeze": ["no_such_thing"]},
+            "'no_such_thing' matches no parameter; they have names such as backbone",
+        ),
         ({"freeze": ["."]}, "leave nothing to train"),
     ],
 )
@@ -171,5 +189,7 @@ def test_recipes_that_do_not_go_together(bench):
     narrow = Recipe.load(bench / "recipe.yaml", ["train.parts=qlora", f"backbone.path={bench / 'narrow'}"])
     with pytest.raises(ValueError, match="q_proj is 32 wide; 4 bits need a multiple of 64"):
         checkpoint.model_to_train(narrow)
-    with pytest.raises(ValueError, match="lora.targets 'nothing' matches no matrix of the backbone; there are "):
+    with pytest.raises(
+        ValueError, match="lora.targets 'nothing' matches no matrix of the backbone; there are "
+    ):
         checkpoint.model_to_train(recipe)

@@ -28,7 +28,16 @@ def check(folder: Path, *arguments: object, workers: int = 1) -> int:
 def whole(tmp_path_factory) -> Path:
     """Twelve shapes in four shards."""
     folder = tmp_path_factory.mktemp("whole") / "set"
-    arguments = ["--synthesize", "shapes", "--num-samples", "12", "--samples-per-shard", "3", "--image-size", "16"]
+    arguments = [
+        "--synthesize",
+        "shapes",
+        "--num-samples",
+        "12",
+        "--samples-per-shard",
+        "3",
+        "--image-size",
+        "16",
+    ]
     assert make_shards.main([*arguments, "--workers", "1", "--out", str(folder)]) == 0
     return folder
 
@@ -49,7 +58,9 @@ def damaged(tmp_path, whole) -> Path:
     shutil.copytree(whole, folder)
     first = next(iter(iterate_tar(folder / "00000.tar")))
     rewrite(
-        folder, "00000.tar", lambda found: [found[0], Sample(found[1].key, found[1].members | {"txt": b"\xff"}), found[2]]
+        folder,
+        "00000.tar",
+        lambda found: [found[0], Sample(found[1].key, found[1].members | {"txt": b"\xff"}), found[2]],
     )
     rewrite(folder, "00001.tar", lambda found: [found[0], found[1]._replace(key=first.key), found[2]])
     rewrite(folder, "00002.tar", lambda found: [found[0], found[1], Sample("extra", first.members), found[2]])
@@ -66,7 +77,11 @@ def test_a_report_lists_every_problem_with_shard_and_key(tmp_path, damaged, caps
         "ok": False, "shards": 4, "samples": 13, "read": 11, "good": 9
     }  # fmt: skip
     told = [(each["shard"], each["key"]) for each in found["problems"]]
-    assert ("00000.tar", "000000001") in told and ("00001.tar", "000000000") in told and ("00003.tar", None) in told
+    assert (
+        ("00000.tar", "000000001") in told
+        and ("00001.tar", "000000000") in told
+        and ("00003.tar", None) in told
+    )
     assert [each["problem"] for each in found["problems"]] == [
         line.removeprefix("error: ") for line in capsys.readouterr().err.splitlines()
     ]
@@ -78,22 +93,40 @@ def test_a_good_set_is_repaired_to_the_same_bytes(tmp_path, whole):
     assert check(whole, "--report", tmp_path / "report.json") == 0
     assert json.loads((tmp_path / "report.json").read_text())["ok"]
     assert check(whole, "--repair", tmp_path / "clean") == 0
-    assert content(tmp_path / "clean") == content(whole) and (tmp_path / "clean" / "dropped.jsonl").read_text() == ""
+    assert (
+        content(tmp_path / "clean") == content(whole)
+        and (tmp_path / "clean" / "dropped.jsonl").read_text() == ""
+    )
 
 
 @pytest.mark.parametrize(("duplicates", "workers"), [(False, 1), (True, 2)])
 def test_repairing_keeps_what_is_good_and_tells_what_was_dropped(tmp_path, damaged, duplicates, workers):
     before = content(damaged)
     out = tmp_path / "clean"
-    assert check(damaged, "--repair", out, *(["--drop-duplicates"] if duplicates else []), workers=workers) == 0
+    assert (
+        check(damaged, "--repair", out, *(["--drop-duplicates"] if duplicates else []), workers=workers) == 0
+    )
     assert content(damaged) == before and check(out) == 0
-    good = ["000000000", "000000002", "000000003", "000000005", "000000006", "000000007", "000000008", "000000009"]
+    good = [
+        "000000000",
+        "000000002",
+        "000000003",
+        "000000005",
+        "000000006",
+        "000000007",
+        "000000008",
+        "000000009",
+    ]
     expected = good if duplicates else [*good[:6], "extra", *good[6:]]
     assert keys(out) == expected
     lines = [json.loads(line) for line in (out / "dropped.jsonl").read_text().splitlines()]
     assert {line["key"] for line in lines} >= {"000000001", "000000000", *(["extra"] if duplicates else [])}
     for shard in Manifest.read(out).shards:
-        originals = {sample.key: sample for sample in iterate_tar(damaged / shard.name)} if shard.name != "00003.tar" else {}
+        originals = (
+            {sample.key: sample for sample in iterate_tar(damaged / shard.name)}
+            if shard.name != "00003.tar"
+            else {}
+        )
         assert all(originals[s.key] == s for s in iterate_tar(out / shard.name) if s.key in originals)
 
 
@@ -108,7 +141,10 @@ def test_an_interrupted_repair_goes_on(tmp_path, damaged, monkeypatch):
         return real(*task)
 
     monkeypatch.setattr(check_shards, "write_good", interrupted)
-    assert check(damaged, "--repair", tmp_path / "two") == 130 and not (tmp_path / "two" / "manifest.json").exists()
+    assert (
+        check(damaged, "--repair", tmp_path / "two") == 130
+        and not (tmp_path / "two" / "manifest.json").exists()
+    )
     calls.clear()
     monkeypatch.setattr(check_shards, "write_good", lambda *task: calls.append(task) or real(*task))
     assert check(damaged, "--repair", tmp_path / "two") == 0
@@ -132,7 +168,11 @@ def test_a_missing_shard_is_a_problem_and_the_others_are_read(tmp_path, damaged,
     (damaged / "00001.tar").unlink()
     assert check(damaged, "--repair", tmp_path / "clean") == 0
     assert "00001.tar: No such file or directory" in capsys.readouterr().err
-    assert [shard.name for shard in Manifest.read(tmp_path / "clean").shards] == ["00000.tar", "00002.tar", "00003.tar"]
+    assert [shard.name for shard in Manifest.read(tmp_path / "clean").shards] == [
+        "00000.tar",
+        "00002.tar",
+        "00003.tar",
+    ]
 
 
 # ---- looking at a set ------------------------------------------------------------------------
@@ -173,7 +213,9 @@ def test_plain_webdataset_reads_the_shards(whole):
     import webdataset as wds
 
     urls = sorted(map(str, whole.glob("*.tar")))
-    found = list(wds.WebDataset(urls, shardshuffle=False).decode("pil").to_tuple("__key__", "jpg", "txt", "json"))
+    found = list(
+        wds.WebDataset(urls, shardshuffle=False).decode("pil").to_tuple("__key__", "jpg", "txt", "json")
+    )
     ours = [sample for shard in Manifest.read(whole).shards for sample in iterate_tar(whole / shard.name)]
     assert [key for key, *_ in found] == [sample.key for sample in ours]
     for (_, image, caption, meta), sample in zip(found, ours, strict=True):
@@ -186,9 +228,13 @@ def test_datasets_reads_the_shards(whole, tmp_path, monkeypatch):
     import datasets
 
     files = sorted(map(str, whole.glob("*.tar")))
-    found = datasets.load_dataset("webdataset", data_files={"train": files}, split="train", cache_dir=str(tmp_path))
+    found = datasets.load_dataset(
+        "webdataset", data_files={"train": files}, split="train", cache_dir=str(tmp_path)
+    )
     ours = [sample for shard in Manifest.read(whole).shards for sample in iterate_tar(whole / shard.name)]
     assert len(found) == len(ours)
     for row, sample in zip(found, ours, strict=True):
         assert row["__key__"] == sample.key and row["txt"].encode() == sample.members["txt"]
-        assert np.array_equal(np.asarray(row["jpg"]), np.asarray(shards.decode_image(sample.members["jpg"], "")))
+        assert np.array_equal(
+            np.asarray(row["jpg"]), np.asarray(shards.decode_image(sample.members["jpg"], ""))
+        )

@@ -91,16 +91,22 @@ def test_init_from_takes_the_codec_only_when_it_fits(bench, saved):
     assert equal(same.state_dict(), saved)
     # The number of heads changes no shape: the saved codec would load, and compute something else.
     for window, num_heads in (4, 2), (3, 4):
-        other = checkpoint.initial_model(make(bench, window, num_heads=num_heads, init_from=str(bench / "model")))
+        other = checkpoint.initial_model(
+            make(bench, window, num_heads=num_heads, init_from=str(bench / "model"))
+        )
         fresh = checkpoint.initial_model(make(bench, window, num_heads=num_heads))
         assert equal(checkpoint.codec_state(other.state_dict()), checkpoint.codec_state(fresh.state_dict()))
-        assert equal(other.backbone.state_dict(), same.backbone.state_dict()), "it comes from the checkpoint either way"
+        assert equal(other.backbone.state_dict(), same.backbone.state_dict()), (
+            "it comes from the checkpoint either way"
+        )
 
 
 def test_init_from_needs_nothing_else(bench, saved):
     """It asked for the original's files too, and compared names and shapes with those only."""
     recipe = make(bench, 3, init_from=str(bench / "model"))
-    gone = recipe.model_copy(update={"backbone": recipe.backbone.model_copy(update={"path": str(bench / "gone")})})
+    gone = recipe.model_copy(
+        update={"backbone": recipe.backbone.model_copy(update={"path": str(bench / "gone")})}
+    )
     assert equal(checkpoint.initial_model(gone).state_dict(), saved)
     started = checkpoint.starting(gone)
     assert Path(started.backbone.path) == bench / "model" / "backbone"
@@ -114,7 +120,9 @@ def test_init_from_a_damaged_folder_is_refused(bench, saved, tmp_path):
     """Otherwise a training run of days would start from spoilt weights."""
     shutil.copytree(bench / "model", tmp_path / "model")
     damage(tmp_path / "model" / "backbone" / "model.safetensors")
-    with pytest.raises(ValueError, match=r"checkpoint .*: backbone/model\.safetensors is damaged, its sha256 is"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint .*: backbone/model\.safetensors is damaged, its sha256 is"
+    ):
         checkpoint.initial_model(make(bench, 3, init_from=str(tmp_path / "model")))
 
 
@@ -123,7 +131,9 @@ def test_attention_is_chosen_where_the_model_is_loaded(bench, saved, monkeypatch
     eager = checkpoint.load(bench / "model", attn_implementation="eager")
     assert eager.recipe.backbone.attn_implementation == "eager"
     assert eager.model.backbone.language_model.config._attn_implementation == "eager"
-    with pytest.raises(ValueError, match="attn_implementation is flash_attention_2, but flash-attn is not usable here"):
+    with pytest.raises(
+        ValueError, match="attn_implementation is flash_attention_2, but flash-attn is not usable here"
+    ):
         checkpoint.load(bench / "model", attn_implementation="flash_attention_2")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: "there")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -174,13 +184,19 @@ def test_loading_needs_no_deepspeed():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-@pytest.mark.parametrize("settings", [{}, {"parts": "lora"}, {"init_from": "saved"}, {"freeze": [r"layers\.0"]}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"parts": "lora"}, {"init_from": "saved"}, {"freeze": [r"layers\.0"]}]
+)
 def test_a_model_read_tensor_by_tensor_is_the_whole_one(bench, saved, settings):
     """As ZeRO-3 reads it: no values in the modules, each from the files when it is asked for; buffers that no file has are there."""
     if "init_from" in settings:
         settings = {"init_from": str(bench / "model")}
     recipe = make(bench, 3, **settings)
-    whole, skeleton, value_of = checkpoint.model_to_train(recipe), checkpoint.skeleton(recipe), checkpoint.initial_values(recipe)
+    whole, skeleton, value_of = (
+        checkpoint.model_to_train(recipe),
+        checkpoint.skeleton(recipe),
+        checkpoint.initial_values(recipe),
+    )
     assert all(parameter.is_meta for parameter in skeleton.parameters())
     assert equal({name: value_of(name) for name in skeleton.state_dict()}, whole.state_dict())
     assert equal(dict(skeleton.named_buffers()), dict(whole.named_buffers())) and len(list(whole.buffers()))

@@ -39,13 +39,23 @@ def test_the_command_prints_scores_and_differences(tmp_path, capsys):
         path.parent.mkdir(parents=True)
         suite.picture(index, 64)[1].save(path)
         (path.parent.parent / "metadata.jsonl").write_text(json.dumps(metadata) + "\n")
-    assert command.main(["--images", str(tmp_path / "one"), "--suite", "shapes", "--num-bound-images", "0"]) == 0
+    assert (
+        command.main(["--images", str(tmp_path / "one"), "--suite", "shapes", "--num-bound-images", "0"]) == 0
+    )
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     capsys.readouterr()
-    assert command.main(["compare", str(tmp_path / "one"), f"again={tmp_path / 'two'}", "--out", str(tmp_path / "d.json")]) == 0
+    assert (
+        command.main(
+            ["compare", str(tmp_path / "one"), f"again={tmp_path / 'two'}", "--out", str(tmp_path / "d.json")]
+        )
+        == 0
+    )
     printed = capsys.readouterr().out
     assert "minus one" in printed and printed.count("+0.0 [+0.0 +0.0]") == 7
     assert json.loads((tmp_path / "d.json").read_text())["differences"]["again"]["overall"] == [0, 0, 0]
-    for arguments, sentence in (([tmp_path / "one"], "expected two or more"), ([tmp_path / "one", tmp_path / "no"], "no/summary.json")):
+    for arguments, sentence in (
+        ([tmp_path / "one"], "expected two or more"),
+        ([tmp_path / "one", tmp_path / "no"], "no/summary.json"),
+    ):
         assert command.main(["compare", *map(str, arguments)]) == 2
         assert sentence in capsys.readouterr().err

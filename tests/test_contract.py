@@ -94,7 +94,10 @@ def check_protocol(model: nn.Module, protocol: type) -> None:
     for name, kind in hints.items():
         value = getattr(model, name)
         if get_origin(kind) is Union:
-            assert any(value in get_args(part) if get_origin(part) is Literal else isinstance(value, part) for part in get_args(kind))
+            assert any(
+                value in get_args(part) if get_origin(part) is Literal else isinstance(value, part)
+                for part in get_args(kind)
+            )
             continue
         assert isinstance(value, get_origin(kind) or kind), name
         if get_origin(kind) is tuple:
@@ -107,7 +110,9 @@ def check_protocol(model: nn.Module, protocol: type) -> None:
 # ---- backbones -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("folder, functions", [("backbones", ["caption_encoder", "unread"]), ("image_tokenizers", [])])
+@pytest.mark.parametrize(
+    "folder, functions", [("backbones", ["caption_encoder", "unread"]), ("image_tokenizers", [])]
+)
 def test_every_file_has_its_config_and_load(folder, functions):
     """A recipe's `name` is the file's, and finds these in it."""
     for name in files(folder):
@@ -152,7 +157,9 @@ def test_fresh_heads_change_nothing_at_offset_0(tiny):
         prev = codes[:, :, None, :factor]
         logits = fresh.logits(hidden, prev.expand(-1, -1, 4, -1))
         # Within rounding, for some processors multiply four rows in another order than one.
-        torch.testing.assert_close(logits[:, :, 0], plain.logits(expected, prev)[:, :, 0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            logits[:, :, 0], plain.logits(expected, prev)[:, :, 0], rtol=1e-5, atol=1e-6
+        )
     images = [decode(model, condition, GREEDY, cfg_scale=3.0).codes for model in (plain, fresh)]
     assert torch.equal(*images)
 
@@ -235,7 +242,9 @@ def test_pixels_become_codes_and_codes_pixels(image_tokenizer):
     assert torch.equal(codes[1:], image_tokenizer.encode(pixels[1:]))
     decoded = image_tokenizer.decode(codes)
     assert decoded.shape == pixels.shape and decoded.isfinite().all() and not decoded.requires_grad
-    with pytest.raises(ValueError, match=rf"pixels are \[{size}, {2 * size}\], the image tokenizer expects {size} a side"):
+    with pytest.raises(
+        ValueError, match=rf"pixels are \[{size}, {2 * size}\], the image tokenizer expects {size} a side"
+    ):
         image_tokenizer.encode(torch.zeros(1, 3, size, 2 * size))
 
 
@@ -252,4 +261,6 @@ def test_an_image_tokenizer_is_itself_after_a_round_trip(image_tokenizer, tmp_pa
         parameter.copy_(parameter.half())
     found.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").stat().st_size < 0.8 * full
-    assert all(torch.equal(a, b) for a, b in zip(module.load(section).parameters(), found.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(module.load(section).parameters(), found.parameters(), strict=True)
+    )

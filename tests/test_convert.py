@@ -17,7 +17,13 @@ from mmtensorar.image_tokenizers import janus_vq, llamagen_vq, open_magvit2_lfq
 from mmtensorar.noise import FixedSchedule
 from mmtensorar.recipe import Recipe
 from mmtensorar.tensorar import TensorAR
-from tests.fakes import class_condition, llamagen_condition, tiny_llamagen, tiny_open_magvit2, write_tiny_janus
+from tests.fakes import (
+    class_condition,
+    llamagen_condition,
+    tiny_llamagen,
+    tiny_open_magvit2,
+    write_tiny_janus,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +33,9 @@ def released(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setitem(llamagen.SIZES, "B", (16, 2, 2))
     monkeypatch.setitem(open_magvit2.RELEASED, "B", tiny_open_magvit2(side=4).config)
-    lfq = open_magvit2_lfq.Architecture(ch=32, ch_mult=(1, 1), num_res_blocks=1, factorized_bits=(2, 3), image_size=8)
+    lfq = open_magvit2_lfq.Architecture(
+        ch=32, ch_mult=(1, 1), num_res_blocks=1, factorized_bits=(2, 3), image_size=8
+    )
     monkeypatch.setitem(open_magvit2_lfq.RELEASED, 2, lfq)
 
 
@@ -77,11 +85,15 @@ def write_vq(path: Path, codebook_size: int = 11, levels: int = 5) -> llamagen_v
     mult = dict(encoder_ch_mult=[1] * levels, decoder_ch_mult=[1] * levels)
     vq = llamagen_vq.LlamaGenVQ(llamagen_vq.VQModel(llamagen_vq.Architecture(**sizes, **mult)), 64)
     tensors = vq.model.state_dict() | {llamagen_vq.USAGE: torch.zeros(65536)}
-    torch.save({"ema": tensors, "model": {n: torch.zeros_like(v) for n, v in tensors.items()}, "steps": 3}, path)
+    torch.save(
+        {"ema": tensors, "model": {n: torch.zeros_like(v) for n, v in tensors.items()}, "steps": 3}, path
+    )
     return vq
 
 
-def write_llamagen(path: Path, condition: str = "class", dtype=torch.float32, **changes: Tensor | None) -> None:
+def write_llamagen(
+    path: Path, condition: str = "class", dtype=torch.float32, **changes: Tensor | None
+) -> None:
     backbone = tiny_llamagen(condition, num_tokens=16, num_kv_heads=2)
     tensors = {llamagen.official_name(name): value.to(dtype) for name, value in backbone.state_dict().items()}
     tensors |= {name.replace("__", "."): value for name, value in changes.items()}
@@ -102,7 +114,10 @@ def write_deepseek(hub: Path, folder: Path) -> dict[str, Tensor]:
     """The Janus of a folder in transformers' layout, in DeepSeek's, as two .bin files with an index."""
     source = load_file(hub / "model.safetensors")
     section = janus.Config(name="janus", path=str(hub))
-    back = {janus._released_name(n): deepseek.backbone_name(n) for n in backbones.unread(section).model.state_dict()}
+    back = {
+        janus._released_name(n): deepseek.backbone_name(n)
+        for n in backbones.unread(section).model.state_dict()
+    }
     names = {}
     for name in source:
         if name.startswith(janus_vq.INSIDE_JANUS):
@@ -123,7 +138,9 @@ def write_deepseek(hub: Path, folder: Path) -> dict[str, Tensor]:
         "torch_dtype": "float32",
         "language_config": config["text_config"],
         "vision_config": {"params": {"image_size": config["vision_config"]["image_size"] // 2}},
-        "gen_vision_config": {"params": {"image_token_size": vq["num_embeddings"], "n_embed": vq["embed_dim"]}},
+        "gen_vision_config": {
+            "params": {"image_token_size": vq["num_embeddings"], "n_embed": vq["embed_dim"]}
+        },
         "gen_aligner_config": {"params": {"n_embed": vq["projection_dim"], "depth": vq["num_hidden_layers"]}},
         "gen_head_config": {
             "params": {"n_embed": vq["image_token_embed_dim"], "image_token_embed": vq["projection_dim"]}
@@ -162,7 +179,11 @@ def test_llamagen_there_and_back(condition, tmp_path):
     assert loaded.image_tokenizer.grid == (4, 4)
     assert loaded.recipe.sampler.cfg_scale == (4.0 if condition == "class" else 7.5)
     record = json.loads((folder / "source.json").read_text())
-    assert record["backbone"] == {"kind": "llamagen", "path": str(source), "sha256": {"gpt.pt": sha256(source)}}
+    assert record["backbone"] == {
+        "kind": "llamagen",
+        "path": str(source),
+        "sha256": {"gpt.pt": sha256(source)},
+    }
     assert record["image_tokenizer"]["sha256"] == {"vq.pt": sha256(vq_file)}
     assert run("--original", folder, tmp_path / "back.pt") == 0
     assert equal(state(tmp_path / "back.pt", "model"), state(source, "model"))
@@ -184,7 +205,9 @@ def test_open_magvit2_there_and_back(tmp_path):
     assert run(source, folder) == 0
     loaded = checkpoint.load(folder)
     direct = backbones.load(open_magvit2.Config(name="open_magvit2", path=str(source)))
-    assert torch.equal(greedy(loaded.model, class_condition(0, 3)), greedy(plain(direct), class_condition(0, 3)))
+    assert torch.equal(
+        greedy(loaded.model, class_condition(0, 3)), greedy(plain(direct), class_condition(0, 3))
+    )
     inside = image_tokenizers.load(open_magvit2_lfq.Config(name="open_magvit2_lfq", path=str(source)))
     assert loaded.image_tokenizer.weight_hash == inside.weight_hash
     assert run("--original", folder, tmp_path / "back.ckpt") == 0
@@ -259,7 +282,11 @@ def with_transformers(folder: Path, condition, tokens: int) -> Tensor:
     values, mask = condition
     with torch.no_grad():
         found = model.generate(
-            input_ids=values, attention_mask=mask.long(), generation_mode="image", guidance_scale=5.0, do_sample=False
+            input_ids=values,
+            attention_mask=mask.long(),
+            generation_mode="image",
+            guidance_scale=5.0,
+            do_sample=False,
         )
     return found[:, :tokens]
 
@@ -344,7 +371,9 @@ def test_generate_takes_the_folder(hub, tmp_path):
     # Our own parts are sources too: a backbone that holds no image tokenizer, and one beside it.
     parts = tmp_path / "model"
     assert run(parts / "backbone", tmp_path / "again", "--image-tokenizer", parts / "image_tokenizer") == 0
-    assert equal(checkpoint.load(tmp_path / "again").model.state_dict(), checkpoint.load(parts).model.state_dict())
+    assert equal(
+        checkpoint.load(tmp_path / "again").model.state_dict(), checkpoint.load(parts).model.state_dict()
+    )
     assert run(parts / "backbone", tmp_path / "alone") == 0
     assert checkpoint.load(tmp_path / "alone").image_tokenizer is None
 
@@ -382,7 +411,9 @@ def test_a_window_above_1_goes_back_only_when_asked_to_lose_it(tmp_path, capsys)
     model = tensorar.build(recipe, checkpoint.load(tmp_path / "model").model.backbone)
     checkpoint.save(tmp_path / "window", model, recipe)
     error = refused(capsys, "--original", tmp_path / "window", tmp_path / "back.ckpt")
-    assert "has tensorar.window 3" in error and "--drop-tensorar writes the backbone alone, and loses" in error
+    assert (
+        "has tensorar.window 3" in error and "--drop-tensorar writes the backbone alone, and loses" in error
+    )
     assert run("--original", tmp_path / "window", tmp_path / "back.ckpt", "--drop-tensorar") == 0
     assert "without the window encoder and decoder" in capsys.readouterr().out
     assert equal(state(tmp_path / "back.ckpt", "state_dict"), state(tmp_path / "ar.ckpt", "state_dict"))
@@ -422,12 +453,16 @@ def test_an_image_tokenizer_of_another_backbone_is_refused(hub, tmp_path, capsys
     write_vq(tmp_path / "vq_ds16_t2i.pt")
 
     def given(tokenizer: Path) -> str:
-        return refused(capsys, tmp_path / "gpt.pt", tmp_path / "m", "--image-size", 64, "--image-tokenizer", tokenizer)
+        return refused(
+            capsys, tmp_path / "gpt.pt", tmp_path / "m", "--image-size", 64, "--image-tokenizer", tokenizer
+        )
 
     error = given(tmp_path / "vq_ds16_c2i.pt")
     assert "makes 64 codes an image out of 11, the backbone predicts 16 codes an image out of 11" in error
     assert "makes 16 codes an image out of 12" in given(tmp_path / "large.pt")
-    assert "it is that of the text-conditional models, the backbone is class-" in given(tmp_path / "vq_ds16_t2i.pt")
+    assert "it is that of the text-conditional models, the backbone is class-" in given(
+        tmp_path / "vq_ds16_t2i.pt"
+    )
     # The folder that the file becomes remembers it.
     assert run(tmp_path / "vq_ds16_t2i.pt", tmp_path / "vq", "--image-size", 64) == 0
     assert "it is that of the text-conditional models, the backbone is class-" in given(tmp_path / "vq")
@@ -442,7 +477,9 @@ def test_a_pickle_cannot_run_code(tmp_path, capsys):
             return (Path.touch, (tmp_path / "ran",))
 
     torch.save({"model": Trap()}, tmp_path / "trap.pt")
-    assert "trap.pt: cannot be read as PyTorch weights" in refused(capsys, tmp_path / "trap.pt", tmp_path / "model")
+    assert "trap.pt: cannot be read as PyTorch weights" in refused(
+        capsys, tmp_path / "trap.pt", tmp_path / "model"
+    )
     write_llamagen(tmp_path / "gpt.pt")
     options = ("--image-size", 64, "--image-tokenizer", tmp_path / "trap.pt")
     assert "trap.pt" in refused(capsys, tmp_path / "gpt.pt", tmp_path / "model", *options)
@@ -460,7 +497,9 @@ def test_a_broken_config_is_named(hub, tmp_path, capsys):
 def test_options_without_use_are_refused(hub, tmp_path, capsys):
     """A setting that changes nothing is a misunderstanding."""
     assert "--base has no use without --original" in refused(capsys, hub, tmp_path / "m", "--base", hub)
-    assert "--kind has no use with --original" in refused(capsys, "--original", hub, tmp_path / "m", "--kind", "janus")
+    assert "--kind has no use with --original" in refused(
+        capsys, "--original", hub, tmp_path / "m", "--kind", "janus"
+    )
     assert "backbone.image_size: unknown key" in refused(capsys, hub, tmp_path / "m", "--image-size", 64)
     assert run(hub, tmp_path / "m") == 0
     assert "is a checkpoint of this project already" in refused(capsys, tmp_path / "m", tmp_path / "n")

@@ -35,8 +35,12 @@ def write_set(folder: Path, counts: list[int], crops: int = 1, first: int = 0) -
             samples.append(Sample(f"{index:09d}", members))
             index += 1
         shards.append(write_tar(folder / f"{number:05d}.tar", samples))
-    codes = Codes(image_tokenizer="fake", weight_hash="a" * 64, grid=GRID, factor_sizes=(NUM_CODES,), crops=crops)
-    Manifest(shards=tuple(shards), num_samples=index - first, image_size=8, codes=codes, source="test", seed=0).write(folder)
+    codes = Codes(
+        image_tokenizer="fake", weight_hash="a" * 64, grid=GRID, factor_sizes=(NUM_CODES,), crops=crops
+    )
+    Manifest(
+        shards=tuple(shards), num_samples=index - first, image_size=8, codes=codes, source="test", seed=0
+    ).write(folder)
     return folder
 
 
@@ -125,7 +129,9 @@ def global_batches(
     ]
     found = []
     for step in range(steps):
-        parts = [ranks[r][step * grad_accum + micro] for micro in range(grad_accum) for r in range(world_size)]
+        parts = [
+            ranks[r][step * grad_accum + micro] for micro in range(grad_accum) for r in range(world_size)
+        ]
         found.append((numbers(parts), [coin for _, coins in parts for coin in coins]))
     return found
 
@@ -145,7 +151,11 @@ def test_the_order_is_the_same_for_any_accumulation(many, grad_accum):
 def test_a_run_goes_on_with_another_number_of_ranks(many):
     """2 ranks, then 1, then 4: no sample is lost or seen twice."""
     whole = global_batches(many, 1, 0, 14)
-    parts = global_batches(many, 2, 1, 5) + global_batches(many, 1, 3, 4, skip=5) + global_batches(many, 4, 0, 5, skip=9)
+    parts = (
+        global_batches(many, 2, 1, 5)
+        + global_batches(many, 1, 3, 4, skip=5)
+        + global_batches(many, 4, 0, 5, skip=9)
+    )
     assert parts == whole
     seen = [number for batch, _ in parts for number in batch]
     assert sorted(seen[:101]) == list(range(101)) and sorted(seen[101:202]) == list(range(101))
@@ -153,7 +163,9 @@ def test_a_run_goes_on_with_another_number_of_ranks(many):
 
 def test_the_uncond_rate_is_the_share_of_rows_without_prompt(folder):
     def share(rate):
-        return np.mean([c for _, coins in take(make_recipe(folder, batch_size=100, uncond_rate=rate), 10) for c in coins])
+        return np.mean(
+            [c for _, coins in take(make_recipe(folder, batch_size=100, uncond_rate=rate), 10) for c in coins]
+        )
 
     assert share(0.0) == 0 and share(1.0) == 1
     assert abs(share(0.1) - 0.1) < 0.04
@@ -163,7 +175,9 @@ def test_ranks_share_the_shards_and_the_batch(tmp_path):
     """In an epoch no two ranks see the same sample, and together they see all."""
     folder = write_set(tmp_path / "set", [3] * 8)
     recipe = make_recipe(folder, batch_size=12, grad_accum=2)
-    parts = [numbers(take(recipe, 4, rank=rank, world_size=2)) for rank in (0, 1)]  # 4 batches of 12 / (2 * 2)
+    parts = [
+        numbers(take(recipe, 4, rank=rank, world_size=2)) for rank in (0, 1)
+    ]  # 4 batches of 12 / (2 * 2)
     assert not set(parts[0]) & set(parts[1])
     assert sorted(parts[0] + parts[1]) == list(range(24))
 
@@ -189,7 +203,13 @@ def test_a_crop_is_drawn_anew_each_time_and_a_resumed_run_draws_the_same(tmp_pat
 
 
 def fake_tokenizer(**other) -> SimpleNamespace:
-    parts = {"name": "fake", "weight_hash": "a" * 64, "grid": GRID, "factor_sizes": (NUM_CODES,), "image_size": 8}
+    parts = {
+        "name": "fake",
+        "weight_hash": "a" * 64,
+        "grid": GRID,
+        "factor_sizes": (NUM_CODES,),
+        "image_size": 8,
+    }
     return SimpleNamespace(**parts | other)
 
 
@@ -264,7 +284,9 @@ def test_a_code_outside_the_codebook_is_refused(tmp_path):
     folder = write_set(tmp_path / "set", [1])
     codes = np.array([[[1], [1000]]], np.uint16)
     write_tar(folder / "00000.tar", [Sample("bad", {"txt": b"0", "codes.npy": encode_codes(codes)})])
-    with pytest.raises(ValueError, match=r"00000.tar: sample bad: codes.npy holds code 1000, but factor 0 has 1000"):
+    with pytest.raises(
+        ValueError, match=r"00000.tar: sample bad: codes.npy holds code 1000, but factor 0 has 1000"
+    ):
         take(make_recipe(folder, batch_size=1), 1)
 
 
@@ -292,7 +314,9 @@ def three(tmp_path_factory) -> list[Path]:
 
 
 def test_each_set_owns_rows_by_its_weight_and_has_epochs_of_its_own(three):
-    recipe = with_sets(make_recipe(three[0], batch_size=8), dict(zip(map(str, three), (5, 2, 1), strict=True)))
+    recipe = with_sets(
+        make_recipe(three[0], batch_size=8), dict(zip(map(str, three), (5, 2, 1), strict=True))
+    )
     batches = [batch for batch, _ in take(recipe, 40)]
     for number, (rows, total) in enumerate(((5, 30), (2, 20), (1, 7))):
         seen = [[n - 100 * number for n in batch if n // 100 == number] for batch in batches]
@@ -326,12 +350,17 @@ def test_every_rank_gets_of_every_set():
 def test_rows_add_up_to_the_batch_and_follow_the_weights():
     rng = np.random.default_rng(0)
     for _ in range(200):
-        weights = {str(number): float(weight) for number, weight in enumerate(rng.uniform(0.5, 2, rng.integers(1, 6)))}
+        weights = {
+            str(number): float(weight)
+            for number, weight in enumerate(rng.uniform(0.5, 2, rng.integers(1, 6)))
+        }
         rows = int(rng.integers(16, 300))
         shares = mixture.apportion(weights, rows)
         assert sum(shares.values()) == rows
         assert all(abs(shares[name] - rows * weights[name] / sum(weights.values())) < 1 for name in weights)
-    with pytest.raises(ValueError, match="data.shards: b has weight 0.01 of 1.01, less than one row of data.batch_size 4"):
+    with pytest.raises(
+        ValueError, match="data.shards: b has weight 0.01 of 1.01, less than one row of data.batch_size 4"
+    ):
         mixture.apportion({"a": 1, "b": 0.01}, 4)
 
 
@@ -346,7 +375,9 @@ def test_preflight_looks_at_every_set(three, tmp_path):
     codes = manifest.codes.model_copy(update={"weight_hash": "b" * 64})
     manifest.model_copy(update={"codes": codes}).write(other)
     with pytest.raises(ValueError, match=f"image tokenizer weights: {other} was encoded with"):
-        data.preflight(with_sets(recipe, {str(three[0]): 1.0, str(other): 1.0}), fake_tokenizer(), world_size=2)
+        data.preflight(
+            with_sets(recipe, {str(three[0]): 1.0, str(other): 1.0}), fake_tokenizer(), world_size=2
+        )
 
 
 # ---- damage ----------------------------------------------------------------------------------
@@ -386,7 +417,9 @@ BAD = {3, 21, 27, 28, 29}
 
 
 def skipping(folder: Path, steps: int, *, rank=0, world_size=1, skip=0, num_workers=0, **settings):
-    recipe = make_recipe(folder, batch_size=8, shuffle=16, on_error="skip", num_workers=num_workers, **settings)
+    recipe = make_recipe(
+        folder, batch_size=8, shuffle=16, on_error="skip", num_workers=num_workers, **settings
+    )
     stream = data.stream(recipe, caption_encoder, rank=rank, world_size=world_size, skip_batches=skip)
     return [(batch.condition.values[:, 0].tolist(), batch.skipped) for batch in islice(stream, steps)]
 
@@ -407,7 +440,10 @@ def test_a_damaged_sample_is_told_and_another_takes_its_place(damaged):
 @pytest.mark.parametrize(("world_size", "num_workers"), [(1, 2), (2, 0), (4, 0)])
 def test_what_takes_a_place_does_not_depend_on_ranks_readers_or_resuming(damaged, world_size, num_workers):
     whole = skipping(damaged, 9)
-    ranks = [skipping(damaged, 9, rank=r, world_size=world_size, num_workers=num_workers) for r in range(world_size)]
+    ranks = [
+        skipping(damaged, 9, rank=r, world_size=world_size, num_workers=num_workers)
+        for r in range(world_size)
+    ]
     for step, (batch, skipped) in enumerate(whole):
         parts = [ranks[rank][step] for rank in range(world_size)]
         assert numbers(parts) == batch and sorted(s for _, part in parts for s in part) == sorted(skipped)
@@ -458,8 +494,12 @@ def test_validation_takes_the_middle_crop(tmp_path, crops, middle):
     """As encode_codes writes them: four corners, the middle, and then the mirror images."""
     write_set(tmp_path / "set", [4, 3], crops=crops)
     recipe = make_recipe(tmp_path / "set")
-    recipe.data = recipe.data.model_copy(update={"validation": str(tmp_path / "set"), "validation_batch_size": 4})
-    batches = [batch for _, _, batch in data.validation_batches(recipe, caption_encoder, rank=0, world_size=1)]
+    recipe.data = recipe.data.model_copy(
+        update={"validation": str(tmp_path / "set"), "validation_batch_size": 4}
+    )
+    batches = [
+        batch for _, _, batch in data.validation_batches(recipe, caption_encoder, rank=0, world_size=1)
+    ]
     codes = [row for batch in batches for row in batch.codes[..., 0].tolist()]
     assert sorted(codes) == [[index, middle if crops > 1 else index] for index in range(7)]
 

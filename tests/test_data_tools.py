@@ -34,7 +34,16 @@ def make(out: Path, *arguments: object) -> int:
 
 def shapes(out: Path, *arguments: object, num_samples: int = 5) -> int:
     return make(
-        out, "--synthesize", "shapes", "--num-samples", num_samples, "--samples-per-shard", 2, "--image-size", 16, *arguments
+        out,
+        "--synthesize",
+        "shapes",
+        "--num-samples",
+        num_samples,
+        "--samples-per-shard",
+        2,
+        "--image-size",
+        16,
+        *arguments,
     )
 
 
@@ -50,7 +59,11 @@ def pictures(tmp_path) -> Path:
     """A folder of three captioned pictures, in two sizes and one below another."""
     folder = tmp_path / "pictures"
     (folder / "more").mkdir(parents=True)
-    for name, size, color in (("b.png", (30, 20), "red"), ("a.jpg", (20, 30), "blue"), ("more/c.webp", (20, 20), "white")):
+    for name, size, color in (
+        ("b.png", (30, 20), "red"),
+        ("a.jpg", (20, 30), "blue"),
+        ("more/c.webp", (20, 20), "white"),
+    ):
         Image.new("RGB", size, color).save(folder / name)
         (folder / name).with_suffix(".txt").write_text(f"a {color} picture\n")
     return folder
@@ -62,8 +75,24 @@ def pictures(tmp_path) -> Path:
 def test_the_same_seed_gives_the_same_bytes_with_one_and_two_workers(tmp_path):
     """Run as a user runs it, from another folder."""
     for workers in ("1", "2"):
-        command = [sys.executable, ROOT / "data_tools/make_shards.py", "--synthesize", "shapes", "--num-samples", "5"]
-        command += ["--samples-per-shard", "2", "--out", tmp_path / workers, "--workers", workers, "--seed", "7"]
+        command = [
+            sys.executable,
+            ROOT / "data_tools/make_shards.py",
+            "--synthesize",
+            "shapes",
+            "--num-samples",
+            "5",
+        ]
+        command += [
+            "--samples-per-shard",
+            "2",
+            "--out",
+            tmp_path / workers,
+            "--workers",
+            workers,
+            "--seed",
+            "7",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
         assert done.returncode == 0, done.stderr
     assert content(tmp_path / "1") == content(tmp_path / "2")
@@ -72,7 +101,9 @@ def test_the_same_seed_gives_the_same_bytes_with_one_and_two_workers(tmp_path):
 
 def test_the_tool_starts_without_torch():
     """Worker processes import it again where processes are spawned; torch alone would cost seconds each."""
-    command = "import sys; sys.path[0] = '.'; import data_tools.make_shards; assert 'torch' not in sys.modules"
+    command = (
+        "import sys; sys.path[0] = '.'; import data_tools.make_shards; assert 'torch' not in sys.modules"
+    )
     assert subprocess.run([sys.executable, "-c", command], cwd=ROOT, timeout=60).returncode == 0
 
 
@@ -149,7 +180,11 @@ def test_a_finished_set_is_reused_and_another_is_refused(tmp_path, capsys):
     for other in (("--seed", 1), ("--image-size", 24), ("--samples-per-shard", 3)):
         assert "holds another set" in fails(capsys, shapes(out, *other)) and content(out) == before
     assert shapes(out, "--overwrite", num_samples=3) == 0
-    assert Manifest.read(out).num_samples == 3 and list(content(out)) == ["00000.tar", "00001.tar", "manifest.json"]
+    assert Manifest.read(out).num_samples == 3 and list(content(out)) == [
+        "00000.tar",
+        "00001.tar",
+        "manifest.json",
+    ]
 
 
 def test_a_changed_folder_is_not_taken_for_the_old_one(tmp_path, pictures, capsys):
@@ -265,7 +300,12 @@ def test_sorted_sub_folders_give_the_class_numbers(tmp_path, classes, capsys):
         meta = json.loads(sample.members["json"])
         assert manifest.classes[int(sample.members["txt"])] == meta["class"]
         found.append((sample.members["txt"].decode(), meta["name"]))
-    assert sorted(found) == [("0", "cat/c.webp"), ("1", "n02/a.JPEG"), ("2", "n10/a.png"), ("2", "n10/deep/b.png")]
+    assert sorted(found) == [
+        ("0", "cat/c.webp"),
+        ("1", "n02/a.JPEG"),
+        ("2", "n10/a.png"),
+        ("2", "n10/deep/b.png"),
+    ]
     assert check_shards.main([str(tmp_path / "set")]) == 0
     assert "3 classes" in capsys.readouterr().out
 
@@ -308,7 +348,9 @@ class FakeImageTokenizer:
 
 
 def encode(folder: Path, image_tokenizer, monkeypatch, *arguments: str) -> int:
-    monkeypatch.setattr(image_tokenizers, "from_arguments", lambda options: (image_tokenizer, torch.device("cpu")))
+    monkeypatch.setattr(
+        image_tokenizers, "from_arguments", lambda options: (image_tokenizer, torch.device("cpu"))
+    )
     options = ["--image-tokenizer", "unused", "--batch-size", "2"]
     return encode_codes.main([str(folder), *options, *arguments])
 
@@ -400,7 +442,9 @@ def test_ten_crops_are_cached_per_picture(tmp_path, monkeypatch, capsys):
     for sample in all_samples(tmp_path / "set"):
         codes = shards.decode_codes(sample.members["codes.npy"], "")
         image = image_tokenizers.to_pixels([shards.decode_image(sample.members["jpg"], "")])[0]
-        alone = torch.cat([FakeImageTokenizer().encode(crop[None]) for crop in encode_codes.crops_of(image, 16, 10)])
+        alone = torch.cat(
+            [FakeImageTokenizer().encode(crop[None]) for crop in encode_codes.crops_of(image, 16, 10)]
+        )
         assert codes.shape == (10, 4, 1) and np.array_equal(codes, alone)
         assert len(np.unique(codes, axis=0)) > 5
     assert check_shards.main([str(tmp_path / "set")]) == 0
@@ -426,17 +470,36 @@ def test_round_trip_with_the_janus_tokenizer_and_the_loader(tmp_path):
     from mmtensorar.recipe import Data, Run, Train
 
     torch.manual_seed(0)
-    small = {"embed_dim": 4, "num_embeddings": 16, "latent_channels": 8, "base_channels": 32, "num_res_blocks": 1}
-    JanusVQVAE(JanusVQVAEConfig(**small, channel_multiplier=[1, 1], num_patches=8)).save_pretrained(tmp_path / "vq")
+    small = {
+        "embed_dim": 4,
+        "num_embeddings": 16,
+        "latent_channels": 8,
+        "base_channels": 32,
+        "num_res_blocks": 1,
+    }
+    JanusVQVAE(JanusVQVAEConfig(**small, channel_multiplier=[1, 1], num_patches=8)).save_pretrained(
+        tmp_path / "vq"
+    )
     assert shapes(tmp_path / "set", num_samples=4) == 0
-    assert encode_codes.main([str(tmp_path / "set"), "--image-tokenizer", str(tmp_path / "vq"), "--device", "cpu"]) == 0
-    image_tokenizer = image_tokenizers.load(image_tokenizers.section({"name": "janus_vq", "path": str(tmp_path / "vq")}))
+    assert (
+        encode_codes.main(
+            [str(tmp_path / "set"), "--image-tokenizer", str(tmp_path / "vq"), "--device", "cpu"]
+        )
+        == 0
+    )
+    image_tokenizer = image_tokenizers.load(
+        image_tokenizers.section({"name": "janus_vq", "path": str(tmp_path / "vq")})
+    )
     recipe = SimpleNamespace(
-        run=Run(name="test"), data=Data(shards=str(tmp_path / "set"), batch_size=4, uncond_rate=0), train=Train(steps=1)
+        run=Run(name="test"),
+        data=Data(shards=str(tmp_path / "set"), batch_size=4, uncond_rate=0),
+        train=Train(steps=1),
     )
     data.preflight(recipe, image_tokenizer, world_size=2)
     codes, captions, uncond, *_ = next(data.stream(recipe, lambda captions: captions, rank=0, world_size=1))
-    pictures = {sample.members["txt"].decode(): sample.members["jpg"] for sample in all_samples(tmp_path / "set")}
+    pictures = {
+        sample.members["txt"].decode(): sample.members["jpg"] for sample in all_samples(tmp_path / "set")
+    }
     pixels = [np.asarray(shards.decode_image(pictures[caption], "")) for caption in captions]
     pixels = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
     assert torch.equal(image_tokenizer.encode(pixels), codes) and not uncond.any()
@@ -470,16 +533,34 @@ def tiny_jpeg() -> bytes:
     ("change", "expected"),
     [
         (with_member("jpg", b"no picture"), "00000.tar: sample 000000000: unreadable image"),
-        (with_member("jpg", tiny_jpeg()), "00000.tar: sample 000000000: the image is 8x8; the manifest says 16x16"),
-        (with_member("png", tiny_jpeg()), "00000.tar: sample 000000000: expected one of jpg, png, webp, found jpg, png"),
+        (
+            with_member("jpg", tiny_jpeg()),
+            "00000.tar: sample 000000000: the image is 8x8; the manifest says 16x16",
+        ),
+        (
+            with_member("png", tiny_jpeg()),
+            "00000.tar: sample 000000000: expected one of jpg, png, webp, found jpg, png",
+        ),
         (with_member("txt", b"\xff"), "00000.tar: sample 000000000: the caption is not UTF-8"),
         (with_member("json", b"{"), "00000.tar: sample 000000000: the json member is not JSON"),
-        (with_member("codes.npy", b"\x80\x04."), "00000.tar: sample 000000000: codes.npy is not a plain numpy array"),
+        (
+            with_member("codes.npy", b"\x80\x04."),
+            "00000.tar: sample 000000000: codes.npy is not a plain numpy array",
+        ),
         (with_member("codes.npy", shards.encode_codes(np.full((1, 4, 1), 32, np.uint16))), "holds code 32"),
-        (with_member("codes.npy", shards.encode_codes(np.zeros((1, 5, 1), np.uint16))), "has shape [1, 5, 1]"),
+        (
+            with_member("codes.npy", shards.encode_codes(np.zeros((1, 5, 1), np.uint16))),
+            "has shape [1, 5, 1]",
+        ),
         (lambda samples: samples[:1], "00000.tar: 1 samples, the manifest says 2"),
-        (lambda samples: [samples[0], samples[1]._replace(key="000000002")], "sample 000000002: the key is also in 00000"),
-        (lambda samples: [Sample(s.key, {"jpg": s.members["jpg"]}) for s in samples], "sample 000000000: no txt member"),
+        (
+            lambda samples: [samples[0], samples[1]._replace(key="000000002")],
+            "sample 000000002: the key is also in 00000",
+        ),
+        (
+            lambda samples: [Sample(s.key, {"jpg": s.members["jpg"]}) for s in samples],
+            "sample 000000000: no txt member",
+        ),
     ],
 )
 def test_damage_is_listed_with_shard_and_key(tmp_path, monkeypatch, capsys, change, expected):
@@ -499,7 +580,9 @@ def test_every_problem_is_listed_not_only_the_first(tmp_path, capsys):
     done = capsys.readouterr()
     assert done.err.count("error: ") == 5 and done.err.count("sha256") == 2
     assert "sample 000000000: the caption is empty" in done.err and "00001.tar: damaged or cut" in done.err
-    assert "sample 000000003: no txt member" in done.err and "5 problems" in done.out  # the tar is cut in that sample
+    assert (
+        "sample 000000003: no txt member" in done.err and "5 problems" in done.out
+    )  # the tar is cut in that sample
 
 
 def test_hostile_and_missing_sets_are_one_sentence_from_the_command_line(tmp_path):

@@ -36,7 +36,10 @@ def recompute(model: TensorAR, condition: Condition, cfg_scale: float) -> Tensor
     valid = valid_slots(T, model.window)
     trace = torch.zeros(B, 0, model.window, F, dtype=torch.int64)
     for t in range(T):
-        states = [model.hidden(trace, valid[:t], condition, torch.full((B,), uncond))[:, -1:] for uncond in (False, True)]
+        states = [
+            model.hidden(trace, valid[:t], condition, torch.full((B,), uncond))[:, -1:]
+            for uncond in (False, True)
+        ]
         window = trace.new_zeros(B, 1, model.window, 0)
         for _ in range(F):
             cond, uncond = (model.logits(state, window) for state in states)
@@ -73,7 +76,9 @@ def test_cached_decode_equals_recomputation(name, window, cfg_scale):
 
 
 @pytest.mark.parametrize("sampler", [GREEDY, Sampler(temperature=0.9)], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("window, settings", [(1, {}), (3, {"cfg_scale": 3.0}), (3, {"cfg_tokens": 2, "cfg_scale": 2.0})])
+@pytest.mark.parametrize(
+    "window, settings", [(1, {}), (3, {"cfg_scale": 3.0}), (3, {"cfg_tokens": 2, "cfg_scale": 2.0})]
+)
 @pytest.mark.parametrize("name", ["one_factor", "two_factors", "janus"])
 def test_lookahead_gives_the_image_of_one_step_at_a_time(name, window, settings, sampler):
     """Every window of it, however many guesses are fed at once; a pass is never wasted."""
@@ -83,7 +88,9 @@ def test_lookahead_gives_the_image_of_one_step_at_a_time(name, window, settings,
     T = model.backbone.num_tokens
     assert expected.passes == T and len(expected.codes.unique()) > 1
     for lookahead in (2, 3, T + 5):
-        found = decode(model, condition, sampler, generator=generators(1, 2, 3), lookahead=lookahead, **settings)
+        found = decode(
+            model, condition, sampler, generator=generators(1, 2, 3), lookahead=lookahead, **settings
+        )
         assert torch.equal(found.trace, expected.trace), lookahead
         assert found.passes <= T
 
@@ -101,8 +108,17 @@ def test_lookahead_saves_passes_where_guesses_are_right():
 @torch.no_grad()
 def recompute_strided(model: TensorAR, condition: Condition, stride: int) -> Tensor:
     """The greedy codes [B, T, F] without a cache, with whole rows of slots built from the emitted windows alone."""
-    T, K, F, B = model.backbone.num_tokens, model.window, len(model.backbone.factor_sizes), len(condition.values)
-    codes, inputs, slots = torch.zeros(B, 0, F, dtype=torch.int64), torch.zeros(B, 0, K, F, dtype=torch.int64), torch.zeros(0, K, dtype=torch.bool)
+    T, K, F, B = (
+        model.backbone.num_tokens,
+        model.window,
+        len(model.backbone.factor_sizes),
+        len(condition.values),
+    )
+    codes, inputs, slots = (
+        torch.zeros(B, 0, F, dtype=torch.int64),
+        torch.zeros(B, 0, K, F, dtype=torch.int64),
+        torch.zeros(0, K, dtype=torch.bool),
+    )
     while codes.shape[1] < T:
         t = codes.shape[1]
         state = model.hidden(inputs, slots, condition, torch.zeros(B, dtype=torch.bool))[:, -1:]
@@ -127,14 +143,23 @@ def test_strides_equal_recomputation(name, stride):
     assert torch.equal(found.codes, recompute_strided(model, condition, stride))
     assert torch.equal(found.trace[:, :, 0], found.codes) and found.passes == -(-T // stride)
     if stride == 3:  # nothing is predicted twice, so nothing is revised
-        assert revised_per_offset(found.trace) == [0, 0] and torch.equal(revisions(found.trace)[:, -1], found.codes)
+        assert revised_per_offset(found.trace) == [0, 0] and torch.equal(
+            revisions(found.trace)[:, -1], found.codes
+        )
         missing = (torch.arange(T) % 3)[:, None] + torch.arange(3) > 2
-        assert torch.equal((found.trace < 0).any(-1)[0], missing & valid_slots(T, 3)) and (revisions(found.trace) >= 0).all()
+        assert (
+            torch.equal((found.trace < 0).any(-1)[0], missing & valid_slots(T, 3))
+            and (revisions(found.trace) >= 0).all()
+        )
 
 
 def test_strides_and_lookaheads_that_cannot_be_are_refused():
     model = make("one_factor", 3)
-    for settings, problem in (({"stride": 4}, "expected 1 to 3"), ({"lookahead": 0}, "expected 1"), ({"lookahead": 2, "stride": 2}, "one of them 1")):
+    for settings, problem in (
+        ({"stride": 4}, "expected 1 to 3"),
+        ({"lookahead": 0}, "expected 1"),
+        ({"lookahead": 2, "stride": 2}, "one of them 1"),
+    ):
         with pytest.raises(ValueError, match=problem):
             decode(model, fake_condition(), GREEDY, **settings)
 
@@ -152,10 +177,17 @@ def test_guidance_changes_the_image(name):
 def test_a_prompt_gives_the_image_it_has_alone(window, cfg_scale, sampler):
     """Padding, batch and neighbours leave no mark on a real backbone: tokens are equal."""
     model, condition = make("janus", window), fake_condition()
-    together = decode(model, condition, sampler, cfg_scale=cfg_scale, generator=generators(5, 6, 7), keep_trace=True)
+    together = decode(
+        model, condition, sampler, cfg_scale=cfg_scale, generator=generators(5, 6, 7), keep_trace=True
+    )
     for i in range(3):
         alone = decode(
-            model, rows(condition, i, i + 1), sampler, cfg_scale=cfg_scale, generator=generators(5 + i), keep_trace=True
+            model,
+            rows(condition, i, i + 1),
+            sampler,
+            cfg_scale=cfg_scale,
+            generator=generators(5 + i),
+            keep_trace=True,
         )
         assert torch.equal(together.trace[i], alone.trace[0]), i
 
@@ -205,7 +237,13 @@ def test_the_trace_holds_the_image(name, window):
 def test_one_backbone_step_per_token(window, cfg_scale, batch_rows):
     """T steps for any K, each of one row after the prompt; guidance doubles the rows, scale 1 does not."""
     model, done = make("one_factor", window), []
-    decode(model, fake_condition(), GREEDY, cfg_scale=cfg_scale, progress=lambda t, total: done.append((t, total)))
+    decode(
+        model,
+        fake_condition(),
+        GREEDY,
+        cfg_scale=cfg_scale,
+        progress=lambda t, total: done.append((t, total)),
+    )
     assert model.backbone.calls == [(batch_rows, 5)] + [(batch_rows, 1)] * 5
     assert done == [(t, 6) for t in range(1, 7)]
 
@@ -219,16 +257,23 @@ def test_drafts_are_fed_back():
         tokens[:, 1:] = 0
         return tokens
 
-    assert not torch.equal(decode(model, fake_condition(), GREEDY).codes, decode(model, fake_condition(), no_drafts).codes)
+    assert not torch.equal(
+        decode(model, fake_condition(), GREEDY).codes, decode(model, fake_condition(), no_drafts).codes
+    )
 
 
 def test_a_fresh_codec_generates_the_plain_models_image():
     """Zero-initialised heads change no offset-0 logits, so before training a window has no effect."""
     plain = wrap(FakeBackbone(), 1).eval()
     fresh = wrap(copy.deepcopy(plain.backbone), 3).eval()
-    assert torch.equal(decode(plain, fake_condition(), GREEDY).codes, decode(fresh, fake_condition(), GREEDY).codes)
+    assert torch.equal(
+        decode(plain, fake_condition(), GREEDY).codes, decode(fresh, fake_condition(), GREEDY).codes
+    )
     # Final tokens have random numbers of their own, so that models of other windows are compared on the same ones.
-    one, other = (decode(model, fake_condition(), Sampler(), generator=generators(1, 2, 3)).codes for model in (plain, fresh))
+    one, other = (
+        decode(model, fake_condition(), Sampler(), generator=generators(1, 2, 3)).codes
+        for model in (plain, fresh)
+    )
     assert torch.equal(one, other)
 
 
@@ -324,7 +369,9 @@ def test_each_factor_has_its_own_settings():
         Sampler(temperature=0.5, top_k=3, top_p=0.9, greedy_drafts=True),
         Sampler(temperature=2.0, top_k=3, top_p=1, greedy_drafts=True),
     ]
-    with pytest.raises(ValueError, match=r"temperature has 2 numbers \(0.5, 2.0\); expected one number, or one per factor"):
+    with pytest.raises(
+        ValueError, match=r"temperature has 2 numbers \(0.5, 2.0\); expected one number, or one per factor"
+    ):
         sampler.per_factor(1)
     with pytest.raises(ValueError, match="cfg_scale has 3 numbers"):
         decode(make("two_factors", 1), fake_condition(), GREEDY, cfg_scale=[1, 2, 3])
@@ -354,8 +401,12 @@ def test_a_factors_guidance_is_its_own():
             return torch.zeros_like(uniform, dtype=torch.int64)
 
         decode(model, fake_condition(), keep, cfg_scale=scales)
-    assert torch.equal(seen[4.0, 1.0][0], seen[4.0, 6.0][0]) and not torch.equal(seen[4.0, 6.0][0], seen[1.0, 6.0][0])
-    assert torch.equal(seen[4.0, 6.0][1], seen[1.0, 6.0][1]) and not torch.equal(seen[4.0, 1.0][1], seen[4.0, 6.0][1])
+    assert torch.equal(seen[4.0, 1.0][0], seen[4.0, 6.0][0]) and not torch.equal(
+        seen[4.0, 6.0][0], seen[1.0, 6.0][0]
+    )
+    assert torch.equal(seen[4.0, 6.0][1], seen[1.0, 6.0][1]) and not torch.equal(
+        seen[4.0, 1.0][1], seen[4.0, 6.0][1]
+    )
 
 
 @pytest.mark.parametrize(
@@ -405,7 +456,9 @@ def test_the_benchmark_refuses_what_it_cannot_run(arguments, problem, capsys):
 
 def test_revised_tokens_are_counted_by_offset():
     """Two tokens of three are drafted before they are final; of the last window's slots one is past the end."""
-    trace = torch.tensor([[[1, 2], [2, 3], [4, 0]], [[1, 5], [6, 7], [8, 0]]])[..., None]  # [B=2, T=3, K=2, F=1]
+    trace = torch.tensor([[[1, 2], [2, 3], [4, 0]], [[1, 5], [6, 7], [8, 0]]])[
+        ..., None
+    ]  # [B=2, T=3, K=2, F=1]
     # Picture 0: 2 stays, 3 becomes 4. Picture 1: 5 becomes 6, 7 becomes 8.
     assert revised_per_offset(trace) == [0.75]
     assert revised_per_offset(trace[:, :, :1]) == []

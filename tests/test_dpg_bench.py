@@ -18,7 +18,9 @@ def question(item: str, number: int, parents: str = "0", category: str = "entity
 
 def said(*pictures: str) -> list[dict[int, str]]:
     """One text per picture, y or n per question from 1."""
-    return [{i: "yes" if letter == "y" else "no" for i, letter in enumerate(picture, 1)} for picture in pictures]
+    return [
+        {i: "yes" if letter == "y" else "no" for i, letter in enumerate(picture, 1)} for picture in pictures
+    ]
 
 
 SKIPPED = question("first", 1)  # by the official mode
@@ -51,7 +53,14 @@ def test_a_missing_parent_drops_the_prompt_when_it_is_reached():
 
 
 def test_the_first_row_is_skipped_and_a_later_block_replaces_an_earlier_one():
-    rows = [question("a", 1), question("a", 2), question("b", 1), question("b", 2), question("c", 1), question("b", 1)]
+    rows = [
+        question("a", 1),
+        question("a", 2),
+        question("b", 1),
+        question("b", 2),
+        question("c", 1),
+        question("b", 1),
+    ]
     scores = official(rows, {"a": said("ny"), "b": said("yn")})
     assert scores.per_prompt == {"a": [1.0], "b": [1.0]}
     everything = corrected(rows, {"a": said("ny"), "b": said("yn"), "c": said("y")})
@@ -61,7 +70,12 @@ def test_the_first_row_is_skipped_and_a_later_block_replaces_an_earlier_one():
 
 def test_categories():
     """Official: the last picture, before the dependency rule. Corrected: all pictures, after it."""
-    rows = [SKIPPED, question("a", 1, "0", "entity - whole"), question("a", 2, "1", "attribute - color"), question("a", 3)]
+    rows = [
+        SKIPPED,
+        question("a", 1, "0", "entity - whole"),
+        question("a", 2, "1", "attribute - color"),
+        question("a", 3),
+    ]
     scores = official(rows, {"a": said("yyy", "nyy")})
     assert scores.detailed == {"attribute - color": (100.0, 1), "entity - whole": (50.0, 2)}
     assert scores.broad == {"attribute": (100.0, 1), "entity": (50.0, 2)}
@@ -71,7 +85,9 @@ def test_categories():
 
 @pytest.mark.parametrize("answer", ["Yes", "yes.", " yes", "yes it is", ""])
 def test_only_yes_is_yes(answer):
-    assert official([SKIPPED, question("a", 1), question("a", 2)], {"a": [{1: answer, 2: "yes"}]}).overall == 50
+    assert (
+        official([SKIPPED, question("a", 1), question("a", 2)], {"a": [{1: answer, 2: "yes"}]}).overall == 50
+    )
 
 
 def test_the_corrected_mode_drops_nothing():
@@ -100,7 +116,9 @@ def test_both_modes_are_printed_with_the_table_and_the_judge(tmp_path, capsys):
     arguments = write(tmp_path, ROWS, {"item_id": "a", "image": 0, "answers": {"1": "yes"}})
     assert command.main([*arguments, "--judge", "a friend", "--out", str(tmp_path / "out.json")]) == 0
     printed = capsys.readouterr().out
-    assert printed.index("official: DPG-Bench score 100.0000") < printed.index("corrected: DPG-Bench score 100.0000")
+    assert printed.index("official: DPG-Bench score 100.0000") < printed.index(
+        "corrected: DPG-Bench score 100.0000"
+    )
     assert "NOT the official table" in printed and "judge: a friend" in printed
     assert json.loads((tmp_path / "out.json").read_text())["corrected"]["dpg_score"] == 100
     (tmp_path / "hello").write_text("hello\n")
@@ -112,13 +130,19 @@ def test_answers_to_part_of_the_table_are_marked(tmp_path, capsys):
     arguments = write(tmp_path, table, {"item_id": "a", "image": 0, "answers": {"1": "yes"}})
     assert command.main([*arguments, "--out", str(tmp_path / "out.json")]) == 0
     assert "official (PARTIAL, 1 items without answers, such as b): " in capsys.readouterr().out
-    assert json.loads((tmp_path / "out.json").read_text())["partial"] == ["1 items without answers, such as b"]
+    assert json.loads((tmp_path / "out.json").read_text())["partial"] == [
+        "1 items without answers, such as b"
+    ]
 
 
 @pytest.mark.parametrize(
     "table, answer, sentence",
     [
-        (ROWS, {"item_id": "a", "image": 1, "answers": {"1": "yes"}}, "item a has pictures 1; expected them from 0 on"),
+        (
+            ROWS,
+            {"item_id": "a", "image": 1, "answers": {"1": "yes"}},
+            "item a has pictures 1; expected them from 0 on",
+        ),
         (ROWS, {"item_id": "a", "image": 0, "answers": {"one": "yes"}}, "line 1: expected answers as"),
         (ROWS, {"item_id": 7, "image": 0, "answers": {}}, "line 1: expected item_id, image"),
         (ROWS, {"item_id": "a", "image": 0, "answers": {}}, "item a, picture 0: no answer to question 1"),

@@ -27,7 +27,11 @@ class Reader(judges.Judge):
 
     def ask(self, image, question):
         self.asked += 1
-        named = [color for color in COLORS if Image.new("RGB", (1, 1), color).getpixel((0, 0)) == image.getpixel((0, 0))]
+        named = [
+            color
+            for color in COLORS
+            if Image.new("RGB", (1, 1), color).getpixel((0, 0)) == image.getpixel((0, 0))
+        ]
         return "yes" if named and named[0] in question else "no"
 
 
@@ -54,7 +58,9 @@ def bench(tmp_path) -> Path:
 @pytest.fixture
 def grids(tmp_path) -> Path:
     for item, colors in {"a": ("red", "lime", "blue", "red"), "7": COLORS}.items():
-        pictures.write_grid([Image.new("RGB", (8, 8), color) for color in colors], tmp_path / "grids" / f"{item}.png")
+        pictures.write_grid(
+            [Image.new("RGB", (8, 8), color) for color in colors], tmp_path / "grids" / f"{item}.png"
+        )
     return tmp_path / "grids"
 
 
@@ -66,7 +72,9 @@ def test_grids_are_read_as_they_are_written(grids):
     """Top left, top right, bottom left, bottom right; of fewer samples the first."""
     (item, other), problems = pictures.survey(grids, ["7", "a"], num_samples=4, single=False)
     assert (item.id, other.id, problems) == ("7", "a", [])
-    assert [sample.getpixel((3, 3)) for sample in item.samples(4)] == [Image.new("RGB", (1, 1), c).getpixel((0, 0)) for c in COLORS]
+    assert [sample.getpixel((3, 3)) for sample in item.samples(4)] == [
+        Image.new("RGB", (1, 1), c).getpixel((0, 0)) for c in COLORS
+    ]
     assert [sample.getpixel((0, 0)) for sample in item.samples(1)] == [(255, 0, 0)]
 
 
@@ -82,7 +90,13 @@ def test_from_grids_to_both_scores(bench, grids, judge, tmp_path, capsys):
     assert summary["corrected"]["dpg_score"] == 37.5 and summary["items_found"] == 2
     assert summary["answers_given"] == {"yes": 7, "no": 9}
     # What was asked can be scored again, by the other command.
-    arguments = ["score", "--answers", str(out / "answers.jsonl"), "--questions", str(bench / "dpg_bench.csv")]
+    arguments = [
+        "score",
+        "--answers",
+        str(out / "answers.jsonl"),
+        "--questions",
+        str(bench / "dpg_bench.csv"),
+    ]
     assert command.main([*arguments, "--judge", "reader", "--out", str(tmp_path / "again.json")]) == 0
     again = json.loads((tmp_path / "again.json").read_text())
     assert again["official"] == summary["official"] and again["corrected"] == summary["corrected"]
@@ -150,7 +164,11 @@ def test_a_checkpoint(bench, ckpt, judge, tmp_path, capsys):  # noqa: F811
     assert run(bench, "--ckpt", ckpt, "--out", out) == 0
     assert "8 images made" in capsys.readouterr().out
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["items_found"] == 2 and summary["num_images"] == 4 and summary["generation"]["suite"] == "dpg_bench"
+    assert (
+        summary["items_found"] == 2
+        and summary["num_images"] == 4
+        and summary["generation"]["suite"] == "dpg_bench"
+    )
     assert [row["item_id"] for _, row in lines.read(out / "answers.jsonl")] == ["a"] * 4 + ["7"] * 4
     assert run(bench, "--ckpt", ckpt, "--out", out) == 0
     assert "0 images made" in capsys.readouterr().out
@@ -179,7 +197,10 @@ def test_mistakes_are_sentences(bench, grids, tmp_path, capsys):
         error = capsys.readouterr().err
         assert sentence in error and error.count("\n") == 1, error
     assert run(tmp_path, "--images", grids) == 2
-    assert "dpg_bench.csv is missing; expected the folder dpg_bench/ of the ELLA repository" in capsys.readouterr().err
+    assert (
+        "dpg_bench.csv is missing; expected the folder dpg_bench/ of the ELLA repository"
+        in capsys.readouterr().err
+    )
 
 
 # ---- judges --------------------------------------------------------------------------------------
@@ -205,7 +226,15 @@ def test_a_batch_of_questions_is_answered_as_each_alone(tiny):
 
 
 def test_answers_of_chat_models():
-    given = {"Yes": "yes", "yes.": "yes", " No, it": "no", '"Yes"': "yes", "Yesterday": "Yesterday", "": "", "I think yes": "I think yes"}
+    given = {
+        "Yes": "yes",
+        "yes.": "yes",
+        " No, it": "no",
+        '"Yes"': "yes",
+        "Yesterday": "Yesterday",
+        "": "",
+        "I think yes": "I think yes",
+    }
     assert {text: judges.plain(text) for text in given} == given
 
 

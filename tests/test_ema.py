@@ -15,7 +15,9 @@ def test_it_is_the_average_by_hand():
             weight.add_(step)
         average.update(step)
         decay = min(0.5, (1 + step) / (10 + step))  # short at first
-        expected = [decay * old + (1 - decay) * weight.double() for old, weight in zip(expected, weights, strict=True)]
+        expected = [
+            decay * old + (1 - decay) * weight.double() for old, weight in zip(expected, weights, strict=True)
+        ]
     for found, wanted in zip(average.averages, expected, strict=True):
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
 

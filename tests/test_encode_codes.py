@@ -40,7 +40,16 @@ def size(vq: Path) -> int:
 
 
 def make(folder: Path, image_size: int, num_samples: int) -> Path:
-    arguments = ["--synthesize", "shapes", "--num-samples", str(num_samples), "--samples-per-shard", "2", "--workers", "1"]
+    arguments = [
+        "--synthesize",
+        "shapes",
+        "--num-samples",
+        str(num_samples),
+        "--samples-per-shard",
+        "2",
+        "--workers",
+        "1",
+    ]
     assert make_shards.main([*arguments, "--image-size", str(image_size), "--out", str(folder)]) == 0
     return folder
 
@@ -55,7 +64,9 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def encode(folder: Path, vq: Path, *arguments: object) -> int:
-    return encode_codes.main([str(folder), "--image-tokenizer", str(vq), "--device", "cpu", *map(str, arguments)])
+    return encode_codes.main(
+        [str(folder), "--image-tokenizer", str(vq), "--device", "cpu", *map(str, arguments)]
+    )
 
 
 def on_two_ranks(folder: Path, vq: Path) -> subprocess.CompletedProcess:
@@ -93,8 +104,26 @@ def test_codes_written_in_one_pass_are_those_added_afterwards(tmp_path, plain, v
     """Also when the pass is cut off while it encodes."""
     expected = copy(plain, tmp_path / "expected")
     assert encode(expected, vq) == 0
-    arguments = ["--synthesize", "shapes", "--num-samples", "10", "--samples-per-shard", "2", "--workers", str(workers)]
-    arguments += ["--image-size", str(size(vq)), "--image-tokenizer", str(vq), "--device", "cpu", "--out", str(tmp_path / "set")]
+    arguments = [
+        "--synthesize",
+        "shapes",
+        "--num-samples",
+        "10",
+        "--samples-per-shard",
+        "2",
+        "--workers",
+        str(workers),
+    ]
+    arguments += [
+        "--image-size",
+        str(size(vq)),
+        "--image-tokenizer",
+        str(vq),
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "set"),
+    ]
     real, calls = make_shards.add_codes, []
 
     def interrupted(*rest):
@@ -106,7 +135,10 @@ def test_codes_written_in_one_pass_are_those_added_afterwards(tmp_path, plain, v
     monkeypatch.setattr(make_shards, "add_codes", interrupted)
     assert make_shards.main(arguments) == 130
     assert make_shards.main(arguments) == 0 and len(calls) == 6
-    tars, others = ({n: c for n, c in content(folder).items() if n != "manifest.json"} for folder in (tmp_path / "set", expected))
+    tars, others = (
+        {n: c for n, c in content(folder).items() if n != "manifest.json"}
+        for folder in (tmp_path / "set", expected)
+    )
     assert tars == others and Manifest.read(tmp_path / "set").codes == Manifest.read(expected).codes
     assert make_shards.main(arguments) == 0 and len(calls) == 6  # it is there
 
@@ -117,21 +149,53 @@ def test_codes_and_text_features_in_one_pass(tmp_path, plain, vq):
     from tests.fakes import write_tiny_t5
 
     write_tiny_t5(tmp_path / "t5")
-    text = ["--text-encoder", str(tmp_path / "t5"), "--caption-cleaning", "none", "--max-tokens", "7", "--device", "cpu"]
+    text = [
+        "--text-encoder",
+        str(tmp_path / "t5"),
+        "--caption-cleaning",
+        "none",
+        "--max-tokens",
+        "7",
+        "--device",
+        "cpu",
+    ]
     expected = copy(plain, tmp_path / "expected")
     assert encode(expected, vq) == 0 and encode_text.main([str(expected), *text]) == 0
-    arguments = ["--synthesize", "shapes", "--num-samples", "10", "--samples-per-shard", "2", "--workers", "1"]
-    arguments += ["--image-size", str(size(vq)), "--image-tokenizer", str(vq), *text, "--out", str(tmp_path / "set")]
+    arguments = [
+        "--synthesize",
+        "shapes",
+        "--num-samples",
+        "10",
+        "--samples-per-shard",
+        "2",
+        "--workers",
+        "1",
+    ]
+    arguments += [
+        "--image-size",
+        str(size(vq)),
+        "--image-tokenizer",
+        str(vq),
+        *text,
+        "--out",
+        str(tmp_path / "set"),
+    ]
     assert make_shards.main(arguments) == 0
     made, wanted = Manifest.read(tmp_path / "set"), Manifest.read(expected)
-    assert (made.codes, made.text_features) == (wanted.codes, wanted.text_features) and made.text_features.max_tokens == 7
+    assert (made.codes, made.text_features) == (
+        wanted.codes,
+        wanted.text_features,
+    ) and made.text_features.max_tokens == 7
     assert [shard.sha256 for shard in made.shards] == [shard.sha256 for shard in wanted.shards]
 
 
 def test_a_size_that_does_not_fit_is_told_before_anything_is_made(tmp_path, vq, capsys):
     arguments = ["--synthesize", "shapes", "--num-samples", "4", "--image-size", str(size(vq) + 1)]
     assert make_shards.main([*arguments, "--image-tokenizer", str(vq), "--out", str(tmp_path / "set")]) == 2
-    assert f"pixels, the image tokenizer takes {size(vq)}" in capsys.readouterr().err and not (tmp_path / "set").exists()
+    assert (
+        f"pixels, the image tokenizer takes {size(vq)}" in capsys.readouterr().err
+        and not (tmp_path / "set").exists()
+    )
 
 
 def test_damage_on_one_rank_ends_both_with_one_sentence(tmp_path, plain, vq):
@@ -159,7 +223,9 @@ def test_each_crop_is_encoded_as_it_would_be_alone(tmp_path, vq, crops):
             if crops == 2:
                 expected = [pixels, pixels.flip(-1)]
             else:
-                corners = [pixels[..., y : y + side, x : x + side] for y, x in ((0, 0), (0, 6), (6, 0), (6, 6))]
+                corners = [
+                    pixels[..., y : y + side, x : x + side] for y, x in ((0, 0), (0, 6), (6, 0), (6, 6))
+                ]
                 expected = [*corners, pixels[..., 3 : 3 + side, 3 : 3 + side]]
             codes = torch.cat([image_tokenizer.encode(each) for each in expected]).numpy()
             assert np.array_equal(decode_codes(sample.members["codes.npy"], ""), codes)
@@ -180,7 +246,9 @@ def test_llamagens_nearest_code_is_found_in_full_precision_under_autocast():
     """1,000 rows so near to each other that bf16 cannot tell them apart; each is nearest to itself."""
     torch.manual_seed(0)
     rows = torch.nn.functional.normalize(1 + 1e-2 * torch.randn(1000, 8), dim=-1)
-    codebook = llamagen_vq.Codebook(SimpleNamespace(l2_norm=True, codebook_size=1000, code_dim=8)).requires_grad_(False)
+    codebook = llamagen_vq.Codebook(
+        SimpleNamespace(l2_norm=True, codebook_size=1000, code_dim=8)
+    ).requires_grad_(False)
     codebook.embedding.weight.copy_(rows)
     with torch.autocast("cpu", torch.bfloat16):
         found, naive = codebook.nearest(rows.T[None, :, :, None])[0], (rows @ rows.T).argmax(-1)
@@ -190,7 +258,10 @@ def test_llamagens_nearest_code_is_found_in_full_precision_under_autocast():
 def test_januss_nearest_code_is_found_in_full_precision_under_autocast(vq):
     image_tokenizer = image_tokenizers.load(image_tokenizers.section({"name": "janus_vq", "path": str(vq)}))
     model = image_tokenizer.model
-    pixels = torch.rand(64, 3, *[image_tokenizer.image_size] * 2, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    pixels = (
+        torch.rand(64, 3, *[image_tokenizer.image_size] * 2, generator=torch.Generator().manual_seed(0)) * 2
+        - 1
+    )
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         codes = image_tokenizer.encode(pixels)[..., 0]
         features = model.quant_conv(model.encoder(pixels)).float().permute(0, 2, 3, 1).flatten(1, 2)

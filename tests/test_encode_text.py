@@ -18,7 +18,14 @@ from mmtensorar.recipe import Data, Run, Train
 from mmtensorar.shards import Codes, Manifest, Sample, encode_codes, iterate_tar, write_tar
 from tests.fakes import tiny_llamagen, write_tiny_janus, write_tiny_t5
 
-CAPTIONS = ["a RED circle", "circle", "a red", "red red", "a " * 9, "a circle"]  # five tokens at most, the end included
+CAPTIONS = [
+    "a RED circle",
+    "circle",
+    "a red",
+    "red red",
+    "a " * 9,
+    "a circle",
+]  # five tokens at most, the end included
 LENGTHS = [4, 2, 3, 3, 5, 3]
 CODES = Codes(image_tokenizer="fake", weight_hash="a" * 64, grid=(3, 3), factor_sizes=(11,), crops=1)
 
@@ -53,24 +60,41 @@ def folder(tmp_path) -> Path:
             members["codes.npy"] = encode_codes(np.full((1, 9, 1), index, np.uint16))
             samples.append(Sample(f"{index:09d}", members))
         written.append(write_tar(folder / f"{first:05d}.tar", samples))
-    Manifest(shards=tuple(written), num_samples=6, image_size=8, codes=CODES, source="test", seed=0).write(folder)
+    Manifest(shards=tuple(written), num_samples=6, image_size=8, codes=CODES, source="test", seed=0).write(
+        folder
+    )
     return folder
 
 
 def encode(folder: Path, t5: Path, *arguments: str) -> int:
-    options = ["--text-encoder", str(t5), "--caption-cleaning", "lower", "--max-tokens", "5", "--batch-size", "2"]
+    options = [
+        "--text-encoder",
+        str(t5),
+        "--caption-cleaning",
+        "lower",
+        "--max-tokens",
+        "5",
+        "--batch-size",
+        "2",
+    ]
     return encode_text.main([str(folder), *options, *arguments])
 
 
 def members(folder: Path) -> list[dict[str, bytes]]:
-    return [sample.members for shard in Manifest.read(folder).shards for sample in iterate_tar(folder / shard.name)]
+    return [
+        sample.members
+        for shard in Manifest.read(folder).shards
+        for sample in iterate_tar(folder / shard.name)
+    ]
 
 
 def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def make_recipe(folder: Path, backbone: Path, t5: str | Path, text_features: str, **settings) -> SimpleNamespace:
+def make_recipe(
+    folder: Path, backbone: Path, t5: str | Path, text_features: str, **settings
+) -> SimpleNamespace:
     settings = {"caption_cleaning": "lower"} | settings
     return SimpleNamespace(
         run=Run(name="test"),
@@ -106,7 +130,10 @@ def test_only_the_real_tokens_are_stored_and_their_bytes_are_told(folder, t5, ca
         np.testing.assert_allclose(row, reference.features([caption])[0], atol=2e-3)
     assert [{k: v for k, v in sample.items() if k != "t5.npy"} for sample in members(folder)] == before
     # A header and a block each: such features fill no second block.
-    assert f"{6 * 1024} bytes in the shards, 1024 a caption: 1.02e+09 bytes (1.02 GB) per million captions" in printed
+    assert (
+        f"{6 * 1024} bytes in the shards, 1024 a caption: 1.02e+09 bytes (1.02 GB) per million captions"
+        in printed
+    )
     assert check_shards.main([str(folder)]) == 0
     assert f"text features of {t5}" in capsys.readouterr().out
 
@@ -186,14 +213,18 @@ def test_training_on_cached_features_needs_no_text_encoder(folder, t5, backbone,
     monkeypatch.setattr(captions.T5Features, "_load", None)
     recipe = make_recipe(folder, backbone, "google/flan-t5-xl", "cached")
     preflight(recipe)
-    _, condition, *_ = next(data.stream(recipe, backbones.caption_encoder(recipe.backbone), rank=0, world_size=1))
+    _, condition, *_ = next(
+        data.stream(recipe, backbones.caption_encoder(recipe.backbone), rank=0, world_size=1)
+    )
     assert condition.values.any()
 
 
 def test_what_the_manifest_and_the_recipe_disagree_on_is_named(folder, t5, backbone, tmp_path):
     other = tmp_path / "other"
     write_tiny_t5(other, seed=1)
-    with pytest.raises(ValueError, match="cached, but .* has no text features; run data_tools/encode_text.py"):
+    with pytest.raises(
+        ValueError, match="cached, but .* has no text features; run data_tools/encode_text.py"
+    ):
         preflight(make_recipe(folder, backbone, t5, "cached"))
     assert encode(folder, t5) == 0
     for settings, sentence in (
@@ -202,7 +233,9 @@ def test_what_the_manifest_and_the_recipe_disagree_on_is_named(folder, t5, backb
         (("google/flan-t5-xl", "lower"), f"text encoder: .* has {t5} .* google/flan-t5-xl;"),
     ):
         text_encoder, cleaning = settings
-        with pytest.raises(ValueError, match=f"{sentence}.*run data_tools/encode_text.py again, or set data.text_feat"):
+        with pytest.raises(
+            ValueError, match=f"{sentence}.*run data_tools/encode_text.py again, or set data.text_feat"
+        ):
             preflight(make_recipe(folder, backbone, text_encoder, "cached", caption_cleaning=cleaning))
     assert encode(folder, t5, "--max-tokens", "4") == 0
     with pytest.raises(ValueError, match="tokens a caption up to: .* has 4 .* backbone 5;"):
@@ -219,7 +252,9 @@ def test_a_backbone_without_text_features_refuses_cached_ones(folder, tmp_path):
     write_tiny_janus(tmp_path / "janus")
     recipe = make_recipe(folder, "unused", "unused", "cached")
     recipe.backbone = janus.Config(name="janus", path=str(tmp_path / "janus"))
-    with pytest.raises(ValueError, match="cached, but the janus backbone takes no text features; expected live"):
+    with pytest.raises(
+        ValueError, match="cached, but the janus backbone takes no text features; expected live"
+    ):
         preflight(recipe)
 
 
@@ -259,7 +294,10 @@ def test_features_that_float16_cannot_hold_are_refused(folder, t5, tmp_path, cap
     [
         ({"t5.npy": None}, "no t5.npy, but the manifest says that the set has text features"),
         ({"t5.npy": b"\x80\x04."}, "t5.npy is not a plain numpy array"),
-        ({"t5.npy": shards.encode_features(np.zeros((6, 6), np.float16))}, "has shape [6, 6], the manifest says [1 to"),
+        (
+            {"t5.npy": shards.encode_features(np.zeros((6, 6), np.float16))},
+            "has shape [6, 6], the manifest says [1 to",
+        ),
     ],
 )
 def test_damage_is_found_by_the_check_and_by_the_loader(folder, t5, backbone, capsys, change, expected):

@@ -95,7 +95,9 @@ def test_drawn_pictures_are_scored(scored):
     assert summary["detector"] == "shapes-exact" and summary["suite"] == "shapes"
     assert summary["ceiling"]["drawn"]["overall"] == 1 and summary["chance"]["overall"] < 0.2
     rows = [row for _, row in lines.read(scored["worse"] / "results.jsonl")]
-    assert [row["filename"] for row in rows if not row["correct"]] == [f"0000{i}/samples/00001.png" for i in range(3)]
+    assert [row["filename"] for row in rows if not row["correct"]] == [
+        f"0000{i}/samples/00001.png" for i in range(3)
+    ]
     assert rows[1]["reason"].endswith(">=1, found 0") and rows[1]["detections"] == []
 
 
@@ -137,7 +139,9 @@ def remove_metadata(folder: Path) -> str:
 
 def ask_for_a_bench(folder: Path) -> str:
     path = folder / "00004" / "metadata.jsonl"
-    path.write_text(json.dumps({"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a bench"}))
+    path.write_text(
+        json.dumps({"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a bench"})
+    )
     return f"{path}: include 0: expected a class that suite shapes detects"
 
 
@@ -156,7 +160,10 @@ def test_damage_is_an_error_that_names_the_file(images, capsys, damage):
 def test_fewer_images_than_asked_for_is_an_error(images, capsys):
     assert run("--images", images, "--num-images", 4) == 2
     error = capsys.readouterr().err
-    assert "00000/samples/00002.png is missing, 00000/samples/00003.png is missing" in error and "more\n" in error
+    assert (
+        "00000/samples/00002.png is missing, 00000/samples/00003.png is missing" in error
+        and "more\n" in error
+    )
     assert run("--images", images, "--num-images", 1) == 2
     assert "00000/samples/00001.png is one too many" in capsys.readouterr().err
 
@@ -167,7 +174,10 @@ def test_a_number_that_two_files_have_is_an_error(images, capsys):
     shutil.copytree(images / "00002", images / "2")
     assert run("--images", images) == 2
     error = capsys.readouterr().err
-    assert "00001/samples/00000.png has the number of 0.png" in error or "0.png has the number of 00000.png" in error
+    assert (
+        "00001/samples/00000.png has the number of 0.png" in error
+        or "0.png has the number of 00000.png" in error
+    )
     assert "2 has the number of 00002" in error
 
 
@@ -182,7 +192,9 @@ def test_a_partial_score_is_allowed_and_marked_everywhere(images, capsys):
     summary = json.loads((images / "summary.json").read_text())
     assert len(summary["partial"]) == 3 and summary["num_images"] == 24 - 2 - 2
     assert "(PARTIAL)" in (images / "report.html").read_text()
-    assert report_table.main([f"a={images / 'summary.json'}"]) == 0 and "a (PARTIAL)" in capsys.readouterr().out
+    assert (
+        report_table.main([f"a={images / 'summary.json'}"]) == 0 and "a (PARTIAL)" in capsys.readouterr().out
+    )
 
 
 def test_an_absent_folder_is_an_error(tmp_path, capsys):
@@ -199,7 +211,18 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def test_generation_resumes_and_refuses_other_settings(ckpt, tmp_path, capsys):  # noqa: F811
     """Images that went missing are made again as they were; a folder of other settings is left alone."""
-    command = ("--ckpt", ckpt, "--out", tmp_path / "out", "--num-prompts", 1, "--num-images", 2, "--batch-size", 4)
+    command = (
+        "--ckpt",
+        ckpt,
+        "--out",
+        tmp_path / "out",
+        "--num-prompts",
+        1,
+        "--num-images",
+        2,
+        "--batch-size",
+        4,
+    )
     command = (*command, "--device", "cpu", "--num-bound-images", 6)
     assert run(*command) == 0
     made = files_of(tmp_path / "out")
@@ -224,7 +247,18 @@ def test_generation_resumes_and_refuses_other_settings(ckpt, tmp_path, capsys): 
 
 def test_ranks_make_all_images_together(ckpt, tmp_path, monkeypatch):  # noqa: F811
     """The first one scores, and waits for the others' images until then."""
-    command = ("--ckpt", ckpt, "--num-prompts", 1, "--num-images", 1, "--device", "cpu", "--num-bound-images", 0)
+    command = (
+        "--ckpt",
+        ckpt,
+        "--num-prompts",
+        1,
+        "--num-images",
+        1,
+        "--device",
+        "cpu",
+        "--num-bound-images",
+        0,
+    )
     monkeypatch.setenv("WORLD_SIZE", "2")
     out, waited = tmp_path / "shared", []
 
@@ -258,7 +292,9 @@ def test_an_absent_checkpoint_is_an_error(tmp_path, capsys):
 def test_ceiling_command(tmp_path, capsys):
     assert ceiling.main(["--num-images", "60", "--out", str(tmp_path / "ceiling.json")]) == 0
     bounds = json.loads((tmp_path / "ceiling.json").read_text())
-    assert all(bounds["chance"]["skills"][skill] < bounds["ceiling"]["drawn"]["skills"][skill] for skill in SKILLS)
+    assert all(
+        bounds["chance"]["skills"][skill] < bounds["ceiling"]["drawn"]["skills"][skill] for skill in SKILLS
+    )
     assert "chance" in capsys.readouterr().out
     assert ceiling.main(["--image-tokenizer", str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err.startswith("error: ")
@@ -277,7 +313,9 @@ def test_table(scored, capsys):
     assert capsys.readouterr().out.startswith("| model ")
 
 
-@pytest.mark.parametrize("damage", [{"skills": {"colors": {}}}, {"overall": 0.5}, {"skills": []}, {"ceiling": {"drawn": {"x": 1}}}])
+@pytest.mark.parametrize(
+    "damage", [{"skills": {"colors": {}}}, {"overall": 0.5}, {"skills": []}, {"ceiling": {"drawn": {"x": 1}}}]
+)
 def test_a_damaged_summary_is_one_sentence(scored, tmp_path, capsys, damage):
     path = tmp_path / "summary.json"
     path.write_text(json.dumps(json.loads((scored["good"] / "summary.json").read_text()) | damage))
@@ -296,7 +334,16 @@ def test_table_keeps_detectors_apart(scored, tmp_path, capsys):
 
 def test_gallery(scored, tmp_path):
     out = tmp_path / "gallery.png"
-    command = [str(scored["good"]), f"second={scored['worse']}", "--out", str(out), "--num-images", "2", "--scale", "1"]
+    command = [
+        str(scored["good"]),
+        f"second={scored['worse']}",
+        "--out",
+        str(out),
+        "--num-images",
+        "2",
+        "--scale",
+        "1",
+    ]
     assert gallery.main(command) == 0
     sheet = Image.open(out)
     cell = 64 + 2 * gallery.FRAME + gallery.GAP
@@ -352,7 +399,9 @@ def save_checkpoint(run_dir: Path, model, step: int) -> None:
     folder.mkdir(parents=True)
     named = [(name, parameter.detach()) for name, parameter in model.named_parameters()]
     layout = [pieces.Piece(name, 0, flat, 0, value.numel()) for flat, (name, value) in enumerate(named)]
-    pieces.write(folder, 0, layout, [value.shape for _, value in named], [{"master": value} for _, value in named])
+    pieces.write(
+        folder, 0, layout, [value.shape for _, value in named], [{"master": value} for _, value in named]
+    )
     recorded = {"format": pieces.FORMAT, "step": step, "num_files": 1, "sha256": pieces.digests(folder, 1)}
     (folder / pieces.STATE).write_text(json.dumps(recorded))
     (run_dir / "checkpoints" / "latest").write_text(folder.name)
@@ -371,8 +420,12 @@ def test_a_runs_checkpoints_are_scored_as_they_come(ckpt, tmp_path, capsys):  # 
     assert run("watch", run_dir, "--once", *few) == 0, "an older one than was scored is passed over"
     found = metrics.read_log(run_dir / "scores.jsonl")
     assert [row["step"] for row in found] == [2, 10]
-    assert all(row["num_images"] == 6 and len(row["skills"]) == 6 and 0 <= row["overall"] <= 1 for row in found)
+    assert all(
+        row["num_images"] == 6 and len(row["skills"]) == 6 and 0 <= row["overall"] <= 1 for row in found
+    )
     assert sorted(path.name for path in (run_dir / "scores").iterdir()) == ["step_000002", "step_000010"]
-    assert (run_dir / "scores" / "step_000002" / "report.html").is_file() and any((run_dir / "tensorboard").iterdir())
+    assert (run_dir / "scores" / "step_000002" / "report.html").is_file() and any(
+        (run_dir / "tensorboard").iterdir()
+    )
     capsys.readouterr()
     assert run("watch", tmp_path) == 2 and "no run folder" in capsys.readouterr().err

@@ -66,7 +66,9 @@ def test_the_command_computes_what_the_arrays_allow(tmp_path, capsys):
     arguments = ["score", "--features", str(tmp_path / "f.npz"), "--out", str(tmp_path / "out.json")]
     assert command.main(arguments) == 0
     found = json.loads((tmp_path / "out.json").read_text())
-    assert found["precision"] == found["recall"] == 1 and "sfid" not in found and "inception_score" not in found
+    assert (
+        found["precision"] == found["recall"] == 1 and "sfid" not in found and "inception_score" not in found
+    )
     assert "fid" in capsys.readouterr().out
 
 

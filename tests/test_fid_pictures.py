@@ -95,9 +95,14 @@ def test_foreign_files_are_refused(tmp_path):
     }.items():
         with pytest.raises(ValueError, match=f"{name}.*{sentence}"):
             sources.find(tmp_path / name)
-    with pytest.raises(ValueError, match=r"mu.npz: mu and sigma are of shapes \[3\] and \[2, 2\]; expected \[2048\]"):
+    with pytest.raises(
+        ValueError, match=r"mu.npz: mu and sigma are of shapes \[3\] and \[2, 2\]; expected \[2048\]"
+    ):
         sources.reference_statistics(tmp_path / "mu.npz")
-    for mean, told in ((np.full(2048, np.nan), "float64, or not finite"), (np.full(2048, "a"), "<U1, or not finite")):
+    for mean, told in (
+        (np.full(2048, np.nan), "float64, or not finite"),
+        (np.full(2048, "a"), "<U1, or not finite"),
+    ):
         np.savez(tmp_path / "odd.npz", mu=mean, sigma=np.zeros((2048, 2048), np.float32))
         with pytest.raises(ValueError, match=f"odd.npz: mu is {told}"):
             sources.reference_statistics(tmp_path / "odd.npz")
@@ -105,7 +110,9 @@ def test_foreign_files_are_refused(tmp_path):
 
 def test_a_damaged_archive_is_a_sentence_wherever_it_is_damaged(tmp_path):
     """Also within deflated content, whose error is zlib's, and for an array that is no archive."""
-    np.savez_compressed(tmp_path / "whole.npz", arr_0=noise(30), mu=np.zeros(2048), sigma=np.zeros((2048, 2048)))
+    np.savez_compressed(
+        tmp_path / "whole.npz", arr_0=noise(30), mu=np.zeros(2048), sigma=np.zeros((2048, 2048))
+    )
     whole = (tmp_path / "whole.npz").read_bytes()
     np.save(tmp_path / "array.npy", noise(2))
     (tmp_path / "array.npy").rename(tmp_path / "array.npz")
@@ -115,7 +122,11 @@ def test_a_damaged_archive_is_a_sentence_wherever_it_is_damaged(tmp_path):
     refused = 0
     for place in range(0, len(whole), len(whole) // 60):
         (tmp_path / "bad.npz").write_bytes(whole[:place] + bytes(40) + whole[place + 40 :])
-        for read in (lambda p: list(sources.find(p).batches(4)), sources.reference_statistics, command.read_features):
+        for read in (
+            lambda p: list(sources.find(p).batches(4)),
+            sources.reference_statistics,
+            command.read_features,
+        ):
             try:
                 read(tmp_path / "bad.npz")
             except ValueError as error:
@@ -155,7 +166,11 @@ def test_the_three_tensors_of_adm(weights):
     network = inception.Inception.load(weights, torch.device("cpu"))
     pictures = noise(3, side=40)
     found = network(pictures)
-    assert found.pool.shape == (3, 2048) and found.logits.shape == (3, 1008) and found.spatial.shape == (3, 17 * 17 * 7)
+    assert (
+        found.pool.shape == (3, 2048)
+        and found.logits.shape == (3, 1008)
+        and found.spatial.shape == (3, 17 * 17 * 7)
+    )
     net = network.net
     np.testing.assert_allclose(found.logits, found.pool @ net.fc.weight.numpy().T, rtol=1e-4, atol=1e-4)
     seen = {}
@@ -177,10 +192,15 @@ def test_weights_of_something_else_are_refused(tmp_path, weights):
 def test_metrics_are_those_of_torch_fidelity():
     """Where it has them: FID, precision and recall."""
     rng = np.random.default_rng(0)
-    one, other = rng.normal(size=(60, 8)).astype(np.float32), rng.normal(0.4, 1.3, size=(50, 8)).astype(np.float32)
+    one, other = (
+        rng.normal(size=(60, 8)).astype(np.float32),
+        rng.normal(0.4, 1.3, size=(50, 8)).astype(np.float32),
+    )
     statistics = [metric_fid.fid_features_to_statistics(torch.from_numpy(each)) for each in (one, other)]
     theirs = metric_fid.fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
-    assert score.frechet_distance(score.statistics(one), score.statistics(other)) == pytest.approx(theirs, rel=1e-6)
+    assert score.frechet_distance(score.statistics(one), score.statistics(other)) == pytest.approx(
+        theirs, rel=1e-6
+    )
     theirs = metric_prc.prc_features_to_metric(torch.from_numpy(one), torch.from_numpy(other), verbose=False)
     assert score.precision_recall(other, one) == pytest.approx((theirs["precision"], theirs["recall"]))
 
@@ -234,8 +254,14 @@ def test_from_pictures_to_the_summary(tmp_path, weights, narrow, monkeypatch, ca
     assert "NOT comparable with published numbers" in capsys.readouterr().out
     same = json.loads((tmp_path / "same" / "summary.json").read_text())
     assert same["fid"] == pytest.approx(0, abs=1e-4) and same["sfid"] == pytest.approx(0, abs=1e-2)
-    assert same["precision"] == same["recall"] == 1 and same["num_images"] == 6 and same["reference_sha256"] is None
-    assert command.main([*arguments, "--ref", str(tmp_path / "ref.npz"), "--out", str(tmp_path / "moved")]) == 0
+    assert (
+        same["precision"] == same["recall"] == 1
+        and same["num_images"] == 6
+        and same["reference_sha256"] is None
+    )
+    assert (
+        command.main([*arguments, "--ref", str(tmp_path / "ref.npz"), "--out", str(tmp_path / "moved")]) == 0
+    )
     moved = json.loads((tmp_path / "moved" / "summary.json").read_text())
     assert moved["fid"] == pytest.approx(WIDTH, rel=1e-3), "each of these means is off by one"
     assert moved["reference_sha256"] == command.file_hash(tmp_path / "ref.npz")
@@ -247,16 +273,34 @@ def test_a_class_conditional_checkpoint(tmp_path, class_ckpt, ckpt, weights, nar
     """As many pictures of each class; a second run makes none and finds the same."""
     folder = write_folder(tmp_path / "ref", noise(5))
     out = tmp_path / "out"
-    arguments = ["--ref", str(folder), "--inception", str(weights), "--device", "cpu", "--out", str(out), "--batch-size", "5"]
+    arguments = [
+        "--ref",
+        str(folder),
+        "--inception",
+        str(weights),
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+        "--batch-size",
+        "5",
+    ]
     assert command.main(["--ckpt", str(class_ckpt), "--num-images", "14", *arguments]) == 0
     assert "14 images made" in capsys.readouterr().out
     first = json.loads((out / "summary.json").read_text())
-    assert first["num_images"] == 14 and first["seed"] == 0 and first["generation"]["sampling"]["cfg_scale"] == 2.0
+    assert (
+        first["num_images"] == 14
+        and first["seed"] == 0
+        and first["generation"]["sampling"]["cfg_scale"] == 2.0
+    )
     assert command.main(["--ckpt", str(class_ckpt), "--num-images", "14", *arguments]) == 0
     assert "0 images made" in capsys.readouterr().out
     assert json.loads((out / "summary.json").read_text()) == first
     for given, sentence in (
-        (["--ckpt", str(class_ckpt), "--num-images", "15"], "--num-images is 15; expected a multiple of the 7 classes"),
+        (
+            ["--ckpt", str(class_ckpt), "--num-images", "15"],
+            "--num-images is 15; expected a multiple of the 7 classes",
+        ),
         (["--ckpt", str(ckpt)], "this model takes captions"),
         (["--images", str(tmp_path / "absent")], "absent is neither a folder nor an .npz file"),
     ):

@@ -88,7 +88,9 @@ def test_a_row_keeps_its_random_numbers_in_any_company(generator):
 
 def test_settings_come_from_the_recipe_unless_given(generator):
     assert generator.sampling() == Sampling(cfg_scale=2.0, top_k=20)
-    assert generator.sampling(top_k=0, top_p=None, greedy_drafts=True) == Sampling(cfg_scale=2.0, greedy_drafts=True)
+    assert generator.sampling(top_k=0, top_p=None, greedy_drafts=True) == Sampling(
+        cfg_scale=2.0, greedy_drafts=True
+    )
     with pytest.raises(ValueError, match="cfg_scale is -1"):
         generator.sampling(cfg_scale=-1.0)
 
@@ -97,7 +99,10 @@ def test_a_number_per_factor_on_the_command_line(ckpt, capsys, tmp_path):
     """Janus has one factor, so a list of one number is fine and a list of two is refused before any picture."""
     command = ["--ckpt", str(ckpt), "--device", "cpu", "--prompt", "a red circle", "--out", str(tmp_path)]
     assert generate.main([*command, "--cfg-scale", "1.9,2.0"]) == 2
-    assert "cfg_scale has 2 numbers (1.9, 2.0); expected one number, or one per factor" in capsys.readouterr().err
+    assert (
+        "cfg_scale has 2 numbers (1.9, 2.0); expected one number, or one per factor"
+        in capsys.readouterr().err
+    )
     with pytest.raises(SystemExit):
         generate.main([*command, "--top-k", "1.5"])
     assert "invalid int or comma-separated list" in capsys.readouterr().err
@@ -112,7 +117,9 @@ def test_bf16_runs_on_the_cpu(ckpt):
 def test_revisions_of_windows_written_by_hand():
     """Windows of 4 tokens, K = 3. Token p at step t is written 10 t + p, so the step it comes from can be read off."""
     T, K = 4, 3
-    trace = torch.tensor([[[10 * t + t + j if t + j < T else 0 for j in range(K)] for t in range(T)]])[..., None]
+    trace = torch.tensor([[[10 * t + t + j if t + j < T else 0 for j in range(K)] for t in range(T)]])[
+        ..., None
+    ]
     assert revisions(trace)[0, :, :, 0].tolist() == [
         [0, 1, 2, 13],  # offset 2, from step p - 2; tokens 0 and 1 from step 0
         [0, 1, 12, 23],  # offset 1, from step p - 1
@@ -127,7 +134,18 @@ def test_the_last_revision_is_the_image(generator):
 
 def test_command_line_writes_images_trace_and_record(ckpt, generator, tmp_path):
     (tmp_path / "prompts.txt").write_text("a blue square\n\n")
-    command = ["--ckpt", str(ckpt), "--device", "cpu", "--out", str(tmp_path / "out"), "--num-images", "2", "--seed", "3"]
+    command = [
+        "--ckpt",
+        str(ckpt),
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "out"),
+        "--num-images",
+        "2",
+        "--seed",
+        "3",
+    ]
     command += ["--prompt", "a red circle", "--prompts-file", str(tmp_path / "prompts.txt"), "--trace"]
     assert generate.main(command) == 0
     rows = [json.loads(line) for line in (tmp_path / "out" / "prompts.jsonl").read_text().splitlines()]
@@ -172,8 +190,16 @@ def test_classes_from_the_command_line_and_from_python(class_ckpt, tmp_path):
 @pytest.mark.parametrize(
     "kind, arguments, sentence",
     [
-        ("text", ["--class", "3"], "is text-conditional: it takes prompts (--prompt), and no class numbers such as 3"),
-        ("class", ["--prompt", "a cat"], "is class-conditional: it takes class numbers (--class), 0 to 6, and no prompts"),
+        (
+            "text",
+            ["--class", "3"],
+            "is text-conditional: it takes prompts (--prompt), and no class numbers such as 3",
+        ),
+        (
+            "class",
+            ["--prompt", "a cat"],
+            "is class-conditional: it takes class numbers (--class), 0 to 6, and no prompts",
+        ),
         ("class", ["--class", "3", "7"], "7 is no class of this class-conditional backbone; expected 0 to 6"),
         ("class", ["--class", "-1"], "-1 is no class of"),
         ("class", ["--class", "3", "--prompt", "a cat"], "--class and prompts were given"),
@@ -181,7 +207,10 @@ def test_classes_from_the_command_line_and_from_python(class_ckpt, tmp_path):
 )
 def test_each_model_says_what_it_takes(ckpt, class_ckpt, tmp_path, capsys, kind, arguments, sentence):
     folder = {"text": ckpt, "class": class_ckpt}[kind]
-    assert generate.main(["--ckpt", str(folder), "--device", "cpu", "--out", str(tmp_path / "out"), *arguments]) == 2
+    assert (
+        generate.main(["--ckpt", str(folder), "--device", "cpu", "--out", str(tmp_path / "out"), *arguments])
+        == 2
+    )
     error = capsys.readouterr().err
     assert error.startswith("error: ") and sentence in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()

@@ -18,9 +18,15 @@ CASES = Path(__file__).resolve().parents[2] / "shared" / "eval" / "geneval" / "s
 def test_the_prompts_are_the_official_ones_byte_for_byte():
     """The hashes are of evaluation_metadata.jsonl and generation_prompts.txt of the original repository."""
     metadata = "".join(json.dumps(prompt) + "\n" for prompt in prompts())
-    assert hashlib.sha256(metadata.encode()).hexdigest() == "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"
+    assert (
+        hashlib.sha256(metadata.encode()).hexdigest()
+        == "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"
+    )
     texts = "".join(prompt["prompt"] + "\n" for prompt in prompts())
-    assert hashlib.sha256(texts.encode()).hexdigest() == "55b6e3650e980c13daf30569eb666e000faf19bfc2b7b4cbe999fcdb7aa9d680"
+    assert (
+        hashlib.sha256(texts.encode()).hexdigest()
+        == "55b6e3650e980c13daf30569eb666e000faf19bfc2b7b4cbe999fcdb7aa9d680"
+    )
     assert len(CLASSES) == len(set(CLASSES)) == 80
 
 
@@ -45,12 +51,16 @@ def test_recorded_detections_are_scored_and_compared(tmp_path, capsys):
     assert score(path, tmp_path / "out" / "results.jsonl") == 0
     rows = [row for _, row in lines.read(tmp_path / "out" / "results.jsonl")]
     assert [row["correct"] for row in rows] == [True, False, True]
-    assert rows[1]["reason"] == "expected bench>=1, found 0" and json.loads(rows[1]["metadata"]) == prompts()[0]
+    assert (
+        rows[1]["reason"] == "expected bench>=1, found 0" and json.loads(rows[1]["metadata"]) == prompts()[0]
+    )
     assert "1 of 1 recorded verdicts are equal" in capsys.readouterr().out
     write(path, case(**verdict), case(**verdict | {"kept": {"bench": 2}}))
     assert score(path, tmp_path / "results.jsonl") == 1
     captured = capsys.readouterr()
-    assert "line 2: kept: recorded {'bench': 2}, found {'bench': 1}" in captured.err and "1 of 2" in captured.out
+    assert (
+        "line 2: kept: recorded {'bench': 2}, found {'bench': 1}" in captured.err and "1 of 2" in captured.out
+    )
 
 
 @pytest.mark.skipif(not CASES.is_file(), reason="GenEval's scoring fixtures are not beside the checkout")

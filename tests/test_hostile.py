@@ -85,7 +85,9 @@ def test_it_is_refused_and_does_nothing(tmp_path, monkeypatch, name, reader):
     assert not Path("/tmp/escaped.txt").exists()
 
 
-@pytest.mark.parametrize("place", ["pipe:touch {mark}", "pipe:touch {mark} |.tar", "file://{mark}", "ftp://host/set"])
+@pytest.mark.parametrize(
+    "place", ["pipe:touch {mark}", "pipe:touch {mark} |.tar", "file://{mark}", "ftp://host/set"]
+)
 def test_no_place_is_a_command(tmp_path, place, monkeypatch, capsys):
     """Wherever a recipe or an option names shards or sources."""
     from data_tools import check_shards, encode_codes, inspect_shards, make_shards
@@ -100,7 +102,8 @@ def test_no_place_is_a_command(tmp_path, place, monkeypatch, capsys):
     commands = [(check_shards.main, [place]), (inspect_shards.main, [place])]
     commands += [(encode_codes.main, [place, "--image-tokenizer", str(fuzz.__file__)])]
     commands += [
-        (make_shards.main, [f"--{kind}", place, "--out", "set"]) for kind in ("folder", "jsonl", "csv", "tars", "parquet")
+        (make_shards.main, [f"--{kind}", place, "--out", "set"])
+        for kind in ("folder", "jsonl", "csv", "tars", "parquet")
     ]
     for main, arguments in commands:
         assert main(arguments) == 2

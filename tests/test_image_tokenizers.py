@@ -16,7 +16,9 @@ from mmtensorar.image_tokenizers import llamagen_vq, to_images, to_pixels
 def vq(tmp_path_factory):
     """A random LlamaGen VQ of 8-pixel pictures, 4 x 4 codes."""
     folder = tmp_path_factory.mktemp("vq") / "llamagen"
-    small = dict(codebook_size=16, code_dim=4, ch=32, encoder_ch_mult=[1, 1], decoder_ch_mult=[1, 1], num_res_blocks=1)
+    small = dict(
+        codebook_size=16, code_dim=4, ch=32, encoder_ch_mult=[1, 1], decoder_ch_mult=[1, 1], num_res_blocks=1
+    )
     torch.manual_seed(0)
     model = llamagen_vq.VQModel(llamagen_vq.Architecture(**small, z_channels=8))
     llamagen_vq.LlamaGenVQ(model, 8).save_pretrained(folder)

@@ -34,11 +34,15 @@ def test_the_package_never_imports_eval_or_data_tools():
 
 def test_data_tools_never_import_training_or_eval():
     for path in (ROOT / "data_tools").rglob("*.py"):
-        assert not violations(path, ("eval", "mmtensorar.train", "mmtensorar.tensorar", "mmtensorar.engine")), path
+        assert not violations(
+            path, ("eval", "mmtensorar.train", "mmtensorar.tensorar", "mmtensorar.engine")
+        ), path
 
 
 def test_backbones_and_image_tokenizers_know_nothing_above_them():
-    above = tuple(f"mmtensorar.{n}" for n in ("tensorar", "decode", "data", "train", "engine", "checkpoint", "generate"))
+    above = tuple(
+        f"mmtensorar.{n}" for n in ("tensorar", "decode", "data", "train", "engine", "checkpoint", "generate")
+    )
     for folder, other in (("backbones", "image_tokenizers"), ("image_tokenizers", "backbones")):
         for path in (ROOT / "mmtensorar" / folder).rglob("*.py"):
             assert not violations(path, above + (f"mmtensorar.{other}",)), path
@@ -52,5 +56,12 @@ def test_index_arithmetic_and_shards_stand_alone():
 
 
 def test_scoring_knows_no_model():
-    for name in ("geneval/score", "geneval/recorded", "geneval/prompts", "geneval/compare", "dpg_bench/score", "fid/score"):
+    for name in (
+        "geneval/score",
+        "geneval/recorded",
+        "geneval/prompts",
+        "geneval/compare",
+        "dpg_bench/score",
+        "fid/score",
+    ):
         assert not violations(ROOT / "eval" / f"{name}.py", ("mmtensorar", "torch")), name

@@ -38,7 +38,9 @@ def reference() -> SimpleNamespace:
 def folder(reference, tmp_path_factory) -> Path:
     """The fixture's weights as a released checkpoint: config.json and model.safetensors."""
     path = tmp_path_factory.mktemp("janus")
-    weights = {k.removeprefix("weights/"): v for k, v in reference.tensors.items() if k.startswith("weights/")}
+    weights = {
+        k.removeprefix("weights/"): v for k, v in reference.tensors.items() if k.startswith("weights/")
+    }
     save_file(weights, path / "model.safetensors")
     (path / "config.json").write_text(json.dumps(reference.manifest["config"]["hf"]))
     return path
@@ -64,7 +66,9 @@ def test_unconditional_prompt():
     """First and last token stay, the rest becomes pad and is attended to; padding of the batch stays masked."""
     backbone = tiny_janus()
     pad, everything = backbone.prefix.pad_id, torch.ones(2, dtype=torch.bool)
-    padded = backbone.prefix(prompts(torch.tensor([1, 9, 9, 9, 6]), torch.tensor([1, 9, 6]), pad=pad), everything)
+    padded = backbone.prefix(
+        prompts(torch.tensor([1, 9, 9, 9, 6]), torch.tensor([1, 9, 6]), pad=pad), everything
+    )
     expected = torch.tensor([[1, pad, pad, pad, 6], [pad, pad, 1, pad, 6]])
     assert torch.equal(padded.embeds, backbone.prefix.embed_tokens(expected))
     assert padded.mask.int().tolist() == [[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]
@@ -123,12 +127,19 @@ def test_only_the_generation_path_is_saved(saved):
     """No vision tower, VQ model or lm_head: a quarter of the 1B that nothing here uses."""
     names = load_file(saved / "model.safetensors").keys()
     parts = {".".join(name.split(".")[:2]) for name in names}
-    assert parts == {"model.language_model", "model.generation_embeddings", "model.generation_aligner", "model.generation_head"}
+    assert parts == {
+        "model.language_model",
+        "model.generation_embeddings",
+        "model.generation_aligner",
+        "model.generation_head",
+    }
 
 
 def test_a_missing_tensor_is_named(saved):
     edit(saved, model__language_model__norm__weight=None)
-    with pytest.raises(ValueError, match=r"saved: 1 tensors? .*missing.* model\.language_model\.norm\.weight"):
+    with pytest.raises(
+        ValueError, match=r"saved: 1 tensors? .*missing.* model\.language_model\.norm\.weight"
+    ):
         load(saved)
 
 
@@ -144,7 +155,10 @@ def test_a_tensor_that_the_configuration_has_no_place_for_is_named(saved, name):
 def test_a_tensor_of_another_shape_is_named_with_its_file(saved):
     """copy_ would broadcast a row over the whole table."""
     edit(saved, model__generation_embeddings__weight=torch.zeros(1, 8))
-    with pytest.raises(ValueError, match=r"model\.safetensors: model\.generation_embeddings\.weight has shape \[1, 8\].*\[11, 8\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"model\.safetensors: model\.generation_embeddings\.weight has shape \[1, 8\].*\[11, 8\]",
+    ):
         load(saved)
 
 
@@ -192,11 +206,18 @@ def test_both_layouts_are_one_model(deepseek_folder, folder, vq, tmp_path):
     """Weights, sizes and weight hash are equal, so shards encoded with one fit a recipe with the other."""
     deepseek, hub = load(deepseek_folder), load(folder)
     assert all(torch.equal(value, hub.state_dict()[name]) for name, value in deepseek.state_dict().items())
-    assert (deepseek.num_tokens, deepseek.dim, deepseek.factor_sizes) == (hub.num_tokens, hub.dim, hub.factor_sizes)
+    assert (deepseek.num_tokens, deepseek.dim, deepseek.factor_sizes) == (
+        hub.num_tokens,
+        hub.dim,
+        hub.factor_sizes,
+    )
     alike = image_tokenizers.load(janus_vq.Config(name="janus_vq", path=str(deepseek_folder)))
     assert (alike.weight_hash, alike.grid, alike.image_size) == (vq.weight_hash, vq.grid, vq.image_size)
     deepseek.save_pretrained(tmp_path / "saved")
-    assert all(torch.equal(value, hub.state_dict()[name]) for name, value in load(tmp_path / "saved").state_dict().items())
+    assert all(
+        torch.equal(value, hub.state_dict()[name])
+        for name, value in load(tmp_path / "saved").state_dict().items()
+    )
 
 
 def test_a_deepseek_config_that_lacks_a_part_is_named(deepseek_folder):
@@ -226,7 +247,18 @@ def test_shapes_need_the_configuration_alone(deepseek_folder):
 # ---- prompts -------------------------------------------------------------------------------------
 
 
-WORDS = ["<unk>", "<pad>", "<bos>", "<begin_of_image>", "<|User|>", "<|Assistant|>", ":", "a", "red", "circle"]
+WORDS = [
+    "<unk>",
+    "<pad>",
+    "<bos>",
+    "<begin_of_image>",
+    "<|User|>",
+    "<|Assistant|>",
+    ":",
+    "a",
+    "red",
+    "circle",
+]
 
 
 def write_text_tokenizer(folder: Path, words: list[str]) -> None:
@@ -236,14 +268,19 @@ def write_text_tokenizer(folder: Path, words: list[str]) -> None:
 
     fast = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     fast.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in words if word.startswith("<")])
+    fast.add_special_tokens(
+        [AddedToken(word, special=True, normalized=False) for word in words if word.startswith("<")]
+    )
     marks = {"unk_token": "<unk>", "pad_token": "<pad>", "bos_token": "<bos>"}
     PreTrainedTokenizerFast(tokenizer_object=fast, **marks).save_pretrained(folder)
 
 
 def test_the_prompt_is_the_official_one():
     """Written out: the model was trained on this very text."""
-    assert janus.PROMPT.format(caption="a {red} circle") == "<|User|>: a {red} circle\n\n<|Assistant|>:<begin_of_image>"
+    assert (
+        janus.PROMPT.format(caption="a {red} circle")
+        == "<|User|>: a {red} circle\n\n<|Assistant|>:<begin_of_image>"
+    )
 
 
 def test_captions_become_left_padded_prompts(tmp_path):
@@ -264,7 +301,11 @@ def test_a_caption_cannot_end_the_prompt(tmp_path):
     write_text_tokenizer(tmp_path, WORDS)
     encode = backbones.caption_encoder(janus.Config(name="janus", path=str(tmp_path)))
     (row,) = encode(["a <begin_of_image> red <|Assistant|> circle <bos>"]).values.tolist()
-    assert [row.count(WORDS.index(name)) for name in ("<begin_of_image>", "<|Assistant|>", "<bos>")] == [1, 1, 1]
+    assert [row.count(WORDS.index(name)) for name in ("<begin_of_image>", "<|Assistant|>", "<bos>")] == [
+        1,
+        1,
+        1,
+    ]
     assert row[-1] == WORDS.index("<begin_of_image>")
 
 

@@ -33,7 +33,9 @@ def child(arguments: list[str], keys: Path) -> int:
 
     def noted(recipe, *rest, skip_batches: int, **options):
         with keys.open("a") as file:
-            for number, batch in enumerate(stream(recipe, *rest, skip_batches=skip_batches, **options), skip_batches):
+            for number, batch in enumerate(
+                stream(recipe, *rest, skip_batches=skip_batches, **options), skip_batches
+            ):
                 print(json.dumps([number, batch.names]), file=file, flush=True)
                 yield batch
 
@@ -124,8 +126,15 @@ def test_killed_at_twenty_random_moments_a_run_ends_as_if_nothing_had_happened(t
     assert done["code"] == 0 and done["in_checkpoints"] >= 3
 
     def steps(run: Path) -> tuple[list, dict]:
-        log = [(row["step"], row["loss"], row["loss_per_offset"], row["grad_norm"]) for row in metrics.read_log(run / "log.jsonl")]
-        lines = [json.loads(line) for line in run.with_suffix(".keys").read_text().splitlines() if line.endswith("]")]
+        log = [
+            (row["step"], row["loss"], row["loss_per_offset"], row["grad_norm"])
+            for row in metrics.read_log(run / "log.jsonl")
+        ]
+        lines = [
+            json.loads(line)
+            for line in run.with_suffix(".keys").read_text().splitlines()
+            if line.endswith("]")
+        ]
         names = {}
         for number, found in lines:
             assert names.setdefault(number, found) == found, "a step was done again on other samples"
@@ -133,7 +142,10 @@ def test_killed_at_twenty_random_moments_a_run_ends_as_if_nothing_had_happened(t
 
     assert steps(whole) == steps(killed)
     assert [step for step, *_ in steps(whole)[0]] == list(range(1, STEPS + 1))
-    models = [{path.name: path.read_bytes() for path in (run / "model").glob("*.safetensors")} for run in (whole, killed)]
+    models = [
+        {path.name: path.read_bytes() for path in (run / "model").glob("*.safetensors")}
+        for run in (whole, killed)
+    ]
     assert models[0] == models[1] and models[0]
 
 

@@ -18,7 +18,9 @@ def seed():
 
 @torch.no_grad()
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(1, 1, 24), (2, 1, 24), (5, 1, 4, 24), (MOST_ROWS, 1, 24), (99, 1, 24), (2, 3, 24)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 24), (2, 1, 24), (5, 1, 4, 24), (MOST_ROWS, 1, 24), (99, 1, 24), (2, 3, 24)]
+)
 def test_a_linear_map_is_the_plain_one(monkeypatch, shape, bias):
     """For one place per row, with and without window slots, and where the plain product is taken."""
     monkeypatch.setattr(layers, "LARGE", 1)
@@ -43,7 +45,10 @@ def test_a_quickened_model_has_its_weights():
     before = model.state_dict()
     quicken(model)
     assert type(model[0]) is type(model[1][0]) is Linear and type(model[3].out_proj) is not Linear
-    assert all(before[name] is not None and torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(
+        before[name] is not None and torch.equal(before[name], value)
+        for name, value in model.state_dict().items()
+    )
 
 
 def test_a_cache_keeps_what_was_appended_in_one_place():

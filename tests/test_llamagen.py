@@ -52,7 +52,9 @@ def test_what_stands_in_the_padding_is_never_seen():
     valid = torch.ones(backbone.num_tokens - 1, 1, dtype=torch.bool)
 
     def logits(condition: Condition, uncond: Tensor) -> Tensor:
-        return model.logits(model.hidden(codes[:, :-1, None], valid, condition, uncond), codes[:, :, None, :0])
+        return model.logits(
+            model.hidden(codes[:, :-1, None], valid, condition, uncond), codes[:, :, None, :0]
+        )
 
     before = logits(condition, everything)
     backbone.prefix.null_caption[:2] += 1
@@ -73,7 +75,9 @@ def test_activation_checkpointing_changes_nothing_but_memory(backbone):
         runs.clear()
         loss = model(codes, condition, torch.tensor([False, True, False])).loss
         loss.backward()
-        results.append((loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}, len(runs)))
+        results.append(
+            (loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}, len(runs))
+        )
     for result in results[1:]:
         torch.testing.assert_close(result[:2], results[0][:2], rtol=0, atol=0)
     assert [count for *_, count in results] == [1, 2, 2], "the layers run twice, so the switch is connected"
@@ -134,7 +138,9 @@ def test_flash_attention_is_refused_where_it_cannot_run(monkeypatch):
     """At the start, not at the first step; and never in float32, which its kernels do not know."""
     section = llamagen.Config(name="llamagen", path="x", attn_implementation="flash_attention_2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="attn_implementation is flash_attention_2, but flash-attn is not usable"):
+    with pytest.raises(
+        ValueError, match="attn_implementation is flash_attention_2, but flash-attn is not usable"
+    ):
         backbones.load(section)
     monkeypatch.setitem(sys.modules, "flash_attn", stand_in_flash_attn())
     x = torch.randn(1, 1, 2, 8)
@@ -201,7 +207,12 @@ def test_the_null_caption_is_saved_and_keeps_its_precision(tmp_path):
 @pytest.mark.parametrize(
     "wrap_up",
     [
-        lambda state: {"model": state, "steps": 7, "args": argparse.Namespace(image_size=256), "optimizer": {}},
+        lambda state: {
+            "model": state,
+            "steps": 7,
+            "args": argparse.Namespace(image_size=256),
+            "optimizer": {},
+        },
         lambda state: {"module": state},
         lambda state: {"state_dict": state},
         lambda state: state,  # trained with FSDP
@@ -224,7 +235,9 @@ def test_a_wrong_file_is_refused_by_name(released, tmp_path):
     path = tmp_path / "c2i.pt"
 
     def refused(problem: str, settings: dict | None = None, **changes: Tensor | None) -> None:
-        state = official_state(released["class"]) | {name.replace("__", "."): value for name, value in changes.items()}
+        state = official_state(released["class"]) | {
+            name.replace("__", "."): value for name, value in changes.items()
+        }
         torch.save({"model": {name: value for name, value in state.items() if value is not None}}, path)
         with pytest.raises(ValueError, match=problem):
             load(path, **({"image_size": 256} | (settings or {})))
@@ -232,11 +245,19 @@ def test_a_wrong_file_is_refused_by_name(released, tmp_path):
     refused(r"c2i\.pt: 1 tensor is missing, norm\.weight$", norm__weight=None)
     refused(r"c2i\.pt: 1 tensor is unexpected, lm_head\.weight$", lm_head__weight=torch.zeros(1))
     many = {f"extra__{number:02d}": torch.zeros(1) for number in range(12)}
-    refused(r"1 tensor is missing, norm\.weight; 12 .* unexpected, among them extra\.00, .*09$", norm__weight=None, **many)
+    refused(
+        r"1 tensor is missing, norm\.weight; 12 .* unexpected, among them extra\.00, .*09$",
+        norm__weight=None,
+        **many,
+    )
     refused(r"norm\.weight has shape \[8\], expected \[16\]", norm__weight=torch.ones(8))
-    refused(r"no LlamaGen GPT, for tok_embeddings\.weight is missing; it has cls_e", tok_embeddings__weight=None)
+    refused(
+        r"no LlamaGen GPT, for tok_embeddings\.weight is missing; it has cls_e", tok_embeddings__weight=None
+    )
     refused("neither cls_embedding.embedding_table.weight", cls_embedding__embedding_table__weight=None)
-    refused(r"width 16 and 3 layers are no released size \(B, L, XL", layers__2__ffn_norm__weight=torch.ones(16))
+    refused(
+        r"width 16 and 3 layers are no released size \(B, L, XL", layers__2__ffn_norm__weight=torch.ones(16)
+    )
     refused("backbone.image_size: .*does not tell its image size", {"image_size": None})
     refused("backbone.size is L .*24 layers.*has width 16, 2 layers", {"size": "L"})
     refused("backbone.condition is text, .*is class-conditional", {"condition": "text"})
@@ -276,7 +297,10 @@ def test_a_pt_file_cannot_run_code(tmp_path):
 def test_a_broken_config_is_named(tmp_path):
     tiny_llamagen().save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "config.json").read_text())
-    for change, problem in ({"num_tokens": 8}, "num_tokens 8 is no square"), ({"dimm": 3}, "dimm: Extra inputs"):
+    for change, problem in (
+        ({"num_tokens": 8}, "num_tokens 8 is no square"),
+        ({"dimm": 3}, "dimm: Extra inputs"),
+    ):
         (tmp_path / "config.json").write_text(json.dumps(settings | change))
         with pytest.raises(ValueError, match=rf"config\.json: .*{problem}"):
             load(tmp_path)
@@ -299,7 +323,9 @@ def test_a_broken_config_is_named(tmp_path):
 def test_released_sizes_and_the_papers_budget(size, condition, parameters, budget):
     """Counted on the meta device; the paper gives the share that TensorAR may add at depth 1 for four of them."""
     recipe = Recipe.model_construct(
-        backbone=llamagen.Config(name="llamagen", path="not-here.pt", size=size, condition=condition, image_size=256),
+        backbone=llamagen.Config(
+            name="llamagen", path="not-here.pt", size=size, condition=condition, image_size=256
+        ),
         tensorar=Recipe.model_fields["tensorar"].default,
         train=Train(steps=1),
     )
@@ -339,7 +365,9 @@ def t5_folder(tmp_path_factory) -> Path:
 def test_the_text_encoder_goes_where_the_model_is(t5_folder, monkeypatch):
     """With --device cpu on a machine with a GPU it went to the GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    encode = captions.T5Features(str(t5_folder), num_slots=5, dim=6, cleaning="lower", device=torch.device("cpu"))
+    encode = captions.T5Features(
+        str(t5_folder), num_slots=5, dim=6, cleaning="lower", device=torch.device("cpu")
+    )
     assert encode.features(["a red circle"])[0].dtype == torch.float32
     assert encode._encoder.device.type == "cpu" and encode._encoder.dtype == torch.float32
 
@@ -349,7 +377,9 @@ def test_captions_become_left_padded_features(t5_folder, tmp_path):
     from transformers import T5EncoderModel
 
     tiny_llamagen("text").save_pretrained(tmp_path)
-    settings = dict(name="llamagen", path=str(tmp_path), text_encoder=str(t5_folder), caption_cleaning="lower")
+    settings = dict(
+        name="llamagen", path=str(tmp_path), text_encoder=str(t5_folder), caption_cleaning="lower"
+    )
     encode = backbones.caption_encoder(llamagen.Config(**settings))
     condition = encode(["a RED circle", "circle", "", "a " * 9])
     assert condition.values.shape == (4, 5, 6) and condition.values.dtype == torch.float32
@@ -383,11 +413,11 @@ def test_captions_of_another_shape_are_refused():
     [
         ("A cat   sitting on a mat!", "a cat sitting on a mat!"),
         ("<b>Red</b> car &amp; truck, see https://example.com/a?b=1", "red car truck, see"),
-        ("\u201cquoted\u201d \u2013 l\u2019\u00e9t\u00e9", "\"quoted\" - l'\u00e9t\u00e9"),
+        ("\u201cquoted\u201d \u2013 l\u2019\u00e9t\u00e9", '"quoted" - l\'\u00e9t\u00e9'),
         ("Canvas 10x20 jc6640vc #123 1234567 free shipping", "canvas"),
         ("one-two-three-four-five", "one two three four five"),
         ("a dog.A cat,a bird", "a dog. a cat, a bird"),
-        ("\"the whole caption\"", "the whole caption"),
+        ('"the whole caption"', "the whole caption"),
     ],
 )
 def test_cleaning(caption, expected):
@@ -401,14 +431,18 @@ def test_cleaning_a_long_caption_ends():
     """Patterns that look ahead took minutes for the 64 KiB that a caption may have, while all ranks waited."""
     pytest.importorskip("ftfy")
     long = "a.a." * 16000
-    assert captions.prepare(long, "original") == captions.prepare(long[: captions.MAX_CLEANED_CHARS], "original")
+    assert captions.prepare(long, "original") == captions.prepare(
+        long[: captions.MAX_CLEANED_CHARS], "original"
+    )
 
 
 def test_cleaning_says_which_package_it_needs(monkeypatch):
     monkeypatch.setitem(sys.modules, "ftfy", None)
     with pytest.raises(ValueError, match=r"needs the package ftfy: pip install -e '\.\[text\]'"):
         captions.T5Features("x", num_slots=5, dim=6)
-    assert captions.prepare(" A Cat ", "lower") == "a cat" and captions.prepare(" A Cat ", "none") == " A Cat "
+    assert (
+        captions.prepare(" A Cat ", "lower") == "a cat" and captions.prepare(" A Cat ", "none") == " A Cat "
+    )
 
 
 # ---- training ------------------------------------------------------------------------------------

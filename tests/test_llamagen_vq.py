@@ -44,7 +44,9 @@ def test_codes_are_the_nearest_rows(vq):
 @pytest.mark.parametrize("released", ["VQ-16", "VQ-8"])
 def test_released_sizes(released):
     """The official parameter counts, and the architecture found again in nothing but the tensors' shapes."""
-    levels, parameters = {"VQ-16": ([1, 1, 2, 2, 4], 71_883_403), "VQ-8": ([1, 2, 2, 4], 70_109_835)}[released]
+    levels, parameters = {"VQ-16": ([1, 1, 2, 2, 4], 71_883_403), "VQ-8": ([1, 2, 2, 4], 70_109_835)}[
+        released
+    ]
     expected = llamagen_vq.Architecture(encoder_ch_mult=levels, decoder_ch_mult=levels)
     with torch.device("meta"):
         model = llamagen_vq.VQModel(expected)
@@ -59,7 +61,9 @@ def test_official_files_load(vq, wrapper, tmp_path):
     """Under any of their keys, ema before model, with the usage record, which nothing depends on."""
     state = state_of(vq) | {llamagen_vq.USAGE: torch.zeros(65536)}
     other = {name: torch.zeros_like(value) for name, value in state.items()}
-    content = {"model": other} | {"ema": state} if wrapper == "ema" else {wrapper: state} if wrapper else state
+    content = (
+        {"model": other} | {"ema": state} if wrapper == "ema" else {wrapper: state} if wrapper else state
+    )
     torch.save(content, tmp_path / "vq.pt")
     found = load(tmp_path / "vq.pt", image_size=8)
     assert found.weight_hash == vq.weight_hash and found.model.config == vq.model.config
@@ -78,8 +82,12 @@ def test_wrong_files_are_refused_by_name(vq, tmp_path):
     refused("image_tokenizer.image_size is 9; expected a multiple of 2", 9)
     refused(r"vq\.pt: 1 tensor is missing, quant_conv\.bias", quant_conv__bias=None)
     refused(r"vq\.pt: 1 tensor is unexpected, loss\.weight", loss__weight=torch.zeros(1))
-    refused("no LlamaGen tokenizer, for quantize.embedding.weight is missing", quantize__embedding__weight=None)
-    refused(r"decoder\.conv_out\.bias has shape \[4\], expected \[3\]", decoder__conv_out__bias=torch.zeros(4))
+    refused(
+        "no LlamaGen tokenizer, for quantize.embedding.weight is missing", quantize__embedding__weight=None
+    )
+    refused(
+        r"decoder\.conv_out\.bias has shape \[4\], expected \[3\]", decoder__conv_out__bias=torch.zeros(4)
+    )
     vq.save_pretrained(tmp_path / "folder")
     with pytest.raises(ValueError, match="image_size is 16, but .*folder is for 8 pixels"):
         load(tmp_path / "folder", image_size=16)

@@ -28,9 +28,14 @@ def test_the_score_is_the_class_times_the_mean_inside_the_mask():
     masks[0, 1:3, 1:4] = HOT
     masks[1, 0, 0] = np.log(3)  # probability 3/4
     found = instances(classes, masks, (4, 4), (4, 4), (4, 4))
-    rows = {(label, tuple(box)): score for label, box, score in zip(*(part.tolist() for part in found[:3]), strict=True)}
+    rows = {
+        (label, tuple(box)): score
+        for label, box, score in zip(*(part.tolist() for part in found[:3]), strict=True)
+    }
     assert rows.keys() == {(0, (1, 1, 4, 3)), (1, (1, 1, 4, 3)), (0, (0, 0, 1, 1)), (1, (0, 0, 1, 1))}
-    assert rows[0, (1, 1, 4, 3)] == pytest.approx(0.6, abs=1e-5) and rows[1, (1, 1, 4, 3)] == pytest.approx(0.3, abs=1e-5)
+    assert rows[0, (1, 1, 4, 3)] == pytest.approx(0.6, abs=1e-5) and rows[1, (1, 1, 4, 3)] == pytest.approx(
+        0.3, abs=1e-5
+    )
     assert rows[0, (0, 0, 1, 1)] == pytest.approx(0.2 * 0.75, abs=1e-5)
     assert sorted(found.masks.sum((1, 2)).tolist()) == [1, 1, 6, 6]
 
@@ -60,7 +65,11 @@ def test_only_the_likeliest_hundred_pairs_are_instances():
 
 def test_pictures_are_fitted_padded_and_normalised():
     """Sizes as mmcv's: 512 x 512 -> 800 x 800; a long one is bound by 1333; padding is grey 128."""
-    assert fitted(512, 512) == (800, 800) and fitted(1000, 500) == (667, 1333) and fitted(500, 1000) == (1333, 667)
+    assert (
+        fitted(512, 512) == (800, 800)
+        and fitted(1000, 500) == (667, 1333)
+        and fitted(500, 1000) == (1333, 667)
+    )
     assert fitted(3000, 1) == (1, 1333)
     pixels, size = prepare([Image.new("RGB", (120, 90), (255, 0, 128))])
     assert size == (800, 1067) and pixels.shape == (1, 3, 800, 1088)
@@ -108,7 +117,11 @@ def folder(tmp_path_factory):
 
     torch.manual_seed(0)
     backbone = SwinConfig(
-        embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=4, out_features=["stage1", "stage2", "stage3", "stage4"]
+        embed_dim=8,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 1, 1, 1],
+        window_size=4,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
     )
     config = Mask2FormerConfig(
         backbone_config=backbone,
@@ -145,19 +158,36 @@ def test_the_pipeline_runs_from_pictures_to_scores(folder, classifier, tmp_path,
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(rng.integers(256, size=(48 + 8 * image, 64, 3), dtype=np.uint8)).save(path)
         (path.parent.parent / "metadata.jsonl").write_text(json.dumps(prompts()[index]) + "\n")
-    arguments = ["--images", str(tmp_path / "images"), "--suite", "geneval", "--detector", str(folder), "--device", "cpu"]
+    arguments = [
+        "--images",
+        str(tmp_path / "images"),
+        "--suite",
+        "geneval",
+        "--detector",
+        str(folder),
+        "--device",
+        "cpu",
+    ]
     assert command.main(arguments) == 2
-    assert "fails the self-test: it sees nothing in any of 3 drawings" in capsys.readouterr().err, "random weights"
+    assert "fails the self-test: it sees nothing in any of 3 drawings" in capsys.readouterr().err, (
+        "random weights"
+    )
     arguments += ["--no-self-test", "--num-images", "2"]
     assert command.main(arguments) == 2
     assert "00002 is missing, the folder of prompt 2 of 553" in capsys.readouterr().err
     assert command.main([*arguments, "--allow-partial"]) == 0
     rows = [json.loads(line) for line in (tmp_path / "images" / "results.jsonl").read_text().splitlines()]
     assert [row["tag"] for row in rows] == ["single_object"] * 2 + ["colors"] * 2
-    assert all(len(row["detections"]) == 100 and json.loads(row["metadata"])["tag"] == row["tag"] for row in rows)
+    assert all(
+        len(row["detections"]) == 100 and json.loads(row["metadata"])["tag"] == row["tag"] for row in rows
+    )
     summary = json.loads((tmp_path / "images" / "summary.json").read_text())
     assert summary["images_expected"] == 553 * 2 and summary["partial"] and summary["self_test"] == "left out"
-    assert summary["num_images"] == 4 and str(folder) in summary["detector"] and "colours tiny" in summary["detector"]
+    assert (
+        summary["num_images"] == 4
+        and str(folder) in summary["detector"]
+        and "colours tiny" in summary["detector"]
+    )
 
 
 # ---- self-test -----------------------------------------------------------------------------------
@@ -183,7 +213,9 @@ def test_what_no_working_detector_does_is_refused():
     right = sees("stop sign", color="red"), sees("clock", color="white"), sees("traffic light")
     assert self_test.run(Seeing(*right, []))["recognised"] == 3
     others = sees("stop sign", color="blue"), sees("cat"), sees("traffic light", 0.2)
-    assert self_test.run(Seeing(*others, []))["recognised"] == 0, "drawings that are not known are told, not refused"
+    assert self_test.run(Seeing(*others, []))["recognised"] == 0, (
+        "drawings that are not known are told, not refused"
+    )
     with pytest.raises(ValueError, match="nothing in any of 3 drawings, the best score is 0.3"):
         self_test.run(Seeing(*[sees("cat", 0.3)] * 3, []))
     with pytest.raises(ValueError, match="20 objects in an empty picture"):
@@ -195,7 +227,9 @@ def test_what_no_working_detector_does_is_refused():
 def test_the_drawings_show_something():
     """Three different pictures, with the colours that are asked for in the middle of the object."""
     tests = self_test.drawings()
-    assert len({test.image.tobytes() for test in tests}) == 3 and all(test.image.size == (512, 512) for test in tests)
+    assert len({test.image.tobytes() for test in tests}) == 3 and all(
+        test.image.size == (512, 512) for test in tests
+    )
     sign, clock, _ = (np.asarray(test.image) for test in tests)
     assert sign[120, 256].tolist() == [193, 20, 30] and clock[180, 200].tolist() == [250, 250, 248]
 
@@ -254,10 +288,18 @@ def as_mmdet(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             continue
         for ours, theirs in inverse:
             name = name.replace(ours, theirs)
-        name = re.sub(r"^model.*hidden_states_norms\.stage(\d)", lambda m: f"backbone.norm{int(m[1]) - 1}", name)
-        name = re.sub(r"^model.*input_projections\.(\d)\.0", r"panoptic_head.pixel_decoder.input_convs.\1.conv", name)
-        name = re.sub(r"^model.*input_projections\.(\d)\.1", r"panoptic_head.pixel_decoder.input_convs.\1.gn", name)
-        name = re.sub(r"^model.*mask_embedder\.(\d)\.0", lambda m: f"panoptic_head.mask_embed.{2 * int(m[1])}", name)
+        name = re.sub(
+            r"^model.*hidden_states_norms\.stage(\d)", lambda m: f"backbone.norm{int(m[1]) - 1}", name
+        )
+        name = re.sub(
+            r"^model.*input_projections\.(\d)\.0", r"panoptic_head.pixel_decoder.input_convs.\1.conv", name
+        )
+        name = re.sub(
+            r"^model.*input_projections\.(\d)\.1", r"panoptic_head.pixel_decoder.input_convs.\1.gn", name
+        )
+        name = re.sub(
+            r"^model.*mask_embedder\.(\d)\.0", lambda m: f"panoptic_head.mask_embed.{2 * int(m[1])}", name
+        )
         decoder = name.startswith("panoptic_head.transformer_decoder")
         name = name.replace(".self_attn_layer_norm.", ".norms.1." if decoder else ".norms.0.")
         name = name.replace(".final_layer_norm.", ".norms.2." if decoder else ".norms.1.")
@@ -265,12 +307,18 @@ def as_mmdet(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if ".downsample." in name:  # [..., place column by column, C] -> [..., C, place row by row]
             value = value.unflatten(-1, (4, -1))[..., [0, 2, 1, 3], :].transpose(-1, -2).flatten(-2)
         if part := re.search(r"\.([qkv])_proj\.", name):
-            whole = name.replace(part[0], ".in_proj_") if decoder else name.replace("attention" + part[0], "attn.w_msa.qkv.")
+            whole = (
+                name.replace(part[0], ".in_proj_")
+                if decoder
+                else name.replace("attention" + part[0], "attn.w_msa.qkv.")
+            )
             found.setdefault(whole, []).append((" qkv".index(part[1]), value))
         else:
             found[name] = value
     return {
-        name: torch.cat([each for _, each in sorted(value, key=lambda pair: pair[0])]) if isinstance(value, list) else value
+        name: torch.cat([each for _, each in sorted(value, key=lambda pair: pair[0])])
+        if isinstance(value, list)
+        else value
         for name, value in found.items()
     }
 
@@ -281,7 +329,9 @@ def mmdet_file(folder, tmp_path):
 
     state = as_mmdet(Mask2FormerForUniversalSegmentation.from_pretrained(folder).state_dict())
     assert not [name for name in state if not name.startswith(("backbone.", "panoptic_head."))]
-    state["backbone.stages.0.blocks.0.attn.w_msa.relative_position_index"] = torch.zeros(16, 16, dtype=torch.long)
+    state["backbone.stages.0.blocks.0.attn.w_msa.relative_position_index"] = torch.zeros(
+        16, 16, dtype=torch.long
+    )
     torch.save({"meta": {"epoch": 50}, "state_dict": state}, tmp_path / "mmdet.pth")
     return tmp_path / "mmdet.pth"
 
@@ -292,7 +342,10 @@ def test_mmdet_weights_become_the_same_model(folder, mmdet_file, tmp_path):
     assert convert_detector.main([str(mmdet_file), "--out", str(tmp_path / "out")]) == 0
     pixels = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        one, other = (Mask2FormerForUniversalSegmentation.from_pretrained(path)(pixels) for path in (folder, tmp_path / "out"))
+        one, other = (
+            Mask2FormerForUniversalSegmentation.from_pretrained(path)(pixels)
+            for path in (folder, tmp_path / "out")
+        )
     torch.testing.assert_close(one.class_queries_logits, other.class_queries_logits)
     torch.testing.assert_close(one.masks_queries_logits, other.masks_queries_logits)
 
@@ -307,7 +360,9 @@ def test_patches_are_merged_as_by_unfolding():
     theirs = torch.nn.functional.layer_norm(unfolded, (24,), *norm) @ weight.T
     merging = SwinPatchMerging(6)
     names = ("norm.weight", "norm.bias", "reduction.weight")
-    merging.load_state_dict({n: convert_detector._merged(v) for n, v in zip(names, (*norm, weight), strict=True)})
+    merging.load_state_dict(
+        {n: convert_detector._merged(v) for n, v in zip(names, (*norm, weight), strict=True)}
+    )
     ours = merging(picture.flatten(2).transpose(1, 2), (4, 8))
     torch.testing.assert_close(ours, theirs)
 
@@ -322,7 +377,11 @@ def test_files_that_are_no_mmdet_mask2former_are_refused(mmdet_file, tmp_path, c
         (whole | {"neck.weight": torch.zeros(1)}, "out", "neck.weight is no tensor of mmdet's Mask2Former"),
         (lacking, "out", "panoptic_head.query_feat.weight is missing"),
         (fewer, "out", "2 tensors do not fit"),
-        (whole | {"panoptic_head.query_feat.weight": torch.zeros(())}, "out", "do not have the shapes of mmdet's Mask2Former"),
+        (
+            whole | {"panoptic_head.query_feat.weight": torch.zeros(())},
+            "out",
+            "do not have the shapes of mmdet's Mask2Former",
+        ),
         (whole, "full", "full is not empty"),
     ):
         torch.save({"state_dict": state}, mmdet_file)
@@ -352,7 +411,9 @@ def test_metadata_that_only_looks_right_is_refused(tmp_path, clause):
     from eval.geneval import suite
 
     include = [{"class": "cat", "count": 1}, {"class": "dog", "count": 1} | clause]
-    (tmp_path / "metadata.jsonl").write_text(json.dumps({"tag": "position", "prompt": "a", "include": include}))
+    (tmp_path / "metadata.jsonl").write_text(
+        json.dumps({"tag": "position", "prompt": "a", "include": include})
+    )
     with pytest.raises(ValueError, match="include 1: expected"):
         suite.read_metadata(tmp_path / "metadata.jsonl", suite.load("geneval"))
 

@@ -35,7 +35,9 @@ def test_what_was_given_does_not_count():
 def test_a_step_is_told_without_its_memory():
     """A chain of maps keeps each input; the gradients themselves are not counted, nor is anything computed."""
     with torch.device("meta"):
-        model = nn.Sequential(*(nn.Sequential(nn.Linear(4096, 4096, bias=False), nn.ReLU()) for _ in range(10)))
+        model = nn.Sequential(
+            *(nn.Sequential(nn.Linear(4096, 4096, bias=False), nn.ReLU()) for _ in range(10))
+        )
     rows = 4096
     found = memory.of_a_step(model, lambda model: model(torch.zeros(rows, 4096)).sum())
     one = rows * 4096 * 4

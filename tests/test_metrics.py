@@ -33,10 +33,19 @@ def test_a_matrix_product_has_a_rate():
 def test_numbers_lists_and_parts_become_events(tmp_path):
     seen = []
     log = metrics.StepLog(tmp_path, num_steps=2, curves=False, monitor=seen.extend)
-    row = {"step": 1, "loss": 1.5, "loss_per_offset": [1.0, 2.0], "lr": 0.1, "grad_norm": float("nan"), "tokens_per_s": 1.0}
+    row = {
+        "step": 1,
+        "loss": 1.5,
+        "loss_per_offset": [1.0, 2.0],
+        "lr": 0.1,
+        "grad_norm": float("nan"),
+        "tokens_per_s": 1.0,
+    }
     log.step(row | {"mfu": 0.5, "memory_gib": 1.0, "seconds": {"data": 0.5}})
     log.close()
-    assert [event for event in seen if event[0] not in ("lr", "grad_norm", "tokens_per_s", "mfu", "memory_gib")] == [
+    assert [
+        event for event in seen if event[0] not in ("lr", "grad_norm", "tokens_per_s", "mfu", "memory_gib")
+    ] == [
         ("loss", 1.5, 1),
         ("loss_per_offset/0", 1.0, 1),
         ("loss_per_offset/1", 2.0, 1),

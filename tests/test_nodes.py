@@ -46,7 +46,9 @@ def wait_for(found, processes: list[subprocess.Popen], logs: list[Path], timeout
     while not found():
         failed = [process.returncode for process in processes if process.poll()]
         if failed or time.monotonic() > deadline:
-            raise AssertionError(f"exit codes {failed}\n" + "\n".join(path.read_text()[-2000:] for path in logs))
+            raise AssertionError(
+                f"exit codes {failed}\n" + "\n".join(path.read_text()[-2000:] for path in logs)
+            )
         time.sleep(0.05)
 
 
@@ -57,16 +59,37 @@ def test_a_run_outlives_the_loss_of_a_node(bench, tmp_path):  # noqa: F811
     """
     steps, folder = 120, bench / "runs" / "elastic"
     # Drafts of the model's own would carry a rounding on: a token near a tie is drawn otherwise.
-    settings = ["zero.stage=2", f"train.steps={steps}", "tensorar.schedule=exponential", "train.save_every=1", *ALIKE]
+    settings = [
+        "zero.stage=2",
+        f"train.steps={steps}",
+        "tensorar.schedule=exponential",
+        "train.save_every=1",
+        *ALIKE,
+    ]
     conditions = "last_call_timeout=2,join_timeout=60,keep_alive_interval=1,keep_alive_max_attempt=3"
-    command = [str(BIN / "torchrun"), "--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d"]
-    command += [f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=test", f"--rdzv-conf={conditions}", "--local-addr=127.0.0.1"]
+    command = [
+        str(BIN / "torchrun"),
+        "--nnodes=1:2",
+        "--nproc-per-node=1",
+        "--max-restarts=3",
+        "--rdzv-backend=c10d",
+    ]
+    command += [
+        f"--rdzv-endpoint=127.0.0.1:{free_port()}",
+        "--rdzv-id=test",
+        f"--rdzv-conf={conditions}",
+        "--local-addr=127.0.0.1",
+    ]
     command += [str(TRAIN), str(bench / "recipe.yaml"), "run.name=elastic", "train.resume=auto", *settings]
     nodes, logs = [], [tmp_path / "0.log", tmp_path / "1.log"]
     latest = folder / "checkpoints" / "latest"
     try:
         for log in logs:
-            nodes.append(subprocess.Popen(command, env=environment(), stdout=log.open("w"), stderr=subprocess.STDOUT, cwd=bench))
+            nodes.append(
+                subprocess.Popen(
+                    command, env=environment(), stdout=log.open("w"), stderr=subprocess.STDOUT, cwd=bench
+                )
+            )
             time.sleep(1)  # the first keeps the meeting place
         wait_for(lambda: latest.is_file() and latest.read_text() >= "step_000003", nodes, logs, 120)
         saved = json.loads((folder / "checkpoints" / latest.read_text() / "state.json").read_text())
@@ -76,7 +99,10 @@ def test_a_run_outlives_the_loss_of_a_node(bench, tmp_path):  # noqa: F811
     finally:
         end(nodes)
     assert "continuing" in logs[0].read_text()
-    assert json.loads((folder / "checkpoints" / f"step_{steps:06d}" / "state.json").read_text())["world_size"] == 1
+    assert (
+        json.loads((folder / "checkpoints" / f"step_{steps:06d}" / "state.json").read_text())["world_size"]
+        == 1
+    )
     alone = run(bench, "run.name=never_lost", "train.save_every=0", *settings[:3], *ALIKE)
     assert alone.returncode == 0, alone.stderr[-3000:]
     assert [row["step"] for row in rows(bench, "elastic")] == list(range(1, steps + 1))
@@ -86,8 +112,19 @@ def test_a_run_outlives_the_loss_of_a_node(bench, tmp_path):  # noqa: F811
 def _namespaces_work() -> bool:
     if shutil.which("ip") is None or os.geteuid() != 0:
         return False
-    made = subprocess.run(["ip", "netns", "add", "mmtensorar_probe"], capture_output=True, check=False).returncode == 0
-    return made and subprocess.run(["ip", "netns", "del", "mmtensorar_probe"], capture_output=True, check=False).returncode == 0
+    made = (
+        subprocess.run(
+            ["ip", "netns", "add", "mmtensorar_probe"], capture_output=True, check=False
+        ).returncode
+        == 0
+    )
+    return (
+        made
+        and subprocess.run(
+            ["ip", "netns", "del", "mmtensorar_probe"], capture_output=True, check=False
+        ).returncode
+        == 0
+    )
 
 
 @pytest.fixture
@@ -124,11 +161,24 @@ def test_two_hosts_train_together_through_the_launcher(bench, two_hosts, tmp_pat
     try:
         for number, (name, _) in enumerate(two_hosts):
             logs.append(tmp_path / f"{number}.log")
-            command = ["ip", "netns", "exec", name, str(BIN / "deepspeed"), "--hostfile", str(tmp_path / "hostfile"), "--no_ssh"]
+            command = [
+                "ip",
+                "netns",
+                "exec",
+                name,
+                str(BIN / "deepspeed"),
+                "--hostfile",
+                str(tmp_path / "hostfile"),
+                "--no_ssh",
+            ]
             command += ["--node_rank", str(number), "--master_addr", two_hosts[0][1], "--master_port", port]
             command += [str(TRAIN), str(bench / "recipe.yaml"), "run.name=hosts", "zero.stage=3", *ALIKE]
             variables = environment() | {"GLOO_SOCKET_IFNAME": "eth0"}
-            hosts.append(subprocess.Popen(command, env=variables, stdout=logs[-1].open("w"), stderr=subprocess.STDOUT, cwd=bench))
+            hosts.append(
+                subprocess.Popen(
+                    command, env=variables, stdout=logs[-1].open("w"), stderr=subprocess.STDOUT, cwd=bench
+                )
+            )
         wait_for(lambda: all(host.poll() == 0 for host in hosts), hosts, logs, 180)
     finally:
         end(hosts)

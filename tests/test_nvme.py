@@ -46,7 +46,9 @@ def main(folder: Path) -> None:
     if world_size > 1:
         engine = deep.start(recipe_for("nvme", folder), world_size, cpu)
         losses = [step(engine)]
-        saving.Saver(engine, folder / "two", {}, keep_last=1, keep_best=False, background=False).save(1, {}, None, cpu)
+        saving.Saver(engine, folder / "two", {}, keep_last=1, keep_best=False, background=False).save(
+            1, {}, None, cpu
+        )
         whole = deep.full_state_dict(engine)
         if rank == 0:
             torch.save(whole, folder / "whole.pt")
@@ -60,7 +62,9 @@ def main(folder: Path) -> None:
         found[place] = [step(engine)]
         saver = saving.Saver(engine, folder / place, {}, keep_last=1, keep_best=False, background=False)
         saver.save(1, {}, None, cpu)
-        found[f"{place} moved"] = sum(deep.on_nvme(engine, number) for number in range(len(deep.flat_tensors(engine))))
+        found[f"{place} moved"] = sum(
+            deep.on_nvme(engine, number) for number in range(len(deep.flat_tensors(engine)))
+        )
         found[place] += [step(engine), step(engine)]
         engine.destroy()
     for saved in PLACES:
@@ -94,7 +98,10 @@ def test_steps_are_those_on_the_host_and_either_goes_on_from_the_other(tmp_path)
         probe.bind(("127.0.0.1", 0))
         group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
     ranks = [
-        subprocess.Popen(command, cwd=ROOT, env=environment() | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)
+        subprocess.Popen(
+            command, cwd=ROOT, env=environment() | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        )
+        for rank in range(2)
     ]
     assert [rank.wait() for rank in ranks] == [0, 0]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
@@ -108,7 +115,9 @@ def test_steps_are_those_on_the_host_and_either_goes_on_from_the_other(tmp_path)
     two = json.loads((tmp_path / "two.json").read_text())
     assert two == pytest.approx(found["cpu"], rel=1e-3)
     for place in PLACES:
-        assert found[f"two then {place} alike"] and found[f"two then {place}"] == pytest.approx(two[1:], rel=1e-3)
+        assert found[f"two then {place} alike"] and found[f"two then {place}"] == pytest.approx(
+            two[1:], rel=1e-3
+        )
 
 
 def test_the_plan_counts_what_is_moved(tmp_path):

@@ -91,7 +91,9 @@ def test_chunked_loss_equals_whole_loss():
         output.loss.backward()
         results.append((output, {name: p.grad.clone() for name, p in model.named_parameters()}))
     torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
-    assert all(gradient.abs().sum() > 0 for gradient in results[0][1].values()), "a parameter without a gradient"
+    assert all(gradient.abs().sum() > 0 for gradient in results[0][1].values()), (
+        "a parameter without a gradient"
+    )
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["bf16 weights", "autocast"])
@@ -207,7 +209,9 @@ def test_zero_3_on_two_ranks_equals_one_rank(bench):
 
     one = run(bench, "run.name=one")
     assert one.returncode == 0, one.stderr[-3000:]
-    two = run(bench, "run.name=two", "zero.stage=3", "train.sample_every=2", "train.sample_prompts=['4']", ranks=2)
+    two = run(
+        bench, "run.name=two", "zero.stage=3", "train.sample_every=2", "train.sample_prompts=['4']", ranks=2
+    )
     assert two.returncode == 0, (two.stdout + two.stderr)[-3000:]
     for a, b in zip(rows(bench, "one"), rows(bench, "two"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=0.01), (a, b)
@@ -273,14 +277,21 @@ def test_wrong_files_are_refused_by_name(saved):
 
 
 def test_a_wrong_pickle_is_refused_by_name(saved, tmp_path):
-    path = pickled(saved, **{"transformer.norm.weight": None, "encoder.conv_in.weight": torch.zeros(1)}) / "tiny.ckpt"
-    with pytest.raises(ValueError, match="1 tensor is missing, transformer.norm.weight; 1 tensor is unexpected, encoder"):
+    path = (
+        pickled(saved, **{"transformer.norm.weight": None, "encoder.conv_in.weight": torch.zeros(1)})
+        / "tiny.ckpt"
+    )
+    with pytest.raises(
+        ValueError, match="1 tensor is missing, transformer.norm.weight; 1 tensor is unexpected, encoder"
+    ):
         load(path)
     path.write_bytes(b"not a pickle")
     with pytest.raises(ValueError, match="tiny.ckpt: cannot be read as PyTorch weights"):
         load(path)
     torch.save({"state_dict": {}, "hyper_parameters": Path("a")}, path)
-    with pytest.raises(ValueError, match=r"tiny.ckpt: cannot be read as PyTorch weights \(it holds a pathlib\S*\)"):
+    with pytest.raises(
+        ValueError, match=r"tiny.ckpt: cannot be read as PyTorch weights \(it holds a pathlib\S*\)"
+    ):
         load(path)
     with pytest.raises(ValueError, match="backbone.path: no file .*nowhere.ckpt"):
         load(tmp_path / "nowhere.ckpt")
@@ -299,15 +310,21 @@ def test_an_official_file_of_no_known_width_is_refused(saved):
     """Without config.json the width tells B, L and XL apart; then everything has to fit."""
     path = pickled(saved)
     (path / "config.json").unlink()
-    with pytest.raises(ValueError, match="pre_emb.weight is 32 wide, expected 1024 for B, 1280 for L, 1536 for XL"):
+    with pytest.raises(
+        ValueError, match="pre_emb.weight is 32 wide, expected 1024 for B, 1280 for L, 1536 for XL"
+    ):
         load(path)
     torch.save({"state_dict": {"transformer.pre_emb.weight": torch.zeros(64, 1280)}}, path / "tiny.ckpt")
-    with pytest.raises(ValueError, match=r"tiny.ckpt: 278 tensors are missing, among them transformer.class_emb"):
+    with pytest.raises(
+        ValueError, match=r"tiny.ckpt: 278 tensors are missing, among them transformer.class_emb"
+    ):
         load(path)
 
 
 def test_another_size_than_the_recipes_is_refused(saved):
-    with pytest.raises(ValueError, match="size is B, but .* is of another size: dim 32, expected 1024, num_heads 2"):
+    with pytest.raises(
+        ValueError, match="size is B, but .* is of another size: dim 32, expected 1024, num_heads 2"
+    ):
         load(saved, size="B")
 
 
@@ -340,7 +357,9 @@ def load_lfq(path: Path, **settings) -> open_magvit2_lfq.LFQ:
     return image_tokenizers.load(open_magvit2_lfq.Config(name="open_magvit2_lfq", path=str(path), **settings))
 
 
-def official(folder: Path, raw: open_magvit2_lfq.LFQ, ema: open_magvit2_lfq.LFQ | None, prefix: str = "") -> Path:
+def official(
+    folder: Path, raw: open_magvit2_lfq.LFQ, ema: open_magvit2_lfq.LFQ | None, prefix: str = ""
+) -> Path:
     """A tokenizer checkpoint as training leaves it, or (with a prefix) one inside an AR checkpoint."""
     raw.save_pretrained(folder)
     (folder / "model.safetensors").unlink()
@@ -359,7 +378,12 @@ def test_averaged_weights_are_preferred_and_a_setting(tmp_path):
     """Beside raw weights they win unless told otherwise; what was saved knows which they are."""
     raw, ema = tiny_lfq(), tiny_lfq()
     path = official(tmp_path / "official", raw, ema)
-    assert load_lfq(path).weight_hash == load_lfq(path, ema=True).weight_hash == ema.weight_hash != raw.weight_hash
+    assert (
+        load_lfq(path).weight_hash
+        == load_lfq(path, ema=True).weight_hash
+        == ema.weight_hash
+        != raw.weight_hash
+    )
     assert load_lfq(path, ema=False).weight_hash == raw.weight_hash
     load_lfq(path).save_pretrained(tmp_path / "saved")
     for setting in (None, True):
@@ -386,7 +410,9 @@ def test_a_wrong_tokenizer_is_refused_by_name(tmp_path):
     path = official(tmp_path / "official", tiny_lfq(), None)
     settings = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(settings | {"ch_mult": [1, 2]}))
-    with pytest.raises(ValueError, match=r"ckpt: 2 tensors are missing, decoder.up.0.block.0.nin_shortcut.weight, encoder"):
+    with pytest.raises(
+        ValueError, match=r"ckpt: 2 tensors are missing, decoder.up.0.block.0.nin_shortcut.weight, encoder"
+    ):
         load_lfq(path)
     (path / "config.json").unlink()
     with pytest.raises(ValueError, match=r"tokenizer \(it has 2 levels encoder.down.\*, expected 5 or 4\)"):

@@ -19,7 +19,9 @@ def test_every_parameter_is_in_one_group_with_its_rate_and_decay(window):
     for name, parameter in model.named_parameters():
         group = where[id(parameter)]
         assert group["lr"] == (1e-2 if name.startswith(("encoder.", "decoder.")) else 1e-3)
-        is_table = any(parameter is module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding))
+        is_table = any(
+            parameter is module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)
+        )
         assert (group["weight_decay"] == 0) == (parameter.ndim < 2 or is_table), name
 
 

@@ -9,7 +9,14 @@ import pytest
 from mmtensorar.data import shares
 from mmtensorar.order import Block, Order, Place
 
-CASES = [([5], 1, 0), ([5, 7, 6, 4], 4, 8), ([1] * 30, 7, 0), ([100, 1, 1], 8, 64), ([3, 2], 8, 16), ([1], 3, 1000)]
+CASES = [
+    ([5], 1, 0),
+    ([5, 7, 6, 4], 4, 8),
+    ([1] * 30, 7, 0),
+    ([100, 1, 1], 8, 64),
+    ([3, 2], 8, 16),
+    ([1], 3, 1000),
+]
 
 
 @pytest.mark.parametrize(("counts", "rows", "shuffle"), CASES)

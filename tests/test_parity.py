@@ -135,7 +135,11 @@ def test_a_difference_fails(output, value, problem, tmp_path, capsys):
     tensors[output] = torch.tensor(value)
     assert run(write_case(tmp_path / "mine", manifest, tensors)) == 1
     out = capsys.readouterr().out
-    assert problem in out and "FAIL" in out and out.endswith("0 calls passed, 1 failed, 0 optional ones skipped\n")
+    assert (
+        problem in out
+        and "FAIL" in out
+        and out.endswith("0 calls passed, 1 failed, 0 optional ones skipped\n")
+    )
 
 
 def test_equal_infinities_are_equal():
@@ -234,17 +238,32 @@ def test_files_that_are_not_there(tmp_path, capsys):
     (folder / "case.json").write_text("{")
     assert run(folder) == 2
     sentences = capsys.readouterr().err.splitlines()
-    words = ["no such folder", "no case in it", "outputs/s0/probs is not in case.safetensors", *["cannot be read"] * 3]
-    assert len(sentences) == len(words) and all(word in line for word, line in zip(words, sentences, strict=True))
+    words = [
+        "no such folder",
+        "no case in it",
+        "outputs/s0/probs is not in case.safetensors",
+        *["cannot be read"] * 3,
+    ]
+    assert len(sentences) == len(words) and all(
+        word in line for word, line in zip(words, sentences, strict=True)
+    )
 
 
 def test_every_member_of_a_star_is_compared(tmp_path, capsys, monkeypatch):
     """outputs/x/* stands for all recorded names that begin so; one missing or wrong fails the call."""
     manifest, tensors = top_2_of_3()
     manifest["calls"][0]["outputs"] = {"outputs/s0/*": {"compare": "max_abs_diff", "max": 0.5}}
-    tensors = {"inputs/logits": torch.zeros(1), "outputs/s0/a": torch.zeros(2), "outputs/s0/b.c": torch.ones(2)}
+    tensors = {
+        "inputs/logits": torch.zeros(1),
+        "outputs/s0/a": torch.zeros(2),
+        "outputs/s0/b.c": torch.ones(2),
+    }
     folder = write_case(tmp_path / "mine", manifest, tensors)
-    found = {"outputs/s0/a": torch.full((2,), 0.4), "outputs/s0/b.c": torch.ones(2), "outputs/s0/more": torch.ones(1)}
+    found = {
+        "outputs/s0/a": torch.full((2,), 0.4),
+        "outputs/s0/b.c": torch.ones(2),
+        "outputs/s0/more": torch.ones(1),
+    }
     monkeypatch.setattr(llamagen, "run", lambda subject, call, inputs: found)
     assert run(folder) == 0
     found["outputs/s0/b.c"] = torch.full((2,), 0.4)
@@ -276,7 +295,9 @@ def test_official_scores_are_equal(name, capsys):
 
 
 @pytest.mark.skipif(not SCORES.is_dir(), reason="the evaluator fixtures are not beside this checkout")
-@pytest.mark.parametrize("name, file", [("geneval", "scoring_summary.json"), ("dpg_bench", "scoring_expected.json")])
+@pytest.mark.parametrize(
+    "name, file", [("geneval", "scoring_summary.json"), ("dpg_bench", "scoring_expected.json")]
+)
 def test_another_official_score_would_be_noticed(name, file, tmp_path, capsys):
     shutil.copytree(SCORES / name, tmp_path / name)
     text = (tmp_path / name / file).read_text()

@@ -40,7 +40,8 @@ def write(folder, layouts) -> None:
     folder.mkdir()
     for rank, (layout, shapes) in enumerate(layouts):
         state = [
-            {key: torch.zeros(shape) for key in ("master", "exp_avg")} | {"step": torch.tensor(7.0), "count": 3}
+            {key: torch.zeros(shape) for key in ("master", "exp_avg")}
+            | {"step": torch.tensor(7.0), "count": 3}
             for shape in shapes
         ]
         for piece in layout:
@@ -62,14 +63,21 @@ def test_any_cut_is_read_from_any_other(tmp_path, seed):
                 for piece in layout:
                     for key in ("master", "exp_avg"):
                         found = state[piece.flat][key][piece.flat_start : piece.flat_start + piece.number]
-                        assert torch.equal(found, values(piece.name, key)[piece.start : piece.start + piece.number])
+                        assert torch.equal(
+                            found, values(piece.name, key)[piece.start : piece.start + piece.number]
+                        )
                 for held, shape in zip(state, shapes, strict=True):
                     assert held["master"].shape == held["exp_avg"].shape == shape, "also where all is padding"
                     assert held["step"].item() == 7 and held["count"] == 3
                 for flat in range(len(shapes)):  # one at a time, as under NVMe
-                    alone = pieces.read(tmp_path / str(number), rank, num_ranks, saved_ranks, layout, shapes, flats=[flat])
+                    alone = pieces.read(
+                        tmp_path / str(number), rank, num_ranks, saved_ranks, layout, shapes, flats=[flat]
+                    )
                     assert alone[flat].keys() == state[flat].keys()
-                    assert all(torch.equal(torch.as_tensor(alone[flat][key]), torch.as_tensor(each)) for key, each in state[flat].items())
+                    assert all(
+                        torch.equal(torch.as_tensor(alone[flat][key]), torch.as_tensor(each))
+                        for key, each in state[flat].items()
+                    )
 
 
 def test_the_same_cut_is_read_as_it_is_with_moments_of_any_kind(tmp_path):
@@ -119,7 +127,9 @@ def test_copies_that_all_ranks_hold_are_read_once(tmp_path):
     pieces.write(tmp_path, 0, layout, shapes, state)
     for rank in range(3):
         found = pieces.read(tmp_path, rank, 3, 1, layout, shapes)
-        assert torch.equal(found[0]["master"], state[0]["master"]) and torch.equal(found[0]["state1"], state[0]["state1"])
+        assert torch.equal(found[0]["master"], state[0]["master"]) and torch.equal(
+            found[0]["state1"], state[0]["state1"]
+        )
 
 
 def test_nothing_that_is_read_keeps_the_file(tmp_path):

@@ -17,7 +17,16 @@ from data_tools import make_shards, places
 from data_tools.engines import OnRay
 from mmtensorar.remote import Cache
 from mmtensorar.shards import Manifest
-from tests.test_sources import COLORS, assert_right, captioned, content, fails, files, made, make, picture, write_tar  # noqa: F401
+from tests.test_sources import (
+    COLORS,
+    assert_right,
+    content,
+    fails,
+    made,
+    make,
+    picture,
+    write_tar,
+)  # noqa: F401
 
 pytest.importorskip("upath")
 
@@ -79,7 +88,9 @@ def test_a_folder_in_a_store(tmp_path, captioned, store, workers):  # noqa: F811
 def test_a_missing_caption_in_a_store_is_named(tmp_path, captioned, store, capsys):  # noqa: F811
     (captioned / "red.txt").unlink()
     upload(captioned, store / "files")
-    assert f"{store}/files/red.png: no caption" in fails(capsys, make(tmp_path / "set", "--folder", store / "files"))
+    assert f"{store}/files/red.png: no caption" in fails(
+        capsys, make(tmp_path / "set", "--folder", store / "files")
+    )
     assert make(tmp_path / "set", "--folder", store / "files", "--on-error", "skip") == 0
     assert_right(tmp_path / "set", [color for color in COLORS if color != "red"])
 
@@ -87,14 +98,18 @@ def test_a_missing_caption_in_a_store_is_named(tmp_path, captioned, store, capsy
 def test_a_table_in_a_store(tmp_path, files, store, capsys):  # noqa: F811
     rows = [{"image": f"{color}.png", "caption": f"a {color} picture"} for color in COLORS]
     (files / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (files / "list.csv").write_text("image,caption\n" + "\n".join(f"{row['image']},{row['caption']}" for row in rows))
+    (files / "list.csv").write_text(
+        "image,caption\n" + "\n".join(f"{row['image']},{row['caption']}" for row in rows)
+    )
     upload(files, store / "files")
     for kind in ("jsonl", "csv"):
         assert make(tmp_path / kind, f"--{kind}", store / "files" / f"list.{kind}") == 0
         assert_right(tmp_path / kind)
 
 
-@pytest.mark.parametrize("name", ["../secret.png", "/../secret.png", "s3://other/secret.png", "file:///etc/passwd", "", "."])
+@pytest.mark.parametrize(
+    "name", ["../secret.png", "/../secret.png", "s3://other/secret.png", "file:///etc/passwd", "", "."]
+)
 def test_a_row_reaches_nothing_outside_its_folder(tmp_path, store, capsys, name):
     (store / "secret.png").write_bytes(picture("red"))
     (store / "files" / "list.jsonl").write_text(json.dumps({"image": name, "caption": "x"}))
@@ -140,7 +155,10 @@ def test_class_folders_in_a_store(tmp_path, store):
 def test_a_saved_dataset_in_a_store(tmp_path, store):
     import datasets
 
-    rows = {"image": [picture(color) for color in COLORS], "caption": [f"a {color} picture" for color in COLORS]}
+    rows = {
+        "image": [picture(color) for color in COLORS],
+        "caption": [f"a {color} picture" for color in COLORS],
+    }
     datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "saved")
     upload(tmp_path / "saved", store / "saved")
     assert make(tmp_path / "set", "--dataset", store / "saved") == 0
@@ -155,7 +173,12 @@ def test_a_folder_on_a_web_server(tmp_path, captioned):  # noqa: F811
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=captioned.parent))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        assert make(tmp_path / "set", "--folder", f"http://127.0.0.1:{server.server_address[1]}/{captioned.name}") == 0
+        assert (
+            make(
+                tmp_path / "set", "--folder", f"http://127.0.0.1:{server.server_address[1]}/{captioned.name}"
+            )
+            == 0
+        )
     finally:
         server.shutdown()
     assert_right(tmp_path / "set")
@@ -165,7 +188,15 @@ def test_a_folder_on_a_web_server(tmp_path, captioned):  # noqa: F811
 
 SETTINGS = {
     "parts moved": ["--samples-per-shard", "2"],
-    "regrouped": ["--samples-per-shard", "2", "--deduplicate", "--validation-share", "0.4", "--on-error", "skip"],
+    "regrouped": [
+        "--samples-per-shard",
+        "2",
+        "--deduplicate",
+        "--validation-share",
+        "0.4",
+        "--on-error",
+        "skip",
+    ],
     "by bytes": ["--bytes-per-shard", "5K"],
 }
 
@@ -186,10 +217,13 @@ def test_a_set_in_a_store_has_the_content_of_one_on_a_disk(tmp_path, captioned, 
     assert make(store / "set", *arguments) == 0
     expected = content(tmp_path / "set")
     if setting == "regrouped":
-        expected |= {f"../set_validation/{name}": value for name, value in content(tmp_path / "set_validation").items()}
+        expected |= {
+            f"../set_validation/{name}": value for name, value in content(tmp_path / "set_validation").items()
+        }
         assert any(name.startswith("../") for name in expected)
     found = {
-        ("" if name.startswith("set/") else "../") + name.removeprefix("set/"): value for name, value in at(store).items()
+        ("" if name.startswith("set/") else "../") + name.removeprefix("set/"): value
+        for name, value in at(store).items()
     }
     assert found == expected  # and nothing unfinished is left
 
@@ -236,10 +270,14 @@ def test_a_set_in_a_store_is_reused_and_replaced(tmp_path, captioned, store, cap
 
 def test_what_is_no_set_is_not_written_into(store, captioned, capsys):  # noqa: F811
     (store / "set" / "other.txt").write_text("precious")
-    assert "it has no manifest.json, but other.txt" in fails(capsys, make(store / "set", "--folder", captioned))
+    assert "it has no manifest.json, but other.txt" in fails(
+        capsys, make(store / "set", "--folder", captioned)
+    )
 
 
-@pytest.mark.parametrize("place", ["pipe:ls", "ftp://host/set", "file:///tmp/set", "http://host/set", "s3://bucket/set?x=1"])
+@pytest.mark.parametrize(
+    "place", ["pipe:ls", "ftp://host/set", "file:///tmp/set", "http://host/set", "s3://bucket/set?x=1"]
+)
 def test_places_that_are_refused(place, captioned, capsys):  # noqa: F811
     with pytest.raises(SystemExit):
         make(place, "--folder", captioned)

@@ -44,10 +44,14 @@ def test_the_recipes_keep_to_the_papers_budget(name, expected, most, tmp_path, m
     monkeypatch.setattr(plan, "activation_bytes", lambda recipe, numbers: {})
     assert main([str(RECIPES / f"{name}.yaml"), "--plan"]) == 0
     printed = capsys.readouterr().out
-    backbone, added, share = re.search(r"backbone +([\d,]+)\s+TensorAR +([\d,]+) +\(\+(.*)%\)", printed).groups()
+    backbone, added, share = re.search(
+        r"backbone +([\d,]+)\s+TensorAR +([\d,]+) +\(\+(.*)%\)", printed
+    ).groups()
     backbone, added = (int(number.replace(",", "")) for number in (backbone, added))
     assert backbone == expected
-    assert 0 < 100 * added / backbone <= most and float(share) == pytest.approx(100 * added / backbone, abs=0.01)
+    assert 0 < 100 * added / backbone <= most and float(share) == pytest.approx(
+        100 * added / backbone, abs=0.01
+    )
 
 
 def test_flops_of_a_factorised_head():
@@ -59,10 +63,14 @@ def test_flops_of_a_factorised_head():
     assert flops / (6 * plan.parameters(model)["backbone"] * tokens) == pytest.approx(1.15, abs=0.1)
 
 
-def bytes_of(stage: int, trained: int = 800, precision: str = "bf16", num_gpus: int = 8, **settings) -> plan.Memory:
+def bytes_of(
+    stage: int, trained: int = 800, precision: str = "bf16", num_gpus: int = 8, **settings
+) -> plan.Memory:
     """What 800 parameters take, of which some are trained in two micro batches."""
     changes = [f"zero.stage={stage}", f"train.precision={precision}", "train.grad_accum=2"]
-    recipe = Recipe.load(RECIPES / "janus_pro_7b.yaml", changes + [f"{key}={value}" for key, value in settings.items()])
+    recipe = Recipe.load(
+        RECIPES / "janus_pro_7b.yaml", changes + [f"{key}={value}" for key, value in settings.items()]
+    )
     counts = {"backbone": 800, "tensorar": 0, "trainable": trained, "four_bit": 0}
     return plan.memory(recipe, counts, 100, 0.0, num_gpus)
 
@@ -73,7 +81,9 @@ def test_zero_memory_on_paper():
     assert bytes_of(0, trained=0).held == 1600, "frozen weights have no state"
     assert bytes_of(0, precision="fp32").held == 16 * 800
     offloaded = bytes_of(2, **{"zero.offload_optimizer": "cpu", "optim.name": "cpu_adam"})
-    assert offloaded.held == 1600 and offloaded.host == (4 + 12 + 2 * 2) * 100, "gradients in float32, and two copies in bfloat16"
+    assert offloaded.held == 1600 and offloaded.host == (4 + 12 + 2 * 2) * 100, (
+        "gradients in float32, and two copies in bfloat16"
+    )
     assert bytes_of(0, **{"optim.name": "adamw_8bit"}).optimizer == 6 * 800
 
 
@@ -88,16 +98,22 @@ def test_activations_grow_with_the_batch_and_shrink_when_computed_again():
     def active(rows: int, *changes: str) -> int:
         return plan.activation_bytes(Recipe.load(RECIPES / "janus_pro_1b.yaml", changes), [rows])[rows]
 
-    kept, selected, again = (active(2, f"train.activation_checkpointing={policy}") for policy in ("false", "selective", "true"))
+    kept, selected, again = (
+        active(2, f"train.activation_checkpointing={policy}") for policy in ("false", "selective", "true")
+    )
     assert again < 0.6 * selected < 0.6 * kept
     # Beyond some samples it is a line, which is drawn on.
-    few = Recipe.load(RECIPES / "tiny/tensorar.yaml", [f"backbone.path={RECIPES / 'tiny/weights/base/backbone'}"])
+    few = Recipe.load(
+        RECIPES / "tiny/tensorar.yaml", [f"backbone.path={RECIPES / 'tiny/weights/base/backbone'}"]
+    )
     assert plan.activation_bytes(few, [40])[40] == pytest.approx(plan._activation_bytes(few, 40), rel=1e-3)
 
 
 def test_flops_of_a_step_are_near_six_per_weight_and_token():
     """At window 1 nothing but the transformer counts: 6 N per token, plus attention, plus the prompt's tokens."""
-    recipe = Recipe.load(RECIPES / "janus_pro_7b.yaml", ["tensorar.window=1", "train.activation_checkpointing=false"])
+    recipe = Recipe.load(
+        RECIPES / "janus_pro_7b.yaml", ["tensorar.window=1", "train.activation_checkpointing=false"]
+    )
     model = plan.shapes(recipe)
     tokens, flops = plan.flops_per_step(recipe, model)
     assert tokens == 128 * 576
@@ -112,19 +128,38 @@ def test_what_is_computed_again_counts_again():
         return plan.flops_per_step(recipe, plan.shapes(recipe))[1]
 
     once, never = "train.loss_chunk_tokens=1000000000", "train.activation_checkpointing=false"
-    whole, chunked, again = flops(once, never), flops(never), flops(once, "train.activation_checkpointing=true")
+    whole, chunked, again = (
+        flops(once, never),
+        flops(never),
+        flops(once, "train.activation_checkpointing=true"),
+    )
     model = plan.shapes(Recipe.load(RECIPES / "janus_pro_7b.yaml", ["tensorar.window=4"]))
-    sizes = {name: sum(p.numel() for p in part.parameters() if p.ndim > 1) for name, part in (
-        ("head", model.backbone.head), ("decoder", model.decoder), ("layers", model.backbone.language_model.layers))}
+    sizes = {
+        name: sum(p.numel() for p in part.parameters() if p.ndim > 1)
+        for name, part in (
+            ("head", model.backbone.head),
+            ("decoder", model.decoder),
+            ("layers", model.backbone.language_model.layers),
+        )
+    }
     tokens = 128 * 576
     assert chunked - whole == pytest.approx(2 * tokens * (4 * sizes["head"] + 5 * sizes["decoder"]), rel=0.02)
-    assert (again - whole) / (2 * tokens * sizes["layers"]) == pytest.approx(1.1, abs=0.1)  # and attention, and the prompt
+    assert (again - whole) / (2 * tokens * sizes["layers"]) == pytest.approx(
+        1.1, abs=0.1
+    )  # and attention, and the prompt
 
 
 def test_self_drafts_are_a_forward_more():
     """A third of a step that computes nothing again, but for the head over each window's first slot."""
-    settings = ["tensorar.window=2", "train.loss_chunk_tokens=1000000000", "train.activation_checkpointing=false"]
-    recipes = [Recipe.load(RECIPES / "janus_pro_7b.yaml", [*settings, f"tensorar.self_drafts={share}"]) for share in (0, 1)]
+    settings = [
+        "tensorar.window=2",
+        "train.loss_chunk_tokens=1000000000",
+        "train.activation_checkpointing=false",
+    ]
+    recipes = [
+        Recipe.load(RECIPES / "janus_pro_7b.yaml", [*settings, f"tensorar.self_drafts={share}"])
+        for share in (0, 1)
+    ]
     model = plan.shapes(recipes[0])
     plain, drafted = (plan.flops_per_step(recipe, plan.shapes(recipe))[1] for recipe in recipes)
     head = sum(p.numel() for p in model.backbone.head.parameters() if p.ndim > 1)

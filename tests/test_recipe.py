@@ -41,9 +41,17 @@ def mistakes(path: Path, *overrides: str) -> list[str]:
 
 def test_noise_named_as_in_the_paper_is_noise_alone(path):
     """Self-drafts are a default of the schedule that they were measured with."""
-    shares = {given: Recipe.load(path, [*given]).tensorar.self_drafts for given in (
-        (), ("tensorar.schedule=full",), ("tensorar.schedule=exponential",), ("tensorar.schedule=[0, 1, 1, 1]",),
-        ("tensorar.schedule=sqrt", "tensorar.self_drafts=0.5"), ("tensorar.self_drafts=0",))}
+    shares = {
+        given: Recipe.load(path, [*given]).tensorar.self_drafts
+        for given in (
+            (),
+            ("tensorar.schedule=full",),
+            ("tensorar.schedule=exponential",),
+            ("tensorar.schedule=[0, 1, 1, 1]",),
+            ("tensorar.schedule=sqrt", "tensorar.self_drafts=0.5"),
+            ("tensorar.self_drafts=0",),
+        )
+    }
     assert list(shares.values()) == [1, 1, 0, 0, 0.5, 0]
 
 
@@ -72,7 +80,9 @@ def test_mistakes_in_named_sections_come_with_the_others(path):
 def test_settings_that_do_not_fit_each_other_come_together(path):
     """These checks see the whole recipe; the first used to hide the others."""
     flash = ("backbone.attn_implementation=flash_attention_2", "train.precision=fp32")
-    report = mistakes(path, "tensorar.offset_weights=[1, 0.5]", "train.grad_accum=3", "zero.offload_params=cpu", *flash)
+    report = mistakes(
+        path, "tensorar.offset_weights=[1, 0.5]", "train.grad_accum=3", "zero.offload_params=cpu", *flash
+    )
     assert report == [
         f"{path}: 4 problems",
         "  tensorar.offset_weights has 2 numbers, tensorar.window is 4; expected one number per offset",
@@ -89,13 +99,25 @@ def test_settings_that_do_not_fit_each_other_come_together(path):
         ("data.lr=1", "data.lr  unknown key; did you mean optim.lr?"),
         ("optim.xyz=1", "optim.xyz  unknown key; known here: optim.name, optim.lr, optim.tensorar_lr"),
         ("backbone.name=gpt", f"backbone.name  expected one of {KNOWN}, got 'gpt'"),
-        ("backbone.name=lamagen", f"backbone.name  expected one of {KNOWN}, got 'lamagen'; did you mean llamagen?"),
+        (
+            "backbone.name=lamagen",
+            f"backbone.name  expected one of {KNOWN}, got 'lamagen'; did you mean llamagen?",
+        ),
         ("backbone=janus", f"backbone  expected settings with a name ({KNOWN}), got 'janus'"),
         ("backbone.path=", "backbone.path  expected text, not empty, got None"),
         ("train.steps=1.5", "train.steps  expected an integer >= 1 or null, got 1.5"),
-        ("train.steps=true", "train.steps  expected an integer >= 1 or null, got True"),  # which pydantic takes for 1
-        ("tensorar.offset_weights=[1, -1, 1, 1]", "tensorar.offset_weights is [1.0, -1.0, 1.0, 1.0]; expected numbers >= 0"),
-        ("optim.name=cpu_adam", "optim.name cpu_adam is for zero.offload_optimizer cpu; without it use adamw"),
+        (
+            "train.steps=true",
+            "train.steps  expected an integer >= 1 or null, got True",
+        ),  # which pydantic takes for 1
+        (
+            "tensorar.offset_weights=[1, -1, 1, 1]",
+            "tensorar.offset_weights is [1.0, -1.0, 1.0, 1.0]; expected numbers >= 0",
+        ),
+        (
+            "optim.name=cpu_adam",
+            "optim.name cpu_adam is for zero.offload_optimizer cpu; without it use adamw",
+        ),
         ("zero.nvme_path=disk", "zero.nvme_path has an effect only with zero.offload_optimizer nvme"),
         ("zero.offload_optimizer=cpu", "zero.offload_optimizer needs zero.stage 1, 2 or 3, found 0"),
         ("zero.extra.stage=2", "zero.extra.stage has a setting of its own, zero.stage"),
@@ -110,7 +132,10 @@ def test_settings_that_do_not_fit_each_other_come_together(path):
         ("tensorar.offset_weights=[true, true, 1, 1]", "got [True, True, 1, 1]"),
         ("sampler.top_k=[true]", "got [True]"),
         ("sampler.top_k=1.5", "expected an integer >= 0 or a list of integers >= 0, not empty, got 1.5"),
-        ("sampler.cfg_scale=[2, -1]", "expected a number >= 0 or a list of numbers >= 0, not empty, got [2, -1]"),
+        (
+            "sampler.cfg_scale=[2, -1]",
+            "expected a number >= 0 or a list of numbers >= 0, not empty, got [2, -1]",
+        ),
         ("sampler.top_p=[]", "a list of numbers > 0 and <= 1, not empty, got []"),
         ("run.name=a/b", "run.name  expected text like ^[A-Za-z0-9]"),
         ("tensorar=3", "tensorar  expected settings (key: value), got 3"),
@@ -132,11 +157,26 @@ def test_one_mistake_is_one_sentence(path, override, problem):
 @pytest.mark.parametrize(
     "overrides, problem",
     [
-        (["train.loss_kernel=liger", "train.z_loss=0.1"], "train.loss_kernel liger makes neither label_smoothing nor z_loss"),
-        (["zero.offload_optimizer=nvme"], "zero.offload_optimizer nvme needs zero.nvme_path, a folder of each node's own disk"),
-        (["zero.offload_optimizer=nvme", "zero.nvme_path=disk", "zero.stage=2"], "zero.offload_optimizer nvme needs zero.stage 3"),
-        (["zero.offload_optimizer=nvme", "zero.nvme_path=disk", "optim.name=adamw"], "does not go with optim.name adamw; use cpu_adam"),
-        (["zero.offload_optimizer=nvme", "zero.nvme_path=disk", "train.ema_decay=0.9"], "does not go with train.ema_decay"),
+        (
+            ["train.loss_kernel=liger", "train.z_loss=0.1"],
+            "train.loss_kernel liger makes neither label_smoothing nor z_loss",
+        ),
+        (
+            ["zero.offload_optimizer=nvme"],
+            "zero.offload_optimizer nvme needs zero.nvme_path, a folder of each node's own disk",
+        ),
+        (
+            ["zero.offload_optimizer=nvme", "zero.nvme_path=disk", "zero.stage=2"],
+            "zero.offload_optimizer nvme needs zero.stage 3",
+        ),
+        (
+            ["zero.offload_optimizer=nvme", "zero.nvme_path=disk", "optim.name=adamw"],
+            "does not go with optim.name adamw; use cpu_adam",
+        ),
+        (
+            ["zero.offload_optimizer=nvme", "zero.nvme_path=disk", "train.ema_decay=0.9"],
+            "does not go with train.ema_decay",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_name_what_does(path, overrides, problem):
@@ -176,7 +216,9 @@ def test_a_broken_file_is_named_with_its_line(path, text, problem):
 def test_missing_file_suggests_its_neighbour(path):
     near = path.with_name("minimla.yaml")
     assert mistakes(near) == [f"no recipe at {near}; did you mean {path}?"]
-    assert mistakes(path.parent / "nowhere" / "a.yaml") == [f"no recipe at {path.parent / 'nowhere' / 'a.yaml'}"]
+    assert mistakes(path.parent / "nowhere" / "a.yaml") == [
+        f"no recipe at {path.parent / 'nowhere' / 'a.yaml'}"
+    ]
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -209,7 +251,11 @@ def test_command_line_values_are_yaml(path):
 def test_sampler_numbers_may_be_one_per_factor(path):
     """A code of two factors has two temperatures; what is saved is what was given."""
     recipe = Recipe.load(path, ["sampler.cfg_scale=[1.9, 2]", "sampler.temperature=1.1"])
-    assert (recipe.sampler.cfg_scale, recipe.sampler.temperature, recipe.sampler.top_k) == ([1.9, 2.0], 1.1, 0)
+    assert (recipe.sampler.cfg_scale, recipe.sampler.temperature, recipe.sampler.top_k) == (
+        [1.9, 2.0],
+        1.1,
+        0,
+    )
     recipe.save(path.with_name("resolved.yaml"))
     assert Recipe.load(path.with_name("resolved.yaml")) == recipe
 
@@ -222,7 +268,9 @@ def test_extends_merges_sections_and_replaces_lists(path):
     """A variant states its differences only; a list is one value and is not appended to."""
     (path.parent / "deep").mkdir()
     middle, top = path.with_name("middle.yaml"), path.parent / "deep" / "top.yaml"
-    middle.write_text("extends: minimal.yaml\ntrain: {grad_accum: 2, sample_prompts: [a, b]}\noptim: {lr: 1e-3}\n")
+    middle.write_text(
+        "extends: minimal.yaml\ntrain: {grad_accum: 2, sample_prompts: [a, b]}\noptim: {lr: 1e-3}\n"
+    )
     top.write_text("extends: ../middle.yaml\ntrain: {sample_prompts: [c]}\n")
     recipe = Recipe.load(top, ["optim.eps=1e-6"])
     assert (recipe.train.steps, recipe.train.grad_accum, recipe.train.sample_prompts) == (3, 2, ["c"])
@@ -236,7 +284,10 @@ def test_another_backbone_takes_no_settings_of_the_one_it_replaces(path):
     llamagen = "{name: llamagen, path: a.pt, image_size: 256}"
     path.write_text(MINIMAL.replace("{name: janus, path: models/janus}", llamagen))
     top.write_text("extends: minimal.yaml\nbackbone: {name: open_magvit2, path: a.ckpt}\n")
-    assert Recipe.load(top).backbone.model_dump(exclude_defaults=True) == {"name": "open_magvit2", "path": "a.ckpt"}
+    assert Recipe.load(top).backbone.model_dump(exclude_defaults=True) == {
+        "name": "open_magvit2",
+        "path": "a.ckpt",
+    }
     changed.write_text("extends: minimal.yaml\nbackbone: {name: llamagen, path: b.pt}\n")
     assert Recipe.load(changed).backbone.image_size == 256, "the same name keeps the rest"
 
@@ -271,7 +322,12 @@ def test_a_base_that_is_not_there_is_reported_with_who_wants_it(path):
 
 def test_resolved_recipe_loads_again(path, tmp_path):
     """The copy in a run folder is the record of the run: every setting is in it, and it means the same."""
-    overrides = ["optim.lr=2e-5", "tensorar.offset_weights=[1, 0, 0, 0]", "run.name='2e5'", "zero.extra.a={b: [1, 1e9, 'é']}"]
+    overrides = [
+        "optim.lr=2e-5",
+        "tensorar.offset_weights=[1, 0, 0, 0]",
+        "run.name='2e5'",
+        "zero.extra.a={b: [1, 1e9, 'é']}",
+    ]
     recipe = Recipe.load(path, overrides)
     recipe.save(tmp_path / "resolved.yaml")
     assert Recipe.load(tmp_path / "resolved.yaml") == recipe
@@ -318,7 +374,11 @@ def test_the_image_tokenizers_recipe_is_checked_and_printed_too(tmp_path, capsys
     assert (printed["steps"], printed["num_embeddings"], printed["embed_dim"]) == (700, 1024, 8) and not err
     assert module.main([str(IMAGE_TOKENIZER), "stepz=7", "lr=fast"]) == 2
     err = capsys.readouterr().err
-    assert "2 problems" in err and "stepz  unknown key; did you mean steps?" in err and "expected a number" in err
+    assert (
+        "2 problems" in err
+        and "stepz  unknown key; did you mean steps?" in err
+        and "expected a number" in err
+    )
     kind = f"error: {IMAGE_TOKENIZER}: a recipe of mmtensorar.train_image_tokenizer"
     assert module.main([str(IMAGE_TOKENIZER), "--plan"]) == 2
     assert capsys.readouterr().err == f"{kind}, for which there is no plan\n"
@@ -330,7 +390,10 @@ def test_the_image_tokenizers_recipe_is_checked_and_printed_too(tmp_path, capsys
 def test_recipes_are_read_without_torch():
     """A launcher or an editor's check need not wait for it."""
     code = "import sys, mmtensorar.recipe; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "False\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout
+        == "False\n"
+    )
 
 
 # ---- the recipes of this repository --------------------------------------------------------------
@@ -343,11 +406,20 @@ def test_every_recipe_loads(file):
     assert isinstance(recipe, Recipe) == (file != IMAGE_TOKENIZER)
 
 
-@pytest.mark.parametrize("extra, problem", [
-    ("{offload_optimizer: {device: nvme, nvme_path: /tmp}}", "cannot be saved for resuming; the nearest is zero.offload_optimizer nvme"),
-    ("{offload_param: {device: nvme}}", "the nearest is zero.offload_params cpu"),
-    ("{offload_optimizer: {device: cpu, ratio: 0.5}}", "cannot be saved for resuming; the nearest is zero.offload_optimizer cpu"),
-])
+@pytest.mark.parametrize(
+    "extra, problem",
+    [
+        (
+            "{offload_optimizer: {device: nvme, nvme_path: /tmp}}",
+            "cannot be saved for resuming; the nearest is zero.offload_optimizer nvme",
+        ),
+        ("{offload_param: {device: nvme}}", "the nearest is zero.offload_params cpu"),
+        (
+            "{offload_optimizer: {device: cpu, ratio: 0.5}}",
+            "cannot be saved for resuming; the nearest is zero.offload_optimizer cpu",
+        ),
+    ],
+)
 def test_states_that_could_not_be_saved_are_refused(extra, problem):
     """They would have been saved as nothing, and the run resumed from its start without a word."""
     with pytest.raises(RecipeError, match=problem):

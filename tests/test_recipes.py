@@ -59,14 +59,26 @@ def test_the_only_other_kind_of_recipe_is_tested_with_its_own_entry():
 def test_every_row_of_the_papers_tables_is_there_with_its_control():
     """And of its ablations, of which exponential, K = 4 and depth 1 are LlamaGen-B's own recipe."""
     rows = ["janus_pro_7b", "open_magvit2/b_256", "open_magvit2/l_256"]
-    rows += [f"llamagen/{name}" for name in ("b_256", "l_256", "xl_384", "xxl_384", "t2i_xl_256", "t2i_xl_512")]
+    rows += [
+        f"llamagen/{name}" for name in ("b_256", "l_256", "xl_384", "xxl_384", "t2i_xl_256", "t2i_xl_512")
+    ]
     for row in rows:
         recipe = Recipe.load(ROOT / "recipes" / f"{row}.yaml")
-        assert (recipe.tensorar.window, recipe.tensorar.schedule, recipe.tensorar.depth) == (4, "exponential", 1), row
+        assert (recipe.tensorar.window, recipe.tensorar.schedule, recipe.tensorar.depth) == (
+            4,
+            "exponential",
+            1,
+        ), row
     base = Recipe.load(ROOT / "recipes/llamagen/b_256.yaml")
     ablations = [Recipe.load(path) for path in (ROOT / "recipes/ablations").glob("*.yaml")]
-    for key, values in {"schedule": {"linear", "sine", "sqrt", "none"}, "window": {2, 8}, "depth": {2, 4}}.items():
-        changed = [recipe for recipe in ablations if difference(recipe, base) == {"run.name", f"tensorar.{key}"}]
+    for key, values in {
+        "schedule": {"linear", "sine", "sqrt", "none"},
+        "window": {2, 8},
+        "depth": {2, 4},
+    }.items():
+        changed = [
+            recipe for recipe in ablations if difference(recipe, base) == {"run.name", f"tensorar.{key}"}
+        ]
         assert {getattr(recipe.tensorar, key) for recipe in changed} == values
     tuned = {path for path in LARGE if path not in PLAIN and path.parent.name != "ablations"}
     assert {path.with_stem(path.stem + "_plain") for path in tuned} == set(PLAIN)
@@ -97,7 +109,9 @@ def test_no_file_repeats_what_it_extends_and_no_two_runs_share_a_folder():
 def test_a_header_says_what_to_run_where_and_what_the_paper_claims(path):
     header = path.read_text().split("\nrun:")[0].split("\nextends:")[0]
     assert f"\n#   deepspeed mmtensorar/train.py {name_of(path)}\n" in header
-    assert "\n# Aims at: " in header and "arXiv:2505.16324" in header and "Never run by this project" in header
+    assert (
+        "\n# Aims at: " in header and "arXiv:2505.16324" in header and "Never run by this project" in header
+    )
     num_gpus = int(re.search(r"\n# Hardware: .*?(\d+) GPUs?", header)[1])
     recipe = Recipe.load(path)
     assert recipe.data.batch_size % (num_gpus * recipe.train.grad_accum) == 0
@@ -126,7 +140,9 @@ def test_the_memory_in_a_header_is_what_the_plan_says(path):
     rows = plan.micro_batch(recipe, num_gpus)
     active = plan.activation_bytes(recipe, [rows])[rows]
     peak = plan.memory(recipe, plan.parameters(model), largest, active, num_gpus).peak / plan.GIB
-    assert float(re.search(r"\n# Planned: ([\d.]+) GiB a GPU with activations", header)[1]) == pytest.approx(peak, abs=0.1)
+    assert float(re.search(r"\n# Planned: ([\d.]+) GiB a GPU with activations", header)[1]) == pytest.approx(
+        peak, abs=0.1
+    )
 
 
 def test_the_recipes_that_people_start_from_tell_their_memory():
@@ -164,7 +180,9 @@ def shrink_released(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(llamagen, "PIXELS_PER_TOKEN", SCALE * llamagen.PIXELS_PER_TOKEN)
     small = dict(num_heads=2, spatial_layers=2, factorized_bits=(2, 3), grid=4, ffn_width=48)
     released = {
-        size: open_magvit2.Architecture(dim=4 * config.num_heads, factorized_layers=config.factorized_layers, **small)
+        size: open_magvit2.Architecture(
+            dim=4 * config.num_heads, factorized_layers=config.factorized_layers, **small
+        )
         for size, config in open_magvit2.RELEASED.items()
     }
     patch.setattr(open_magvit2, "RELEASED", released)
@@ -214,7 +232,10 @@ def one_process():
     pytest.importorskip("deepspeed")
     from mmtensorar import engine
 
-    environment, handlers = dict(os.environ), {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    environment, handlers = (
+        dict(os.environ),
+        {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)},
+    )
     os.environ["OMP_NUM_THREADS"] = "1"
     yield
     engine.stop_process_group()
@@ -243,7 +264,9 @@ def write_shards_of(recipe: Recipe) -> None:
     shards = Path(recipe.data.shards)
     if not shards.exists():
         shards.parent.mkdir(parents=True, exist_ok=True)
-        by_class = recipe.backbone.name == "open_magvit2" or getattr(recipe.backbone, "condition", None) == "class"
+        by_class = (
+            recipe.backbone.name == "open_magvit2" or getattr(recipe.backbone, "condition", None) == "class"
+        )
         captions = {"captions_of_shards": [["0", "7"], ["207", "999"]]} if by_class else {}
         write_shards(shards, image_tokenizers.load(recipe.image_tokenizer), **captions)
 
@@ -280,7 +303,9 @@ def test_one_real_training_step(path, standins, one_process, tmp_path, monkeypat
         ("train.sample_prompts=[a red circle]", "'a red circle' is no class"),
     ],
 )
-def test_a_recipe_that_does_not_fit_its_files_fails(change, problem, standins, one_process, tmp_path, monkeypatch):
+def test_a_recipe_that_does_not_fit_its_files_fails(
+    change, problem, standins, one_process, tmp_path, monkeypatch
+):
     """What the stand-ins are for: they are as particular as the released files."""
     from mmtensorar.train import train
 

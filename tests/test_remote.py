@@ -112,10 +112,16 @@ def fetch(cache: Cache, server: Server, shard: Shard) -> None:
 
 
 def stored(folder: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_size for path in folder.iterdir() if path.suffix in (".tar", ".part", ".want")}
+    return {
+        path.name: path.stat().st_size
+        for path in folder.iterdir()
+        if path.suffix in (".tar", ".part", ".want")
+    }
 
 
-@pytest.mark.parametrize("trouble", [[503, 503], ["cut"], ["stall"], ["cut", 500, "cut", "stall", "cut", 502], [429]])
+@pytest.mark.parametrize(
+    "trouble", [[503, 503], ["cut"], ["stall"], ["cut", 500, "cut", "stall", "cut", 502], [429]]
+)
 def test_failures_are_outlasted_and_what_came_is_kept(tmp_path, server, trouble):
     shard = put(server, "00000.tar")
     server.trouble["00000.tar"] = list(trouble)
@@ -195,7 +201,9 @@ def test_a_shard_in_use_is_never_removed(tmp_path, server):
     one, two = put(server, "00000.tar", 100_000), put(server, "00001.tar", 100_000, seed=1)
     small = cache(tmp_path, 150_000)
     with small.opened(server.url, one) as path:
-        with pytest.raises(ValueError, match="no room for its 100000 bytes: the 150000 of data.cache_gb are in use"):
+        with pytest.raises(
+            ValueError, match="no room for its 100000 bytes: the 150000 of data.cache_gb are in use"
+        ):
             fetch(small, server, two)
         assert path.read_bytes() == server.files["00000.tar"]
     fetch(small, server, two)
@@ -259,7 +267,9 @@ def test_a_download_that_was_killed_is_gone_on_with(tmp_path, server):
 
 
 def test_a_manifest_comes_through_trouble_and_is_checked(tmp_path, server):
-    manifest = Manifest(shards=(put(server, "00000.tar"),), num_samples=1, image_size=8, source="test", seed=0)
+    manifest = Manifest(
+        shards=(put(server, "00000.tar"),), num_samples=1, image_size=8, source="test", seed=0
+    )
     server.files["manifest.json"] = manifest.model_dump_json().encode()
     server.trouble["manifest.json"] = [500, "cut", "stall"]
     assert cache(tmp_path).manifest(server.url) == manifest == cache(tmp_path).manifest(server.url + "/")
@@ -272,10 +282,21 @@ def test_a_manifest_comes_through_trouble_and_is_checked(tmp_path, server):
 
 
 @pytest.mark.parametrize(
-    "place", ["pipe:curl http://a/b", "pipe://x", "file:///etc", "ftp://a/b", "shell://ls", "memory://a", "github://a:b@/c"]
+    "place",
+    [
+        "pipe:curl http://a/b",
+        "pipe://x",
+        "file:///etc",
+        "ftp://a/b",
+        "shell://ls",
+        "memory://a",
+        "github://a:b@/c",
+    ],
 )
 def test_commands_and_other_urls_are_refused(place):
-    with pytest.raises(ValueError, match="is refused; expected a folder, or a URL that begins with http, https, s3, gs, hf"):
+    with pytest.raises(
+        ValueError, match="is refused; expected a folder, or a URL that begins with http, https, s3, gs, hf"
+    ):
         remote.is_url(place)
 
 
@@ -336,7 +357,9 @@ def test_object_stores_go_through_fsspec(tmp_path, monkeypatch):
     system.pipe("/bucket/00000.tar", content)
     monkeypatch.setattr(fsspec, "url_to_fs", lambda place: (system, "/" + place.partition("://")[2]))
     shard = Shard(name="00000.tar", num_samples=1, sha256=hashlib.sha256(content).hexdigest())
-    partial = tmp_path / f"{hashlib.sha256(f's3://bucket/00000.tar {shard.sha256}'.encode()).hexdigest()[:32]}.part"
+    partial = (
+        tmp_path / f"{hashlib.sha256(f's3://bucket/00000.tar {shard.sha256}'.encode()).hexdigest()[:32]}.part"
+    )
     partial.write_bytes(content[:1_000_000])
     with cache(tmp_path).opened("s3://bucket", shard) as path:
         assert path.read_bytes() == content
@@ -384,7 +407,9 @@ def test_a_shard_that_cannot_be_had_is_named_by_its_url_or_skipped(tmp_path, ser
     with pytest.raises(ValueError, match=f"{server.url}/00003.tar: HTTP 404"):
         stream(server.url, tmp_path / "cache")
     batches = stream(server.url, tmp_path / "cache", on_error="skip")
-    assert sum(len(skipped) for _, skipped in batches[:3]) + sum(len(skipped) for _, skipped in batches[3:]) >= 5
+    assert (
+        sum(len(skipped) for _, skipped in batches[:3]) + sum(len(skipped) for _, skipped in batches[3:]) >= 5
+    )
 
 
 def test_a_cache_too_small_for_the_lanes_is_refused_at_the_start(tmp_path, server, served):

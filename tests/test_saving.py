@@ -44,7 +44,9 @@ def test_the_newest_and_the_best_stay(make, background):
         saver.save(step, {"validation_loss": loss}, None, CPU)
     saver.finish(CPU)
     assert steps(saver) == [10, 999_999, 1_000_000]
-    assert (saver.folder / "best").read_text() == "step_000010" and pieces.latest(saver.folder)["step"] == 1_000_000
+    assert (saver.folder / "best").read_text() == "step_000010" and pieces.latest(saver.folder)[
+        "step"
+    ] == 1_000_000
 
 
 def test_a_run_set_back_forgets_what_came_later(make):
@@ -58,7 +60,9 @@ def test_a_run_set_back_forgets_what_came_later(make):
     saver.save(3, {"validation_loss": 2.5}, None, CPU)
     assert steps(saver) == [2, 3] and (saver.folder / "best").read_text() == "step_000002"
     (saver.folder / "step_000007").mkdir()
-    (saver.folder / "step_000007" / pieces.STATE).write_text(json.dumps(pieces.latest(saver.folder) | {"step": 7}))
+    (saver.folder / "step_000007" / pieces.STATE).write_text(
+        json.dumps(pieces.latest(saver.folder) | {"step": 7})
+    )
     saver.save(4, {}, None, CPU)
     assert steps(saver) == [2, 3, 4]
 
@@ -91,7 +95,9 @@ def test_a_failure_is_told_and_the_next_checkpoint_stands(make, monkeypatch, cap
 
 def test_a_run_folder_is_held_by_one_process(tmp_path):
     first = processes.hold(tmp_path / "run")
-    with pytest.raises(ValueError, match=r"run: another process trains in this folder \(process \d+ on .+\); stop it"):
+    with pytest.raises(
+        ValueError, match=r"run: another process trains in this folder \(process \d+ on .+\); stop it"
+    ):
         processes.hold(tmp_path / "run")
     first.close()
     processes.hold(tmp_path / "run").close()
@@ -127,7 +133,13 @@ def test_without_the_file_latest_the_newest_checkpoint_counts(make):
         saver.save(step, {}, None, CPU)
     (saver.folder / "latest").unlink()
     assert saving.latest_step(saver.folder) == 10
-    assert find(saver.folder.parent, "latest").name == "step_000010" and find(saver.folder.parent, "9").name == "step_000009"
-    for step, problem in (("best", "none is the best"), ("8", "no checkpoint of step 8; there are latest, 9, 10")):
+    assert (
+        find(saver.folder.parent, "latest").name == "step_000010"
+        and find(saver.folder.parent, "9").name == "step_000009"
+    )
+    for step, problem in (
+        ("best", "none is the best"),
+        ("8", "no checkpoint of step 8; there are latest, 9, 10"),
+    ):
         with pytest.raises(ValueError, match=problem):
             find(saver.folder.parent, step)

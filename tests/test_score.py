@@ -22,7 +22,9 @@ def box(x: float, y: float, score: float = 0.95, side: float = 10) -> list[float
 def test_the_threshold_is_strict_and_in_float32():
     """float32(0.3) as a double is above 0.3, but must not pass; the next float32 must."""
     metadata = prompt("single_object", {"class": "star", "count": 1})
-    assert judge(metadata, {"star": [box(0, 0, 0.30000001192092896)]}, {}).reason == "expected star>=1, found 0"
+    assert (
+        judge(metadata, {"star": [box(0, 0, 0.30000001192092896)]}, {}).reason == "expected star>=1, found 0"
+    )
     assert judge(metadata, {"star": [box(0, 0, 0.30000004172325134)]}, {}).correct
 
 
@@ -40,7 +42,10 @@ def test_only_the_best_detections_count_for_color():
     metadata = prompt("colors", {"class": "star", "count": 1, "color": "red"})
     stars = {"star": [box(0, 0, 0.5), box(20, 0, 0.9)]}
     assert judge(metadata, stars, {"star": ["blue", "red"]}).correct
-    assert judge(metadata, stars, {"star": ["red", "blue"]}).reason == "expected red star>=1, found 0 red; and 1 blue"
+    assert (
+        judge(metadata, stars, {"star": ["red", "blue"]}).reason
+        == "expected red star>=1, found 0 red; and 1 blue"
+    )
 
 
 def test_among_equal_scores_the_later_row_comes_first():
@@ -80,8 +85,13 @@ def test_position_by_hand(x, y, relations):
 
 
 def test_a_failed_target_is_named():
-    metadata = prompt("position", {"class": "star", "count": 1}, {"class": "ring", "count": 1, "position": ["above", 0]})
-    assert judge(metadata, {"ring": [box(0, 0)]}, {}).reason == "expected star>=1, found 0\nno target for ring to be above"
+    metadata = prompt(
+        "position", {"class": "star", "count": 1}, {"class": "ring", "count": 1, "position": ["above", 0]}
+    )
+    assert (
+        judge(metadata, {"ring": [box(0, 0)]}, {}).reason
+        == "expected star>=1, found 0\nno target for ring to be above"
+    )
 
 
 def test_suppression_and_the_cut_before_it():
@@ -96,7 +106,9 @@ def test_suppression_and_the_cut_before_it():
 def test_by_class():
     from eval.geneval.detect import Detection
 
-    rows, colors = by_class([Detection("star", (0, 0, 1, 1), 0.9, "red"), Detection("star", (2, 2, 3, 3), 0.8)])
+    rows, colors = by_class(
+        [Detection("star", (0, 0, 1, 1), 0.9, "red"), Detection("star", (2, 2, 3, 3), 0.8)]
+    )
     assert rows == {"star": [[0, 0, 1, 1, 0.9], [2, 2, 3, 3, 0.8]]} and colors == {"star": ["red", None]}
 
 
@@ -131,11 +143,15 @@ def test_equal_images_of_a_prompt_widen_the_interval():
 
 def test_overall_is_the_mean_of_skills():
     """8 images of one skill, 2 of the other: (1 + 0) / 2, not 8 / 10; and not certain, though each is at its end."""
-    results = [({"tag": "a", "prompt": i}, True) for i in range(8)] + [({"tag": "b", "prompt": i}, False) for i in range(2)]
+    results = [({"tag": "a", "prompt": i}, True) for i in range(8)] + [
+        ({"tag": "b", "prompt": i}, False) for i in range(2)
+    ]
     overall = summarize(results)["overall"]
     assert overall["accuracy"] == 0.5
     low, high = overall["interval"]
-    assert low == pytest.approx(0.5 - (1 - wilson(8, 8)[0]) / 2) and high == pytest.approx(0.5 + wilson(0, 2)[1] / 2)
+    assert low == pytest.approx(0.5 - (1 - wilson(8, 8)[0]) / 2) and high == pytest.approx(
+        0.5 + wilson(0, 2)[1] / 2
+    )
 
 
 def test_no_images_have_no_score():

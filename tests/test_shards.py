@@ -90,7 +90,9 @@ def test_hostile_members_are_refused(tmp_path, members, expected):
     assert expected in sentence(write_members(tmp_path / "x.tar", members))
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE]
+)
 def test_only_plain_files_are_read(tmp_path, kind):
     path = write_members(tmp_path / "x.tar", [("a.txt", b"")], type=kind, linkname="/etc/passwd")
     assert "sample a: member a.txt is a link, folder or device" in sentence(path)
@@ -145,7 +147,9 @@ MALICIOUS = {
     "cut": npy(np.zeros((1, 4, 1), np.uint16))[:-2],
     "int64": npy(np.zeros((1, 4, 1))),
     "two axes": npy(np.zeros((1, 4), np.uint16)),
-    "huge": HEADER + b"\x46\x00" + b"{'descr': '<u2', 'fortran_order': False, 'shape': (1, %d, 1), }   " % 2**50,
+    "huge": HEADER
+    + b"\x46\x00"
+    + b"{'descr': '<u2', 'fortran_order': False, 'shape': (1, %d, 1), }   " % 2**50,
     "header is no literal": HEADER + b"\x10\x00" + b"__import__('os')",
     "header does not parse": HEADER + b"\x10\x00" + b"{'descr': (((((\n",
 }
@@ -183,7 +187,9 @@ def test_features_round_trip_and_are_checked():
         (np.zeros((3, 3), np.float16), r"t5.npy has shape \[3, 3\]"),
         (features + np.float16(np.inf), "not finite"),
     ):
-        with pytest.raises(ValueError, match=f"^here: {sentence}|^here: t5.npy holds numbers that are {sentence}"):
+        with pytest.raises(
+            ValueError, match=f"^here: {sentence}|^here: t5.npy holds numbers that are {sentence}"
+        ):
             shards.check_features(wrong, expected, "here")
 
 
@@ -223,7 +229,9 @@ def test_unreadable_images_are_a_sentence(content, reason):
         shards.decode_image(content, "here")
 
 
-@pytest.mark.parametrize(("content", "reason"), [(b"\xff", "not UTF-8"), (b" \n", "empty"), (b"a" * 70000, "70000 bytes")])
+@pytest.mark.parametrize(
+    ("content", "reason"), [(b"\xff", "not UTF-8"), (b" \n", "empty"), (b"a" * 70000, "70000 bytes")]
+)
 def test_captions_are_short_utf8(content, reason):
     with pytest.raises(ValueError, match=f"^here: the caption .*{reason}"):
         shards.decode_caption(content, "here")
@@ -252,7 +260,9 @@ def test_manifest_round_trip_and_its_json(tmp_path):
 def test_a_folder_without_manifest_is_incomplete(tmp_path):
     with pytest.raises(ValueError, match="no such folder"):
         Manifest.read(tmp_path / "absent")
-    with pytest.raises(ValueError, match="has no manifest.json: the shard set is incomplete .*data_tools/make_shards.py"):
+    with pytest.raises(
+        ValueError, match="has no manifest.json: the shard set is incomplete .*data_tools/make_shards.py"
+    ):
         Manifest.read(tmp_path)
 
 
@@ -265,7 +275,10 @@ def test_a_folder_without_manifest_is_incomplete(tmp_path):
         ({"image_size": 10**30}, "image_size"),
         ({"colour": 1}, "colour"),
         ({"shards": [{"name": "../x.tar", "num_samples": 2, "sha256": "0" * 64}]}, "shards.0.name"),
-        ({"shards": [{"name": "gone.tar", "num_samples": 2, "sha256": "0" * 64}]}, "gone.tar: the shard is missing"),
+        (
+            {"shards": [{"name": "gone.tar", "num_samples": 2, "sha256": "0" * 64}]},
+            "gone.tar: the shard is missing",
+        ),
     ],
 )
 def test_a_wrong_manifest_is_one_sentence(tmp_path, change, expected):

@@ -56,7 +56,9 @@ def picture(color: str, size: tuple[int, int] = (20, 20), kind: str = "PNG") -> 
 def assert_right(out: Path, colors=COLORS) -> None:
     """Every picture once, with the caption that names its colour."""
     found = made(out)
-    assert sorted(sample.members["txt"].decode() for sample in found) == sorted(f"a {color} picture" for color in colors)
+    assert sorted(sample.members["txt"].decode() for sample in found) == sorted(
+        f"a {color} picture" for color in colors
+    )
     for sample in found:
         expected = Image.new("RGB", (1, 1), sample.members["txt"].decode().split()[1]).getpixel((0, 0))
         image = shards.picture(sample, sample.key, 16)
@@ -163,7 +165,10 @@ def test_a_folder_of_parquet_files_stays_in_row_groups(tmp_path):
 def test_a_saved_dataset(tmp_path, files, capsys):
     import datasets
 
-    rows = {"image": [str(files / f"{color}.png") for color in COLORS], "text": [f"a {color} picture" for color in COLORS]}
+    rows = {
+        "image": [str(files / f"{color}.png") for color in COLORS],
+        "text": [f"a {color} picture" for color in COLORS],
+    }
     found = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
     datasets.DatasetDict({"test": found}).save_to_disk(tmp_path / "saved")
     arguments = ("--dataset", tmp_path / "saved", "--caption-columns", "text")
@@ -177,16 +182,22 @@ def test_a_dataset_of_labels_takes_a_template(tmp_path, files, capsys):
     import datasets
 
     rows = {"image": [str(files / f"{color}.png") for color in COLORS], "label": list(range(len(COLORS)))}
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(COLORS))})
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(COLORS))}
+    )
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "saved")
     arguments = ("--dataset", tmp_path / "saved", "--caption-columns", "label")
     capsys.readouterr()
-    assert "'label' holds class numbers; add --class-template" in fails(capsys, make(tmp_path / "set", *arguments))
+    assert "'label' holds class numbers; add --class-template" in fails(
+        capsys, make(tmp_path / "set", *arguments)
+    )
     assert make(tmp_path / "set", *arguments, "--class-template", "a {} picture") == 0
     assert_right(tmp_path / "set")
     (tmp_path / "empty").mkdir()
     capsys.readouterr()
-    assert "cannot be loaded as a dataset" in fails(capsys, make(tmp_path / "b", "--dataset", tmp_path / "empty"))
+    assert "cannot be loaded as a dataset" in fails(
+        capsys, make(tmp_path / "b", "--dataset", tmp_path / "empty")
+    )
 
 
 def test_tars_of_others(tmp_path, capsys):
@@ -196,7 +207,9 @@ def test_tars_of_others(tmp_path, capsys):
         members[f"./a/{number}.PNG" if number % 2 else f"./a/{number}.png"] = picture(color)
         members[f"./a/{number}.pkl"] = b"cos\nsystem\n(S'false'\ntR."
         text = f"a {color} picture"
-        kind, value = (("txt", text), ("json", json.dumps({"caption": text})), ("cls", str(number)))[number % 3]
+        kind, value = (("txt", text), ("json", json.dumps({"caption": text})), ("cls", str(number)))[
+            number % 3
+        ]
         members[f"./a/{number}.{kind}"] = value.encode()
     folders = {name: tarfile.DIRTYPE for name in ("./", "./a/")}
     write_tar(tmp_path / "theirs.tar", members, folders)
@@ -213,8 +226,13 @@ def test_class_members_of_tars_keep_their_numbers(tmp_path, capsys):
                (("png", picture(color)), ("cls", str(number).encode()))}  # fmt: skip
     write_tar(tmp_path / "theirs.tar", members)
     assert "add --class-names" in fails(capsys, make(tmp_path / "set", "--tars", tmp_path / "theirs.tar"))
-    (tmp_path / "names.json").write_text(json.dumps({str(number): color for number, color in enumerate(COLORS)}))
-    assert make(tmp_path / "set", "--tars", tmp_path / "theirs.tar", "--class-names", tmp_path / "names.json") == 0
+    (tmp_path / "names.json").write_text(
+        json.dumps({str(number): color for number, color in enumerate(COLORS)})
+    )
+    assert (
+        make(tmp_path / "set", "--tars", tmp_path / "theirs.tar", "--class-names", tmp_path / "names.json")
+        == 0
+    )
     assert Manifest.read(tmp_path / "set").classes == COLORS
     assert captions(tmp_path / "set") == [str(number) for number in range(len(COLORS))]
 
@@ -236,7 +254,10 @@ def test_our_own_shards_can_be_sharded_again(tmp_path):
         ({"a.png": b"", "a.json": b"[" * 100_000}, "sample a: the json member is not JSON"),
         ({"a.png": b""}, "sample a: no caption; expected a txt or json member, found png"),
         ({"a.png": b"", "a.cls": b"x"}, "sample a: cls holds 'x'; expected a class number"),
-        ({"a.png": b"", "a.txt": b"x", "b.png": b"", "b.txt": b"x", "a.json": b"{}"}, "its members are not together"),
+        (
+            {"a.png": b"", "a.txt": b"x", "b.png": b"", "b.txt": b"x", "a.json": b"{}"},
+            "its members are not together",
+        ),
         ({"a.png": b"", "a.txt": b"x", "a.PNG": b""}, "member a.PNG is there twice"),
     ],
 )
@@ -247,10 +268,14 @@ def test_a_bad_sample_of_a_tar_is_named(tmp_path, capsys, members, expected):
 
 def test_a_link_in_a_tar_and_a_compressed_tar_are_refused(tmp_path, capsys):
     write_tar(tmp_path / "link.tar", {"a.png": b""}, {"a.png": tarfile.SYMTYPE})
-    assert "is a link, folder or device" in fails(capsys, make(tmp_path / "set", "--tars", tmp_path / "link.tar"))
+    assert "is a link, folder or device" in fails(
+        capsys, make(tmp_path / "set", "--tars", tmp_path / "link.tar")
+    )
     with tarfile.open(tmp_path / "zip.tar", "w:gz") as tar:
         tar.addfile(tarfile.TarInfo("a.png"), io.BytesIO())
-    assert "compressed; unpack it with gunzip" in fails(capsys, make(tmp_path / "set", "--tars", tmp_path / "zip.tar"))
+    assert "compressed; unpack it with gunzip" in fails(
+        capsys, make(tmp_path / "set", "--tars", tmp_path / "zip.tar")
+    )
 
 
 @pytest.mark.parametrize(
@@ -278,8 +303,14 @@ def test_a_bad_parquet_file_is_named(tmp_path, capsys):
     path = tmp_path / "rows.parquet"
     for table, expected in (
         (pyarrow.table({"caption": ["x"]}), "expected one column 'image', found 'caption'"),
-        (pyarrow.table({"image": [1], "caption": ["x"]}), "column 'image' holds int64; expected paths or bytes"),
-        (pyarrow.table({"image": pyarrow.array([None], pyarrow.binary()), "caption": ["x"]}), "no bytes of a picture"),
+        (
+            pyarrow.table({"image": [1], "caption": ["x"]}),
+            "column 'image' holds int64; expected paths or bytes",
+        ),
+        (
+            pyarrow.table({"image": pyarrow.array([None], pyarrow.binary()), "caption": ["x"]}),
+            "no bytes of a picture",
+        ),
         (pyarrow.table({"image": [b"x"], "caption": ["x"]}), "parquet rows.parquet 0 0: unreadable image"),
         (pyarrow.table({"image": [b"x"], "caption": [None]}), "row group 0, row 0: no caption in 'caption'"),
     ):
@@ -294,7 +325,9 @@ def test_a_bad_parquet_file_is_named(tmp_path, capsys):
 
 @pytest.fixture
 def two_captions(files) -> Path:
-    lines = [{"image": f"{color}.png", "short": color, "long": [f"a {color} picture", ""]} for color in COLORS]
+    lines = [
+        {"image": f"{color}.png", "short": color, "long": [f"a {color} picture", ""]} for color in COLORS
+    ]
     (files / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return files / "list.jsonl"
 
@@ -323,7 +356,12 @@ def test_class_names_become_captions(tmp_path):
     arguments = ("--class-folder", tmp_path / "classes", "--class-names", tmp_path / "names.json")
     templates = ("--class-template", "a photo of a {}", "--class-template", "{}", "--captions", "each")
     assert make(tmp_path / "set", *arguments, *templates) == 0
-    assert captions(tmp_path / "set") == ["a photo of a polar bear", "a photo of a tench", "polar bear", "tench"]
+    assert captions(tmp_path / "set") == [
+        "a photo of a polar bear",
+        "a photo of a tench",
+        "polar bear",
+        "tench",
+    ]
     assert Manifest.read(tmp_path / "set").classes is None
 
 
@@ -385,13 +423,25 @@ def test_what_is_left_out_is_counted_and_listed(tmp_path, mixed, capsys):
     }
 
 
-@pytest.mark.parametrize("size", [("--samples-per-shard", 2), ("--bytes-per-shard", "10K"), ("--samples-per-shard", 100)])
+@pytest.mark.parametrize(
+    "size", [("--samples-per-shard", 2), ("--bytes-per-shard", "10K"), ("--samples-per-shard", 100)]
+)
 def test_the_bytes_do_not_depend_on_the_workers_or_on_interruptions(tmp_path, mixed, monkeypatch, size):
     """Every stage is cut off once."""
     arguments = ("--folder", mixed, *FILTERS, *size, "--validation-share", 0.4)
     assert make(tmp_path / "one", *arguments) == 0
-    command = [sys.executable, "data_tools/make_shards.py", "--image-size", "16", "--workers", "2", *map(str, arguments)]
-    subprocess.run([*command, "--out", tmp_path / "two"], check=True, cwd=ROOT, timeout=60, capture_output=True)
+    command = [
+        sys.executable,
+        "data_tools/make_shards.py",
+        "--image-size",
+        "16",
+        "--workers",
+        "2",
+        *map(str, arguments),
+    ]
+    subprocess.run(
+        [*command, "--out", tmp_path / "two"], check=True, cwd=ROOT, timeout=60, capture_output=True
+    )
     for stage in ("make_part", "make_shard"):
         real, calls = getattr(make_shards, stage), []
 
@@ -434,10 +484,16 @@ def test_a_picture_with_several_captions_is_on_one_side(tmp_path, kind):
     """COCO's layout: one row per caption. Split by the row, most pictures would be in both sets."""
     import pyarrow.parquet
 
-    rows = [(f"{number}.png", picture(f"#{number:06x}"), f"number {number} said {n}") for number in range(20) for n in range(5)]
+    rows = [
+        (f"{number}.png", picture(f"#{number:06x}"), f"number {number} said {n}")
+        for number in range(20)
+        for n in range(5)
+    ]
     for name, content_, _ in rows:
         (tmp_path / name).write_bytes(content_)
-    (tmp_path / "list.csv").write_text("image,caption\n" + "\n".join(f"{name},{text}" for name, _, text in rows))
+    (tmp_path / "list.csv").write_text(
+        "image,caption\n" + "\n".join(f"{name},{text}" for name, _, text in rows)
+    )
     table = pyarrow.table({"image": [row[1] for row in rows], "caption": [row[2] for row in rows]})
     pyarrow.parquet.write_table(table, tmp_path / "list.parquet")
     source = tmp_path / f"list.{kind}"
@@ -445,7 +501,9 @@ def test_a_picture_with_several_captions_is_on_one_side(tmp_path, kind):
         source = tmp_path / "first"
         assert make(source, "--csv", tmp_path / "list.csv") == 0
     assert make(tmp_path / "set", f"--{kind}", source, "--validation-share", 0.3) == 0
-    train, held = ({text.split()[1] for text in captions(tmp_path / name)} for name in ("set", "set_validation"))
+    train, held = (
+        {text.split()[1] for text in captions(tmp_path / name)} for name in ("set", "set_validation")
+    )
     assert train and held and not train & held and len(captions(tmp_path / "set")) == 5 * len(train)
 
 
@@ -461,14 +519,18 @@ def test_our_own_set_again_keeps_what_it_knows(tmp_path, files):
     assert make(tmp_path / "again", "--tars", tmp_path / "set", "--min-side", 20) == 0  # 20 before, 16 now
     assert Manifest.read(tmp_path / "again").classes == Manifest.read(tmp_path / "set").classes
     of = {sample.members["txt"]: json.loads(sample.members["json"]) for sample in made(tmp_path / "set")}
-    assert {sample.members["txt"]: json.loads(sample.members["json"]) for sample in made(tmp_path / "again")} == of
+    assert {
+        sample.members["txt"]: json.loads(sample.members["json"]) for sample in made(tmp_path / "again")
+    } == of
     assert make(tmp_path / "named", "--tars", tmp_path / "set", "--class-template", "a {} picture") == 0
     assert_right(tmp_path / "named")
 
 
 def test_a_set_is_not_made_from_itself(tmp_path, captioned, capsys):
     assert make(tmp_path / "set", "--folder", captioned) == 0
-    assert "the same folder" in fails(capsys, make(tmp_path / "set", "--tars", tmp_path / "set", "--overwrite"))
+    assert "the same folder" in fails(
+        capsys, make(tmp_path / "set", "--tars", tmp_path / "set", "--overwrite")
+    )
 
 
 def test_a_split_that_leaves_one_side_empty_writes_neither(tmp_path, captioned, capsys):
@@ -517,17 +579,25 @@ def test_links_hidden_folders_and_huge_captions(tmp_path, captioned, capsys):
     assert make(tmp_path / "set", "--folder", captioned) == 0
     assert_right(tmp_path / "set")
     (captioned / "blue.txt").write_text("x" * 2_000_000)
-    assert "more than the 1048576 bytes allowed" in fails(capsys, make(tmp_path / "huge", "--folder", captioned))
+    assert "more than the 1048576 bytes allowed" in fails(
+        capsys, make(tmp_path / "huge", "--folder", captioned)
+    )
     (tmp_path / "secret").write_text("private")
     (captioned / "blue.txt").unlink()
     (captioned / "blue.txt").symlink_to(tmp_path / "secret")
-    assert "blue.txt: a link that leads out of" in fails(capsys, make(tmp_path / "linked", "--folder", captioned))
+    assert "blue.txt: a link that leads out of" in fails(
+        capsys, make(tmp_path / "linked", "--folder", captioned)
+    )
 
 
 def test_duplicates_by_picture_or_by_sample(tmp_path, captioned):
     (captioned / "again.png").write_bytes((captioned / "red.png").read_bytes())
     (captioned / "again.txt").write_text("another caption")
-    for choice, left in ((["--deduplicate"], 7), (["--deduplicate", "samples"], 7), (["--deduplicate", "pictures"], 6)):
+    for choice, left in (
+        (["--deduplicate"], 7),
+        (["--deduplicate", "samples"], 7),
+        (["--deduplicate", "pictures"], 6),
+    ):
         assert make(tmp_path / "_".join(choice), "--folder", captioned, *choice) == 0
         assert len(made(tmp_path / "_".join(choice))) == left
 
@@ -538,17 +608,24 @@ def test_a_row_group_too_large_to_hold_is_refused(tmp_path, monkeypatch, capsys)
 
     from data_tools.sources import parquet
 
-    table = pyarrow.table({"image": [picture(color) for color in COLORS], "caption": [f"a {color} picture" for color in COLORS]})
+    table = pyarrow.table(
+        {"image": [picture(color) for color in COLORS], "caption": [f"a {color} picture" for color in COLORS]}
+    )
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
     group = pyarrow.parquet.ParquetFile(tmp_path / "rows.parquet").metadata.row_group(0)
     monkeypatch.setattr(parquet, "MAX_GROUP", group.column(0).total_uncompressed_size - 1)
-    assert "write the file again with row_group_size" in fails(capsys, make(tmp_path / "set", "--parquet", tmp_path / "rows.parquet"))
+    assert "write the file again with row_group_size" in fails(
+        capsys, make(tmp_path / "set", "--parquet", tmp_path / "rows.parquet")
+    )
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet", row_group_size=1)
     assert make(tmp_path / "set", "--parquet", tmp_path / "rows.parquet") == 0
 
 
 def test_a_row_that_no_shard_can_hold_is_left_out(tmp_path, files, capsys):
-    rows = [{"image": "red.png", "caption": "a red picture", "note": "x" * 1_100_000}, {"image": "blue.png", "caption": "b"}]
+    rows = [
+        {"image": "red.png", "caption": "a red picture", "note": "x" * 1_100_000},
+        {"image": "blue.png", "caption": "b"},
+    ]
     (files / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
     said = fails(capsys, make(tmp_path / "set", "--jsonl", files / "list.jsonl"))
     assert "red.png: its .json would have" in said
@@ -559,7 +636,9 @@ def test_a_row_that_no_shard_can_hold_is_left_out(tmp_path, files, capsys):
 def test_shards_hold_as_many_bytes_as_asked_for(tmp_path):
     arguments = ("--synthesize", "shapes", "--num-samples", 40)
     assert make(tmp_path / "set", *arguments, "--bytes-per-shard", "20K") == 0
-    sizes = [(tmp_path / "set" / shard.name).stat().st_size for shard in Manifest.read(tmp_path / "set").shards]
+    sizes = [
+        (tmp_path / "set" / shard.name).stat().st_size for shard in Manifest.read(tmp_path / "set").shards
+    ]
     assert len(sizes) > 2 and all(size <= 20_000 + 10_240 for size in sizes)  # a tar's end is padded
     assert all(size > 10_000 for size in sizes[:-1])
     assert make(tmp_path / "other", *arguments) == 0
@@ -577,12 +656,17 @@ def test_a_dry_run_writes_nothing(tmp_path, mixed, capsys):
     before = sorted(tmp_path.iterdir())
     assert make(tmp_path / "set", "--folder", mixed, *FILTERS, "--dry-run") == 0
     out = capsys.readouterr().out
-    assert "13 items; of the first 13, 7 would be kept" in out and "1 left out: smaller side below 16 pixels" in out
+    assert (
+        "13 items; of the first 13, 7 would be kept" in out
+        and "1 left out: smaller side below 16 pixels" in out
+    )
     assert "nothing was written" in out and sorted(tmp_path.iterdir()) == before
 
 
 def test_nothing_left_is_an_error_with_its_reasons(tmp_path, mixed, capsys):
-    sentence = fails(capsys, make(tmp_path / "set", "--folder", mixed, "--min-side", 1000, "--on-error", "skip"))
+    sentence = fails(
+        capsys, make(tmp_path / "set", "--folder", mixed, "--min-side", 1000, "--on-error", "skip")
+    )
     assert "nothing is left of 13 samples (11 smaller side below 1000 pixels, 2 damaged)" in sentence
     assert not (tmp_path / "set" / "manifest.json").exists()
 
@@ -637,7 +721,10 @@ def near(found: np.ndarray, color: str) -> bool:
 
 def test_crop_policies(tmp_path, banner):
     for crop in ("center", "random", "pad", "stretch"):
-        assert make(tmp_path / crop, "--folder", banner, "--image-size", 30, "--crop", crop, "--format", "png") == 0
+        assert (
+            make(tmp_path / crop, "--folder", banner, "--image-size", 30, "--crop", crop, "--format", "png")
+            == 0
+        )
     assert near(pixels(tmp_path / "center")[:, 4:-4], "lime")
     pad, stretch = pixels(tmp_path / "pad"), pixels(tmp_path / "stretch")
     assert near(pad[:8], "white") and near(pad[-8:], "white")
@@ -645,7 +732,20 @@ def test_crop_policies(tmp_path, banner):
         assert near(found[:, 2:7], "red") and near(found[:, 13:17], "lime") and near(found[:, 23:28], "blue")
     seen = set()
     for seed in range(6):
-        assert make(tmp_path / str(seed), "--folder", banner, "--image-size", 30, "--crop", "random", "--seed", seed) == 0
+        assert (
+            make(
+                tmp_path / str(seed),
+                "--folder",
+                banner,
+                "--image-size",
+                30,
+                "--crop",
+                "random",
+                "--seed",
+                seed,
+            )
+            == 0
+        )
         seen.add(pixels(tmp_path / str(seed)).tobytes())
     assert len(seen) > 2
 

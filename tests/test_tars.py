@@ -44,7 +44,10 @@ def test_webdatasets_own_writer(tmp_path):
         for key in ("0", "1"):
             sink.write({"__key__": key, "txt": f"caption {key}", "json": {"n": key}})
     samples = list(shards.iterate_tar(tmp_path / "a.tar"))
-    assert [(sample.key, sample.members["txt"]) for sample in samples] == [("0", b"caption 0"), ("1", b"caption 1")]
+    assert [(sample.key, sample.members["txt"]) for sample in samples] == [
+        ("0", b"caption 0"),
+        ("1", b"caption 1"),
+    ]
 
 
 def test_any_sample_is_read_without_those_before_it(tmp_path):
@@ -77,7 +80,9 @@ def test_a_changed_header_is_found(tmp_path):
             pairs(tmp_path / "b.tar")
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE]
+)
 def test_members_that_are_no_plain_files_are_refused(tmp_path, kind):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         info = tarfile.TarInfo("a.txt")
@@ -88,7 +93,9 @@ def test_members_that_are_no_plain_files_are_refused(tmp_path, kind):
 
 
 def header(name: bytes, size: int, kind: bytes = b"0") -> bytes:
-    head = bytearray(struct.pack("100s8s8s8s12s12s8s1s", name, b"0644", b"0", b"0", b"%011o" % size, b"0", b" " * 8, kind))
+    head = bytearray(
+        struct.pack("100s8s8s8s12s12s8s1s", name, b"0644", b"0", b"0", b"%011o" % size, b"0", b" " * 8, kind)
+    )
     head += bytes(512 - len(head))
     head[148:156] = b"%06o\0 " % sum(head)
     return bytes(head)
@@ -107,7 +114,9 @@ def test_sizes_are_not_believed(tmp_path):
     with pytest.raises(tars.Damage, match="no header of a member"):
         pairs(path)
     record = b"22 size=99999999999999\n"
-    path.write_bytes(header(b"x", len(record), b"x") + record.ljust(512, b"\0") + header(b"a.txt", 1) + bytes(1536))
+    path.write_bytes(
+        header(b"x", len(record), b"x") + record.ljust(512, b"\0") + header(b"a.txt", 1) + bytes(1536)
+    )
     with pytest.raises(tars.Damage):
         pairs(path)
 
@@ -122,4 +131,9 @@ def test_sample_starts_check_what_headers_tell(tmp_path):
     write(tmp_path / "c.tar", {"../a.txt": b"1"})
     with pytest.raises(ValueError, match="is a path"):
         shards.sample_starts(tmp_path / "c.tar")
-    assert np.array_equal(shards.sample_starts(write(tmp_path / "d.tar", {"a.txt": b"", "b.txt": b""}, format=tarfile.USTAR_FORMAT)), [0, 512, 1024])
+    assert np.array_equal(
+        shards.sample_starts(
+            write(tmp_path / "d.tar", {"a.txt": b"", "b.txt": b""}, format=tarfile.USTAR_FORMAT)
+        ),
+        [0, 512, 1024],
+    )

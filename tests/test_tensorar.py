@@ -38,13 +38,17 @@ def backbone(request):
     return BACKBONES[request.param]()
 
 
-def wrap(backbone, window: int, *, depth: int = 1, schedule=FixedSchedule("linear"), weights=None, **options) -> TensorAR:
+def wrap(
+    backbone, window: int, *, depth: int = 1, schedule=FixedSchedule("linear"), weights=None, **options
+) -> TensorAR:
     """A TensorAR with a fresh codec around the backbone itself, not a copy."""
     codec = [None, None]
     if window > 1:
         shape = {"num_heads": 2, "depth": depth}
         codec = [WindowEncoder(backbone.dim, window, **shape), WindowDecoder(backbone.dim, window, **shape)]
-    return TensorAR(backbone, *codec, schedule, offset_weights=resolve_offset_weights(weights, window), **options)
+    return TensorAR(
+        backbone, *codec, schedule, offset_weights=resolve_offset_weights(weights, window), **options
+    )
 
 
 @torch.no_grad()
@@ -106,7 +110,9 @@ def test_window_1_is_next_token_training(backbone):
     mask = torch.cat([prefix.mask, torch.ones(codes.shape[0], codes.shape[1] - 1, dtype=torch.bool)], dim=1)
     hidden = backbone(embeds, mask)[:, -codes.shape[1] :]
     expected = sum(
-        functional.cross_entropy(backbone.head(hidden, codes[..., :factor]).flatten(0, 1), codes[..., factor].flatten())
+        functional.cross_entropy(
+            backbone.head(hidden, codes[..., :factor]).flatten(0, 1), codes[..., factor].flatten()
+        )
         for factor in range(codes.shape[-1])
     )
     torch.testing.assert_close(loss, expected)
@@ -115,7 +121,10 @@ def test_window_1_is_next_token_training(backbone):
 def test_slots_past_the_end_have_no_influence():
     """They hold zeros, and code 0 is a real token: the mask alone keeps it out."""
     model = open_codec(wrap(FakeBackbone(), 3))
-    windows, valid = torch.ones(1, 2, 3, 1, dtype=torch.int64), torch.tensor([[True, True, False], [True, False, False]])
+    windows, valid = (
+        torch.ones(1, 2, 3, 1, dtype=torch.int64),
+        torch.tensor([[True, True, False], [True, False, False]]),
+    )
     other = torch.where(valid[None, :, :, None], windows, 9)
     assert torch.equal(model.encode(windows, valid), model.encode(other, valid))
     assert not torch.equal(model.encode(windows, ~valid | True), model.encode(other, ~valid | True))
@@ -151,7 +160,9 @@ def rows_that_change(model: TensorAR, token: int) -> list[int]:
             model(tokens, fake_condition(), UNCOND, noise())
     first, second = seen
     nothing = torch.zeros(*first.shape[:2], model.window, 0, dtype=torch.int64)
-    differs = (first != second).any(-1) | (model.logits(first, nothing) != model.logits(second, nothing)).flatten(2).any(-1)
+    differs = (first != second).any(-1) | (
+        model.logits(first, nothing) != model.logits(second, nothing)
+    ).flatten(2).any(-1)
     return differs.any(0).nonzero()[:, 0].tolist()
 
 
@@ -190,7 +201,11 @@ def test_loss_per_offset_is_a_mean_over_valid_slots(backbone):
             for factor in range(codes.shape[-1]):
                 log_probs = model.logits(hidden, windows[..., :factor])[:, :, offset].log_softmax(-1)
                 terms.append(
-                    -sum(log_probs[b, t, codes[b, t + offset, factor]] for b in range(BATCH) for t in range(T - offset))
+                    -sum(
+                        log_probs[b, t, codes[b, t + offset, factor]]
+                        for b in range(BATCH)
+                        for t in range(T - offset)
+                    )
                 )
             expected.append(sum(terms) / (BATCH * (T - offset)))
     torch.testing.assert_close(output.loss_per_offset, torch.stack(expected))
@@ -229,7 +244,9 @@ def test_chunks_change_memory_and_nothing_else(backbone, chunk_tokens, most_rows
     codes = random_codes(backbone)
     rows: dict[str, list[int]] = {"whole": [], "parts": []}
     for name, model in (("whole", whole), ("parts", parts)):
-        model.backbone.head.register_forward_hook(lambda _, __, out, name=name: rows[name].append(out.shape[:-1].numel()))
+        model.backbone.head.register_forward_hook(
+            lambda _, __, out, name=name: rows[name].append(out.shape[:-1].numel())
+        )
     a, b = (model(codes, fake_condition(), UNCOND, noise()) for model in (whole, parts))
     torch.testing.assert_close(a, b)
     torch.testing.assert_close(gradients(parts, codes), gradients(whole, codes))
@@ -276,7 +293,9 @@ def test_every_parameter_gets_a_gradient(backbone, depth):
     assert [name for name, gradient in fresh.items() if gradient is None] == []
     for part in ("encoder", "decoder"):
         assert fresh[f"{part}.layers.{depth - 1}.output.weight"].any(), "the projection itself leaves zero"
-    assert [name for name, gradient in gradients(open_codec(model), codes).items() if not gradient.any()] == []
+    assert [
+        name for name, gradient in gradients(open_codec(model), codes).items() if not gradient.any()
+    ] == []
 
 
 def test_zero_start_survives_no_reset():
@@ -352,7 +371,9 @@ def test_sizes_that_do_not_fit_are_refused():
         wrap(FakeBackbone(num_tokens=6), 7)
     with pytest.raises(ValueError, match="train.loss_chunk_tokens is 0"):
         wrap(FakeBackbone(), 2, chunk_tokens=0)
-    with pytest.raises(ValueError, match="tensorar.num_heads is 3; expected a divisor of the backbone's width, 16"):
+    with pytest.raises(
+        ValueError, match="tensorar.num_heads is 3; expected a divisor of the backbone's width, 16"
+    ):
         WindowEncoder(16, 2, num_heads=3)
     with pytest.raises(ValueError, match="tensorar.depth is 0"):
         WindowDecoder(16, 2, depth=0)
@@ -391,7 +412,9 @@ print("equal")
 """
 
 
-def inputs_of(model: TensorAR, codes: Tensor, rows=None, seed: int = 7, training: bool = True) -> tuple[Tensor, Tensor]:
+def inputs_of(
+    model: TensorAR, codes: Tensor, rows=None, seed: int = 7, training: bool = True
+) -> tuple[Tensor, Tensor]:
     """The last windows and slots that a forward encodes."""
     seen = []
     encode = model.encode
@@ -428,7 +451,9 @@ def test_samples_are_trained_at_every_stride():
 
 def test_self_drafts_of_a_stride_are_those_that_its_first_row_had(monkeypatch):
     """And they are made without a look at the noise."""
-    model = open_codec(wrap(FakeBackbone((11,)), 3, schedule=FixedSchedule([0, 1, 1]), self_drafts=1.0, max_stride=3))
+    model = open_codec(
+        wrap(FakeBackbone((11,)), 3, schedule=FixedSchedule([0, 1, 1]), self_drafts=1.0, max_stride=3)
+    )
     codes, asked = random_codes(model.backbone), []
     S = model.backbone.num_tokens - 1
     numbered = torch.arange(S * 3).view(1, S, 3, 1).expand(BATCH, -1, -1, -1) % 11
@@ -451,7 +476,9 @@ def test_self_drafts_of_a_stride_are_those_that_its_first_row_had(monkeypatch):
                 same = torch.equal(slots[sample], (ahead < 3) & slide(codes, 3)[1][:-1])
                 fits += [stride] if same else []
                 if same:
-                    assert torch.equal(windows[sample, :, 1:, 0][slots[sample][:, 1:]], expected[:, 1:][slots[sample][:, 1:]])
+                    assert torch.equal(
+                        windows[sample, :, 1:, 0][slots[sample][:, 1:]], expected[:, 1:][slots[sample][:, 1:]]
+                    )
             found.update(fits)
     assert found == {1, 2, 3}
 
@@ -465,17 +492,24 @@ def test_self_drafts_are_what_the_model_samples(name):
     clean = slide(codes, 3)[0][:, :-1]
     said = torch.tensor([size - 2 for size in backbone.factor_sizes])
     real = backbone.head.forward
-    backbone.head.forward = lambda states, prev: functional.one_hot(
-        said[prev.shape[-1]].expand(states.shape[:-1]), backbone.factor_sizes[prev.shape[-1]]
-    ).float() * 1e4
+    backbone.head.forward = lambda states, prev: (
+        functional.one_hot(
+            said[prev.shape[-1]].expand(states.shape[:-1]), backbone.factor_sizes[prev.shape[-1]]
+        ).float()
+        * 1e4
+    )
     windows, _ = inputs_of(model, codes)
     assert torch.equal(windows[:, :, 0], clean[:, :, 0])
     # Also where chance would have drawn the true token, which would make a draft more often right than it is.
     assert (windows[:, :, 1:] == said).all() and (clean[:, :, 1:] != said).any()
     validated, _ = inputs_of(model, codes, training=False)
     assert torch.equal(validated, windows), "validation would measure what the model never meets"
-    backbone.head.forward = lambda states, prev: torch.full((*states.shape[:-1], backbone.factor_sizes[prev.shape[-1]]), torch.nan)
-    assert model(codes, fake_condition(), UNCOND, noise()).loss.isnan(), "a model that diverged is told of by its loss"
+    backbone.head.forward = lambda states, prev: torch.full(
+        (*states.shape[:-1], backbone.factor_sizes[prev.shape[-1]]), torch.nan
+    )
+    assert model(codes, fake_condition(), UNCOND, noise()).loss.isnan(), (
+        "a model that diverged is told of by its loss"
+    )
     backbone.head.forward = real
     together, _ = inputs_of(model, codes)
     for first in range(BATCH):
@@ -489,12 +523,19 @@ def test_ligers_loss_is_ours():
     """The kernel itself, in Triton's interpreter, so that no GPU is needed: the same losses and gradients."""
     pytest.importorskip("liger_kernel")
     done = subprocess.run(
-        [sys.executable, "-c", LIGER], env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-c", LIGER],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.stdout.strip() == "equal", done.stderr[-3000:]
 
 
 def test_a_loss_that_liger_does_not_make_is_refused():
     model = wrap(FakeBackbone((11,)), 2, loss_kernel="liger")
-    with pytest.raises(ValueError, match="train.loss_kernel liger: this head or this loss is none that it makes"):
+    with pytest.raises(
+        ValueError, match="train.loss_kernel liger: this head or this loss is none that it makes"
+    ):
         model(random_codes(model.backbone), fake_condition(), UNCOND)

@@ -7,7 +7,13 @@ import torch
 
 from data_tools import make_shards
 from mmtensorar import image_tokenizers, train_image_tokenizer
-from mmtensorar.train_image_tokenizer import ImageTokenizerRecipe, centre_plain, crop_on_foreground, pixel_weights, plain_patches
+from mmtensorar.train_image_tokenizer import (
+    ImageTokenizerRecipe,
+    centre_plain,
+    crop_on_foreground,
+    pixel_weights,
+    plain_patches,
+)
 
 SHIPPED = Path(__file__).resolve().parents[1] / "recipes/tiny/image_tokenizer.yaml"
 
@@ -17,7 +23,14 @@ def test_a_few_steps_write_an_image_tokenizer(tmp_path, capsys):
     shards, out = tmp_path / "shards", tmp_path / "out"
     made = ["--synthesize", "shapes", "--num-samples", "8", "--out", str(shards), "--workers", "1"]
     assert make_shards.main(made) == 0
-    few = ["steps=4", "warmup_steps=1", "full_steps=1", "batch_size=2", "crop_batch_size=2", "num_embeddings=16"]
+    few = [
+        "steps=4",
+        "warmup_steps=1",
+        "full_steps=1",
+        "batch_size=2",
+        "crop_batch_size=2",
+        "num_embeddings=16",
+    ]
     assert train_image_tokenizer.main([str(SHIPPED), f"shards={shards}", f"out={out}", *few]) == 0
     made = image_tokenizers.load(image_tokenizers.section({"name": "janus_vq", "path": str(out)}))
     assert (made.image_size, made.grid, made.factor_sizes) == (64, (8, 8), (16,))
@@ -71,6 +84,10 @@ def test_patches_of_one_colour_share_their_features():
     torch.manual_seed(0)
     features = torch.nn.functional.normalize(torch.randn(8, 5), dim=-1)
     centred = centre_plain(features, colors.flatten())
-    torch.testing.assert_close(centred[:7], torch.nn.functional.normalize(features[:7].sum(0), dim=0).expand(7, -1))
+    torch.testing.assert_close(
+        centred[:7], torch.nn.functional.normalize(features[:7].sum(0), dim=0).expand(7, -1)
+    )
     assert torch.equal(centred[7], features[7])
-    assert torch.equal(centre_plain(features, torch.full((8,), -1)), features), "without plain patches nothing changes"
+    assert torch.equal(centre_plain(features, torch.full((8,), -1)), features), (
+        "without plain patches nothing changes"
+    )

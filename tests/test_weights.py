@@ -45,9 +45,18 @@ def repository(tmp_path, name: str, *files: str):
 @pytest.mark.parametrize(
     "files, patterns",
     [
-        (["config.json", "model.safetensors", "pytorch_model.bin", "extra.safetensors"], ["*.json", "*.jinja", "model*.safetensors"]),
-        (["config.json", "model.safetensors.index.json", "model-1-of-1.safetensors"], ["*.json", "*.jinja", "model*.safetensors"]),
-        (["config.json", "pytorch_model.bin.index.json", "pytorch_model-1-of-1.bin"], ["*.json", "*.jinja", "pytorch_model*.bin"]),
+        (
+            ["config.json", "model.safetensors", "pytorch_model.bin", "extra.safetensors"],
+            ["*.json", "*.jinja", "model*.safetensors"],
+        ),
+        (
+            ["config.json", "model.safetensors.index.json", "model-1-of-1.safetensors"],
+            ["*.json", "*.jinja", "model*.safetensors"],
+        ),
+        (
+            ["config.json", "pytorch_model.bin.index.json", "pytorch_model-1-of-1.bin"],
+            ["*.json", "*.jinja", "pytorch_model*.bin"],
+        ),
         (["README.md", "imagenet_256_L.ckpt"], ["*.json", "*.jinja", "imagenet_256_L.ckpt"]),
     ],
 )
@@ -63,7 +72,9 @@ def test_only_what_is_needed_of_a_repository_is_fetched(files, patterns, tmp_pat
 def test_a_repository_of_many_files_is_not_fetched(tmp_path, hub):
     """It was downloaded whole, tens of GB, and then refused."""
     repository(tmp_path, "owner/name", "c2i_B_256.pt", "c2i_L_256.pt")
-    with pytest.raises(ValueError, match=r"SRC: owner/name has c2i_B_256\.pt, c2i_L_256\.pt; .* owner/name/c2i_B_256\.pt"):
+    with pytest.raises(
+        ValueError, match=r"SRC: owner/name has c2i_B_256\.pt, c2i_L_256\.pt; .* owner/name/c2i_B_256\.pt"
+    ):
         weights.locate("owner/name", key="SRC")
     assert hub == [("list", "owner/name")]
     assert weights.locate("owner/name/c2i_L_256.pt", key="SRC") == tmp_path / "owner/name/c2i_L_256.pt"
@@ -83,7 +94,9 @@ def test_without_network_what_was_fetched_before_will_do(tmp_path, hub, monkeypa
         raise LocalEntryNotFoundError("nothing in the cache\nand more lines")
 
     monkeypatch.setattr(weights, "snapshot_download", absent)
-    with pytest.raises(ValueError, match=r"^backbone\.path: owner/name is not here, .* now \(nothing in the cache\)$"):
+    with pytest.raises(
+        ValueError, match=r"^backbone\.path: owner/name is not here, .* now \(nothing in the cache\)$"
+    ):
         weights.locate("owner/name", key="backbone.path")
 
 

@@ -98,7 +98,9 @@ def test_rates_cover_every_row():
 
 
 def test_unknown_schedule_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="'cosine'; expected one of linear, sine, sqrt, exponential, none, full"):
+    with pytest.raises(
+        ValueError, match="'cosine'; expected one of linear, sine, sqrt, exponential, none, full"
+    ):
         FixedSchedule("cosine")
 
 
@@ -151,7 +153,12 @@ def test_each_factor_stays_in_its_own_codebook():
 def test_coins_differ_between_rows_places_and_offsets():
     """Coins shared along any of these would noise whole windows, rows or batches together."""
     V = 2**40
-    noisy = corrupt(torch.zeros(8, 8, 8, 1, dtype=torch.int64), torch.full((8, 8, 8), 0.5), (V,), torch.Generator().manual_seed(0))
+    noisy = corrupt(
+        torch.zeros(8, 8, 8, 1, dtype=torch.int64),
+        torch.full((8, 8, 8), 0.5),
+        (V,),
+        torch.Generator().manual_seed(0),
+    )
     coins = noisy[..., 0] != 0
     for dim in range(3):
         assert not (coins == coins.narrow(dim, 0, 1)).all(), dim
@@ -180,7 +187,8 @@ def test_same_generator_seed_same_noise():
     """Resuming a run and comparing two runs rest on this."""
     windows = torch.zeros(2, 50, 3, 1, dtype=torch.int64)
     first, again, other = (
-        corrupt(windows, torch.full((2, 50, 3), 0.5), (9,), torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+        corrupt(windows, torch.full((2, 50, 3), 0.5), (9,), torch.Generator().manual_seed(seed))
+        for seed in (1, 1, 2)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)

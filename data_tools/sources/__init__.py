@@ -28,12 +28,21 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 # Option of make_shards.py -> module here, and what the option's help says.
 SOURCES = {
     "folder": ("folder", "images with a .txt or .json caption of the same name, at any depth"),
-    "class_folder": ("class_folder", "images in one sub-folder per class; the sorted names give the class numbers"),
+    "class_folder": (
+        "class_folder",
+        "images in one sub-folder per class; the sorted names give the class numbers",
+    ),
     "jsonl": ("jsonl", 'lines {"image": path, "caption": text}'),
     "csv": ("table", "a CSV file with a header and columns image (a path) and caption; .tsv for tabs"),
-    "parquet": ("parquet", "a Parquet file, or a folder of them, with columns image (path, bytes or both) and caption"),
+    "parquet": (
+        "parquet",
+        "a Parquet file, or a folder of them, with columns image (path, bytes or both) and caption",
+    ),
     "dataset": ("dataset", "a Hugging Face dataset: NAME on the hub, or a folder that save_to_disk wrote"),
-    "tars": ("webdataset", "a folder of WebDataset tars, or one tar: captions in .txt or .json members, classes in .cls"),
+    "tars": (
+        "webdataset",
+        "a folder of WebDataset tars, or one tar: captions in .txt or .json members, classes in .cls",
+    ),
 }
 
 
@@ -128,7 +137,10 @@ def images(root: Path, expected: tuple[str, ...] = ()) -> tuple[dict[Path, int],
     if not found:
         raise ValueError(f"{root}: no {', '.join(SUFFIXES)} files in it")
     if others := [path for path in files if path not in found and path not in beside]:
-        print(f"note: left out {len(others)} files that are not jpg, png or webp, such as {others[0]}", file=sys.stderr)
+        print(
+            f"note: left out {len(others)} files that are not jpg, png or webp, such as {others[0]}",
+            file=sys.stderr,
+        )
     return found, beside
 
 
@@ -163,7 +175,9 @@ def inside(root: Path, name: Any, where: str) -> Path:
     # Resolved, so that neither `..`, an absolute path nor a link leads out of the folder.
     path = root if "\0" in name or (not local and "://" in name) else (root / name).resolve()
     if not path.is_relative_to(root) or (not local and path == root):
-        raise ValueError(f"{where}: image {name!r} lies outside {root}; --image-root names the folder of the pictures")
+        raise ValueError(
+            f"{where}: image {name!r} lies outside {root}; --image-root names the folder of the pictures"
+        )
     if local and not path.is_file():
         raise ValueError(f"{where}: image {name!r} is not a file in {root}")
     return path

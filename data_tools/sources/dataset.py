@@ -20,7 +20,11 @@ def load(place: str, split: str) -> Any:
     except ImportError:
         raise ValueError("Hugging Face datasets need a library: pip install 'mmtensorar[data]'") from None
     try:
-        if is_url(place) or (Path(place) / "dataset_dict.json").is_file() or (Path(place) / "dataset_info.json").is_file():
+        if (
+            is_url(place)
+            or (Path(place) / "dataset_dict.json").is_file()
+            or (Path(place) / "dataset_info.json").is_file()
+        ):
             found = datasets.load_from_disk(place)
             if isinstance(found, dict):
                 if split not in found:
@@ -32,7 +36,9 @@ def load(place: str, split: str) -> Any:
         if isinstance(error, ValueError) and str(error).startswith(place):
             raise
         reason = " ".join(str(error).split())[:500]
-        raise ValueError(f"{place}: cannot be loaded as a dataset ({type(error).__name__}: {reason})") from error
+        raise ValueError(
+            f"{place}: cannot be loaded as a dataset ({type(error).__name__}: {reason})"
+        ) from error
     for name, feature in found.features.items():
         if isinstance(feature, datasets.Image):
             found = found.cast_column(name, datasets.Image(decode=False))
@@ -46,10 +52,14 @@ def items(place: str, layout: Layout) -> Iterator[Item]:
     found = load(place, layout.split)
     for column in (layout.image, *layout.captions):
         if column not in found.features:
-            raise ValueError(f"{place}: expected a column {column!r}, found {', '.join(map(repr, found.features))}")
+            raise ValueError(
+                f"{place}: expected a column {column!r}, found {', '.join(map(repr, found.features))}"
+            )
     if not len(found):
         raise ValueError(f"{place}: no rows in split {layout.split!r}")
-    labels = {name: feature for name in layout.captions if hasattr(feature := found.features[name], "int2str")}
+    labels = {
+        name: feature for name in layout.captions if hasattr(feature := found.features[name], "int2str")
+    }
     if labels and not layout.templates:
         raise ValueError(
             f"{place}: column {next(iter(labels))!r} holds class numbers; add --class-template 'a photo of a {{}}'"
@@ -57,7 +67,11 @@ def items(place: str, layout: Layout) -> Iterator[Item]:
     fingerprint = found._fingerprint  # of everything the rows were made from
     for row, fields in enumerate(found.select_columns(list(layout.captions))):
         where = f"{place}: split {layout.split}, row {row}"
-        meta = {"source": "dataset", "name": f"{Path(place).name} {layout.split} {row}", "fingerprint": fingerprint}
+        meta = {
+            "source": "dataset",
+            "name": f"{Path(place).name} {layout.split} {row}",
+            "fingerprint": fingerprint,
+        }
         for name, feature in labels.items():
             if fields[name] is not None and fields[name] >= 0:
                 fields[name] = list(class_captions(feature.int2str(fields[name]), layout))

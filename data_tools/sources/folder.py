@@ -24,7 +24,8 @@ def items(place: str, layout: Layout) -> Iterator[Item]:
     found, beside = images(root, (".txt", ".json"))
     # None: neither is there.
     written = [
-        next((each for suffix in (".txt", ".json") if (each := path.with_suffix(suffix)) in beside), None) for path in found
+        next((each for suffix in (".txt", ".json") if (each := path.with_suffix(suffix)) in beside), None)
+        for path in found
     ]
     read = places.contents((path for path in written if path is not None), EXTENSIONS["json"])
     for (path, num_bytes), text in zip(found.items(), written, strict=True):
@@ -52,6 +53,8 @@ def _captions(content: bytes, path: Path, layout: Layout) -> tuple[tuple[str, ..
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path}: holds {type(found).__name__}; expected an object with {', '.join(layout.captions)}")
+        raise ValueError(
+            f"{path}: holds {type(found).__name__}; expected an object with {', '.join(layout.captions)}"
+        )
     captions = texts(found, layout.captions, str(path))
     return captions, {key: value for key, value in found.items() if key not in layout.captions}

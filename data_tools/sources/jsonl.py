@@ -15,7 +15,9 @@ def items(place: str, layout: Layout) -> Iterator[Item]:
     """Raises ValueError naming file and line for a line that is not such an object, or too long."""
     path = places.at(place)
     if not path.is_file():
-        raise ValueError(f"{path}: no such file{'' if places.is_local(path) else ', or it cannot be reached'}")
+        raise ValueError(
+            f"{path}: no such file{'' if places.is_local(path) else ', or it cannot be reached'}"
+        )
     root = (layout.root or path.parent).resolve()
     lines = 0
     with places.opened(path) as file:
@@ -30,7 +32,9 @@ def items(place: str, layout: Layout) -> Iterator[Item]:
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where}: not JSON ({error})") from error
             if not isinstance(fields, dict):
-                raise ValueError(f'{where}: expected {{"{layout.image}": path, "{layout.captions[0]}": text}}')
+                raise ValueError(
+                    f'{where}: expected {{"{layout.image}": path, "{layout.captions[0]}": text}}'
+                )
             yield of_row(f"line {number}", fields, layout, root, where, "jsonl")
             lines += 1
     if not lines:

@@ -46,19 +46,29 @@ def _file(path: Path, name: str, layout: Layout) -> Iterator[Item]:
             schema = file.schema_arrow
             for column in (layout.image, *layout.captions):
                 if schema.names.count(column) != 1:
-                    raise ValueError(f"{path}: expected one column {column!r}, found {', '.join(map(repr, schema.names))}")
+                    raise ValueError(
+                        f"{path}: expected one column {column!r}, found {', '.join(map(repr, schema.names))}"
+                    )
             kind = schema.field(layout.image).type
             of_bytes = arrow.types.is_binary(kind) or arrow.types.is_large_binary(kind)
             of_struct = arrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-            if not (of_bytes or of_struct or arrow.types.is_string(kind) or arrow.types.is_large_string(kind)):
-                raise ValueError(f"{path}: column {layout.image!r} holds {kind}; expected paths or bytes of pictures")
+            if not (
+                of_bytes or of_struct or arrow.types.is_string(kind) or arrow.types.is_large_string(kind)
+            ):
+                raise ValueError(
+                    f"{path}: column {layout.image!r} holds {kind}; expected paths or bytes of pictures"
+                )
             # Bytes are read later, by the workers; what else a row holds beside text and numbers is left out.
-            plain = [field.name for field in schema if _is_plain(arrow, field.type) and field.name != layout.image]
+            plain = [
+                field.name for field in schema if _is_plain(arrow, field.type) and field.name != layout.image
+            ]
             paths = [] if of_bytes or of_struct else [layout.image]
             stamp = _stamp(path)
             for group in range(file.num_row_groups):
                 _check_size(file, group, layout.image, path)
-                table = file.read_row_group(group, columns=[*paths, *dict.fromkeys([*layout.captions, *plain])])
+                table = file.read_row_group(
+                    group, columns=[*paths, *dict.fromkeys([*layout.captions, *plain])]
+                )
                 for row, fields in enumerate(table.to_pylist()):
                     key, where = f"{name} {group} {row}", f"{path}: row group {group}, row {row}"
                     if paths:

@@ -15,10 +15,14 @@ def items(place: str, layout: Layout) -> Iterator[Item]:
     """Raises ValueError naming file and line for a missing column, another number of cells, and text that is not UTF-8."""
     path = places.at(place)
     if not path.is_file():
-        raise ValueError(f"{path}: no such file{'' if places.is_local(path) else ', or it cannot be reached'}")
+        raise ValueError(
+            f"{path}: no such file{'' if places.is_local(path) else ', or it cannot be reached'}"
+        )
     root = (layout.root or path.parent).resolve()
     csv.field_size_limit(MAX_CELL)
-    with path.open(encoding="utf-8-sig", newline="") as file:  # a spreadsheet's byte order mark is none of the first name's
+    with path.open(
+        encoding="utf-8-sig", newline=""
+    ) as file:  # a spreadsheet's byte order mark is none of the first name's
         reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
         try:
             header = next(reader, [])

@@ -42,7 +42,9 @@ def _tar(path: Path, name: str, layout: Layout, ignored: Counter[str]) -> Iterat
     last, found, seen = None, {}, set()
     with tars.opened(path) as file:
         if file.pread(2, 0) == b"\x1f\x8b":
-            raise ValueError(f"{path}: compressed; unpack it with gunzip first, so that any sample can be read alone")
+            raise ValueError(
+                f"{path}: compressed; unpack it with gunzip first, so that any sample can be read alone"
+            )
         for member in tars.members(file, path, folders=True):
             folder, _, plain = member.name.rpartition("/")
             if not plain or plain.startswith("."):  # a folder, or what macOS adds beside a file
@@ -67,7 +69,13 @@ def _tar(path: Path, name: str, layout: Layout, ignored: Counter[str]) -> Iterat
 
 
 def _item(
-    file: tars.opened, path: Path, name: str, key: str, found: dict[str, tars.Member], layout: Layout, ignored: Counter[str]
+    file: tars.opened,
+    path: Path,
+    name: str,
+    key: str,
+    found: dict[str, tars.Member],
+    layout: Layout,
+    ignored: Counter[str],
 ) -> Iterator[Item]:
     key = key.removeprefix("/").removeprefix("./")
     where = f"{path}: sample {key}"
@@ -80,7 +88,9 @@ def _item(
             raise ValueError(f"{where}: expected one of {', '.join(sorted(known))}, found {', '.join(found)}")
         picture = found[pictures[0]]
         if picture.size > EXTENSIONS["jpg"]:
-            raise ValueError(f"{where}: the picture has {picture.size} bytes, more than the {EXTENSIONS['jpg']} allowed")
+            raise ValueError(
+                f"{where}: the picture has {picture.size} bytes, more than the {EXTENSIONS['jpg']} allowed"
+            )
         captions = _captions(file, path, found, layout, where)
         if layout.own:
             meta = _own_meta(file, path, found, where) or meta
@@ -90,10 +100,14 @@ def _item(
     yield Item(f"{name} {key}", partial(_read, path, picture), captions, {"num_bytes": picture.size} | meta)
 
 
-def _captions(file: tars.opened, path: Path, found: dict[str, tars.Member], layout: Layout, where: str) -> tuple[str, ...]:
+def _captions(
+    file: tars.opened, path: Path, found: dict[str, tars.Member], layout: Layout, where: str
+) -> tuple[str, ...]:
     for extension in (*TEXT, "json", "cls"):
         if extension in found and found[extension].size > EXTENSIONS["json"]:
-            raise ValueError(f"{where}: .{extension} has {found[extension].size} bytes, more than {EXTENSIONS['json']}")
+            raise ValueError(
+                f"{where}: .{extension} has {found[extension].size} bytes, more than {EXTENSIONS['json']}"
+            )
     for extension in TEXT:
         if extension in found:
             caption = decode_caption(tars.content(file, found[extension], path), where)
@@ -112,7 +126,9 @@ def _captions(file: tars.opened, path: Path, found: dict[str, tars.Member], layo
         if not number.isdecimal():
             raise ValueError(f"{where}: cls holds {number[:20]!r}; expected a class number")
         if layout.class_names is None:
-            raise ValueError(f"{where}: a class number and no caption; add --class-names, and --class-template for captions")
+            raise ValueError(
+                f"{where}: a class number and no caption; add --class-names, and --class-template for captions"
+            )
         return _of_class(number, layout, where)
     raise ValueError(f"{where}: no caption; expected a txt or json member, found {', '.join(found)}")
 

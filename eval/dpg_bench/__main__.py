@@ -52,7 +52,9 @@ def read_answers(path: Path, num_images: int | None = None) -> dict[str, list[di
     for where, row in lines.read(path):
         item, image, answers = row.get("item_id"), row.get("image"), row.get("answers")
         if not isinstance(item, str) or type(image) is not int or image < 0 or not isinstance(answers, dict):
-            raise ValueError(f"{where}: expected item_id, image (0 or more) and answers, got {str(row)[:100]}")
+            raise ValueError(
+                f"{where}: expected item_id, image (0 or more) and answers, got {str(row)[:100]}"
+            )
         if not all(key.isdecimal() and isinstance(text, str) for key, text in answers.items()):
             raise ValueError(f"{where}: expected answers as {{question id: text}}")
         if image in (pictures := found.setdefault(item, {})):
@@ -60,39 +62,80 @@ def read_answers(path: Path, num_images: int | None = None) -> dict[str, list[di
         pictures[image] = {int(key): text for key, text in answers.items()}
     for item, pictures in found.items():
         if sorted(pictures) != list(range(len(pictures))):
-            raise ValueError(f"{path}: item {item} has pictures {', '.join(map(str, sorted(pictures)))}; expected them from 0 on")
+            raise ValueError(
+                f"{path}: item {item} has pictures {', '.join(map(str, sorted(pictures)))}; expected them from 0 on"
+            )
         if num_images is not None and len(pictures) < num_images:
             raise ValueError(f"{path}: item {item} has {len(pictures)} pictures; expected {num_images}")
-    return {item: [pictures[n] for n in range(num_images or len(pictures))] for item, pictures in found.items()}
+    return {
+        item: [pictures[n] for n in range(num_images or len(pictures))] for item, pictures in found.items()
+    }
 
 
 def as_dict(scores: score.Scores) -> dict:
     """Scores for a JSON file."""
 
     def categories(found: dict[str, score.Category]) -> dict:
-        return {name: {"score": category.score, "num_questions": category.num_questions} for name, category in found.items()}
+        return {
+            name: {"score": category.score, "num_questions": category.num_questions}
+            for name, category in found.items()
+        }
 
-    prompts = {item: {"scores": each, "average": sum(each) / len(each)} for item, each in scores.per_prompt.items()}
-    parts = {"broad": categories(scores.broad), "detailed": categories(scores.detailed), "per_prompt": prompts}
-    return {"dpg_score": scores.overall, **parts, "failed": scores.failed, "unknown_parents": scores.unknown_parents}
+    prompts = {
+        item: {"scores": each, "average": sum(each) / len(each)} for item, each in scores.per_prompt.items()
+    }
+    parts = {
+        "broad": categories(scores.broad),
+        "detailed": categories(scores.detailed),
+        "per_prompt": prompts,
+    }
+    return {
+        "dpg_score": scores.overall,
+        **parts,
+        "failed": scores.failed,
+        "unknown_parents": scores.unknown_parents,
+    }
 
 
 def render(name: str, scores: score.Scores) -> str:
     """Overall and categories of one mode, as text."""
     left_out = f"; left out: {', '.join(scores.failed)}" if scores.failed else ""
-    passed = f"; {scores.unknown_parents} parents that the table lacks passed over" if scores.unknown_parents else ""
-    text = [f"{name}: DPG-Bench score {scores.overall:.4f}, {len(scores.per_prompt)} prompts{left_out}{passed}"]
+    passed = (
+        f"; {scores.unknown_parents} parents that the table lacks passed over"
+        if scores.unknown_parents
+        else ""
+    )
+    text = [
+        f"{name}: DPG-Bench score {scores.overall:.4f}, {len(scores.per_prompt)} prompts{left_out}{passed}"
+    ]
     for level in (scores.broad, scores.detailed):
-        text += [f"  {category:<28}{found.score:>9.4f}  {found.num_questions:>6} questions" for category, found in level.items()]
+        text += [
+            f"  {category:<28}{found.score:>9.4f}  {found.num_questions:>6} questions"
+            for category, found in level.items()
+        ]
     return "\n".join(text)
 
 
-def report(rows: Sequence[score.Question], table: Path, answers: score.Answers, judge: str, partial: Sequence[str] = ()) -> dict:
+def report(
+    rows: Sequence[score.Question],
+    table: Path,
+    answers: score.Answers,
+    judge: str,
+    partial: Sequence[str] = (),
+) -> dict:
     """Print both modes; returns them with what they are of, for a JSON file."""
     blob = git_blob_id(table)
-    which = "the official table" if blob == OFFICIAL_TABLE else f"NOT the official table, which is {OFFICIAL_TABLE}"
+    which = (
+        "the official table"
+        if blob == OFFICIAL_TABLE
+        else f"NOT the official table, which is {OFFICIAL_TABLE}"
+    )
     print(f"questions: {table}, git blob {blob}: {which}\njudge: {judge}\n")
-    mark = f" (PARTIAL, {'; '.join(partial[:3])}{f'; and {len(partial) - 3} more' if len(partial) > 3 else ''})" if partial else ""
+    mark = (
+        f" (PARTIAL, {'; '.join(partial[:3])}{f'; and {len(partial) - 3} more' if len(partial) > 3 else ''})"
+        if partial
+        else ""
+    )
     official = score.official(rows, answers)
     print(render(f"official{mark}", official))
     try:
@@ -101,7 +144,12 @@ def report(rows: Sequence[score.Question], table: Path, answers: score.Answers, 
     except ValueError as error:
         corrected = None
         print(f"\ncorrected: there is no such score, {error}")
-    given = Counter(text if text in ("yes", "no") else "other" for each in answers.values() for one in each for text in one.values())
+    given = Counter(
+        text if text in ("yes", "no") else "other"
+        for each in answers.values()
+        for one in each
+        for text in one.values()
+    )
     return {
         "benchmark": "dpg_bench",
         "judge": judge,
@@ -120,15 +168,25 @@ def gaps(rows: Sequence[score.Question], answers: score.Answers) -> list[str]:
     items = {row.item for row in rows}
     most = max(map(len, answers.values()), default=0)
     fewer = [item for item, pictures in answers.items() if len(pictures) < most]
-    kinds = {"without answers": items - answers.keys(), "that the table lacks": answers.keys() - items, "with fewer pictures": fewer}
+    kinds = {
+        "without answers": items - answers.keys(),
+        "that the table lacks": answers.keys() - items,
+        "with fewer pictures": fewer,
+    }
     return [f"{len(found)} items {kind}, such as {min(found)}" for kind, found in kinds.items() if found]
 
 
 def score_answers(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m eval.dpg_bench score", description="Recorded answers to scores.")
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.dpg_bench score", description="Recorded answers to scores."
+    )
     parser.add_argument("--answers", type=Path, required=True, metavar="FILE", help=".jsonl or .jsonl.gz")
-    parser.add_argument("--questions", type=Path, required=True, metavar="FILE", help="the table, dpg_bench.csv")
-    parser.add_argument("--num-images", type=int, metavar="N", help="first pictures of each item to count (default: all)")
+    parser.add_argument(
+        "--questions", type=Path, required=True, metavar="FILE", help="the table, dpg_bench.csv"
+    )
+    parser.add_argument(
+        "--num-images", type=int, metavar="N", help="first pictures of each item to count (default: all)"
+    )
     parser.add_argument("--judge", default="not told", help="who gave the answers; stands beside the score")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write everything as JSON")
     options = parser.parse_args(arguments)
@@ -163,7 +221,9 @@ def ask(
         raise ValueError(layout.listed(folder, problems))
     known = Cache(cache)
     answers: dict[str, list[dict[int, str]]] = {}
-    with tqdm(total=num_images * len(items), unit="image", desc=f"asking about {folder}", file=sys.stderr) as bar:
+    with tqdm(
+        total=num_images * len(items), unit="image", desc=f"asking about {folder}", file=sys.stderr
+    ) as bar:
         for item in items:
             try:
                 samples = item.samples(num_images)
@@ -172,10 +232,14 @@ def ask(
                     raise
                 problems.append(str(error))
                 continue
-            texts = {question.id: question.text for question in table[item.id]}  # of two rows with one id the last counts
+            texts = {
+                question.id: question.text for question in table[item.id]
+            }  # of two rows with one id the last counts
             answers[item.id] = []
             for sample in samples:
-                answers[item.id].append(dict(zip(texts, known.ask(judge, sample, list(texts.values())), strict=True)))
+                answers[item.id].append(
+                    dict(zip(texts, known.ask(judge, sample, list(texts.values())), strict=True))
+                )
                 bar.update()
     return answers, problems
 
@@ -185,23 +249,35 @@ def evaluate(options: argparse.Namespace) -> None:
         return
     table = options.bench / pictures.TABLE
     if not table.is_file():
-        raise ValueError(f"{table} is missing; expected the folder dpg_bench/ of the ELLA repository (github.com/TencentQQGYLab/ELLA)")
+        raise ValueError(
+            f"{table} is missing; expected the folder dpg_bench/ of the ELLA repository (github.com/TencentQQGYLab/ELLA)"
+        )
     rows = score.read_rows(table)
     num_images = options.num_images or (1 if options.single else pictures.CELLS)
     if options.images is None:
         prompts = pictures.read_prompts(options.bench)
         if strange := sorted({row.item for row in rows} ^ {prompt["item_id"] for prompt in prompts}):
-            raise ValueError(f"{options.bench}: {len(strange)} items have a prompt but no question, or no prompt: {', '.join(strange[:5])}")
-    elif num_images > (most := 1 if options.single else pictures.CELLS) and not (options.images / layout.RECORD).is_file():
+            raise ValueError(
+                f"{options.bench}: {len(strange)} items have a prompt but no question, or no prompt: {', '.join(strange[:5])}"
+            )
+    elif (
+        num_images > (most := 1 if options.single else pictures.CELLS)
+        and not (options.images / layout.RECORD).is_file()
+    ):
         raise ValueError(f"--num-images is {num_images}; a file holds {most}")
     from eval.dpg_bench import judges
 
     judge = None
     if run.scores():
-        judge = judges.load(options.judge or judges.DEFAULT, options.device)  # a wrong path is told before hours of generating
+        judge = judges.load(
+            options.judge or judges.DEFAULT, options.device
+        )  # a wrong path is told before hours of generating
     if options.images is not None:
         run.ignored(options)
-        folder, out = options.images, options.out or Path("runs/eval") / f"{options.images.resolve().name}_dpg_bench"
+        folder, out = (
+            options.images,
+            options.out or Path("runs/eval") / f"{options.images.resolve().name}_dpg_bench",
+        )
     else:
         folder = out = run.generate_into(options, run.load(options), "dpg_bench", prompts, num_images)
         if judge is None:
@@ -241,15 +317,28 @@ def score_pictures(arguments: Sequence[str]) -> None:
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--ckpt", type=Path, help="consolidated checkpoint, such as runs/NAME/model")
-    source.add_argument("--images", type=Path, metavar="FOLDER", help="2 x 2 grids <item_id>.png, or what --ckpt generated")
-    parser.add_argument("--bench", type=Path, required=True, metavar="FOLDER", help="dpg_bench/ of the ELLA repository")
-    parser.add_argument("--judge", help="mplug, or a vision-language model's folder or hub id (default Qwen/Qwen2.5-VL-7B-Instruct)")
-    parser.add_argument("--out", type=Path, help="default: runs/eval/NAME of the checkpoint's run, or of the pictures' folder")
-    parser.add_argument("--num-images", type=int, help="samples per prompt, the first of a grid (default 4, with --single 1)")
+    source.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="2 x 2 grids <item_id>.png, or what --ckpt generated"
+    )
+    parser.add_argument(
+        "--bench", type=Path, required=True, metavar="FOLDER", help="dpg_bench/ of the ELLA repository"
+    )
+    parser.add_argument(
+        "--judge",
+        help="mplug, or a vision-language model's folder or hub id (default Qwen/Qwen2.5-VL-7B-Instruct)",
+    )
+    parser.add_argument(
+        "--out", type=Path, help="default: runs/eval/NAME of the checkpoint's run, or of the pictures' folder"
+    )
+    parser.add_argument(
+        "--num-images", type=int, help="samples per prompt, the first of a grid (default 4, with --single 1)"
+    )
     parser.add_argument("--single", action="store_true", help="a file is one sample, and no grid")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--allow-partial", action="store_true", help="score what is there; the score is marked partial wherever it is printed"
+        "--allow-partial",
+        action="store_true",
+        help="score what is there; the score is marked partial wherever it is printed",
     )
     add_generation(parser, needs=", with --ckpt")
     options = parser.parse_args(arguments)
@@ -259,7 +348,8 @@ def score_pictures(arguments: Sequence[str]) -> None:
 
 def write_grids(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m eval.dpg_bench grids", description="Generated pictures as the official script takes them: <item_id>.png, 2 x 2."
+        prog="python -m eval.dpg_bench grids",
+        description="Generated pictures as the official script takes them: <item_id>.png, 2 x 2.",
     )
     parser.add_argument("folder", type=Path, help="what --ckpt generated")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")

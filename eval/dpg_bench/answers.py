@@ -46,7 +46,10 @@ class Cache:
             with self.path.open("a", encoding="utf-8") as file:
                 for question, answer in zip(new, answers, strict=True):
                     self._known[picture, question, judge.name] = answer
-                    file.write(json.dumps(dict(zip(KEYS, (picture, question, judge.name, answer), strict=True))) + "\n")
+                    file.write(
+                        json.dumps(dict(zip(KEYS, (picture, question, judge.name, answer), strict=True)))
+                        + "\n"
+                    )
         return [self._known[picture, question, judge.name] for question in questions]
 
 

@@ -35,7 +35,7 @@ class Judge:
 
 
 def load(name: str, device: str | None = None) -> Judge:
-    """"mplug", or the folder or Hugging Face id of a vision-language model. Raises ValueError when it cannot be had."""
+    """ "mplug", or the folder or Hugging Face id of a vision-language model. Raises ValueError when it cannot be had."""
     return MPlug(devices.pick(device)) if name == "mplug" else VisionLanguage.load(name, devices.pick(device))
 
 
@@ -44,7 +44,9 @@ class VisionLanguage(Judge):
 
     def __init__(self, model, processor, name: str, device: torch.device, *, batch_size: int = 16):
         if getattr(processor, "chat_template", None) is None or not hasattr(processor, "tokenizer"):
-            raise ValueError(f"--judge: {name} has no chat template; expected a vision-language model that chats")
+            raise ValueError(
+                f"--judge: {name} has no chat template; expected a vision-language model that chats"
+            )
         self.model = model.to(device).eval().requires_grad_(False)
         self.processor, self.device, self.batch_size = processor, device, batch_size
         # A batch is padded to its longest question; what is generated follows on the right.
@@ -64,9 +66,13 @@ class VisionLanguage(Judge):
         try:
             processor = AutoProcessor.from_pretrained(folder)
             model = AutoModelForImageTextToText.from_pretrained(folder, use_safetensors=True, dtype=dtype)
-        except Exception as error:  # any: configuration and weights from outside go through code that expects good ones
+        except (
+            Exception
+        ) as error:  # any: configuration and weights from outside go through code that expects good ones
             reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise ValueError(f"--judge: {path} cannot be loaded as a vision-language model ({reason})") from None
+            raise ValueError(
+                f"--judge: {path} cannot be loaded as a vision-language model ({reason})"
+            ) from None
         return cls(model, processor, path, device)
 
     @torch.no_grad()
@@ -75,12 +81,19 @@ class VisionLanguage(Judge):
         for start in range(0, len(questions), self.batch_size):
             chats = [self._chat(image, question) for question in questions[start : start + self.batch_size]]
             inputs = self.processor.apply_chat_template(
-                chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
+                chats,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                padding=True,
             ).to(self.device, self.model.dtype)
             try:
                 output = self.model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
             except torch.OutOfMemoryError:
-                raise ValueError(f"the GPU has too little memory for {len(chats)} questions to {self.name}") from None
+                raise ValueError(
+                    f"the GPU has too little memory for {len(chats)} questions to {self.name}"
+                ) from None
             new = output[:, inputs["input_ids"].shape[1] :]
             answers += [plain(text) for text in self.processor.batch_decode(new, skip_special_tokens=True)]
         return answers
@@ -90,7 +103,10 @@ class VisionLanguage(Judge):
         return [
             {
                 "role": "user",
-                "content": [{"type": "image", "image": image}, {"type": "text", "text": f"{question} {INSTRUCTION}"}],
+                "content": [
+                    {"type": "image", "image": image},
+                    {"type": "text", "text": f"{question} {INSTRUCTION}"},
+                ],
             }
         ]
 
@@ -112,11 +128,15 @@ class MPlug(Judge):
         except ImportError as error:
             raise ValueError(f"--judge mplug needs ModelScope: pip install -e '.[mplug]' ({error})") from None
         try:
-            self._pipeline = pipeline(Tasks.visual_question_answering, model=MPLUG, device="gpu" if device.type == "cuda" else "cpu")
+            self._pipeline = pipeline(
+                Tasks.visual_question_answering, model=MPLUG, device="gpu" if device.type == "cuda" else "cpu"
+            )
         except Exception as error:  # any: the network's, the hub's, the model's
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise ValueError(f"--judge: {MPLUG} cannot be loaded ({reason})") from None
-        self.name = f"mplug ({MPLUG})"  # without a hash of its weights: after a change on the hub, use another --out
+        self.name = (
+            f"mplug ({MPLUG})"  # without a hash of its weights: after a change on the hub, use another --out
+        )
 
     def ask(self, image: Image.Image, question: str) -> str:
         """As the official script asks: the bare question, and the answer as it comes."""

@@ -34,7 +34,9 @@ class Item(NamedTuple):
         grid = layout.open_image(self.files[0])
         width, height = grid.size
         if width % 2 or height % 2:
-            raise ValueError(f"{self.files[0]}: {width}x{height} pixels; expected a 2 x 2 grid, of even sides (or --single)")
+            raise ValueError(
+                f"{self.files[0]}: {width}x{height} pixels; expected a 2 x 2 grid, of even sides (or --single)"
+            )
         width, height = width // 2, height // 2
         corners = [(column * width, row * height) for row in range(2) for column in range(2)]
         return [grid.crop((x, y, x + width, y + height)) for x, y in corners[:num]]
@@ -44,7 +46,9 @@ def read_prompts(bench: Path) -> list[dict]:
     """item_id and prompt of each text in bench/prompts/, by name. Raises ValueError when there are none."""
     files = sorted((bench / "prompts").glob("*.txt"), key=lambda path: path.stem)
     if not files:
-        raise ValueError(f"{bench / 'prompts'} holds no prompts, <item_id>.txt; expected the folder dpg_bench/ of the ELLA repository")
+        raise ValueError(
+            f"{bench / 'prompts'} holds no prompts, <item_id>.txt; expected the folder dpg_bench/ of the ELLA repository"
+        )
     prompts = []
     for path in files:
         try:
@@ -57,7 +61,9 @@ def read_prompts(bench: Path) -> list[dict]:
     return prompts
 
 
-def survey(folder: Path, items: Collection[str], *, num_samples: int, single: bool) -> tuple[list[Item], list[str]]:
+def survey(
+    folder: Path, items: Collection[str], *, num_samples: int, single: bool
+) -> tuple[list[Item], list[str]]:
     """The pictures of the items, in their order; and what is missing, there twice or too many, in words.
 
     Raises ValueError when there is no picture at all.
@@ -102,7 +108,9 @@ def write_grid(samples: Sequence[Image.Image], path: Path) -> None:
     """The official 2 x 2 grid of four samples of one size. Raises ValueError for another number, or other sizes."""
     sizes = {sample.size for sample in samples}
     if len(samples) != CELLS or len(sizes) != 1:
-        raise ValueError(f"{path}: {len(samples)} samples of {len(sizes)} sizes; a grid needs {CELLS} of one size")
+        raise ValueError(
+            f"{path}: {len(samples)} samples of {len(sizes)} sizes; a grid needs {CELLS} of one size"
+        )
     width, height = samples[0].size
     grid = Image.new("RGB", (2 * width, 2 * height))
     for place, sample in enumerate(samples):

@@ -123,7 +123,10 @@ def official(rows: Sequence[Question], answers: Answers) -> Scores:
         if item not in table or not pictures:
             continue
         questions = table[item]
-        given = [_given(questions, picture, f"item {item}, picture {number}") for number, picture in enumerate(pictures)]
+        given = [
+            _given(questions, picture, f"item {item}, picture {number}")
+            for number, picture in enumerate(pictures)
+        ]
         try:
             per_prompt[item] = [_cascaded(questions, right) for right in given]
         except _MissingParent:
@@ -158,7 +161,9 @@ def corrected(rows: Sequence[Question], answers: Answers) -> Scores:
         raise ValueError(f"{_count(strange, 'item')} that the table does not have: {_some(strange)}")
     most = max(len(pictures) for pictures in answers.values())
     if fewer := [item for item, pictures in answers.items() if len(pictures) < most]:
-        raise ValueError(f"{_count(fewer, 'item')} with fewer pictures than the {most} of others: {_some(fewer)}")
+        raise ValueError(
+            f"{_count(fewer, 'item')} with fewer pictures than the {most} of others: {_some(fewer)}"
+        )
     per_prompt: dict[str, list[float]] = {}
     pooled: dict[str, list[bool]] = defaultdict(list)
     unknown = 0
@@ -181,7 +186,9 @@ def _with_ancestors(questions: Sequence[Question], right: Mapping[int, bool]) ->
     while changed:  # at most once per question; also when questions name each other
         changed = False
         for question in questions:
-            if counts[question.id] and not all(counts.get(parent, True) for parent in question.parents if parent):
+            if counts[question.id] and not all(
+                counts.get(parent, True) for parent in question.parents if parent
+            ):
                 counts[question.id], changed = False, True
     return counts
 
@@ -201,9 +208,14 @@ def _scores(per_prompt: dict[str, list[float]], pooled: Mapping[str, list[bool]]
         broad[category.split("-")[0].strip()] += right
 
     def percents(by_category: Mapping[str, list[bool]]) -> dict[str, Category]:
-        return {name: Category(100 * sum(right) / len(right), len(right)) for name, right in sorted(by_category.items())}
+        return {
+            name: Category(100 * sum(right) / len(right), len(right))
+            for name, right in sorted(by_category.items())
+        }
 
-    return Scores(100 * sum(means) / len(means), percents(broad), percents(pooled), per_prompt, **{"failed": []} | more)
+    return Scores(
+        100 * sum(means) / len(means), percents(broad), percents(pooled), per_prompt, **{"failed": []} | more
+    )
 
 
 def _count(items: Sequence[str], what: str) -> str:

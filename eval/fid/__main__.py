@@ -40,7 +40,9 @@ def read_features(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{path}: not an .npz of arrays ({error})") from None
     for name, array in arrays.items():
         if array.ndim != 2 or array.dtype.kind != "f":
-            raise ValueError(f"{path}: {name} is {array.dtype} of shape {list(array.shape)}; expected floats [N, C]")
+            raise ValueError(
+                f"{path}: {name} is {array.dtype} of shape {list(array.shape)}; expected floats [N, C]"
+            )
         if not len(array):
             raise ValueError(f"{path}: {name} is empty")
         if not np.isfinite(array).all():
@@ -66,9 +68,13 @@ def measure(
     if "sample_logits" in arrays:
         found["inception_score"] = score.inception_score(arrays["sample_logits"], split_size)
     if {"ref_pool", "sample_pool"} <= arrays.keys():
-        found["precision"], found["recall"] = score.precision_recall(arrays["ref_pool"], arrays["sample_pool"])
+        found["precision"], found["recall"] = score.precision_recall(
+            arrays["ref_pool"], arrays["sample_pool"]
+        )
     if not found:
-        raise ValueError(f"no metric can be computed; expected arrays {', '.join(ARRAYS)}, found {', '.join(arrays) or 'none'}")
+        raise ValueError(
+            f"no metric can be computed; expected arrays {', '.join(ARRAYS)}, found {', '.join(arrays) or 'none'}"
+        )
     return found
 
 
@@ -82,7 +88,9 @@ def class_prompts(generator) -> list[dict]:
     from mmtensorar.captions import ClassNumbers
 
     if not isinstance(generator.caption_encoder, ClassNumbers):
-        raise ValueError("this model takes captions; FID here is of class-conditional models, or of pictures (--images)")
+        raise ValueError(
+            "this model takes captions; FID here is of class-conditional models, or of pictures (--images)"
+        )
     return [{"prompt": str(number)} for number in range(generator.caption_encoder.num_classes)]
 
 
@@ -100,7 +108,9 @@ def evaluate(options: argparse.Namespace) -> None:
         prompts = class_prompts(generator)
         each, rest = divmod(options.num_images or NUM_IMAGES, len(prompts))
         if rest or not each:
-            raise ValueError(f"--num-images is {options.num_images or NUM_IMAGES}; expected a multiple of the {len(prompts)} classes")
+            raise ValueError(
+                f"--num-images is {options.num_images or NUM_IMAGES}; expected a multiple of the {len(prompts)} classes"
+            )
         folder = out = run.generate_into(options, generator, "class_conditional", prompts, each)
         del generator
         if not run.scores():
@@ -141,7 +151,9 @@ def evaluate(options: argparse.Namespace) -> None:
     print(f"\n{samples.num} pictures of {folder} against {options.ref}, {network.name}")
     show(found)
     if samples.num < NUM_IMAGES:
-        print(f"NOT comparable with published numbers, which are of {NUM_IMAGES:,} pictures: FID falls as their number grows")
+        print(
+            f"NOT comparable with published numbers, which are of {NUM_IMAGES:,} pictures: FID falls as their number grows"
+        )
     print(f"\n{out / 'summary.json'}")
 
 
@@ -153,7 +165,9 @@ def show(found: Mapping[str, float]) -> None:
 
 
 def score_features(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m eval.fid score", description="Recorded features to scores.")
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.fid score", description="Recorded features to scores."
+    )
     parser.add_argument("--features", type=Path, required=True, metavar="FILE", help=".npz")
     add_split_size(parser)
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the scores as JSON")
@@ -171,7 +185,9 @@ def score_features(arguments: Sequence[str]) -> None:
 
 
 def add_split_size(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--split-size", type=int, default=score.SPLIT_SIZE, help="images a split of the Inception score")
+    parser.add_argument(
+        "--split-size", type=int, default=score.SPLIT_SIZE, help="images a split of the Inception score"
+    )
 
 
 def score_pictures(arguments: Sequence[str]) -> None:
@@ -180,13 +196,25 @@ def score_pictures(arguments: Sequence[str]) -> None:
         description="FID, sFID, Inception score, precision and recall. `score --features FILE` takes recorded features.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--ckpt", type=Path, help="consolidated class-conditional checkpoint, such as runs/NAME/model")
-    source.add_argument("--images", type=Path, metavar="PATH", help="a folder, or an .npz with arr_0, uint8 [N, H, W, 3]")
-    parser.add_argument("--ref", type=Path, required=True, metavar="PATH", help="ADM's reference .npz, or a folder")
-    parser.add_argument("--out", type=Path, help="default: runs/eval/NAME of the checkpoint's run, or of the pictures")
-    parser.add_argument("--num-images", type=int, help=f"in all, as many of each class (default {NUM_IMAGES})")
+    source.add_argument(
+        "--ckpt", type=Path, help="consolidated class-conditional checkpoint, such as runs/NAME/model"
+    )
+    source.add_argument(
+        "--images", type=Path, metavar="PATH", help="a folder, or an .npz with arr_0, uint8 [N, H, W, 3]"
+    )
+    parser.add_argument(
+        "--ref", type=Path, required=True, metavar="PATH", help="ADM's reference .npz, or a folder"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="default: runs/eval/NAME of the checkpoint's run, or of the pictures"
+    )
+    parser.add_argument(
+        "--num-images", type=int, help=f"in all, as many of each class (default {NUM_IMAGES})"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--inception", type=Path, metavar="FILE", help="torch-fidelity's weights; default: downloaded once")
+    parser.add_argument(
+        "--inception", type=Path, metavar="FILE", help="torch-fidelity's weights; default: downloaded once"
+    )
     add_split_size(parser)
     add_generation(parser, needs=", with --ckpt")
     options = parser.parse_args(arguments)

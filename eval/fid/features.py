@@ -19,7 +19,9 @@ from eval.fid.sources import DAMAGE, Pictures
 KINDS = ("pool", "spatial", "logits")
 
 
-def extract(pictures: Pictures, network: Callable, name: str, folder: Path, batch_size: int) -> dict[str, np.ndarray]:
+def extract(
+    pictures: Pictures, network: Callable, name: str, folder: Path, batch_size: int
+) -> dict[str, np.ndarray]:
     """pool, spatial and logits of all pictures, [N, C] float32.
 
     network: [B, H, W, 3] uint8 -> an object with those three; name: the network's, with its weights' hash. folder: where

@@ -35,16 +35,22 @@ class Inception:
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError:
-            raise ValueError("Inception features need the package torch-fidelity: pip install -e '.[eval]'") from None
+            raise ValueError(
+                "Inception features need the package torch-fidelity: pip install -e '.[eval]'"
+            ) from None
         # The class takes a file and unpickles it; this one is our own.
         buffer = io.BytesIO()
         torch.save(state, buffer)
         buffer.seek(0)
         try:
-            self.net = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=buffer)
+            self.net = FeatureExtractorInceptionV3(
+                "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=buffer
+            )
         except (RuntimeError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"--inception: {name} does not hold torch-fidelity's Inception ({reason})") from None
+            raise ValueError(
+                f"--inception: {name} does not hold torch-fidelity's Inception ({reason})"
+            ) from None
         self.net.to(device)
         self.device, self.name = device, f"{name} ({weight_hash(state)[:12]})"
         self._spatial: Tensor | None = None
@@ -58,10 +64,14 @@ class Inception:
                 return cls(torch.load(path, map_location="cpu", weights_only=True), device, path.name)
             from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as url
 
-            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
+            state = torch.hub.load_state_dict_from_url(
+                url, map_location="cpu", check_hash=True, weights_only=True
+            )
             return cls(state, device, url.rsplit("/", 1)[-1])
         except ImportError:
-            raise ValueError("Inception features need the package torch-fidelity: pip install -e '.[eval]'") from None
+            raise ValueError(
+                "Inception features need the package torch-fidelity: pip install -e '.[eval]'"
+            ) from None
         except ValueError:
             raise
         except Exception as error:  # any: the network's, the file's
@@ -79,9 +89,13 @@ class Inception:
         try:
             pool, logits = self.net(pixels)
         except torch.OutOfMemoryError:
-            raise ValueError(f"the GPU has too little memory for {len(pictures)} pictures; try a smaller --batch-size") from None
+            raise ValueError(
+                f"the GPU has too little memory for {len(pictures)} pictures; try a smaller --batch-size"
+            ) from None
         spatial = self._spatial.permute(0, 2, 3, 1).flatten(1)
         features = Features(*(part.float().cpu().numpy() for part in (pool, spatial, logits)))
         if not all(np.isfinite(part).all() for part in features):
-            raise ValueError(f"{self.name} gives features that are not finite: its weights or this machine compute nonsense")
+            raise ValueError(
+                f"{self.name} gives features that are not finite: its weights or this machine compute nonsense"
+            )
         return features

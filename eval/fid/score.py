@@ -34,7 +34,9 @@ def statistics(features: np.ndarray) -> Statistics:
 def frechet_distance(one: Statistics, other: Statistics) -> float:
     """|difference of means|^2 + tr(A + B - 2 sqrt(A B)). Raises ValueError for widths that differ or a root that is complex."""
     if one.mean.shape != other.mean.shape:
-        raise ValueError(f"features are {one.mean.shape[0]} and {other.mean.shape[0]} wide; expected one width")
+        raise ValueError(
+            f"features are {one.mean.shape[0]} and {other.mean.shape[0]} wide; expected one width"
+        )
     difference = one.mean - other.mean
     root = linalg.sqrtm(one.covariance @ other.covariance)
     if not np.isfinite(root).all():
@@ -60,12 +62,16 @@ def inception_score(logits: np.ndarray, split_size: int = SPLIT_SIZE) -> float:
     for start in range(0, len(shares), split_size):
         part = shares[start : start + split_size]
         # A class of share 0 adds nothing to the divergence.
-        logs = np.log(part, where=part > 0, out=np.zeros_like(part)) - np.log(part.mean(axis=0, keepdims=True).clip(1e-38))
+        logs = np.log(part, where=part > 0, out=np.zeros_like(part)) - np.log(
+            part.mean(axis=0, keepdims=True).clip(1e-38)
+        )
         scores.append(np.exp((part * logs).sum(axis=1).mean()))
     return float(np.mean(scores))
 
 
-def precision_recall(reference: np.ndarray, samples: np.ndarray, neighbours: int = NEIGHBOURS) -> tuple[float, float]:
+def precision_recall(
+    reference: np.ndarray, samples: np.ndarray, neighbours: int = NEIGHBOURS
+) -> tuple[float, float]:
     """[N, C], [M, C] -> (share of samples inside the reference's manifold, share of references inside the samples').
 
     A manifold is the union of balls around its points, each reaching to the point's k-th neighbour (Kynkäänniemi et
@@ -74,7 +80,9 @@ def precision_recall(reference: np.ndarray, samples: np.ndarray, neighbours: int
     """
     for name, points in (("reference", reference), ("samples", samples)):
         if len(points) <= neighbours:
-            raise ValueError(f"precision and recall need more than {neighbours} images, the {name} have {len(points)}")
+            raise ValueError(
+                f"precision and recall need more than {neighbours} images, the {name} have {len(points)}"
+            )
     precision = _inside(samples, reference, _radii(reference, neighbours)).mean()
     recall = _inside(reference, samples, _radii(samples, neighbours)).mean()
     return float(precision), float(recall)
@@ -86,7 +94,10 @@ def _distances(rows: np.ndarray, points: np.ndarray):
     squares = np.square(points).sum(axis=1)
     for start in range(0, len(rows), BLOCK):
         block = rows[start : start + BLOCK].astype(np.float64)
-        yield slice(start, start + len(block)), np.square(block).sum(axis=1)[:, None] + squares - 2 * block @ points.T
+        yield (
+            slice(start, start + len(block)),
+            np.square(block).sum(axis=1)[:, None] + squares - 2 * block @ points.T,
+        )
 
 
 def _radii(points: np.ndarray, neighbours: int) -> np.ndarray:

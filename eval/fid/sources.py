@@ -43,7 +43,10 @@ def find(path: Path, *, num_prompts: int | None = None, num_images: int | None =
         raise ValueError(f"{path} is neither a folder nor an .npz file")
     if (path / layout.RECORD).is_file() or num_prompts is not None:
         record = layout.read_record(path)
-        num_prompts, num_images = num_prompts or record.get("num_prompts"), num_images or record.get("num_images")
+        num_prompts, num_images = (
+            num_prompts or record.get("num_prompts"),
+            num_images or record.get("num_images"),
+        )
         prompts = layout.image_files(path, num_prompts=num_prompts, num_images=num_images)
         files = [images[number] for number in range(len(prompts[0])) for images in prompts]
     else:
@@ -62,7 +65,9 @@ def _read_files(files: Sequence[Path], size: int) -> Iterator[np.ndarray]:
             first = first or image.size
             if image.size != first:
                 sides = " and ".join(f"{width}x{height}" for width, height in (first, image.size))
-                raise ValueError(f"{file}: pictures of {sides} in one folder; expected one size, as generated or cropped")
+                raise ValueError(
+                    f"{file}: pictures of {sides} in one folder; expected one size, as generated or cropped"
+                )
             batch.append(np.asarray(image))
         yield np.stack(batch)
 
@@ -90,7 +95,9 @@ def _read_archive(path: Path, size: int) -> Iterator[np.ndarray]:
             except DAMAGE as error:
                 raise ValueError(f"{path}: damaged after {start} pictures ({error})") from None
             if len(content) < np.prod(shape):
-                raise ValueError(f"{path}: ends within picture {start + len(content) // int(np.prod(sides))} of {num}")
+                raise ValueError(
+                    f"{path}: ends within picture {start + len(content) // int(np.prod(sides))} of {num}"
+                )
             yield np.frombuffer(content, np.uint8).reshape(shape)
 
 
@@ -130,9 +137,13 @@ def reference_statistics(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]
             wide = (WIDTHS[kind],)
             if found[mean].shape != wide or found[covariance].shape != wide * 2:
                 shapes = f"{list(found[mean].shape)} and {list(found[covariance].shape)}"
-                raise ValueError(f"{path}: {mean} and {covariance} are of shapes {shapes}; expected {list(wide)} and {list(wide * 2)}")
+                raise ValueError(
+                    f"{path}: {mean} and {covariance} are of shapes {shapes}; expected {list(wide)} and {list(wide * 2)}"
+                )
             for name in (mean, covariance):
                 if found[name].dtype.kind != "f" or not np.isfinite(found[name]).all():
-                    raise ValueError(f"{path}: {name} is {found[name].dtype}, or not finite; expected finite floats")
+                    raise ValueError(
+                        f"{path}: {name} is {found[name].dtype}, or not finite; expected finite floats"
+                    )
             statistics[kind] = found[mean], found[covariance]
     return statistics

@@ -74,7 +74,10 @@ def score(
                     part.append((metadata, path))
                 except ValueError as error:  # told below with all others
                     problems.append(str(error).replace(f"{folder}{os.sep}", ""))
-            colored = [[clause["class"] for clause in metadata["include"] if "color" in clause] for metadata, _ in part]
+            colored = [
+                [clause["class"] for clause in metadata["include"] if "color" in clause]
+                for metadata, _ in part
+            ]
             found = detector.detect_batch(images, colored)
             for (metadata, path), detections in zip(part, found, strict=True):
                 verdict = judge(metadata, *by_class(detections), suite.settings)
@@ -102,7 +105,9 @@ def strange(suite: Suite, prompts: list[dict], files: list[list[Path]]) -> list[
         left[asked(metadata)] -= 1
         if left[asked(metadata)] < 0:
             place = images[0].parent.parent.name
-            problems.append(f"{place}/metadata.jsonl is of no prompt of suite {suite.name}, or of one that other folders have")
+            problems.append(
+                f"{place}/metadata.jsonl is of no prompt of suite {suite.name}, or of one that other folders have"
+            )
     return problems
 
 
@@ -110,7 +115,9 @@ def asked(metadata: dict) -> str:
     return json.dumps([metadata["tag"], metadata["include"], metadata.get("exclude", [])], sort_keys=True)
 
 
-def write(out: Path, folder: Path, suite: Suite, results: list[dict], problems: list[str], facts: dict) -> dict:
+def write(
+    out: Path, folder: Path, suite: Suite, results: list[dict], problems: list[str], facts: dict
+) -> dict:
     """Write results.jsonl, report.html and summary.json, which comes last; returns the summary. facts: what it also holds."""
     record = layout.read_record(folder)
     summary = {
@@ -153,7 +160,9 @@ def evaluate(options: argparse.Namespace) -> None:
     choice = suites.DetectorChoice(options.detector, options.clip, options.device)
     suite = suites.load(options.suite, options.num_prompts, choice)
     if 0 < options.num_bound_images < (least := len({prompt["tag"] for prompt in suite.prompts})):
-        raise ValueError(f"--num-bound-images is {options.num_bound_images}; expected 0, or at least one per skill, {least}")
+        raise ValueError(
+            f"--num-bound-images is {options.num_bound_images}; expected 0, or at least one per skill, {least}"
+        )
     tested = None
     if run.scores():
         # What is wrong with the detector is told before hours of generating.
@@ -194,21 +203,36 @@ def main(arguments: list[str] | None = None) -> int:
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--ckpt", type=Path, help="consolidated checkpoint, such as runs/NAME/model")
-    source.add_argument("--images", type=Path, metavar="FOLDER", help="images in GenEval's layout; nothing is generated")
-    parser.add_argument("--suite", default="geneval", help=f"one of {', '.join(suites.SUITES)} (default geneval)")
-    parser.add_argument("--out", type=Path, help="default: runs/eval/NAME of the checkpoint's run, or the images' folder")
-    parser.add_argument("--num-prompts", type=int, help="per skill; default: the suite's own number")
-    parser.add_argument("--num-images", type=int, help=f"per prompt (default {suites.NUM_IMAGES}, or as generated)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--num-bound-images", type=int, default=300, help="pictures drawn for ceiling and chance (default 300, 0 is none)"
+    source.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="images in GenEval's layout; nothing is generated"
     )
     parser.add_argument(
-        "--allow-partial", action="store_true", help="score what is there; the score is marked partial wherever it is printed"
+        "--suite", default="geneval", help=f"one of {', '.join(suites.SUITES)} (default geneval)"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="default: runs/eval/NAME of the checkpoint's run, or the images' folder"
+    )
+    parser.add_argument("--num-prompts", type=int, help="per skill; default: the suite's own number")
+    parser.add_argument(
+        "--num-images", type=int, help=f"per prompt (default {suites.NUM_IMAGES}, or as generated)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--num-bound-images",
+        type=int,
+        default=300,
+        help="pictures drawn for ceiling and chance (default 300, 0 is none)",
+    )
+    parser.add_argument(
+        "--allow-partial",
+        action="store_true",
+        help="score what is there; the score is marked partial wherever it is printed",
     )
     suites.add_detector(parser)
     parser.add_argument(
-        "--no-self-test", action="store_true", help="score also with a detector that fails `self-test`; the summary tells"
+        "--no-self-test",
+        action="store_true",
+        help="score also with a detector that fails `self-test`; the summary tells",
     )
     add_generation(parser, needs=", with --ckpt")
     options = parser.parse_args(arguments)

@@ -66,7 +66,9 @@ def _chance(suite: Suite, skills: list[str], prompts: list[dict], found: list[tu
     shares: dict[str, list[float]] = {skill: [] for skill in skills}
     for metadata in suite.prompts:
         # Two captions may ask for the same thing in other words.
-        others = [d for other, d in zip(prompts, found, strict=True) if other["include"] != metadata["include"]]
+        others = [
+            d for other, d in zip(prompts, found, strict=True) if other["include"] != metadata["include"]
+        ]
         passed = sum(judge(metadata, *detections, suite.settings).correct for detections in others)
         shares[metadata["tag"]].append(passed / max(1, len(others)))
     return _bound(len(found), {skill: float(np.mean(values)) for skill, values in shares.items()})
@@ -76,7 +78,9 @@ def _bound(num_images: int, skills: dict[str, float]) -> dict:
     return {"num_images": num_images, "skills": skills, "overall": float(np.mean(list(skills.values())))}
 
 
-def round_trip(images: list[Image.Image], image_tokenizer: Any, *, batch_size: int = 32) -> Iterator[Image.Image]:
+def round_trip(
+    images: list[Image.Image], image_tokenizer: Any, *, batch_size: int = 32
+) -> Iterator[Image.Image]:
     """Images of the image tokenizer's size, encoded and decoded again."""
     import torch
 
@@ -92,10 +96,13 @@ def round_trip(images: list[Image.Image], image_tokenizer: Any, *, batch_size: i
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m eval.geneval.ceiling", description="Measure what a suite's scores can reach, and chance."
+        prog="python -m eval.geneval.ceiling",
+        description="Measure what a suite's scores can reach, and chance.",
     )
     parser.add_argument("--suite", default="shapes", help=f"one of {', '.join(suites.SUITES)}")
-    parser.add_argument("--image-tokenizer", type=Path, metavar="FOLDER", help="weights of a janus_vq image tokenizer")
+    parser.add_argument(
+        "--image-tokenizer", type=Path, metavar="FOLDER", help="weights of a janus_vq image tokenizer"
+    )
     parser.add_argument("--num-images", type=int, default=1000)
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the numbers as JSON")
     options = parser.parse_args(arguments)
@@ -110,14 +117,20 @@ def main(arguments: list[str] | None = None) -> int:
         bounds = measure(suite, image_tokenizer, num_images=options.num_images)
         if options.out is not None:
             source = None if options.image_tokenizer is None else str(options.image_tokenizer)
-            content = {"suite": suite.name, "detector": suite.detector().name, "image_tokenizer": source} | bounds
+            content = {
+                "suite": suite.name,
+                "detector": suite.detector().name,
+                "image_tokenizer": source,
+            } | bounds
             write_text(options.out, json.dumps(content, indent=2) + "\n")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for name, bound in (bounds["ceiling"] | {"chance": bounds["chance"]}).items():
         skills = "  ".join(f"{skill} {100 * share:.1f}" for skill, share in bound["skills"].items())
-        print(f"{name.replace('_', ' '):11} {100 * bound['overall']:5.1f} % of {bound['num_images']} pictures   {skills}")
+        print(
+            f"{name.replace('_', ' '):11} {100 * bound['overall']:5.1f} % of {bound['num_images']} pictures   {skills}"
+        )
     return 0
 
 

@@ -18,7 +18,11 @@ from eval.geneval.score import COLORS
 from mmtensorar.weights import weight_hash
 
 MODEL = "ViT-L-14-quickgelu"
-PROMPTS = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
+PROMPTS = (
+    "a photo of a {color} {name}",
+    "a photo of a {color}-colored {name}",
+    "a photo of a {color} object",
+)
 AROUND = (0x99, 0x99, 0x99)
 BATCH = 64
 
@@ -47,12 +51,16 @@ class ColorClassifier:
         return cls(model, transform, open_clip.get_tokenizer(MODEL), name, device)
 
     @torch.no_grad()
-    def classify(self, image: Image.Image, objects: Sequence[tuple[str, np.ndarray, Sequence[float]]]) -> list[str]:
+    def classify(
+        self, image: Image.Image, objects: Sequence[tuple[str, np.ndarray, Sequence[float]]]
+    ) -> list[str]:
         """RGB image and (class name, mask [H, W] bool, box) of its objects -> a colour each."""
         colors: list[str] = []
         for start in range(0, len(objects), BATCH):
             part = objects[start : start + BATCH]
-            crops = torch.stack([self.transform(alone(image, mask, box)) for _, mask, box in part]).to(self.device)
+            crops = torch.stack([self.transform(alone(image, mask, box)) for _, mask, box in part]).to(
+                self.device
+            )
             with self._autocast():
                 features = functional.normalize(self.model.encode_image(crops).float(), dim=-1)  # [N, D]
             texts = torch.stack([self._text(name) for name, _, _ in part])  # [N, colours, D]

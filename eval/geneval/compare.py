@@ -28,11 +28,16 @@ def read(folder: Path) -> tuple[dict, dict[str, dict[str, float]]]:
     summary = report_table.read_summary(folder / "summary.json")
     verdicts: dict[str, dict[str, list[bool]]] = {}
     for where, row in lines.read(folder / "results.jsonl"):
-        if not isinstance(row.get("metadata"), str) or not isinstance(row.get("tag"), str) or type(row.get("correct")) is not bool:
+        if (
+            not isinstance(row.get("metadata"), str)
+            or not isinstance(row.get("tag"), str)
+            or type(row.get("correct")) is not bool
+        ):
             raise ValueError(f"{where}: expected tag, metadata and correct")
         verdicts.setdefault(row["tag"], {}).setdefault(row["metadata"], []).append(row["correct"])
     return summary, {
-        tag: {prompt: sum(given) / len(given) for prompt, given in prompts.items()} for tag, prompts in verdicts.items()
+        tag: {prompt: sum(given) / len(given) for prompt, given in prompts.items()}
+        for tag, prompts in verdicts.items()
     }
 
 
@@ -40,7 +45,9 @@ def differences(
     one: Mapping[str, Mapping[str, float]], other: Mapping[str, Mapping[str, float]], seed: int = 0
 ) -> dict[str, tuple[float, float, float]]:
     """Skill, and overall -> (other - one, low, high), shares of 1. Raises ValueError when their prompts differ."""
-    if {tag: prompts.keys() for tag, prompts in one.items()} != {tag: prompts.keys() for tag, prompts in other.items()}:
+    if {tag: prompts.keys() for tag, prompts in one.items()} != {
+        tag: prompts.keys() for tag, prompts in other.items()
+    }:
         raise ValueError("they have other prompts; only scores on the same prompts can be compared in pairs")
     rng = np.random.default_rng(seed)
     found, means, resampled = {}, [], []
@@ -60,14 +67,28 @@ def render(baseline: str, found: Mapping[str, Mapping[str, tuple[float, float, f
     skills = list(next(iter(found.values())))
     table = [[f"minus {baseline}", *skills]]
     for name, row in found.items():
-        table.append([name, *(f"{100 * d:+.1f} [{100 * low:+.1f} {100 * high:+.1f}]" for d, low, high in map(row.get, skills))])
+        table.append(
+            [
+                name,
+                *(
+                    f"{100 * d:+.1f} [{100 * low:+.1f} {100 * high:+.1f}]"
+                    for d, low, high in map(row.get, skills)
+                ),
+            ]
+        )
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table)
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table
+    )
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.geneval compare", description="Models on the same prompts.")
-    parser.add_argument("folders", nargs="+", metavar="[NAME=]FOLDER", help="the first is what the others are compared with")
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.geneval compare", description="Models on the same prompts."
+    )
+    parser.add_argument(
+        "folders", nargs="+", metavar="[NAME=]FOLDER", help="the first is what the others are compared with"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the differences as JSON")
     options = parser.parse_args(arguments)
     try:
@@ -87,9 +108,13 @@ def main(arguments: Sequence[str]) -> int:
                 found[name] = differences(both[baseline][1], both[name][1])
             except ValueError as error:
                 raise ValueError(f"{folders[baseline]} and {folders[name]}: {error}") from None
-        print(f"\nDifferences in points [95 % interval, paired bootstrap over prompts]:\n{render(baseline, found)}")
+        print(
+            f"\nDifferences in points [95 % interval, paired bootstrap over prompts]:\n{render(baseline, found)}"
+        )
         if options.out is not None:
-            layout.write_text(options.out, json.dumps({"baseline": baseline, "differences": found}, indent=2) + "\n")
+            layout.write_text(
+                options.out, json.dumps({"baseline": baseline, "differences": found}, indent=2) + "\n"
+            )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

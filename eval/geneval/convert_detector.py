@@ -103,21 +103,38 @@ def _tensors(name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
     if name.endswith("relative_position_index"):
         return
     if found := re.fullmatch(r"backbone\.norm(\d)\.(weight|bias)", name):
-        yield f"model.pixel_level_module.encoder.hidden_states_norms.stage{int(found[1]) + 1}.{found[2]}", value
-    elif found := re.fullmatch(r"(backbone\.stages\.(\d+)\.blocks\.(\d+))\.attn\.w_msa\.(qkv\.weight|qkv\.bias|.*_table)", name):
-        attention = f"model.pixel_level_module.encoder.swin.encoder.layers.{found[2]}.blocks.{found[3]}.attention"
+        yield (
+            f"model.pixel_level_module.encoder.hidden_states_norms.stage{int(found[1]) + 1}.{found[2]}",
+            value,
+        )
+    elif found := re.fullmatch(
+        r"(backbone\.stages\.(\d+)\.blocks\.(\d+))\.attn\.w_msa\.(qkv\.weight|qkv\.bias|.*_table)", name
+    ):
+        attention = (
+            f"model.pixel_level_module.encoder.swin.encoder.layers.{found[2]}.blocks.{found[3]}.attention"
+        )
         if found[4].startswith("qkv"):
             for part, each in zip("qkv", value.chunk(3), strict=True):
                 yield f"{attention}.{part}_proj.{found[4][4:]}", each
         else:
             yield f"{attention}.relative_position_bias.{found[4]}", value
-    elif found := re.fullmatch(r"backbone\.stages\.(\d+)\.downsample\.(norm\.weight|norm\.bias|reduction\.weight)", name):
-        yield f"model.pixel_level_module.encoder.swin.encoder.layers.{found[1]}.downsample.{found[2]}", _merged(value)
+    elif found := re.fullmatch(
+        r"backbone\.stages\.(\d+)\.downsample\.(norm\.weight|norm\.bias|reduction\.weight)", name
+    ):
+        yield (
+            f"model.pixel_level_module.encoder.swin.encoder.layers.{found[1]}.downsample.{found[2]}",
+            _merged(value),
+        )
     elif name == "panoptic_head.pixel_decoder.level_encoding.weight":
         yield "model.pixel_level_module.decoder.level_embed", value
     elif found := re.fullmatch(r"panoptic_head\.mask_embed\.([024])\.(weight|bias)", name):
-        yield f"model.transformer_module.decoder.mask_predictor.mask_embedder.{int(found[1]) // 2}.0.{found[2]}", value
-    elif found := re.fullmatch(r"panoptic_head\.transformer_decoder\.layers\.(\d+)\.attentions\.1\.attn\.in_proj_(weight|bias)", name):
+        yield (
+            f"model.transformer_module.decoder.mask_predictor.mask_embedder.{int(found[1]) // 2}.0.{found[2]}",
+            value,
+        )
+    elif found := re.fullmatch(
+        r"panoptic_head\.transformer_decoder\.layers\.(\d+)\.attentions\.1\.attn\.in_proj_(weight|bias)", name
+    ):
         for part, each in zip("qkv", value.chunk(3), strict=True):
             yield f"model.transformer_module.decoder.layers.{found[1]}.self_attn.{part}_proj.{found[2]}", each
     else:
@@ -149,19 +166,31 @@ def convert(file: Path, out: Path) -> None:
     source = Checkpoint(file, ["state_dict"])
     try:
         settings = config(source.shapes)
-        state = {ours: value for name, theirs in source.read(source.shapes) for ours, value in _tensors(name, theirs)}
+        state = {
+            ours: value
+            for name, theirs in source.read(source.shapes)
+            for ours, value in _tensors(name, theirs)
+        }
         model = Mask2FormerForUniversalSegmentation(settings)
     except KeyError as error:
-        raise ValueError(f"{file}: no mmdet Mask2Former with a Swin backbone, {error.args[0]} is missing") from None
+        raise ValueError(
+            f"{file}: no mmdet Mask2Former with a Swin backbone, {error.args[0]} is missing"
+        ) from None
     except ValueError as error:
         raise ValueError(f"{file}: {' '.join(str(error).split())}") from None
     except (RuntimeError, IndexError, ZeroDivisionError, AssertionError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{file}: its tensors do not have the shapes of mmdet's Mask2Former ({reason})") from None
+        raise ValueError(
+            f"{file}: its tensors do not have the shapes of mmdet's Mask2Former ({reason})"
+        ) from None
     # empty_weight is of the loss, swin.layernorm of an output that is not used; transformers makes both.
     computed = ("criterion.", "model.pixel_level_module.encoder.swin.layernorm.")
-    wanted = {name: value.shape for name, value in model.state_dict().items() if not name.startswith(computed)}
-    different = sorted(wanted.keys() ^ state.keys()) or [name for name in wanted if wanted[name] != state[name].shape]
+    wanted = {
+        name: value.shape for name, value in model.state_dict().items() if not name.startswith(computed)
+    }
+    different = sorted(wanted.keys() ^ state.keys()) or [
+        name for name in wanted if wanted[name] != state[name].shape
+    ]
     if different:
         raise ValueError(
             f"{file}: {len(different)} tensors do not fit this version of transformers' Mask2Former, among them {', '.join(different[:5])}"
@@ -172,9 +201,12 @@ def convert(file: Path, out: Path) -> None:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m eval.geneval convert-detector", description="mmdet's Mask2Former to a folder that --detector takes."
+        prog="python -m eval.geneval convert-detector",
+        description="mmdet's Mask2Former to a folder that --detector takes.",
     )
-    parser.add_argument("file", type=Path, help="mmdet's .pth, such as mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_....pth")
+    parser.add_argument(
+        "file", type=Path, help="mmdet's .pth, such as mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_....pth"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     options = parser.parse_args(arguments)
     try:

@@ -122,7 +122,9 @@ class ShapesDetector(Detector):
                 continue
             toward = palette[nearest] - ground[r, c]
             alpha = np.zeros((height, width), np.float32)
-            alpha[r, c] = np.clip(((pixels[r, c] - ground[r, c]) * toward).sum(-1) / (toward**2).sum(-1), 0, 1)
+            alpha[r, c] = np.clip(
+                ((pixels[r, c] - ground[r, c]) * toward).sum(-1) / (toward**2).sum(-1), 0, 1
+            )
             if not (alpha > 0.5).any():
                 continue
             stretched, aspect, (x1, y1, x2, y2) = _stretch(alpha)

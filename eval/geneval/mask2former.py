@@ -57,7 +57,11 @@ def prepare(images: Sequence[Image.Image]) -> tuple[Tensor, tuple[int, int]]:
 
 @torch.no_grad()
 def instances(
-    class_logits: Tensor, mask_logits: Tensor, padded: tuple[int, int], resized: tuple[int, int], size: tuple[int, int]
+    class_logits: Tensor,
+    mask_logits: Tensor,
+    padded: tuple[int, int],
+    resized: tuple[int, int],
+    size: tuple[int, int],
 ) -> Instances:
     """[Q, classes + 1], [Q, h, w] of one picture -> its instances. Sizes are (H, W); size: the picture's own."""
     num_classes = class_logits.shape[1] - 1
@@ -68,7 +72,9 @@ def instances(
     masks, boxes = torch.zeros(len(pairs), *size, dtype=torch.bool), torch.zeros(len(pairs), 4)
     means = torch.zeros(len(pairs))
     for query in queries.unique().tolist():
-        logits = functional.interpolate(mask_logits[None, None, query].float(), padded, mode="bilinear", align_corners=False)
+        logits = functional.interpolate(
+            mask_logits[None, None, query].float(), padded, mode="bilinear", align_corners=False
+        )
         logits = logits[..., : resized[0], : resized[1]]
         logits = functional.interpolate(logits, size, mode="bilinear", align_corners=False)[0, 0].cpu()
         mask, here = logits > 0, (queries == query).cpu()
@@ -96,7 +102,9 @@ def plausible(found: Instances) -> str | None:
 class Mask2FormerDetector(Detector):
     """See the top. classes: the names of its labels."""
 
-    def __init__(self, model, name: str, classes: Sequence[str], colors: ColorClassifier, device: torch.device):
+    def __init__(
+        self, model, name: str, classes: Sequence[str], colors: ColorClassifier, device: torch.device
+    ):
         if (found := model.config.num_labels) != len(classes):
             raise ValueError(f"{name} tells {found} classes apart; expected the {len(classes)} of COCO")
         self.model = model.to(device).eval().requires_grad_(False)
@@ -104,14 +112,18 @@ class Mask2FormerDetector(Detector):
         self.name = f"{name} ({weight_hash({k: v.cpu() for k, v in model.state_dict().items()})[:12]}), colours {colors.name}"
 
     @classmethod
-    def load(cls, path: str, classes: Sequence[str], colors: ColorClassifier, device: torch.device) -> Mask2FormerDetector:
+    def load(
+        cls, path: str, classes: Sequence[str], colors: ColorClassifier, device: torch.device
+    ) -> Mask2FormerDetector:
         """path: a folder or Hugging Face id. Raises ValueError when there is no such model or it does not fit."""
         from transformers import Mask2FormerForUniversalSegmentation
 
         folder = locate(path, key="--detector")
         try:
             model = Mask2FormerForUniversalSegmentation.from_pretrained(folder, use_safetensors=True)
-        except Exception as error:  # any: configuration and weights from outside go through code that expects good ones
+        except (
+            Exception
+        ) as error:  # any: configuration and weights from outside go through code that expects good ones
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise ValueError(f"--detector: {path} cannot be loaded as a Mask2Former ({reason})") from None
         return cls(model.float(), path, classes, colors, device)
@@ -127,13 +139,17 @@ class Mask2FormerDetector(Detector):
         try:
             output = self.model(pixel_values=pixels.to(self.device))
         except torch.OutOfMemoryError:
-            raise ValueError(f"the GPU has too little memory to look at {len(images)} images; try a smaller --batch-size") from None
+            raise ValueError(
+                f"the GPU has too little memory to look at {len(images)} images; try a smaller --batch-size"
+            ) from None
         size, padded = images[0].size[::-1], tuple(pixels.shape[-2:])
         pairs = zip(output.class_queries_logits, output.masks_queries_logits, strict=True)
         found = [instances(*pair, padded, resized, size) for pair in pairs]
         for each in found:
             if problem := plausible(each):
-                raise ValueError(f"the detector {self.name} gives {problem}: its weights or this machine compute nonsense")
+                raise ValueError(
+                    f"the detector {self.name} gives {problem}: its weights or this machine compute nonsense"
+                )
         return found
 
     def detect_batch(

@@ -48,7 +48,9 @@ def _counting(rng: np.random.Generator) -> dict:
     count = int(rng.integers(2, 4, endpoint=True))
     plural = f"{name}es" if name[-1] == "s" else f"{name}s"
     too_many = [{"class": name, "count": count + 1}]
-    return _sample("counting", [{"class": name, "count": count}], f"{NUMBERS[count]} {plural}", exclude=too_many)
+    return _sample(
+        "counting", [{"class": name, "count": count}], f"{NUMBERS[count]} {plural}", exclude=too_many
+    )
 
 
 def _colors(rng: np.random.Generator) -> dict:

@@ -43,7 +43,11 @@ def _problem(case: Mapping) -> str | None:
         if not isinstance(rows, list) or not all(_is_row(row) for row in rows):
             return f"detections of {name}: expected rows [x1, y1, x2, y2, score] of numbers"
         told = colors.get(name, [])
-        if not isinstance(told, list) or (told and len(told) != len(rows)) or not set(map(str, told)) <= {*COLORS, "None"}:
+        if (
+            not isinstance(told, list)
+            or (told and len(told) != len(rows))
+            or not set(map(str, told)) <= {*COLORS, "None"}
+        ):
             return f"colors of {name}: expected one of GenEval's colours for each of its {len(rows)} rows, got {told!r}"
     known = asdict(Settings())
     for name, value in options.items():
@@ -68,15 +72,23 @@ def score(case: Mapping) -> Verdict:
 def disagreements(case: Mapping, verdict: Verdict) -> list[str]:
     """What differs from the verdict that a case holds; of one without a verdict nothing does."""
     found = verdict._asdict()
-    return [f"{key}: recorded {case[key]!r}, found {found[key]!r}" for key in VERDICT if key in case and case[key] != found[key]]
+    return [
+        f"{key}: recorded {case[key]!r}, found {found[key]!r}"
+        for key in VERDICT
+        if key in case and case[key] != found[key]
+    ]
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m eval.geneval score", description="Score recorded detections by GenEval's rules."
     )
-    parser.add_argument("--detections", type=Path, required=True, metavar="FILE", help="cases, .jsonl or .jsonl.gz")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="results.jsonl, one line an image")
+    parser.add_argument(
+        "--detections", type=Path, required=True, metavar="FILE", help="cases, .jsonl or .jsonl.gz"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="results.jsonl, one line an image"
+    )
     options = parser.parse_args(arguments)
     num_recorded = num_equal = 0
     verdicts = []

@@ -41,7 +41,9 @@ def page(summary: dict, results: Sequence[dict], folder: Path) -> str:
         "detector": summary["detector"],
         "seed": summary.get("seed"),
     }
-    told = "<br>".join(f"{name}: {html.escape(str(value))}" for name, value in facts.items() if value is not None)
+    told = "<br>".join(
+        f"{name}: {html.escape(str(value))}" for name, value in facts.items() if value is not None
+    )
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8>",
         f"<title>{html.escape(title)}</title><style>{STYLE}</style>",
@@ -54,7 +56,9 @@ def page(summary: dict, results: Sequence[dict], folder: Path) -> str:
         parts.append(f"<h2>{html.escape(skill)}</h2><div class=pictures>")
         rows = [row for row in results if row["tag"] == skill]
         for correct in (True, False):
-            parts += [_figure(row, folder) for row in _spread([row for row in rows if row["correct"] == correct])]
+            parts += [
+                _figure(row, folder) for row in _spread([row for row in rows if row["correct"] == correct])
+            ]
         parts.append("</div>")
     return "\n".join(parts) + "\n</html>\n"
 

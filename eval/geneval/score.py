@@ -97,7 +97,9 @@ def judge(
         found = len(kept[name].boxes) if name in kept else 0
         if found >= count:
             reasons.append(f"expected {name}<{count}, found {found}")
-    return Verdict(not reasons, "\n".join(reasons), {name: len(objects.boxes) for name, objects in kept.items()})
+    return Verdict(
+        not reasons, "\n".join(reasons), {name: len(objects.boxes) for name, objects in kept.items()}
+    )
 
 
 def by_class(detections: Iterable) -> tuple[dict[str, list[list[float]]], dict[str, list[str | None]]]:
@@ -139,8 +141,12 @@ def _iou(a: np.ndarray, b: np.ndarray) -> np.float32:
 
 def _color_problem(clause: Mapping, colors: Sequence[str | None]) -> str:
     wanted, count = clause["color"], clause["count"]
-    others = ", ".join(f"{colors.count(color)} {color}" for color in COLORS if color != wanted and color in colors)
-    return f"expected {wanted} {clause['class']}>={count}, found {colors.count(wanted)} {wanted}; and {others}"
+    others = ", ".join(
+        f"{colors.count(color)} {color}" for color in COLORS if color != wanted and color in colors
+    )
+    return (
+        f"expected {wanted} {clause['class']}>={count}, found {colors.count(wanted)} {wanted}; and {others}"
+    )
 
 
 def _position_problem(
@@ -185,7 +191,9 @@ def wilson(correct: float, num: float) -> tuple[float, float]:
     centre = (share + spread / 2) / (1 + spread)
     half = Z * sqrt(share * (1 - share) / num + spread / num / 4) / (1 + spread)
     # At 0 and 1 the limit is exact on paper; rounding must not move it inside.
-    return (0.0 if correct == 0 else max(0.0, centre - half)), (1.0 if correct == num else min(1.0, centre + half))
+    return (0.0 if correct == 0 else max(0.0, centre - half)), (
+        1.0 if correct == num else min(1.0, centre + half)
+    )
 
 
 def summarize(results: Iterable[tuple[Mapping, bool]]) -> dict:
@@ -264,7 +272,8 @@ def _overall(skills: Mapping[str, Mapping]) -> dict:
     shares = [skill["accuracy"] for skill in skills.values()]
     mean = sum(shares) / len(shares)
     low, high = (
-        sqrt(sum((skill["accuracy"] - skill["interval"][side]) ** 2 for skill in skills.values())) / len(shares)
+        sqrt(sum((skill["accuracy"] - skill["interval"][side]) ** 2 for skill in skills.values()))
+        / len(shares)
         for side in (0, 1)
     )
     return {"accuracy": mean, "interval": [max(0.0, mean - low), min(1.0, mean + high)]}

@@ -70,7 +70,10 @@ def _finished(above: tuple, below: tuple, paint) -> Image.Image:
 def _polygon(x: float, y: float, radius: float, corners: int, side: int) -> list[tuple[float, float]]:
     turn = math.pi / corners
     return [
-        (side * (x + radius * math.sin(2 * turn * i + turn)), side * (y + radius * math.cos(2 * turn * i + turn)))
+        (
+            side * (x + radius * math.sin(2 * turn * i + turn)),
+            side * (y + radius * math.cos(2 * turn * i + turn)),
+        )
         for i in range(corners)
     ]
 
@@ -79,7 +82,9 @@ def _stop_sign(pen: ImageDraw.ImageDraw, side: int) -> None:
     pen.rectangle((0.485 * side, 0.4 * side, 0.515 * side, 0.95 * side), fill=(120, 120, 124))
     pen.polygon(_polygon(0.5, 0.38, 0.30, 8, side), fill=(250, 250, 250))
     pen.polygon(_polygon(0.5, 0.38, 0.28, 8, side), fill=(193, 20, 30))
-    pen.text((0.5 * side, 0.38 * side), "STOP", (250, 250, 250), ImageFont.load_default(0.19 * side), anchor="mm")
+    pen.text(
+        (0.5 * side, 0.38 * side), "STOP", (250, 250, 250), ImageFont.load_default(0.19 * side), anchor="mm"
+    )
 
 
 def _clock(pen: ImageDraw.ImageDraw, side: int) -> None:
@@ -88,7 +93,10 @@ def _clock(pen: ImageDraw.ImageDraw, side: int) -> None:
         return side * (0.5 + radius * math.sin(angle)), side * (0.45 - radius * math.cos(angle))
 
     for radius, color in ((0.33, (30, 30, 32)), (0.305, (250, 250, 248))):
-        pen.ellipse((side * (0.5 - radius), side * (0.45 - radius), side * (0.5 + radius), side * (0.45 + radius)), fill=color)
+        pen.ellipse(
+            (side * (0.5 - radius), side * (0.45 - radius), side * (0.5 + radius), side * (0.45 + radius)),
+            fill=color,
+        )
     font = ImageFont.load_default(0.06 * side)
     for hour in range(1, 13):
         pen.text(place(hour / 12, 0.255), str(hour), (20, 20, 20), font, anchor="mm")
@@ -99,7 +107,9 @@ def _clock(pen: ImageDraw.ImageDraw, side: int) -> None:
 
 def _traffic_light(pen: ImageDraw.ImageDraw, side: int) -> None:
     pen.rectangle((0.48 * side, 0.6 * side, 0.52 * side, 0.97 * side), fill=(70, 70, 74))
-    pen.rounded_rectangle((0.37 * side, 0.1 * side, 0.63 * side, 0.66 * side), radius=0.04 * side, fill=(34, 34, 36))
+    pen.rounded_rectangle(
+        (0.37 * side, 0.1 * side, 0.63 * side, 0.66 * side), radius=0.04 * side, fill=(34, 34, 36)
+    )
     for row, color in enumerate(((225, 30, 30), (90, 74, 20), (16, 70, 34))):
         top = 0.13 + 0.175 * row
         pen.ellipse((0.425 * side, top * side, 0.575 * side, (top + 0.15) * side), fill=color)
@@ -118,7 +128,9 @@ def run(detector: Mask2FormerDetector) -> dict:
     found = detector.detect_batch([*images, empty()], [[test.label] for test in tests] + [[]])
     problems = []
     alone = detector.detect_batch(images[:1], [[]])[0]
-    apart = max(abs(one.score - other.score) for one, other in zip(_ranked(alone), _ranked(found[0]), strict=True))
+    apart = max(
+        abs(one.score - other.score) for one, other in zip(_ranked(alone), _ranked(found[0]), strict=True)
+    )
     if apart > TOLERANCE:
         problems.append(f"a picture's scores differ by {apart:.2g} between a batch and alone")
     if (many := sum(one.score > threshold for one in found[-1])) >= MOST_IN_EMPTY:
@@ -166,7 +178,9 @@ def main(arguments: list[str]) -> int:
             options.out.mkdir(parents=True, exist_ok=True)
             for test in drawings():
                 test.image.save(options.out / f"{test.label.replace(' ', '_')}.png")
-        detector = suite.load("geneval", None, suite.DetectorChoice(options.detector, options.clip, options.device)).detector()
+        detector = suite.load(
+            "geneval", None, suite.DetectorChoice(options.detector, options.clip, options.device)
+        ).detector()
         outcome = run(detector)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

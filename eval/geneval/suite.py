@@ -62,8 +62,12 @@ class DetectorChoice(NamedTuple):
 def add_detector(parser: argparse.ArgumentParser) -> None:
     """Add the options of DetectorChoice but the device."""
     group = parser.add_argument_group("suite geneval")
-    group.add_argument("--detector", metavar="PATH", help=f"Mask2Former, a folder or hub id (default {MASK2FORMER})")
-    group.add_argument("--clip", metavar="PATH", help=f"weights of ViT-L/14: open_clip's tag or a file (default {CLIP})")
+    group.add_argument(
+        "--detector", metavar="PATH", help=f"Mask2Former, a folder or hub id (default {MASK2FORMER})"
+    )
+    group.add_argument(
+        "--clip", metavar="PATH", help=f"weights of ViT-L/14: open_clip's tag or a file (default {CLIP})"
+    )
 
 
 def load(name: str, num_prompts: int | None = None, choice: DetectorChoice = DetectorChoice()) -> Suite:
@@ -101,7 +105,9 @@ def geneval(num_prompts: int | None, choice: DetectorChoice) -> Suite:
         device = devices.pick(choice.device)
         weights.locate(choice.detector or MASK2FORMER, key="--detector")  # before CLIP is fetched
         classifier = colors.ColorClassifier.load(choice.clip or CLIP, device=device)
-        return mask2former.Mask2FormerDetector.load(choice.detector or MASK2FORMER, CLASSES, classifier, device)
+        return mask2former.Mask2FormerDetector.load(
+            choice.detector or MASK2FORMER, CLASSES, classifier, device
+        )
 
     chosen = [prompt for group in by_skill.values() for prompt in group[:num_prompts]]
     return Suite("geneval", tuple(chosen), CLASSES, cache(detector), Settings(), is_whole=True)

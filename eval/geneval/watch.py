@@ -87,10 +87,16 @@ def watch(run: Path, arguments: list[str], *, average: bool, once: bool, pause_s
                     raise
                 print(f"step {step} was deleted while it was read ({error})", flush=True)
                 continue
-            print(f"step {step}: {row['overall']:.1%} (in {run / SCORES}; pictures in {run / 'scores' / folder.name})", flush=True)
+            print(
+                f"step {step}: {row['overall']:.1%} (in {run / SCORES}; pictures in {run / 'scores' / folder.name})",
+                flush=True,
+            )
         if folder is None and (once or finished or not said):
             is_there = "nothing new" if (run / SCORES).is_file() else "no checkpoint yet (train.save_every)"
-            print(f"{run}: {is_there}{'' if once or finished else f'; looking every {pause_s:g} s, Ctrl-C ends it'}", flush=True)
+            print(
+                f"{run}: {is_there}{'' if once or finished else f'; looking every {pause_s:g} s, Ctrl-C ends it'}",
+                flush=True,
+            )
         said = folder is None
         if finished or once:
             return
@@ -100,12 +106,18 @@ def watch(run: Path, arguments: list[str], *, average: bool, once: bool, pause_s
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m eval.geneval watch", description=__doc__.splitlines()[0], epilog="Other options are those of eval.geneval."
+        prog="python -m eval.geneval watch",
+        description=__doc__.splitlines()[0],
+        epilog="Other options are those of eval.geneval.",
     )
     parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("--average", action="store_true", help="score the moving average of the weights (train.ema_decay)")
+    parser.add_argument(
+        "--average", action="store_true", help="score the moving average of the weights (train.ema_decay)"
+    )
     parser.add_argument("--once", action="store_true", help="score the newest checkpoint, and end")
-    parser.add_argument("--pause", type=float, default=30, metavar="SECONDS", help="between two looks (default 30)")
+    parser.add_argument(
+        "--pause", type=float, default=30, metavar="SECONDS", help="between two looks (default 30)"
+    )
     options, others = parser.parse_known_args(arguments)
     try:
         watch(options.run, others, average=options.average, once=options.once, pause_s=options.pause)

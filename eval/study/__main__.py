@@ -26,7 +26,22 @@ from mmtensorar.options import at_least_1
 
 RESULTS = "results.jsonl"
 PATIENCE_S = 120  # for a training to end its step and save
-KEYS = {"arm", "seed", "sampling", "settings", "score", "verdicts", "probe", "frechet", "revised", "steps", "seconds_per_image", "torch", "device", "threads"}
+KEYS = {
+    "arm",
+    "seed",
+    "sampling",
+    "settings",
+    "score",
+    "verdicts",
+    "probe",
+    "frechet",
+    "revised",
+    "steps",
+    "seconds_per_image",
+    "torch",
+    "device",
+    "threads",
+}
 
 
 def read(path: Path) -> list[dict]:
@@ -55,7 +70,9 @@ def places(workers: int | None) -> list[dict[str, str]]:
     import torch
 
     if torch.cuda.device_count():
-        gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu] or list(map(str, range(torch.cuda.device_count())))
+        gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu] or list(
+            map(str, range(torch.cuda.device_count()))
+        )
         return [{"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} for number in range(workers or len(gpus))]
     workers = workers or os.cpu_count() or 1
     # Jobs that each take all cores wait on each other.
@@ -91,7 +108,11 @@ def missing(grid: Grid, rows: list[dict], wanted: Sequence[str], num_seeds: int)
                 )
             now = grid.made_of(name, row["sampling"])
             if "made_of" in row and row["made_of"] != now:  # the first rows have none
-                changed = sorted(key for key in row["made_of"].keys() | now.keys() if row["made_of"].get(key) != now.get(key))
+                changed = sorted(
+                    key
+                    for key in row["made_of"].keys() | now.keys()
+                    if row["made_of"].get(key) != now.get(key)
+                )
                 raise ValueError(
                     f"arms.{name}, sampling {row['sampling']!r}, was run with another {' and '.join(changed)} than the grid and its recipe "
                     "have now: use another --results and --out, or take its rows out of the results"
@@ -107,7 +128,9 @@ def _wanted(grid: Grid, named: Sequence[str] | None) -> list[str]:
         raise ValueError(f"--arms: unknown {', '.join(sorted(unknown))}; there are {', '.join(grid.arms)}")
     for name in named or ():
         if reason := grid.arms[name].removed:
-            raise ValueError(f"--arms: {name} cannot be run any more, what it sets is not in the code: {reason}")
+            raise ValueError(
+                f"--arms: {name} cannot be run any more, what it sets is not in the code: {reason}"
+            )
     return list(dict.fromkeys(named or grid.arms))
 
 
@@ -137,17 +160,25 @@ def run(options: argparse.Namespace) -> None:
     except ValueError as error:
         raise ValueError(f"{options.grid} and {results}: {error}") from None
     total = len(grid.runs(wanted, num_seeds))
-    print(f"{total - len(work)} of {total} runs are in {results}; {len(work)} to do, {len(free)} at a time", flush=True)
+    print(
+        f"{total - len(work)} of {total} runs are in {results}; {len(work)} to do, {len(free)} at a time",
+        flush=True,
+    )
     if options.dry_run:
         for seed, name in work:
             print(f"{name}, seed {seed}")
     if options.dry_run or not work:
         return
-    print(f"data of {grid.world} in {out / 'data'}, base {start.folder(grid, out)}; what is missing of them is made first", flush=True)
+    print(
+        f"data of {grid.world} in {out / 'data'}, base {start.folder(grid, out)}; what is missing of them is made first",
+        flush=True,
+    )
     start.prepare(grid, out)
     base = job.fingerprint(start.folder(grid, out))
     if other := next((row for row in read(results) if row.get("base", base) != base), None):
-        raise ValueError(f"{results}: its rows start from other weights (of {other['arm']}: {other['base']}) than {out} has ({base}); use another --results")
+        raise ValueError(
+            f"{results}: its rows start from other weights (of {other['arm']}: {other['base']}) than {out} has ({base}); use another --results"
+        )
     results.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         while work or running:
@@ -155,10 +186,24 @@ def run(options: argparse.Namespace) -> None:
             while work and free and not over:
                 (seed, name), place = work.pop(0), free.pop()
                 target = Path(temporary) / f"{name}-{seed}.jsonl"
-                command = [sys.executable, "-m", "eval.study.job", str(options.grid.resolve()), name, str(seed), str(out), str(target)]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "eval.study.job",
+                    str(options.grid.resolve()),
+                    name,
+                    str(seed),
+                    str(out),
+                    str(target),
+                ]
                 with (out / f"{name}-{seed}.out").open("w", encoding="utf-8") as log:
                     process = subprocess.Popen(
-                        command, cwd=ROOT, env=os.environ | place, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                        command,
+                        cwd=ROOT,
+                        env=os.environ | place,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
                     )
                 stack.callback(_end, process)
                 running.append((process, name, seed, target, place, time.monotonic()))
@@ -198,14 +243,25 @@ def check(options: argparse.Namespace) -> int:
     grid = Grid.load(options.grid)
     _wanted(grid, [options.arm])
     results = options.results or ROOT / "docs/study" / options.grid.stem / RESULTS
-    stored = report.collect([row for row in read(results) if (row["arm"], row["seed"]) == (options.arm, options.seed)])
+    stored = report.collect(
+        [row for row in read(results) if (row["arm"], row["seed"]) == (options.arm, options.seed)]
+    )
     if (runs := stored.get((options.arm, USUAL))) is None:
         raise ValueError(f"{results}: no row of {options.arm}, seed {options.seed}")
     out = (options.out or Path("runs/study") / f"{options.grid.stem}_check").resolve()
     held = _hold(out)  # noqa: F841, for as long as this runs
     start.prepare(grid, out)
     target = out / "rows.jsonl"
-    commands.run("-m", "eval.study.job", options.grid.resolve(), options.arm, options.seed, out, target, log=out / f"{options.arm}-{options.seed}.out")
+    commands.run(
+        "-m",
+        "eval.study.job",
+        options.grid.resolve(),
+        options.arm,
+        options.seed,
+        out,
+        target,
+        log=out / f"{options.arm}-{options.seed}.out",
+    )
     known = report.Scores(grid, report.collect(read(results)), report.groups_of(grid))
     own, score = known.alone(runs), known.alone(report.collect(read(target))[options.arm, USUAL]).value
     within = own.low <= score <= own.high
@@ -222,11 +278,19 @@ def time_steps(options: argparse.Namespace) -> None:
 
     grid = Grid.load(options.grid)
     out = _out(options)
-    target = (options.results or ROOT / "docs/study" / options.grid.stem / RESULTS).with_name(report.STEP_TIMES)
-    names = [name for name in _wanted(grid, options.arms) if name not in (BASE, grid.control) and not grid.arms[name].removed]
+    target = (options.results or ROOT / "docs/study" / options.grid.stem / RESULTS).with_name(
+        report.STEP_TIMES
+    )
+    names = [
+        name
+        for name in _wanted(grid, options.arms)
+        if name not in (BASE, grid.control) and not grid.arms[name].removed
+    ]
     held = _hold(out)  # noqa: F841, for as long as this runs
     start.prepare(grid, out)
-    found = timing.beside_control(grid, timing.steps_in_turns(grid, [grid.control, *names], out, options.rounds))
+    found = timing.beside_control(
+        grid, timing.steps_in_turns(grid, [grid.control, *names], out, options.rounds)
+    )
     write_text(target, json.dumps(found, indent=1) + "\n")
     for name, times in found.items():
         print(f"{name}: {times['seconds']:.3f} s a step, {times['over_control']:.2f} times the control's")
@@ -243,26 +307,36 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.study", description="Grids of small runs, scored alike.")
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.study", description="Grids of small runs, scored alike."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("run", help="train and score what is missing of a grid")
     one.add_argument("grid", type=Path, help="YAML file, such as eval/study/grids/shapes.yaml")
-    one.add_argument("--budget", type=seconds, metavar="TIME", help="start no run after this time, such as 90m or 2h")
+    one.add_argument(
+        "--budget", type=seconds, metavar="TIME", help="start no run after this time, such as 90m or 2h"
+    )
     one.add_argument("--arms", nargs="+", metavar="NAME", help="default: all of the grid")
     one.add_argument("--seeds", type=at_least_1, help="how many; default: the grid's")
-    one.add_argument("--workers", type=at_least_1, help="runs at a time; default: one per GPU, or without one per core")
+    one.add_argument(
+        "--workers", type=at_least_1, help="runs at a time; default: one per GPU, or without one per core"
+    )
     one.add_argument("--dry-run", action="store_true", help="only say what is missing")
     one.add_argument("--out", type=Path, help="data, runs and logs; default: runs/study/GRID")
     one.add_argument("--results", type=Path, metavar="FILE", help=f"default: docs/study/GRID/{RESULTS}")
     one.set_defaults(call=run)
-    timed = commands.add_parser("time", help="time steps of the arms in turns, alone on the machine, for the report")
+    timed = commands.add_parser(
+        "time", help="time steps of the arms in turns, alone on the machine, for the report"
+    )
     timed.add_argument("grid", type=Path)
     timed.add_argument("--arms", nargs="+", metavar="NAME", help="default: all of the grid")
     timed.add_argument("--rounds", type=at_least_1, default=8, help="steps of each arm (default 8)")
     timed.add_argument("--out", type=Path, help="as of run")
     timed.add_argument("--results", type=Path, metavar="FILE", help="as of run; times are put beside it")
     timed.set_defaults(call=time_steps)
-    again = commands.add_parser("check", help="train and score one arm anew, beside its stored score; exit 1 outside its interval")
+    again = commands.add_parser(
+        "check", help="train and score one arm anew, beside its stored score; exit 1 outside its interval"
+    )
     again.add_argument("grid", type=Path)
     again.add_argument("--arm", required=True, metavar="NAME")
     again.add_argument("--seed", type=int, default=0)
@@ -273,9 +347,16 @@ def main(arguments: list[str] | None = None) -> int:
     other.add_argument("grid", type=Path)
     other.add_argument("--results", type=Path, metavar="FILE", help=f"default: docs/study/GRID/{RESULTS}")
     other.set_defaults(call=write)
-    last = commands.add_parser("across", help="set several worlds beside each other, from the stored results alone")
+    last = commands.add_parser(
+        "across", help="set several worlds beside each other, from the stored results alone"
+    )
     last.add_argument("grids", type=Path, nargs="+", metavar="grid")
-    last.add_argument("--folder", type=Path, default=ROOT / "docs/study", help=f"of GRID/{RESULTS}, and for the page; default: docs/study")
+    last.add_argument(
+        "--folder",
+        type=Path,
+        default=ROOT / "docs/study",
+        help=f"of GRID/{RESULTS}, and for the page; default: docs/study",
+    )
     last.set_defaults(call=compare)
     options = parser.parse_args(arguments)
     try:

@@ -65,8 +65,16 @@ def gains(studies: Sequence[Study]) -> str:
         cells = [study.beside(arm) for study in studies]
         if sum(cell is not None for cell in cells) > 1:
             told = next(study.grid.arms[arm] for study in studies if arm in study.grid.arms)
-            parts = [("", "") if cell is None else (str(cell), study.known.ratio(arm)) for study, cell in zip(studies, cells, strict=True)]
-            rows.append([f"`{arm}`: {told.about}{' (removed)' if told.removed else ''}", *(text for part in parts for text in part)])
+            parts = [
+                ("", "") if cell is None else (str(cell), study.known.ratio(arm))
+                for study, cell in zip(studies, cells, strict=True)
+            ]
+            rows.append(
+                [
+                    f"`{arm}`: {told.about}{' (removed)' if told.removed else ''}",
+                    *(text for part in parts for text in part),
+                ]
+            )
     head = [text for study in studies for text in (f"{study.name}, points", "Frechet")]
     return report.table(["arm", *head], rows)
 
@@ -74,7 +82,9 @@ def gains(studies: Sequence[Study]) -> str:
 def costs(study: Study) -> dict[str, float]:
     """Arm with drafts -> bits that its final token costs more than the control's."""
     control = study.bits(study.grid.control, "none")[0]
-    return {name: own[0] - control for name in study.grid.arms if (own := study.bits(name, "own")) is not None}
+    return {
+        name: own[0] - control for name in study.grid.arms if (own := study.bits(name, "own")) is not None
+    }
 
 
 def offsets(studies: Sequence[Study], arms: Sequence[str]) -> str:
@@ -84,10 +94,19 @@ def offsets(studies: Sequence[Study], arms: Sequence[str]) -> str:
         for arm in (study.grid.control, *arms):
             if (bits := study.bits(arm, "none")) is not None:
                 own, beside = study.bits(arm, "own"), study.beside(arm)
-                cells = ["" if each is None else " ".join(f"{value:.2f}" for value in each) for each in (bits, own)]
+                cells = [
+                    "" if each is None else " ".join(f"{value:.2f}" for value in each) for each in (bits, own)
+                ]
                 more = f"{cost[arm]:+.2f}" if arm in cost else ""
                 rows.append([study.name, f"`{arm}`", *cells, more, "" if beside is None else str(beside)])
-    head = ["grid", "arm", "bits per token at each offset, given the past", "with its own drafts", "final token minus the control's", "score, points"]
+    head = [
+        "grid",
+        "arm",
+        "bits per token at each offset, given the past",
+        "with its own drafts",
+        "final token minus the control's",
+        "score, points",
+    ]
     return report.table(head, rows)
 
 
@@ -108,7 +127,11 @@ def correlations(found: Sequence[Point]) -> str:
         if len(own) > 2:
             value = stats.spearmanr([point.cost for point in own], [point.gain for point in own]).statistic
             said.append(f"{value:+.2f} in {grid} ({len(own)} arms)")
-    return "Rank correlation of what the final token costs more with the gain in score: " + ", ".join(said) + "." if said else ""
+    return (
+        "Rank correlation of what the final token costs more with the gain in score: " + ", ".join(said) + "."
+        if said
+        else ""
+    )
 
 
 def draw(found: Sequence[Point], path: Path) -> None:
@@ -116,10 +139,16 @@ def draw(found: Sequence[Point], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     for number, grid in enumerate(dict.fromkeys(point.grid for point in found)):
         own = [point for point in found if point.grid == grid]
-        axes.plot([point.cost for point in own], [point.gain for point in own], "o", label=grid, color=f"C{number}")
+        axes.plot(
+            [point.cost for point in own], [point.gain for point in own], "o", label=grid, color=f"C{number}"
+        )
         for point in (each for each in own if each.gain < LABELLED):  # the others would cover each other
-            axes.annotate(point.arm, (point.cost, point.gain), fontsize=6, xytext=(3, 3), textcoords="offset points")
-    axes.set_xscale("symlog", linthresh=0.1)  # a model that copies its drafts costs a hundred times what one that is not harmed does
+            axes.annotate(
+                point.arm, (point.cost, point.gain), fontsize=6, xytext=(3, 3), textcoords="offset points"
+            )
+    axes.set_xscale(
+        "symlog", linthresh=0.1
+    )  # a model that copies its drafts costs a hundred times what one that is not harmed does
     axes.axhline(0, color="#7f7f7f", linewidth=1)
     axes.set_xlabel("bits that the final token costs more than the control's")
     axes.set_ylabel("right pictures, points above the plain control")
@@ -133,14 +162,19 @@ def draw(found: Sequence[Point], path: Path) -> None:
 def write(studies: Sequence[Study], folder: Path) -> Path:
     """README.md and a plot in the folder; returns the page's path. Raises ValueError when a study has no result of its control."""
     if len(studies) < 2:
-        raise ValueError(f"found {len(studies)} grid; expected two or more to set beside each other (report makes the page of one)")
+        raise ValueError(
+            f"found {len(studies)} grid; expected two or more to set beside each other (report makes the page of one)"
+        )
     for study in studies:
         if (study.grid.control, USUAL) not in study.found:
             raise ValueError(f"{study.path}: no result of the control, {study.grid.control}; run it first")
     found = points(studies)
     draw(found, folder / FIGURE)
     notes = folder / "notes.md"
-    num_seeds = {study.name: len({row["seed"] for runs in study.found.values() for row in runs.rows}) for study in studies}
+    num_seeds = {
+        study.name: len({row["seed"] for runs in study.found.values() for row in runs.rows})
+        for study in studies
+    }
     few = [study.name for study in studies if not study.known.knows_seeds]
     unknown = f" ({', '.join(few)}: too few seeds to know how they differ)" if few else ""
     parts = [

@@ -14,8 +14,14 @@ ROOT = Path(__file__).resolve().parents[2]
 def run(*command: object, log: Path | None = None) -> None:
     """`python COMMAND` in the project's folder, what it prints into a log. Raises ValueError with what it said last when it fails."""
     with ExitStack() as stack:
-        told = stack.enter_context(tempfile.TemporaryFile("w+") if log is None else log.open("w+", encoding="utf-8", errors="replace"))
-        done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, stdout=told, stderr=subprocess.STDOUT, check=False)
+        told = stack.enter_context(
+            tempfile.TemporaryFile("w+")
+            if log is None
+            else log.open("w+", encoding="utf-8", errors="replace")
+        )
+        done = subprocess.run(
+            [sys.executable, *map(str, command)], cwd=ROOT, stdout=told, stderr=subprocess.STDOUT, check=False
+        )
         told.seek(0)
         if done.returncode:
             where = "" if log is None else f" (all of it in {log})"

@@ -36,7 +36,8 @@ class Classifier(nn.Module):
         super().__init__()
         widths = (3, 32, 64, 64)
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(*pair, 3, stride=1 if number == 0 else 2, padding=1) for number, pair in enumerate(zip(widths, widths[1:], strict=False))
+            nn.Conv2d(*pair, 3, stride=1 if number == 0 else 2, padding=1)
+            for number, pair in enumerate(zip(widths, widths[1:], strict=False))
         )
         self.hidden = nn.Linear(4 * widths[-1], WIDTH)
         self.output = nn.Linear(WIDTH, num_classes)
@@ -55,7 +56,11 @@ class Classifier(nn.Module):
     @torch.no_grad()
     def classes(self, images: Sequence[Image.Image]) -> list[int]:
         """The likeliest class of each picture."""
-        return [number for part in to_pixels(images).split(NUM_SCORED) for number in self(part).argmax(-1).tolist()]
+        return [
+            number
+            for part in to_pixels(images).split(NUM_SCORED)
+            for number in self(part).argmax(-1).tolist()
+        ]
 
 
 def read_pictures(folder: Path) -> tuple[Tensor, Tensor]:
@@ -64,7 +69,11 @@ def read_pictures(folder: Path) -> tuple[Tensor, Tensor]:
     pictures, classes = [], []
     for shard in manifest.shards:
         for sample in iterate_shard(folder, shard):
-            pictures.append(np.asarray(picture(sample, f"{folder / shard.name}: sample {sample.key}", manifest.image_size)))
+            pictures.append(
+                np.asarray(
+                    picture(sample, f"{folder / shard.name}: sample {sample.key}", manifest.image_size)
+                )
+            )
             classes.append(int(sample.members["txt"]))
     return to_pixels(pictures), torch.tensor(classes)
 

@@ -17,7 +17,13 @@ from mmtensorar.train_image_tokenizer import ImageTokenizerRecipe
 BASE = "base"  # the arm that is not trained
 USUAL = "as the recipe"  # the sampling of every arm
 # Settings of every training: nothing beside the steps, and their log.
-ON_ALL = ["train.monitors=[]", "train.sample_every=0", "train.sample_prompts=[]", "train.save_every=0", "train.log_every=50"]
+ON_ALL = [
+    "train.monitors=[]",
+    "train.sample_every=0",
+    "train.sample_prompts=[]",
+    "train.save_every=0",
+    "train.log_every=50",
+]
 
 
 class Arm(Section):
@@ -88,12 +94,17 @@ class Grid(Section):
             try:
                 sampler = SamplerSettings.model_validate(given)
             except ValidationError as error:
-                problems += [f"samplings.{name}.{each['loc'][0]} is {each['input']!r}: {each['msg']}" for each in error.errors()]
+                problems += [
+                    f"samplings.{name}.{each['loc'][0]} is {each['input']!r}: {each['msg']}"
+                    for each in error.errors()
+                ]
                 continue
             if sampler.stride > 1 and sampler.lookahead > 1:
                 problems.append(f"samplings.{name}: stride and lookahead are above 1; expected one of them 1")
             if not isinstance(settings.get("batch_size", 1), int) or settings.get("batch_size", 1) < 1:
-                problems.append(f"samplings.{name}: batch_size is {settings['batch_size']!r}; expected 1 or more")
+                problems.append(
+                    f"samplings.{name}: batch_size is {settings['batch_size']!r}; expected 1 or more"
+                )
         if BASE in self.arms and self.arms[BASE].settings:
             problems.append(f"arms.{BASE}: settings are given, but it is not trained")
         for name, arm in self.arms.items():
@@ -123,24 +134,39 @@ class Grid(Section):
                 raise type(error)(f"{path}: arms.{name}: {error}") from None
             for sampling in arm.samplings_of(0)[1:]:
                 if (stride := grid.samplings[sampling].get("stride", 1)) > window:
-                    raise RecipeError(f"{path}: arms.{name}: {sampling} has stride {stride}, the window is {window}")
+                    raise RecipeError(
+                        f"{path}: arms.{name}: {sampling} has stride {stride}, the window is {window}"
+                    )
         return grid
 
     def made_of(self, name: str, sampling: str) -> dict:
         """What a row of results hangs on, beside the base's weights, as JSON has it: settings of training and of sampling."""
         recipe = Recipe.load(ROOT / self.recipe, [*ON_ALL, *self.arms[name].settings])
-        sections = {} if name == BASE else recipe.model_dump(mode="json", include={"tensorar", "optim", "train", "data"})
+        sections = (
+            {}
+            if name == BASE
+            else recipe.model_dump(mode="json", include={"tensorar", "optim", "train", "data"})
+        )
         for place in ("shards", "validation", "cache", "cache_gb"):
             sections.get("data", {}).pop(place, None)
         sampler = recipe.sampler.model_dump(mode="json") | self.samplings.get(sampling, {})
         start = None if self.from_nothing is None else self.from_nothing.model_dump(mode="json")
-        return json.loads(json.dumps({**sections, "sampler": sampler, "num_images": self.num_images, "from_nothing": start}))
+        return json.loads(
+            json.dumps({**sections, "sampler": sampler, "num_images": self.num_images, "from_nothing": start})
+        )
 
     def runs(self, wanted: Iterable[str], num_seeds: int) -> list[tuple[int, str]]:
         """(seed, arm), seed after seed, so that whenever the time is over all arms have been seen equally often."""
         arms = {name: arm for name, arm in self.arms.items() if name in wanted and not arm.removed}
-        return [(seed, name) for seed in range(num_seeds) for name, arm in arms.items() if seed < (arm.num_seeds or num_seeds)]
+        return [
+            (seed, name)
+            for seed in range(num_seeds)
+            for name, arm in arms.items()
+            if seed < (arm.num_seeds or num_seeds)
+        ]
 
 
 def known_worlds() -> list[str]:
-    return sorted(path.stem for path in (Path(__file__).parent / "worlds").glob("*.py") if not path.stem.startswith("_"))
+    return sorted(
+        path.stem for path in (Path(__file__).parent / "worlds").glob("*.py") if not path.stem.startswith("_")
+    )

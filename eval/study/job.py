@@ -46,7 +46,13 @@ def recipe_of(grid: Grid, name: str, seed: int, out: Path) -> list[str]:
     """The overrides that make the grid's recipe that of an arm and seed; data and initial codec depend on the seed alone."""
     train, _ = worlds.load(grid.world).sets(out / "data")
     base = start.folder(grid, out)
-    overrides = [*grid.arms[name].settings, f"run.name={name}-{seed}", f"run.out={out / 'runs'}", f"run.seed={seed}", f"data.shards={train}"]
+    overrides = [
+        *grid.arms[name].settings,
+        f"run.name={name}-{seed}",
+        f"run.out={out / 'runs'}",
+        f"run.seed={seed}",
+        f"data.shards={train}",
+    ]
     overrides += [f"backbone.path={base / 'backbone'}", f"image_tokenizer.path={base / 'image_tokenizer'}"]
     return [*ON_ALL, "zero.stage=0", *overrides]
 
@@ -63,8 +69,14 @@ def train(grid: Grid, name: str, seed: int, out: Path) -> tuple[Path, dict]:
     write_text(told, json.dumps(overrides))
     run("mmtensorar/train.py", grid.recipe, *overrides, "--resume", log=out / f"{name}-{seed}.log")
     rows = read_log(folder / "log.jsonl")
-    seconds = [sum(row["seconds"].get(part, 0) for part in ("data", "forward", "backward", "step")) for row in rows]
-    return folder / "model", {"steps": len(rows), "train_seconds": sum(seconds), "step_seconds": median(seconds)}
+    seconds = [
+        sum(row["seconds"].get(part, 0) for part in ("data", "forward", "backward", "step")) for row in rows
+    ]
+    return folder / "model", {
+        "steps": len(rows),
+        "train_seconds": sum(seconds),
+        "step_seconds": median(seconds),
+    }
 
 
 def fingerprint(base: Path) -> str:
@@ -80,7 +92,9 @@ def probe(model: TensorAR, recipe: Recipe, generator: Generator) -> dict:
     """Nats per token and accuracy at each offset on data.validation; see above. Keys true, own, none; draft_error of own."""
     K, totals, count = model.window, defaultdict(float), 0
     device = generator.device
-    for number, num_samples, batch in data.validation_batches(recipe, generator.caption_encoder, rank=0, world_size=1):
+    for number, num_samples, batch in data.validation_batches(
+        recipe, generator.caption_encoder, rank=0, world_size=1
+    ):
         codes, uncond = batch.codes.to(device)[:num_samples], batch.uncond.to(device)[:num_samples]
         condition = type(batch.condition)(*(part.to(device)[:num_samples] for part in batch.condition))
         windows, valid = slide(codes, K)
@@ -105,18 +119,26 @@ def probe(model: TensorAR, recipe: Recipe, generator: Generator) -> dict:
 
 
 @torch.no_grad()
-def draw(grid: Grid, generator: Generator, settings: dict, seed: int, data_folder: Path, reference: np.ndarray) -> dict:
+def draw(
+    grid: Grid, generator: Generator, settings: dict, seed: int, data_folder: Path, reference: np.ndarray
+) -> dict:
     """Pictures of all prompts by one sampling, and what they are worth."""
     world = worlds.load(grid.world)
     batch_size = settings.get("batch_size", BATCH_SIZE)
-    prompts, sampling = world.prompts(), generator.sampling(**{key: value for key, value in settings.items() if key != "batch_size"})
+    prompts, sampling = (
+        world.prompts(),
+        generator.sampling(**{key: value for key, value in settings.items() if key != "batch_size"}),
+    )
     work = [(number, image) for number in range(len(prompts)) for image in range(grid.num_images)]
     verdicts, found, revised, seconds, passes = defaultdict(str), [], [], 0.0, 0
     for first in range(0, len(work), batch_size):
         part = work[first : first + batch_size]
         began = time.perf_counter()
         decoded = generator.decode(
-            [prompts[number][1] for number, _ in part], [image_seed(seed, *place) for place in part], sampling, keep_trace=True
+            [prompts[number][1] for number, _ in part],
+            [image_seed(seed, *place) for place in part],
+            sampling,
+            keep_trace=True,
         )
         if generator.device.type == "cuda":
             torch.cuda.synchronize()
@@ -146,16 +168,34 @@ def measure(grid: Grid, name: str, seed: int, model_folder: Path, out: Path) -> 
     generator = Generator.load(model_folder, precision="fp32")  # the same on every device
     world, data_folder = worlds.load(grid.world), out / "data"
     _, validation = world.sets(data_folder)
-    recipe = Recipe.load(ROOT / grid.recipe, [f"image_tokenizer.path={model_folder / 'image_tokenizer'}", f"data.validation={validation}", "train.validate_every=1", "data.validation_batch_size=64"])
+    recipe = Recipe.load(
+        ROOT / grid.recipe,
+        [
+            f"image_tokenizer.path={model_folder / 'image_tokenizer'}",
+            f"data.validation={validation}",
+            "train.validate_every=1",
+            "data.validation_batch_size=64",
+        ],
+    )
     batches = data.validation_batches(recipe, generator.caption_encoder, rank=0, world_size=1)
     codes = [batch.codes[:number].to(generator.device) for _, number, batch in batches]
-    reference = np.concatenate([world.features(data_folder, generator.image_tokenizer, each) for each in codes])
+    reference = np.concatenate(
+        [world.features(data_folder, generator.image_tokenizer, each) for each in codes]
+    )
     judge = world.judge(data_folder, generator.image_tokenizer)
     probed = probe(generator.model, recipe, generator)
     samplings = {each: grid.made_of(name, each)["sampler"] for each in grid.arms[name].samplings_of(seed)}
     start_of = fingerprint(start.folder(grid, out))
     return [
-        {"sampling": sampling, "made_of": grid.made_of(name, sampling), "base": start_of, "judge": judge, "probe": probed, **draw(grid, generator, settings, seed, data_folder, reference), **generator.runs_as()}
+        {
+            "sampling": sampling,
+            "made_of": grid.made_of(name, sampling),
+            "base": start_of,
+            "judge": judge,
+            "probe": probed,
+            **draw(grid, generator, settings, seed, data_folder, reference),
+            **generator.runs_as(),
+        }
         for sampling, settings in samplings.items()
     ]
 
@@ -166,7 +206,13 @@ def main(arguments: list[str]) -> int:
     grid, torch_threads = Grid.load(grid_path), torch.get_num_threads()
     folder, took = train(grid, name, int(seed), Path(out))
     rows = measure(grid, name, int(seed), folder, Path(out))
-    facts = {"world": grid.world, "arm": name, "seed": int(seed), "settings": grid.arms[name].settings, **took}
+    facts = {
+        "world": grid.world,
+        "arm": name,
+        "seed": int(seed),
+        "settings": grid.arms[name].settings,
+        **took,
+    }
     facts |= {"threads": torch_threads, "torch": torch.__version__}
     Path(target).write_text("".join(json.dumps(facts | row) + "\n" for row in rows), encoding="utf-8")
     return 0

@@ -71,7 +71,10 @@ class Spread(NamedTuple):
 
 def _parts(groups: Sequence[str]) -> dict[str, list[list[int]]]:
     """Name -> the prompts of the groups whose means it is the mean of: `overall` of all, a group's of its own."""
-    places = {group: [index for index, each in enumerate(groups) if each == group] for group in dict.fromkeys(groups)}
+    places = {
+        group: [index for index, each in enumerate(groups) if each == group]
+        for group in dict.fromkeys(groups)
+    }
     return {"overall": list(places.values()), **{group: [own] for group, own in places.items()}}
 
 
@@ -104,7 +107,9 @@ def interval(values: np.ndarray, groups: Sequence[str], spread: dict[str, Spread
     Its variance is that over prompts of the seeds' mean, and the spread of seeds, with Student's t of its degrees of freedom.
     """
     if values.shape[1] != len(groups):
-        raise ValueError(f"a row has verdicts on {values.shape[1]} prompts; expected {len(groups)}, the world's")
+        raise ValueError(
+            f"a row has verdicts on {values.shape[1]} prompts; expected {len(groups)}, the world's"
+        )
     found = {}
     for name, parts in _parts(groups).items():
         value, variance = _mean_and_variance(values.mean(axis=0), parts)
@@ -120,7 +125,14 @@ class Scores:
 
     def __init__(self, grid: Grid, found: dict[tuple[str, str], Runs], groups: Sequence[str]):
         self.grid, self.found, self.groups = grid, found, groups
-        self._alone = spreads([np.stack(list(found[name, USUAL].shares.values())) for name in grid.arms if (name, USUAL) in found], groups)
+        self._alone = spreads(
+            [
+                np.stack(list(found[name, USUAL].shares.values()))
+                for name in grid.arms
+                if (name, USUAL) in found
+            ],
+            groups,
+        )
         self._beside = {}
         for other in filter(None, (grid.control, grid.equal_time)):
             differences = [self.differences(name, other) for name in grid.arms]
@@ -139,15 +151,25 @@ class Scores:
 
         Of logarithms, whose spread over seeds is pooled over the arms; both ends are nan where it is hardly known.
         """
-        logs = {name: {row["seed"]: np.log(row["frechet"]) for row in runs.rows} for (name, sampling), runs in self.found.items() if sampling == USUAL}
+        logs = {
+            name: {row["seed"]: np.log(row["frechet"]) for row in runs.rows}
+            for (name, sampling), runs in self.found.items()
+            if sampling == USUAL
+        }
         control = logs.get(self.grid.control, {})
-        differences = {name: np.array([own[seed] - control[seed] for seed in sorted(own.keys() & control.keys())]) for name, own in logs.items()}
+        differences = {
+            name: np.array([own[seed] - control[seed] for seed in sorted(own.keys() & control.keys())])
+            for name, own in logs.items()
+        }
         several = [each for name, each in differences.items() if len(each) > 1 and name != self.grid.control]
         freedom = sum(len(each) - 1 for each in several)
         t = stats.t.ppf(0.975, freedom) if freedom >= MIN_FREEDOM else np.nan
         deviation = np.sqrt(sum(((each - each.mean()) ** 2).sum() for each in several) / max(1, freedom))
         return {
-            name: tuple(float(np.exp(each.mean() + sign * (t * deviation / np.sqrt(len(each)) if sign else 0.0))) for sign in (0, -1, 1))
+            name: tuple(
+                float(np.exp(each.mean() + sign * (t * deviation / np.sqrt(len(each)) if sign else 0.0)))
+                for sign in (0, -1, 1)
+            )
             for name, each in differences.items()
             if len(each) and name != self.grid.control
         }
@@ -157,7 +179,9 @@ class Scores:
         return f"{value:.2f}" if np.isnan(low) else f"{value:.2f} [{low:.2f} {high:.2f}]"
 
     def alone(self, runs: Runs) -> Interval:
-        found = interval(np.stack([runs.shares[seed] for seed in sorted(runs.shares)]), self.groups, self._alone)["overall"]
+        found = interval(
+            np.stack([runs.shares[seed] for seed in sorted(runs.shares)]), self.groups, self._alone
+        )["overall"]
         return Interval(found.value, max(0.0, found.low), min(1.0, found.high))
 
     def sampled(self, arm: str, sampling: str) -> Interval | None:
@@ -167,7 +191,9 @@ class Scores:
         if not both:
             return None
         same_models = dict.fromkeys(_parts(self.groups), Spread(0.0, 0))
-        return interval(np.stack([own.shares[seed] - usual.shares[seed] for seed in both]), self.groups, same_models)["overall"]
+        return interval(
+            np.stack([own.shares[seed] - usual.shares[seed] for seed in both]), self.groups, same_models
+        )["overall"]
 
     def beside(self, arm: str, other: str | None = None) -> dict[str, Interval] | None:
         """other: the grid's control, unless it is its arm of equal time."""
@@ -200,7 +226,10 @@ def scores(grid: Grid, found: dict, known: Scores, timed: dict[str, dict[str, fl
     for name, arm in grid.arms.items():
         if (runs := found.get((name, USUAL))) is None:
             continue
-        own, others = known.alone(runs), [known.beside(name, other) for other in filter(None, (grid.control, grid.equal_time))]
+        own, others = (
+            known.alone(runs),
+            [known.beside(name, other) for other in filter(None, (grid.control, grid.equal_time))],
+        )
         steps, time = runs.rows[0]["steps"], timed.get(name, {}).get("over_control")
         rows.append(
             [
@@ -217,7 +246,18 @@ def scores(grid: Grid, found: dict, known: Scores, timed: dict[str, dict[str, fl
             ]
         )
     beside = [f"minus `{other}`, points" for other in filter(None, (grid.control, grid.equal_time))]
-    head = ["arm", "seeds", "right pictures, %", *beside, "Frechet", f"over `{grid.control}`", "steps", "time of a step", "of the training", "ms a picture"]
+    head = [
+        "arm",
+        "seeds",
+        "right pictures, %",
+        *beside,
+        "Frechet",
+        f"over `{grid.control}`",
+        "steps",
+        "time of a step",
+        "of the training",
+        "ms a picture",
+    ]
     return table(head, rows)
 
 
@@ -225,7 +265,11 @@ def per_group(grid: Grid, known: Scores) -> str:
     """Difference from the control, per skill."""
     names = list(dict.fromkeys(known.groups))
     found = {name: known.beside(name) for name in grid.arms}
-    rows = [[f"`{name}`", *(str(beside[group]) for group in names)] for name, beside in found.items() if beside is not None]
+    rows = [
+        [f"`{name}`", *(str(beside[group]) for group in names)]
+        for name, beside in found.items()
+        if beside is not None
+    ]
     return table(["arm", *names], rows)
 
 
@@ -235,14 +279,47 @@ def samplings(grid: Grid, found: dict, known: Scores) -> str:
     for (name, sampling), runs in found.items():
         if name in grid.arms and any(arm == name and other != USUAL for arm, other in found):
             own = known.alone(runs)
-            revised = [f"{100 * value:.0f}" for value in np.mean([row["revised"] for row in runs.rows], axis=0)] if runs.rows[0]["revised"] else []
+            revised = (
+                [f"{100 * value:.0f}" for value in np.mean([row["revised"] for row in runs.rows], axis=0)]
+                if runs.rows[0]["revised"]
+                else []
+            )
             score = f"{100 * own.value:.1f} [{100 * own.low:.1f} {100 * own.high:.1f}]"
-            passes = _mean(runs, lambda row: row.get("passes_per_image"))  # which the first rows did not record
-            cost = ["" if passes is None else f"{passes:.0f}", f"{1000 * mean(row['seconds_per_image'] for row in runs.rows):.0f}"]
+            passes = _mean(
+                runs, lambda row: row.get("passes_per_image")
+            )  # which the first rows did not record
+            cost = [
+                "" if passes is None else f"{passes:.0f}",
+                f"{1000 * mean(row['seconds_per_image'] for row in runs.rows):.0f}",
+            ]
             beside = known.sampled(name, sampling)
-            rows.append([f"`{name}`", sampling, str(len(runs.rows)), score, str(beside or ""), _distance(runs), " ".join(revised), *cost])
+            rows.append(
+                [
+                    f"`{name}`",
+                    sampling,
+                    str(len(runs.rows)),
+                    score,
+                    str(beside or ""),
+                    _distance(runs),
+                    " ".join(revised),
+                    *cost,
+                ]
+            )
     rows.sort(key=lambda row: list(grid.arms).index(row[0].strip("`")))
-    return table(["arm", "sampling", "seeds", "right pictures, %", f"minus {USUAL}, points", "Frechet", "revised at each offset, %", "passes a picture", "ms a picture"], rows)
+    return table(
+        [
+            "arm",
+            "sampling",
+            "seeds",
+            "right pictures, %",
+            f"minus {USUAL}, points",
+            "Frechet",
+            "revised at each offset, %",
+            "passes a picture",
+            "ms a picture",
+        ],
+        rows,
+    )
 
 
 def probes(grid: Grid, found: dict) -> str:
@@ -253,7 +330,11 @@ def probes(grid: Grid, found: dict) -> str:
             continue
 
         def of(key: str, runs: Runs = runs) -> np.ndarray | None:
-            return np.mean([row["probe"][key] for row in runs.rows], axis=0) if key in runs.rows[0]["probe"] else None
+            return (
+                np.mean([row["probe"][key] for row in runs.rows], axis=0)
+                if key in runs.rows[0]["probe"]
+                else None
+            )
 
         none, own, true, error = of("none nats"), of("own nats"), of("true nats"), of("draft_error")
         rows.append(
@@ -264,10 +345,20 @@ def probes(grid: Grid, found: dict) -> str:
                 "" if true is None else f"{true[0] / NATS_PER_BIT:.3f}",
                 "" if own is None else " ".join(f"{value / NATS_PER_BIT:.2f}" for value in own[1:]),
                 "" if error is None else " ".join(f"{100 * (1 - value):.0f}" for value in error[1:]),
-                " ".join(f"{100 * value:.0f}" for value in np.mean([row["revised"] for row in runs.rows], axis=0)),
+                " ".join(
+                    f"{100 * value:.0f}" for value in np.mean([row["revised"] for row in runs.rows], axis=0)
+                ),
             ]
         )
-    head = ["arm", "without drafts", "with its own", "with true ones", "drafts, with its own", "sampled drafts right, %", "revised, %"]
+    head = [
+        "arm",
+        "without drafts",
+        "with its own",
+        "with true ones",
+        "drafts, with its own",
+        "sampled drafts right, %",
+        "revised, %",
+    ]
     return table(head, rows)
 
 
@@ -295,7 +386,12 @@ def draw(grid: Grid, found: dict, known: Scores, path: Path) -> None:
     for place, (name, own) in enumerate(bars):
         color = {grid.control: "#d62728", BASE: "#7f7f7f"}.get(name, "#1f77b4")
         axes.errorbar(
-            100 * own.value, place, xerr=[[100 * (own.value - own.low)], [100 * (own.high - own.value)]], fmt="o", color=color, capsize=2
+            100 * own.value,
+            place,
+            xerr=[[100 * (own.value - own.low)], [100 * (own.high - own.value)]],
+            fmt="o",
+            color=color,
+            capsize=2,
         )
         if name == grid.control:
             axes.axvspan(100 * own.low, 100 * own.high, color=color, alpha=0.08)

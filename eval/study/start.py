@@ -26,8 +26,12 @@ def prepare(grid: Grid, out: Path) -> None:
     world = worlds.load(grid.world)
     if grid.from_nothing is not None:
         told, settings = out / "from_nothing.json", grid.from_nothing.model_dump(mode="json")
-        if told.is_file() and json.loads(told.read_text(encoding="utf-8")) != json.loads(json.dumps(settings)):
-            raise ValueError(f"{out}: image tokenizer and base in it were made with another from_nothing ({told}); choose another --out")
+        if told.is_file() and json.loads(told.read_text(encoding="utf-8")) != json.loads(
+            json.dumps(settings)
+        ):
+            raise ValueError(
+                f"{out}: image tokenizer and base in it were made with another from_nothing ({told}); choose another --out"
+            )
         out.mkdir(parents=True, exist_ok=True)
         write_text(told, json.dumps(settings, indent=1) + "\n")
     world.prepare(out / "data")
@@ -48,7 +52,26 @@ def prepare(grid: Grid, out: Path) -> None:
         start = out.resolve() / "start"
         torch.manual_seed(0)
         llamagen.LlamaGenBackbone(grid.from_nothing.backbone).save_pretrained(start)
-        paths = [f"backbone.path={start}", f"image_tokenizer.path={image_tokenizer}", f"data.shards={sets[0]}"]
-        named = ["run.name=base", f"run.out={out.resolve()}", "zero.stage=0", "tensorar.window=1", "train.save_every=100"]
-        run("mmtensorar/train.py", grid.recipe, *ON_ALL, *paths, *named, *grid.from_nothing.settings, "--resume", log=out / "base.log")
+        paths = [
+            f"backbone.path={start}",
+            f"image_tokenizer.path={image_tokenizer}",
+            f"data.shards={sets[0]}",
+        ]
+        named = [
+            "run.name=base",
+            f"run.out={out.resolve()}",
+            "zero.stage=0",
+            "tensorar.window=1",
+            "train.save_every=100",
+        ]
+        run(
+            "mmtensorar/train.py",
+            grid.recipe,
+            *ON_ALL,
+            *paths,
+            *named,
+            *grid.from_nothing.settings,
+            "--resume",
+            log=out / "base.log",
+        )
         shutil.rmtree(start)

@@ -27,7 +27,9 @@ def steps_in_turns(grid: Grid, names: Sequence[str], out: Path, rounds: int) -> 
     _, _, device = deep.start_process_group(0)
     try:
         for name in names:
-            recipe = Recipe.load(ROOT / grid.recipe, [*job.recipe_of(grid, name, 0, out), "optim.warmup_steps=0"])
+            recipe = Recipe.load(
+                ROOT / grid.recipe, [*job.recipe_of(grid, name, 0, out), "optim.warmup_steps=0"]
+            )
             if not steps:
                 encoder = backbones.caption_encoder(recipe.backbone)
                 batch = next(data.stream(recipe, encoder, rank=0, world_size=1))
@@ -64,6 +66,9 @@ def beside_control(grid: Grid, seconds: dict[str, list[float]]) -> dict[str, dic
     """Arm -> median seconds of a step, and the median of what it takes over what the control took in the same round."""
     control = seconds[grid.control]
     return {
-        name: {"seconds": round(median(own), 4), "over_control": round(median(a / b for a, b in zip(own, control, strict=True)), 3)}
+        name: {
+            "seconds": round(median(own), 4),
+            "over_control": round(median(a / b for a, b in zip(own, control, strict=True)), 3),
+        }
         for name, own in seconds.items()
     }

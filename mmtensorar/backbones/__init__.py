@@ -74,7 +74,9 @@ def _module(section: Section):
     return importlib.import_module(f"mmtensorar.backbones.{section.name}")
 
 
-def load(section: Section, *, weights: bool = True, device: str = "cpu", sizes_only: bool = False) -> Backbone:
+def load(
+    section: Section, *, weights: bool = True, device: str = "cpu", sizes_only: bool = False
+) -> Backbone:
     """The backbone a recipe names, in float32 and train mode.
 
     weights: False builds it with random weights, reading the configuration only. device:

@@ -48,7 +48,9 @@ KEYS = {
 }
 
 # What else a whole Janus holds, in either layout: understanding, the text head, the image tokenizer.
-ELSEWHERE = re.compile(r"(model\.)?(vision_model|aligner|vqmodel|gen_vision_model)\.|(language_model\.)?lm_head\.|.*\.inv_freq$")
+ELSEWHERE = re.compile(
+    r"(model\.)?(vision_model|aligner|vqmodel|gen_vision_model)\.|(language_model\.)?lm_head\.|.*\.inv_freq$"
+)
 
 # Sizes of the released models (their config.json; the 7B's leaves most to Llama's defaults), so
 # that a plan needs no download. Training and generation read the downloaded config and text tokenizer.
@@ -183,10 +185,15 @@ class JanusBackbone(nn.Module):
         model, verbosity = self.language_model, transformers.logging.get_verbosity()
         transformers.logging.set_verbosity_error()
         if policy:
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable = (
+                getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            )
             enable(layers.checkpoint_options(policy))
         elif self._activation_checkpointing:
-            disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+            disable = (
+                getattr(model, "activation_checkpointing_disable", None)
+                or model.gradient_checkpointing_disable
+            )
             disable()
         transformers.logging.set_verbosity(verbosity)
         self._activation_checkpointing = policy
@@ -224,17 +231,23 @@ class JanusBackbone(nn.Module):
             self.text_tokenizer.save_pretrained(folder)
 
 
-def build(config: JanusConfig, pad_id: int | None = None, device: str | torch.device = "cpu") -> JanusBackbone:
+def build(
+    config: JanusConfig, pad_id: int | None = None, device: str | torch.device = "cpu"
+) -> JanusBackbone:
     """A backbone with random weights. pad_id: None takes the configuration's."""
     if pad_id is None:
         pad_id = config.text_config.pad_token_id
     if pad_id is None:
-        raise ValueError("the Janus configuration has no text_config.pad_token_id and no text tokenizer came with it")
+        raise ValueError(
+            "the Janus configuration has no text_config.pad_token_id and no text tokenizer came with it"
+        )
     with torch.device(device):
         return JanusBackbone(config, pad_id)
 
 
-def load(section: Config, *, weights: bool = True, device: str = "cpu", sizes_only: bool = False) -> JanusBackbone:
+def load(
+    section: Config, *, weights: bool = True, device: str = "cpu", sizes_only: bool = False
+) -> JanusBackbone:
     """See mmtensorar.backbones.load."""
     if sizes_only and section.path in RELEASED and not Path(section.path).is_dir():
         return build(_with_attention(JanusConfig(**RELEASED[section.path]), section), device=device)
@@ -267,7 +280,9 @@ def _find(
         config, rename = deepseek.config(settings, source.shapes, folder), deepseek.backbone_name
     else:
         config, rename = hub_config(JanusConfig, settings, folder), _released_name
-    text_tokenizer = _load_text_tokenizer(section.text_tokenizer or folder, required=section.text_tokenizer is not None)
+    text_tokenizer = _load_text_tokenizer(
+        section.text_tokenizer or folder, required=section.text_tokenizer is not None
+    )
     return _with_attention(config, section), source, rename, text_tokenizer
 
 
@@ -294,7 +309,10 @@ def _load_text_tokenizer(source: str | Path, *, required: bool = True) -> PreTra
     text_tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     for role, name in SPECIAL.items():
         unknown = (None, text_tokenizer.unk_token_id)
-        if getattr(text_tokenizer, role) is None and text_tokenizer.convert_tokens_to_ids(name) not in unknown:
+        if (
+            getattr(text_tokenizer, role) is None
+            and text_tokenizer.convert_tokens_to_ids(name) not in unknown
+        ):
             setattr(text_tokenizer, role, name)
     return text_tokenizer
 

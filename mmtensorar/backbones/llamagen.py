@@ -130,7 +130,9 @@ class ClassPrefix(nn.Module):
         self.embeddings = nn.Embedding(config.num_classes + 1, config.dim)
 
     def forward(self, condition: Condition, uncond: Tensor) -> Prefix:
-        return Prefix(self.embeddings(condition.values.masked_fill(uncond[:, None], self.null_class)), condition.mask)
+        return Prefix(
+            self.embeddings(condition.values.masked_fill(uncond[:, None], self.null_class)), condition.mask
+        )
 
 
 class TextPrefix(nn.Module):
@@ -214,7 +216,9 @@ class LlamaGenBackbone(nn.Module):
     def new_cache(self, max_len: int) -> list[attention.LayerCache]:
         return [attention.LayerCache(max_len) for _ in self.layers]
 
-    def forward(self, embeds: Tensor, mask: Tensor, cache: list[attention.LayerCache] | None = None) -> Tensor:
+    def forward(
+        self, embeds: Tensor, mask: Tensor, cache: list[attention.LayerCache] | None = None
+    ) -> Tensor:
         start = 0 if cache is None else cache[0].length
         stop = start + embeds.shape[1]
         config = self.config
@@ -225,7 +229,9 @@ class LlamaGenBackbone(nn.Module):
         padding = mask if config.condition == "text" else None
         pattern = attention.pattern(padding, stop - start, stop, self.attn_implementation, embeds.device)
         checkpointing = self.activation_checkpointing
-        hidden = layers.run(self.layers, embeds, table, pattern, cache, activation_checkpointing=checkpointing)
+        hidden = layers.run(
+            self.layers, embeds, table, pattern, cache, activation_checkpointing=checkpointing
+        )
         return self.norm(hidden)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -233,7 +239,10 @@ class LlamaGenBackbone(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.save_config(folder)
-        state = {official_name(name): value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        state = {
+            official_name(name): value.detach().cpu().contiguous()
+            for name, value in self.state_dict().items()
+        }
         save_torch_state_dict(state, folder, max_shard_size="5GB")
 
     def save_config(self, folder: Path) -> None:
@@ -256,7 +265,9 @@ def write_config(config: Architecture, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def load(section: Config, *, weights: bool = True, device: str = "cpu", sizes_only: bool = False) -> LlamaGenBackbone:
+def load(
+    section: Config, *, weights: bool = True, device: str = "cpu", sizes_only: bool = False
+) -> LlamaGenBackbone:
     """See mmtensorar.backbones.load."""
     attention.require(section.attn_implementation, key="backbone.attn_implementation")
     config, source = _find(section, weights=weights, sizes_only=sizes_only)
@@ -286,7 +297,9 @@ def _find(
         return released(*claims), None
     path = locate(section.path, key="backbone.path", weights=weights)
     if path.is_dir() and not (path / "config.json").is_file():
-        path = locate(section.path, key="backbone.path")  # an official file, alone in a folder, is its own configuration
+        path = locate(
+            section.path, key="backbone.path"
+        )  # an official file, alone in a folder, is its own configuration
     if path.is_dir():
         source: Path | Checkpoint = path
         config = parse_config(Architecture, read_config(path, "llamagen", key="backbone.path"), path)
@@ -330,7 +343,10 @@ def _inferred(source: Checkpoint, image_size: int | None) -> Architecture:
             "not tell the number of heads; use a folder with config.json"
         )
     num_heads = heads[dim, num_layers]
-    classes, null = shapes.get("cls_embedding.embedding_table.weight"), shapes.get("cls_embedding.uncond_embedding")
+    classes, null = (
+        shapes.get("cls_embedding.embedding_table.weight"),
+        shapes.get("cls_embedding.uncond_embedding"),
+    )
     if classes is None and null is None:
         raise ValueError(
             f"{path}: neither cls_embedding.embedding_table.weight (class-conditional) nor "
@@ -339,14 +355,22 @@ def _inferred(source: Checkpoint, image_size: int | None) -> Architecture:
     made_for = _made_for(source)
     image_size = image_size or made_for
     if image_size is None:
-        raise ValueError(f"backbone.image_size: {path} does not tell its image size; released are 256, 384 and 512")
+        raise ValueError(
+            f"backbone.image_size: {path} does not tell its image size; released are 256, 384 and 512"
+        )
     if made_for not in (None, image_size):
-        raise ValueError(f"backbone.image_size is {image_size}, but {path} is a checkpoint for {made_for} pixels")
-    condition = {"condition": "class", "num_classes": classes[0] - 1} if classes else {
-        "condition": "text",
-        "prefix_len": null[0],
-        "caption_dim": null[1],
-    }
+        raise ValueError(
+            f"backbone.image_size is {image_size}, but {path} is a checkpoint for {made_for} pixels"
+        )
+    condition = (
+        {"condition": "class", "num_classes": classes[0] - 1}
+        if classes
+        else {
+            "condition": "text",
+            "prefix_len": null[0],
+            "caption_dim": null[1],
+        }
+    )
     return Architecture(
         dim=dim,
         num_layers=num_layers,
@@ -367,13 +391,17 @@ def _made_for(source: Checkpoint) -> int | None:
 
 
 def _check_claims(section: Config, config: Architecture, path: Path) -> None:
-    if section.size is not None and SIZES[section.size] != (found := (config.dim, config.num_layers, config.num_heads)):
+    if section.size is not None and SIZES[section.size] != (
+        found := (config.dim, config.num_layers, config.num_heads)
+    ):
         words = "width {}, {} layers, {} heads"
         raise ValueError(
             f"backbone.size is {section.size} ({words.format(*SIZES[section.size])}), {path} has {words.format(*found)}"
         )
     if section.condition not in (None, config.condition):
-        raise ValueError(f"backbone.condition is {section.condition}, {path} is {config.condition}-conditional")
+        raise ValueError(
+            f"backbone.condition is {section.condition}, {path} is {config.condition}-conditional"
+        )
     side = math.isqrt(config.num_tokens)
     if section.image_size not in (None, side * PIXELS_PER_TOKEN):
         raise ValueError(
@@ -391,5 +419,8 @@ def caption_encoder(section: Config) -> captions.ClassNumbers | captions.T5Featu
     if config.condition == "class":
         return captions.ClassNumbers(config.num_classes)
     return captions.T5Features(
-        section.text_encoder, num_slots=config.prefix_len, dim=config.caption_dim, cleaning=section.caption_cleaning
+        section.text_encoder,
+        num_slots=config.prefix_len,
+        dim=config.caption_dim,
+        cleaning=section.caption_cleaning,
     )

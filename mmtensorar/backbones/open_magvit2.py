@@ -185,7 +185,9 @@ class OpenMagvit2Head(nn.Module):
             for _ in range(config.factorized_layers)
         )
         self.norm = layers.RMSNorm(config.dim, NORM_EPS)
-        self.heads = nn.ModuleList(layers.Linear(config.dim, 2**bits, bias=False) for bits in config.factorized_bits)
+        self.heads = nn.ModuleList(
+            layers.Linear(config.dim, 2**bits, bias=False) for bits in config.factorized_bits
+        )
 
     def forward(self, hidden: Tensor, prev: Tensor) -> Tensor:
         """[..., D], earlier factors [..., f] int64, f = 0 or 1 -> logits [..., V_f]."""
@@ -205,7 +207,11 @@ class OpenMagvit2Backbone(nn.Module):
     """
 
     def __init__(
-        self, config: Architecture, *, dropout: float = 0.0, attn_implementation: attention.Implementation = "sdpa"
+        self,
+        config: Architecture,
+        *,
+        dropout: float = 0.0,
+        attn_implementation: attention.Implementation = "sdpa",
     ):
         super().__init__()
         self.config, self.dropout, self.attn_implementation = config, dropout, attn_implementation
@@ -235,7 +241,9 @@ class OpenMagvit2Backbone(nn.Module):
     def new_cache(self, max_len: int) -> list[attention.LayerCache]:
         return [attention.LayerCache(max_len) for _ in self.layers]
 
-    def forward(self, embeds: Tensor, mask: Tensor, cache: list[attention.LayerCache] | None = None) -> Tensor:
+    def forward(
+        self, embeds: Tensor, mask: Tensor, cache: list[attention.LayerCache] | None = None
+    ) -> Tensor:
         """See the protocol. A class is one place in every row, so nothing is padded and mask is all True."""
         start = 0 if cache is None else cache[0].length
         stop = start + embeds.shape[1]

@@ -70,13 +70,17 @@ def small(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def check_fit(image_tokenizer: ImageTokenizer, backbone: Any, *, image_tokenizer_path: str, backbone_path: str) -> None:
+def check_fit(
+    image_tokenizer: ImageTokenizer, backbone: Any, *, image_tokenizer_path: str, backbone_path: str
+) -> None:
     """Raise ValueError when an image tokenizer's codes are not those that a backbone predicts."""
     expected = (backbone.num_tokens, tuple(backbone.factor_sizes))
     found = (math.prod(image_tokenizer.grid), tuple(image_tokenizer.factor_sizes))
     problem = None
     if expected != found:
-        makes, predicts = (f"{num} codes an image out of {' x '.join(map(str, sizes))}" for num, sizes in (found, expected))
+        makes, predicts = (
+            f"{num} codes an image out of {' x '.join(map(str, sizes))}" for num, sizes in (found, expected)
+        )
         problem = f"it makes {makes}, the backbone predicts {predicts}"
     # LlamaGen's codebooks of both conditions have one shape.
     made_for = getattr(image_tokenizer, "condition", None)
@@ -108,7 +112,11 @@ def load(section: Section) -> ImageTokenizer:
 
 def to_pixels(images: Sequence[Image.Image | np.ndarray]) -> Tensor:
     """B RGB images of one size, or [H, W, 3] uint8 -> [B, 3, H, W] in [-1, 1]."""
-    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return (
+        torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float()
+        / 127.5
+        - 1
+    )
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
@@ -123,7 +131,11 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options from which `from_arguments` loads an image tokenizer."""
     parser.add_argument(
-        "--image-tokenizer", "--tokenizer", required=True, metavar="PATH", help="its weights: folder, file or hub id"
+        "--image-tokenizer",
+        "--tokenizer",
+        required=True,
+        metavar="PATH",
+        help="its weights: folder, file or hub id",
     )
     known = ", ".join(known_names("image_tokenizer"))
     parser.add_argument("--name", help=f"kind of image tokenizer, where its tensors do not tell: {known}")
@@ -150,7 +162,9 @@ def from_arguments(options: argparse.Namespace) -> tuple[ImageTokenizer, torch.d
         if "image_size" in importlib.import_module(f"mmtensorar.image_tokenizers.{name}").Config.model_fields:
             settings["image_size"] = options.image_size
         elif (loaded := load(section(settings))).image_size != options.image_size:
-            raise ValueError(f"{options.image_tokenizer} works at {loaded.image_size} pixels, --image-size is {options.image_size}")
+            raise ValueError(
+                f"{options.image_tokenizer} works at {loaded.image_size} pixels, --image-size is {options.image_size}"
+            )
     # In this memory layout 1.6 times as fast on CPU.
     loaded = loaded or load(section(settings))
     return loaded.to(device, memory_format=torch.channels_last), device

@@ -59,7 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m mmtensorar.image_tokenizers", description="Image tokenizers on their own."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("roundtrip", help="encode and decode pictures, side by side, with their PSNR")
+    command = commands.add_parser(
+        "roundtrip", help="encode and decode pictures, side by side, with their PSNR"
+    )
     command.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="JPEG, PNG or WEBP")
     image_tokenizers.add_arguments(command)
     command.add_argument("--out", type=Path, default=Path("out"))

@@ -89,18 +89,27 @@ def load(section: Config) -> JanusVQ:
         config = hub_config(JanusVQVAEConfig, settings, folder)
     model = JanusVQVAE(config)
     # codebook_used: which codes training met, in the original's files.
-    fill(model.state_dict(), source, rename, ignore=lambda name: not name.startswith(prefix) or "codebook_used" in name)
+    fill(
+        model.state_dict(),
+        source,
+        rename,
+        ignore=lambda name: not name.startswith(prefix) or "codebook_used" in name,
+    )
     return JanusVQ(model)
 
 
 def _deepseek_config(settings: dict, source: Checkpoint) -> JanusVQVAEConfig:
     """DeepSeek's code holds the sizes of the VQ model, which is LlamaGen's; here its tensors tell them."""
     inside = {
-        name.removeprefix(deepseek.VQ): shape for name, shape in source.shapes.items() if name.startswith(deepseek.VQ)
+        name.removeprefix(deepseek.VQ): shape
+        for name, shape in source.shapes.items()
+        if name.startswith(deepseek.VQ)
     }
     sizes = llamagen_vq.inferred(inside, source.path)
     if sizes.encoder_ch_mult != sizes.decoder_ch_mult:
-        raise ValueError(f"{source.path}: the VQ model's encoder and decoder differ in width, which Janus's do not")
+        raise ValueError(
+            f"{source.path}: the VQ model's encoder and decoder differ in width, which Janus's do not"
+        )
     return deepseek.config(
         settings,
         source.shapes,
@@ -110,4 +119,3 @@ def _deepseek_config(settings: dict, source: Checkpoint) -> JanusVQVAEConfig:
         num_res_blocks=sizes.num_res_blocks,
         latent_channels=sizes.z_channels,
     ).vq_config
-

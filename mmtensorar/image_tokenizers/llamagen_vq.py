@@ -297,7 +297,9 @@ def load(section: Config) -> LlamaGenVQ:
         if image_size is None:
             image_size = made_for
         elif made_for not in (None, image_size):
-            raise ValueError(f"image_tokenizer.image_size is {image_size}, but {path} is for {made_for} pixels")
+            raise ValueError(
+                f"image_tokenizer.image_size is {image_size}, but {path} is for {made_for} pixels"
+            )
         source, config = Checkpoint(path), parse_config(Architecture, settings, path)
     else:
         source = Checkpoint(path, WRAPPERS)
@@ -305,9 +307,13 @@ def load(section: Config) -> LlamaGenVQ:
         if official := OFFICIAL_FILE.fullmatch(path.name):
             condition = {"c2i": "class", "t2i": "text"}[official[1]]
     if image_size is None:
-        raise ValueError(f"image_tokenizer.image_size: {path} does not tell its image size; expected pixels a side")
+        raise ValueError(
+            f"image_tokenizer.image_size: {path} does not tell its image size; expected pixels a side"
+        )
     if image_size % config.downsample:
-        raise ValueError(f"image_tokenizer.image_size is {image_size}; expected a multiple of {config.downsample}")
+        raise ValueError(
+            f"image_tokenizer.image_size is {image_size}; expected a multiple of {config.downsample}"
+        )
     model = VQModel(config)
     fill(model.state_dict(), source, ignore=lambda name: name == USAGE)
     return LlamaGenVQ(model, image_size, condition)
@@ -315,7 +321,12 @@ def load(section: Config) -> LlamaGenVQ:
 
 def inferred(shapes: Mapping[str, Sequence[int]], path: Path) -> Architecture:
     """The architecture that official tensors (name -> shape) show; their codebooks are all normalised."""
-    needed = ["quantize.embedding.weight", "encoder.conv_in.weight", "quant_conv.weight", "decoder.conv_in.weight"]
+    needed = [
+        "quantize.embedding.weight",
+        "encoder.conv_in.weight",
+        "quant_conv.weight",
+        "decoder.conv_in.weight",
+    ]
     if missing := [name for name in needed if len(shapes.get(name, ())) < 2]:
         raise ValueError(
             f"{path}: no LlamaGen tokenizer, for {', '.join(missing)} is missing; it has "
@@ -330,7 +341,9 @@ def inferred(shapes: Mapping[str, Sequence[int]], path: Path) -> Architecture:
         found = {int(match[1]): shapes[name][0] for name in shapes if (match := first.fullmatch(name))}
         return [found[index] for index in sorted(found)]
 
-    blocks = [name for name in shapes if re.fullmatch(r"encoder\.conv_blocks\.0\.res\.\d+\.conv1\.weight", name)]
+    blocks = [
+        name for name in shapes if re.fullmatch(r"encoder\.conv_blocks\.0\.res\.\d+\.conv1\.weight", name)
+    ]
     return Architecture(
         codebook_size=codebook_size,
         code_dim=code_dim,

@@ -67,7 +67,9 @@ class Architecture(Section):
 
 # The official files carry no sizes; their number of levels tells the two released models apart.
 RELEASED = {
-    5: Architecture(ch_mult=(1, 1, 2, 2, 4), image_size=256),  # imagenet_256_L, pretrain256_262144, all AR models
+    5: Architecture(
+        ch_mult=(1, 1, 2, 2, 4), image_size=256
+    ),  # imagenet_256_L, pretrain256_262144, all AR models
     4: Architecture(ch_mult=(1, 2, 2, 4), image_size=128),  # imagenet_128_L
 }
 
@@ -79,7 +81,9 @@ class ResBlock(nn.Module):
         self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1, bias=False)
         self.norm2 = nn.GroupNorm(NUM_GROUPS, out_channels, eps=NORM_EPS)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        self.nin_shortcut = None if channels == out_channels else nn.Conv2d(channels, out_channels, 1, bias=False)
+        self.nin_shortcut = (
+            None if channels == out_channels else nn.Conv2d(channels, out_channels, 1, bias=False)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.nin_shortcut is None else self.nin_shortcut(x)
@@ -136,7 +140,10 @@ class AdaptiveGroupNorm(nn.Module):
     def forward(self, x: Tensor, latents: Tensor) -> Tensor:
         spread = (latents.flatten(2).var(-1) + NORM_EPS).sqrt()  # [B, Z], unbiased
         scale, bias = self.gamma(spread), self.beta(latents.flatten(2).mean(-1))
-        return functional.group_norm(x, NUM_GROUPS, eps=NORM_EPS) * scale[..., None, None] + bias[..., None, None]
+        return (
+            functional.group_norm(x, NUM_GROUPS, eps=NORM_EPS) * scale[..., None, None]
+            + bias[..., None, None]
+        )
 
 
 class Upsample(nn.Module):
@@ -204,7 +211,9 @@ def latents_to_codes(latents: Tensor, factorized_bits: Sequence[int]) -> Tensor:
     """
     bits = (latents > 0).flatten(2).transpose(1, 2).long()  # [B, T, Z]
     parts = bits.split(list(factorized_bits), dim=-1)
-    return torch.stack([(part << torch.arange(part.shape[-1], device=part.device)).sum(-1) for part in parts], dim=-1)
+    return torch.stack(
+        [(part << torch.arange(part.shape[-1], device=part.device)).sum(-1) for part in parts], dim=-1
+    )
 
 
 def codes_to_latents(codes: Tensor, factorized_bits: Sequence[int], grid: tuple[int, int]) -> Tensor:
@@ -269,7 +278,9 @@ def load(section: Config) -> LFQ:
     if section.ema is False and config.ema:
         raise ValueError(f"image_tokenizer.ema is false, but {source} holds the averaged weights only")
     if section.ema and not (has_ema or config.ema):
-        raise ValueError(f"image_tokenizer.ema is true, but {source} has no averaged weights ({inside}{EMA}*)")
+        raise ValueError(
+            f"image_tokenizer.ema is true, but {source} has no averaged weights ({inside}{EMA}*)"
+        )
 
     read_ema = has_ema and section.ema is not False
     with torch.device("meta"):  # all is filled, so nothing need be drawn
@@ -288,7 +299,9 @@ def load(section: Config) -> LFQ:
 def _released(checkpoint: Checkpoint, inside: str) -> Architecture:
     """The released model with as many levels as the checkpoint. Raises ValueError when there is none."""
     start = f"{inside}encoder.down."
-    levels = len({name.removeprefix(start).split(".")[0] for name in checkpoint.shapes if name.startswith(start)})
+    levels = len(
+        {name.removeprefix(start).split(".")[0] for name in checkpoint.shapes if name.startswith(start)}
+    )
     if levels not in RELEASED:
         raise ValueError(
             f"image_tokenizer.path: {checkpoint.path} is no released Open-MAGVIT2 tokenizer (it has {levels} levels "

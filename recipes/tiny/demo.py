@@ -35,7 +35,10 @@ def run(title: str, *command: str) -> None:
         print("\nstopped; `make demo` goes on from here", file=sys.stderr)
         sys.exit(130)
     if code:
-        print(f"error: {title} ended with exit code {code}; the command was: {shlex.join(command)}", file=sys.stderr)
+        print(
+            f"error: {title} ended with exit code {code}; the command was: {shlex.join(command)}",
+            file=sys.stderr,
+        )
         sys.exit(code)
     print(f"== {title}: {time.monotonic() - started:.0f} s", flush=True)
 
@@ -53,12 +56,25 @@ def main() -> int:
     )
     run(
         "encode image codes",
-        *(python, "data_tools/encode_codes.py", "data/shapes", "--image-tokenizer", f"{TINY}/weights/base/image_tokenizer"),
+        *(
+            python,
+            "data_tools/encode_codes.py",
+            "data/shapes",
+            "--image-tokenizer",
+            f"{TINY}/weights/base/image_tokenizer",
+        ),
     )
     for name in ("plain", "tensorar"):
         run(
             f"fine-tune: {TINY}/{name}.yaml",
-            *("deepspeed", "--num_accelerators", "2", "mmtensorar/train.py", f"{TINY}/{name}.yaml", "--resume"),
+            *(
+                "deepspeed",
+                "--num_accelerators",
+                "2",
+                "mmtensorar/train.py",
+                f"{TINY}/{name}.yaml",
+                "--resume",
+            ),
         )
     summaries, folders = [], []
     for name, folder in CHECKPOINTS.items():

@@ -10,7 +10,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[2])  # run as a script, the folder of this file stands first
+sys.path[0] = str(
+    Path(__file__).resolve().parents[2]
+)  # run as a script, the folder of this file stands first
 
 import sentencepiece
 import torch
@@ -23,7 +25,16 @@ from mmtensorar.shards import Manifest, iterate_shard
 
 # Names as in the released text tokenizer; the role marks are whole tokens there too.
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
-SPECIAL = (BOS, EOS, PAD, "<begin_of_image>", "<end_of_image>", "<image_placeholder>", "<|User|>", "<|Assistant|>")
+SPECIAL = (
+    BOS,
+    EOS,
+    PAD,
+    "<begin_of_image>",
+    "<end_of_image>",
+    "<image_placeholder>",
+    "<|User|>",
+    "<|Assistant|>",
+)
 
 
 def train_sentencepiece(lines: list[str], model_type: str) -> list[tuple[str, float]]:
@@ -77,7 +88,9 @@ def train_text_tokenizer(captions: list[str]) -> PreTrainedTokenizerFast:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shards", type=Path, default=Path("data/shapes_base"))
-    parser.add_argument("--image-tokenizer", type=Path, default=Path("recipes/tiny/weights/base/image_tokenizer"))
+    parser.add_argument(
+        "--image-tokenizer", type=Path, default=Path("recipes/tiny/weights/base/image_tokenizer")
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--layers", type=int, default=6)
@@ -85,7 +98,9 @@ def main() -> int:
     args = parser.parse_args()
     try:
         shards = Manifest.read(args.shards).shards[:4]
-        captions = [sample.members["txt"].decode() for shard in shards for sample in iterate_shard(args.shards, shard)]
+        captions = [
+            sample.members["txt"].decode() for shard in shards for sample in iterate_shard(args.shards, shard)
+        ]
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -127,7 +142,9 @@ def main() -> int:
         text_tokenizer.save_pretrained(folder)
         backbone.save_pretrained(args.out, text_tokenizer=folder)
     count = sum(p.numel() for p in backbone.parameters())
-    print(f"{args.out}: {count / 1e6:.2f} M parameters, {len(text_tokenizer)} text tokens, {grid * grid} image tokens")
+    print(
+        f"{args.out}: {count / 1e6:.2f} M parameters, {len(text_tokenizer)} text tokens, {grid * grid} image tokens"
+    )
     return 0
 
 

@@ -8,7 +8,9 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[2])  # run as a script, the folder of this file stands first
+sys.path[0] = str(
+    Path(__file__).resolve().parents[2]
+)  # run as a script, the folder of this file stands first
 
 import torch
 

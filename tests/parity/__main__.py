@@ -76,7 +76,9 @@ def read_case(path: Path, manifest: dict) -> Case:
     if manifest.get("format") != FORMAT:
         raise BadManifest(f"{path}: format is {manifest.get('format')!r}, expected {FORMAT}")
     if manifest.get("family") not in FAMILIES:
-        raise BadManifest(f"{path}: family is {manifest.get('family')!r}, expected one of {', '.join(FAMILIES)}")
+        raise BadManifest(
+            f"{path}: family is {manifest.get('family')!r}, expected one of {', '.join(FAMILIES)}"
+        )
     stored = path.with_suffix(".safetensors")
     try:
         tensors = load_file(stored)
@@ -141,7 +143,9 @@ def build(case: Case):
 def inputs_of(case: Case, call: dict) -> dict[str, Tensor]:
     """All inputs, and the recorded outputs that the call's arguments name in words or as they are."""
     named = set(re.findall(r"outputs/[\w/.]+", json.dumps(call.get("args", {}))))
-    return {name: value for name, value in case.tensors.items() if name.startswith("inputs/") or name in named}
+    return {
+        name: value for name, value in case.tensors.items() if name.startswith("inputs/") or name in named
+    }
 
 
 def compare(output: str, found: Tensor | None, expected: Tensor, rule: dict) -> Result:
@@ -149,7 +153,9 @@ def compare(output: str, found: Tensor | None, expected: Tensor, rule: dict) -> 
     if found is None:
         return Result(output, comparison, math.nan, "the adapter did not return it")
     if found.shape != expected.shape:
-        return Result(output, comparison, math.nan, f"shape {list(found.shape)}, recorded {list(expected.shape)}")
+        return Result(
+            output, comparison, math.nan, f"shape {list(found.shape)}, recorded {list(expected.shape)}"
+        )
     found, expected = found.detach().double(), expected.double()
     # Equal infinities differ by nothing; a nan is never within any limit.
     difference = torch.where(found == expected, 0, (found - expected).abs())
@@ -162,19 +168,25 @@ def compare(output: str, found: Tensor | None, expected: Tensor, rule: dict) -> 
     # Beside an infinite record the relative limit is infinite too, and would let any number pass.
     limit = torch.where(expected.isfinite(), limit, 0)
     outside = int((~(difference <= limit)).sum())
-    return Result(output, comparison, largest, f"{outside} of {found.numel()} values outside" if outside else None)
+    return Result(
+        output, comparison, largest, f"{outside} of {found.numel()} values outside" if outside else None
+    )
 
 
 def run_call(case: Case, adapter, subject, call: dict) -> list[Result] | None:
     """The call's comparisons; None when it is optional and our implementation does not expose it."""
-    recorded = [(name, rule) for pattern, rule in call["outputs"].items() for name in matching(pattern, case.tensors)]
+    recorded = [
+        (name, rule) for pattern, rule in call["outputs"].items() for name in matching(pattern, case.tensors)
+    ]
     try:
         found = adapter.run(subject, call, inputs_of(case, call))
     except Unsupported as reason:
         if call.get("optional"):
             return None
         found, problem = {}, f"not supported: {reason}"
-    except Exception as error:  # whatever our code did wrong is this call's failure, and the others still count
+    except (
+        Exception
+    ) as error:  # whatever our code did wrong is this call's failure, and the others still count
         found, problem = {}, f"{type(error).__name__}: {error}"
     else:
         return [compare(name, found.get(name), case.tensors[name], rule) for name, rule in recorded]
@@ -183,7 +195,8 @@ def run_call(case: Case, adapter, subject, call: dict) -> list[Result] | None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m tests.parity", description="Compare our models with tensors recorded from the original code."
+        prog="python -m tests.parity",
+        description="Compare our models with tensors recorded from the original code.",
     )
     parser.add_argument("folders", nargs="+", type=Path, metavar="FIXTURE_DIR")
     options = parser.parse_args(arguments)
@@ -201,7 +214,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {problem}", file=sys.stderr)
         return 2
     if cases:
-        print(f"{counts['pass']} calls passed, {counts['FAIL']} failed, {counts['skipped']} optional ones skipped")
+        print(
+            f"{counts['pass']} calls passed, {counts['FAIL']} failed, {counts['skipped']} optional ones skipped"
+        )
     return 1 if counts["FAIL"] or unequal else 0
 
 

@@ -38,7 +38,12 @@ def check(folder: Path) -> Iterator[tuple[str, str | None]]:
             raise ValueError(f"{folder / 'expected.json'}: {name} is no metric known here")
         found, expected = measure(arrays, **match.groupdict()), rule["value"]
         limit = max(rule.get("abs_tol", 0), rule.get("rel_tol", 0) * abs(expected))
-        yield name, None if abs(found - expected) <= limit else f"{found!r}, expected {expected!r} within {limit:.3g}"
+        yield (
+            name,
+            None
+            if abs(found - expected) <= limit
+            else f"{found!r}, expected {expected!r} within {limit:.3g}",
+        )
 
 
 def measure(arrays, metric, reversed, itself, ref, sample, copied, own, split) -> float:

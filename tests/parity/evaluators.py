@@ -85,7 +85,9 @@ def dpg(folder: Path) -> Differences:
             for category in found.keys() & run[level].keys():
                 expected = run[level][category]
                 yield _equal(f"{name} {category} score", found[category].score, expected["score"])
-                yield _equal(f"{name} {category} questions", found[category].num_questions, expected["questions"])
+                yield _equal(
+                    f"{name} {category} questions", found[category].num_questions, expected["questions"]
+                )
         yield _equal(f"{name} prompts", sorted(scores.per_prompt), sorted(run["per_prompt"]))
         for item in scores.per_prompt.keys() & run["per_prompt"].keys():
             found, expected = scores.per_prompt[item], run["per_prompt"][item]

@@ -131,7 +131,9 @@ def generated(subject: Subject, prompts: list[Tensor], args: dict) -> dict[str, 
         seen.append(logits[:, 0])
         return sampler(logits, uniform)
 
-    codes = decode(subject.model, condition_of(subject, prompts), recorder, cfg_scale=args["cfg_weight"]).codes
+    codes = decode(
+        subject.model, condition_of(subject, prompts), recorder, cfg_scale=args["cfg_weight"]
+    ).codes
     count = args["n_image_tokens"]
     return {"tokens": codes[:, :count, 0], "step_logits": torch.stack(seen, dim=1)[:, :count]}
 

@@ -123,7 +123,9 @@ def forward(subject: Subject, inputs: dict[str, Tensor], *, uncond: bool, padded
     if "inputs/valid" in inputs:
         kept = inputs["inputs/valid"].bool()
         rows = Condition(condition.values[kept], condition.mask[kept])
-        found["loss_valid"] = model(codes[kept], rows, dropped[kept]).loss[None] if kept.any() else torch.zeros(1)
+        found["loss_valid"] = (
+            model(codes[kept], rows, dropped[kept]).loss[None] if kept.any() else torch.zeros(1)
+        )
     return found
 
 
@@ -134,7 +136,9 @@ def residual_stream(subject: Subject, what: str, inputs: dict[str, Tensor]) -> d
         raise Unsupported("which positions were recorded")
     places = slice(int(span[1]), int(span[2]) + 1) if span else slice(None)
     backbone, found, hooks = subject.model.backbone, {}, []
-    watched = {f"layer_{index}": layer for index, layer in enumerate(backbone.layers)} | {"final_norm": backbone.norm}
+    watched = {f"layer_{index}": layer for index, layer in enumerate(backbone.layers)} | {
+        "final_norm": backbone.norm
+    }
     for key, module in watched.items():
 
         def keep(_, args, output, key=key) -> None:
@@ -225,7 +229,9 @@ def run_vq(subject: Subject, name: str, inputs: dict[str, Tensor]) -> dict[str, 
         model.quantize.l2_norm = False
         try:
             found = encoded(model, named(args["image"], inputs))
-            pictures = decoded(model, named(args["codes"], inputs), subject.args["decode_codes"]["shape"])["image"]
+            pictures = decoded(model, named(args["codes"], inputs), subject.args["decode_codes"]["shape"])[
+                "image"
+            ]
         finally:
             model.quantize.l2_norm = model.config.l2_norm
         return {"indices": found["indices"], "quant": found["quant"], "decode_codes_image": pictures[:1]}

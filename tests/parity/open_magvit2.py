@@ -50,7 +50,9 @@ def load(manifest: dict, weights: dict[str, Tensor]) -> Subject:
         bits = tuple(config["factorized_bits"])
         # Pictures of any size are encoded below; the configuration's resolution is not always theirs.
         lfq_settings = _lfq_settings(config["ddconfig"], bits, 1)
-        return Subject(bits, lfq={kind: _load_lfq(weights, lfq_settings, ema=kind == "ema") for kind in ("raw", "ema")})
+        return Subject(
+            bits, lfq={kind: _load_lfq(weights, lfq_settings, ema=kind == "ema") for kind in ("raw", "ema")}
+        )
     return Subject(tuple(config.get("factorized_bits", ())))
 
 
@@ -88,7 +90,8 @@ def _load_ar(weights: dict[str, Tensor], settings: dict, grid: int, ffn_width: i
         factorized_bits=settings["factorized_bits"],
         num_classes=settings["class_num"],
         grid=grid,
-        ffn_width=ffn_width or layers.ffn_width(settings["dim"], multiple_of=settings.get("multiple_of", 256)),
+        ffn_width=ffn_width
+        or layers.ffn_width(settings["dim"], multiple_of=settings.get("multiple_of", 256)),
     )
     with _checkpoint(weights, open_magvit2.MODEL_TYPE, config) as path:
         backbone = backbones.load(open_magvit2.Config(name="open_magvit2", path=path))
@@ -108,7 +111,9 @@ def _lfq_settings(ddconfig: dict, bits: tuple[int, ...], grid: int) -> open_magv
     return config.model_copy(update={"image_size": grid * config.stride})
 
 
-def _load_lfq(weights: dict[str, Tensor], config: open_magvit2_lfq.Architecture, *, ema: bool) -> open_magvit2_lfq.LFQ:
+def _load_lfq(
+    weights: dict[str, Tensor], config: open_magvit2_lfq.Architecture, *, ema: bool
+) -> open_magvit2_lfq.LFQ:
     with _checkpoint(weights, open_magvit2_lfq.MODEL_TYPE, config) as path:
         section = open_magvit2_lfq.Config(name="open_magvit2_lfq", path=path, ema=ema)
         return image_tokenizers.load(section)
@@ -120,7 +125,9 @@ class _checkpoint(TemporaryDirectory):
     def __init__(self, weights: dict[str, Tensor], model_type: str, config):
         super().__init__()
         torch.save({"state_dict": weights}, Path(self.name) / "model.ckpt")
-        (Path(self.name) / "config.json").write_text(json.dumps({"model_type": model_type} | config.model_dump()))
+        (Path(self.name) / "config.json").write_text(
+            json.dumps({"model_type": model_type} | config.model_dump())
+        )
 
 
 # ---- the AR model --------------------------------------------------------------------------------
@@ -138,7 +145,9 @@ def _condition(class_ids: Tensor) -> Condition:
 def _logits(model: TensorAR, codes: Tensor, class_ids: Tensor, *, uncond: bool) -> list[Tensor]:
     """Both streams [B, T, V_f], teacher-forced."""
     valid = torch.ones(codes.shape[1] - 1, 1, dtype=torch.bool)
-    hidden = model.hidden(codes[:, :-1, None], valid, _condition(class_ids), torch.full((len(codes),), uncond))
+    hidden = model.hidden(
+        codes[:, :-1, None], valid, _condition(class_ids), torch.full((len(codes),), uncond)
+    )
     return [model.logits(hidden, codes[:, :, None, :factor])[:, :, 0] for factor in range(2)]
 
 
@@ -147,7 +156,9 @@ def _teacher_forced(subject: Subject, inputs: dict[str, Tensor]) -> dict[str, Te
     outputs = {}
     for stream in ("cond", "uncond"):
         logits = _logits(subject.model, _codes(inputs), inputs["class_ids"], uncond=stream == "uncond")
-        outputs |= {f"logits_{factor}_{stream}": value for factor, value in zip(("pre", "post"), logits, strict=True)}
+        outputs |= {
+            f"logits_{factor}_{stream}": value for factor, value in zip(("pre", "post"), logits, strict=True)
+        }
     return outputs
 
 
@@ -164,7 +175,8 @@ def _train(subject: Subject, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     with torch.no_grad():
         logits = _logits(model, codes, inputs["class_ids"], uncond=False)
     pre, post = (
-        functional.cross_entropy(part.flatten(0, 1), codes[..., factor].flatten()) for factor, part in enumerate(logits)
+        functional.cross_entropy(part.flatten(0, 1), codes[..., factor].flatten())
+        for factor, part in enumerate(logits)
     )
     return {"loss": loss, "loss_pre": pre, "loss_post": post, **gradients}
 

@@ -28,8 +28,22 @@ class Classes:
     num_prompts: how often each class is asked for.
     """
 
-    def __init__(self, name: str, size: int, names: Sequence[str], pictures: Callable[[], tuple[Pictures, Pictures]], *, num_prompts: int):
-        self.name, self.size, self.names, self.pictures, self.num_prompts = name, size, list(names), pictures, num_prompts
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        names: Sequence[str],
+        pictures: Callable[[], tuple[Pictures, Pictures]],
+        *,
+        num_prompts: int,
+    ):
+        self.name, self.size, self.names, self.pictures, self.num_prompts = (
+            name,
+            size,
+            list(names),
+            pictures,
+            num_prompts,
+        )
         self.FEATURES = f"the {WIDTH} features of a small classifier of the same pictures"
 
     def sets(self, folder: Path) -> tuple[Path, Path]:
@@ -41,14 +55,18 @@ class Classes:
             try:
                 drawn = self.pictures()
             except ImportError as error:
-                raise ValueError(f"the world {self.name} needs {error.name}: pip install -e '.[study]'") from None
+                raise ValueError(
+                    f"the world {self.name} needs {error.name}: pip install -e '.[study]'"
+                ) from None
             for path, part in zip(both, drawn, strict=True):
                 if (path / MANIFEST).is_file():
                     continue
                 with tempfile.TemporaryDirectory() as temporary:
                     place = Path(temporary) / path.name  # a set is known by its source's name
                     for number in range(len(self.names)):
-                        (place / f"{number:03}").mkdir(parents=True)  # all of them, so that numbers are the names' places
+                        (place / f"{number:03}").mkdir(
+                            parents=True
+                        )  # all of them, so that numbers are the names' places
                     for index, (number, image) in enumerate(part):
                         image.save(place / f"{number:03}" / f"{index:05}.png")
                     source = ["--class-folder", place, "--image-size", self.size, "--format", "png"]
@@ -56,7 +74,9 @@ class Classes:
         train_classifier(folder / "classifier.safetensors", *both, len(self.names))
 
     def prompts(self) -> list[tuple[str, str]]:
-        return [(name, str(number)) for number, name in enumerate(self.names) for _ in range(self.num_prompts)]
+        return [
+            (name, str(number)) for number, name in enumerate(self.names) for _ in range(self.num_prompts)
+        ]
 
     @cached_property
     def _loaded(self) -> dict[Path, tuple[Classifier, float]]:
@@ -77,8 +97,19 @@ class Classes:
         if not told.is_file():
             pixels, classes = read_pictures(self.sets(folder)[1])
             device = next(image_tokenizer.parameters()).device
-            decoded = [image for part in pixels.split(32) for image in to_images(image_tokenizer.decode(image_tokenizer.encode(part.to(device))))]
-            right = np.mean([found == number for found, number in zip(self.classifier(folder)[0].classes(decoded), classes.tolist(), strict=True)])
+            decoded = [
+                image
+                for part in pixels.split(32)
+                for image in to_images(image_tokenizer.decode(image_tokenizer.encode(part.to(device))))
+            ]
+            right = np.mean(
+                [
+                    found == number
+                    for found, number in zip(
+                        self.classifier(folder)[0].classes(decoded), classes.tolist(), strict=True
+                    )
+                ]
+            )
             write_text(told, json.dumps({"originals": self.classifier(folder)[1], "decoded": float(right)}))
         shares = json.loads(told.read_text(encoding="utf-8"))
         return (

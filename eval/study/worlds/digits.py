@@ -36,7 +36,12 @@ def varied(grey: np.ndarray, rng: np.random.Generator) -> Image.Image:
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) / scale
     centre = np.full(2, SIDE / 2)
     move = centre - turn @ (centre + rng.uniform(-SHIFT, SHIFT, 2))
-    image = Image.fromarray(grey).transform((SIDE, SIDE), Image.Transform.AFFINE, (*turn[0], move[0], *turn[1], move[1]), Image.Resampling.BILINEAR)
+    image = Image.fromarray(grey).transform(
+        (SIDE, SIDE),
+        Image.Transform.AFFINE,
+        (*turn[0], move[0], *turn[1], move[1]),
+        Image.Resampling.BILINEAR,
+    )
     return image.resize((SIZE, SIZE), Image.Resampling.NEAREST).convert("RGB")
 
 

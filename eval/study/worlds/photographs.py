@@ -28,8 +28,15 @@ def photographs() -> dict[str, Image.Image]:
     import skimage
     import sklearn
 
-    folders = [(Path(sklearn.__file__).parent / "datasets/images", SCIKIT_LEARN), (Path(skimage.__file__).parent / "data", SCIKIT_IMAGE)]
-    return {Path(name).stem: Image.open(folder / name).convert("RGB") for folder, names in folders for name in names}
+    folders = [
+        (Path(sklearn.__file__).parent / "datasets/images", SCIKIT_LEARN),
+        (Path(skimage.__file__).parent / "data", SCIKIT_IMAGE),
+    ]
+    return {
+        Path(name).stem: Image.open(folder / name).convert("RGB")
+        for folder, names in folders
+        for name in names
+    }
 
 
 def pictures(seed: int = 0) -> tuple[list[tuple[int, Image.Image]], list[tuple[int, Image.Image]]]:
@@ -40,9 +47,19 @@ def pictures(seed: int = 0) -> tuple[list[tuple[int, Image.Image]], list[tuple[i
         number, side = int(rng.integers(len(sources))), int(rng.integers(SIDES[0], SIDES[1] + 1))
         width, height = sources[number].size
         left, top = int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1))
-        crop = sources[number].resize((SIZE, SIZE), Image.Resampling.LANCZOS, (left, top, left + side, top + side))
-        drawn.append((number, crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else crop))
+        crop = sources[number].resize(
+            (SIZE, SIZE), Image.Resampling.LANCZOS, (left, top, left + side, top + side)
+        )
+        drawn.append(
+            (number, crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else crop)
+        )
     return drawn[:NUM_TRAIN], drawn[NUM_TRAIN:]
 
 
-WORLD = Classes("photographs", SIZE, [Path(name).stem for name in (*SCIKIT_LEARN, *SCIKIT_IMAGE)], pictures, num_prompts=30)
+WORLD = Classes(
+    "photographs",
+    SIZE,
+    [Path(name).stem for name in (*SCIKIT_LEARN, *SCIKIT_IMAGE)],
+    pictures,
+    num_prompts=30,
+)

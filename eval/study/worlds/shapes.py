@@ -46,7 +46,9 @@ def correct(folder: Path, number: int, images: Sequence[Image.Image]) -> list[bo
     metadata = suite.prompts[number]
     colored = [[clause["class"] for clause in metadata["include"] if "color" in clause]] * len(images)
     found = suite.detector().detect_batch(list(images), colored)
-    return [score.judge(metadata, *score.by_class(detections), suite.settings).correct for detections in found]
+    return [
+        score.judge(metadata, *score.by_class(detections), suite.settings).correct for detections in found
+    ]
 
 
 def judge(folder: Path, image_tokenizer: ImageTokenizer) -> str:
