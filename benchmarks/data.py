@@ -31,10 +31,17 @@ import torch
 import webdataset as wds
 from PIL import Image
 
-from mmtensorar import data
-from mmtensorar.backbones import Condition
+from mmtensorar.data import loader
+from mmtensorar.data.shards import (
+    Codes,
+    Manifest,
+    Sample,
+    encode_codes,
+    iterate_shard,
+    write_tar,
+)
+from mmtensorar.model.conditions import Condition
 from mmtensorar.recipe import Data, Run, Train
-from mmtensorar.shards import Codes, Manifest, Sample, encode_codes, iterate_shard, write_tar
 
 SIDE, NUM_CODES, BATCH = 24, 16_384, 64
 LARGE = 256  # pixels a side
@@ -83,7 +90,7 @@ def stream_ours(folder: Path) -> Iterator:
         data=Data(shards=str(folder), batch_size=BATCH, shuffle=1000),
         train=Train(steps=1),
     )
-    return data.stream(recipe, captions_only, rank=0, world_size=1)
+    return loader.stream(recipe, captions_only, rank=0, world_size=1)
 
 
 def stream_theirs(folder: Path) -> Iterator:

@@ -26,12 +26,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mmtensorar import backbones, layers
-from mmtensorar.backbones import Backbone, Condition, janus, llamagen
-from mmtensorar.codec import WindowDecoder, WindowEncoder
-from mmtensorar.decode import Sampler, decode
-from mmtensorar.noise import FixedSchedule
-from mmtensorar.tensorar import TensorAR
+from mmtensorar import backbones
+from mmtensorar.backbones import janus, llamagen
+from mmtensorar.model import layers
+from mmtensorar.model.codec import WindowDecoder, WindowEncoder
+from mmtensorar.model.conditions import Condition
+from mmtensorar.model.drafts import FixedSchedule
+from mmtensorar.model.protocols import Backbone
+from mmtensorar.model.tensorar import TensorAR
+from mmtensorar.sampling.decode import Sampler, decode
 
 PROMPT_LEN, NUM_WORDS, PAD, BOS, EOS, BEGIN_OF_IMAGE = 16, 64, 0, 1, 2, 3  # of the Janus prompts
 NUM_CLASSES = 1000

@@ -25,13 +25,15 @@ import torch  # noqa: E402
 from transformers import JanusConfig  # noqa: E402
 
 from benchmarks import loss_memory  # noqa: E402
-from mmtensorar import plan, tensorar  # noqa: E402
-from mmtensorar.backbones import Condition, janus  # noqa: E402
-from mmtensorar.codec import WindowDecoder  # noqa: E402
-from mmtensorar.decode import Sampler, decode  # noqa: E402
+from mmtensorar.backbones import janus
 from mmtensorar.image_tokenizers import janus_vq  # noqa: E402
-from mmtensorar.metrics import Stopwatch, matmul_rate  # noqa: E402
+from mmtensorar.model import tensorar  # noqa: E402
+from mmtensorar.model.codec import WindowDecoder  # noqa: E402
+from mmtensorar.model.conditions import Condition  # noqa: E402
 from mmtensorar.recipe import Recipe  # noqa: E402
+from mmtensorar.sampling.decode import Sampler, decode  # noqa: E402
+from mmtensorar.training import plan
+from mmtensorar.training.run_log import Stopwatch, matmul_rate  # noqa: E402
 
 MIB = 2**20
 PROMPT_LEN = 32
@@ -161,7 +163,7 @@ def loss(bench: Bench, window: int) -> str:
 
 
 def train(bench: Bench, folder: Path, window: int, attention: str) -> str:
-    from mmtensorar import engine as deep
+    from mmtensorar.training import engine as deep
 
     recipe = bench.recipe(folder, window, attention)
     engine = deep.start(recipe, 1, bench.device)
@@ -207,7 +209,7 @@ def main() -> int:
         )
         return 2
     began = time.monotonic()
-    from mmtensorar import engine as deep
+    from mmtensorar.training import engine as deep
 
     deep.start_process_group(0)
     settings = (

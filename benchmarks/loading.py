@@ -103,30 +103,30 @@ def peak() -> int:
 
 def rank(folder: Path) -> None:
     """What one rank does: join, then load."""
-    from mmtensorar import checkpoint
-    from mmtensorar import engine as deep
+    from mmtensorar.checkpoints import model_folder
+    from mmtensorar.training import engine
 
-    number, world_size, device = deep.start_process_group(0)
+    number, world_size, device = engine.start_process_group(0)
     plan = recipe(folder)
-    config = deep.settings(plan, world_size)
-    checkpoint.skeleton(plan)  # imports what loading imports
+    config = engine.settings(plan, world_size)
+    model_folder.skeleton(plan)  # imports what loading imports
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = resident()
-    model = deep._partitioned_model(plan, config, device)
+    model = engine._partitioned_model(plan, config, device)
     share = sum(
         parameter.ds_tensor.numel() * parameter.ds_tensor.element_size() for parameter in model.parameters()
     )
     result = {"rank": number, "peak": peak() - before, "after": resident() - before, "share": share}
     (folder / f"result_{number}.json").write_text(json.dumps(result))
-    deep.stop_process_group()
+    engine.stop_process_group()
 
 
 def whole(folder: Path) -> None:
-    from mmtensorar import checkpoint
+    from mmtensorar.checkpoints import model_folder
 
     Path("/proc/self/clear_refs").write_text("5")
     before = resident()
-    checkpoint.initial_model(recipe(folder))
+    model_folder.initial_model(recipe(folder))
     (folder / "result_whole.json").write_text(json.dumps({"peak": peak() - before}))
 
 

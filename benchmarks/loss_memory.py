@@ -26,10 +26,10 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from mmtensorar.codec import WindowDecoder
+from mmtensorar.model.codec import WindowDecoder
+from mmtensorar.model.tensorar import TensorAR
+from mmtensorar.model.windows import slide
 from mmtensorar.recipe import Train
-from mmtensorar.tensorar import TensorAR
-from mmtensorar.windows import slide
 
 MIB = 2**20
 

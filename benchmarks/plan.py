@@ -68,8 +68,8 @@ def measured(folder: Path, way: dict[str, Any]) -> int:
     """Bytes above the start that the third step takes."""
     import torch
 
-    from mmtensorar import engine as deep
-    from mmtensorar import plan
+    from mmtensorar.training import engine as deep
+    from mmtensorar.training import plan
 
     settings = recipe(folder, way)
     deep.start_process_group(0)
@@ -97,7 +97,7 @@ def main() -> None:
         print(json.dumps({"measured": measured(Path(sys.argv[1]), json.loads(sys.argv[2]))}), flush=True)
         return
     from benchmarks.decode import Sizes, random_janus
-    from mmtensorar import plan
+    from mmtensorar.training import plan
 
     # So that freed tensors go back to the system, and resident memory is that of tensors.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "TQDM_DISABLE": "1"}

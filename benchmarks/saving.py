@@ -20,8 +20,8 @@ sys.path[0] = str(ROOT)
 import torch  # noqa: E402
 
 from benchmarks import loading  # noqa: E402
-from mmtensorar import plan  # noqa: E402
-from mmtensorar.shards import sha256  # noqa: E402
+from mmtensorar.files import sha256  # noqa: E402
+from mmtensorar.training import plan  # noqa: E402
 
 MIB = 2**20
 
@@ -31,8 +31,8 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=0.3)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    from mmtensorar import engine as deep
-    from mmtensorar import saving
+    from mmtensorar.training import engine as deep
+    from mmtensorar.training import run_state
 
     deep.start_process_group(0)
     cpu = torch.device("cpu")
@@ -59,7 +59,7 @@ def main() -> None:
         found: dict[str, list[float]] = {"ours": [], "ours, background": [], "DeepSpeed's, hashed": []}
         until, beside, size = [], [], 0
         savers = {
-            background: saving.Saver(
+            background: run_state.Saver(
                 engine, folder / f"ours_{background}", {}, keep_last=1, keep_best=False, background=background
             )
             for background in (False, True)

@@ -30,9 +30,10 @@ from torch import Tensor, nn
 
 from benchmarks import data
 from benchmarks.decode import NUM_WORDS, PAD, PROMPT_LEN, Sizes, random_janus
-from mmtensorar.backbones import Condition, janus
-from mmtensorar.data import stream
+from mmtensorar.backbones import janus
+from mmtensorar.data.loader import stream
 from mmtensorar.image_tokenizers import janus_vq
+from mmtensorar.model.conditions import Condition
 from mmtensorar.recipe import Data, Recipe, Run, Train
 
 LR, CLIP = 1e-4, 1.0
@@ -122,7 +123,7 @@ def data_seconds(folder: Path, batch_size: int, num: int = 200) -> float:
 
 
 def our_steps(folder: Path, window: int, batch: dict[str, Tensor], **train) -> Callable[[], float]:
-    from mmtensorar import engine as deep
+    from mmtensorar.training import engine as deep
 
     recipe = Recipe.model_validate(
         {
@@ -163,7 +164,7 @@ def main() -> None:
     os.environ.setdefault(
         "OMP_NUM_THREADS", str(os.cpu_count())
     )  # start_process_group would share the cores out
-    from mmtensorar import engine as deep
+    from mmtensorar.training import engine as deep
 
     deep.start_process_group(0)
     sizes = Sizes(

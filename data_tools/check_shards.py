@@ -11,6 +11,8 @@ more than once are counted.
 import sys
 from pathlib import Path
 
+from mmtensorar import files
+
 sys.path[0] = str(
     Path(__file__).resolve().parents[1]
 )  # run as a script, the folder of this file stands first
@@ -25,9 +27,9 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from data_tools.engines import in_processes
-from mmtensorar import shards, tars
-from mmtensorar.shards import (
+from data_tools.executors import in_processes
+from mmtensorar.data import shards, tars
+from mmtensorar.data.shards import (
     EXTENSIONS,
     IMAGE_EXTENSIONS,
     Manifest,
@@ -36,8 +38,8 @@ from mmtensorar.shards import (
     Staging,
     read_sample,
     whole_starts,
-    write_text,
 )
+from mmtensorar.files import write_text
 
 DROPPED = "dropped.jsonl"
 
@@ -127,7 +129,7 @@ def check_shard(folder: Path, shard: Shard, manifest: Manifest) -> Checked:
     problems: list[Problem] = []
     read: list[Read] = []
     try:
-        changed = shards.sha256(path) != shard.sha256
+        changed = files.sha256(path) != shard.sha256
     except OSError as error:
         return Checked(shard, (), (Problem(shard.name, None, f"{path}: {error.strerror}"),))
     if changed:

@@ -29,10 +29,23 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_tools.rewriting import Ranks, device, read_set, rewrite
+from data_tools.rewrite_shards import (
+    Ranks,
+    device,
+    read_set,
+    rewrite,
+)
 from mmtensorar import image_tokenizers
+from mmtensorar.data.shards import (
+    Codes,
+    Sample,
+    Shard,
+    check_codes,
+    encode_codes,
+    iterate_shard,
+    picture,
+)
 from mmtensorar.processes import leave
-from mmtensorar.shards import Codes, Sample, Shard, check_codes, encode_codes, iterate_shard, picture
 
 
 def crops_of(pixels: Tensor, size: int, num: int) -> Tensor:

@@ -26,11 +26,20 @@ from typing import get_args
 
 import numpy as np
 
-from data_tools.rewriting import Ranks, device, read_set, rewrite
-from mmtensorar import tars
-from mmtensorar.captions import Cleaning, T5Features, encoder_hash, encoder_width
-from mmtensorar.processes import leave
-from mmtensorar.shards import (
+from data_tools.rewrite_shards import (
+    Ranks,
+    device,
+    read_set,
+    rewrite,
+)
+from mmtensorar.captions.encoders import (
+    Cleaning,
+    T5Features,
+    encoder_hash,
+    encoder_width,
+)
+from mmtensorar.data import tars
+from mmtensorar.data.shards import (
     Sample,
     Shard,
     TextFeatures,
@@ -39,6 +48,7 @@ from mmtensorar.shards import (
     encode_features,
     iterate_shard,
 )
+from mmtensorar.processes import leave
 
 
 def encode_samples(

@@ -25,8 +25,8 @@ import numpy as np
 from tqdm import tqdm
 
 from data_tools.check_shards import check_class, check_writable
-from mmtensorar import tars
-from mmtensorar.shards import (
+from mmtensorar.data import tars
+from mmtensorar.data.shards import (
     EXTENSIONS,
     IMAGE_EXTENSIONS,
     Manifest,

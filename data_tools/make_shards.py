@@ -1,4 +1,4 @@
-"""Make shards of images and captions, in WebDataset's layout (see mmtensorar/shards.py).
+"""Make shards of images and captions, in WebDataset's layout (see mmtensorar/data/shards.py).
 
     python data_tools/make_shards.py --folder my_images --out data/mine          a.jpg beside a.txt or a.json, at any depth
     python data_tools/make_shards.py --jsonl my_images/list.jsonl --out data/mine    {"image": path, "caption": text}
@@ -36,14 +36,22 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data_tools import places, sources
-from data_tools.engines import OnRay, in_processes
-from data_tools.parts import LeftOut, Part, add_codes, distribute, make_part, make_shard
-from data_tools.places import is_local
+from data_tools import sources, storage
+from data_tools.build_stages import (
+    LeftOut,
+    Part,
+    add_codes,
+    distribute,
+    make_part,
+    make_shard,
+)
+from data_tools.executors import OnRay, in_processes
 from data_tools.samples import Unwanted, Wanted, generator, make_sample
 from data_tools.sources import SOURCES, Item, Items, Layout, class_folder
-from mmtensorar.remote import is_url, store_errors
-from mmtensorar.shards import MANIFEST, MAX_SIDE, Codes, Manifest, Sample, Staging, TextFeatures, write_text
+from data_tools.storage import is_local
+from mmtensorar.data.shards import MANIFEST, MAX_SIDE, Codes, Manifest, Sample, Staging, TextFeatures
+from mmtensorar.data.url_cache import is_url, store_errors
+from mmtensorar.files import write_text
 
 LEFT_OUT = "left_out.jsonl"
 PART_SAMPLES = 1000  # where shards are not counted in samples
@@ -104,7 +112,7 @@ def read_source(options: argparse.Namespace) -> Source:
 
     items = Items(chosen())
     name = (
-        places.at(place).name
+        storage.at(place).name
         if is_url(place)
         else Path(place).resolve().name
         if Path(place).exists()
@@ -122,7 +130,7 @@ def _url(place: str) -> str:
 
 def own_set(place: str) -> Manifest | None:
     """The manifest of a folder that this program made, None for other people's tars."""
-    folder = places.at(place)
+    folder = storage.at(place)
     return Manifest.read(folder, complete=False) if (folder / MANIFEST).is_file() else None
 
 
@@ -320,7 +328,7 @@ def load_encoders(options: argparse.Namespace, classes: tuple[str, ...] | None) 
 def load_text_encoder(options: argparse.Namespace) -> Encoder:
     from data_tools import encode_text  # which imports torch
     from mmtensorar import devices
-    from mmtensorar.captions import T5Features
+    from mmtensorar.captions.encoders import T5Features
 
     settings = dict(num_slots=options.max_tokens, dim=None, cleaning=options.caption_cleaning)
     encoder = T5Features(options.text_encoder, device=devices.pick(options.device), **settings)
@@ -573,7 +581,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     group.add_argument(
         "--image-root",
-        type=places.argument,
+        type=storage.argument,
         help="folder that paths are relative to (default: the table's own)",
     )
     group.add_argument("--split", default="train", help="of a dataset (default: train)")
@@ -621,7 +629,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     group = parser.add_argument_group("what is made")
     group.add_argument(
         "--out",
-        type=places.folder_to_write,
+        type=storage.folder_to_write,
         required=True,
         metavar="PLACE",
         help="shard folder to make, or its URL (s3, gs, hf)",

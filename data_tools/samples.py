@@ -11,9 +11,15 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
-from data_tools.places import read_file
 from data_tools.sources import Item
-from mmtensorar.shards import EXTENSIONS, Sample, decode_image, orientation, square
+from data_tools.storage import read_file
+from mmtensorar.data.shards import (
+    EXTENSIONS,
+    Sample,
+    decode_image,
+    orientation,
+    square,
+)
 
 Crop = Literal["center", "random", "pad", "stretch"]
 Format = Literal["jpg", "png", "webp", "keep"]

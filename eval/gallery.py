@@ -14,8 +14,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from eval import layout, lines
+from eval import layout
 from eval.report_table import named
+from mmtensorar import files
 
 GREEN, RED, GREY, INK = (40, 150, 60), (205, 45, 45), (190, 190, 190), (20, 20, 20)
 FRAME, GAP, BETWEEN = 2, 4, 16
@@ -47,20 +48,20 @@ def read(folder: Path) -> tuple[list[dict], list[list[Path]], dict[Path, bool]]:
     """
     images = folder
     if not any(path.name.isdigit() for path in folder.glob("*")) and (folder / "summary.json").is_file():
-        images = Path(layout.read_json(folder / "summary.json").get("images", folder))
-    files = layout.image_files(images)
-    prompts = [layout.read_json(paths[0].parent.parent / "metadata.jsonl") for paths in files]
-    for paths, prompt in zip(files, prompts, strict=True):
+        images = Path(files.read_json(folder / "summary.json").get("images", folder))
+    pictures = layout.image_files(images)
+    prompts = [files.read_json(paths[0].parent.parent / "metadata.jsonl") for paths in pictures]
+    for paths, prompt in zip(pictures, prompts, strict=True):
         if not isinstance(prompt.get("tag"), str) or not isinstance(prompt.get("prompt"), str):
             raise ValueError(f"{paths[0].parent.parent / 'metadata.jsonl'}: expected a tag and a prompt")
     results = folder / "results.jsonl"
     verdicts = {}
     if results.is_file():
-        for _, row in lines.read(results):
+        for _, row in files.read_json_lines(results):
             if not isinstance(row.get("filename"), str) or not isinstance(row.get("correct"), bool):
                 raise ValueError(f"{results}: expected filename and correct in every line")
             verdicts[images / row["filename"]] = row["correct"]
-    return prompts, files, verdicts
+    return prompts, pictures, verdicts
 
 
 def compose(
@@ -72,12 +73,12 @@ def compose(
     """
     read_folders = {name: read(folder) for name, folder in folders.items()}
     prompts = next(iter(read_folders.values()))[0]
-    for name, (others, files, _) in read_folders.items():
+    for name, (others, pictures, _) in read_folders.items():
         if others != prompts:
             raise ValueError(f"{folders[name]} holds other prompts than {next(iter(folders.values()))}")
-        if len(files[0]) < num_images:
+        if len(pictures[0]) < num_images:
             raise ValueError(
-                f"{folders[name]} holds {len(files[0])} images per prompt; {num_images} asked for"
+                f"{folders[name]} holds {len(pictures[0])} images per prompt; {num_images} asked for"
             )
     chosen = pick(prompts, num_prompts)
     first = layout.open_image(next(iter(read_folders.values()))[1][0][0])
@@ -94,8 +95,8 @@ def compose(
         y = top + row * cell_height
         caption = textwrap.wrap(prompts[index]["prompt"], CAPTION_CHARACTERS, max_lines=3, placeholder=" ...")
         pen.multiline_text((GAP, y), "\n".join(caption), INK, font)
-        for column, (_, files, verdicts) in enumerate(read_folders.values()):
-            for place, path in enumerate(files[index][:num_images]):
+        for column, (_, pictures, verdicts) in enumerate(read_folders.values()):
+            for place, path in enumerate(pictures[index][:num_images]):
                 x = CAPTION_WIDTH + column * block + place * cell_width
                 frame = {True: GREEN, False: RED, None: GREY}[verdicts.get(path)]
                 pen.rectangle((x, y, x + width + 2 * FRAME - 1, y + height + 2 * FRAME - 1), fill=frame)

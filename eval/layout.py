@@ -4,12 +4,12 @@ Unlike the official scorer, which scores what it finds, reading is strict: what 
 error that lists it.
 """
 
-import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageOps
+
+from mmtensorar import files
 
 RECORD = "generation.json"  # which checkpoint and settings the images come from; see run.py
 
@@ -100,24 +100,4 @@ def open_image(path: Path) -> Image.Image:
 
 def read_record(folder: Path) -> dict:
     """generation.json of a folder of images; empty when there is none."""
-    return read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
-
-
-def read_json(path: Path) -> dict:
-    """A file that holds one JSON object. Raises ValueError, naming it, when it is missing or damaged."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        value = None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected one JSON object")
-    return value
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    return files.read_json(folder / RECORD) if (folder / RECORD).is_file() else {}

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from eval.layout import read_json
+from mmtensorar.files import read_json
 
 
 def rows(summaries: Mapping[str, dict]) -> list[list[str]]:

@@ -39,12 +39,20 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from mmtensorar import backbones, checkpoint, deepseek, image_tokenizers
+from mmtensorar import backbones, image_tokenizers
 from mmtensorar.backbones.llamagen import PIXELS_PER_TOKEN
+from mmtensorar.checkpoints import janus_deepseek, model_folder
+from mmtensorar.checkpoints.released import (
+    TORCH_SUFFIXES,
+    Checkpoint,
+    Unread,
+    locate,
+    read_config,
+    write,
+)
+from mmtensorar.files import sha256
 from mmtensorar.image_tokenizers import janus_vq, open_magvit2_lfq
 from mmtensorar.recipe import Recipe, Section, known_names, named_section
-from mmtensorar.shards import sha256
-from mmtensorar.weights import TORCH_SUFFIXES, Checkpoint, Unread, locate, read_config, write
 
 BACKBONES, IMAGE_TOKENIZERS = known_names("backbone"), known_names("image_tokenizer")
 WRAPPERS = ("ema", "model", "module", "state_dict")  # of all kinds; here only names are looked at
@@ -58,7 +66,7 @@ SIGNS = {
     "encoder.conv_blocks.0.res.0.conv1.weight": "llamagen_vq",
 }
 MODEL_TYPES = {name: name for name in (*BACKBONES, *IMAGE_TOKENIZERS)} | {
-    deepseek.MODEL_TYPE: "janus",
+    janus_deepseek.MODEL_TYPE: "janus",
     "janus_vqgan": "janus_vq",
 }
 # The settings of the authors' demo scripts, for `generate` without options; all can be given there.
@@ -71,7 +79,7 @@ SAMPLERS = {
 # Backbone -> the image tokenizer that its files hold too, and how its tensors' names begin there.
 INSIDE = {
     "open_magvit2": ("open_magvit2_lfq", (open_magvit2_lfq.INSIDE_AR,)),
-    "janus": ("janus_vq", (janus_vq.INSIDE_JANUS, deepseek.VQ)),
+    "janus": ("janus_vq", (janus_vq.INSIDE_JANUS, janus_deepseek.VQ)),
 }
 
 
@@ -90,7 +98,7 @@ class Source(NamedTuple):
 
 def find(path: str, kind: str | None = None, *, key: str = "SRC", option: str = "--kind") -> Source:
     """The released model at a path or Hugging Face id. Raises ValueError when there is none, or its kind is unclear."""
-    if (Path(path) / checkpoint.INDEX).is_file():
+    if (Path(path) / model_folder.INDEX).is_file():
         raise ValueError(
             f"{key}: {path} is a checkpoint of this project already; --original writes such a one back"
         )
@@ -190,7 +198,7 @@ def convert(
         _record(partial, backbone=source, image_tokenizer=tokenizer_source)
         size = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
         with _bytes_bar(size, "sha256 of what is written") as bar:
-            checkpoint.write_index(partial, 0, bar.update)
+            model_folder.write_index(partial, 0, bar.update)
     without = (
         ""
         if tokenizer_source
@@ -250,10 +258,10 @@ def original(folder: Path, target: Path, *, base: str | None = None, drop_tensor
     base: for Janus, the original that the model began as. drop_tensorar: write the backbone of a model whose window is
     above 1, without its window encoder and decoder. Raises ValueError when that is not possible or target exists.
     """
-    if not (folder / checkpoint.INDEX).is_file() and (folder / "config.json").is_file():
+    if not (folder / model_folder.INDEX).is_file() and (folder / "config.json").is_file():
         return _original_tokenizer(folder, target)
-    checkpoint.check_files(folder)
-    recipe = checkpoint.saved_recipe(folder)
+    model_folder.check_files(folder)
+    recipe = model_folder.saved_recipe(folder)
     window, lost = recipe.tensorar.window, ""
     if window > 1:
         lost = (
@@ -354,10 +362,10 @@ def _original_janus(
     values = {name: trained[saved] for name, saved in names.items()}
     base_folder = began_as.source.path
     in_transformers = (
-        read_config(base_folder, "janus", deepseek.MODEL_TYPE, key="--base")["model_type"] == "janus"
+        read_config(base_folder, "janus", janus_deepseek.MODEL_TYPE, key="--base")["model_type"] == "janus"
     )
     if image_tokenizer is not None and image_tokenizer.name == "janus_vq":
-        vq_name = janus_vq.INSIDE_JANUS.__add__ if in_transformers else deepseek.vq_name
+        vq_name = janus_vq.INSIDE_JANUS.__add__ if in_transformers else janus_deepseek.vq_name
         values |= {vq_name(name): value for name, value in image_tokenizer.model.state_dict().items()}
 
     widened: list[str] = []
@@ -403,7 +411,7 @@ def _base_of(folder: Path) -> str:
         seen.add(folder)
         path = Recipe.load(folder / "recipe.yaml").backbone.path
         folder = Path(path).parent
-        if Path(path).name != "backbone" or not (folder / checkpoint.INDEX).is_file():
+        if Path(path).name != "backbone" or not (folder / model_folder.INDEX).is_file():
             return path
     raise ValueError(
         f"the recipes of {', '.join(map(str, seen))} name each other; give the original Janus as --base"

@@ -11,20 +11,21 @@ import argparse
 import sys
 from pathlib import Path
 
-from mmtensorar import adapters, checkpoint, pieces
-from mmtensorar.pieces import Piece
+from mmtensorar.checkpoints import model_folder, sharded_state
+from mmtensorar.checkpoints.sharded_state import Piece
+from mmtensorar.files import sha256
+from mmtensorar.model import adapters
 from mmtensorar.recipe import Recipe
-from mmtensorar.shards import sha256
 
 
 def find(run: Path, step: str) -> Path:
     """The checkpoint of a run that a step's number, `latest` or `best` means. Raises ValueError when there is none."""
     folder = run / "checkpoints"
-    there = sorted(path.parent for path in folder.glob(f"step_*/{pieces.STATE}"))
+    there = sorted(path.parent for path in folder.glob(f"step_*/{sharded_state.STATE}"))
     if not there:
         raise ValueError(f"{run}: no checkpoint in it")
     if step == "latest":
-        return folder / f"step_{pieces.latest(folder)['step']:06d}"
+        return folder / f"step_{sharded_state.latest(folder)['step']:06d}"
     if step == "best":
         if not (folder / "best").is_file():
             raise ValueError(
@@ -37,7 +38,7 @@ def find(run: Path, step: str) -> Path:
     wanted = folder / f"step_{int(step):06d}" if step.isdigit() else None
     if wanted not in there:
         raise ValueError(
-            f"{run}: no checkpoint of step {step}; there are latest, {', '.join(str(pieces.step_of(path)) for path in there)}"
+            f"{run}: no checkpoint of step {step}; there are latest, {', '.join(str(sharded_state.step_of(path)) for path in there)}"
         )
     return wanted
 
@@ -48,30 +49,30 @@ def export(run: Path, step: str, out: Path, *, average: bool = False) -> int:
     if average and recipe.train.ema_decay is None:
         raise ValueError(f"{run}: it keeps no average of the weights (train.ema_decay)")
     folder = find(run, step)
-    recorded = pieces.recorded(folder)
+    recorded = sharded_state.recorded(folder)
     for name, expected in recorded["sha256"].items():
         if not (folder / name).is_file() or sha256(folder / name) != expected:
             raise ValueError(f"{folder}: {name} is not the file that was written, the checkpoint is damaged")
-    model = checkpoint.skeleton(recipe)
+    model = model_folder.skeleton(recipe)
     trained = [
         (name, parameter.shape) for name, parameter in model.named_parameters() if parameter.requires_grad
     ]
     layout = [Piece(name, 0, flat, 0, shape.numel()) for flat, (name, shape) in enumerate(trained)]
     key = "average" if average else "master"
-    found = pieces.read(
+    found = sharded_state.read(
         folder, 0, 1, recorded["num_files"], layout, [shape for _, shape in trained], only=key
     )
     state_dict = {name: values[key] for (name, _), values in zip(trained, found, strict=True)}
     if recipe.train.parts in adapters.WITH_ADAPTERS:
-        checkpoint.save_adapters(out, recipe, state_dict, step=recorded["step"])
+        model_folder.save_adapters(out, recipe, state_dict, step=recorded["step"])
     else:
         if state_dict.keys() != model.state_dict().keys():  # some are frozen: they are as training sees them
-            initial = checkpoint.initial_model(recipe)
+            initial = model_folder.initial_model(recipe)
             if recipe.train.precision == "bf16":
                 for parameter in initial.parameters():
                     parameter.data = parameter.data.bfloat16().float()
             state_dict = initial.state_dict() | state_dict
-        checkpoint.save(out, None, recipe, state_dict=state_dict, step=recorded["step"])
+        model_folder.save(out, None, recipe, state_dict=state_dict, step=recorded["step"])
     return recorded["step"]
 
 

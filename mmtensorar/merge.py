@@ -6,18 +6,18 @@ import argparse
 import sys
 from pathlib import Path
 
-from mmtensorar import checkpoint
+from mmtensorar.checkpoints import model_folder
 
 
 def merge(source: Path, target: Path) -> None:
     """Write the checkpoint of adapters at source as one with all weights. Raises ValueError when it has no adapters."""
-    index = checkpoint.read_index(source)
-    if not (source / checkpoint.ADAPTERS).is_file():
-        raise ValueError(f"{source} has no {checkpoint.ADAPTERS}: its weights are whole already")
-    loaded = checkpoint.load(source)
+    index = model_folder.read_index(source)
+    if not (source / model_folder.ADAPTERS).is_file():
+        raise ValueError(f"{source} has no {model_folder.ADAPTERS}: its weights are whole already")
+    loaded = model_folder.load(source)
     # What was trained how is told by the run; the weights are like those of any other now.
     train = loaded.recipe.train.model_copy(update={"parts": "all", "freeze": []})
-    checkpoint.save(
+    model_folder.save(
         target, loaded.model, loaded.recipe.model_copy(update={"train": train}), step=index["step"]
     )
 

@@ -27,14 +27,29 @@ from typing import NoReturn  # noqa: E402
 
 import torch  # noqa: E402
 
-from mmtensorar import adapters, backbones, checkpoint, data, image_tokenizers, plan, saving  # noqa: E402
-from mmtensorar import engine as deep  # noqa: E402
-from mmtensorar.decode import Sampler, decode, per_factor, revised_per_offset  # noqa: E402
-from mmtensorar.ema import Average  # noqa: E402
-from mmtensorar.generate import to_images  # noqa: E402
-from mmtensorar.metrics import STOPPED, StepLog, Stopwatch, matmul_rate, peak_memory_gib  # noqa: E402
+from mmtensorar import backbones, image_tokenizers
+from mmtensorar.checkpoints import model_folder
+from mmtensorar.data import loader
+from mmtensorar.image_tokenizers import to_images  # noqa: E402
+from mmtensorar.model import adapters
 from mmtensorar.processes import hold, leave  # noqa: E402
 from mmtensorar.recipe import Recipe  # noqa: E402
+from mmtensorar.sampling.decode import (  # noqa: E402
+    Sampler,
+    decode,
+    per_factor,
+    revised_per_offset,
+)
+from mmtensorar.training import engine as deep  # noqa: E402
+from mmtensorar.training import plan, run_state  # noqa: E402
+from mmtensorar.training.ema import Average  # noqa: E402
+from mmtensorar.training.run_log import (  # noqa: E402
+    STOPPED,
+    StepLog,
+    Stopwatch,
+    matmul_rate,
+    peak_memory_gib,
+)
 
 # Settings that may change between a run and its continuation: none of them alters a past step. (Other train.steps do
 # stretch the rest of the learning rate's cosine; a run extended so is not one that was planned longer. Another rate is what
@@ -99,8 +114,8 @@ def find_progress(recipe: Recipe, *, resume: bool) -> int | None:
     of another recipe.
     """
     folder = recipe.run_dir
-    finished = folder / "model" / checkpoint.INDEX
-    step = saving.latest_step(folder / "checkpoints")
+    finished = folder / "model" / model_folder.INDEX
+    step = run_state.latest_step(folder / "checkpoints")
     if not resume:
         if finished.is_file():
             raise ValueError(
@@ -127,10 +142,12 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> int:
     """Train, in the recipe's run folder; returns the process's exit code: 0, or after a signal, as shells have it, 128 + its number."""
     # ---- recipe ------------------------------------------------------------------------------
     resume = resume or recipe.train.resume == "auto"
-    recipe = checkpoint.starting(recipe)
+    recipe = model_folder.starting(recipe)
     if recipe.train.steps is None:
         recipe = recipe.model_copy(
-            update={"train": recipe.train.model_copy(update={"steps": data.steps_of(recipe), "epochs": None})}
+            update={
+                "train": recipe.train.model_copy(update={"steps": loader.steps_of(recipe), "epochs": None})
+            }
         )
     folder = recipe.run_dir
 
@@ -168,17 +185,17 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> int:
     # A rank 0 that was killed on another node may be thought alive for a while.
     patience_s = 120 if recipe.train.resume == "auto" else 0
     lock = deep.together(lambda: hold(folder, patience_s) if first else None, device)
-    fingerprints = {"start": checkpoint.start_fingerprint(recipe)}
-    exported = (folder / "model" / checkpoint.INDEX).is_file() and checkpoint.read_index(folder / "model")[
-        "step"
-    ]
+    fingerprints = {"start": model_folder.start_fingerprint(recipe)}
+    exported = (folder / "model" / model_folder.INDEX).is_file() and model_folder.read_index(
+        folder / "model"
+    )["step"]
     if progress is not None:
-        saving.check_recorded(folder / "checkpoints", fingerprints)
+        run_state.check_recorded(folder / "checkpoints", fingerprints)
     if progress is not None and progress >= recipe.train.steps and exported == progress:
         say(f"{folder} is already at step {progress} of {recipe.train.steps}: nothing to do")
         return 0
     image_tokenizer = image_tokenizers.load(recipe.image_tokenizer)
-    fingerprints["shards"] = data.preflight(recipe, image_tokenizer, world_size=world_size)
+    fingerprints["shards"] = loader.preflight(recipe, image_tokenizer, world_size=world_size)
 
     # ---- model -------------------------------------------------------------------------------
     engine = deep.start(recipe, world_size, device)
@@ -205,7 +222,7 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> int:
         None if recipe.train.ema_decay is None else Average(deep.flat_tensors(engine), recipe.train.ema_decay)
     )
     start_step = (
-        saving.resume(engine, folder / "checkpoints", fingerprints, average) if progress is not None else 0
+        run_state.resume(engine, folder / "checkpoints", fingerprints, average) if progress is not None else 0
     )
     if start_step:
         say(f"continuing {folder} after step {start_step}")
@@ -213,16 +230,16 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> int:
             before = Recipe.load(folder / "recipe.yaml", []).model_dump(mode="json")
             for change in differences(before, recipe.model_dump(mode="json")):
                 say(f"note: from here {change}")
-    batches = data.stream(
+    batches = loader.stream(
         recipe,
         caption_encoder,
         rank=rank,
         world_size=world_size,
         skip_batches=start_step * recipe.train.grad_accum,
     )
-    num_skipped = saving.latest_state(folder / "checkpoints").get("num_skipped", 0) if start_step else 0
-    epoch = data.epoch_samples(recipe)
-    saver = saving.Saver(
+    num_skipped = run_state.latest_state(folder / "checkpoints").get("num_skipped", 0) if start_step else 0
+    epoch = loader.epoch_samples(recipe)
+    saver = run_state.Saver(
         engine,
         folder / "checkpoints",
         fingerprints,
@@ -251,7 +268,7 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> int:
         """Said on all ranks alike, once what is being written stands or has failed."""
         with suppress(ValueError):
             saver.finish(device)
-        saved = saving.latest_step(folder / "checkpoints")
+        saved = run_state.latest_step(folder / "checkpoints")
         return f"the last checkpoint is of step {saved}" if saved else "no checkpoint was saved yet"
 
     def stop(reason: str, step: int, names: list[str]) -> NoReturn:
@@ -283,7 +300,7 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> int:
             watch.lap("data")
             sentences += batch.skipped
             names += batch.names
-            condition = type(batch.condition)(*(part.to(device) for part in batch.condition))
+            condition = batch.condition.to(device)
             # Drawn for the step's whole batch, by place in the run, so that neither resuming nor the number of ranks nor of
             # micro batches changes a sample's noise.
             generator = torch.Generator(device).manual_seed(seed_for(recipe.run.seed, step))
@@ -427,9 +444,9 @@ def export(engine, recipe: Recipe, folder: Path, step: int) -> None:
     with_adapters = recipe.train.parts in adapters.WITH_ADAPTERS
     state_dict = deep.full_state_dict(engine, trained_only=with_adapters)
     if state_dict is not None and with_adapters:
-        checkpoint.save_adapters(folder, recipe, state_dict, step=step)
+        model_folder.save_adapters(folder, recipe, state_dict, step=step)
     elif state_dict is not None:
-        checkpoint.save(folder, None, recipe, state_dict=state_dict, step=step)
+        model_folder.save(folder, None, recipe, state_dict=state_dict, step=step)
     deep.barrier()
 
 
@@ -442,12 +459,12 @@ def validate(
     """
     totals = None
     engine.eval()
-    batches = data.validation_batches(recipe, caption_encoder, rank=rank, world_size=world_size)
+    batches = loader.validation_batches(recipe, caption_encoder, rank=rank, world_size=world_size)
     while (
         found := deep.together(lambda: next(batches, None), device)
     ) is not None:  # all ranks have equally many
         number, num_samples, batch = found
-        condition = type(batch.condition)(*(part.to(device) for part in batch.condition))
+        condition = batch.condition.to(device)
         generator = torch.Generator(device).manual_seed(seed_for(0, number))
         with torch.no_grad():
             output = engine(batch.codes.to(device), condition, batch.uncond.to(device), generator)
@@ -485,7 +502,7 @@ def sample(
     Same noise at every call.
     """
     condition = caption_encoder(list(recipe.train.sample_prompts))
-    condition = type(condition)(*(part.to(device) for part in condition))
+    condition = condition.to(device)
     generator = torch.Generator(device).manual_seed(recipe.run.seed)
     with deep.whole(engine) as model:
         guidance = recipe.sampler.model_dump(include=GUIDANCE)

@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from mmtensorar import checkpoint, generate
-from mmtensorar.generate import Generator, Sampling, revisions
+from mmtensorar import generate
+from mmtensorar.checkpoints import model_folder
+from mmtensorar.pipeline import Generator, Sampling, revisions
 from mmtensorar.recipe import Recipe
-from tests.fakes import tiny_llamagen, write_tiny_janus
+from tests.helpers.fakes import tiny_llamagen, write_tiny_janus
 
 PROMPTS = ["a red circle", "a blue square"]
 
@@ -33,12 +34,12 @@ def ckpt(tmp_path_factory):
     }
     (folder / "recipe.yaml").write_text(json.dumps(settings))
     recipe = Recipe.load(folder / "recipe.yaml", [])
-    model = checkpoint.initial_model(recipe)
+    model = model_folder.initial_model(recipe)
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.05)
-    checkpoint.save(folder / "model", model, recipe)
+    model_folder.save(folder / "model", model, recipe)
     return folder / "model"
 
 
@@ -59,7 +60,7 @@ def class_ckpt(ckpt, tmp_path_factory):
     }
     (folder / "recipe.yaml").write_text(json.dumps(settings))
     recipe = Recipe.load(folder / "recipe.yaml", [])
-    checkpoint.save(folder / "model", checkpoint.initial_model(recipe), recipe)
+    model_folder.save(folder / "model", model_folder.initial_model(recipe), recipe)
     return folder / "model"
 
 

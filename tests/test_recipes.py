@@ -15,13 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmtensorar import checkpoint, image_tokenizers, metrics, plan
+from mmtensorar import image_tokenizers
 from mmtensorar import recipe as module
 from mmtensorar.backbones import llamagen, open_magvit2
+from mmtensorar.checkpoints import model_folder
 from mmtensorar.image_tokenizers import llamagen_vq, open_magvit2_lfq
 from mmtensorar.recipe import Recipe
-from tests.fakes import tiny_llamagen, write_tiny_janus
-from tests.test_llamagen import t5_folder  # noqa: F401
+from mmtensorar.training import plan, run_log
+from tests.backbones.test_llamagen import t5_folder  # noqa: F401
+from tests.helpers.fakes import tiny_llamagen, write_tiny_janus
 
 ROOT = Path(__file__).resolve().parents[1]
 # A checkpoint's own recipe.yaml is the record of a run.
@@ -230,7 +232,7 @@ def llamagen_state(name: str) -> dict:
 def one_process():
     """A process group of this process alone, and everything put back that training sets for a whole process."""
     pytest.importorskip("deepspeed")
-    from mmtensorar import engine
+    from mmtensorar.training import engine
 
     environment, handlers = (
         dict(os.environ),
@@ -259,7 +261,7 @@ def shrunken(path: Path, out: Path, *changes: str) -> Recipe:
 
 
 def write_shards_of(recipe: Recipe) -> None:
-    from tests.test_train import write_shards
+    from tests.training.test_train import write_shards
 
     shards = Path(recipe.data.shards)
     if not shards.exists():
@@ -281,14 +283,14 @@ def test_one_real_training_step(path, standins, one_process, tmp_path, monkeypat
     write_shards_of(recipe)
     if recipe.train.init_from is not None:  # the run that it goes on from
         before = shrunken(path, tmp_path, "train.init_from=null")
-        checkpoint.save(Path(recipe.train.init_from), checkpoint.initial_model(before), before)
+        model_folder.save(Path(recipe.train.init_from), model_folder.initial_model(before), before)
     assert "activations" in plan.report(recipe)
     train(recipe)
-    (row,) = metrics.read_log(recipe.run_dir / "log.jsonl")
+    (row,) = run_log.read_log(recipe.run_dir / "log.jsonl")
     assert len(row["loss_per_offset"]) == recipe.tensorar.window
     assert math.isfinite(row["loss"]) and row["grad_norm"] > 0
     assert (recipe.run_dir / "samples" / "step_1.png").is_file()
-    assert checkpoint.check_files(recipe.run_dir / "model")["step"] == 1
+    assert model_folder.check_files(recipe.run_dir / "model")["step"] == 1
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from data_tools import places
-from data_tools.places import read_file
-from mmtensorar.shards import decode_caption
+from data_tools import storage as places
+from data_tools.storage import read_file
+from mmtensorar.data.shards import decode_caption
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from data_tools import places
-from data_tools.places import read_file
+from data_tools import storage
 from data_tools.sources import Item, Layout, class_captions, images
+from data_tools.storage import read_file
 
 
 def class_names(place: str) -> tuple[str, ...]:
@@ -15,10 +15,10 @@ def class_names(place: str) -> tuple[str, ...]:
 
     Hidden ones are none: an editor's folder would shift every number. Raises ValueError when there is no sub-folder.
     """
-    root = places.at(place)
-    if places.is_local(root) and not root.is_dir():
+    root = storage.at(place)
+    if storage.is_local(root) and not root.is_dir():
         raise ValueError(f"{root}: no such folder")
-    names = places.folders(root)
+    names = storage.folders(root)
     if not names:
         raise ValueError(f"{root}: no sub-folders in it; expected one per class")
     return names
@@ -30,7 +30,7 @@ def items(place: str, layout: Layout) -> Iterator[Item]:
     Pictures beside the sub-folders are left out. Raises ValueError for a class without pictures: left out, it would
     shift the numbers of those after it, and kept, its number would never be trained.
     """
-    root = places.at(place)
+    root = storage.at(place)
     for number, name in enumerate(class_names(place)):
         for path, size in images(root / name)[0].items():
             meta = {"source": "class_folder", "name": path.relative_to(root).as_posix(), "class": name}

@@ -7,9 +7,9 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from data_tools.places import read_file
 from data_tools.sources import Item, Layout, class_captions, texts
-from mmtensorar.remote import is_url
+from data_tools.storage import read_file
+from mmtensorar.data.url_cache import is_url
 
 
 @lru_cache(maxsize=1)

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from data_tools import places
-from data_tools.places import read_file
+from data_tools import storage
 from data_tools.sources import Item, Layout, images, texts
-from mmtensorar.shards import EXTENSIONS, decode_caption
+from data_tools.storage import read_file
+from mmtensorar.data.shards import EXTENSIONS, decode_caption
 
 
 def items(place: str, layout: Layout) -> Iterator[Item]:
@@ -18,8 +18,8 @@ def items(place: str, layout: Layout) -> Iterator[Item]:
 
     Raises ValueError when there is no picture. Other files are counted aloud.
     """
-    root = places.at(place)
-    if places.is_local(root) and not root.is_dir():
+    root = storage.at(place)
+    if storage.is_local(root) and not root.is_dir():
         raise ValueError(f"{root}: no such folder")
     found, beside = images(root, (".txt", ".json"))
     # None: neither is there.
@@ -27,7 +27,7 @@ def items(place: str, layout: Layout) -> Iterator[Item]:
         next((each for suffix in (".txt", ".json") if (each := path.with_suffix(suffix)) in beside), None)
         for path in found
     ]
-    read = places.contents((path for path in written if path is not None), EXTENSIONS["json"])
+    read = storage.contents((path for path in written if path is not None), EXTENSIONS["json"])
     for (path, num_bytes), text in zip(found.items(), written, strict=True):
         name = path.relative_to(root).as_posix()
         meta = {"source": "folder", "name": name, "num_bytes": num_bytes}

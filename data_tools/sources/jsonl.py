@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from data_tools import places
+from data_tools import storage
 from data_tools.sources import Item, Layout, of_row
 
 MAX_LINE = 2**22  # bytes
@@ -13,14 +13,14 @@ MAX_LINE = 2**22  # bytes
 
 def items(place: str, layout: Layout) -> Iterator[Item]:
     """Raises ValueError naming file and line for a line that is not such an object, or too long."""
-    path = places.at(place)
+    path = storage.at(place)
     if not path.is_file():
         raise ValueError(
-            f"{path}: no such file{'' if places.is_local(path) else ', or it cannot be reached'}"
+            f"{path}: no such file{'' if storage.is_local(path) else ', or it cannot be reached'}"
         )
     root = (layout.root or path.parent).resolve()
     lines = 0
-    with places.opened(path) as file:
+    with storage.opened(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE), b""), 1):
             where = f"{path}:{number}"
             if len(line) == MAX_LINE:

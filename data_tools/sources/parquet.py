@@ -8,9 +8,9 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from data_tools import places
-from data_tools.places import read_file
+from data_tools import storage
 from data_tools.sources import Item, Layout, inside, of_row, texts
+from data_tools.storage import read_file
 
 MAX_GROUP = 2 * 10**9  # bytes of pictures
 
@@ -28,7 +28,7 @@ def items(place: str, layout: Layout) -> Iterator[Item]:
     """The rows of a file, or of all .parquet files below a folder. The image column holds paths, bytes, or Hugging Face's
     {"bytes", "path"}. The rows of a row group form a group. Raises ValueError naming file and column, or row.
     """
-    path, files = places.with_suffix(place, ".parquet")
+    path, files = storage.with_suffix(place, ".parquet")
     rows = 0
     for file in files:
         for item in _file(file, file.relative_to(path).as_posix() if file != path else path.name, layout):
@@ -111,7 +111,7 @@ def _is_plain(arrow: Any, kind: Any) -> bool:
 
 def _stamp(path: Path) -> str:
     """Size and time of change, since reading all bytes to tell a changed file from the old one would take too long."""
-    if not places.is_local(path):
+    if not storage.is_local(path):
         return hashlib.sha256(str(path.fs.ukey(path.path)).encode()).hexdigest()[:16]
     status = path.stat()
     return hashlib.sha256(f"{status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""The embedded world: scenes drawn from a caption grammar (see data_tools/shapes.py)."""
+"""The embedded world: scenes drawn from a caption grammar (see worlds/shapes/draw.py)."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from functools import partial
 import numpy as np
 from PIL import Image
 
-from data_tools import shapes
 from data_tools.sources import Item
+from worlds.shapes import draw
 
 
 def items(num_samples: int, *, seed: int, size: int) -> Iterator[Item]:
     """Sample `index` depends on seed and index alone. size: pixels a side."""
     for index in range(num_samples):
-        scene = shapes.sample_scene(np.random.default_rng([seed, index]))
+        scene = draw.sample_scene(np.random.default_rng([seed, index]))
         meta = {"source": "shapes", "scene": scene.metadata}
         yield Item(str(index), partial(_draw, seed, index, size), (scene.caption,), meta)
 
 
 def _draw(seed: int, index: int, size: int) -> Image.Image:
     rng = np.random.default_rng([seed, index])
-    return shapes.draw(shapes.sample_scene(rng), rng, size)
+    return draw.draw(draw.sample_scene(rng), rng, size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator
 
-from data_tools import places
+from data_tools import storage
 from data_tools.sources import Item, Layout, of_row
 
 MAX_CELL = 2**20  # characters
@@ -13,10 +13,10 @@ MAX_CELL = 2**20  # characters
 
 def items(place: str, layout: Layout) -> Iterator[Item]:
     """Raises ValueError naming file and line for a missing column, another number of cells, and text that is not UTF-8."""
-    path = places.at(place)
+    path = storage.at(place)
     if not path.is_file():
         raise ValueError(
-            f"{path}: no such file{'' if places.is_local(path) else ', or it cannot be reached'}"
+            f"{path}: no such file{'' if storage.is_local(path) else ', or it cannot be reached'}"
         )
     root = (layout.root or path.parent).resolve()
     csv.field_size_limit(MAX_CELL)

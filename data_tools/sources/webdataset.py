@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from data_tools import places
+from data_tools import storage
 from data_tools.sources import SUFFIXES, Item, Layout, class_captions, texts
-from mmtensorar import tars
-from mmtensorar.shards import EXTENSIONS, decode_caption
+from mmtensorar.data import tars
+from mmtensorar.data.shards import EXTENSIONS, decode_caption
 
 TEXT = ("txt", "text", "caption")
 
@@ -23,7 +23,7 @@ def items(place: str, layout: Layout) -> Iterator[Item]:
     The caption is the txt member, or the keys of the json member, or the cls member's class number (or made of its name).
     Members of other kinds are not read, and are counted aloud. Raises ValueError for a damaged or compressed tar.
     """
-    path, files = places.with_suffix(place, ".tar")
+    path, files = storage.with_suffix(place, ".tar")
     ignored: Counter[str] = Counter()
     samples = 0
     for file in files:

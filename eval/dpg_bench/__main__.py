@@ -27,9 +27,14 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from eval import layout, lines, run, versions
+from eval import (
+    harness,
+    layout,
+    versions,
+)
 from eval.dpg_bench import pictures, score
-from mmtensorar.options import add_generation
+from mmtensorar import files
+from mmtensorar.sampling.options import add_generation
 
 if TYPE_CHECKING:
     from eval.dpg_bench.judges import Judge
@@ -49,7 +54,7 @@ def read_answers(path: Path, num_images: int | None = None) -> dict[str, list[di
     Raises ValueError naming file and line of an answer that is damaged, twice there or out of order.
     """
     found: dict[str, dict[int, dict[int, str]]] = {}
-    for where, row in lines.read(path):
+    for where, row in files.read_json_lines(path):
         item, image, answers = row.get("item_id"), row.get("image"), row.get("answers")
         if not isinstance(item, str) or type(image) is not int or image < 0 or not isinstance(answers, dict):
             raise ValueError(
@@ -190,12 +195,12 @@ def score_answers(arguments: Sequence[str]) -> None:
     parser.add_argument("--judge", default="not told", help="who gave the answers; stands beside the score")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write everything as JSON")
     options = parser.parse_args(arguments)
-    run.check_numbers(options, num_images=1)
+    harness.check_numbers(options, num_images=1)
     rows = score.read_rows(options.questions)
     answers = read_answers(options.answers, options.num_images)
     found = report(rows, options.questions, answers, options.judge, gaps(rows, answers))
     if options.out is not None:
-        layout.write_text(options.out, json.dumps(found, indent=2) + "\n")
+        files.write_text(options.out, json.dumps(found, indent=2) + "\n")
         print(f"\n{options.out}")
 
 
@@ -245,7 +250,7 @@ def ask(
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    if options.images is not None and not run.scores():
+    if options.images is not None and not harness.scores():
         return
     table = options.bench / pictures.TABLE
     if not table.is_file():
@@ -268,18 +273,18 @@ def evaluate(options: argparse.Namespace) -> None:
     from eval.dpg_bench import judges
 
     judge = None
-    if run.scores():
+    if harness.scores():
         judge = judges.load(
             options.judge or judges.DEFAULT, options.device
         )  # a wrong path is told before hours of generating
     if options.images is not None:
-        run.ignored(options)
+        harness.ignored(options)
         folder, out = (
             options.images,
             options.out or Path("runs/eval") / f"{options.images.resolve().name}_dpg_bench",
         )
     else:
-        folder = out = run.generate_into(options, run.load(options), "dpg_bench", prompts, num_images)
+        folder = out = harness.generate_into(options, harness.load(options), "dpg_bench", prompts, num_images)
         if judge is None:
             return
     what = dict(num_images=num_images, single=options.single, allow_partial=options.allow_partial)
@@ -298,7 +303,7 @@ def evaluate(options: argparse.Namespace) -> None:
         "generation": record or None,
         "versions": versions.installed(),
     }
-    lines.write(
+    files.write_json_lines(
         out / "answers.jsonl",
         (
             {"item_id": item, "image": number, "answers": {str(key): text for key, text in picture.items()}}
@@ -306,7 +311,7 @@ def evaluate(options: argparse.Namespace) -> None:
             for number, picture in enumerate(given)
         ),
     )
-    layout.write_text(out / "summary.json", json.dumps(found | told, indent=2) + "\n")
+    files.write_text(out / "summary.json", json.dumps(found | told, indent=2) + "\n")
     print(f"\n{out / 'summary.json'}")
 
 
@@ -342,7 +347,7 @@ def score_pictures(arguments: Sequence[str]) -> None:
     )
     add_generation(parser, needs=", with --ckpt")
     options = parser.parse_args(arguments)
-    run.check_numbers(options, num_images=1, seed=0)
+    harness.check_numbers(options, num_images=1, seed=0)
     evaluate(options)
 
 
@@ -357,7 +362,7 @@ def write_grids(arguments: Sequence[str]) -> None:
     written = 0
     for images in layout.image_files(options.folder, num_images=pictures.CELLS):
         place = images[0].parent.parent / "metadata.jsonl"
-        item = layout.read_json(place).get("item_id")
+        item = files.read_json(place).get("item_id")
         if not isinstance(item, str) or not item or "/" in item or item.startswith("."):
             raise ValueError(f"{place}: item_id is {item!r}; expected a name, as --ckpt writes it")
         pictures.write_grid([layout.open_image(path) for path in images], options.out / f"{item}.png")

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from eval import lines
 from eval.dpg_bench.judges import Judge
+from mmtensorar import files
 
 KEYS = ("image_sha256", "question", "judge", "answer")
 
@@ -32,7 +32,7 @@ class Cache:
         if path.is_file():
             _drop_cut_line(path)
         if path.is_file() and path.stat().st_size:
-            for where, row in lines.read(path):
+            for where, row in files.read_json_lines(path):
                 if not all(isinstance(row.get(key), str) for key in KEYS):
                     raise ValueError(f"{where}: expected {', '.join(KEYS)}")
                 self._known[row["image_sha256"], row["question"], row["judge"]] = row["answer"]
@@ -57,7 +57,7 @@ def _drop_cut_line(path: Path) -> None:
     """Take off what follows the last end of a line: a process was killed while it wrote."""
     with path.open("rb+") as file:
         size = file.seek(0, 2)
-        back = min(size, lines.MAX_LINE)
+        back = min(size, files.MAX_LINE)
         file.seek(size - back)
         tail = file.read(back)
         if not tail.endswith(b"\n"):

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from mmtensorar import devices
-from mmtensorar.weights import locate, weight_hash
+from mmtensorar.checkpoints.released import locate, weight_hash
 
 DEFAULT = "Qwen/Qwen2.5-VL-7B-Instruct"
 MPLUG = "damo/mplug_visual-question-answering_coco_large_en"

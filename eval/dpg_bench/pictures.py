@@ -1,7 +1,7 @@
 """DPG-Bench's prompts, and the pictures made for them.
 
 A folder of pictures is one of two kinds. Official: <item_id>.<ext>, the id being the name up to the first dot, a 2 x 2
-grid of four samples (top left, top right, bottom left, bottom right) or, where so asked, one sample. Or as eval/run.py
+grid of four samples (top left, top right, bottom left, bottom right) or, where so asked, one sample. Or as eval/harness.py
 generates: NNNNN/metadata.jsonl with the item_id and NNNNN/samples/.
 """
 
@@ -91,11 +91,11 @@ def survey(
 def _generated(folder: Path, items: Collection[str], num_samples: int) -> tuple[list[Item], list[str]]:
     # A folder may hold more samples of a prompt than are asked about.
     num_images = max(num_samples, layout.read_record(folder).get("num_images", num_samples))
-    files, problems = layout.survey(folder, num_images=num_images)
+    pictures, problems = layout.survey(folder, num_images=num_images)
     found: dict[str, list[Path]] = {}
-    for images in files:
+    for images in pictures:
         place = images[0].parent.parent / "metadata.jsonl"
-        name = layout.read_json(place).get("item_id")
+        name = files.read_json(place).get("item_id")
         if not isinstance(name, str) or name not in items:
             problems.append(f"{place.relative_to(folder)} is of no item of the table")
         elif len(images) >= num_samples:

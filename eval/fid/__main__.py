@@ -21,9 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
-from eval import layout, run, versions
+from eval import harness, layout, versions
 from eval.fid import features, score, sources
-from mmtensorar.options import add_generation
+from mmtensorar import files
+from mmtensorar.sampling.options import add_generation
 
 NUM_IMAGES = 50_000  # of published numbers
 ARRAYS = ("ref_pool", "sample_pool", "ref_spatial", "sample_spatial", "sample_logits")
@@ -85,7 +86,7 @@ def file_hash(path: Path) -> str:
 
 def class_prompts(generator) -> list[dict]:
     """A prompt per class. Raises ValueError for a model that is not class-conditional."""
-    from mmtensorar.captions import ClassNumbers
+    from mmtensorar.captions.encoders import ClassNumbers
 
     if not isinstance(generator.caption_encoder, ClassNumbers):
         raise ValueError(
@@ -95,25 +96,25 @@ def class_prompts(generator) -> list[dict]:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    if options.images is not None and not run.scores():
+    if options.images is not None and not harness.scores():
         return
     statistics = sources.reference_statistics(options.ref)  # a wrong path is told before hours of generating
     reference = sources.find(options.ref)
     numbers: dict = {}
     if options.images is not None:
-        run.ignored(options, ["num_images"])
+        harness.ignored(options, ["num_images"])
         folder, out = options.images, options.out or Path("runs/eval") / f"{options.images.stem}_fid"
     else:
-        generator = run.load(options)
+        generator = harness.load(options)
         prompts = class_prompts(generator)
         each, rest = divmod(options.num_images or NUM_IMAGES, len(prompts))
         if rest or not each:
             raise ValueError(
                 f"--num-images is {options.num_images or NUM_IMAGES}; expected a multiple of the {len(prompts)} classes"
             )
-        folder = out = run.generate_into(options, generator, "class_conditional", prompts, each)
+        folder = out = harness.generate_into(options, generator, "class_conditional", prompts, each)
         del generator
-        if not run.scores():
+        if not harness.scores():
             return
         numbers = dict(num_prompts=len(prompts), num_images=each)
     samples = sources.find(folder, **numbers)
@@ -147,7 +148,7 @@ def evaluate(options: argparse.Namespace) -> None:
         "generation": record or None,
         "versions": versions.installed(),
     }
-    layout.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    files.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     print(f"\n{samples.num} pictures of {folder} against {options.ref}, {network.name}")
     show(found)
     if samples.num < NUM_IMAGES:
@@ -172,7 +173,7 @@ def score_features(arguments: Sequence[str]) -> None:
     add_split_size(parser)
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the scores as JSON")
     options = parser.parse_args(arguments)
-    run.check_numbers(options, split_size=1)
+    harness.check_numbers(options, split_size=1)
     arrays = read_features(options.features)
     try:
         found = measure(arrays, options.split_size)
@@ -181,7 +182,7 @@ def score_features(arguments: Sequence[str]) -> None:
     show(found)
     if options.out is not None:
         record = {"features": str(options.features), "split_size": options.split_size, **found}
-        layout.write_text(options.out, json.dumps(record, indent=2) + "\n")
+        files.write_text(options.out, json.dumps(record, indent=2) + "\n")
 
 
 def add_split_size(parser: argparse.ArgumentParser) -> None:
@@ -218,8 +219,8 @@ def score_pictures(arguments: Sequence[str]) -> None:
     add_split_size(parser)
     add_generation(parser, needs=", with --ckpt")
     options = parser.parse_args(arguments)
-    run.check_numbers(options, split_size=1)
-    run.check_numbers(options, num_images=1, seed=0)
+    harness.check_numbers(options, split_size=1)
+    harness.check_numbers(options, num_images=1, seed=0)
     evaluate(options)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmtensorar.weights import weight_hash
+from mmtensorar.checkpoints.released import weight_hash
 
 SPATIAL_CHANNELS = 7
 

@@ -24,12 +24,18 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from eval import layout, report_table, run, versions
+from eval import (
+    harness,
+    layout,
+    report_table,
+    versions,
+)
 from eval.geneval import ceiling, report
 from eval.geneval import suite as suites
 from eval.geneval.score import by_class, judge, summarize
 from eval.geneval.suite import Suite
-from mmtensorar.options import add_generation
+from mmtensorar import files
+from mmtensorar.sampling.options import add_generation
 
 COMMANDS = {
     "score": "recorded",
@@ -53,17 +59,17 @@ def score(
 
     Also returns what is missing, too many or unreadable, in words; without allow_partial that is a ValueError.
     """
-    files, problems = layout.survey(folder, num_prompts=num_prompts, num_images=num_images)
+    pictures, problems = layout.survey(folder, num_prompts=num_prompts, num_images=num_images)
     if problems and not allow_partial:
         raise ValueError(layout.listed(folder, problems))
-    prompts = [suites.read_metadata(images[0].parent.parent / "metadata.jsonl", suite) for images in files]
+    prompts = [suites.read_metadata(images[0].parent.parent / "metadata.jsonl", suite) for images in pictures]
     if suite.is_whole:
-        problems += strange(suite, prompts, files)
+        problems += strange(suite, prompts, pictures)
         if problems and not allow_partial:
             raise ValueError(layout.listed(folder, problems))
     detector = suite.detector()
     results = []
-    work = [(metadata, path) for metadata, images in zip(prompts, files, strict=True) for path in images]
+    work = [(metadata, path) for metadata, images in zip(prompts, pictures, strict=True) for path in images]
     with tqdm(total=len(work), unit="image", desc=f"scoring {folder}", file=sys.stderr) as bar:
         for start in range(0, len(work), batch_size):
             part, images = [], []
@@ -134,9 +140,9 @@ def write(
         "versions": versions.installed(),
     }
     out.mkdir(parents=True, exist_ok=True)
-    layout.write_text(out / "results.jsonl", "".join(json.dumps(result) + "\n" for result in results))
-    layout.write_text(out / "report.html", report.page(summary, results, folder))
-    layout.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    files.write_text(out / "results.jsonl", "".join(json.dumps(result) + "\n" for result in results))
+    files.write_text(out / "report.html", report.page(summary, results, folder))
+    files.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 
@@ -155,7 +161,7 @@ def expected(suite: Suite, folder: Path, options: argparse.Namespace) -> dict[st
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    if options.images is not None and not run.scores():
+    if options.images is not None and not harness.scores():
         return
     choice = suites.DetectorChoice(options.detector, options.clip, options.device)
     suite = suites.load(options.suite, options.num_prompts, choice)
@@ -164,20 +170,22 @@ def evaluate(options: argparse.Namespace) -> None:
             f"--num-bound-images is {options.num_bound_images}; expected 0, or at least one per skill, {least}"
         )
     tested = None
-    if run.scores():
+    if harness.scores():
         # What is wrong with the detector is told before hours of generating.
         tested = "left out" if options.no_self_test else suite.detector().self_test()
     image_tokenizer = None
     if options.images is not None:
-        run.ignored(options)
+        harness.ignored(options)
         folder, out = options.images, options.out or options.images
         sizes = expected(suite, folder, options)
     else:
         options.num_images = options.num_images or suites.NUM_IMAGES
-        generator = run.load(options)
-        folder = out = run.generate_into(options, generator, suite.name, suite.prompts, options.num_images)
+        generator = harness.load(options)
+        folder = out = harness.generate_into(
+            options, generator, suite.name, suite.prompts, options.num_images
+        )
         image_tokenizer = generator.image_tokenizer
-        if not run.scores():
+        if not harness.scores():
             return
         sizes = dict(num_prompts=len(suite.prompts), num_images=options.num_images)
     results, problems = score(
@@ -237,7 +245,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_generation(parser, needs=", with --ckpt")
     options = parser.parse_args(arguments)
     try:
-        run.check_numbers(options, num_images=1, seed=0, num_bound_images=0)
+        harness.check_numbers(options, num_images=1, seed=0, num_bound_images=0)
         evaluate(options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

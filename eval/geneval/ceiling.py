@@ -24,7 +24,7 @@ from PIL import Image
 from eval.geneval import suite as suites
 from eval.geneval.score import by_class, judge, wilson
 from eval.geneval.suite import Suite
-from eval.layout import write_text
+from mmtensorar.files import write_text
 
 DRAWN_SIZE = 64  # pixels, where no image tokenizer says otherwise
 
@@ -84,7 +84,7 @@ def round_trip(
     """Images of the image tokenizer's size, encoded and decoded again."""
     import torch
 
-    from mmtensorar.generate import to_images
+    from mmtensorar.image_tokenizers import to_images
 
     device = next(image_tokenizer.parameters()).device
     for start in range(0, len(images), batch_size):

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from eval.geneval.score import COLORS
-from mmtensorar.weights import weight_hash
+from mmtensorar.checkpoints.released import weight_hash
 
 MODEL = "ViT-L-14-quickgelu"
 PROMPTS = (

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from eval import layout, lines, report_table
+from eval import report_table
+from mmtensorar import files
 
 NUM_RESAMPLES = 10_000
 
@@ -27,7 +28,7 @@ def read(folder: Path) -> tuple[dict, dict[str, dict[str, float]]]:
     """
     summary = report_table.read_summary(folder / "summary.json")
     verdicts: dict[str, dict[str, list[bool]]] = {}
-    for where, row in lines.read(folder / "results.jsonl"):
+    for where, row in files.read_json_lines(folder / "results.jsonl"):
         if (
             not isinstance(row.get("metadata"), str)
             or not isinstance(row.get("tag"), str)
@@ -112,7 +113,7 @@ def main(arguments: Sequence[str]) -> int:
             f"\nDifferences in points [95 % interval, paired bootstrap over prompts]:\n{render(baseline, found)}"
         )
         if options.out is not None:
-            layout.write_text(
+            files.write_text(
                 options.out, json.dumps({"baseline": baseline, "differences": found}, indent=2) + "\n"
             )
     except (ValueError, OSError) as error:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmtensorar.weights import Checkpoint
+from mmtensorar.checkpoints.released import Checkpoint
 
 NUM_LEVELS, NUM_POINTS = 3, 4  # of the deformable attention
 # mmdet's name -> transformers'; \1, \2 are numbers. Of tensors with another layout, see `_tensors`.

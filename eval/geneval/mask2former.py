@@ -21,8 +21,8 @@ from torch import Tensor
 
 from eval.geneval import self_test
 from eval.geneval.colors import ColorClassifier
-from eval.geneval.detect import Detection, Detector
-from mmtensorar.weights import locate, weight_hash
+from mmtensorar.checkpoints.released import locate, weight_hash
+from worlds.shapes.detect import Detection, Detector
 
 LONGEST, SHORTEST, MULTIPLE = 1333, 800, 32
 NUM_INSTANCES = 100

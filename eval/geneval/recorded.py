@@ -16,16 +16,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from eval import lines, report_table
+from eval import report_table
 from eval.geneval.prompts import prompts
 from eval.geneval.score import COLORS, Settings, Verdict, judge, summarize
+from mmtensorar import files
 
 VERDICT = ("correct", "reason", "kept")
 
 
 def read_cases(path: Path) -> Iterator[tuple[str, dict]]:
     """(place in the file, case), checked. Raises ValueError naming the file and line of one that cannot be scored."""
-    for where, case in lines.read(path):
+    for where, case in files.read_json_lines(path):
         if problem := _problem(case):
             raise ValueError(f"{where}: {problem}")
         yield where, case
@@ -108,7 +109,7 @@ def main(arguments: Sequence[str]) -> int:
             yield {"tag": tag, "prompt": prompt, **verdict._asdict(), "metadata": json.dumps(metadata)}
 
     try:
-        lines.write(options.out, results())
+        files.write_json_lines(options.out, results())
         summary = {"suite": "geneval", "detector": f"recorded in {options.detections}", **summarize(verdicts)}
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,7 +1,7 @@
 """GenEval's verdict on one image, and the summary of many. Pure: detections in, numbers out.
 
 The rules are those of GenEval's official scorer (github.com/djghosh13/geneval, commit af4902f), checked against its
-verdicts by tests/test_parity.py; this is not its code. Every number is a float32, as there: in double precision a
+verdicts by tests/parity/test_parity.py; this is not its code. Every number is a float32, as there: in double precision a
 score of exactly float32(0.3) would pass a threshold of 0.3.
 
 Intervals are 95 % and allow for several images of one prompt being alike:

@@ -1,6 +1,6 @@
 """Suites: a list of prompts in GenEval's form, the detector that looks at their images, and the scorer's settings.
 
-`shapes`: the embedded world of data_tools/shapes.py, the same number of prompts for each of its six skills. The
+`shapes`: the embedded world of worlds/shapes/draw.py, the same number of prompts for each of its six skills. The
 prompt with draw number n of skill number s comes from default_rng([20_000, s, n]), a caption seen before in the skill
 is passed over, and the first few are always the same however many are asked for. Training pictures come from
 default_rng([seed, index]): data made with any --seed but 20000 and 30000 shares no draw with the suite or with the
@@ -21,11 +21,16 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from data_tools.shapes import SHAPES, SKILLS, draw, sample_scene
-from eval.geneval.detect import Detector, ShapesDetector
 from eval.geneval.prompts import CLASSES, prompts
 from eval.geneval.score import COLORS, RELATIONS, Settings
-from eval.layout import read_json
+from mmtensorar.files import read_json
+from worlds.shapes.detect import Detector, ShapesDetector
+from worlds.shapes.draw import (
+    SHAPES,
+    SKILLS,
+    draw,
+    sample_scene,
+)
 
 NUM_IMAGES = 4  # per prompt, as GenEval
 PROMPT_SEED = 20_000
@@ -100,10 +105,11 @@ def geneval(num_prompts: int | None, choice: DetectorChoice) -> Suite:
 
     def detector() -> Detector:
         from eval.geneval import colors, mask2former
-        from mmtensorar import devices, weights
+        from mmtensorar import devices
+        from mmtensorar.checkpoints import released
 
         device = devices.pick(choice.device)
-        weights.locate(choice.detector or MASK2FORMER, key="--detector")  # before CLIP is fetched
+        released.locate(choice.detector or MASK2FORMER, key="--detector")  # before CLIP is fetched
         classifier = colors.ColorClassifier.load(choice.clip or CLIP, device=device)
         return mask2former.Mask2FormerDetector.load(
             choice.detector or MASK2FORMER, CLASSES, classifier, device

@@ -15,12 +15,12 @@ import sys
 import time
 from pathlib import Path
 
-from mmtensorar import pieces
-from mmtensorar.checkpoint import INDEX, read_index
+from mmtensorar.checkpoints import sharded_state
+from mmtensorar.checkpoints.model_folder import INDEX, read_index
+from mmtensorar.checkpoints.sharded_state import step_of
 from mmtensorar.export import export
-from mmtensorar.metrics import read_log
-from mmtensorar.pieces import step_of
 from mmtensorar.recipe import Recipe
+from mmtensorar.training.run_log import read_log
 
 SCORES = "scores.jsonl"
 
@@ -28,7 +28,7 @@ SCORES = "scores.jsonl"
 def newest(run: Path) -> Path | None:
     """The last checkpoint of a run, unless it or a later one has a line in scores.jsonl."""
     scored = max((row["step"] for row in read_log(run / SCORES)), default=-1)
-    found = [path.parent for path in run.glob(f"checkpoints/step_*/{pieces.STATE}")]
+    found = [path.parent for path in run.glob(f"checkpoints/step_*/{sharded_state.STATE}")]
     return max((folder for folder in found if step_of(folder) > scored), key=step_of, default=None)
 
 

@@ -25,10 +25,18 @@ from transformers.cache_utils import DynamicLayer
 from transformers.models.janus.configuration_janus import JanusConfig
 from transformers.models.janus.modeling_janus import JanusVQVAEAlignerMLP, JanusVQVAEHead
 
-from mmtensorar import attention, deepseek, layers
-from mmtensorar.backbones import Condition, Prefix
+from mmtensorar.checkpoints import janus_deepseek
+from mmtensorar.checkpoints.released import (
+    Checkpoint,
+    Unread,
+    fill,
+    hub_config,
+    locate,
+    read_config,
+)
+from mmtensorar.model import attention, layers
+from mmtensorar.model.conditions import Condition, Prefix
 from mmtensorar.recipe import Section
-from mmtensorar.weights import Checkpoint, Unread, fill, hub_config, locate, read_config
 
 PROMPT = "<|User|>: {caption}\n\n<|Assistant|>:<begin_of_image>"
 BEGIN_OF_IMAGE = "<begin_of_image>"
@@ -153,7 +161,7 @@ class JanusCacheLayer(DynamicLayer):
 
 
 class JanusBackbone(nn.Module):
-    """See mmtensorar.backbones.Backbone. pad_id fills the unconditional prompt."""
+    """See mmtensorar.model.protocols.Backbone. pad_id fills the unconditional prompt."""
 
     def __init__(self, config: JanusConfig, pad_id: int):
         super().__init__()
@@ -273,11 +281,11 @@ def _find(
 ) -> tuple[JanusConfig, Path | Checkpoint, Callable[[str], str], PreTrainedTokenizerFast | None]:
     """Configuration, weights, our names -> those of the weights, and the text tokenizer where there is one."""
     folder = locate(section.path, key="backbone.path", weights=weights)
-    settings = read_config(folder, "janus", deepseek.MODEL_TYPE, key="backbone.path")
+    settings = read_config(folder, "janus", janus_deepseek.MODEL_TYPE, key="backbone.path")
     source: Path | Checkpoint = folder
-    if settings["model_type"] == deepseek.MODEL_TYPE:
+    if settings["model_type"] == janus_deepseek.MODEL_TYPE:
         source = Checkpoint(folder, optional=not weights)
-        config, rename = deepseek.config(settings, source.shapes, folder), deepseek.backbone_name
+        config, rename = janus_deepseek.config(settings, source.shapes, folder), janus_deepseek.backbone_name
     else:
         config, rename = hub_config(JanusConfig, settings, folder), _released_name
     text_tokenizer = _load_text_tokenizer(

@@ -20,10 +20,19 @@ from huggingface_hub import save_torch_state_dict
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from mmtensorar import attention, captions, layers
-from mmtensorar.backbones import Condition, Prefix
+from mmtensorar.captions import encoders
+from mmtensorar.checkpoints.released import (
+    Checkpoint,
+    Unread,
+    fill,
+    locate,
+    own_config,
+    parse_config,
+    read_config,
+)
+from mmtensorar.model import attention, layers
+from mmtensorar.model.conditions import Condition, Prefix
 from mmtensorar.recipe import Section
-from mmtensorar.weights import Checkpoint, Unread, fill, locate, own_config, parse_config, read_config
 
 # Our names -> the official ones; the others are the same.
 KEYS = {
@@ -58,7 +67,7 @@ class Config(Section):
     size, condition and image_size (pixels a side) say what path should hold, and are checked against it. A file tells
     its image size by its official name or its saved arguments only, else image_size is required; a plan without the
     file needs all three.
-    text_encoder, caption_cleaning: for text-conditional models, see mmtensorar.captions.
+    text_encoder, caption_cleaning: for text-conditional models, see mmtensorar.captions.encoders.
     """
 
     name: Literal["llamagen"]
@@ -68,7 +77,7 @@ class Config(Section):
     image_size: int | None = Field(None, ge=PIXELS_PER_TOKEN, multiple_of=PIXELS_PER_TOKEN)
     attn_implementation: attention.Implementation = "sdpa"
     text_encoder: str = "google/flan-t5-xl"
-    caption_cleaning: captions.Cleaning = "original"
+    caption_cleaning: encoders.Cleaning = "original"
 
 
 class Architecture(BaseModel):
@@ -185,7 +194,7 @@ class LlamaGenHead(nn.Module):
 
 
 class LlamaGenBackbone(nn.Module):
-    """See mmtensorar.backbones.Backbone. Random weights are the original's: std 0.02, and zero logits."""
+    """See mmtensorar.model.protocols.Backbone. Random weights are the original's: std 0.02, and zero logits."""
 
     def __init__(self, config: Architecture, attn_implementation: attention.Implementation = "sdpa"):
         super().__init__()
@@ -413,12 +422,12 @@ def _check_claims(section: Config, config: Architecture, path: Path) -> None:
 # ---- conditions ----------------------------------------------------------------------------------
 
 
-def caption_encoder(section: Config) -> captions.ClassNumbers | captions.T5Features:
+def caption_encoder(section: Config) -> encoders.ClassNumbers | encoders.T5Features:
     """See mmtensorar.backbones.caption_encoder."""
     config, _ = _find(section)
     if config.condition == "class":
-        return captions.ClassNumbers(config.num_classes)
-    return captions.T5Features(
+        return encoders.ClassNumbers(config.num_classes)
+    return encoders.T5Features(
         section.text_encoder,
         num_slots=config.prefix_len,
         dim=config.caption_dim,

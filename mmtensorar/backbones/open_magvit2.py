@@ -22,11 +22,17 @@ from huggingface_hub import save_torch_state_dict
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mmtensorar import attention, layers
-from mmtensorar.backbones import Condition, Prefix
-from mmtensorar.captions import ClassNumbers
+from mmtensorar.captions.encoders import ClassNumbers
+from mmtensorar.checkpoints.released import (
+    Checkpoint,
+    Unread,
+    fill,
+    locate,
+    own_config,
+)
+from mmtensorar.model import attention, layers
+from mmtensorar.model.conditions import Condition, Prefix
 from mmtensorar.recipe import Section
-from mmtensorar.weights import Checkpoint, Unread, fill, locate, own_config
 
 MODEL_TYPE = "open_magvit2"
 NORM_EPS = 1e-5
@@ -201,7 +207,7 @@ class OpenMagvit2Head(nn.Module):
 
 
 class OpenMagvit2Backbone(nn.Module):
-    """See mmtensorar.backbones.Backbone. Hidden states are not normed: the final norm follows the factorised blocks.
+    """See mmtensorar.model.protocols.Backbone. Hidden states are not normed: the final norm follows the factorised blocks.
 
     Weights start as the original's: normal of 0.02, the output layers at zero.
     """

@@ -19,8 +19,8 @@ import numpy as np
 from PIL import Image
 
 from mmtensorar import image_tokenizers
+from mmtensorar.data.shards import decode_image, square
 from mmtensorar.image_tokenizers import to_images, to_pixels
-from mmtensorar.shards import decode_image, square
 
 
 def psnr(one: Image.Image, other: Image.Image) -> float:

@@ -15,10 +15,17 @@ from torch import Tensor
 from transformers.models.janus.configuration_janus import JanusConfig, JanusVQVAEConfig
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
-from mmtensorar import deepseek
+from mmtensorar.checkpoints import janus_deepseek
+from mmtensorar.checkpoints.released import (
+    Checkpoint,
+    fill,
+    hub_config,
+    locate,
+    read_config,
+    weight_hash,
+)
 from mmtensorar.image_tokenizers import Frozen, full_precision, llamagen_vq, small
 from mmtensorar.recipe import Section
-from mmtensorar.weights import Checkpoint, fill, hub_config, locate, read_config, weight_hash
 
 # Where the VQ model's tensors are in a whole Janus checkpoint.
 INSIDE_JANUS = "model.vqmodel."
@@ -77,14 +84,16 @@ class JanusVQ(Frozen):
 def load(section: Config) -> JanusVQ:
     """See mmtensorar.image_tokenizers.load."""
     folder = locate(section.path, key="image_tokenizer.path")
-    settings = read_config(folder, "janus", "janus_vqgan", deepseek.MODEL_TYPE, key="image_tokenizer.path")
+    settings = read_config(
+        folder, "janus", "janus_vqgan", janus_deepseek.MODEL_TYPE, key="image_tokenizer.path"
+    )
     source, rename, prefix = Checkpoint(folder), str, ""
     if settings["model_type"] == "janus":
         config, rename = hub_config(JanusConfig, settings, folder).vq_config, INSIDE_JANUS.__add__
         prefix = INSIDE_JANUS
-    elif settings["model_type"] == deepseek.MODEL_TYPE:
-        config, rename = _deepseek_config(settings, source), deepseek.vq_name
-        prefix = deepseek.VQ
+    elif settings["model_type"] == janus_deepseek.MODEL_TYPE:
+        config, rename = _deepseek_config(settings, source), janus_deepseek.vq_name
+        prefix = janus_deepseek.VQ
     else:
         config = hub_config(JanusVQVAEConfig, settings, folder)
     model = JanusVQVAE(config)
@@ -101,16 +110,16 @@ def load(section: Config) -> JanusVQ:
 def _deepseek_config(settings: dict, source: Checkpoint) -> JanusVQVAEConfig:
     """DeepSeek's code holds the sizes of the VQ model, which is LlamaGen's; here its tensors tell them."""
     inside = {
-        name.removeprefix(deepseek.VQ): shape
+        name.removeprefix(janus_deepseek.VQ): shape
         for name, shape in source.shapes.items()
-        if name.startswith(deepseek.VQ)
+        if name.startswith(janus_deepseek.VQ)
     }
     sizes = llamagen_vq.inferred(inside, source.path)
     if sizes.encoder_ch_mult != sizes.decoder_ch_mult:
         raise ValueError(
             f"{source.path}: the VQ model's encoder and decoder differ in width, which Janus's do not"
         )
-    return deepseek.config(
+    return janus_deepseek.config(
         settings,
         source.shapes,
         source.path,

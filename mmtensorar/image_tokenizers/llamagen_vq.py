@@ -19,9 +19,17 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mmtensorar.checkpoints.released import (
+    WEIGHTS,
+    Checkpoint,
+    fill,
+    locate,
+    parse_config,
+    read_config,
+    weight_hash,
+)
 from mmtensorar.image_tokenizers import Frozen, full_precision, small
 from mmtensorar.recipe import Section
-from mmtensorar.weights import WEIGHTS, Checkpoint, fill, locate, parse_config, read_config, weight_hash
 
 # The order of the original's reconstruction and demo scripts; its sampling scripts know `model` only.
 WRAPPERS = ("ema", "model", "state_dict")

@@ -20,9 +20,16 @@ from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mmtensorar.checkpoints.released import (
+    WEIGHTS,
+    Checkpoint,
+    fill,
+    locate,
+    own_config,
+    weight_hash,
+)
 from mmtensorar.image_tokenizers import Frozen, small
 from mmtensorar.recipe import Section
-from mmtensorar.weights import WEIGHTS, Checkpoint, fill, locate, own_config, weight_hash
 
 MODEL_TYPE = "open_magvit2_lfq"
 # Where the tokenizer is in a checkpoint of the whole model.

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.janus.configuration_janus import JanusConfig
 
 from mmtensorar.backbones import janus
-from mmtensorar.shards import Manifest, iterate_shard
+from mmtensorar.data.shards import Manifest, iterate_shard
 
 # Names as in the released text tokenizer; the role marks are whole tokens there too.
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"

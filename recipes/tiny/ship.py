@@ -14,7 +14,7 @@ sys.path[0] = str(
 
 import torch
 
-from mmtensorar import checkpoint
+from mmtensorar.checkpoints import model_folder
 from mmtensorar.recipe import Recipe
 
 
@@ -27,13 +27,13 @@ def main() -> int:
     if other := [setting for setting in args.overrides if not setting.startswith("sampler.")]:
         parser.error(f"{other[0]}: only settings of the sampler can change after training")
     try:
-        loaded = checkpoint.load(args.source, dtype=torch.float16)
+        loaded = model_folder.load(args.source, dtype=torch.float16)
         sampler = Recipe.load(args.source / "recipe.yaml", args.overrides).sampler
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     recipe = loaded.recipe.model_copy(update={"sampler": sampler})
-    checkpoint.save(args.out, loaded.model, recipe, step=checkpoint.read_index(args.source)["step"])
+    model_folder.save(args.out, loaded.model, recipe, step=model_folder.read_index(args.source)["step"])
     size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
     print(f"{args.out}: {size / 2**20:.1f} MiB")
     return 0

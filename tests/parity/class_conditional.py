@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from eval.fid import score
-from eval.layout import read_json
+from mmtensorar.files import read_json
 
 NAME = re.compile(
     r"(?P<metric>s?fid|inception_score|precision|recall)"

@@ -9,13 +9,13 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from eval import lines
 from eval.dpg_bench import __main__ as dpg_bench
 from eval.dpg_bench import score as dpg_score
 from eval.geneval import recorded
 from eval.geneval.prompts import prompts
 from eval.geneval.score import summarize
-from eval.layout import read_json
+from mmtensorar import files
+from mmtensorar.files import read_json
 from tests.parity import class_conditional
 
 Differences = Iterator[tuple[str, str | None]]
@@ -50,7 +50,7 @@ def geneval(folder: Path) -> Differences:
     """A verdict per case; the prompts and the summary where they are there."""
     metadata = folder / "evaluation_metadata.jsonl"
     if metadata.is_file():
-        official = [row for _, row in lines.read(metadata)]
+        official = [row for _, row in files.read_json_lines(metadata)]
         yield _equal("prompts", [json.dumps(p) for p in prompts()], [json.dumps(p) for p in official])
     results = []
     for where, case in recorded.read_cases(_one(folder, "scoring_cases.jsonl*")):

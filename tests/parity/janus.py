@@ -13,13 +13,14 @@ import torch.nn.functional as functional
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmtensorar import backbones, deepseek, image_tokenizers
-from mmtensorar.backbones import Condition, janus
-from mmtensorar.decode import Sampler, decode
-from mmtensorar.generate import to_images
-from mmtensorar.image_tokenizers import janus_vq
-from mmtensorar.noise import FixedSchedule
-from mmtensorar.tensorar import TensorAR
+from mmtensorar import backbones, image_tokenizers
+from mmtensorar.backbones import janus
+from mmtensorar.checkpoints import janus_deepseek
+from mmtensorar.image_tokenizers import janus_vq, to_images
+from mmtensorar.model.conditions import Condition
+from mmtensorar.model.drafts import FixedSchedule
+from mmtensorar.model.tensorar import TensorAR
+from mmtensorar.sampling.decode import Sampler, decode
 from tests.parity import Unsupported, by_last_name
 
 
@@ -114,7 +115,7 @@ def gradients(model: TensorAR, prompts: Tensor, tokens: Tensor) -> dict[str, Ten
     loss = model(tokens[..., None], Condition(prompts, mask), torch.zeros(len(tokens), dtype=torch.bool)).loss
     loss.backward()
     found = {
-        f"outputs/train/grad/{deepseek.backbone_name(name)}": parameter.grad.clone()
+        f"outputs/train/grad/{janus_deepseek.backbone_name(name)}": parameter.grad.clone()
         for name, parameter in model.backbone.named_parameters()
         if parameter.grad is not None
     }

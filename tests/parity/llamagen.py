@@ -11,13 +11,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmtensorar import backbones, layers
-from mmtensorar.backbones import Condition, llamagen
-from mmtensorar.decode import Sampler, decode
+from mmtensorar import backbones
+from mmtensorar.backbones import llamagen
+from mmtensorar.checkpoints.released import Checkpoint, fill
 from mmtensorar.image_tokenizers import llamagen_vq
-from mmtensorar.noise import FixedSchedule
-from mmtensorar.tensorar import TensorAR
-from mmtensorar.weights import Checkpoint, fill
+from mmtensorar.model import layers
+from mmtensorar.model.conditions import Condition
+from mmtensorar.model.drafts import FixedSchedule
+from mmtensorar.model.tensorar import TensorAR
+from mmtensorar.sampling.decode import Sampler, decode
 from tests.parity import Unsupported, by_last_name
 
 

@@ -15,13 +15,15 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from mmtensorar import backbones, image_tokenizers, layers
-from mmtensorar.backbones import Condition, open_magvit2
-from mmtensorar.decode import Sampler, decode
+from mmtensorar import backbones, image_tokenizers
+from mmtensorar.backbones import open_magvit2
 from mmtensorar.image_tokenizers import open_magvit2_lfq
 from mmtensorar.image_tokenizers.open_magvit2_lfq import codes_to_latents, latents_to_codes
-from mmtensorar.noise import FixedSchedule
-from mmtensorar.tensorar import TensorAR
+from mmtensorar.model import layers
+from mmtensorar.model.conditions import Condition
+from mmtensorar.model.drafts import FixedSchedule
+from mmtensorar.model.tensorar import TensorAR
+from mmtensorar.sampling.decode import Sampler, decode
 from tests.parity import Unsupported
 
 

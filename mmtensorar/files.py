@@ -1,0 +1,149 @@
+"""Files: written whole or not at all, hashed, and read with errors that name them. Imports nothing of ours.
+
+Paths are `pathlib.Path`; `write_text` and `move` also take a UPath of an object store.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import uuid
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+MAX_LINE = 2**24  # characters; a compressed file may hold lines without end
+
+
+def sha256(path: Path, progress: Callable[[int], Any] = lambda num_bytes: None) -> str:
+    """Hex digest of a file's content. progress is called with the bytes of each block read."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**24):
+            digest.update(block)
+            progress(len(block))
+    return digest.hexdigest()
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary file to write, which replaces `path` when the block ends without an error.
+
+    Each writer gets a name of its own, so that two writers of one path (a task and its retry) never mix.
+    The content is flushed to disk before the rename, so that a power cut leaves no empty file.
+    """
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_path(path: Path) -> Iterator[Path]:
+    """A temporary file or folder to write, renamed to `path` when the block ends, removed when it fails.
+
+    Raises ValueError when `path` exists.
+    """
+    if os.path.lexists(path):
+        raise ValueError(f"{path} exists already; give another name, or remove it")
+    partial = path.with_name(path.name + ".partial")
+    remove(partial)  # left by a process that was killed
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+        os.rename(partial, path)
+    except BaseException:
+        remove(partial)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically. Object stores (UPath) always write that way."""
+    if not isinstance(path, Path):
+        path.write_text(text, encoding="utf-8")
+        return
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename a file; a UPath is copied inside its store."""
+    if isinstance(source, Path):
+        os.replace(source, target)
+    else:
+        source.fs.mv(source.path, target.path)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a whole folder, if it exists; a UPath too."""
+    if not isinstance(path, Path):
+        if path.exists():
+            path.fs.rm(path.path, recursive=True)
+    elif path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# ---- JSON ----------------------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> dict:
+    """A file that holds one JSON object. Raises ValueError, naming it, when it is missing or damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected one JSON object")
+    return value
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[str, dict]]:
+    """("FILE line N", object) of each line of a .jsonl or .jsonl.gz file.
+
+    Raises ValueError naming file and line of what is damaged, and for an empty file.
+    """
+    number = 0
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            while line := file.readline(MAX_LINE):
+                number += 1
+                if len(line) == MAX_LINE:
+                    raise ValueError(f"{path} line {number}: longer than {MAX_LINE} characters")
+                try:
+                    value = json.loads(line)
+                except (json.JSONDecodeError, RecursionError):
+                    value = None
+                if not isinstance(value, dict):
+                    raise ValueError(f"{path} line {number}: expected one JSON object")
+                yield f"{path} line {number}", value
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} after line {number}: damaged ({error})") from None
+    if not number:
+        raise ValueError(f"{path} is empty")
+
+
+def write_json_lines(path: Path, rows: Iterable[dict]) -> None:
+    """Write one JSON object a line, atomically, also when `rows` raises."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row) + "\n")

@@ -1,0 +1,40 @@
+"""Which of several processes this one is, as launchers (torchrun, deepspeed) say in the environment."""
+
+from __future__ import annotations
+
+import os
+
+
+def rank() -> int:
+    """Number of this process among all, from 0; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """Whether this process is rank 0: the one that prints and writes."""
+    return rank() == 0
+
+
+def local_rank() -> int | None:
+    """Number of this process on its machine; None without a launcher."""
+    value = os.environ.get("LOCAL_RANK")
+    return None if value is None else int(value)
+
+
+def local_world_size() -> int:
+    """Number of processes on this machine. torchrun and DeepSpeed's launcher name it differently."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
+def cores_per_rank() -> int:
+    """CPU cores for each process of this machine, at least 1.
+
+    Ranks that each take all cores wait for each other: two ranks on two cores ran at 1,000 to 3,100 tokens/s
+    that way, one process at 5,500.
+    """
+    return max(1, (os.cpu_count() or 1) // local_world_size())

@@ -1,0 +1,75 @@
+"""What a training step of each arm costs, alone on the machine: the arms take turns, so that a slow minute slows them all."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from mmtensorar import backbones
+from mmtensorar.data import loader
+from mmtensorar.recipe import Recipe
+from mmtensorar.training import engine as deep
+from study import job
+from study.commands import ROOT
+from study.grid import Grid
+
+
+def steps_in_turns(grid: Grid, names: Sequence[str], out: Path, rounds: int) -> dict[str, list[float]]:
+    """Arm -> seconds of forward, backward and update in each round, on the same samples; a first round is not counted.
+
+    Models and optimisers of all arms are in memory at once.
+    """
+    before, steps, seconds = dict(os.environ), {}, {name: [] for name in names}
+    _, _, device = deep.start_process_group(0)
+    try:
+        for name in names:
+            recipe = Recipe.load(
+                ROOT / grid.recipe, [*job.recipe_of(grid, name, 0, out), "optim.warmup_steps=0"]
+            )
+            if not steps:
+                encoder = backbones.caption_encoder(recipe.backbone)
+                batch = next(loader.stream(recipe, encoder, rank=0, world_size=1))
+            steps[name] = _step(deep.start(recipe, 1, device), batch, device)
+        for number in range(rounds + 1):
+            for name in names:
+                began = time.perf_counter()
+                steps[name](number)
+                if number:
+                    seconds[name].append(time.perf_counter() - began)
+    finally:
+        deep.stop_process_group()
+        # A process that is started from here would take this one's port for its own.
+        os.environ.clear()
+        os.environ.update(before)
+    return seconds
+
+
+def _step(engine, batch: loader.Batch, device: torch.device) -> Callable[[int], None]:
+    condition = batch.condition.to(device)
+    codes, uncond = batch.codes.to(device), batch.uncond.to(device)
+
+    def step(number: int) -> None:
+        generator = torch.Generator(device).manual_seed(number)
+        engine.backward(engine(codes, condition, uncond, generator, (0, len(codes))).loss)
+        engine.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return step
+
+
+def beside_control(grid: Grid, seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Arm -> median seconds of a step, and the median of what it takes over what the control took in the same round."""
+    control = seconds[grid.control]
+    return {
+        name: {
+            "seconds": round(median(own), 4),
+            "over_control": round(median(a / b for a, b in zip(own, control, strict=True)), 3),
+        }
+        for name, own in seconds.items()
+    }

@@ -1,0 +1,260 @@
+"""DPG-Bench from pictures to scores: the folders, the cache, and a real vision-language model with random weights."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from eval import layout
+from eval.dpg_bench import __main__ as command
+from eval.dpg_bench import answers, judges, pictures
+from mmtensorar import files
+from tests.helpers.fakes import write_tiny_vlm
+from tests.test_generate import ckpt  # noqa: F401  (a fixture)
+
+COLORS = ("red", "lime", "blue", "white")
+HEADER = "item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,question_natural_language\n"
+
+
+class Reader(judges.Judge):
+    """Answers yes if a colour of the question is that of the picture's first pixel; counts what it is asked."""
+
+    name = "reader"
+
+    def __init__(self):
+        self.asked = 0
+
+    def ask(self, image, question):
+        self.asked += 1
+        named = [
+            color
+            for color in COLORS
+            if Image.new("RGB", (1, 1), color).getpixel((0, 0)) == image.getpixel((0, 0))
+        ]
+        return "yes" if named and named[0] in question else "no"
+
+
+@pytest.fixture
+def judge(monkeypatch):
+    found = Reader()
+    monkeypatch.setattr(judges, "load", lambda name, device=None: found)
+    return found
+
+
+@pytest.fixture
+def bench(tmp_path) -> Path:
+    """Items a and 7; of each: is it red, and if so, is it white?"""
+    folder = tmp_path / "dpg_bench"
+    (folder / "prompts").mkdir(parents=True)
+    table = HEADER
+    for item in ("a", "7"):
+        (folder / "prompts" / f"{item}.txt").write_text(f"a picture of {item}\n")
+        table += f"{item},t,,1,0,x,y,entity - whole (it),Is it red?\n{item},t,,2,1,x,y,attribute - color (it),Is it white or red?\n"
+    (folder / "dpg_bench.csv").write_text(table)
+    return folder
+
+
+@pytest.fixture
+def grids(tmp_path) -> Path:
+    for item, colors in {"a": ("red", "lime", "blue", "red"), "7": COLORS}.items():
+        pictures.write_grid(
+            [Image.new("RGB", (8, 8), color) for color in colors], tmp_path / "grids" / f"{item}.png"
+        )
+    return tmp_path / "grids"
+
+
+def run(bench: Path, *arguments) -> int:
+    return command.main([*map(str, arguments), "--bench", str(bench), "--device", "cpu"])
+
+
+def test_grids_are_read_as_they_are_written(grids):
+    """Top left, top right, bottom left, bottom right; of fewer samples the first."""
+    (item, other), problems = pictures.survey(grids, ["7", "a"], num_samples=4, single=False)
+    assert (item.id, other.id, problems) == ("7", "a", [])
+    assert [sample.getpixel((3, 3)) for sample in item.samples(4)] == [
+        Image.new("RGB", (1, 1), c).getpixel((0, 0)) for c in COLORS
+    ]
+    assert [sample.getpixel((0, 0)) for sample in item.samples(1)] == [(255, 0, 0)]
+
+
+def test_from_grids_to_both_scores(bench, grids, judge, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(bench, "--images", grids, "--out", out) == 0
+    printed = capsys.readouterr().out
+    assert printed.index("official: DPG-Bench score") < printed.index("corrected: DPG-Bench score")
+    assert "judge: reader" in printed and "NOT the official table" in printed
+    summary = json.loads((out / "summary.json").read_text())
+    # The first question of the table, of item a, is skipped by the official mode; its child names it.
+    assert summary["official"]["failed"] == ["a"] and summary["official"]["dpg_score"] == 25
+    assert summary["corrected"]["dpg_score"] == 37.5 and summary["items_found"] == 2
+    assert summary["answers_given"] == {"yes": 7, "no": 9}
+    # What was asked can be scored again, by the other command.
+    arguments = [
+        "score",
+        "--answers",
+        str(out / "answers.jsonl"),
+        "--questions",
+        str(bench / "dpg_bench.csv"),
+    ]
+    assert command.main([*arguments, "--judge", "reader", "--out", str(tmp_path / "again.json")]) == 0
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert again["official"] == summary["official"] and again["corrected"] == summary["corrected"]
+
+
+def test_an_interrupted_run_asks_nothing_twice(bench, grids, judge, tmp_path):
+    """Also when it was killed in the middle of a line; equal pictures are one picture."""
+    out = tmp_path / "out"
+    assert run(bench, "--images", grids, "--out", out) == 0
+    assert judge.asked == 4 * 2, "of eight samples, four are different"
+    cache = out / "cache.jsonl"
+    whole = cache.read_bytes()
+    cache.write_bytes(whole[: -len(whole.splitlines()[-1]) // 2])
+    first = (out / "summary.json").read_text()
+    assert run(bench, "--images", grids, "--out", out) == 0
+    assert judge.asked == 9 and cache.read_bytes() == whole and (out / "summary.json").read_text() == first
+    judge.name = "another"
+    assert run(bench, "--images", grids, "--out", out) == 0
+    assert judge.asked == 17
+    cache.write_text("{}\n")
+    assert run(bench, "--images", grids, "--out", out) == 2
+
+
+def missing(folder: Path) -> str:
+    (folder / "a.png").unlink()
+    return "item a has no picture"
+
+
+def extra(folder: Path) -> str:
+    Image.new("RGB", (8, 8)).save(folder / "b.png")
+    return "b.png is of no item of the table"
+
+
+def twice(folder: Path) -> str:
+    Image.new("RGB", (8, 8)).save(folder / "a.jpg")
+    return "a.png is of the item of a.jpg"
+
+
+def corrupt(folder: Path) -> str:
+    (folder / "a.png").write_bytes(b"no picture")
+    return "a.png: not a readable image"
+
+
+def odd(folder: Path) -> str:
+    Image.new("RGB", (9, 8)).save(folder / "a.png")
+    return "a.png: 9x8 pixels; expected a 2 x 2 grid"
+
+
+@pytest.mark.parametrize("damage", [missing, extra, twice, corrupt, odd])
+def test_what_is_not_as_it_should_be_is_an_error(damage, bench, grids, judge, tmp_path, capsys):
+    """--allow-partial scores the rest, marked."""
+    sentence = damage(grids)
+    out = tmp_path / "out"
+    assert run(bench, "--images", grids, "--out", out) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("error: ") == 1 and not (out / "summary.json").exists()
+    assert run(bench, "--images", grids, "--out", out, "--allow-partial") == 0
+    assert "official (PARTIAL" in capsys.readouterr().out
+    assert json.loads((out / "summary.json").read_text())["partial"]
+
+
+def test_a_checkpoint(bench, ckpt, judge, tmp_path, capsys):  # noqa: F811
+    """Generated, asked, and handed on as the official script's grids; a second run makes nothing."""
+    out = tmp_path / "out"
+    assert run(bench, "--ckpt", ckpt, "--out", out) == 0
+    assert "8 images made" in capsys.readouterr().out
+    summary = json.loads((out / "summary.json").read_text())
+    assert (
+        summary["items_found"] == 2
+        and summary["num_images"] == 4
+        and summary["generation"]["suite"] == "dpg_bench"
+    )
+    assert [row["item_id"] for _, row in files.read_json_lines(out / "answers.jsonl")] == ["a"] * 4 + [
+        "7"
+    ] * 4
+    assert run(bench, "--ckpt", ckpt, "--out", out) == 0
+    assert "0 images made" in capsys.readouterr().out
+    asked = judge.asked
+    assert run(bench, "--images", out, "--out", tmp_path / "other") == 0, "as after a run of several ranks"
+    assert judge.asked > asked
+    assert json.loads((tmp_path / "other" / "summary.json").read_text())["official"] == summary["official"]
+    assert command.main(["grids", str(out), "--out", str(tmp_path / "grids2")]) == 0
+    (tmp_path / "twice").mkdir()
+    assert run(bench, "--images", tmp_path / "grids2", "--out", tmp_path / "twice") == 0
+    assert json.loads((tmp_path / "twice" / "summary.json").read_text())["official"] == summary["official"]
+    layout.image_path(out, 1, 2).unlink()
+    assert run(bench, "--images", out) == 2
+    assert "00001/samples/00002.png is missing" in capsys.readouterr().err
+
+
+def test_mistakes_are_sentences(bench, grids, tmp_path, capsys):
+    (tmp_path / "vlm").mkdir()
+    for given, sentence in (
+        (["--images", grids, "--judge", tmp_path / "vlm"], "--judge: "),
+        (["--images", grids, "--num-images", 5], "--num-images is 5; a file holds 4"),
+        (["--images", grids, "--num-images", 0], "--num-images is 0; expected 1 or more"),
+        (["--images", grids, "--judge", "mplug"], "--judge mplug needs ModelScope"),
+    ):
+        assert run(bench, *given) == 2
+        error = capsys.readouterr().err
+        assert sentence in error and error.count("\n") == 1, error
+    assert run(tmp_path, "--images", grids) == 2
+    assert (
+        "dpg_bench.csv is missing; expected the folder dpg_bench/ of the ELLA repository"
+        in capsys.readouterr().err
+    )
+
+
+# ---- judges --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> judges.Judge:
+    folder = tmp_path_factory.mktemp("vlm")
+    write_tiny_vlm(folder)
+    return judges.load(str(folder), "cpu")
+
+
+def test_a_batch_of_questions_is_answered_as_each_alone(tiny):
+    """Padding to the longest changes nothing; the answer depends on the picture or on the question."""
+    questions = ["is there a circle ?", "red ?", "is the circle red or is there a blue circle ?"]
+    found = {}
+    for color in (*COLORS, "black"):
+        image = Image.new("RGB", (8, 8), color)
+        found[color] = tiny.ask_all(image, questions)
+        assert [tiny.ask(image, question) for question in questions] == found[color]
+    assert len({answer for given in found.values() for answer in given}) > 1, found
+    assert str(tiny.name).count("float32") == 1
+
+
+def test_answers_of_chat_models():
+    given = {
+        "Yes": "yes",
+        "yes.": "yes",
+        " No, it": "no",
+        '"Yes"': "yes",
+        "Yesterday": "Yesterday",
+        "": "",
+        "I think yes": "I think yes",
+    }
+    assert {text: judges.plain(text) for text in given} == given
+
+
+def test_the_cache_tells_pictures_apart():
+    """By pixels and size, not by file."""
+    one = Image.new("RGB", (2, 8))
+    assert answers.image_hash(one) == answers.image_hash(one.copy())
+    assert answers.image_hash(one) != answers.image_hash(Image.new("RGB", (8, 2)))
+
+
+def test_a_model_without_a_chat_template_is_refused(tiny, tmp_path):
+    write_tiny_vlm(tmp_path)
+    for path in tmp_path.glob("*template*"):
+        path.unlink()
+    config = json.loads((tmp_path / "processor_config.json").read_text())
+    config.pop("chat_template", None)
+    (tmp_path / "processor_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="has no chat template"):
+        judges.load(str(tmp_path), "cpu")
+    assert torch.is_grad_enabled()

@@ -1,0 +1,105 @@
+"""GenEval's prompts by their recipe, and scores of recorded detections."""
+
+import gzip
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from eval.geneval import __main__ as command
+from eval.geneval.prompts import CLASSES, prompts
+from mmtensorar import files
+
+CASES = Path(__file__).resolve().parents[3] / "shared" / "eval" / "geneval" / "scoring_cases.jsonl.gz"
+
+
+def test_the_prompts_are_the_official_ones_byte_for_byte():
+    """The hashes are of evaluation_metadata.jsonl and generation_prompts.txt of the original repository."""
+    metadata = "".join(json.dumps(prompt) + "\n" for prompt in prompts())
+    assert (
+        hashlib.sha256(metadata.encode()).hexdigest()
+        == "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"
+    )
+    texts = "".join(prompt["prompt"] + "\n" for prompt in prompts())
+    assert (
+        hashlib.sha256(texts.encode()).hexdigest()
+        == "55b6e3650e980c13daf30569eb666e000faf19bfc2b7b4cbe999fcdb7aa9d680"
+    )
+    assert len(CLASSES) == len(set(CLASSES)) == 80
+
+
+def case(**changes) -> dict:
+    """Prompt 0 is a photo of a bench."""
+    rows = {"bench": [[0, 0, 9, 9, 0.9]]}
+    return {"prompt_index": 0, "detections": rows, "colors": {"bench": ["red"]}} | changes
+
+
+def write(path: Path, *cases: dict) -> Path:
+    path.write_text("".join(json.dumps(each) + "\n" for each in cases))
+    return path
+
+
+def score(path: Path, out: Path) -> int:
+    return command.main(["score", "--detections", str(path), "--out", str(out)])
+
+
+def test_recorded_detections_are_scored_and_compared(tmp_path, capsys):
+    verdict = {"correct": True, "reason": "", "kept": {"bench": 1}}
+    path = write(tmp_path / "cases.jsonl", case(), case(detections={}), case(**verdict))
+    assert score(path, tmp_path / "out" / "results.jsonl") == 0
+    rows = [row for _, row in files.read_json_lines(tmp_path / "out" / "results.jsonl")]
+    assert [row["correct"] for row in rows] == [True, False, True]
+    assert (
+        rows[1]["reason"] == "expected bench>=1, found 0" and json.loads(rows[1]["metadata"]) == prompts()[0]
+    )
+    assert "1 of 1 recorded verdicts are equal" in capsys.readouterr().out
+    write(path, case(**verdict), case(**verdict | {"kept": {"bench": 2}}))
+    assert score(path, tmp_path / "results.jsonl") == 1
+    captured = capsys.readouterr()
+    assert (
+        "line 2: kept: recorded {'bench': 2}, found {'bench': 1}" in captured.err and "1 of 2" in captured.out
+    )
+
+
+@pytest.mark.skipif(not CASES.is_file(), reason="GenEval's scoring fixtures are not beside the checkout")
+def test_the_official_cases_agree(tmp_path, capsys):
+    assert score(CASES, tmp_path / "results.jsonl") == 0
+    assert "1500 of 1500 recorded verdicts are equal" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changes, problem",
+    [
+        ({"prompt_index": 553}, "prompt_index is 553, expected 0 to 552"),
+        ({"prompt_index": True}, "prompt_index is True"),
+        ({"detections": {"bench": [[0, 0, 9, 9]]}}, "detections of bench: expected rows"),
+        ({"detections": {"bench": [[0, 0, 9, 9, "1"]]}}, "detections of bench: expected rows"),
+        ({"colors": {"bench": ["red", "red"]}}, "colors of bench: .* each of its 1 rows"),
+        ({"colors": {"bench": ["mauve"]}}, "colors of bench: expected one of GenEval's colours"),
+        ({"options": {"treshold": 1}}, "'treshold' is no setting; known are threshold"),
+        ({"options": {"threshold": "1"}}, "threshold is '1', expected a number"),
+    ],
+)
+def test_a_damaged_case_is_named_and_nothing_is_written(changes, problem, tmp_path, capsys):
+    path = write(tmp_path / "cases.jsonl", case(), case(**changes))
+    assert score(path, tmp_path / "results.jsonl") == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {path} line 2: ") and error.count("\n") == 1
+    assert re.search(problem, error)
+    assert sorted(tmp_path.iterdir()) == [path]
+
+
+def test_damaged_files_are_named(tmp_path, capsys):
+    whole = gzip.compress(json.dumps(case()).encode() * 1000)
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[:-9])
+    (tmp_path / "no.jsonl").write_text("[]\n")
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    (tmp_path / "latin.jsonl").write_bytes(b"\xff\n")
+    for name in ("cut.jsonl.gz", "no.jsonl", "empty.jsonl", "deep.jsonl", "latin.jsonl", "absent.jsonl"):
+        assert score(tmp_path / name, tmp_path / "results.jsonl") == 2
+        error = capsys.readouterr().err
+        assert name in error and error.count("\n") == 1
+    assert not (tmp_path / "results.jsonl").exists()

@@ -1,0 +1,120 @@
+"""Every pair of ZeRO stage, parts, precision, optimiser and offloading that a recipe may ask for trains, is saved and goes on."""
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmtensorar.backbones import janus
+from mmtensorar.image_tokenizers import janus_vq
+from mmtensorar.model.conditions import Condition
+from mmtensorar.recipe import Recipe
+from tests.helpers.fakes import write_tiny_janus
+from tests.training.test_train import environment
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES, PARTS, PRECISIONS = (0, 1, 2, 3), ("all", "heads", "lora", "qlora"), ("bf16", "fp32")
+# Paged optimisers page between a GPU and its host.
+OPTIMIZERS = (("adamw", "none"), ("adamw_8bit", "none"), ("adamw", "cpu"), ("cpu_adam", "cpu"))
+
+
+def settings(folder, stage, parts, precision, optimizer, offload, **train):
+    return {
+        "run": {"name": "matrix", "out": str(folder)},
+        "backbone": janus.Config(name="janus", path=str(folder / "janus")),
+        "image_tokenizer": janus_vq.Config(name="janus_vq", path=str(folder / "janus" / "vq")),
+        "tensorar": {"window": 2, "num_heads": 2},
+        "data": {"shards": "none", "batch_size": 2},
+        "optim": {"lr": 1e-2, "name": optimizer},
+        "train": {"steps": 3, "parts": parts, "precision": precision, **train},
+        "lora": {"rank": 2},
+        "zero": {"stage": stage, "offload_optimizer": offload},
+    }
+
+
+def step(engine) -> float:
+    codes = torch.arange(32).view(2, 16, 1)
+    condition = Condition(torch.full((2, 3), 5), torch.ones(2, 3, dtype=torch.bool))
+    loss = engine(codes, condition, torch.zeros(2, dtype=torch.bool), torch.Generator().manual_seed(0)).loss
+    engine.backward(loss)
+    engine.step()
+    return loss.item()
+
+
+def go_through(folder: Path, stage: int, parts: str) -> None:
+    """All that a recipe allows of precisions, optimisers and offloading. Raises AssertionError naming what went wrong."""
+    from mmtensorar.training import engine as deep
+    from mmtensorar.training import run_state
+
+    cpu, allowed = torch.device("cpu"), 0
+    for precision, (optimizer, offload) in itertools.product(PRECISIONS, OPTIMIZERS):
+        # To save time: moments in 8 bits are those of bf16, and of fewer parameters nothing is done otherwise than of all.
+        if precision == "fp32" and (optimizer == "adamw_8bit" or (offload != "none" and parts != "all")):
+            continue
+        if parts == "heads" and (optimizer, offload) != ("adamw", "none"):
+            continue
+        asked = (stage, parts, precision, optimizer, offload)
+        try:
+            recipe = Recipe.model_validate(settings(folder, *asked))
+        except ValueError as error:
+            assert "does not go with" in str(error) or "needs zero.stage" in str(error), error
+            continue
+        allowed += 1
+        place = folder / "_".join(map(str, asked))
+        engine = deep.start(recipe, 1, cpu)
+        losses = [step(engine)]
+        saver = run_state.Saver(engine, place, {}, keep_last=1, keep_best=False, background=False)
+        saver.save(1, {}, None, cpu)
+        losses += [step(engine) for _ in range(2)]
+        assert all(map(math.isfinite, losses)) and losses[2] < losses[0], (asked, losses)
+        engine.destroy()
+        engine = deep.start(recipe, 1, cpu)
+        assert run_state.resume(engine, place, {}) == 1
+        again = [step(engine) for _ in range(2)]
+        assert again == losses[1:], (asked, again, losses[1:])
+        engine.destroy()
+    assert allowed or (parts, stage) == ("qlora", 3)
+
+
+def main(folder: Path) -> None:
+    """In a process of its own: DeepSpeed does not bear a second process group after the first is gone."""
+    from mmtensorar.training import engine as deep
+
+    deep.start_process_group(0)
+    torch.set_num_threads(1)
+    write_tiny_janus(folder / "janus", 32, 4, width=64)
+    found = {}
+    for stage, parts in itertools.product(STAGES, PARTS):
+        try:
+            go_through(folder, stage, parts)
+            found[f"{stage} {parts}"] = None
+        except Exception:  # any: it is one test's failure, and the others are told too
+            found[f"{stage} {parts}"] = traceback.format_exc()
+    (folder / "found.json").write_text(json.dumps(found))
+    deep.stop_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict:
+    pytest.importorskip("deepspeed")
+    folder = tmp_path_factory.mktemp("matrix")
+    command = [sys.executable, "-m", "tests.training.test_matrix", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return json.loads((folder / "found.json").read_text())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("parts", PARTS)
+def test_what_a_recipe_allows_trains_and_goes_on(found, stage, parts):
+    assert found[f"{stage} {parts}"] is None, found[f"{stage} {parts}"]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,195 @@
+"""Several nodes, as processes on this machine: one is lost and the others go on; two hosts train through the launcher."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mmtensorar.training import run_log
+from tests.training.test_train import (  # noqa: F401
+    ALIKE,
+    TRAIN,
+    bench,
+    close,
+    environment,
+    rows,
+    run,
+)
+
+psutil = pytest.importorskip("psutil")
+BIN = Path(sys.executable).parent
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def end(processes: list[subprocess.Popen]) -> None:
+    """Kill processes and all they started, at once."""
+    tree = []
+    for process in processes:
+        if process.poll() is None:
+            parent = psutil.Process(process.pid)
+            tree += [parent, *parent.children(recursive=True)]
+    for member in tree:
+        try:
+            member.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            pass
+    for process in processes:
+        process.wait()
+
+
+def wait_for(found, processes: list[subprocess.Popen], logs: list[Path], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not found():
+        failed = [process.returncode for process in processes if process.poll()]
+        if failed or time.monotonic() > deadline:
+            raise AssertionError(
+                f"exit codes {failed}\n" + "\n".join(path.read_text()[-2000:] for path in logs)
+            )
+        time.sleep(0.05)
+
+
+def test_a_run_outlives_the_loss_of_a_node(bench, tmp_path):  # noqa: F811
+    """torchrun with one to two nodes: when one is killed, the other starts again from the last checkpoint, alone.
+
+    The losses are those of a run that one node did from the start.
+    """
+    steps, folder = 120, bench / "runs" / "elastic"
+    # Drafts of the model's own would carry a rounding on: a token near a tie is drawn otherwise.
+    settings = [
+        "zero.stage=2",
+        f"train.steps={steps}",
+        "tensorar.schedule=exponential",
+        "train.save_every=1",
+        *ALIKE,
+    ]
+    conditions = "last_call_timeout=2,join_timeout=60,keep_alive_interval=1,keep_alive_max_attempt=3"
+    command = [
+        str(BIN / "torchrun"),
+        "--nnodes=1:2",
+        "--nproc-per-node=1",
+        "--max-restarts=3",
+        "--rdzv-backend=c10d",
+    ]
+    command += [
+        f"--rdzv-endpoint=127.0.0.1:{free_port()}",
+        "--rdzv-id=test",
+        f"--rdzv-conf={conditions}",
+        "--local-addr=127.0.0.1",
+    ]
+    command += [str(TRAIN), str(bench / "recipe.yaml"), "run.name=elastic", "train.resume=auto", *settings]
+    nodes, logs = [], [tmp_path / "0.log", tmp_path / "1.log"]
+    latest = folder / "checkpoints" / "latest"
+    try:
+        for log in logs:
+            nodes.append(
+                subprocess.Popen(
+                    command, env=environment(), stdout=log.open("w"), stderr=subprocess.STDOUT, cwd=bench
+                )
+            )
+            time.sleep(1)  # the first keeps the meeting place
+        wait_for(lambda: latest.is_file() and latest.read_text() >= "step_000003", nodes, logs, 120)
+        saved = json.loads((folder / "checkpoints" / latest.read_text() / "state.json").read_text())
+        assert saved["world_size"] == 2
+        end(nodes[1:])
+        wait_for(lambda: (folder / "model" / "checkpoint.json").is_file(), nodes[:1], logs, 180)
+    finally:
+        end(nodes)
+    assert "continuing" in logs[0].read_text()
+    assert (
+        json.loads((folder / "checkpoints" / f"step_{steps:06d}" / "state.json").read_text())["world_size"]
+        == 1
+    )
+    alone = run(bench, "run.name=never_lost", "train.save_every=0", *settings[:3], *ALIKE)
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    assert [row["step"] for row in rows(bench, "elastic")] == list(range(1, steps + 1))
+    close(rows(bench, "elastic")[:20], rows(bench, "never_lost")[:20])
+
+
+def _namespaces_work() -> bool:
+    if shutil.which("ip") is None or os.geteuid() != 0:
+        return False
+    made = (
+        subprocess.run(
+            ["ip", "netns", "add", "mmtensorar_probe"], capture_output=True, check=False
+        ).returncode
+        == 0
+    )
+    return (
+        made
+        and subprocess.run(
+            ["ip", "netns", "del", "mmtensorar_probe"], capture_output=True, check=False
+        ).returncode
+        == 0
+    )
+
+
+@pytest.fixture
+def two_hosts():
+    """Two network namespaces with an address each and a cable between them."""
+    if not _namespaces_work():
+        pytest.skip("network namespaces need root and iproute2")
+    names = [f"mmtensorar_{os.getpid()}_{host}" for host in "ab"]
+    addresses = ["10.77.0.1", "10.77.0.2"]
+
+    def ip(*arguments: str) -> None:
+        subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("-n", names[0], "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", names[1])
+        for name, address in zip(names, addresses, strict=True):
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
+            for device in ("lo", "eth0"):
+                ip("-n", name, "link", "set", device, "up")
+        yield list(zip(names, addresses, strict=True))
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+def test_two_hosts_train_together_through_the_launcher(bench, two_hosts, tmp_path):  # noqa: F811
+    """deepspeed with a hostfile, started on each host; nothing but the cable connects them."""
+    (tmp_path / "hostfile").write_text("".join(f"{address} slots=1\n" for _, address in two_hosts))
+    hosts, logs = [], []
+    # The launcher keeps a few ports past this one to itself.
+    port = str(free_port())
+    try:
+        for number, (name, _) in enumerate(two_hosts):
+            logs.append(tmp_path / f"{number}.log")
+            command = [
+                "ip",
+                "netns",
+                "exec",
+                name,
+                str(BIN / "deepspeed"),
+                "--hostfile",
+                str(tmp_path / "hostfile"),
+                "--no_ssh",
+            ]
+            command += ["--node_rank", str(number), "--master_addr", two_hosts[0][1], "--master_port", port]
+            command += [str(TRAIN), str(bench / "recipe.yaml"), "run.name=hosts", "zero.stage=3", *ALIKE]
+            variables = environment() | {"GLOO_SOCKET_IFNAME": "eth0"}
+            hosts.append(
+                subprocess.Popen(
+                    command, env=variables, stdout=logs[-1].open("w"), stderr=subprocess.STDOUT, cwd=bench
+                )
+            )
+        wait_for(lambda: all(host.poll() == 0 for host in hosts), hosts, logs, 180)
+    finally:
+        end(hosts)
+    folder = bench / "runs" / "hosts"
+    assert json.loads((folder / "checkpoints" / "step_000004" / "state.json").read_text())["world_size"] == 2
+    assert len(run_log.read_log(folder / "log.jsonl")) == 4

@@ -1,0 +1,203 @@
+"""The plan counts the released models without their weights."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from mmtensorar.backbones import janus
+from mmtensorar.model import layers
+from mmtensorar.recipe import Recipe, main
+from mmtensorar.training import plan
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+
+
+# Parameters of language model, generation embeddings, aligner and head, counted on the released configurations.
+@pytest.mark.parametrize("size, expected", [("1b", 1_485_053_952), ("7b", 6_591_791_104)])
+def test_backbone_counts_are_the_released_models(size, expected):
+    recipe = Recipe.load(RECIPES / f"janus_pro_{size}.yaml")
+    model = plan.shapes(recipe)
+    assert all(parameter.is_meta for parameter in model.parameters()), "a plan must not allocate the model"
+    counts = plan.parameters(model)
+    assert counts["backbone"] == expected
+    # Two attention-sized modules: 8 D^2 and a little, about the paper's 8.6 D^2.
+    assert 8 <= counts["tensorar"] / model.backbone.dim**2 <= 8.6
+    assert counts["trainable"] == counts["backbone"] + counts["tensorar"]
+
+
+# The released models' parameters, and the share that the paper says TensorAR adds (its class-conditional table).
+@pytest.mark.parametrize(
+    "name, expected, most",
+    [
+        ("llamagen/b_256", 110_888_448, 4.6),
+        ("llamagen/l_256", 342_910_976, 2.7),
+        ("llamagen/xl_384", 774_699_520, 1.9),
+        ("llamagen/xxl_384", 1_410_972_672, 1.5),
+        ("open_magvit2/b_256", 343_570_432, 2.7),
+        ("open_magvit2/l_256", 804_362_240, 2.0),
+        ("open_magvit2/xl_256", 1_486_679_040, 2.0),  # not in the table
+    ],
+)
+def test_the_recipes_keep_to_the_papers_budget(name, expected, most, tmp_path, monkeypatch, capsys):
+    """As a user reads it, at depth 1, and with no file of the model here."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plan, "activation_bytes", lambda recipe, numbers: {})
+    assert main([str(RECIPES / f"{name}.yaml"), "--plan"]) == 0
+    printed = capsys.readouterr().out
+    backbone, added, share = re.search(
+        r"backbone +([\d,]+)\s+TensorAR +([\d,]+) +\(\+(.*)%\)", printed
+    ).groups()
+    backbone, added = (int(number.replace(",", "")) for number in (backbone, added))
+    assert backbone == expected
+    assert 0 < 100 * added / backbone <= most and float(share) == pytest.approx(
+        100 * added / backbone, abs=0.01
+    )
+
+
+def test_flops_of_a_factorised_head():
+    """Six per weight and place, of which the factorised blocks see three per token."""
+    plain = Recipe.load(RECIPES / "open_magvit2" / "b_256_plain.yaml")
+    model = plan.shapes(plain)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    tokens, flops = plan.flops_per_step(plain, model)
+    assert flops / (6 * plan.parameters(model)["backbone"] * tokens) == pytest.approx(1.15, abs=0.1)
+
+
+def bytes_of(
+    stage: int, trained: int = 800, precision: str = "bf16", num_gpus: int = 8, **settings
+) -> plan.Memory:
+    """What 800 parameters take, of which some are trained in two micro batches."""
+    changes = [f"zero.stage={stage}", f"train.precision={precision}", "train.grad_accum=2"]
+    recipe = Recipe.load(
+        RECIPES / "janus_pro_7b.yaml", changes + [f"{key}={value}" for key, value in settings.items()]
+    )
+    counts = {"backbone": 800, "tensorar": 0, "trainable": trained, "four_bit": 0}
+    return plan.memory(recipe, counts, 100, 0.0, num_gpus)
+
+
+def test_zero_memory_on_paper():
+    """16 bytes a parameter, of which stage 1 shares 12, stage 2 14 and stage 3 all 16."""
+    assert [bytes_of(stage).held for stage in range(4)] == [16 * 800, 4 * 800 + 1200, 2 * 800 + 1400, 1600]
+    assert bytes_of(0, trained=0).held == 1600, "frozen weights have no state"
+    assert bytes_of(0, precision="fp32").held == 16 * 800
+    offloaded = bytes_of(2, **{"zero.offload_optimizer": "cpu", "optim.name": "cpu_adam"})
+    assert offloaded.held == 1600 and offloaded.host == (4 + 12 + 2 * 2) * 100, (
+        "gradients in float32, and two copies in bfloat16"
+    )
+    assert bytes_of(0, **{"optim.name": "adamw_8bit"}).optimizer == 6 * 800
+
+
+def test_the_peak_is_of_the_backward_or_of_the_update():
+    few = bytes_of(0)
+    assert few.peak == few.held + few.update
+    many = few._replace(activations=10**9)
+    assert many.peak == many.held + 10**9 + many.buffers
+
+
+def test_activations_grow_with_the_batch_and_shrink_when_computed_again():
+    def active(rows: int, *changes: str) -> int:
+        return plan.activation_bytes(Recipe.load(RECIPES / "janus_pro_1b.yaml", changes), [rows])[rows]
+
+    kept, selected, again = (
+        active(2, f"train.activation_checkpointing={policy}") for policy in ("false", "selective", "true")
+    )
+    assert again < 0.6 * selected < 0.6 * kept
+    # Beyond some samples it is a line, which is drawn on.
+    few = Recipe.load(
+        RECIPES / "tiny/tensorar.yaml", [f"backbone.path={RECIPES / 'tiny/weights/base/backbone'}"]
+    )
+    assert plan.activation_bytes(few, [40])[40] == pytest.approx(plan._activation_bytes(few, 40), rel=1e-3)
+
+
+def test_flops_of_a_step_are_near_six_per_weight_and_token():
+    """At window 1 nothing but the transformer counts: 6 N per token, plus attention, plus the prompt's tokens."""
+    recipe = Recipe.load(
+        RECIPES / "janus_pro_7b.yaml", ["tensorar.window=1", "train.activation_checkpointing=false"]
+    )
+    model = plan.shapes(recipe)
+    tokens, flops = plan.flops_per_step(recipe, model)
+    assert tokens == 128 * 576
+    assert flops / (6 * plan.parameters(model)["backbone"] * tokens) == pytest.approx(1, abs=0.1)
+
+
+def test_what_is_computed_again_counts_again():
+    """Of the same step: the loss in chunks makes decoder and head a fourth time, and checkpoints the layers."""
+
+    def flops(*settings: str) -> int:
+        recipe = Recipe.load(RECIPES / "janus_pro_7b.yaml", ["tensorar.window=4", *settings])
+        return plan.flops_per_step(recipe, plan.shapes(recipe))[1]
+
+    once, never = "train.loss_chunk_tokens=1000000000", "train.activation_checkpointing=false"
+    whole, chunked, again = (
+        flops(once, never),
+        flops(never),
+        flops(once, "train.activation_checkpointing=true"),
+    )
+    model = plan.shapes(Recipe.load(RECIPES / "janus_pro_7b.yaml", ["tensorar.window=4"]))
+    sizes = {
+        name: sum(p.numel() for p in part.parameters() if p.ndim > 1)
+        for name, part in (
+            ("head", model.backbone.head),
+            ("decoder", model.decoder),
+            ("layers", model.backbone.language_model.layers),
+        )
+    }
+    tokens = 128 * 576
+    assert chunked - whole == pytest.approx(2 * tokens * (4 * sizes["head"] + 5 * sizes["decoder"]), rel=0.02)
+    assert (again - whole) / (2 * tokens * sizes["layers"]) == pytest.approx(
+        1.1, abs=0.1
+    )  # and attention, and the prompt
+
+
+def test_self_drafts_are_a_forward_more():
+    """A third of a step that computes nothing again, but for the head over each window's first slot."""
+    settings = [
+        "tensorar.window=2",
+        "train.loss_chunk_tokens=1000000000",
+        "train.activation_checkpointing=false",
+    ]
+    recipes = [
+        Recipe.load(RECIPES / "janus_pro_7b.yaml", [*settings, f"tensorar.self_drafts={share}"])
+        for share in (0, 1)
+    ]
+    model = plan.shapes(recipes[0])
+    plain, drafted = (plan.flops_per_step(recipe, plan.shapes(recipe))[1] for recipe in recipes)
+    head = sum(p.numel() for p in model.backbone.head.parameters() if p.ndim > 1)
+    assert drafted - plain == pytest.approx(plain / 3 - 2 * 128 * 576 * head, rel=1e-3)
+
+
+def test_the_report_loads_no_weights(monkeypatch):
+    """A plan must work where the model was never downloaded."""
+    for name in ("fill", "locate"):
+        monkeypatch.setattr(janus, name, lambda *a, **k: pytest.fail("files were read"))
+    text = plan.report(Recipe.load(RECIPES / "janus_pro_7b.yaml"), activations=False)
+    assert "6,591,791,104" in text and "64 GPUs" in text and "FLOPs" in text
+
+
+def test_what_a_plan_without_files_needs_is_said(tmp_path, monkeypatch, capsys):
+    """Released sizes are known here; which of them a missing file would be is not."""
+    monkeypatch.chdir(tmp_path)
+    for name, unsaid in (("llamagen", ["size", "image_size"]), ("open_magvit2", ["size"])):
+        path, keys = f"models/{name}.ckpt", ", ".join(f"backbone.{key}" for key in unsaid)
+        changes = [f"backbone.path={path}", *(f"backbone.{key}=null" for key in unsaid)]
+        assert main([str(RECIPES / name / "b_256.yaml"), *changes, "--plan"]) == 2
+        said = f"no file {path}; to plan a released model without its file, set {keys}\n"
+        assert capsys.readouterr().err == f"error: backbone.path: {said}"
+
+
+def test_a_plan_for_flash_attention_needs_no_gpu():
+    recipe = Recipe.load(RECIPES / "llamagen/b_256.yaml", ["backbone.attn_implementation=flash_attention_2"])
+    assert plan.activation_bytes(recipe, [1])[1] > 0
+
+
+def test_an_average_takes_its_share():
+    assert bytes_of(3, **{"train.ema_decay": 0.99}).optimizer == bytes_of(3).optimizer + 4 * 100
+
+
+def test_a_plan_leaves_nothing_behind():
+    """Tables that layers keep were without values afterwards, and the next training of the process failed on them."""
+    layers.rotary_table.cache_clear()
+    recipe = Recipe.load(RECIPES / "llamagen/b_256.yaml")
+    plan.activation_bytes(recipe, [1])
+    assert layers.rotary_table.cache_info().currsize == 0

@@ -1,0 +1,146 @@
+"""Checkpoints being written: what stands when something fails, what is kept."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mmtensorar import processes
+from mmtensorar.checkpoints import sharded_state
+from mmtensorar.export import find
+
+saving = pytest.importorskip("mmtensorar.training.run_state")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    """A Saver of one rank around one weight."""
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    monkeypatch.setattr(saving.deep, "together", lambda work, device: work())
+    weight = torch.nn.Parameter(torch.arange(4.0))
+    optimizer = torch.optim.AdamW([weight])
+    module = SimpleNamespace(named_parameters=lambda: [("weight", weight)], parameters=lambda: [weight])
+    engine = SimpleNamespace(
+        module=module, optimizer=optimizer, zero_optimization_stage=lambda: 0, bfloat16_enabled=lambda: False
+    )
+
+    def build(**options):
+        settings = {"keep_last": 2, "keep_best": True, "background": False} | options
+        return saving.Saver(engine, tmp_path / "checkpoints", {"shards": "x"}, **settings)
+
+    return build
+
+
+def steps(saver) -> list[int]:
+    return sorted(sharded_state.step_of(path) for path in saver.folder.glob("step_*"))
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_the_newest_and_the_best_stay(make, background):
+    saver = make(background=background)
+    for step, loss in ((9, 3.0), (10, 1.0), (11, None), (999_999, 2.0), (1_000_000, 4.0)):
+        saver.save(step, {"validation_loss": loss}, None, CPU)
+    saver.finish(CPU)
+    assert steps(saver) == [10, 999_999, 1_000_000]
+    assert (saver.folder / "best").read_text() == "step_000010" and sharded_state.latest(saver.folder)[
+        "step"
+    ] == 1_000_000
+
+
+def test_a_run_set_back_forgets_what_came_later(make):
+    """As a damaged checkpoint's message advises: the abandoned one is neither newest nor best."""
+    saver = make()
+    for step, loss in ((1, 3.0), (2, 1.0)):
+        saver.save(step, {"validation_loss": loss}, None, CPU)
+    (saver.folder / "latest").write_text("step_000001")
+    (saver.folder / "step_000002" / sharded_state.STATE).write_text("{")
+    saver.save(2, {"validation_loss": 2.0}, None, CPU)
+    saver.save(3, {"validation_loss": 2.5}, None, CPU)
+    assert steps(saver) == [2, 3] and (saver.folder / "best").read_text() == "step_000002"
+    (saver.folder / "step_000007").mkdir()
+    (saver.folder / "step_000007" / sharded_state.STATE).write_text(
+        json.dumps(sharded_state.latest(saver.folder) | {"step": 7})
+    )
+    saver.save(4, {}, None, CPU)
+    assert steps(saver) == [2, 3, 4]
+
+
+def test_a_failure_is_told_and_the_next_checkpoint_stands(make, monkeypatch, capsys):
+    saver, write = make(background=True), sharded_state.write
+    saver.save(1, {}, None, CPU)
+    saver.finish(CPU)
+    monkeypatch.setattr(sharded_state, "write", lambda *a: (_ for _ in ()).throw(OSError("no space left")))
+    saver.save(2, {}, None, CPU)  # begins to
+    monkeypatch.setattr(sharded_state, "write", write)
+    saver.at_work.join()
+    assert saver.failure is not None, "which the training looks at every step"
+    saver.look_back(CPU)
+    assert "could not be written (no space left); training goes on" in capsys.readouterr().out
+    saver.save(3, {}, None, CPU)
+    assert saver.at_work is None, "this one was waited for"
+    assert "the checkpoint of step 3 stands" in capsys.readouterr().out
+    assert sharded_state.latest(saver.folder)["step"] == 3
+    monkeypatch.setattr(sharded_state, "write", lambda *a: (_ for _ in ()).throw(OSError("no space left")))
+    saver.save(4, {}, None, CPU)
+    with pytest.raises(ValueError, match="a checkpoint could not be written .no space left"):
+        saver.finish(CPU)
+    assert sharded_state.latest(saver.folder)["step"] == 3
+    monkeypatch.setattr(sharded_state, "write", write)
+    saver.save(4, {}, None, CPU)  # what was left of the one that failed does no harm
+    saver.finish(CPU)
+    assert sharded_state.latest(saver.folder)["step"] == 4
+
+
+def test_a_run_folder_is_held_by_one_process(tmp_path):
+    first = processes.hold(tmp_path / "run")
+    with pytest.raises(
+        ValueError, match=r"run: another process trains in this folder \(process \d+ on .+\); stop it"
+    ):
+        processes.hold(tmp_path / "run")
+    first.close()
+    processes.hold(tmp_path / "run").close()
+
+
+def test_a_checkpoint_that_is_not_whole_says_what_to_do(make):
+    saver = make(background=False)
+    saver.save(1, {}, None, CPU)
+    saver.save(2, {}, None, CPU)
+    path = saver.folder / "step_000002" / sharded_state.STATE
+    path.write_text("{")
+    with pytest.raises(ValueError, match="damaged: write step_000001 into .+latest to go on from there"):
+        sharded_state.latest(saver.folder)
+    path.unlink()
+    with pytest.raises(ValueError, match="is missing: write step_000001 into"):
+        sharded_state.latest(saver.folder)
+
+
+def test_rank_0_does_not_wait_for_ever(make, monkeypatch):
+    monkeypatch.setattr(saving, "PATIENCE_S", 0.05)
+    saver = make()
+    saver.num_files = 2
+    with pytest.raises(ValueError, match="rank 1 has written nothing for 0.05 seconds"):
+        saver.save(1, {}, None, CPU)
+    assert not (saver.folder / "latest").exists()
+
+
+def test_without_the_file_latest_the_newest_checkpoint_counts(make):
+    """It was lost in a copy once: the run began anew and deleted what was there."""
+    saver = make()
+    assert saving.latest_step(saver.folder) is None
+    for step in (9, 10):
+        saver.save(step, {}, None, CPU)
+    (saver.folder / "latest").unlink()
+    assert saving.latest_step(saver.folder) == 10
+    assert (
+        find(saver.folder.parent, "latest").name == "step_000010"
+        and find(saver.folder.parent, "9").name == "step_000009"
+    )
+    for step, problem in (
+        ("best", "none is the best"),
+        ("8", "no checkpoint of step 8; there are latest, 9, 10"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            find(saver.folder.parent, step)

@@ -1,0 +1,675 @@
+"""The training entry, run as a user runs it: resuming is exact, ZeRO-3 equals plain training, errors are sentences."""
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from mmtensorar import backbones, image_tokenizers
+from mmtensorar.checkpoints import model_folder
+from mmtensorar.data import loader
+from mmtensorar.data.sample_order import Order
+from mmtensorar.data.shards import (
+    Codes,
+    Manifest,
+    Sample,
+    encode_codes,
+    iterate_tar,
+    write_tar,
+)
+from mmtensorar.recipe import Recipe
+from mmtensorar.training import run_log
+from tests.helpers.fakes import write_tiny_janus
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN = ROOT / "mmtensorar" / "train.py"
+SIDE, NUM_CODES = 4, 32  # 4x4 tokens out of 32 codes
+
+pytest.importorskip("deepspeed")
+
+
+CAPTIONS = (("a red circle", "a blue square"), ("a green circle", "a red square"))
+
+
+def write_shards(folder: Path, image_tokenizer, captions_of_shards=CAPTIONS) -> None:
+    """Two shards of two samples: with batch 4 every step sees the whole set, however ranks share it."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    image = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(image, "JPEG")
+    shards = []
+    for number, captions in enumerate(captions_of_shards):
+        samples = []
+        for i, caption in enumerate(captions):
+            members = {"jpg": image.getvalue(), "txt": caption.encode(), "json": b"{}"}
+            shape, sizes = (1, int(np.prod(image_tokenizer.grid))), image_tokenizer.factor_sizes
+            drawn = [rng.integers(size, size=shape, dtype=np.uint16) for size in sizes]
+            members["codes.npy"] = encode_codes(np.stack(drawn, axis=-1))
+            samples.append(Sample(f"{number}{i}", members))
+        shards.append(write_tar(folder / f"{number:05d}.tar", samples))
+    codes = Codes(
+        image_tokenizer=image_tokenizer.name,
+        weight_hash=image_tokenizer.weight_hash,
+        grid=tuple(image_tokenizer.grid),
+        factor_sizes=tuple(image_tokenizer.factor_sizes),
+        crops=1,
+    )
+    image_size = image_tokenizer.image_size
+    Manifest(
+        shards=tuple(shards), num_samples=4, image_size=image_size, codes=codes, source="test", seed=0
+    ).write(folder)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory) -> Path:
+    """A folder with a tiny backbone, shards and a recipe."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("train")
+    write_tiny_janus(folder / "janus", NUM_CODES, SIDE)
+    recipe = {
+        "run": {"name": "unnamed", "out": str(folder / "runs")},
+        "backbone": {"name": "janus", "path": str(folder / "janus")},
+        "image_tokenizer": {"name": "janus_vq", "path": str(folder / "janus" / "vq")},
+        "tensorar": {"window": 3, "num_heads": 2},
+        "data": {"shards": str(folder / "shards"), "batch_size": 4, "shuffle": 0, "uncond_rate": 0.5},
+        "optim": {"lr": 1e-2, "warmup_steps": 1},
+        "train": {"steps": 4, "grad_accum": 2, "log_every": 1, "save_every": 2},
+        "zero": {"stage": 0},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    write_shards(
+        folder / "shards", image_tokenizers.load(Recipe.load(folder / "recipe.yaml", []).image_tokenizer)
+    )
+    return folder
+
+
+def environment() -> dict:
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    }
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    # More threads than cores make gloo's ranks wait on each other.
+    return kept | {"PATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def start(bench: Path, *arguments: str, ranks: int = 1) -> subprocess.Popen:
+    """Start training in a process group of its own, which is what Ctrl-C in a terminal reaches."""
+    command = [sys.executable, str(TRAIN)]
+    if ranks > 1:
+        launcher = Path(sys.executable).with_name("deepspeed")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [str(launcher), "--num_accelerators", str(ranks), "--master_port", str(port), str(TRAIN)]
+    return subprocess.Popen(
+        [*command, str(bench / "recipe.yaml"), *arguments],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=bench,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen, *, timeout_s: int) -> subprocess.CompletedProcess:
+    """Wait until launcher, ranks and workers have all let go of the output; past the timeout, end them."""
+    try:
+        out, err = process.communicate(timeout=timeout_s)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def run(bench: Path, *arguments: str, ranks: int = 1) -> subprocess.CompletedProcess:
+    return finish(start(bench, *arguments, ranks=ranks), timeout_s=240)
+
+
+def run_until(
+    number: int, bench: Path, name: str, *arguments: str, ranks: int = 1
+) -> subprocess.CompletedProcess:
+    """Start an endless run, send the signal to its process group after the first step and wait for its end."""
+    settings = [f"run.name={name}", "train.steps=100000", "train.save_every=0", *arguments]
+    process = start(bench, *settings, ranks=ranks)
+    deadline = time.monotonic() + 240
+    while process.poll() is None and time.monotonic() < deadline and not rows(bench, name):
+        time.sleep(0.1)
+    if rows(bench, name):
+        os.killpg(process.pid, number)
+    return finish(process, timeout_s=120)
+
+
+def cut(bench: Path, name: str, suffix: str = "cut", *, step: int = 2) -> str:
+    """A copy of a finished run, as if it had been stopped after a step; returns the copy's name."""
+    copy = bench / "runs" / f"{name}_{suffix}"
+    shutil.copytree(bench / "runs" / name, copy)
+    shutil.rmtree(copy / "model")
+    for folder in (copy / "checkpoints").glob("step_*"):
+        if folder.name > f"step_{step:06d}":
+            shutil.rmtree(folder)
+    (copy / "checkpoints" / "latest").write_text(f"step_{step:06d}")
+    return copy.name
+
+
+def rows(bench: Path, name: str) -> list[dict]:
+    return run_log.read_log(bench / "runs" / name / "log.jsonl")
+
+
+def numbers(row: dict) -> tuple:
+    """What must repeat exactly; speed and memory need not."""
+    return row["step"], row["loss"], row["loss_per_offset"], row["lr"], row["grad_norm"]
+
+
+@pytest.fixture(scope="module")
+def whole_run(bench):
+    done = run(bench, "run.name=whole", "train.monitors=[tensorboard, csv]")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return rows(bench, "whole")
+
+
+def test_resumed_run_equals_uninterrupted_run(bench, whole_run):
+    """Stopped after step 2 and continued, steps 3 and 4 repeat bit for bit: data, noise, weights, moments, rate."""
+    name = cut(bench, "whole")
+    done = run(bench, f"run.name={name}", "--resume", "train.monitors=[csv]")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "after step 2" in done.stdout
+    loss = (bench / "runs" / name / "csv" / "loss.csv").read_text().splitlines()
+    assert loss == ["step,loss", *(f"{row['step']},{row['loss']}" for row in whole_run)], (
+        "each step once, under one header"
+    )
+    assert [numbers(row) for row in rows(bench, name)] == [numbers(row) for row in whole_run]
+
+
+def test_a_run_goes_on_at_a_lower_rate(bench, whole_run):
+    """What a run that stopped at a spike is advised to do; what changes is said."""
+    name = cut(bench, "whole", "slower")
+    done = run(
+        bench,
+        f"run.name={name}",
+        "optim.lr=1e-5",
+        "optim.tensorar_lr=2e-5",
+        "train.monitors=[csv]",
+        "--resume",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "note: from here optim.lr: " in done.stdout and "-> 1e-05" in done.stdout
+    for before, after in zip(rows(bench, "whole")[2:], rows(bench, name)[2:], strict=True):
+        assert after["lr"] < before["lr"] and after["tensorar_lr"] == pytest.approx(2 * after["lr"])
+    headers = {
+        path.stem: path.read_text().splitlines()[0] for path in (bench / "runs" / name / "csv").glob("*.csv")
+    }
+    assert headers["seconds_step"] == "step,seconds_step" and headers["loss"] == "step,loss"
+
+
+def test_other_shards_do_not_continue_a_run(bench, whole_run):
+    """The folder may be the same and its content not."""
+    name = cut(bench, "whole", "other_shards")
+    state = bench / "runs" / name / "checkpoints" / "step_000002" / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"shards": "0123"}))
+    done = run(bench, f"run.name={name}", "--resume")
+    assert done.returncode == 2 and "saved with shards 0123" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_other_starting_weights_do_not_continue_a_run(bench, whole_run):
+    """A finished fine-tune was reused though the weights it started from had been replaced."""
+    name = cut(bench, "whole", "other_start")
+    janus = bench / "janus_retrained"
+    shutil.copytree(bench / "janus", janus)
+    recipe = bench / "runs" / name / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(bench / "janus") + "\n", str(janus) + "\n", 1))
+    weights = janus / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    done = run(bench, f"run.name={name}", f"backbone.path={janus}", "--resume")
+    assert done.returncode == 2 and "saved with start " in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_damaged_checkpoint_is_one_sentence(bench, whole_run):
+    """One bit of a weight, say, which would load all the same."""
+    name = cut(bench, "whole", "damaged")
+    folder = bench / "runs" / name / "checkpoints" / "step_000002"
+    path = next(folder.glob("*.safetensors"))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    done = run(bench, f"run.name={name}", "--resume")
+    assert (
+        done.returncode == 2 and f"is damaged ({path.name} is not the file that was written)" in done.stderr
+    )
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_killed_before_its_model_was_written_gets_it(bench, whole_run):
+    """The last checkpoint stands, model/ does not: resuming writes it without a further step."""
+    copy = bench / "runs" / "unwritten"
+    shutil.copytree(bench / "runs" / "whole", copy)
+    shutil.rmtree(copy / "model")
+    (copy / "recipe.yaml").write_text(
+        (copy / "recipe.yaml").read_text().replace("name: whole", "name: unwritten")
+    )
+    done = run(bench, "run.name=unwritten", "--resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    written, whole = (
+        load_file(bench / "runs" / name / "model" / model_folder.CODEC) for name in ("unwritten", "whole")
+    )
+    assert all(torch.equal(written[name], value) for name, value in whole.items())
+    assert rows(bench, "unwritten") == whole_run
+
+
+def test_run_folder_is_complete(bench, whole_run):
+    folder = bench / "runs" / "whole"
+    assert [row["step"] for row in whole_run] == [1, 2, 3, 4]
+    assert len(whole_run[0]["loss_per_offset"]) == 3
+    for row in whole_run:
+        assert (
+            row["seconds"].keys() - {"save"} == {"data", "forward", "backward", "step"}
+            and min(row["seconds"].values()) > 0
+        )
+        assert 0 < row["data_share"] < 1 and 0 < row["mfu"] < 1
+    assert "save" in whole_run[2]["seconds"], "of the checkpoint after step 2"
+    assert model_folder.check_files(folder / "model")["step"] == 4
+    assert (folder / "recipe.yaml").is_file() and any((folder / "tensorboard").iterdir())
+    weights = load_file(folder / "model" / model_folder.CODEC).values()
+    assert not any(torch.equal(w, w.bfloat16().float()) for w in weights), (
+        "the master copy is saved, not its rounding"
+    )
+
+
+def test_finished_run_is_not_overwritten(bench, whole_run):
+    done = run(bench, "run.name=whole")
+    assert done.returncode == 2
+    assert "holds a finished run" in done.stderr and "Traceback" not in done.stderr
+
+
+# Adam's first update is lr times the sign of the gradient: without a large eps it turns rounding noise in a gradient near
+# zero into a full step, and a comparison would be of noise.
+EMA = "train.ema_decay=0.6"
+ALIKE = ["optim.eps=0.01", "train.grad_accum=1"]
+
+
+def close(found: list[dict], expected: list[dict]) -> None:
+    """Equal up to bfloat16's rounding and the order of sums."""
+    for a, b in zip(found, expected, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4), (a, b)
+        assert a["loss_per_offset"] == pytest.approx(b["loss_per_offset"], rel=1e-4), (a, b)
+        # Adam hides a wrong factor on the gradient; the norm does not.
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=0.01), (a, b)
+        assert a["lr"] == b["lr"]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(bench):
+    sampling = ["train.sample_every=4", "train.sample_prompts=[a red circle]"]
+    saving = ["train.save_every=1", "train.keep_last=4", "train.save_in_background=true"]
+    done = run(bench, "run.name=two", "zero.stage=3", *ALIKE, *sampling, *saving, EMA, ranks=2)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return rows(bench, "two")
+
+
+def test_zero_3_on_two_ranks_equals_one_rank(bench, two_ranks):
+    """Same samples, prompts dropped and noise per step, also in other micro batches; backbone and codec alike.
+
+    Without ZeRO, DeepSpeed began with a step of zero gradients, so the first updates were a third too small; a step
+    changes the loss by about 0.1 %, and a tolerance of 1 % hid that.
+    """
+    one = run(bench, "run.name=one", *ALIKE, "train.grad_accum=2", "train.save_every=0", EMA)
+    assert one.returncode == 0, one.stderr[-3000:]
+    close(rows(bench, "one"), two_ranks)
+    assert (bench / "runs" / "two" / "samples" / "step_4.png").is_file()
+    assert len(two_ranks[3]["revised_per_offset"]) == 2 and all(
+        0 <= share <= 1 for share in two_ranks[3]["revised_per_offset"]
+    )
+    assert model_folder.check_files(bench / "runs" / "two" / "model")["step"] == 4
+    # The average kept in pieces is the average of the whole, and not the model.
+    alone, pieces = (
+        model_folder.load(bench / "runs" / name / "model_ema").model.state_dict() for name in ("one", "two")
+    )
+    model = model_folder.load(bench / "runs" / "one" / "model").model.state_dict()
+    for name, value in alone.items():
+        torch.testing.assert_close(pieces[name], value, rtol=1e-2, atol=1e-4)
+    assert max((model[name] - value).abs().max() for name, value in alone.items()) > 1e-3
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_other_zero_stages_compute_the_same(bench, two_ranks, stage):
+    name = f"stage_{stage}"
+    done = run(bench, f"run.name={name}", f"zero.stage={stage}", *ALIKE, ranks=2)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    close(rows(bench, name), two_ranks)
+
+
+def exported_alike(bench: Path, name: str) -> None:
+    """Models made of a checkpoint's files, whoever wrote them, are those that the run itself wrote."""
+    from mmtensorar.export import main
+
+    folder = bench / "runs" / name
+    for average, written in (([], "model"), (["--average"], "model_ema")):
+        assert main([str(folder), *average, "--out", str(folder / "exported")]) == 0
+        one, other = (model_folder.load(folder / each).model.state_dict() for each in ("exported", written))
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    assert main([str(bench / "runs" / "two"), "--step", "1", "--out", str(folder / "exported")]) == 0
+    assert model_folder.read_index(folder / "exported")["step"] == 1
+
+
+def test_a_run_goes_on_with_other_numbers_of_ranks_and_other_stages(bench, two_ranks):
+    """Two ranks under ZeRO-3, one under ZeRO-2 in two micro batches, two without ZeRO, one under ZeRO-1: as if never changed."""
+    name = "two"
+    ways = [(1, ["zero.stage=2", "train.grad_accum=2"]), (2, ["zero.stage=0"]), (1, ["zero.stage=1"])]
+    for step, (ranks, settings) in enumerate(ways, 1):
+        name = cut(bench, name, "on", step=step)
+        done = run(
+            bench,
+            f"run.name={name}",
+            *ALIKE,
+            *settings,
+            EMA,
+            "train.save_every=1",
+            "train.keep_last=4",
+            "--resume",
+            ranks=ranks,
+        )
+        assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+        assert f"after step {step}" in done.stdout
+        close(rows(bench, name), two_ranks)
+    exported_alike(bench, name)
+    for folder in ("model", "model_ema"):
+        one, other = (
+            model_folder.load(bench / "runs" / each / folder).model.state_dict() for each in ("two", name)
+        )
+        for key, value in one.items():
+            torch.testing.assert_close(other[key], value, rtol=1e-2, atol=2e-4)
+
+
+def test_resumed_zero_3_on_two_ranks_equals_uninterrupted_run(bench, two_ranks):
+    """Each rank finds its own share of weights and moments, and its own place in the data."""
+    name = cut(bench, "two")
+    done = run(bench, f"run.name={name}", "zero.stage=3", *ALIKE, EMA, "--resume", ranks=2)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    one, other = (
+        model_folder.load(bench / "runs" / each / "model_ema").model.state_dict() for each in ("two", name)
+    )
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert "after step 2" in done.stdout
+    assert [numbers(row) for row in rows(bench, name)] == [numbers(row) for row in two_ranks]
+
+
+def test_a_run_with_eight_bit_moments_resumes_exactly(bench):
+    settings = ["optim.name=adamw_8bit", "zero.stage=2"]
+    assert run(bench, "run.name=eight", *settings).returncode == 0
+    name = cut(bench, "eight")
+    done = run(bench, f"run.name={name}", *settings, "--resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [numbers(row) for row in rows(bench, name)] == [numbers(row) for row in rows(bench, "eight")]
+
+
+def test_adapters_under_zero_3_resume_exactly_and_load(bench):
+    settings = ["train.parts=lora", "lora.rank=4", "zero.stage=3"]
+    done = run(bench, "run.name=lora", *settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "adapters" in done.stdout and "trained" in done.stdout
+    name = cut(bench, "lora")
+    done = run(bench, f"run.name={name}", *settings, "--resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [numbers(row) for row in rows(bench, name)] == [numbers(row) for row in rows(bench, "lora")]
+    one, other = (
+        model_folder.load(bench / "runs" / run_name / "model").model.state_dict()
+        for run_name in ("lora", name)
+    )
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert {path.name for path in (bench / "runs" / "lora" / "model").glob("*.safetensors")} == {
+        "adapters.safetensors",
+        "tensorar.safetensors",
+    }
+
+
+def test_damage_on_one_rank_stops_both(bench):
+    """Only rank 1 reads the damaged sample: rank 0 must hear of it, and is the one that says so."""
+    folder = bench / "damaged"
+    shutil.copytree(bench / "shards", folder)
+    manifest = Manifest.read(folder)
+    place = Order([shard.num_samples for shard in manifest.shards], rows=4, seed=0, shuffle=0).place(
+        1
+    )  # rank 1's first
+    shard, damaged = manifest.shards[place.shard], place.sample
+    samples = list(iterate_tar(folder / shard.name))
+    samples[damaged].members["codes.npy"] = encode_codes(np.full((1, SIDE * SIDE, 1), NUM_CODES, np.uint16))
+    write_tar(folder / shard.name, samples)
+    done = run(bench, "run.name=damaged", f"data.shards={folder}", ranks=2)
+    assert done.returncode == 2
+    where = f"{folder / shard.name}: sample {samples[damaged].key}"
+    assert f"error: {where}: codes.npy holds code 32, but factor 0 has 32 codes\n" in done.stderr
+    assert done.stderr.count("error:") == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def holed(bench) -> Path:
+    """Three good sets' worth of samples, of which one has no caption and another a code that is none."""
+    folder = bench / "holed"
+    shutil.copytree(bench / "shards", folder)
+    manifest = Manifest.read(folder)
+    (one, two), path = list(iterate_tar(folder / "00001.tar")), folder / "00001.tar"
+    others = [one._replace(key=f"{number:02d}") for number in range(20, 28)]
+    others[3] = Sample("23", {name: value for name, value in one.members.items() if name != "txt"})
+    shard = write_tar(path, [one, two, *others])
+    manifest.model_copy(update={"shards": (manifest.shards[0], shard), "num_samples": 12}).write(folder)
+    return folder
+
+
+def test_a_skipped_sample_is_logged_with_its_shard_and_key_and_counted(bench, holed):
+    """Also over a resumption; and past data.max_skipped the run stops, with everything before saved."""
+    settings = [f"data.shards={holed}", "data.on_error=skip", "train.save_every=1", "train.keep_last=9"]
+    done = run(bench, "run.name=skips", *settings, "data.max_skipped=0.2", "train.steps=3")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = rows(bench, "skips")
+    first = next(row["step"] for row in found if row["num_skipped"])
+    assert [row["num_skipped"] for row in found] == [int(row["step"] >= first) for row in found]
+    (skipped,) = run_log.read_log(bench / "runs" / "skips" / "skipped.jsonl")
+    assert skipped == {"step": first, "problem": f"{holed / '00001.tar'}: sample 23: no txt member"}
+    assert f"skipped at step {first}: {holed / '00001.tar'}: sample 23: no txt member\n" in done.stdout
+    done = run(
+        bench, "run.name=skips", *settings, "data.max_skipped=0.05", "train.steps=9", "--resume", ranks=1
+    )
+    assert done.returncode == 2
+    stopped = re.search(
+        "error: 2 damaged samples were skipped by step ([456]), more than data.max_skipped 0.05", done.stderr
+    )
+    assert stopped and "Traceback" not in done.stderr, done.stderr[-2000:]  # in the second epoch
+    assert f"of an epoch of 12; the last checkpoint is of step {int(stopped[1]) - 1}" in done.stderr
+
+
+def test_the_validation_loss_does_not_depend_on_the_ranks(bench, holed):
+    """Five samples in batches of two: on two ranks one of the four batches is there only to keep step."""
+    folder = bench / "validation"
+    shutil.copytree(bench / "shards", folder)
+    manifest = Manifest.read(folder)
+    (one, two), path = list(iterate_tar(folder / "00001.tar")), folder / "00001.tar"
+    shard = write_tar(path, [one, two, two._replace(key="12")])
+    manifest.model_copy(update={"shards": (manifest.shards[0], shard), "num_samples": 5}).write(folder)
+    settings = [
+        f"data.validation={folder}",
+        "data.validation_batch_size=2",
+        "train.validate_every=2",
+        "train.precision=fp32",
+    ]
+    losses = []
+    for ranks in (1, 2):
+        done = run(
+            bench,
+            f"run.name=validated{ranks}",
+            *settings,
+            "train.steps=null",
+            "train.epochs=3.9",
+            ranks=ranks,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        found = rows(bench, f"validated{ranks}")
+        assert [row["step"] for row in found if "validation_loss" in row] == [
+            2,
+            3,
+        ]  # 3.9 epochs of 4 samples, 4 a step
+        losses.append([[row["validation_loss"], *row["validation_loss_per_offset"]] for row in found[1:]])
+        assert all(0 <= share <= 1 for share in found[1]["validation_accuracy_per_offset"])
+        assert "validation loss" in done.stdout
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    assert losses[0][0] != losses[0][1]
+
+
+def test_the_best_checkpoint_by_validation_loss_stays(bench, holed):
+    """Of four, only the last and the best; at this rate the loss goes up and down."""
+    settings = [
+        f"data.validation={bench / 'shards'}",
+        "train.validate_every=1",
+        "train.save_every=1",
+        "train.keep_last=1",
+    ]
+    done = run(bench, "run.name=best", "optim.lr=1", *settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = {row["step"]: row["validation_loss"] for row in rows(bench, "best")}
+    best, folder = min(losses, key=losses.get), bench / "runs" / "best" / "checkpoints"
+    assert (folder / "best").read_text() == f"step_{best:06d}"
+    assert sorted(path.name for path in folder.glob("step_*")) == sorted({f"step_{best:06d}", "step_000004"})
+
+
+def test_the_control_is_a_switch(bench, monkeypatch):
+    """--plain: the same recipe without TensorAR, in a run folder of its own."""
+    from mmtensorar import train as module
+
+    seen = []
+    monkeypatch.setattr(module, "train", lambda recipe, **options: seen.append(recipe) or 0)
+    monkeypatch.setattr(module.deep, "stop_process_group", lambda: None)
+    weights = "tensorar.offset_weights=[1, 0.5, 0.2]"
+    for switch in ([], ["--plain"]):
+        assert module.main([str(bench / "recipe.yaml"), weights, "run.name=mine", *switch]) == 0
+    ours, plain = (recipe.model_dump() for recipe in seen)
+    assert plain["run"].pop("name") == "mine_plain" and ours["run"].pop("name") == "mine"
+    assert plain.pop("tensorar")["window"] == 1 and ours.pop("tensorar")["window"] == 3
+    assert ours == plain
+
+
+def test_two_sets_train_together(bench, holed):
+    sets = yaml.safe_dump(
+        {str(bench / "shards"): 3.0, str(holed): 1.0}, default_flow_style=True, width=10_000
+    )
+    done = run(
+        bench, "run.name=mixed", f"data.shards={sets}", "data.on_error=skip", "data.max_skipped=1", ranks=2
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(rows(bench, "mixed")) == 4 and (bench / "runs" / "mixed" / "model").is_dir()
+
+
+def test_non_finite_loss_on_one_rank_stops_both(bench):
+    """One caption's word is NaN: that rank's loss is known to all before the update, and nothing is saved."""
+    folder = bench / "nan"
+    shutil.copytree(bench / "janus", folder)
+    weights = load_file(folder / "model.safetensors")
+    text_tokenizer = backbones.load(Recipe.load(bench / "recipe.yaml", []).backbone).text_tokenizer
+    weights["model.language_model.embed_tokens.weight"][text_tokenizer.convert_tokens_to_ids("green")] = (
+        float("nan")
+    )
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    done = run(bench, "run.name=nan", f"backbone.path={folder}", "data.uncond_rate=0", ranks=2)
+    assert done.returncode == 2
+    assert "error: the loss is not finite at step 1:" in done.stderr
+    assert done.stderr.count("error:") == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    assert not rows(bench, "nan") and not (bench / "runs" / "nan" / "checkpoints").exists()
+    assert not (bench / "runs" / "nan" / "model").exists()
+    told = json.loads((bench / "runs" / "nan" / "stopped.json").read_text())
+    assert (
+        told["step"] == 1
+        and told["reason"].startswith("the loss is not finite")
+        and len(set(told["samples"])) == 4
+    )
+
+
+def test_a_spike_of_the_gradient_stops_and_names_the_samples(bench):
+    done = run(bench, "run.name=spike", "train.max_grad_norm=1e-3", "train.save_every=0")
+    assert (
+        done.returncode == 2
+        and "more than train.max_grad_norm 0.001; no checkpoint was saved yet" in done.stderr
+    )
+    told = json.loads((bench / "runs" / "spike" / "stopped.json").read_text())
+    assert len(told["samples"]) == 4 and all(
+        "00000.tar" in name or "00001.tar" in name for name in told["samples"]
+    )
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_a_process_of_a_group_leaves_with_its_exit_code(code):
+    """With the group's threads alive, an interpreter's own end may abort, which is another exit code."""
+    lines = "from mmtensorar import engine, processes; engine.start_process_group(0); print('said', end=''); processes.leave({})"
+    done = subprocess.run(
+        [sys.executable, "-c", lines.format(code)], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout.endswith("said")) == (code, True), done.stderr[-2000:]
+
+
+def test_backbone_and_image_tokenizer_of_different_models_are_refused(bench):
+    """The shards fit the image tokenizer, so nothing before the model is built can see the mistake."""
+    write_tiny_janus(bench / "other", num_codes=NUM_CODES + 1, side=SIDE)
+    done = run(bench, "run.name=other", f"backbone.path={bench / 'other'}")
+    assert done.returncode == 2
+    assert "is not the image tokenizer of" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        "the backbone predicts 16 codes an image out of 33" in done.stderr
+        and "makes 16 codes an image out of 32," in done.stderr
+    )
+
+
+@pytest.fixture(scope="module")
+def terminated(bench):
+    """A float32 run without ZeRO that SIGTERM stopped."""
+    return run_until(signal.SIGTERM, bench, "terminated", "train.precision=fp32", "optim.grad_clip=0.01")
+
+
+def stopped_well(bench: Path, name: str, done: subprocess.CompletedProcess) -> None:
+    assert "stopped by a signal" in done.stdout, (done.stdout + done.stderr)[-3000:]
+    last = rows(bench, name)[-1]["step"]
+    assert (bench / "runs" / name / "checkpoints" / "latest").read_text() == f"step_{last:06d}"
+    assert not (bench / "runs" / name / "model").exists()
+
+
+def test_signal_saves_and_stops(bench, terminated):
+    """SIGTERM ends the step, saves and says how to go on."""
+    assert terminated.returncode == 128 + signal.SIGTERM, terminated.stderr[-3000:]
+    stopped_well(bench, "terminated", terminated)
+
+
+def test_float32_logs_the_norm_of_the_gradient(bench, terminated):
+    """There DeepSpeed keeps no norm: ours is of the whole step's mean loss, before clipping."""
+    from mmtensorar.train import seed_for
+
+    recipe = Recipe.load(bench / "recipe.yaml", [])
+    model = model_folder.initial_model(recipe).train()
+    batches = loader.stream(recipe, backbones.caption_encoder(recipe.backbone), rank=0, world_size=1)
+    for micro in range(recipe.train.grad_accum):
+        generator = torch.Generator().manual_seed(seed_for(recipe.run.seed, 1))
+        (model(*next(batches)[:3], generator, (2 * micro, 4)).loss / recipe.train.grad_accum).backward()
+    squares = sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None)
+    assert rows(bench, "terminated")[0]["grad_norm"] == pytest.approx(squares**0.5, rel=1e-4)
+
+
+def test_ctrl_c_through_the_launcher_saves_and_stops(bench):
+    """Launcher, both ranks and their loader workers all receive it; the launcher passes it on as SIGTERM, and all end."""
+    done = run_until(signal.SIGINT, bench, "interrupted", "data.num_workers=1", ranks=2)
+    stopped_well(bench, "interrupted", done)
+    # The launcher prints a traceback of its own.
+    assert f'File "{TRAIN}"' not in done.stderr, done.stderr[-3000:]
