@@ -20,7 +20,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import yaml
 from annotated_types import Ge, Gt, Le, Lt, MinLen
@@ -42,10 +42,26 @@ class RecipeError(ValueError):
     """Everything that is wrong with a recipe, one problem a line."""
 
 
+class Removed(NamedTuple):
+    """A setting of earlier versions. Recipes saved then hold it; at `neutral` it had no effect."""
+
+    neutral: Any
+    reason: str
+
+
 class Section(BaseModel):
     """A group of settings: unknown keys are refused, values do not change after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    removed: ClassVar[dict[str, Removed]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_removed_settings_without_effect(cls, settings: Any) -> Any:
+        if not isinstance(settings, dict):
+            return settings
+        neutral = {key for key, old in cls.removed.items() if settings.get(key, old) == old.neutral}
+        return {key: value for key, value in settings.items() if key not in neutral}
 
     @field_validator("*", mode="before")
     @classmethod
@@ -68,15 +84,20 @@ class Run(Section):
     seed: int = Field(0, ge=0)
 
 
+STRIDES_REMOVED = "pictures sampled with strides were ruined in all three worlds of docs/study"
+NVME_REMOVED = "offloading to NVMe was never run beside a GPU; use zero.offload_optimizer cpu"
+
+
 class TensorARSettings(Section):
     """window 1 is the plain next-token model: it has no codec, and the other settings have no effect.
 
     The defaults are what did least harm in docs/study; the paper's are window 4 and schedule exponential.
 
     schedule: a name, or the rate of each offset. self_drafts: share of redrawn slots that hold the model's own draft; unless given, 1
-    with schedule full and 0 with another. max_stride: the most tokens of a window that samples are trained to have emitted at once, for
-    sampler.stride.
+    with schedule full and 0 with another.
     """
+
+    removed = {"max_stride": Removed(1, STRIDES_REMOVED)}
 
     window: int = Field(2, ge=1)
     schedule: (
@@ -87,7 +108,6 @@ class TensorARSettings(Section):
     depth: int = Field(1, ge=1)
     num_heads: int = Field(8, ge=1)
     self_drafts: float = Field(1.0, ge=0, le=1)
-    max_stride: int = Field(1, ge=1)
 
     @model_validator(mode="before")
     @classmethod
@@ -150,7 +170,7 @@ class Optim(Section):
     """AdamW with linear warm-up and a cosine to final_lr_ratio. tensorar_lr: rate of the codec, None as lr.
 
     name: torch's own; bitsandbytes' with moments in 8 bits, or paged out of a GPU that is full; DeepSpeed's for
-    zero.offload_optimizer cpu, several times as fast there as torch's, and nvme.
+    zero.offload_optimizer cpu, several times as fast there as torch's.
     """
 
     name: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "cpu_adam"] = "adamw"
@@ -214,17 +234,21 @@ class Lora(Section):
 
 
 class Zero(Section):
-    """ZeRO stage and offloading; extra goes into DeepSpeed's zero_optimization untouched.
+    """ZeRO stage and offloading; extra goes into DeepSpeed's zero_optimization untouched."""
 
-    nvme_path: a folder of each node's own disk, for offload_optimizer nvme: weights, moments and gradients in float32 are there, 16
-    bytes a parameter, and read and written at every step.
-    """
+    removed = {"nvme_path": Removed(None, NVME_REMOVED)}
 
     stage: Literal[0, 1, 2, 3] = 0
-    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    offload_optimizer: Literal["none", "cpu"] = "none"
     offload_params: Literal["none", "cpu"] = "none"
-    nvme_path: str | None = None
     extra: dict[str, Any] = {}
+
+    @field_validator("offload_optimizer", mode="before")
+    @classmethod
+    def _no_nvme(cls, value: Any) -> Any:
+        if value == "nvme":
+            raise ValueError(f"nvme was removed: {NVME_REMOVED}")
+        return value
 
 
 Number = TypeVar("Number")
@@ -237,12 +261,13 @@ class SamplerSettings(Section):
     Each number may be a list with one per factor of a code (two in Open-MAGVIT2).
     """
 
+    removed = {"stride": Removed(1, STRIDES_REMOVED)}
+
     temperature: PerFactor[Annotated[float, Gt(0)]] = 1.0
     top_k: PerFactor[Annotated[int, Ge(0)]] = 0
     top_p: PerFactor[Annotated[float, Gt(0), Le(1)]] = 1.0
     cfg_scale: PerFactor[Annotated[float, Ge(0)]] = 5.0
     greedy_drafts: bool = False
-    stride: int = Field(1, ge=1)
     lookahead: int = Field(1, ge=1)
 
 
@@ -271,10 +296,6 @@ class Recipe(Section):
             problems.append(
                 f"tensorar.offset_weights has {len(weights)} numbers, tensorar.window is {self.tensorar.window}; "
                 "expected one number per offset"
-            )
-        if 1 < self.tensorar.window < self.tensorar.max_stride:
-            problems.append(
-                f"tensorar.max_stride is {self.tensorar.max_stride}; expected 1 to {self.tensorar.window}, the window"
             )
         rates = self.tensorar.schedule
         if (
@@ -311,13 +332,9 @@ class Recipe(Section):
                 )
             moved = self.zero.extra.get(key) if isinstance(self.zero.extra.get(key), dict) else {}
             if moved.get("device") == "nvme" or moved.get("ratio", 1) != 1:
-                nearest = (
-                    "offload_optimizer nvme"
-                    if "optimizer" in key and moved.get("device") == "nvme"
-                    else f"{key.replace('_param', '_params')} cpu"
-                )
+                nearest = key.replace("_param", "_params")
                 problems.append(
-                    f"zero.extra.{key}: what is moved so cannot be saved for resuming; the nearest is zero.{nearest}"
+                    f"zero.extra.{key}: what is moved so cannot be saved for resuming; the nearest is zero.{nearest} cpu"
                 )
         if self.data.batch_size % self.train.grad_accum:
             problems.append(
@@ -344,22 +361,6 @@ class Recipe(Section):
             problems.append("optim.name cpu_adam is for zero.offload_optimizer cpu; without it use adamw")
         if self.zero.offload_optimizer == "cpu" and self.zero.stage == 0:
             problems.append("zero.offload_optimizer needs zero.stage 1, 2 or 3, found 0")
-        if self.zero.offload_optimizer == "nvme":
-            if self.zero.nvme_path is None:
-                problems.append(
-                    "zero.offload_optimizer nvme needs zero.nvme_path, a folder of each node's own disk"
-                )
-            if self.zero.stage != 3:
-                problems.append(f"zero.offload_optimizer nvme needs zero.stage 3, found {self.zero.stage}")
-            if self.optim.name == "adamw":
-                problems.append("zero.offload_optimizer nvme does not go with optim.name adamw; use cpu_adam")
-            if self.train.ema_decay is not None or self.train.save_in_background:
-                problems.append(
-                    "zero.offload_optimizer nvme does not go with train.ema_decay or train.save_in_background, which need memory "
-                    "for all that it moves away; use cpu"
-                )
-        elif self.zero.nvme_path is not None:
-            problems.append("zero.nvme_path has an effect only with zero.offload_optimizer nvme")
         if offloaded and self.optim.name not in ("adamw", "cpu_adam"):
             problems.append(
                 f"zero.offload_optimizer does not go with optim.name {self.optim.name}; use cpu_adam"
@@ -605,7 +606,9 @@ def _problems(
     for error in errors.errors():
         field, keys = _locate(model, error["loc"])
         path = ".".join([*prefix, *map(str, error["loc"])]) if field is None else ".".join([*prefix, *keys])
-        if error["type"] == "extra_forbidden":
+        if error["type"] == "extra_forbidden" and (old := _removed(model, error["loc"])):
+            found.append((path, f"was removed (only {old.neutral!r} is read): {old.reason}"))
+        elif error["type"] == "extra_forbidden":
             found.append((path, f"unknown key; {_known(path, prefix, model)}"))
         elif error["type"] == "missing" and len(keys) == len(error["loc"]):
             found.append((path, "missing; this setting has no default"))
@@ -617,6 +620,17 @@ def _problems(
                 value = value[key]
             found.append((path, f"expected {_expected(field.annotation, field)}, got {value!r}"))
     return list(dict.fromkeys(found))
+
+
+def _removed(model: type[BaseModel], location: tuple[str | int, ...]) -> Removed | None:
+    """The removed setting that an unknown key at a pydantic location is."""
+    *sections, key = location
+    for part in sections:
+        kind = model.model_fields[part].annotation if part in model.model_fields else None
+        if not (isinstance(kind, type) and issubclass(kind, Section)):
+            return None
+        model = kind
+    return model.removed.get(key) if issubclass(model, Section) else None
 
 
 def _locate(model: type[BaseModel], location: tuple[str | int, ...]) -> tuple[FieldInfo | None, list[str]]:
