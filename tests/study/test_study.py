@@ -127,7 +127,7 @@ def grid_file(bench, tmp_path, monkeypatch) -> Path:  # noqa: F811
         (
             "arms",
             {"base": {"about": ""}, "plain": {"about": "", "num_seeds": "one"}},
-            "arms.plain.num_seeds +expected an integer or null >= 1, got 'one'",
+            "arms.plain.num_seeds +expected an integer",
         ),
         ("arms", {"base": {"about": ""}, "plain": {}}, "arms.plain.about +missing"),
         ("samplings", {"greedy": {"stride": 0}, "sharp": {}}, "samplings.greedy.stride is 0"),
