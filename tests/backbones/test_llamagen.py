@@ -23,6 +23,7 @@ from mmtensorar.recipe import Recipe, Train
 from mmtensorar.sampling.decode import Sampler, decode
 from mmtensorar.training import plan
 from tests.helpers.fakes import llamagen_condition, tiny_llamagen, write_tiny_t5
+from tests.helpers.models import logits_of
 from tests.model.test_tensorar import wrap
 
 CONDITIONS = ("class", "text")
@@ -56,7 +57,8 @@ def test_what_stands_in_the_padding_is_never_seen():
     valid = torch.ones(backbone.num_tokens - 1, 1, dtype=torch.bool)
 
     def logits(condition: Condition, uncond: Tensor) -> Tensor:
-        return model.logits(
+        return logits_of(
+            model,
             model.hidden(codes[:, :-1, None], valid, condition, uncond), codes[:, :, None, :0]
         )
 

@@ -1,4 +1,4 @@
-"""What is trained: all, heads, LoRA and QLoRA each take a step on tiny models, change what they should and load to the same outputs."""
+"""train.parts: all, heads, LoRA and QLoRA each train what they should, and load to the same outputs."""
 
 import json
 import shutil
