@@ -20,7 +20,7 @@ from mmtensorar.model.windows import slide
 from mmtensorar.recipe import Section
 from mmtensorar.sampling.decode import Sampler, decode
 from tests.helpers import fakes
-from tests.helpers.models import logits_of
+from tests.helpers.models import window_logits
 from tests.model.test_tensorar import (
     noise,
     open_codec,
@@ -168,10 +168,10 @@ def test_fresh_heads_change_nothing_at_offset_0(tiny):
     assert torch.equal(hidden, expected)
     for factor in range(len(backbone.factor_sizes)):
         prev = codes[:, :, None, :factor]
-        logits = logits_of(fresh, hidden, prev.expand(-1, -1, 4, -1))
+        logits = window_logits(fresh, hidden, prev.expand(-1, -1, 4, -1))
         # Within rounding, for some processors multiply four rows in another order than one.
         torch.testing.assert_close(
-            logits[:, :, 0], logits_of(plain, expected, prev)[:, :, 0], rtol=1e-5, atol=1e-6
+            logits[:, :, 0], window_logits(plain, expected, prev)[:, :, 0], rtol=1e-5, atol=1e-6
         )
     images = [decode(model, condition, GREEDY, cfg_scale=3.0).codes for model in (plain, fresh)]
     assert torch.equal(*images)

@@ -22,7 +22,7 @@ from mmtensorar.model.loss import LossSettings
 from mmtensorar.model.tensorar import TensorAR
 from mmtensorar.sampling.decode import Sampler, decode
 from tests.helpers.fakes import class_condition, tiny_lfq, tiny_open_magvit2
-from tests.helpers.models import logits_of
+from tests.helpers.models import window_logits
 from tests.model.test_tensorar import noise, open_codec, wrap
 
 UNCOND = torch.tensor([False, True, False])
@@ -129,7 +129,7 @@ def test_bf16_logits_are_near_fp32():
     def logits() -> list[Tensor]:
         model = wrap(backbone, 1)
         hidden = model.hidden(codes[:, :-1, None], torch.ones(8, 1, dtype=torch.bool), condition, UNCOND)
-        return [logits_of(model, hidden, codes[:, :, None, :factor]).float() for factor in range(2)]
+        return [window_logits(model, hidden, codes[:, :, None, :factor]).float() for factor in range(2)]
 
     whole = logits()
     backbone.bfloat16()

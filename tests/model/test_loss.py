@@ -14,7 +14,7 @@ from mmtensorar.model.drafts import FixedSchedule
 from mmtensorar.model.loss import LossSettings, resolve_offset_weights
 from mmtensorar.model.windows import slide
 from tests.helpers.fakes import FakeBackbone, fake_condition
-from tests.helpers.models import logits_of
+from tests.helpers.models import window_logits
 from tests.model.test_tensorar import (
     BACKBONES,
     BATCH,
@@ -56,7 +56,7 @@ def test_loss_per_offset_is_a_mean_over_valid_slots(backbone):
         for offset in range(K):
             terms = []
             for factor in range(codes.shape[-1]):
-                log_probs = logits_of(model, hidden, windows[..., :factor])[:, :, offset].log_softmax(-1)
+                log_probs = window_logits(model, hidden, windows[..., :factor])[:, :, offset].log_softmax(-1)
                 terms.append(
                     -sum(
                         log_probs[b, t, codes[b, t + offset, factor]]
@@ -80,7 +80,7 @@ def test_accuracy_counts_the_tokens_whose_likeliest_code_is_right(backbone):
         hidden = model.hidden(windows[:, :-1], valid[:-1], fake_condition(), UNCOND)
         right = torch.ones(BATCH, T, K, dtype=torch.bool)
         for factor in range(codes.shape[-1]):
-            right &= logits_of(model, hidden, windows[..., :factor]).argmax(-1) == windows[..., factor]
+            right &= window_logits(model, hidden, windows[..., :factor]).argmax(-1) == windows[..., factor]
     expected = [right[:, : T - offset, offset].float().mean() for offset in range(K)]
     torch.testing.assert_close(output.accuracy_per_offset, torch.stack(expected))
     assert model.train()(codes, fake_condition(), UNCOND).accuracy_per_offset is None
@@ -116,7 +116,7 @@ def test_label_smoothing_and_z_loss(backbone):
         hidden = plain.hidden(windows[:, :-1], valid[:-1], condition, UNCOND)
         expected = 0
         for factor in range(codes.shape[-1]):
-            logits = logits_of(plain, hidden, windows[..., :factor])
+            logits = window_logits(plain, hidden, windows[..., :factor])
             for offset, weight in enumerate((1, 0.5)):
                 rows = logits[:, :, offset][:, valid[:, offset]].flatten(0, 1)
                 targets = windows[:, :, offset, factor][:, valid[:, offset]].flatten()

@@ -14,7 +14,7 @@ from mmtensorar.model.loss import LossSettings, resolve_offset_weights
 from mmtensorar.model.tensorar import TensorAR
 from mmtensorar.model.windows import slide
 from tests.helpers.fakes import FakeBackbone, fake_condition, tiny_janus
-from tests.helpers.models import logits_of
+from tests.helpers.models import window_logits
 
 BACKBONES = {
     "one_factor": lambda: FakeBackbone((11,)),
@@ -95,8 +95,8 @@ def test_fresh_heads_change_nothing(backbone, window, depth):
         assert torch.equal(hidden, expected)
         for factor in range(len(backbone.factor_sizes)):
             prev = codes[:, :, None, :factor]
-            logits = logits_of(model, hidden, prev.expand(-1, -1, window, -1))
-            assert torch.equal(logits[:, :, 0], logits_of(plain, expected, prev)[:, :, 0])
+            logits = window_logits(model, hidden, prev.expand(-1, -1, window, -1))
+            assert torch.equal(logits[:, :, 0], window_logits(plain, expected, prev)[:, :, 0])
 
 
 def test_window_1_is_next_token_training(backbone):
@@ -159,7 +159,7 @@ def rows_that_change(model: TensorAR, token: int) -> list[int]:
     first, second = seen
     nothing = torch.zeros(*first.shape[:2], model.window, 0, dtype=torch.int64)
     differs = (first != second).any(-1) | (
-        logits_of(model, first, nothing) != logits_of(model, second, nothing)
+        window_logits(model, first, nothing) != window_logits(model, second, nothing)
     ).flatten(2).any(-1)
     return differs.any(0).nonzero()[:, 0].tolist()
 
