@@ -18,7 +18,7 @@ from typing import TextIO
 
 from mmtensorar import files, processes
 from mmtensorar.files import write_text
-from mmtensorar.sampling.options import at_least_1
+from mmtensorar.sampling.settings import at_least_1
 from study import across, report
 from study.commands import ROOT
 from study.grid import BASE, USUAL, Grid
