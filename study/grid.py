@@ -15,6 +15,8 @@ from mmtensorar.sampling.settings import problems as sampling_problems
 from study.commands import ROOT
 from study.train_image_tokenizer import ImageTokenizerRecipe
 
+# (section, setting) that earlier versions had and stored rows may hold, at the value that means what is done now.
+REMOVED = {("sampler", "stride"): 1, ("tensorar", "max_stride"): 1}
 BASE = "base"  # the arm that is not trained
 USUAL = "as the recipe"  # the sampling of every arm
 # Settings of every training: nothing beside the steps, and their log.
@@ -150,6 +152,18 @@ class Grid(Section):
             for name, arm in arms.items()
             if seed < (arm.num_seeds or num_seeds)
         ]
+
+
+def comparable(made_of: dict) -> dict:
+    """What a row was made of (`Grid.made_of`), without settings that only earlier versions had."""
+    return {
+        section: {
+            name: value for name, value in settings.items() if REMOVED.get((section, name), object()) != value
+        }
+        if isinstance(settings, dict)
+        else settings
+        for section, settings in made_of.items()
+    }
 
 
 def known_worlds() -> list[str]:
