@@ -1,11 +1,13 @@
-"""Step times of our decoding beside a reference's, in one run and on the same random weights.
+"""Step times of our decoding compared with a reference's, in one run and on the same random weights.
 
     python benchmarks/decode.py janus                            the reference is transformers' own generate
     python benchmarks/decode.py llamagen --reference CHECKOUT    of github.com/FoundationVision/LlamaGen
 
-Ours and the reference take turns, an image each, so that a busy machine slows both; greedy, so that equal tokens show
-that they do the same work. A step is the time from one call of the transformer to the next: the transformer on one
-place per row, the head, guidance, the choice of a token. The first, which holds the prompt, is left out.
+Ours and the reference take turns, one batch of images each, so that a busy machine slows both.
+Decoding is greedy, so that equal tokens show that both do the same work. A step is the time from one
+call of the transformer to the next: the transformer on one position per row, the head, guidance, and
+the choice of a token. The first step, which includes the prompt, is left out.
+Shapes: B batch, T image tokens.
 """
 
 from __future__ import annotations
@@ -28,13 +30,16 @@ from tqdm import tqdm
 
 from mmtensorar import backbones
 from mmtensorar.backbones import janus, llamagen
+from mmtensorar.cli import command
 from mmtensorar.model import layers
 from mmtensorar.model.codec import WindowDecoder, WindowEncoder
 from mmtensorar.model.conditions import Condition
 from mmtensorar.model.drafts import FixedSchedule
 from mmtensorar.model.protocols import Backbone
 from mmtensorar.model.tensorar import TensorAR
-from mmtensorar.sampling.decode import Sampler, decode
+from mmtensorar.recipe import SamplerSettings
+from mmtensorar.sampling.decode import decode
+from mmtensorar.sampling.noise import greedy
 
 PROMPT_LEN, NUM_WORDS, PAD, BOS, EOS, BEGIN_OF_IMAGE = 16, 64, 0, 1, 2, 3  # of the Janus prompts
 NUM_CLASSES = 1000
@@ -43,6 +48,8 @@ WINDOW = 4
 
 
 class Sizes(NamedTuple):
+    """Of the random model: width, layers, attention heads, codebook size, and image tokens T."""
+
     dim: int
     layers: int
     heads: int
@@ -50,6 +57,7 @@ class Sizes(NamedTuple):
     tokens: int
 
     def check(self) -> None:
+        """Raise ValueError for sizes that no backbone can have."""
         if math.isqrt(self.tokens) ** 2 != self.tokens or self.tokens < WINDOW:
             raise ValueError(f"--tokens is {self.tokens}; expected a square of {WINDOW} or more")
         if self.dim % 8 or self.dim % (4 * self.heads):
@@ -59,17 +67,19 @@ class Sizes(NamedTuple):
 
 
 class Side(NamedTuple):
-    """transformer is called once a step while generate makes images: (condition, cfg_scale) -> codes [B, T]."""
+    """One of the implementations that are compared."""
 
-    transformer: nn.Module
-    generate: Callable[[Condition, float], Tensor]
+    transformer: nn.Module  # called once per step while `generate` runs
+    generate: Callable[[Condition, float], Tensor]  # (condition, cfg_scale) -> codes [B, T]
 
 
 class Pair(NamedTuple):
+    """Our backbone and the reference, with the same weights."""
+
     backbone: Backbone
     reference: Side
-    conditions: Callable[[int], Condition]  # of so many rows
-    cases: list[tuple[int, float]]  # batch and cfg_scale
+    conditions: Callable[[int], Condition]  # B -> random prompts of B rows
+    cases: list[tuple[int, float]]  # (B, cfg_scale) to measure
 
 
 # ---- the references ------------------------------------------------------------------------------
@@ -77,13 +87,14 @@ class Pair(NamedTuple):
 
 @torch.no_grad()
 def randomise(model: nn.Module, dim: int) -> None:
+    """Random matrices that keep activations at about their size."""
     for parameter in model.parameters():
         if parameter.ndim > 1:  # norms stay at one
             parameter.normal_(std=dim**-0.5)
 
 
 def random_janus(sizes: Sizes) -> nn.Module:
-    """transformers' Janus with random weights, small where it plays no part in making codes."""
+    """transformers' Janus with random weights; the parts that make no codes are small."""
     from transformers import JanusConfig, JanusForConditionalGeneration
 
     config = JanusConfig(
@@ -123,7 +134,7 @@ def random_janus(sizes: Sizes) -> nn.Module:
 
 
 def janus_pair(sizes: Sizes) -> Pair:
-    """transformers' Janus; its weights reach ours through the files that it writes."""
+    """transformers' Janus. Our backbone loads its weights from the files that it saves."""
     from transformers import GenerationConfig
 
     reference = random_janus(sizes)
@@ -149,13 +160,16 @@ def janus_pair(sizes: Sizes) -> Pair:
         options = {"generation_mode": "image", "guidance_scale": cfg_scale}
         return reference.generate(condition.values, attention_mask=mask, **options)
 
-    # Its generate always runs the unconditional rows, so ours does too.
+    # Its generate always computes the unconditional rows, so ours must too: no case has scale 1.
     side = Side(reference.model.language_model, generate)
     return Pair(backbone, side, conditions, [(1, 5.0), (8, 5.0)])
 
 
 def llamagen_pair(sizes: Sizes, checkout: Path) -> Pair:
-    """The authors' GPT and its sampling function, class-conditional, from a checkout that is imported here."""
+    """The authors' class-conditional GPT and its sampling function, imported from their repository.
+
+    Raises ValueError when `checkout` is not a checkout of it.
+    """
     for name in REFERENCE_FILES:
         if not (checkout / name).is_file():
             raise ValueError(
@@ -208,9 +222,8 @@ def llamagen_pair(sizes: Sizes, checkout: Path) -> Pair:
             "sample_logits": False,
         }
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", FutureWarning
-            )  # it asks for attention in a way that has a newer name
+            # It chooses the attention kernel through a function that torch has renamed.
+            warnings.simplefilter("ignore", FutureWarning)
             return sampling.generate(reference, condition.values[:, 0], sizes.tokens, **options)
 
     return Pair(backbone, Side(reference, generate), conditions, [(1, 1.0), (8, 4.0)])
@@ -220,21 +233,20 @@ def llamagen_pair(sizes: Sizes, checkout: Path) -> Pair:
 
 
 def ours(backbone: Backbone, window: int) -> Side:
-    codec = (
-        [part(backbone.dim, window) for part in (WindowEncoder, WindowDecoder)]
-        if window > 1
-        else [None, None]
-    )
-    model = TensorAR(backbone, *codec, FixedSchedule("none"), offset_weights=[1.0] * window).eval()
+    encoder = WindowEncoder(backbone.dim, window) if window > 1 else None
+    decoder = WindowDecoder(backbone.dim, window) if window > 1 else None
+    schedule, weights = FixedSchedule("none"), [1.0] * window
+    model = TensorAR(backbone, encoder, decoder, schedule, offset_weights=weights).eval()
 
     def generate(condition: Condition, cfg_scale: float) -> Tensor:
-        return decode(model, condition, Sampler(greedy=True), cfg_scale=cfg_scale).codes[..., 0]
+        settings = SamplerSettings(cfg_scale=cfg_scale)
+        return decode(model, condition, settings, draw=greedy).codes[..., 0]
 
     return Side(backbone, generate)
 
 
 def timed(side: Side, condition: Condition, cfg_scale: float) -> tuple[Tensor, Tensor]:
-    """Codes [B, T] and the seconds of T - 2 steps."""
+    """Generate once: codes [B, T], and the seconds of T - 2 steps, float64."""
     calls = []
     hook = side.transformer.register_forward_pre_hook(lambda *_: calls.append(time.perf_counter()))
     try:
@@ -245,13 +257,13 @@ def timed(side: Side, condition: Condition, cfg_scale: float) -> tuple[Tensor, T
 
 
 def fastest_decile(steps: list[Tensor]) -> float:
-    """Mean of the fastest tenth, in milliseconds."""
-    steps = torch.cat(steps).sort().values
-    return 1000 * steps[: math.ceil(len(steps) / 10)].mean().item()
+    """Mean of the fastest tenth of the steps, in milliseconds."""
+    seconds = torch.cat(steps).sort().values
+    return 1000 * seconds[: math.ceil(len(seconds) / 10)].mean().item()
 
 
 def bandwidth() -> float:
-    """Bytes a second at which memory is read: the best of several sums over half a GiB."""
+    """Bytes per second at which memory is read: the best of several sums over half a GiB."""
     numbers, best = torch.ones(2**27), 0.0
     for _ in range(8):
         start = time.perf_counter()
@@ -261,13 +273,13 @@ def bandwidth() -> float:
 
 
 def weight_bytes(backbone: nn.Module) -> int:
-    """What every step reads: all but the tables, of which it reads a row."""
+    """The bytes that every step reads: all parameters except embedding tables, of which it reads one row."""
     tables = {id(module.weight) for module in backbone.modules() if isinstance(module, nn.Embedding)}
     return sum(parameter.nbytes for parameter in backbone.parameters() if id(parameter) not in tables)
 
 
 def table(pair: Pair, runs: int) -> list[str]:
-    """Markdown lines, a row per case."""
+    """Measure all cases: the lines of a Markdown table, one row per case."""
     sides = {
         "ours": ours(pair.backbone, 1),
         "reference": pair.reference,
@@ -288,50 +300,51 @@ def table(pair: Pair, runs: int) -> list[str]:
                 steps[name].append(seconds)
                 progress.update()
             equal.append((codes["ours"] == codes["reference"]).float().mean().item())
-        mine, other, window = (fastest_decile(steps[name]) for name in sides)
+        ours_ms, reference_ms, window_ms = (fastest_decile(steps[name]) for name in sides)
         medians = [torch.cat(steps[name]).median() for name in sides]
+        # The milliseconds that reading the weights once takes.
         floor = 1000 * weight_bytes(pair.backbone) / bandwidth()
-        faster, by_median = other / mine, medians[1] / medians[0]
+        faster, by_median = reference_ms / ours_ms, medians[1] / medians[0]
         lines.append(
-            f"| {batch} | {cfg_scale} | {mine:.1f} | {other:.1f} | {faster:.2f} | {by_median:.2f} | "
-            f"{window / mine:.2f} | {floor / mine:.0%} | {sum(equal) / runs:.2%} |"
+            f"| {batch} | {cfg_scale} | {ours_ms:.1f} | {reference_ms:.1f} | {faster:.2f} | {by_median:.2f} "
+            f"| {window_ms / ours_ms:.2f} | {floor / ours_ms:.0%} | {sum(equal) / runs:.2%} |"
         )
     progress.close()
     return lines
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description="Time our decoding beside a reference's, on the same random weights."
+        description="Time our decoding compared with a reference's, on the same random weights.",
+        epilog="example:\n  python benchmarks/decode.py janus --runs 1\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("backbone", choices=["janus", "llamagen"])
     parser.add_argument(
         "--reference", type=Path, metavar="CHECKOUT", help="for llamagen: the authors' repository"
     )
     for name, default in Sizes(dim=768, layers=12, heads=12, codes=16384, tokens=256)._asdict().items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--runs", type=int, default=3, help="batches of images per side")
-    parser.add_argument("--threads", type=int, default=2)
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    parser.add_argument(
+        "--runs", type=int, default=3, help="batches of images per implementation (default 3)"
+    )
+    parser.add_argument("--threads", type=int, default=2, help="of torch (default 2)")
     options = parser.parse_args(arguments)
     sizes = Sizes(*(getattr(options, name) for name in Sizes._fields))
-    try:
-        for name in ("codes", "layers", "heads", "runs", "threads"):
-            if (number := getattr(options, name)) < 1:
-                raise ValueError(f"--{name} is {number}; expected 1 or more")
-        sizes.check()
-        if options.backbone == "llamagen" and options.reference is None:
-            raise ValueError("llamagen needs --reference, a checkout of FoundationVision/LlamaGen")
-        torch.set_num_threads(options.threads)
-        torch.manual_seed(0)
-        pair = (
-            llamagen_pair(sizes, options.reference) if options.backbone == "llamagen" else janus_pair(sizes)
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    for name in ("codes", "layers", "heads", "runs", "threads"):
+        if (number := getattr(options, name)) < 1:
+            raise ValueError(f"--{name} is {number}; expected 1 or more")
+    sizes.check()
+    if options.backbone == "llamagen" and options.reference is None:
+        raise ValueError("llamagen needs --reference, a checkout of FoundationVision/LlamaGen")
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    pair = llamagen_pair(sizes, options.reference) if options.backbone == "llamagen" else janus_pair(sizes)
     print(
-        f"{options.backbone}: {sizes.dim} wide, {sizes.layers} layers, {sizes.codes} codes, {sizes.tokens} tokens, "
-        f"fp32, {options.threads} threads, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}\n"
+        f"{options.backbone}: width {sizes.dim}, {sizes.layers} layers, {sizes.codes} codes, "
+        f"{sizes.tokens} tokens, fp32, {options.threads} threads, torch {torch.__version__}, "
+        f"load {os.getloadavg()[0]:.1f}\n"
     )
     print("\n".join(table(pair, options.runs)))
     return 0

@@ -30,8 +30,8 @@ from mmtensorar.image_tokenizers import janus_vq  # noqa: E402
 from mmtensorar.model import tensorar  # noqa: E402
 from mmtensorar.model.codec import WindowDecoder  # noqa: E402
 from mmtensorar.model.conditions import Condition  # noqa: E402
-from mmtensorar.recipe import Recipe  # noqa: E402
-from mmtensorar.sampling.decode import Sampler, decode  # noqa: E402
+from mmtensorar.recipe import Recipe, SamplerSettings  # noqa: E402
+from mmtensorar.sampling.decode import decode  # noqa: E402
 from mmtensorar.training import plan
 from mmtensorar.training.run_log import Stopwatch, matmul_rate  # noqa: E402
 
@@ -190,7 +190,7 @@ def sample(bench: Bench, folder: Path, window: int, attention: str) -> str:
         parameter.data = parameter.data.bfloat16()
     _, condition, _ = bench.inputs(bench.batch)
     bench.reset()
-    spent = bench.milliseconds(lambda: decode(model, condition, Sampler(), cfg_scale=5.0), 1)
+    spent = bench.milliseconds(lambda: decode(model, condition, SamplerSettings(cfg_scale=5.0)), 1)
     each = spent / model.backbone.num_tokens
     return f"{spent / 1000:.1f} s for {bench.batch} guided images, {each:.1f} ms a step, {bench.peak()}"
 

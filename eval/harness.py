@@ -14,7 +14,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,10 +22,11 @@ from tqdm import tqdm
 
 from eval.layout import RECORD, image_path, read_record
 from mmtensorar.files import write_text
-from mmtensorar.sampling.options import LOADING, SAMPLING
+from mmtensorar.sampling.settings import LOADING, SAMPLING, given_settings, without_removed
 
 if TYPE_CHECKING:
-    from mmtensorar.pipeline import Generator, Sampling
+    from mmtensorar.pipeline import Generator
+    from mmtensorar.recipe import SamplerSettings
 
 # Two runs that differ only in these make the same images, up to rounding; prompts_sha256 tells other prompts.
 FREE = ("checkpoint", "num_prompts", "batch_size", "device", "attn_implementation")
@@ -76,14 +76,12 @@ def load(options: argparse.Namespace) -> Generator:
 def generate_into(
     options: argparse.Namespace, generator: Generator, suite: str, prompts: Sequence[dict], num_images: int
 ) -> Path:
-    """`generate` as a command's options ask for it: ckpt, out, seed and those of mmtensorar.sampling.options.
+    """`generate` as a command's options ask for it: ckpt, out, seed and those of mmtensorar.sampling.settings.
 
     Returns the folder: out, or runs/eval/NAME of the checkpoint's run; on the rank that scores when all images are there.
     """
-    from mmtensorar.generate import sampling_from
-
     out = options.out or Path("runs/eval") / generator.recipe.run.name
-    sampling = sampling_from(generator, options)
+    sampling = generator.sampling(**given_settings(options))
     numbers = dict(num_images=num_images, seed=options.seed, batch_size=options.batch_size)
     made = generate(generator, options.ckpt, suite, prompts, out, sampling, **numbers)
     print(f"{made} images made in {out}", flush=True)
@@ -113,7 +111,7 @@ def generate(
     suite: str,
     prompts: Sequence[dict],
     out: Path,
-    sampling: Sampling,
+    sampling: SamplerSettings,
     *,
     num_images: int,
     seed: int,
@@ -134,7 +132,7 @@ def generate(
         "prompts_sha256": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
         "num_images": num_images,
         "seed": seed,
-        "sampling": asdict(sampling),
+        "sampling": sampling.model_dump(mode="json"),
         "window": generator.model.window,
         "batch_size": batch_size,
         **generator.runs_as(),
@@ -185,6 +183,7 @@ def claim(out: Path, settings: dict) -> None:
         write_text(path, json.dumps(settings, indent=2) + "\n")
         return
     found = read_record(out)
+    found["sampling"] = without_removed(found.get("sampling") or {})
     changed = [
         f"{key} {found.get(key)!r} there, {value!r} now"
         for key, value in settings.items()

@@ -1,11 +1,12 @@
-"""Captions, or class numbers, to images with a consolidated checkpoint.
+"""Captions, or class numbers, to images, with a model folder.
 
-    python -m mmtensorar.generate --ckpt FOLDER --prompt "a red circle" [--prompt ...] --num-images 4 --out out/
+    python -m mmtensorar.generate --ckpt FOLDER --prompt "a red circle" --num-images 4 --out out/
     python -m mmtensorar.generate --ckpt FOLDER --class 207 360 --num-images 4 --out out/
 
-Image j of a prompt has seed --seed + j. The output folder receives {number}_{seed}.png and one line per image in
-prompts.jsonl; a folder in use is added to, nothing in it is replaced. --trace adds, per image, every window
-(.windows.safetensors) and the picture as it stood at each revision, first to final, in one strip (.revisions.png).
+Image j of a prompt has seed --seed + j. The output folder receives {number}_{seed}.png and one line
+per image in prompts.jsonl. A folder that holds images already is added to; nothing in it is
+replaced. --trace also writes, for each image, every window (.windows.safetensors) and the image
+after each revision, first to final, in one strip (.revisions.png).
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from PIL import Image
@@ -22,28 +22,27 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from mmtensorar.pipeline import Generator, Sampling, check_seed, revisions, save_png
-from mmtensorar.sampling.options import (
-    LOADING,
-    SAMPLING,
-    add_generation,
-    at_least_1,
-)
+from mmtensorar.cli import command
+from mmtensorar.pipeline import Generator, check_seed, save_png
+from mmtensorar.sampling.settings import LOADING, add_generation, at_least_1, given_settings
+from mmtensorar.sampling.trace import revisions
 
-# ---- command line --------------------------------------------------------------------------------
+EXAMPLE = """example:
+  python -m mmtensorar.generate --ckpt recipes/tiny/weights/base --prompt "a red circle" --out out/
+"""
 
-
-def sampling_from(generator: Generator, options: argparse.Namespace) -> Sampling:
-    """The sampling that a command's options ask for; an option that is None is the recipe's."""
-    return generator.sampling(**{name: getattr(options, name) for name in SAMPLING})
+Prompt = str | int  # a caption, or a class number
 
 
-def _prompts(options: argparse.Namespace) -> list[str] | list[int]:
-    """Numbers of --class; or prompts of --prompt, then those of --prompts-file, whose empty lines are passed over."""
+def read_prompts(options: argparse.Namespace) -> list[str] | list[int]:
+    """The class numbers of --class; or the prompts of --prompt, then the lines of --prompts-file.
+
+    Empty lines are skipped. Raises ValueError when there are none, or prompts and class numbers.
+    """
     prompts = list(options.prompt)
     if options.classes:
         if prompts or options.prompts_file is not None:
-            raise ValueError("--class and prompts were given; a model takes the one or the other")
+            raise ValueError("--class and prompts were given; a model takes one or the other")
         return options.classes
     if options.prompts_file is not None:
         try:
@@ -56,84 +55,93 @@ def _prompts(options: argparse.Namespace) -> list[str] | list[int]:
     return prompts
 
 
-def _named(prompt: str | int) -> dict[str, str | int]:
-    """A prompt as it stands in prompts.jsonl and in the files."""
-    return {"prompt" if isinstance(prompt, str) else "class": prompt}
+def record_of(prompt: Prompt, seed: int) -> dict[str, Prompt]:
+    """What prompts.jsonl and the image files say about where an image comes from."""
+    return {"prompt" if isinstance(prompt, str) else "class": prompt, "seed": seed}
 
 
-def write_images(
-    generator: Generator, prompts: Sequence[str | int], options: argparse.Namespace
-) -> list[Path]:
-    """Generate --num-images per prompt into --out; returns the pictures' paths."""
+def count(number: int, noun: str) -> str:
+    """1 image, 2 images."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def write_images(generator: Generator, prompts: Sequence[Prompt], options: argparse.Namespace) -> list[Path]:
+    """Generate --num-images for each prompt into --out; returns the image files."""
     generator.check(prompts)
-    sampling = sampling_from(generator, options)
+    sampling = generator.sampling(**given_settings(options))
     print(", ".join(f"{key} {value}" for key, value in generator.runs_as().items()), file=sys.stderr)
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
     first = 1 + max((int(path.name[:5]) for path in out.glob("[0-9][0-9][0-9][0-9][0-9]_*.png")), default=-1)
     work = [(prompt, options.seed + image) for prompt in prompts for image in range(options.num_images)]
+    made_by = {
+        "settings": sampling.model_dump(mode="json")
+        | generator.runs_as()
+        | {"batch_size": options.batch_size},
+        "window": generator.model.window,
+        "checkpoint": str(options.ckpt),
+    }
     paths = []
     num_tokens = generator.model.backbone.num_tokens
-    with (
-        (out / "prompts.jsonl").open("a", encoding="utf-8") as log,
-        tqdm(total=len(work) * num_tokens, unit="token", desc=f"{len(work)} images", file=sys.stderr) as bar,
-    ):
+    progress = tqdm(
+        total=len(work) * num_tokens, unit="token", desc=count(len(work), "image"), file=sys.stderr
+    )
+    with (out / "prompts.jsonl").open("a", encoding="utf-8") as log, progress:
         for start in range(0, len(work), options.batch_size):
             batch = work[start : start + options.batch_size]
 
-            def tell(done: int, total: int, start: int = start, rows: int = len(batch)) -> None:
-                bar.update(start * total + done * rows - bar.n)
+            def update(done: int, total: int, start: int = start, rows: int = len(batch)) -> None:
+                progress.update(start * total + done * rows - progress.n)
 
             decoded = generator.decode(
                 [prompt for prompt, _ in batch],
                 [seed for _, seed in batch],
                 sampling,
                 keep_trace=options.trace,
-                progress=tell,
+                progress=update,
             )
             for row, image in enumerate(generator.pictures(decoded.codes)):
                 prompt, seed = batch[row]
                 path = out / f"{first + start + row:05d}_{seed}.png"
-                named = _named(prompt) | {"seed": seed}
-                save_png(image, path, **named)
+                origin = record_of(prompt, seed)
+                save_png(image, path, **origin)
                 if decoded.trace is not None:
-                    write_trace(generator, decoded.trace[row], path, **named)
-                line = {
-                    "file": path.name,
-                    **named,
-                    "settings": asdict(sampling) | generator.runs_as() | {"batch_size": options.batch_size},
-                    "window": generator.model.window,
-                    "checkpoint": str(options.ckpt),
-                }
-                log.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    write_trace(generator, decoded.trace[row], path, origin)
+                log.write(json.dumps({"file": path.name, **origin, **made_by}, ensure_ascii=False) + "\n")
                 log.flush()
                 paths.append(path)
     return paths
 
 
-def write_trace(generator: Generator, windows: Tensor, path: Path, **named: object) -> None:
-    """Next to an image's path: its windows [T, K, F], and the strip of its revisions. named: see _named; the seed."""
-    metadata = {key: str(value) for key, value in named.items()}
+def write_trace(generator: Generator, windows: Tensor, path: Path, origin: dict[str, Prompt]) -> None:
+    """Write an image's windows [T, K, F] and the strip of its revisions next to the image file.
+
+    Args:
+        path: the image file.
+        origin: see `record_of`; it goes into both files.
+    """
+    metadata = {key: str(value) for key, value in origin.items()}
     metadata["windows"] = "[T, K, F]; windows[t, j] is token t + j at step t"
     save_file({"windows": windows.cpu().contiguous()}, path.with_suffix(".windows.safetensors"), metadata)
-    pictures = generator.pictures(revisions(windows[None])[0])
-    width, height = pictures[0].size
+    images = generator.pictures(revisions(windows[None])[0])
+    width, height = images[0].size
     gap = 2
-    strip = Image.new("RGB", (len(pictures) * (width + gap) - gap, height), "white")
-    for place, picture in enumerate(pictures):
-        strip.paste(picture, (place * (width + gap), 0))
-    save_png(strip, path.with_suffix(".revisions.png"), **named)
+    strip = Image.new("RGB", (len(images) * (width + gap) - gap, height), "white")
+    for revision, image in enumerate(images):
+        strip.paste(image, (revision * (width + gap), 0))
+    save_png(strip, path.with_suffix(".revisions.png"), **origin)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def read_options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m mmtensorar.generate", description="Generate images from captions or class numbers."
+        prog="python -m mmtensorar.generate",
+        description="Generate images from captions or class numbers.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--ckpt", type=Path, required=True, help="consolidated checkpoint, such as runs/NAME/model"
-    )
+    parser.add_argument("--ckpt", type=Path, required=True, help="model folder, such as runs/NAME/model")
     parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
-    parser.add_argument("--prompts-file", type=Path, help="one prompt a line")
+    parser.add_argument("--prompts-file", type=Path, help="text file with one prompt per line")
     parser.add_argument(
         "--class",
         dest="classes",
@@ -144,26 +152,28 @@ def main(arguments: list[str] | None = None) -> int:
         help="class numbers, instead of prompts, for a class-conditional model",
     )
     parser.add_argument("--num-images", type=at_least_1, default=1, help="per prompt (default 1)")
-    parser.add_argument("--out", type=Path, default=Path("out"))
+    parser.add_argument("--out", type=Path, default=Path("out"), help="output folder (default out)")
     parser.add_argument(
-        "--seed", type=int, default=0, help="of each prompt's first image; the next ones count up"
+        "--seed", type=int, default=0, help="of each prompt's first image; the next ones count up (default 0)"
     )
     parser.add_argument("--trace", action="store_true", help="also write each image's windows and revisions")
     add_generation(parser)
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+@command
+def main(arguments: list[str] | None = None) -> int:
+    options = read_options(arguments)
+    prompts = read_prompts(options)
+    for seed in (options.seed, options.seed + options.num_images - 1):
+        check_seed(seed)
+    generator = Generator.load(options.ckpt, **{name: getattr(options, name) for name in LOADING})
     try:
-        prompts = _prompts(options)
-        for seed in (options.seed, options.seed + options.num_images - 1):
-            check_seed(seed)
-        generator = Generator.load(options.ckpt, **{name: getattr(options, name) for name in LOADING})
         paths = write_images(generator, prompts, options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print(f"\nstopped; {options.out / 'prompts.jsonl'} lists the images made so far", file=sys.stderr)
         return 130
-    print(f"{len(paths)} images in {options.out}")
+    print(f"{count(len(paths), 'image')} in {options.out}")
     return 0
 
 

@@ -1,8 +1,8 @@
-"""The Python interface: a model folder that turns prompts into pictures.
+"""The Python interface: a model folder that turns prompts into images.
 
     generator = Generator.load("runs/NAME/model")
     images = generator.images(["a red circle", "a blue star"], seeds=[0, 1])
-    images = generator.images([207, 360], seeds=[0, 1])      of a class-conditional model
+    images = generator.images([207, 360], seeds=[0, 1])      # a class-conditional model
 
 Shapes: B batch, T image tokens, K window, F factors.
 """
@@ -11,9 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -25,41 +24,29 @@ from mmtensorar.captions.encoders import ClassNumbers, T5Features
 from mmtensorar.checkpoints import model_folder
 from mmtensorar.files import atomic_path
 from mmtensorar.image_tokenizers import to_images
-from mmtensorar.sampling.decode import Decoded, Sampler, decode
+from mmtensorar.recipe import SamplerSettings
+from mmtensorar.sampling.decode import Decoded, decode
+from mmtensorar.sampling.settings import merge
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
-class Sampling(Sampler):
-    """A sampler and the guidance scale, one number or one per factor, 1 is no guidance; the others: see `decode`.
-
-    Raises ValueError for a value out of range.
-    """
-
-    cfg_scale: float | Sequence[float] = 1.0
-    stride: int = 1
-    lookahead: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check("cfg_scale", lambda x: x >= 0 and isfinite(x), "a number, 0 or more")
-
-
 class Generator:
-    """A loaded checkpoint that turns prompts into images. A prompt is a caption, or a class number.
+    """A loaded model folder that turns prompts into images. A prompt is a caption, or a class number.
 
-    Every row draws from its own generator, so the same prompt and seed give the same random numbers in any batch. A row's
-    floats may still differ in the last bits between batches, because
-    prompts are padded to the longest of the batch, and then a token near a tie may come out differently. Equal
-    batches give equal images.
+    Each image has its own random numbers, made from its seed, so the same prompt and seed give the
+    same numbers in any batch. Floats may still differ in their last bits between batches, because
+    prompts are padded to the longest of the batch; then a token near a tie may come out differently.
+    Equal batches give equal images.
+
+    Raises ValueError for a model folder without an image tokenizer.
     """
 
     def __init__(self, loaded: model_folder.Loaded, *, precision: str = "fp32"):
         self.model, self.image_tokenizer, self.caption_encoder, self.recipe = loaded
         if self.image_tokenizer is None:
             raise ValueError(
-                "the checkpoint has no image tokenizer: convert it again, with --image-tokenizer"
+                "the model folder has no image tokenizer: convert it again, with --image-tokenizer"
             )
         self.device = next(self.model.parameters()).device
         if isinstance(self.caption_encoder, T5Features):
@@ -75,12 +62,16 @@ class Generator:
         precision: str | None = None,
         attn_implementation: str | None = None,
     ) -> Generator:
-        """Load a consolidated checkpoint.
+        """Load a model folder.
 
-        device: None is the GPU if there is one. precision: fp32 or bf16; None is bf16 on a GPU, fp32 on a CPU. On a
-        CPU bf16 keeps the weights in float32 and computes under autocast. attn_implementation: None is sdpa. Raises
-        ValueError for a folder that is no whole checkpoint, an unknown precision, an absent device, or an attention
-        that cannot be used here.
+        Args:
+            device: None is the GPU if there is one.
+            precision: fp32 or bf16; None is bf16 on a GPU, fp32 on a CPU. On a CPU bf16 keeps the
+                weights in float32 and computes under autocast.
+            attn_implementation: None is sdpa.
+
+        Raises ValueError for an incomplete model folder, an unknown precision, a device that does not
+        exist, or an attention implementation that cannot be used on it.
         """
         chosen = devices.pick(device)
         if precision is None:
@@ -94,31 +85,30 @@ class Generator:
         )
 
     def runs_as(self) -> dict[str, str]:
-        """What results may depend on beside the settings: kind of device, precision, implementation of attention."""
+        """What images may depend on besides settings: device type, precision, attention implementation."""
         attention = self.recipe.backbone.attn_implementation
         return {"device": self.device.type, "precision": self.precision, "attn_implementation": attention}
 
-    def sampling(self, **settings) -> Sampling:
-        """The recipe's sampler settings, with those given (and not None) instead. Raises ValueError."""
-        given = {key: value for key, value in settings.items() if value is not None}
-        return Sampling(**(self.recipe.sampler.model_dump() | given))
+    def sampling(self, **given: Any) -> SamplerSettings:
+        """The recipe's sampling settings, with those given, and not None, instead. Raises ValueError."""
+        return merge(self.recipe.sampler, given)
 
     def check(self, prompts: Sequence[str | int]) -> None:
-        """Raise ValueError unless prompts are what the model is conditioned on: captions, or numbers of its classes."""
+        """Raise ValueError unless the prompts are what the model takes: captions, or its class numbers."""
         if isinstance(self.caption_encoder, ClassNumbers):
-            # "207" is what shards and evaluation suites call class 207.
+            # Shards and evaluation suites write class 207 as "207".
             if captions := [
                 prompt for prompt in prompts if isinstance(prompt, str) and not prompt.strip().isdecimal()
             ]:
                 last = self.caption_encoder.num_classes - 1
                 raise ValueError(
-                    f"this model is class-conditional: it takes class numbers (--class), 0 to {last}, and no prompts "
-                    f"such as {captions[0]!r}"
+                    f"this model is class-conditional: it takes class numbers (--class), 0 to {last}, "
+                    f"not prompts such as {captions[0]!r}"
                 )
             self.caption_encoder(prompts)
         elif numbers := [prompt for prompt in prompts if not isinstance(prompt, str)]:
             raise ValueError(
-                "this model is text-conditional: it takes prompts (--prompt), and no class numbers such as "
+                "this model is text-conditional: it takes prompts (--prompt), not class numbers such as "
                 f"{numbers[0]}"
             )
 
@@ -127,15 +117,22 @@ class Generator:
         self,
         prompts: Sequence[str | int],
         seeds: Sequence[int],
-        sampling: Sampling | None = None,
+        sampling: SamplerSettings | None = None,
         *,
         keep_trace: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> Decoded:
-        """One batch of image codes [B, T, F], and with keep_trace the windows [B, T, K, F].
+        """Generate the codes of one batch.
 
-        progress is called with (tokens done, T) after each step. Raises ValueError unless there is one seed, 0 or
-        more, per prompt, for prompts of the wrong kind, and when the GPU's memory is too small for the batch.
+        Args:
+            prompts: B captions or class numbers, at least one.
+            seeds: B seeds, each 0 or more.
+            sampling: None is the recipe's settings.
+            keep_trace: return the windows of all steps too.
+            progress: called with (final tokens, T) whenever more tokens are final.
+
+        Raises ValueError for another number of seeds than prompts, prompts of the wrong kind, and a
+        batch that does not fit into the GPU's memory.
         """
         if len(prompts) != len(seeds) or not prompts:
             raise ValueError(
@@ -144,18 +141,14 @@ class Generator:
         for seed in seeds:
             check_seed(seed)
         self.check(prompts)
-        sampling = sampling or self.sampling()
-        # CPU generators: a seed means the same numbers on every device.
+        # On the CPU: a seed means the same numbers on every device.
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         try:
             with self._autocast():
                 return decode(
                     self.model,
                     self.caption_encoder(list(prompts)),
-                    sampling,
-                    cfg_scale=sampling.cfg_scale,
-                    stride=sampling.stride,
-                    lookahead=sampling.lookahead,
+                    sampling or self.recipe.sampler,
                     generator=generators,
                     keep_trace=keep_trace,
                     progress=progress,
@@ -174,7 +167,7 @@ class Generator:
         self,
         prompts: Sequence[str | int],
         seeds: Sequence[int],
-        sampling: Sampling | None = None,
+        sampling: SamplerSettings | None = None,
         *,
         batch_size: int = 16,
     ) -> list[Image.Image]:
@@ -192,28 +185,13 @@ class Generator:
 
 
 def check_seed(seed: int) -> None:
+    """Raise ValueError for a seed that torch's generators do not take."""
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed is {seed}; expected 0 or more, and less than 2^63")
 
 
-def revisions(trace: Tensor) -> Tensor:
-    """Windows of every step [B, T, K, F] -> the codes as they stood at each revision [B, K, T, F].
-
-    trace[:, t, j] is position t + j as drafted at step t. Revision r takes position p from step p - (K-1-r), where
-    it stood at offset K-1-r; r = K-1 is the final image. The first K-1 positions are never drafted that early and
-    are taken from step 0. A place without a draft, -1, stands as at the next revision.
-    """
-    T, K = trace.shape[1:3]
-    places = torch.arange(T, device=trace.device)
-    offsets = torch.minimum(torch.arange(K - 1, -1, -1, device=trace.device)[:, None], places)  # [K, T]
-    found = trace[:, places - offsets, offsets]
-    for revision in range(K - 2, -1, -1):
-        found[:, revision] = torch.where(found[:, revision] < 0, found[:, revision + 1], found[:, revision])
-    return found
-
-
 def save_png(image: Image.Image, path: Path, **text: object) -> None:
-    """Write a PNG that appears whole or not at all, with text chunks that picture viewers can show."""
+    """Write a PNG file atomically, with text chunks that image viewers can show."""
     info = PngInfo()
     for key, value in text.items():
         info.add_itxt(key, str(value))

@@ -34,12 +34,9 @@ from mmtensorar.image_tokenizers import to_images  # noqa: E402
 from mmtensorar.model import adapters
 from mmtensorar.processes import hold, leave  # noqa: E402
 from mmtensorar.recipe import Recipe  # noqa: E402
-from mmtensorar.sampling.decode import (  # noqa: E402
-    Sampler,
-    decode,
-    per_factor,
-    revised_per_offset,
-)
+from mmtensorar.sampling.decode import decode
+from mmtensorar.sampling.settings import per_factor
+from mmtensorar.sampling.trace import revised_per_offset
 from mmtensorar.training import engine as deep  # noqa: E402
 from mmtensorar.training import plan, run_state  # noqa: E402
 from mmtensorar.training.ema import Average  # noqa: E402
@@ -203,8 +200,7 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> int:
     paths = dict(image_tokenizer_path=recipe.image_tokenizer.path, backbone_path=recipe.backbone.path)
     image_tokenizers.check_fit(image_tokenizer, backbone, **paths)
     # Settings per factor are checked now, not at the first sample grid or by whoever loads the finished model.
-    sampler(recipe).per_factor(num_factors)
-    per_factor(recipe.sampler.cfg_scale, num_factors, "cfg_scale")
+    per_factor(recipe.sampler, num_factors)
 
     if bool(recipe.train.sample_every) != bool(recipe.train.sample_prompts):
         say(
@@ -487,13 +483,6 @@ def validate(
     }
 
 
-GUIDANCE = {"cfg_scale", "stride", "lookahead"}  # of the sampler's settings, those of `decode` itself
-
-
-def sampler(recipe: Recipe) -> Sampler:
-    return Sampler(**recipe.sampler.model_dump(exclude=GUIDANCE))
-
-
 def sample(
     engine, recipe: Recipe, caption_encoder, image_tokenizer, device: torch.device
 ) -> tuple[torch.Tensor, list[float]]:
@@ -505,8 +494,7 @@ def sample(
     condition = condition.to(device)
     generator = torch.Generator(device).manual_seed(recipe.run.seed)
     with deep.whole(engine) as model:
-        guidance = recipe.sampler.model_dump(include=GUIDANCE)
-        decoded = decode(model, condition, sampler(recipe), **guidance, generator=generator, keep_trace=True)
+        decoded = decode(model, condition, recipe.sampler, generator=generator, keep_trace=True)
     with torch.no_grad():
         return image_tokenizer.decode(decoded.codes.cpu()).float().cpu(), revised_per_offset(decoded.trace)
 

@@ -32,7 +32,7 @@ from mmtensorar.model.tensorar import TensorAR
 from mmtensorar.model.windows import slide
 from mmtensorar.pipeline import Generator
 from mmtensorar.recipe import Recipe
-from mmtensorar.sampling.decode import revised_per_offset
+from mmtensorar.sampling.trace import revised_per_offset
 from mmtensorar.training.run_log import read_log
 from study import start, worlds
 from study.commands import ROOT, run

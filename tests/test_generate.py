@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 
 from mmtensorar import generate
 from mmtensorar.checkpoints import model_folder
-from mmtensorar.pipeline import Generator, Sampling, revisions
-from mmtensorar.recipe import Recipe
+from mmtensorar.pipeline import Generator
+from mmtensorar.recipe import Recipe, SamplerSettings
+from mmtensorar.sampling.trace import revisions
 from tests.helpers.fakes import tiny_llamagen, write_tiny_janus
 
 PROMPTS = ["a red circle", "a blue square"]
@@ -88,25 +89,21 @@ def test_a_row_keeps_its_random_numbers_in_any_company(generator):
 
 
 def test_settings_come_from_the_recipe_unless_given(generator):
-    assert generator.sampling() == Sampling(cfg_scale=2.0, top_k=20)
-    assert generator.sampling(top_k=0, top_p=None, greedy_drafts=True) == Sampling(
-        cfg_scale=2.0, greedy_drafts=True
-    )
+    assert generator.sampling() == SamplerSettings(cfg_scale=2.0, top_k=20)
+    given = generator.sampling(top_k=0, top_p=None, greedy_drafts=True)
+    assert given == SamplerSettings(cfg_scale=2.0, greedy_drafts=True)
     with pytest.raises(ValueError, match="cfg_scale is -1"):
         generator.sampling(cfg_scale=-1.0)
 
 
 def test_a_number_per_factor_on_the_command_line(ckpt, capsys, tmp_path):
-    """Janus has one factor, so a list of one number is fine and a list of two is refused before any picture."""
+    """Janus has one factor: a list of two numbers is refused before any image is made."""
     command = ["--ckpt", str(ckpt), "--device", "cpu", "--prompt", "a red circle", "--out", str(tmp_path)]
     assert generate.main([*command, "--cfg-scale", "1.9,2.0"]) == 2
     assert (
         "cfg_scale has 2 numbers (1.9, 2.0); expected one number, or one per factor"
         in capsys.readouterr().err
     )
-    with pytest.raises(SystemExit):
-        generate.main([*command, "--top-k", "1.5"])
-    assert "invalid int or comma-separated list" in capsys.readouterr().err
 
 
 def test_bf16_runs_on_the_cpu(ckpt):
@@ -115,25 +112,12 @@ def test_bf16_runs_on_the_cpu(ckpt):
     assert generator.images(PROMPTS[:1], [0])[0].size == (8, 8)
 
 
-def test_revisions_of_windows_written_by_hand():
-    """Windows of 4 tokens, K = 3. Token p at step t is written 10 t + p, so the step it comes from can be read off."""
-    T, K = 4, 3
-    trace = torch.tensor([[[10 * t + t + j if t + j < T else 0 for j in range(K)] for t in range(T)]])[
-        ..., None
-    ]
-    assert revisions(trace)[0, :, :, 0].tolist() == [
-        [0, 1, 2, 13],  # offset 2, from step p - 2; tokens 0 and 1 from step 0
-        [0, 1, 12, 23],  # offset 1, from step p - 1
-        [0, 11, 22, 33],  # final
-    ]
-
-
 def test_the_last_revision_is_the_image(generator):
     decoded = generator.decode(PROMPTS, [0, 1], keep_trace=True)
     assert torch.equal(revisions(decoded.trace)[:, -1], decoded.codes)
 
 
-def test_command_line_writes_images_trace_and_record(ckpt, generator, tmp_path):
+def test_command_line_writes_images_trace_and_record(ckpt, generator, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("a blue square\n\n")
     command = [
         "--ckpt",
@@ -149,6 +133,7 @@ def test_command_line_writes_images_trace_and_record(ckpt, generator, tmp_path):
     ]
     command += ["--prompt", "a red circle", "--prompts-file", str(tmp_path / "prompts.txt"), "--trace"]
     assert generate.main(command) == 0
+    assert "4 images in " in capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "out" / "prompts.jsonl").read_text().splitlines()]
     assert [(row["file"], row["prompt"], row["seed"]) for row in rows] == [
         ("00000_3.png", "a red circle", 3),
@@ -194,12 +179,12 @@ def test_classes_from_the_command_line_and_from_python(class_ckpt, tmp_path):
         (
             "text",
             ["--class", "3"],
-            "is text-conditional: it takes prompts (--prompt), and no class numbers such as 3",
+            "is text-conditional: it takes prompts (--prompt), not class numbers such as 3",
         ),
         (
             "class",
             ["--prompt", "a cat"],
-            "is class-conditional: it takes class numbers (--class), 0 to 6, and no prompts",
+            "is class-conditional: it takes class numbers (--class), 0 to 6, not prompts",
         ),
         ("class", ["--class", "3", "7"], "7 is no class of this class-conditional backbone; expected 0 to 6"),
         ("class", ["--class", "-1"], "-1 is no class of"),
@@ -225,11 +210,10 @@ def test_each_model_says_what_it_takes(ckpt, class_ckpt, tmp_path, capsys, kind,
         (["--ckpt", "nowhere", "--prompts-file", "none.txt"], "none.txt"),
         (["--ckpt", "nowhere", "--prompt", "a", "--seed", "-1"], "seed is -1"),
         (["--ckpt", "nowhere", "--prompt", "a", "--device", "tpu9"], "device is 'tpu9'"),
-        (["--ckpt", "CKPT", "--prompt", "a", "--temperature", "0", "--device", "cpu"], "temperature is 0.0"),
     ],
 )
-def test_mistakes_are_sentences(ckpt, capsys, tmp_path, monkeypatch, arguments, sentence):
+def test_mistakes_are_sentences(capsys, tmp_path, monkeypatch, arguments, sentence):
     monkeypatch.chdir(tmp_path)
-    assert generate.main([str(ckpt) if a == "CKPT" else a for a in arguments]) == 2
+    assert generate.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and sentence in error

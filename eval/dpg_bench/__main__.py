@@ -34,7 +34,7 @@ from eval import (
 )
 from eval.dpg_bench import pictures, score
 from mmtensorar import files
-from mmtensorar.sampling.options import add_generation
+from mmtensorar.sampling.settings import add_generation
 
 if TYPE_CHECKING:
     from eval.dpg_bench.judges import Judge

@@ -24,7 +24,7 @@ import numpy as np
 from eval import harness, layout, versions
 from eval.fid import features, score, sources
 from mmtensorar import files
-from mmtensorar.sampling.options import add_generation
+from mmtensorar.sampling.settings import add_generation
 
 NUM_IMAGES = 50_000  # of published numbers
 ARRAYS = ("ref_pool", "sample_pool", "ref_spatial", "sample_spatial", "sample_logits")

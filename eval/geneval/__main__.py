@@ -35,7 +35,7 @@ from eval.geneval import suite as suites
 from eval.geneval.score import by_class, judge, summarize
 from eval.geneval.suite import Suite
 from mmtensorar import files
-from mmtensorar.sampling.options import add_generation
+from mmtensorar.sampling.settings import add_generation
 
 COMMANDS = {
     "score": "recorded",

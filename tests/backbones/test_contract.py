@@ -17,8 +17,9 @@ from mmtensorar.image_tokenizers import ImageTokenizer
 from mmtensorar.model.conditions import Condition
 from mmtensorar.model.protocols import Backbone
 from mmtensorar.model.windows import slide
-from mmtensorar.recipe import Section
-from mmtensorar.sampling.decode import Sampler, decode
+from mmtensorar.recipe import SamplerSettings, Section
+from mmtensorar.sampling.decode import decode
+from mmtensorar.sampling.noise import greedy
 from tests.helpers import fakes
 from tests.helpers.models import window_logits
 from tests.model.test_tensorar import (
@@ -30,7 +31,6 @@ from tests.model.test_tensorar import (
 from tests.sampling.test_decode import generators, recompute
 
 UNCOND = torch.tensor([False, True, False])
-GREEDY = Sampler(greedy=True)
 
 
 class Tiny(NamedTuple):
@@ -173,7 +173,10 @@ def test_fresh_heads_change_nothing_at_offset_0(tiny):
         torch.testing.assert_close(
             logits[:, :, 0], window_logits(plain, expected, prev)[:, :, 0], rtol=1e-5, atol=1e-6
         )
-    images = [decode(model, condition, GREEDY, cfg_scale=3.0).codes for model in (plain, fresh)]
+    images = [
+        decode(model, condition, SamplerSettings(cfg_scale=3.0), draw=greedy).codes
+        for model in (plain, fresh)
+    ]
     assert torch.equal(*images)
 
 
@@ -184,9 +187,11 @@ def test_cached_decoding_equals_recomputation(tiny, window, cfg_scale):
     model = wrap(tiny.backbone, window).eval()
     if window > 1:
         open_codec(model)
-    decoded = decode(model, tiny.condition, GREEDY, cfg_scale=cfg_scale, keep_trace=True)
+    settings = SamplerSettings(cfg_scale=cfg_scale)
+    decoded = decode(model, tiny.condition, settings, draw=greedy, keep_trace=True)
     assert torch.equal(decoded.trace, recompute(model, tiny.condition, cfg_scale))
-    ahead = decode(model, tiny.condition, GREEDY, cfg_scale=cfg_scale, keep_trace=True, lookahead=3)
+    settings = SamplerSettings(cfg_scale=cfg_scale, lookahead=3)
+    ahead = decode(model, tiny.condition, settings, draw=greedy, keep_trace=True)
     assert torch.equal(ahead.trace, decoded.trace) and ahead.passes <= decoded.passes
     assert len(decoded.codes.flatten(1).unique(dim=0)) > 1, "equal images would prove little"
 
@@ -206,18 +211,19 @@ def test_several_rows_after_a_cache(tiny):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("sampler", [GREEDY, Sampler(temperature=0.9, top_k=8)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("draw", [greedy, None], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("window, cfg_scale", [(1, 1.0), (3, 3.0)])
-def test_a_prompt_gives_the_image_it_has_alone(tiny, window, cfg_scale, sampler):
+def test_a_prompt_gives_the_image_it_has_alone(tiny, window, cfg_scale, draw):
     """Prompts of unequal length in one batch: neither neighbours nor padding leave a mark."""
     model, condition = wrap(tiny.backbone, window).eval(), tiny.condition
     if window > 1:
         open_codec(model)
-    together = decode(model, condition, sampler, cfg_scale=cfg_scale, generator=generators(5, 6, 7)).codes
+    settings = SamplerSettings(cfg_scale=cfg_scale, temperature=0.9, top_k=8)
+    together = decode(model, condition, settings, draw=draw, generator=generators(5, 6, 7)).codes
     assert len(together.unique(dim=0)) > 1
     for i in range(3):
         one = Condition(condition.values[i : i + 1], condition.mask[i : i + 1])
-        alone = decode(model, one, sampler, cfg_scale=cfg_scale, generator=generators(5 + i)).codes
+        alone = decode(model, one, settings, draw=draw, generator=generators(5 + i)).codes
         assert torch.equal(alone[0], together[i]), i
 
 

@@ -19,15 +19,16 @@ from mmtensorar.backbones import llamagen
 from mmtensorar.captions import encoders
 from mmtensorar.model import attention
 from mmtensorar.model.conditions import Condition
-from mmtensorar.recipe import Lora, Recipe, Run, Train
-from mmtensorar.sampling.decode import Sampler, decode
+from mmtensorar.recipe import Lora, Recipe, Run, SamplerSettings, Train
+from mmtensorar.sampling.decode import decode
+from mmtensorar.sampling.noise import greedy
 from mmtensorar.training import plan
 from tests.helpers.fakes import llamagen_condition, tiny_llamagen, write_tiny_t5
 from tests.helpers.models import window_logits
 from tests.model.test_tensorar import wrap
 
 CONDITIONS = ("class", "text")
-GREEDY = Sampler(greedy=True)
+GUIDED = SamplerSettings(cfg_scale=2.0)
 
 
 @pytest.fixture(autouse=True)
@@ -398,7 +399,7 @@ def test_captions_become_left_padded_features(t5_folder, tmp_path):
         alone = reference(torch.tensor([[3, 4, 5, 1]])).last_hidden_state[0]
     torch.testing.assert_close(condition.values[0, 1:], alone, atol=1e-5, rtol=1e-5)
     model = wrap(tiny_llamagen("text"), 1).eval()
-    assert decode(model, condition, GREEDY, cfg_scale=2.0).codes.shape == (4, 9, 1)
+    assert decode(model, condition, GUIDED, draw=greedy).codes.shape == (4, 9, 1)
 
 
 def test_a_text_encoder_of_another_width_is_refused(t5_folder, tmp_path):
@@ -492,5 +493,5 @@ def test_two_ranks_train_under_zero_3(condition, t5_folder, tmp_path):
         assert torch.equal(trained.prefix.null_caption, backbone.prefix.null_caption)
     assert not torch.equal(trained.layers[0].attention.wqkv.weight, backbone.layers[0].attention.wqkv.weight)
     prompt = "a red circle" if condition == "text" else 2
-    codes = decode(loaded.model, loaded.caption_encoder([prompt]), GREEDY, cfg_scale=2.0).codes
+    codes = decode(loaded.model, loaded.caption_encoder([prompt]), GUIDED, draw=greedy).codes
     assert loaded.image_tokenizer.decode(codes).shape == (1, 3, 8, 8)

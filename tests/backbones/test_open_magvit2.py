@@ -20,7 +20,9 @@ from mmtensorar.model import attention, layers
 from mmtensorar.model.drafts import FixedSchedule
 from mmtensorar.model.loss import LossSettings
 from mmtensorar.model.tensorar import TensorAR
-from mmtensorar.sampling.decode import Sampler, decode
+from mmtensorar.recipe import SamplerSettings
+from mmtensorar.sampling.decode import decode
+from mmtensorar.sampling.noise import greedy
 from tests.helpers.fakes import class_condition, tiny_lfq, tiny_open_magvit2
 from tests.helpers.models import window_logits
 from tests.model.test_tensorar import noise, open_codec, wrap
@@ -117,7 +119,7 @@ def test_bf16_trains_and_is_near_fp32(autocast):
     gradients = {name: p.grad for name, p in model.named_parameters()}
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients.values())
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        codes = decode(model.eval(), condition, Sampler(greedy=True), cfg_scale=[2.0, 1.5]).codes
+        codes = decode(model.eval(), condition, SamplerSettings(cfg_scale=[2.0, 1.5]), draw=greedy).codes
     assert codes.shape == (3, 9, 2)
 
 

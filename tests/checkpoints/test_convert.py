@@ -23,8 +23,9 @@ from mmtensorar.image_tokenizers import janus_vq, llamagen_vq, open_magvit2_lfq
 from mmtensorar.model import tensorar
 from mmtensorar.model.drafts import FixedSchedule
 from mmtensorar.model.tensorar import TensorAR
-from mmtensorar.recipe import Recipe
-from mmtensorar.sampling.decode import Sampler, decode
+from mmtensorar.recipe import Recipe, SamplerSettings
+from mmtensorar.sampling import noise
+from mmtensorar.sampling.decode import decode
 from tests.helpers.fakes import (
     class_condition,
     llamagen_condition,
@@ -66,7 +67,7 @@ def equal(a, b) -> bool:
 
 def greedy(model, condition, cfg_scale=2.0) -> Tensor:
     with torch.no_grad():
-        return decode(model.eval(), condition, Sampler(greedy=True), cfg_scale=cfg_scale).codes
+        return decode(model.eval(), condition, SamplerSettings(cfg_scale=cfg_scale), draw=noise.greedy).codes
 
 
 def plain(backbone) -> TensorAR:

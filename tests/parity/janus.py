@@ -20,7 +20,9 @@ from mmtensorar.image_tokenizers import janus_vq, to_images
 from mmtensorar.model.conditions import Condition
 from mmtensorar.model.drafts import FixedSchedule
 from mmtensorar.model.tensorar import TensorAR
-from mmtensorar.sampling.decode import Sampler, decode
+from mmtensorar.recipe import SamplerSettings
+from mmtensorar.sampling.decode import decode
+from mmtensorar.sampling.noise import greedy
 from tests.helpers.models import window_logits
 from tests.parity import Unsupported, by_last_name
 
@@ -127,15 +129,14 @@ def gradients(model: TensorAR, prompts: Tensor, tokens: Tensor) -> dict[str, Ten
 def generated(subject: Subject, prompts: list[Tensor], args: dict) -> dict[str, Tensor]:
     if not args["greedy"]:
         raise Unsupported("random draws, whose generator is the original's")
-    sampler, seen = Sampler(temperature=args["temperature"], greedy=True), []
+    seen = []
 
     def recorder(logits: Tensor, uniform: Tensor) -> Tensor:
         seen.append(logits[:, 0])
-        return sampler(logits, uniform)
+        return greedy(logits, uniform)
 
-    codes = decode(
-        subject.model, condition_of(subject, prompts), recorder, cfg_scale=args["cfg_weight"]
-    ).codes
+    settings = SamplerSettings(cfg_scale=args["cfg_weight"])
+    codes = decode(subject.model, condition_of(subject, prompts), settings, draw=recorder).codes
     count = args["n_image_tokens"]
     return {"tokens": codes[:, :count, 0], "step_logits": torch.stack(seen, dim=1)[:, :count]}
 

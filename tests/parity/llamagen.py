@@ -19,7 +19,10 @@ from mmtensorar.model import layers
 from mmtensorar.model.conditions import Condition
 from mmtensorar.model.drafts import FixedSchedule
 from mmtensorar.model.tensorar import TensorAR
-from mmtensorar.sampling.decode import Sampler, decode
+from mmtensorar.recipe import SamplerSettings
+from mmtensorar.sampling import filters
+from mmtensorar.sampling.decode import decode
+from mmtensorar.sampling.noise import greedy
 from tests.parity import Unsupported, by_last_name
 
 
@@ -166,26 +169,27 @@ def generated(model: TensorAR, args: dict, inputs: dict[str, Tensor]) -> dict[st
     if args["sample_logits"]:
         raise Unsupported("random draws, whose generator is the original's")
     mask = named(args["emb_masks"], inputs) if args.get("emb_masks") else None
-    sampler = Sampler(
-        temperature=max(args["temperature"], 1e-5), top_k=args["top_k"], top_p=args["top_p"], greedy=True
-    )
+    # The original takes 1 and less for no guidance.
+    settings = SamplerSettings(cfg_scale=max(args["cfg_scale"], 1.0))
+    # It guides token 0 and then those up to the interval, counted from the one after it.
+    num_guided = None if args["cfg_interval"] < 0 else args["cfg_interval"] + 2
     guided, raw = [], []
 
     def recorder(logits: Tensor, uniform: Tensor) -> Tensor:
         guided.append(logits[:, 0])
-        return sampler(logits, uniform)
+        return greedy(logits, uniform)
 
-    # A hook that returned something would replace the output; append returns None.
-    hook = model.backbone.head.register_forward_hook(lambda _, args, output: raw.append(output[:, 0, 0]))
+    def keep_raw(_, inputs: tuple, logits: Tensor) -> Tensor | None:
+        raw.append(logits[:, 0, 0])
+        if settings.cfg_scale == 1 or num_guided is None or len(raw) <= num_guided:
+            return None
+        # What a hook returns replaces the output. Equal rows make guidance give the conditional logits.
+        return logits.chunk(2)[0].repeat(2, 1, 1, 1)
+
+    hook = model.backbone.head.register_forward_hook(keep_raw)
     try:
-        codes = decode(
-            model,
-            condition_of(named(args["cond"], inputs), mask),
-            recorder,
-            cfg_scale=max(args["cfg_scale"], 1.0),  # the original takes 1 and less for no guidance
-            # The original guides token 0 and then those up to the interval, counted from the one after it.
-            cfg_tokens=None if args["cfg_interval"] < 0 else args["cfg_interval"] + 2,
-        ).codes
+        condition = condition_of(named(args["cond"], inputs), mask)
+        codes = decode(model, condition, settings, draw=recorder).codes
     finally:
         hook.remove()
     count = args["max_new_tokens"]
@@ -198,8 +202,12 @@ def generated(model: TensorAR, args: dict, inputs: dict[str, Tensor]) -> dict[st
 
 def filtered(args: dict, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     # The original takes a temperature of 0 for a very small one; ours has greedy decoding for that.
-    sampler = Sampler(temperature=max(args["temperature"], 1e-5), top_k=args["top_k"], top_p=args["top_p"])
-    probs = sampler.probabilities(named(args["logits"], inputs))
+    probs = filters.probabilities(
+        named(args["logits"], inputs),
+        temperature=max(args["temperature"], 1e-5),
+        top_k=args["top_k"],
+        top_p=args["top_p"],
+    )
     probs = (probs / probs.sum(-1, keepdim=True)).float()
     return {"probs": probs, "argmax": probs.argmax(-1, keepdim=True)}
 

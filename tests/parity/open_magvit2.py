@@ -23,7 +23,11 @@ from mmtensorar.model import layers
 from mmtensorar.model.conditions import Condition
 from mmtensorar.model.drafts import FixedSchedule
 from mmtensorar.model.tensorar import TensorAR
-from mmtensorar.sampling.decode import Sampler, decode
+from mmtensorar.recipe import SamplerSettings
+from mmtensorar.sampling import filters
+from mmtensorar.sampling.decode import decode
+from mmtensorar.sampling.noise import draw_tokens
+from mmtensorar.sampling.settings import per_factor
 from tests.helpers.models import window_logits
 from tests.parity import Unsupported
 
@@ -185,28 +189,29 @@ def _train(subject: Subject, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class _Recorder:
-    """A sampler that keeps the guided logits it is shown, factor after factor."""
+    """Draws tokens, and keeps the guided logits of each factor."""
 
-    def __init__(self, samplers: list[Sampler]):
-        self.samplers = samplers
-        self.seen: list[list[Tensor]] = [[] for _ in samplers]
+    def __init__(self, settings: SamplerSettings, num_factors: int):
+        self.settings = per_factor(settings, num_factors)
+        self.seen: list[list[Tensor]] = [[] for _ in self.settings]
         self.calls = 0
 
     def __call__(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        factor = self.calls % len(self.samplers)
+        factor = self.calls % len(self.settings)
         self.calls += 1
         self.seen[factor].append(logits[:, 0])
-        return self.samplers[factor](logits, uniform)
+        return draw_tokens(logits, uniform, self.settings[factor])
 
 
 def _generate(subject: Subject, args: dict, class_ids: Tensor) -> dict[str, Tensor]:
     backbone = subject.model.backbone
-    recorder = _Recorder(_sampler(args).per_factor(len(backbone.factor_sizes)))
     scales = args["cfg_scale"]
     # In the original a scale below 1 switches guidance off; here 0 would be the unconditional picture.
     if scales is None or max(scales if isinstance(scales, list) else [scales]) <= 1:
         scales = 1.0
-    codes = decode(subject.model, _condition(class_ids), recorder, cfg_scale=scales).codes
+    settings = SamplerSettings(cfg_scale=scales, **_filters(args))
+    recorder = _Recorder(settings, len(backbone.factor_sizes))
+    codes = decode(subject.model, _condition(class_ids), settings, draw=recorder).codes
     steps = args.get("steps", backbone.num_tokens)
     outputs = {}
     for factor, name in enumerate(("pre", "post")):
@@ -219,12 +224,12 @@ def _generate(subject: Subject, args: dict, class_ids: Tensor) -> dict[str, Tens
     return outputs
 
 
-def _sampler(args: dict) -> Sampler:
-    return Sampler(args.get("temperature", 1.0), args.get("top_k", 0), args.get("top_p", 1.0))
+def _filters(args: dict) -> dict:
+    return {name: args[name] for name in ("temperature", "top_k", "top_p") if name in args}
 
 
 def _filtered(args: dict, logits: Tensor) -> Tensor:
-    probs = _sampler(args).probabilities(logits)
+    probs = filters.probabilities(logits, **_filters(args))
     return (probs / probs.sum(-1, keepdim=True)).float()
 
 

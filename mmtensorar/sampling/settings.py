@@ -1,0 +1,155 @@
+"""Sampling settings: command options, and given settings on top of a recipe's. Declared in the recipe.
+
+`mmtensorar.recipe.SamplerSettings` declares each setting once: name, type, bounds, default and
+description. Everything here is made from its fields, so a new setting is one new field there,
+and the code that uses it. This module imports no torch, so that commands report a mistyped
+option at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, get_args, get_origin
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from mmtensorar.recipe import SamplerSettings
+
+SAMPLING = tuple(SamplerSettings.model_fields)
+LOADING = ("device", "precision", "attn_implementation")
+
+# Settings that only earlier versions had, at the value that means what is done now.
+REMOVED = {"greedy": False, "stride": 1}
+
+# A SamplerSettings whose lists were replaced by the number of one factor. Its declared types
+# still allow lists, hence Any.
+FactorSettings = Any
+
+
+# ---- values --------------------------------------------------------------------------------------
+
+
+def problems(given: Mapping[str, Any]) -> list[str]:
+    """What is wrong with some sampling settings: one "NAME is VALUE; ..." for each invalid one."""
+    try:
+        SamplerSettings.model_validate(dict(given))
+    except ValidationError as error:
+        return list(_sentences(error, given))
+    return []
+
+
+def _sentences(invalid: ValidationError, given: Mapping[str, Any]) -> Iterator[str]:
+    # A number or a list of numbers gives pydantic errors for both forms: report one that names the bound.
+    other_form = ("float_type", "int_type", "list_type")
+    reported = set()
+    for error in sorted(invalid.errors(), key=lambda error: error["type"] in other_form):
+        if not error["loc"]:  # of several settings together
+            yield error["msg"]
+        elif (name := str(error["loc"][0])) not in reported:
+            reported.add(name)
+            unknown = error["type"] == "extra_forbidden"
+            expected = f"expected one of {', '.join(SAMPLING)}" if unknown else error["msg"]
+            yield f"{name} is {given.get(name)!r}; {expected.replace('Input should', 'it should')}"
+
+
+def merge(settings: SamplerSettings, given: Mapping[str, Any]) -> SamplerSettings:
+    """The settings with those given, and not None, instead. Raises ValueError for an invalid setting."""
+    merged = settings.model_dump() | {name: value for name, value in given.items() if value is not None}
+    if invalid := problems(merged):
+        raise ValueError("; ".join(invalid))
+    return SamplerSettings.model_validate(merged)
+
+
+def without_removed(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in a record of an earlier version, for a comparison with today's."""
+    return {name: value for name, value in recorded.items() if (name, value) not in REMOVED.items()}
+
+
+def per_factor(settings: SamplerSettings, num_factors: int) -> list[FactorSettings]:
+    """The settings of each factor of a code: a list gives each factor its own number.
+
+    Raises ValueError for a list that does not hold num_factors numbers.
+    """
+    lists = {name: value for name, value in settings if isinstance(value, list)}
+    for name, value in lists.items():
+        if len(value) != num_factors:
+            raise ValueError(
+                f"{name} has {len(value)} numbers ({', '.join(map(str, value))}); expected one number, "
+                f"or one per factor of a code, {num_factors}"
+            )
+    return [
+        settings.model_copy(update={name: value[factor] for name, value in lists.items()})
+        for factor in range(num_factors)
+    ]
+
+
+# ---- command options -----------------------------------------------------------------------------
+
+
+def add_generation(parser: argparse.ArgumentParser, *, needs: str = "") -> None:
+    """Add an option for each sampling setting, those of LOADING, and --batch-size.
+
+    A sampling option that is not given is None, which means the recipe's setting: see
+    `given_settings` and `merge`.
+
+    Args:
+        needs: put behind the titles of the groups: what makes these options have an effect.
+    """
+    group = parser.add_argument_group(
+        f"sampling{needs}",
+        "defaults come from the model folder's recipe; A,B gives each factor of a code its own number",
+    )
+    for name, field in SamplerSettings.model_fields.items():
+        option, about = "--" + name.replace("_", "-"), (field.description or "").replace("%", "%%")
+        if field.annotation is bool:
+            group.add_argument(option, action=argparse.BooleanOptionalAction, default=None, help=about)
+        else:
+            group.add_argument(option, type=_option_type(name, field), help=about)
+    group = parser.add_argument_group(f"computing{needs}")
+    group.add_argument("--batch-size", type=at_least_1, default=16, help="images at a time (default 16)")
+    group.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU if there is one")
+    group.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU, fp32 on a CPU")
+    group.add_argument(
+        "--attn-implementation",
+        choices=("sdpa", "flash_attention_2", "eager"),
+        help="default: sdpa; flash_attention_2 needs bf16 on a GPU",
+    )
+
+
+def given_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The sampling settings of a command's parsed options; None for those that were not given."""
+    return {name: getattr(options, name) for name in SAMPLING}
+
+
+def at_least_1(text: str) -> int:
+    """The type of an option that is a count."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {number}")
+    return number
+
+
+def _option_type(name: str, field: FieldInfo) -> Callable[[str], Any]:
+    """What reads the option of a setting that is a number, or a list with one number per factor."""
+    kinds = set(_parts(field.annotation))
+    kind = next(kind for kind in (float, int, str) if kind in kinds)
+
+    def parse(text: str) -> Any:
+        values = [kind(part) for part in text.split(",")] if list in kinds else [kind(text)]
+        value = values if len(values) > 1 else values[0]
+        if invalid := problems({name: value}):
+            raise argparse.ArgumentTypeError(invalid[0])
+        return value
+
+    # argparse reports "invalid NAME value".
+    parse.__name__ = kind.__name__ + (" or comma-separated list of one per factor" if list in kinds else "")
+    return parse
+
+
+def _parts(annotation: Any) -> Iterator[Any]:
+    """The plain types in an annotation such as `float | list[float]`."""
+    yield get_origin(annotation) or annotation
+    for part in get_args(annotation):
+        yield from _parts(part)

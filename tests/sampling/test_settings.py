@@ -1,0 +1,116 @@
+"""Sampling settings: declared once, and everything else is made from the declaration."""
+
+import argparse
+from typing import Annotated
+
+import pytest
+from annotated_types import Ge, Le
+from pydantic import Field
+
+from mmtensorar.recipe import SamplerSettings
+from mmtensorar.sampling import settings
+from mmtensorar.sampling.settings import merge, per_factor
+from tests.test_imports import MODULES, imported
+
+Share = Annotated[float, Ge(0), Le(1)]
+
+
+def parse(*arguments: str) -> dict:
+    """The sampling settings of a command line."""
+    parser = argparse.ArgumentParser()
+    settings.add_generation(parser)
+    return settings.given_settings(parser.parse_args(arguments))
+
+
+def test_each_setting_has_an_option():
+    """Without a value of its own: what is not given is the recipe's."""
+    assert parse() == dict.fromkeys(SamplerSettings.model_fields)
+    given = parse("--cfg-scale", "1.9,2", "--top-k", "3", "--no-greedy-drafts", "--lookahead", "4")
+    assert {name: value for name, value in given.items() if value is not None} == {
+        "cfg_scale": [1.9, 2.0],
+        "top_k": 3,
+        "greedy_drafts": False,
+        "lookahead": 4,
+    }
+
+
+def test_a_new_setting_is_one_field(monkeypatch):
+    class More(SamplerSettings):
+        min_p: Share | list[Share] = Field(0.0, description="drop tokens below this share")
+
+    monkeypatch.setattr(settings, "SamplerSettings", More)
+    monkeypatch.setattr(settings, "SAMPLING", tuple(More.model_fields))
+    assert parse("--min-p", "0.1,0.2")["min_p"] == [0.1, 0.2]
+    with pytest.raises(SystemExit):
+        parse("--min-p", "2")
+    assert [each.min_p for each in per_factor(merge(More(), {"min_p": [0.1, 0.2]}), 2)] == [0.1, 0.2]
+    with pytest.raises(ValueError, match="min_p is -1"):
+        merge(More(), {"min_p": -1})
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--temperature", "0"],
+        ["--top-k", "1.5"],
+        ["--top-p", "0.9,2"],
+        ["--lookahead", "0"],
+        ["--lookahead", "2,3"],
+        ["--cfg-scale", "much"],
+    ],
+)
+def test_an_invalid_option_is_reported_at_once(arguments, capsys):
+    """Not after the model was loaded."""
+    with pytest.raises(SystemExit) as ended:
+        parse(*arguments)
+    assert ended.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
+
+
+def test_given_settings_replace_the_recipes():
+    recipe = SamplerSettings(cfg_scale=2.0, top_k=20)
+    assert merge(recipe, {}) == recipe
+    given = {"top_k": 0, "top_p": None, "greedy_drafts": True}
+    assert merge(recipe, given) == SamplerSettings(cfg_scale=2.0, top_k=0, greedy_drafts=True)
+
+
+@pytest.mark.parametrize(
+    "given, problem",
+    [
+        ({"temperature": 0}, "temperature is 0; .*greater than 0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"top_k": 1.5}, "top_k is 1.5"),
+        ({"top_p": 0}, "top_p is 0"),
+        ({"top_p": 1.1}, "top_p is 1.1"),
+        ({"cfg_scale": -1}, "cfg_scale is -1"),
+        ({"cfg_scale": True}, "cfg_scale is True"),
+        ({"lookahead": 0}, "lookahead is 0"),
+        ({"temperature": [1.0, 0]}, r"temperature is \[1.0, 0\]; .*greater than 0"),
+        ({"heat": 1}, "heat is 1; expected one of temperature, top_k"),
+    ],
+)
+def test_settings_out_of_range_are_refused(given, problem):
+    with pytest.raises(ValueError, match=problem) as raised:
+        merge(SamplerSettings(), given)
+    assert "\n" not in str(raised.value)
+
+
+def test_each_factor_has_its_own_settings():
+    """Lists are one number per factor, single numbers are for all; a list of another length is refused."""
+    both = SamplerSettings(temperature=[0.5, 2.0], top_k=3, top_p=[0.9, 1], greedy_drafts=True)
+    assert per_factor(both, 2) == [
+        SamplerSettings(temperature=0.5, top_k=3, top_p=0.9, greedy_drafts=True),
+        SamplerSettings(temperature=2.0, top_k=3, top_p=1, greedy_drafts=True),
+    ]
+    with pytest.raises(ValueError, match=r"temperature has 2 numbers \(0.5, 2.0\)"):
+        per_factor(both, 1)
+
+
+def test_settings_need_no_torch():
+    """Commands report a mistyped option before torch is imported, which takes seconds."""
+    roots = {name.split(".")[0] for name in imported(MODULES["mmtensorar.sampling.settings"])}
+    assert roots == {"__future__", "argparse", "collections", "typing", "pydantic", "mmtensorar"}
+    for module in ("mmtensorar.sampling.settings", "mmtensorar.sampling"):
+        ours = {name for name in imported(MODULES[module]) if name.startswith("mmtensorar.")}
+        assert ours <= {"mmtensorar.recipe.SamplerSettings"}
