@@ -45,7 +45,7 @@ from mmtensorar.data.shards import (
     iterate_shard,
     picture,
 )
-from mmtensorar.processes import leave
+from mmtensorar.processes import exit_process
 
 
 def crops_of(pixels: Tensor, size: int, num: int) -> Tensor:
@@ -223,4 +223,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

@@ -48,7 +48,7 @@ from mmtensorar.data.shards import (
     encode_features,
     iterate_shard,
 )
-from mmtensorar.processes import leave
+from mmtensorar.processes import exit_process
 
 
 def encode_samples(
@@ -170,4 +170,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

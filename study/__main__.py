@@ -14,10 +14,10 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import TextIO
 
-from mmtensorar import files, processes
+from mmtensorar import files
 from mmtensorar.files import write_text
+from mmtensorar.processes import RunFolderLock
 from mmtensorar.sampling.settings import at_least_1
 from study import across, report
 from study.commands import ROOT
@@ -136,21 +136,23 @@ def _out(options: argparse.Namespace) -> Path:
     return (options.out or Path("runs/study") / options.grid.stem).resolve()
 
 
-def _hold(out: Path) -> TextIO | None:
-    """Raises ValueError when another process works in the folder."""
-    try:
-        return processes.hold(out)
-    except ValueError as error:
-        raise ValueError(str(error).replace("choose another run.name", "choose another --out")) from None
+def _locked(out: Path) -> RunFolderLock:
+    return RunFolderLock(out, otherwise="choose another --out")
 
 
 def run(options: argparse.Namespace) -> None:
+    _wanted(Grid.load(options.grid), options.arms)  # before a folder is made
+    with _locked(_out(options)):
+        _run(options)
+
+
+def _run(options: argparse.Namespace) -> None:
     from study import job, start
 
     grid = Grid.load(options.grid)
     wanted, out = _wanted(grid, options.arms), _out(options)
     results = options.results or ROOT / "docs/study" / options.grid.stem / RESULTS
-    held, began = _hold(out), time.monotonic()  # noqa: F841, for as long as this runs
+    began = time.monotonic()
     free, running, failed = places(options.workers), [], 0
     num_seeds = options.seeds or grid.num_seeds
     try:
@@ -247,19 +249,19 @@ def check(options: argparse.Namespace) -> int:
     if (runs := stored.get((options.arm, USUAL))) is None:
         raise ValueError(f"{results}: no row of {options.arm}, seed {options.seed}")
     out = (options.out or Path("runs/study") / f"{options.grid.stem}_check").resolve()
-    held = _hold(out)  # noqa: F841, for as long as this runs
-    start.prepare(grid, out)
-    target = out / "rows.jsonl"
-    commands.run(
-        "-m",
-        "study.job",
-        options.grid.resolve(),
-        options.arm,
-        options.seed,
-        out,
-        target,
-        log=out / f"{options.arm}-{options.seed}.out",
-    )
+    with _locked(out):
+        start.prepare(grid, out)
+        target = out / "rows.jsonl"
+        commands.run(
+            "-m",
+            "study.job",
+            options.grid.resolve(),
+            options.arm,
+            options.seed,
+            out,
+            target,
+            log=out / f"{options.arm}-{options.seed}.out",
+        )
     known = report.Scores(grid, report.collect(read(results)), report.groups_of(grid))
     own, score = known.alone(runs), known.alone(report.collect(read(target))[options.arm, USUAL]).value
     within = own.low <= score <= own.high
@@ -284,11 +286,11 @@ def time_steps(options: argparse.Namespace) -> None:
         for name in _wanted(grid, options.arms)
         if name not in (BASE, grid.control) and not grid.arms[name].removed
     ]
-    held = _hold(out)  # noqa: F841, for as long as this runs
-    start.prepare(grid, out)
-    found = timing.beside_control(
-        grid, timing.steps_in_turns(grid, [grid.control, *names], out, options.rounds)
-    )
+    with _locked(out):
+        start.prepare(grid, out)
+        found = timing.beside_control(
+            grid, timing.steps_in_turns(grid, [grid.control, *names], out, options.rounds)
+        )
     write_text(target, json.dumps(found, indent=1) + "\n")
     for name, times in found.items():
         print(f"{name}: {times['seconds']:.3f} s a step, {times['over_control']:.2f} times the control's")

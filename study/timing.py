@@ -13,7 +13,8 @@ import torch
 from mmtensorar import backbones
 from mmtensorar.data import loader
 from mmtensorar.recipe import Recipe
-from mmtensorar.training import engine as deep
+from mmtensorar.training import distributed
+from mmtensorar.training import engine as engines
 from study import job
 from study.commands import ROOT
 from study.grid import Grid
@@ -25,7 +26,7 @@ def steps_in_turns(grid: Grid, names: Sequence[str], out: Path, rounds: int) -> 
     Models and optimisers of all arms are in memory at once.
     """
     before, steps, seconds = dict(os.environ), {}, {name: [] for name in names}
-    _, _, device = deep.start_process_group(0)
+    _, _, device = distributed.start_process_group(0)
     try:
         for name in names:
             recipe = Recipe.load(
@@ -34,7 +35,7 @@ def steps_in_turns(grid: Grid, names: Sequence[str], out: Path, rounds: int) -> 
             if not steps:
                 encoder = backbones.caption_encoder(recipe.backbone)
                 batch = next(loader.stream(recipe, encoder, rank=0, world_size=1))
-            steps[name] = _step(deep.start(recipe, 1, device), batch, device)
+            steps[name] = _step(engines.start(recipe, 1, device), batch, device)
         for number in range(rounds + 1):
             for name in names:
                 began = time.perf_counter()
@@ -42,7 +43,7 @@ def steps_in_turns(grid: Grid, names: Sequence[str], out: Path, rounds: int) -> 
                 if number:
                     seconds[name].append(time.perf_counter() - began)
     finally:
-        deep.stop_process_group()
+        distributed.stop_process_group()
         # A process that is started from here would take this one's port for its own.
         os.environ.clear()
         os.environ.update(before)

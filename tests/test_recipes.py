@@ -137,7 +137,7 @@ def test_the_memory_in_a_header_is_what_the_plan_says(path):
     header = path.read_text()
     num_gpus = int(re.search(r"\n# Hardware: .*?(\d+) GPUs?", header)[1])
     recipe = Recipe.load(path)
-    model = plan.shapes(recipe)
+    model = plan.meta_model(recipe)
     largest = max(parameter.numel() for parameter in model.parameters())
     rows = plan.micro_batch(recipe, num_gpus)
     active = plan.activation_bytes(recipe, [rows])[rows]
@@ -232,7 +232,7 @@ def llamagen_state(name: str) -> dict:
 def one_process():
     """A process group of this process alone, and everything put back that training sets for a whole process."""
     pytest.importorskip("deepspeed")
-    from mmtensorar.training import engine
+    from mmtensorar.training import distributed
 
     environment, handlers = (
         dict(os.environ),
@@ -240,7 +240,7 @@ def one_process():
     )
     os.environ["OMP_NUM_THREADS"] = "1"
     yield
-    engine.stop_process_group()
+    distributed.stop_process_group()
     os.environ.clear()
     os.environ.update(environment)
     for number, handler in handlers.items():

@@ -55,7 +55,7 @@ from mmtensorar.data.shards import (
 )
 from mmtensorar.data.url_cache import Cache, is_url, shown
 from mmtensorar.model.conditions import CaptionEncoder, Condition
-from mmtensorar.processes import let_go
+from mmtensorar.processes import release_in_child
 from mmtensorar.recipe import Recipe
 
 DRAWS = 2  # separates the random numbers of a position from those of order.py
@@ -516,7 +516,7 @@ def _as_is(batch: RawBatch | Failure) -> RawBatch | Failure:
 
 
 def _begin_worker(worker: int) -> None:
-    let_go()
+    release_in_child()
     # Ctrl-C reaches every process of the terminal; the training loop decides what it means.
     # DeepSpeed's launcher answers it with SIGTERM to the whole tree; a worker that died of it would end the rank
     # before it could save.

@@ -338,7 +338,7 @@ def test_released_sizes_and_the_papers_budget(size, condition, parameters, budge
         run=Run(name="sizes"),
         lora=Lora(),
     )
-    counts = plan.parameters(plan.shapes(recipe))
+    counts = plan.parameters(plan.meta_model(recipe))
     assert counts["backbone"] == parameters
     assert budget is None or counts["tensorar"] / parameters <= budget
 

@@ -49,7 +49,7 @@ def step(engine) -> float:
 
 def go_through(folder: Path, stage: int, parts: str) -> None:
     """All that a recipe allows of precisions, optimisers and offloading. Raises AssertionError naming what went wrong."""
-    from mmtensorar.training import engine as deep
+    from mmtensorar.training import engine as engines
     from mmtensorar.training import run_state
 
     cpu, allowed = torch.device("cpu"), 0
@@ -67,14 +67,14 @@ def go_through(folder: Path, stage: int, parts: str) -> None:
             continue
         allowed += 1
         place = folder / "_".join(map(str, asked))
-        engine = deep.start(recipe, 1, cpu)
+        engine = engines.start(recipe, 1, cpu)
         losses = [step(engine)]
         saver = run_state.Saver(engine, place, {}, keep_last=1, keep_best=False, background=False)
         saver.save(1, {}, None, cpu)
         losses += [step(engine) for _ in range(2)]
         assert all(map(math.isfinite, losses)) and losses[2] < losses[0], (asked, losses)
         engine.destroy()
-        engine = deep.start(recipe, 1, cpu)
+        engine = engines.start(recipe, 1, cpu)
         assert run_state.resume(engine, place, {}) == 1
         again = [step(engine) for _ in range(2)]
         assert again == losses[1:], (asked, again, losses[1:])
@@ -84,9 +84,9 @@ def go_through(folder: Path, stage: int, parts: str) -> None:
 
 def main(folder: Path) -> None:
     """In a process of its own: DeepSpeed does not bear a second process group after the first is gone."""
-    from mmtensorar.training import engine as deep
+    from mmtensorar.training import distributed
 
-    deep.start_process_group(0)
+    distributed.start_process_group(0)
     torch.set_num_threads(1)
     write_tiny_janus(folder / "janus", 32, 4, width=64)
     found = {}
@@ -97,7 +97,7 @@ def main(folder: Path) -> None:
         except Exception:  # any: it is one test's failure, and the others are told too
             found[f"{stage} {parts}"] = traceback.format_exc()
     (folder / "found.json").write_text(json.dumps(found))
-    deep.stop_process_group()
+    distributed.stop_process_group()
 
 
 @pytest.fixture(scope="module")

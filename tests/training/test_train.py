@@ -493,7 +493,7 @@ def test_a_skipped_sample_is_logged_with_its_shard_and_key_and_counted(bench, ho
         "error: 2 damaged samples were skipped by step ([456]), more than data.max_skipped 0.05", done.stderr
     )
     assert stopped and "Traceback" not in done.stderr, done.stderr[-2000:]  # in the second epoch
-    assert f"of an epoch of 12; the last checkpoint is of step {int(stopped[1]) - 1}" in done.stderr
+    assert f"of an epoch of 12; the last run state is of step {int(stopped[1]) - 1}" in done.stderr
 
 
 def test_the_validation_loss_does_not_depend_on_the_ranks(bench, holed):
@@ -555,7 +555,7 @@ def test_the_control_is_a_switch(bench, monkeypatch):
 
     seen = []
     monkeypatch.setattr(module, "train", lambda recipe, **options: seen.append(recipe) or 0)
-    monkeypatch.setattr(module.deep, "stop_process_group", lambda: None)
+    monkeypatch.setattr(module, "stop_process_group", lambda: None)
     weights = "tensorar.offset_weights=[1, 0.5, 0.2]"
     for switch in ([], ["--plain"]):
         assert module.main([str(bench / "recipe.yaml"), weights, "run.name=mine", *switch]) == 0
@@ -604,7 +604,7 @@ def test_a_spike_of_the_gradient_stops_and_names_the_samples(bench):
     done = run(bench, "run.name=spike", "train.max_grad_norm=1e-3", "train.save_every=0")
     assert (
         done.returncode == 2
-        and "more than train.max_grad_norm 0.001; no checkpoint was saved yet" in done.stderr
+        and "more than train.max_grad_norm 0.001; no run state was saved yet" in done.stderr
     )
     told = json.loads((bench / "runs" / "spike" / "stopped.json").read_text())
     assert len(told["samples"]) == 4 and all(
@@ -615,7 +615,10 @@ def test_a_spike_of_the_gradient_stops_and_names_the_samples(bench):
 @pytest.mark.parametrize("code", [0, 2])
 def test_a_process_of_a_group_leaves_with_its_exit_code(code):
     """With the group's threads alive, an interpreter's own end may abort, which is another exit code."""
-    lines = "from mmtensorar import engine, processes; engine.start_process_group(0); print('said', end=''); processes.leave({})"
+    lines = (
+        "from mmtensorar import processes; from mmtensorar.training import distributed; "
+        "distributed.start_process_group(0); print('said', end=''); processes.exit_process({})"
+    )
     done = subprocess.run(
         [sys.executable, "-c", lines.format(code)], capture_output=True, text=True, timeout=120
     )
@@ -655,7 +658,7 @@ def test_signal_saves_and_stops(bench, terminated):
 
 def test_float32_logs_the_norm_of_the_gradient(bench, terminated):
     """There DeepSpeed keeps no norm: ours is of the whole step's mean loss, before clipping."""
-    from mmtensorar.train import seed_for
+    from mmtensorar.seeds import seed_for
 
     recipe = Recipe.load(bench / "recipe.yaml", [])
     model = model_folder.initial_model(recipe).train()
