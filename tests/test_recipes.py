@@ -113,6 +113,7 @@ def test_no_file_repeats_what_it_extends_and_no_two_runs_share_a_folder():
     assert len(set(folders)) == len(folders)
 
 
+@pytest.mark.plan
 @pytest.mark.parametrize("path", LARGE, ids=name_of)
 def test_it_plans_without_any_file(path, tmp_path, monkeypatch):
     """The real sizes: a window or number of heads that the real backbone does not take fails here."""
