@@ -3,41 +3,57 @@
     mmtensorar generate --ckpt recipes/tiny/weights/base --prompt "a red circle" --out out/
     mmtensorar VERB --help
 
-A verb is a module with a `main(arguments) -> exit code`; the module also runs as `python -m MODULE`.
+A verb is a function `main(arguments) -> exit code` of a module; most also run as `python -m MODULE`.
 """
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib
+import importlib.metadata
 import sys
-from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
-Main = Callable[[list[str] | None], int]
 
-# verb -> (module, what it does). "eval geneval" and "shards make" have two words.
-VERBS: dict[str, tuple[str, str]] = {
-    "train": ("mmtensorar.train", "train from a recipe (several GPUs: deepspeed mmtensorar/train.py)"),
-    "generate": ("mmtensorar.generate", "prompts or class numbers to pictures"),
-    "recipe": ("mmtensorar.recipe.__main__", "check a recipe and print it resolved"),
-    "plan": ("mmtensorar.training.plan", "parameters, memory and FLOPs of a recipe; loads no weights"),
-    "convert": ("mmtensorar.convert", "released weights to a model folder, and back"),
-    "export": ("mmtensorar.export", "a run's saved state to a model folder"),
-    "merge": ("mmtensorar.merge", "fold adapters into the backbone's weights"),
-    "image-tokenizer": (
-        "mmtensorar.image_tokenizers.__main__",
-        "round trip of a picture through an image tokenizer",
+class Main(Protocol):
+    """A command: takes its arguments (None: those of the process) and returns the exit code."""
+
+    def __call__(self, arguments: list[str] | None = None) -> int: ...
+
+
+class Verb(NamedTuple):
+    """Where a command is, and what it does in one line."""
+
+    module: str
+    about: str
+    function: str = "main"
+
+
+# A verb may have two words.
+VERBS: dict[str, Verb] = {
+    "train": Verb("mmtensorar.train", "train from a recipe (several GPUs: deepspeed mmtensorar/train.py)"),
+    "generate": Verb("mmtensorar.generate", "prompts or class numbers to pictures"),
+    "recipe": Verb("mmtensorar.recipe.__main__", "check a recipe and print it resolved"),
+    "plan": Verb(
+        "mmtensorar.recipe.__main__", "parameters, memory and FLOPs of a recipe; loads no weights", "plan"
     ),
-    "shards make": ("data_tools.make_shards", "pictures and captions to shards"),
-    "shards encode-codes": ("data_tools.encode_codes", "add image codes to shards"),
-    "shards encode-text": ("data_tools.encode_text", "add text features to shards"),
-    "shards check": ("data_tools.check_shards", "read every sample and name what is damaged"),
-    "shards inspect": ("data_tools.inspect_shards", "counts, histograms and pictures of shards"),
-    "eval geneval": ("eval.geneval.__main__", "GenEval, or the embedded suite"),
-    "eval dpg": ("eval.dpg_bench.__main__", "DPG-Bench"),
-    "eval fid": ("eval.fid.__main__", "FID, Inception score, precision and recall"),
-    "study": ("study.__main__", "grids of small runs"),
+    "convert": Verb("mmtensorar.convert", "released weights to a model folder, and back"),
+    "export": Verb("mmtensorar.export", "a run state to a model folder"),
+    "merge": Verb("mmtensorar.merge", "fold adapters into the backbone's weights"),
+    "image-tokenizer": Verb(
+        "mmtensorar.image_tokenizers.__main__", "round trip of a picture through an image tokenizer"
+    ),
+    "shards make": Verb("data_tools.make_shards", "pictures and captions to shards"),
+    "shards encode-codes": Verb("data_tools.encode_codes", "add image codes to shards"),
+    "shards encode-text": Verb("data_tools.encode_text", "add text features to shards"),
+    "shards check": Verb("data_tools.check_shards", "read every sample and name what is damaged"),
+    "shards inspect": Verb("data_tools.inspect_shards", "counts, histograms and pictures of shards"),
+    "eval geneval": Verb("eval.geneval.__main__", "GenEval, or the embedded suite"),
+    "eval dpg": Verb("eval.dpg_bench.__main__", "DPG-Bench"),
+    "eval fid": Verb("eval.fid.__main__", "FID, Inception score, precision and recall"),
+    "study": Verb("study.__main__", "grids of small runs"),
 }
 CHECKOUT_ONLY = ("data_tools", "eval", "study")  # not installed: poor names in site-packages
 
@@ -45,7 +61,7 @@ CHECKOUT_ONLY = ("data_tools", "eval", "study")  # not installed: poor names in 
 def command(main: Main) -> Main:
     """Make a command's `main` end in a sentence: ValueError and OSError exit with 2, Ctrl-C with 130.
 
-    Anything else is a bug of ours, and keeps its traceback.
+    Any other exception is a bug of ours, and keeps its traceback.
     """
 
     @functools.wraps(main)
@@ -63,47 +79,76 @@ def command(main: Main) -> Main:
 
 
 def usage() -> str:
+    """The text of `mmtensorar --help`."""
     width = max(map(len, VERBS))
-    lines = [f"  {verb.ljust(width)}  {about}" for verb, (_, about) in VERBS.items()]
+    lines = [f"  {name.ljust(width)}  {verb.about}" for name, verb in VERBS.items()]
     return "\n".join(
         [
             "usage: mmtensorar VERB [options]",
             "",
             *lines,
             "",
-            "mmtensorar VERB --help explains a verb. Example:",
+            "mmtensorar VERB --help explains a verb; mmtensorar --version prints the version.",
+            "",
+            "example:",
             '  mmtensorar generate --ckpt recipes/tiny/weights/base --prompt "a red circle" --out out/',
         ]
     )
 
 
-def load(verb: str) -> Main:
-    """The `main` of a verb. Raises ValueError when it needs the checkout and this is an installed copy."""
-    module = VERBS[verb][0]
-    if module.split(".")[0] in CHECKOUT_ONLY:
+def version() -> str:
+    """The installed version, or `unknown` in a checkout that is not installed."""
+    try:
+        return importlib.metadata.version("mmtensorar")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def load(name: str) -> Main:
+    """The function of a verb. Raises ValueError when it needs the checkout and this is an installed copy."""
+    verb = VERBS[name]
+    package = verb.module.split(".")[0]
+    if package in CHECKOUT_ONLY:
         checkout = Path(__file__).resolve().parents[1]
-        if not (checkout / module.split(".")[0]).is_dir():
+        if not (checkout / package).is_dir():
             raise ValueError(
-                f"mmtensorar {verb} runs from a checkout of the repository: pip install -e . there"
+                f"mmtensorar {name} runs from a checkout of the repository: pip install -e . there"
             )
         if str(checkout) not in sys.path:
             sys.path.insert(0, str(checkout))
-    return importlib.import_module(module).main
+    return getattr(importlib.import_module(verb.module), verb.function)
+
+
+def unknown_verb(words: list[str]) -> str:
+    """What to print for words that start with no verb: the nearest verb, or the list."""
+    given = " ".join(words[:2])
+    of_first_word = [name for name in VERBS if name.split()[0] == words[0]]
+    if of_first_word:  # "shards" alone, or "shards mak"
+        known = of_first_word
+        near = difflib.get_close_matches(given, known, n=1) if len(words) > 1 else []
+    else:
+        known = sorted({name.split()[0] for name in VERBS})
+        near = difflib.get_close_matches(words[0], [*known, *VERBS], n=1)
+        near = near or difflib.get_close_matches(given, list(VERBS), n=1)
+    hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
+    return f"unknown command {given!r}; {hint}"
 
 
 @command
 def main(arguments: list[str] | None = None) -> int:
+    """Run the verb that the arguments start with."""
     words = sys.argv[1:] if arguments is None else arguments
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
+    if words[0] == "--version":
+        print(f"mmtensorar {version()}")
+        return 0
     for count in (2, 1):
-        verb = " ".join(words[:count])
-        if verb in VERBS:
-            return load(verb)(words[count:])
-    known = [verb for verb in VERBS if verb.split()[0] == words[0]]
-    expected = ", ".join(known or sorted({verb.split()[0] for verb in VERBS}))
-    raise ValueError(f"unknown command {' '.join(words[:2])!r}; expected one of {expected}")
+        name = " ".join(words[:count])
+        if name in VERBS:
+            return load(name)(words[count:])
+    raise ValueError(unknown_verb(words))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from mmtensorar.checkpoints.released import (
     parse_config,
     read_config,
 )
-from mmtensorar.model import attention, layers
+from mmtensorar.model import attention, kv_cache, layers
 from mmtensorar.model.conditions import Condition, Prefix
 from mmtensorar.recipe import Section
 
@@ -179,22 +179,28 @@ class TextPrefix(nn.Module):
 
 
 class LlamaGenHead(nn.Module):
-    """hidden [..., D] -> logits [..., V], or with targets [...] their summed cross entropy; prev is empty: a token has one factor."""
+    """See mmtensorar.model.protocols.Head. A token has one factor, so prev is empty."""
 
     def __init__(self, config: Architecture):
         super().__init__()
-        self.output = layers.Linear(config.dim, config.vocab_size, bias=False)
+        self.output = layers.OutputMap(config.dim, config.vocab_size, bias=False)
 
     @property
-    def last_map(self) -> nn.Module:
-        return self.output
+    def output_maps(self) -> tuple[nn.Module]:
+        return (self.output,)
 
-    def forward(self, hidden: Tensor, prev: Tensor, targets: Tensor | None = None) -> Tensor:
-        return self.output(hidden) if targets is None else self.output(hidden, targets)
+    def states(self, hidden: Tensor, prev: Tensor) -> Tensor:
+        return hidden
+
+    def forward(self, hidden: Tensor, prev: Tensor) -> Tensor:
+        """[..., D] -> logits [..., V]."""
+        return self.output(hidden)
 
 
 class LlamaGenBackbone(nn.Module):
     """See mmtensorar.model.protocols.Backbone. Random weights are the original's: std 0.02, and zero logits."""
+
+    lora_targets = LORA_TARGETS
 
     def __init__(self, config: Architecture, attn_implementation: attention.Implementation = "sdpa"):
         super().__init__()
@@ -222,13 +228,13 @@ class LlamaGenBackbone(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.head.output.weight)
 
-    def new_cache(self, max_len: int) -> list[attention.LayerCache]:
-        return [attention.LayerCache(max_len) for _ in self.layers]
+    def new_cache(self, max_len: int) -> kv_cache.KVCache:
+        return kv_cache.KVCache(len(self.layers), max_len)
 
     def forward(
-        self, embeds: Tensor, mask: Tensor, cache: list[attention.LayerCache] | None = None
+        self, embeds: Tensor, mask: Tensor, cache: kv_cache.KVCache | None = None
     ) -> Tensor:
-        start = 0 if cache is None else cache[0].length
+        start = 0 if cache is None else cache.length
         stop = start + embeds.shape[1]
         config = self.config
         table = layers.rotary_table(

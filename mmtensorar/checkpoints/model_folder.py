@@ -31,6 +31,7 @@ from mmtensorar import backbones, image_tokenizers
 from mmtensorar.checkpoints.released import without_values
 from mmtensorar.files import sha256
 from mmtensorar.model import adapters, attention, tensorar
+from mmtensorar.model.loss import LossSettings
 from mmtensorar.model.tensorar import TensorAR
 from mmtensorar.recipe import Recipe
 
@@ -62,14 +63,14 @@ def _around(recipe: Recipe, backbone: backbones.Backbone) -> TensorAR:
     # Whatever was drawn before, so that the codec is the same one however its backbone came to be.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.run.seed)
-        return tensorar.build(recipe, backbone)
+        return tensorar.build(backbone, recipe.tensorar, loss=LossSettings.of(recipe.train))
 
 
 def skeleton(recipe: Recipe) -> TensorAR:
     """The model that a recipe trains, with adapters and what is frozen, without values: parameters on the meta device."""
     with without_values():
         model = _around(recipe, backbones.load(recipe.backbone, weights=False))
-    adapters.prepare(model, recipe)
+    adapters.prepare(model, recipe.train, recipe.lora, seed=recipe.run.seed)
     return model
 
 
@@ -160,7 +161,7 @@ def _take_codec(model: TensorAR, recipe: Recipe) -> None:
 def model_to_train(recipe: Recipe) -> TensorAR:
     """The model a run starts from, with the adapters that it trains, and what it does not train frozen."""
     model = initial_model(recipe)
-    adapters.prepare(model, recipe)
+    adapters.prepare(model, recipe.train, recipe.lora, seed=recipe.run.seed)
     return model
 
 
@@ -395,10 +396,11 @@ def load(
         raise ValueError(
             f"checkpoint {folder}: its adapters are for other weights than those in {recipe.backbone.path} now"
         )
-    model = tensorar.build(recipe, backbones.load(recipe.backbone, device="cpu"))
+    backbone = backbones.load(recipe.backbone, device="cpu")
+    model = tensorar.build(backbone, recipe.tensorar, loss=LossSettings.of(recipe.train))
     if (folder / ADAPTERS).is_file():
         try:
-            adapters.fold(model, recipe, load_file(folder / ADAPTERS))
+            adapters.fold(model, recipe.train, recipe.lora, load_file(folder / ADAPTERS))
         except ValueError as error:
             raise ValueError(f"checkpoint {folder}: {error}") from error
     if codec_state(model.state_dict()):

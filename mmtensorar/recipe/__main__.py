@@ -1,38 +1,95 @@
-"""Check a recipe and print it resolved, or what it takes.
+"""Check a recipe and print it resolved, or print what its run takes.
 
-python -m mmtensorar.recipe RECIPE.yaml [key=value ...]           check it and print it resolved
-python -m mmtensorar.recipe RECIPE.yaml [key=value ...] --plan    sizes, memory and FLOPs; loads no weights
+    python -m mmtensorar.recipe RECIPE.yaml [key=value ...]           check it and print it resolved
+    python -m mmtensorar.recipe RECIPE.yaml [key=value ...] --plan    parameters, memory and FLOPs
+    python -m mmtensorar.recipe --docs                                docs/recipe.md
+
+`mmtensorar plan RECIPE.yaml` is the second one. The recipe of study.train_image_tokenizer is
+checked and printed too.
 """
 
+from __future__ import annotations
+
 import argparse
+import importlib
 import sys
 
-from mmtensorar.recipe import Recipe, RecipeError, read_recipe, read_settings, recipe_class
+from mmtensorar.cli import command
+from mmtensorar.recipe import Recipe, RecipeError, Section, read_recipe, read_settings
+
+# Commands of the checkout whose recipes have other settings: module -> class.
+OTHER_RECIPES = {"study.train_image_tokenizer": "ImageTokenizerRecipe"}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Check a recipe and print it resolved.")
-    parser.add_argument("recipe", help="YAML file")
+def read_any_recipe(path: str, overrides: list[str]) -> Section:
+    """A recipe of training, or of another command whose settings the file has. Raises RecipeError."""
+    keys = read_settings(path).keys()
+    if not keys & Recipe.model_fields.keys():
+        for module, name in OTHER_RECIPES.items():
+            model = getattr(importlib.import_module(module), name)
+            if keys & model.model_fields.keys():
+                return read_recipe(model, path, overrides)
+    return Recipe.load(path, overrides)
+
+
+def parser_for(description: str, example: str) -> argparse.ArgumentParser:
+    """A parser of RECIPE key=value ..., whose help ends with an example."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", nargs="?", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.steps=100")
+    return parser
+
+
+def print_plan(path: str, overrides: list[str]) -> None:
+    """Print parameters, memory and FLOPs of a training recipe; loads no weights."""
+    recipe = read_any_recipe(path, overrides)
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(f"{path}: a recipe of {type(recipe).__module__}; only training has a plan")
+    # Imports torch and the model code, which a check alone can do without.
+    from mmtensorar.training import plan
+
+    print(plan.report(recipe))
+
+
+@command
+def main(arguments: list[str] | None = None) -> int:
+    parser = parser_for(
+        "Check a recipe and print it resolved.",
+        "python -m mmtensorar.recipe recipes/janus_pro_7b.yaml train.steps=100 --plan",
+    )
     parser.add_argument(
-        "--plan", action="store_true", help="print parameters, memory and FLOPs; loads no weights"
+        "--plan", action="store_true", help="print parameters, memory and FLOPs instead; loads no weights"
+    )
+    parser.add_argument("--docs", action="store_true", help="print docs/recipe.md, made from the schema")
+    options = parser.parse_intermixed_args(arguments)
+    if options.docs:
+        from mmtensorar.recipe import docs
+
+        print(docs.page(), end="")
+    elif options.recipe is None:
+        parser.error("expected a recipe")
+    elif options.plan:
+        print_plan(options.recipe, options.overrides)
+    else:
+        print(read_any_recipe(options.recipe, options.overrides).dump(), end="")
+    return 0
+
+
+@command
+def plan(arguments: list[str] | None = None) -> int:
+    """`mmtensorar plan RECIPE [key=value ...]`."""
+    parser = parser_for(
+        "Print parameters, memory and FLOPs of a recipe; loads no weights.",
+        "mmtensorar plan recipes/janus_pro_1b.yaml zero.stage=3",
     )
     options = parser.parse_intermixed_args(arguments)
-    try:
-        recipe = read_recipe(recipe_class(read_settings(options.recipe)), options.recipe, options.overrides)
-        if options.plan and not isinstance(recipe, Recipe):
-            raise RecipeError(
-                f"{options.recipe}: a recipe of {type(recipe).__module__}, for which there is no plan"
-            )
-        if options.plan:
-            from mmtensorar.training import plan
-
-            print(plan.report(recipe))
-        else:
-            print(recipe.dump(), end="")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if options.recipe is None:
+        parser.error("expected a recipe")
+    print_plan(options.recipe, options.overrides)
     return 0
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mmtensorar import backbones
 from mmtensorar.model import adapters, layers, tensorar
 from mmtensorar.model.conditions import Condition
+from mmtensorar.model.loss import LossSettings
 from mmtensorar.recipe import Recipe
 from mmtensorar.training import activation_memory
 
@@ -56,8 +57,8 @@ def shapes(recipe: Recipe) -> tensorar.TensorAR:
                 f"{error}; to plan a released model without its file, set {', '.join(unsaid)}"
             ) from None
         raise
-    model = tensorar.build(recipe, backbone).to("meta")
-    adapters.prepare(model, recipe)
+    model = tensorar.build(backbone, recipe.tensorar, loss=LossSettings.of(recipe.train)).to("meta")
+    adapters.prepare(model, recipe.train, recipe.lora, seed=recipe.run.seed)
     return model
 
 

@@ -23,6 +23,7 @@ from mmtensorar.model.tensorar import TensorAR
 from mmtensorar.recipe import SamplerSettings
 from mmtensorar.sampling.decode import decode
 from mmtensorar.sampling.noise import greedy
+from tests.helpers.models import window_logits
 from tests.parity import Unsupported, by_last_name
 
 
@@ -97,7 +98,7 @@ def teacher_forced(subject: Subject, prompts: Tensor, tokens: Tensor) -> dict[st
         dropped = torch.full((len(codes),), stream == "uncond")
         hidden = model.hidden(codes[:, :-1, None], valid, condition_of(subject, list(prompts)), dropped)
         found[f"hidden_{stream}"] = hidden
-        found[f"logits_{stream}"] = model.logits(hidden, codes[:, :, None, :0])[:, :, 0]
+        found[f"logits_{stream}"] = window_logits(model, hidden, codes[:, :, None, :0])[:, :, 0]
     return found
 
 

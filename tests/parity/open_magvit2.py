@@ -28,6 +28,7 @@ from mmtensorar.sampling import filters
 from mmtensorar.sampling.decode import decode
 from mmtensorar.sampling.noise import draw_tokens
 from mmtensorar.sampling.settings import per_factor
+from tests.helpers.models import window_logits
 from tests.parity import Unsupported
 
 
@@ -154,7 +155,7 @@ def _logits(model: TensorAR, codes: Tensor, class_ids: Tensor, *, uncond: bool) 
     hidden = model.hidden(
         codes[:, :-1, None], valid, _condition(class_ids), torch.full((len(codes),), uncond)
     )
-    return [model.logits(hidden, codes[:, :, None, :factor])[:, :, 0] for factor in range(2)]
+    return [window_logits(model, hidden, codes[:, :, None, :factor])[:, :, 0] for factor in range(2)]
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from mmtensorar.recipe import SamplerSettings
 from mmtensorar.sampling.decode import decode
 from mmtensorar.sampling.noise import greedy
 from tests.helpers.fakes import FakeBackbone, fake_condition
+from tests.helpers.models import window_logits
 from tests.model.test_tensorar import BACKBONES, open_codec, wrap
 
 PLAIN = SamplerSettings(cfg_scale=1.0)
@@ -42,7 +43,7 @@ def recompute(model: TensorAR, condition: Condition, cfg_scale: float) -> Tensor
         ]
         window = trace.new_zeros(B, 1, model.window, 0)
         for _ in range(F):
-            cond, uncond = (model.logits(state, window) for state in states)
+            cond, uncond = (window_logits(model, state, window) for state in states)
             tokens = (uncond + cfg_scale * (cond - uncond)).argmax(-1)
             window = torch.cat([window, tokens[..., None]], dim=-1)
         trace = torch.cat([trace, window * valid[t, :, None]], dim=1)

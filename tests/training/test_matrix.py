@@ -63,7 +63,7 @@ def go_through(folder: Path, stage: int, parts: str) -> None:
         try:
             recipe = Recipe.model_validate(settings(folder, *asked))
         except ValueError as error:
-            assert "does not go with" in str(error) or "needs zero.stage" in str(error), error
+            assert "does not work with" in str(error) or "needs zero.stage" in str(error), error
             continue
         allowed += 1
         place = folder / "_".join(map(str, asked))

@@ -7,7 +7,8 @@ import pytest
 
 from mmtensorar.backbones import janus
 from mmtensorar.model import layers
-from mmtensorar.recipe import Recipe, main
+from mmtensorar.recipe import Recipe
+from mmtensorar.recipe.__main__ import main
 from mmtensorar.training import plan
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -57,7 +58,7 @@ def test_the_recipes_keep_to_the_papers_budget(name, expected, most, tmp_path, m
 
 def test_flops_of_a_factorised_head():
     """Six per weight and place, of which the factorised blocks see three per token."""
-    plain = Recipe.load(RECIPES / "open_magvit2" / "b_256_plain.yaml")
+    plain = Recipe.load(RECIPES / "open_magvit2" / "b_256.yaml").plain()
     model = plan.shapes(plain)
     assert all(parameter.is_meta for parameter in model.parameters())
     tokens, flops = plan.flops_per_step(plain, model)

@@ -1,0 +1,149 @@
+"""Messages for a wrong recipe: every problem at once, each with its key and the nearest known one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from mmtensorar.recipe.section import Section, type_in_words
+
+Problem = tuple[str, str]
+"""(key path such as `train.steps`, what is wrong with it)."""
+
+
+class RecipeError(ValueError):
+    """All problems of a recipe, one per line."""
+
+
+class Problems(ValueError):
+    """What a validator raises that sees several settings at once: a list of Problem."""
+
+    def __init__(self, problems: Iterable[Problem]):
+        self.problems = list(problems)
+        super().__init__("; ".join(f"{key}: {text}" if key else text for key, text in self.problems))
+
+
+def report(source: str, problems: list[Problem]) -> str:
+    """The text of a RecipeError: the file and the number of problems, then a line for each."""
+    width = max(len(key) for key, _ in problems)
+    lines = [f"  {key.ljust(width)}  {text}" if key else f"  {text}" for key, text in problems]
+    return "\n".join([f"{source}: {len(problems)} problem{'s' * (len(problems) > 1)}", *lines])
+
+
+def nearest(word: str, known: Sequence[str]) -> str | None:
+    """The known word that most resembles a word; None when none does."""
+    return next(iter(difflib.get_close_matches(word, known, n=1, cutoff=0.6)), None)
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """`; did you mean WORD?`, or nothing when no known word resembles this one."""
+    near = nearest(word, known)
+    return f"; did you mean {near}?" if near else ""
+
+
+def problems_of(
+    error: ValidationError, model: type[BaseModel], settings: Any, prefix: tuple[str, ...] = ()
+) -> list[Problem]:
+    """The problems in a pydantic error.
+
+    pydantic reports several errors for one setting that is a list or has a choice of types; here
+    they are one problem.
+
+    Args:
+        error: what `model.model_validate(settings)` raised.
+        model: the section that was validated.
+        settings: the values, to print the wrong one.
+        prefix: put in front of every key path.
+    """
+    problems: list[Problem] = []
+    for item in error.errors():
+        location = item["loc"]
+        section, field, keys = _locate(model, location)
+        path = ".".join([*prefix, *(keys if field else map(str, location))])
+        raised = item.get("ctx", {}).get("error")  # by a validator of ours
+        if item["type"] == "extra_forbidden":
+            problems.append((path, _unknown_key(path, prefix, model, section)))
+        elif item["type"] == "missing" and len(keys) == len(location):
+            problems.append((path, "missing; this setting has no default"))
+        elif isinstance(raised, ValueError):
+            problems += _of_validator(raised, path)
+        else:
+            assert field is not None
+            value = settings
+            for key in keys:
+                value = value[key]
+            problems.append(
+                (path, f"expected {type_in_words(field.annotation, field.metadata)}, got {value!r}")
+            )
+    return list(dict.fromkeys(problems))
+
+
+def _of_validator(error: ValueError, path: str) -> list[Problem]:
+    """The problems in what a validator of ours raised for the section or setting at `path`."""
+    if isinstance(error, Problems):
+        return [(".".join(filter(None, (path, key))), text) for key, text in error.problems]
+    return [(path, str(text)) for text in error.args]
+
+
+def _locate(
+    model: type[BaseModel], location: tuple[str | int, ...]
+) -> tuple[type[BaseModel], FieldInfo | None, list[str]]:
+    """(section, setting, key path) of a pydantic location in or at a setting.
+
+    The setting is None for an unknown key; the section is then where the key was expected.
+    """
+    field, keys, is_name = None, [], False
+    for part in location:
+        if is_name:  # the free name of a section in a dictionary of sections
+            keys.append(str(part))
+            is_name = False
+            continue
+        if part not in model.model_fields:
+            return model, None, keys
+        field = model.model_fields[str(part)]
+        keys.append(str(part))
+        is_name = get_origin(field.annotation) is dict
+        sections = _sections_in(field.annotation)
+        if not sections:
+            break
+        model = sections[0]
+    return model, field, keys
+
+
+def _unknown_key(path: str, prefix: tuple[str, ...], model: type[BaseModel], section: type[BaseModel]) -> str:
+    """What is wrong with a key that no section has: it was removed, or what it may have meant."""
+    if issubclass(section, Section) and (old := section.removed.get(path.rpartition(".")[2])):
+        return f"this setting was removed, since {old.reason}"
+    known = [".".join([*prefix, *keys]) for keys in _keys(model)]
+    siblings = [key for key in known if key.rpartition(".")[0] == path.rpartition(".")[0]]
+    # By the last part alone: with a section's name in front, any two of its keys resemble each other.
+    near = _nearest_leaf(path, siblings) or _nearest_leaf(path, known)
+    if near and not siblings:  # inside one of a dictionary of sections
+        near = f"{path.rpartition('.')[0]}.{near.rpartition('.')[2]}"
+    return f"unknown key; did you mean {near}?" if near else f"unknown key; known here: {', '.join(siblings)}"
+
+
+def _keys(model: type[BaseModel]) -> Iterator[tuple[str, ...]]:
+    """Every key path of a model, sections included."""
+    for name, field in model.model_fields.items():
+        yield (name,)
+        for section in _sections_in(field.annotation):
+            for rest in _keys(section):
+                yield (name, *rest)
+
+
+def _sections_in(kind: Any) -> list[type[Section]]:
+    """The sections of a type: itself, or those of `Section | None` and `dict[str, Section]`."""
+    kinds = (kind, *get_args(kind))
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)]
+
+
+def _nearest_leaf(path: str, known: Sequence[str]) -> str | None:
+    """The known key whose last part equals or resembles that of path."""
+    leaves = {key.rpartition(".")[2]: key for key in known}
+    near = nearest(path.rpartition(".")[2], list(leaves))
+    return leaves[near] if near else None

@@ -1,0 +1,173 @@
+"""Recipe files: YAML, `extends`, and `key=value` on top.
+
+A recipe may start from another one, `extends: other.yaml`, a path relative to the file; the base's
+settings come first. Sections are merged key by key. Lists are replaced, and so is a backbone or
+image_tokenizer section that changes the name. Relative paths in settings are relative to the
+working directory.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from mmtensorar.recipe.errors import Problem, RecipeError, did_you_mean, problems_of, report
+from mmtensorar.recipe.names import PACKAGES, named_section
+from mmtensorar.recipe.section import Section
+from mmtensorar.recipe.strict_yaml import Loader
+
+AnySection = TypeVar("AnySection", bound=Section)
+File = tuple[Path, dict]
+"""(path of a recipe file, the settings that this file itself states)."""
+
+
+def read_recipe(model: type[AnySection], path: str | Path, overrides: Sequence[str] = ()) -> AnySection:
+    """A recipe file with overrides on top, validated.
+
+    Args:
+        model: the class that validates it; Recipe for a training run.
+        path: the YAML file.
+        overrides: `key=value`, with dotted keys and YAML values. The last one wins.
+
+    Raises RecipeError, naming the file and each key, with all problems at once.
+    """
+    files = read_files(Path(path))
+    settings = merge(files)
+    if not settings.keys() & model.model_fields.keys():
+        raise RecipeError(
+            f"{path}: not a {model.__name__}: expected keys such as {', '.join(model.model_fields)}; "
+            f"got {', '.join(settings) or 'none'}"
+        )
+    problems = []
+    for override in overrides:
+        problems += _apply_override(settings, override)
+    recipe, invalid = validate(model, settings)
+    overridden = tuple(override.partition("=")[0] + "." for override in overrides)
+    problems += [
+        (key, text if f"{key}.".startswith(overridden) else text + _stated_in(key, files))
+        for key, text in invalid
+    ]
+    if problems or recipe is None:
+        raise RecipeError(report(str(path), problems))
+    return recipe
+
+
+def validate(model: type[AnySection], settings: dict) -> tuple[AnySection | None, list[Problem]]:
+    """Settings as a model, or None, and the problems.
+
+    Sections that are chosen by name are checked by the Config of the module that they name, so that
+    their problems are reported together with all others.
+    """
+    settings, problems = dict(settings), []
+    for key in PACKAGES:
+        if key in settings:
+            section, invalid = named_section(key, settings[key])
+            problems += invalid
+            # A stand-in, so that the other sections are checked all the same.
+            settings[key] = section or Section()
+    try:
+        recipe = model.model_validate(settings)
+    except ValidationError as error:
+        return None, problems + problems_of(error, model, settings)
+    return recipe, problems
+
+
+def read_settings(path: str | Path) -> dict:
+    """The settings of a recipe file on top of those that it extends, before validation.
+
+    Raises RecipeError for a file that is missing, is not YAML, or extends itself.
+    """
+    return merge(read_files(Path(path)))
+
+
+def read_files(path: Path, extended_by: tuple[Path, ...] = ()) -> list[File]:
+    """A recipe file and all files that it extends, the last base first.
+
+    extended_by: the files through which this one is extended, to find one that extends itself.
+    """
+    if path.resolve() in [user.resolve() for user in extended_by]:
+        raise RecipeError(f"{path}: extends itself through {' -> '.join(user.name for user in extended_by)}")
+    try:
+        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
+    except FileNotFoundError:
+        user = f", which {extended_by[-1]} extends" if extended_by else ""
+        raise RecipeError(f"no recipe at {path}{user}{_neighbour(path)}") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path}: not UTF-8") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}:" if mark else ""
+        raise RecipeError(f"{path}:{line} {getattr(error, 'problem', error)}") from None
+    if not isinstance(settings, dict):
+        content = "an empty file" if settings is None else type(settings).__name__
+        raise RecipeError(f"{path}: expected settings (key: value), got {content}")
+    base = settings.pop("extends", None)
+    if base is None:
+        return [(path, settings)]
+    if not isinstance(base, str):
+        raise RecipeError(f"{path}: extends: expected the path of a recipe, got {base!r}")
+    return [*read_files(path.parent / base, (*extended_by, path)), (path, settings)]
+
+
+def merge(files: list[File]) -> dict:
+    """The settings of all files, each on top of those before it."""
+    # A copy, since overrides change it in place and _stated_in reads what the files state.
+    return copy.deepcopy(functools.reduce(_merged, (settings for _, settings in files)))
+
+
+def _merged(base: dict, top: dict) -> dict:
+    merged = dict(base)
+    for key, value in top.items():
+        # The keys of `shards` are folders, so it is one value.
+        both = isinstance(value, dict) and isinstance(base.get(key), dict) and key != "shards"
+        if both and key in PACKAGES and value.get("name", base[key].get("name")) != base[key].get("name"):
+            both = False  # the settings of another module mean nothing to this one
+        merged[key] = _merged(base[key], value) if both else value
+    return merged
+
+
+def _neighbour(path: Path) -> str:
+    """`; did you mean PATH?` when a recipe with a similar name is in the same folder."""
+    near = did_you_mean(path.name, [other.name for other in path.parent.glob("*.yaml")])
+    return near.replace("mean ", f"mean {path.parent}/", 1)
+
+
+def _stated_in(key: str, files: list[File]) -> str:
+    """' (in FILE)' for a setting that comes from a base of the last file, else ''."""
+    absent = object()
+    for path, settings in reversed(files):
+        value: object = settings
+        for part in key.split("."):
+            value = value.get(part, absent) if isinstance(value, dict) else absent
+        if value is not absent:
+            return "" if path == files[-1][0] else f" (in {path})"
+    return ""
+
+
+def _apply_override(settings: dict, override: str) -> list[Problem]:
+    """Apply one key=value in place; returns its problems."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        return [(override, "expected key=value on the command line, for example train.steps=100")]
+    try:
+        value = yaml.load(text, Loader=Loader)
+    except yaml.YAMLError:
+        return [(key, f"the value on the command line is not YAML: {text!r}")]
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        child = settings.get(parent)
+        if not isinstance(child, dict):
+            if child is not None:
+                return [(key, f"{parent} is {child!r} and has no keys inside")]
+            settings[parent] = child = {}
+        settings = child
+    settings[leaf] = value
+    return []

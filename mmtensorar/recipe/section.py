@@ -1,0 +1,122 @@
+"""What a section of a recipe is made of: strict groups of settings, each declared once, on its field.
+
+A setting's type, bounds, default, description and whether it may change on resume stand together
+in one `setting(...)`. The reader (files.py), the messages (errors.py), the resume check
+(recipe.py) and docs/recipe.md (docs.py) all take them from there.
+"""
+
+from __future__ import annotations
+
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin
+
+import yaml
+from annotated_types import Ge, Gt, Le, Lt, MinLen, MultipleOf
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
+
+from mmtensorar.recipe.strict_yaml import Dumper
+
+
+def setting(default: Any = ..., *, description: str, on_resume: bool = False, **bounds: Any) -> Any:
+    """Declare one setting of a section.
+
+    Args:
+        default: the value when a recipe leaves it out; without one the setting is required.
+        description: what it does, for docs/recipe.md and for the help of command options.
+        on_resume: whether a resumed run may have another value than the run it resumes.
+        bounds: as for pydantic.Field: ge, gt, le, lt, min_length, pattern.
+    """
+    return Field(default, description=description, json_schema_extra={"on_resume": on_resume}, **bounds)
+
+
+def may_change_on_resume(field: FieldInfo) -> bool:
+    """What `setting(on_resume=...)` declared; False for a plain pydantic field."""
+    extra = field.json_schema_extra
+    return isinstance(extra, dict) and extra.get("on_resume") is True
+
+
+class Removed(NamedTuple):
+    """A setting of earlier versions. A saved recipe that holds it still loads at the neutral value."""
+
+    neutral: Any
+    reason: str
+
+
+class Section(BaseModel):
+    """A group of settings. Unknown keys are errors, and values do not change after validation.
+
+    `removed` lists settings of earlier versions; at their neutral value they are dropped.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    removed: ClassVar[dict[str, Removed]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_removed_settings(cls, settings: Any) -> Any:
+        if not isinstance(settings, dict):
+            return settings
+        dropped = {key for key, old in cls.removed.items() if settings.get(key, old) == old.neutral}
+        return {key: value for key, value in settings.items() if key not in dropped}
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _a_boolean_is_not_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic takes true for 1.
+        assert info.field_name is not None
+        kind = cls.model_fields[info.field_name].annotation
+        items = value if isinstance(value, (list, tuple)) else [value]
+        if bool not in (kind, *get_args(kind)) and any(isinstance(item, bool) for item in items):
+            raise PydanticCustomError("boolean", "expected a number, got a boolean")
+        return value
+
+    def dump(self) -> str:
+        """The settings as YAML, which loads again unchanged."""
+        return yaml.dump(self.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True)
+
+
+# ---- types in words ------------------------------------------------------------------------------
+
+_WORDS = {int: "an integer", float: "a number", str: "text", bool: "true or false", NoneType: "null"}
+_SIGNS = {Ge: ">=", Gt: ">", Le: "<=", Lt: "<"}
+
+
+def type_in_words(kind: Any, bounds: Any = ()) -> str:
+    """A type with its bounds in words, such as `an integer >= 1`.
+
+    Args:
+        kind: the annotation of a setting, or a part of one.
+        bounds: the constraints on it, as in the metadata of a pydantic field.
+    """
+    origin, arguments = get_origin(kind) or kind, get_args(kind)
+    if origin is Annotated:
+        return type_in_words(arguments[0], arguments[1:])
+    if origin in (Union, UnionType):
+        # A bound on the whole choice limits each alternative but null.
+        inner = [type_in_words(kind, () if kind is NoneType else bounds) for kind in arguments]
+        return " or ".join(inner)
+    if origin is Literal:
+        words = " or ".join(map(repr, arguments))
+    elif origin in (list, tuple):
+        count = f"{len(arguments)} " if origin is tuple else ""
+        noun, *rest = type_in_words(arguments[0]).removeprefix("a ").removeprefix("an ").split(" ")
+        words = " ".join([f"a list of {count}{noun}s", *rest])
+    else:
+        words = _WORDS.get(origin, "settings (key: value)")
+    return words + _bounds_in_words(bounds)
+
+
+def _bounds_in_words(bounds: Any) -> str:
+    words, limits = "", []
+    for bound in bounds:
+        if type(bound) in _SIGNS:
+            limits.append(f"{_SIGNS[type(bound)]} {getattr(bound, type(bound).__name__.lower())}")
+        elif isinstance(bound, MultipleOf):
+            limits.append(f"a multiple of {bound.multiple_of}")
+        elif isinstance(bound, MinLen):
+            words += ", not empty"
+        elif pattern := getattr(bound, "pattern", None):
+            words += f" like {pattern}"
+    return words + (f" {' and '.join(limits)}" if limits else "")

@@ -1,0 +1,36 @@
+"""YAML as recipes are written in: keys are text, each given once, and 2e-5 is a number."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+
+class Loader(yaml.SafeLoader):
+    """YAML whose keys are text, each given once. Plain YAML keeps the last of two equal keys, silently."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            key, problem = key_node.value, None
+            if key_node.tag != "tag:yaml.org,2002:str":
+                problem = f"a key must be text, got {key!r}" if isinstance(key, str) else "a key must be text"
+            elif key in seen:
+                problem = f"the key {key!r} is given twice"
+            if problem:
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+class Dumper(yaml.SafeDumper):
+    """Writes what Loader reads back unchanged."""
+
+
+# PyYAML reads 2e-5 as text, because it has no point.
+for _yaml_class in (Loader, Dumper):
+    _yaml_class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
