@@ -1,12 +1,13 @@
-"""Step times of our decoding compared with a reference's, in one run and on the same random weights.
+"""Step times of our decoding compared with a reference's, on the same random weights.
 
     python benchmarks/decode.py janus                            the reference is transformers' own generate
     python benchmarks/decode.py llamagen --reference CHECKOUT    of github.com/FoundationVision/LlamaGen
 
-Ours and the reference take turns, one batch of images each, so that a busy machine slows both.
-Decoding is greedy, so that equal tokens show that both do the same work. A step is the time from one
-call of the transformer to the next: the transformer on one position per row, the head, guidance, and
-the choice of a token. The first step, which includes the prompt, is left out.
+Ours and the reference take turns in one run, one batch of images each, so that a busy
+machine slows both. Decoding is greedy, so that equal tokens show that both do the same
+work. A step is the time from one call of the transformer to the next: the transformer
+on one position per row, the head, guidance, and the choice of a token. The first step,
+which includes the prompt, is left out.
 Shapes: B batch, T image tokens.
 """
 
@@ -48,7 +49,7 @@ WINDOW = 4
 
 
 class Sizes(NamedTuple):
-    """Of the random model: width, layers, attention heads, codebook size, and image tokens T."""
+    """Sizes of the random model: width, layers, heads, codebook, image tokens T."""
 
     dim: int
     layers: int
@@ -94,7 +95,7 @@ def randomise(model: nn.Module, dim: int) -> None:
 
 
 def random_janus(sizes: Sizes) -> nn.Module:
-    """transformers' Janus with random weights; the parts that make no codes are small."""
+    """transformers' Janus with random weights, small where they make no codes."""
     from transformers import JanusConfig, JanusForConditionalGeneration
 
     config = JanusConfig(
@@ -134,7 +135,7 @@ def random_janus(sizes: Sizes) -> nn.Module:
 
 
 def janus_pair(sizes: Sizes) -> Pair:
-    """transformers' Janus. Our backbone loads its weights from the files that it saves."""
+    """transformers' Janus. Our backbone loads the weights that it saves."""
     from transformers import GenerationConfig
 
     reference = random_janus(sizes)
@@ -160,13 +161,13 @@ def janus_pair(sizes: Sizes) -> Pair:
         options = {"generation_mode": "image", "guidance_scale": cfg_scale}
         return reference.generate(condition.values, attention_mask=mask, **options)
 
-    # Its generate always computes the unconditional rows, so ours must too: no case has scale 1.
+    # Its generate always computes the unconditional rows. So must ours: no scale is 1.
     side = Side(reference.model.language_model, generate)
     return Pair(backbone, side, conditions, [(1, 5.0), (8, 5.0)])
 
 
 def llamagen_pair(sizes: Sizes, checkout: Path) -> Pair:
-    """The authors' class-conditional GPT and its sampling function, imported from their repository.
+    """The authors' class-conditional GPT and sampling function, from their repository.
 
     Raises ValueError when `checkout` is not a checkout of it.
     """
@@ -263,7 +264,7 @@ def fastest_decile(steps: list[Tensor]) -> float:
 
 
 def bandwidth() -> float:
-    """Bytes per second at which memory is read: the best of several sums over half a GiB."""
+    """Bytes per second read from memory: the best of several sums over half a GiB."""
     numbers, best = torch.ones(2**27), 0.0
     for _ in range(8):
         start = time.perf_counter()
@@ -273,7 +274,7 @@ def bandwidth() -> float:
 
 
 def weight_bytes(backbone: nn.Module) -> int:
-    """The bytes that every step reads: all parameters except embedding tables, of which it reads one row."""
+    """Bytes that every step reads: parameters, except those of embedding tables."""
     tables = {id(module.weight) for module in backbone.modules() if isinstance(module, nn.Embedding)}
     return sum(parameter.nbytes for parameter in backbone.parameters() if id(parameter) not in tables)
 

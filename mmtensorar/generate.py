@@ -3,10 +3,11 @@
     python -m mmtensorar.generate --ckpt FOLDER --prompt "a red circle" --num-images 4 --out out/
     python -m mmtensorar.generate --ckpt FOLDER --class 207 360 --num-images 4 --out out/
 
-Image j of a prompt has seed --seed + j. The output folder receives {number}_{seed}.png and one line
-per image in prompts.jsonl. A folder that holds images already is added to; nothing in it is
-replaced. --trace also writes, for each image, every window (.windows.safetensors) and the image
-after each revision, first to final, in one strip (.revisions.png).
+Image j of a prompt has seed --seed + j. The output folder receives {number}_{seed}.png
+and one line per image in prompts.jsonl. A folder that holds images already is added to;
+nothing in it is replaced. --trace also writes, for each image, every window
+(.windows.safetensors) and the image after each revision, first to final, in one strip
+(.revisions.png).
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ Prompt = str | int  # a caption, or a class number
 
 
 def read_prompts(options: argparse.Namespace) -> list[str] | list[int]:
-    """The class numbers of --class; or the prompts of --prompt, then the lines of --prompts-file.
+    """The class numbers of --class, or the prompts of --prompt and --prompts-file.
 
-    Empty lines are skipped. Raises ValueError when there are none, or prompts and class numbers.
+    Empty lines are skipped. Raises ValueError when there are none, or prompts and class
+    numbers.
     """
     prompts = list(options.prompt)
     if options.classes:
@@ -114,7 +116,7 @@ def write_images(generator: Generator, prompts: Sequence[Prompt], options: argpa
 
 
 def write_trace(generator: Generator, windows: Tensor, path: Path, origin: dict[str, Prompt]) -> None:
-    """Write an image's windows [T, K, F] and the strip of its revisions next to the image file.
+    """Write an image's windows [T, K, F] and its strip of revisions next to its file.
 
     Args:
         path: the image file.

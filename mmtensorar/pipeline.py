@@ -24,6 +24,7 @@ from mmtensorar.captions.encoders import ClassNumbers, T5Features
 from mmtensorar.checkpoints import model_folder
 from mmtensorar.files import atomic_path
 from mmtensorar.image_tokenizers import to_images
+from mmtensorar.model.attention import Implementation
 from mmtensorar.recipe import SamplerSettings
 from mmtensorar.sampling.decode import Decoded, decode
 from mmtensorar.sampling.settings import merge
@@ -32,12 +33,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Generator:
-    """A loaded model folder that turns prompts into images. A prompt is a caption, or a class number.
+    """A loaded model folder that turns prompts into images.
 
-    Each image has its own random numbers, made from its seed, so the same prompt and seed give the
-    same numbers in any batch. Floats may still differ in their last bits between batches, because
-    prompts are padded to the longest of the batch; then a token near a tie may come out differently.
-    Equal batches give equal images.
+    A prompt is a caption, or a class number for a class-conditional model.
+
+    Each image has its own random numbers, made from its seed, so the same prompt and
+    seed give the same numbers in any batch. Floats may still differ in their last bits
+    between batches, because prompts are padded to the longest of the batch; then a
+    token near a tie may come out differently. Equal batches give equal images.
 
     Raises ValueError for a model folder without an image tokenizer.
     """
@@ -60,18 +63,18 @@ class Generator:
         *,
         device: str | None = None,
         precision: str | None = None,
-        attn_implementation: str | None = None,
+        attn_implementation: Implementation | None = None,
     ) -> Generator:
         """Load a model folder.
 
         Args:
             device: None is the GPU if there is one.
-            precision: fp32 or bf16; None is bf16 on a GPU, fp32 on a CPU. On a CPU bf16 keeps the
-                weights in float32 and computes under autocast.
+            precision: fp32 or bf16; None is bf16 on a GPU, fp32 on a CPU. On a CPU bf16
+                keeps the weights in float32 and computes under autocast.
             attn_implementation: None is sdpa.
 
-        Raises ValueError for an incomplete model folder, an unknown precision, a device that does not
-        exist, or an attention implementation that cannot be used on it.
+        Raises ValueError for an incomplete model folder, an unknown precision, a device
+        that does not exist, or an attention implementation that cannot be used on it.
         """
         chosen = devices.pick(device)
         if precision is None:
@@ -85,16 +88,22 @@ class Generator:
         )
 
     def runs_as(self) -> dict[str, str]:
-        """What images may depend on besides settings: device type, precision, attention implementation."""
-        attention = self.recipe.backbone.attn_implementation
+        """What images may depend on besides settings: device, precision, attention."""
+        attention = self.recipe.backbone.model_dump()["attn_implementation"]
         return {"device": self.device.type, "precision": self.precision, "attn_implementation": attention}
 
     def sampling(self, **given: Any) -> SamplerSettings:
-        """The recipe's sampling settings, with those given, and not None, instead. Raises ValueError."""
+        """The recipe's sampling settings, replaced by those given that are not None.
+
+        Raises ValueError for an invalid setting.
+        """
         return merge(self.recipe.sampler, given)
 
     def check(self, prompts: Sequence[str | int]) -> None:
-        """Raise ValueError unless the prompts are what the model takes: captions, or its class numbers."""
+        """Raise ValueError for prompts that the model does not take.
+
+        A model takes either captions or numbers of its classes.
+        """
         if isinstance(self.caption_encoder, ClassNumbers):
             # Shards and evaluation suites write class 207 as "207".
             if captions := [
@@ -131,8 +140,8 @@ class Generator:
             keep_trace: return the windows of all steps too.
             progress: called with (final tokens, T) whenever more tokens are final.
 
-        Raises ValueError for another number of seeds than prompts, prompts of the wrong kind, and a
-        batch that does not fit into the GPU's memory.
+        Raises ValueError for another number of seeds than prompts, prompts of the wrong
+        kind, and a batch that does not fit into the GPU's memory.
         """
         if len(prompts) != len(seeds) or not prompts:
             raise ValueError(
@@ -160,7 +169,7 @@ class Generator:
 
     @torch.no_grad()
     def pictures(self, codes: Tensor) -> list[Image.Image]:
-        """Codes [B, T, F] -> B RGB images; the image tokenizer always runs in float32."""
+        """Codes [B, T, F] -> B RGB images. The image tokenizer runs in float32."""
         return to_images(self.image_tokenizer.decode(codes.to(self.device)))
 
     def images(

@@ -21,7 +21,7 @@ from mmtensorar.processes import RunFolderLock
 from mmtensorar.sampling.settings import at_least_1
 from study import across, report
 from study.commands import ROOT
-from study.grid import BASE, USUAL, Grid, comparable
+from study.grid import BASE, USUAL, Grid
 
 RESULTS = "results.jsonl"
 PATIENCE_S = 120  # for a training to end its step and save
@@ -105,11 +105,12 @@ def missing(grid: Grid, rows: list[dict], wanted: Sequence[str], num_seeds: int)
                     f"arms.{name} was run with {row['settings']}, the grid has {arm.settings}: give the arm another name, or take its rows "
                     "out of the results and its folder out of the runs"
                 )
-            now = comparable(grid.made_of(name, row["sampling"]))
-            made_of = comparable(row.get("made_of", now))  # the first rows have none
-            if made_of != now:
+            now = grid.made_of(name, row["sampling"])
+            if "made_of" in row and row["made_of"] != now:  # the first rows have none
                 changed = sorted(
-                    key for key in made_of.keys() | now.keys() if made_of.get(key) != now.get(key)
+                    key
+                    for key in row["made_of"].keys() | now.keys()
+                    if row["made_of"].get(key) != now.get(key)
                 )
                 raise ValueError(
                     f"arms.{name}, sampling {row['sampling']!r}, was run with another {' and '.join(changed)} than the grid and its recipe "

@@ -7,16 +7,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from mmtensorar.backbones import llamagen
-from mmtensorar.recipe import Recipe, Section, read_recipe
-from mmtensorar.sampling.settings import problems as sampling_problems
+from mmtensorar.recipe import Recipe, RecipeError, SamplerSettings, Section, read_recipe
 from study.commands import ROOT
 from study.train_image_tokenizer import ImageTokenizerRecipe
 
-# (section, setting) that earlier versions had and stored rows may hold, at the value that means what is done now.
-REMOVED = {("sampler", "stride"): 1, ("tensorar", "max_stride"): 1}
 BASE = "base"  # the arm that is not trained
 USUAL = "as the recipe"  # the sampling of every arm
 # Settings of every training: nothing beside the steps, and their log.
@@ -94,7 +91,16 @@ class Grid(Section):
                 problems.append(f"arms has no {needed!r}")
         for name, settings in self.samplings.items():
             given = {key: value for key, value in settings.items() if key != "batch_size"}
-            problems += [f"samplings.{name}.{invalid}" for invalid in sampling_problems(given)]
+            try:
+                sampler = SamplerSettings.model_validate(given)
+            except ValidationError as error:
+                problems += [
+                    f"samplings.{name}.{each['loc'][0]} is {each['input']!r}: {each['msg']}"
+                    for each in error.errors()
+                ]
+                continue
+            if sampler.stride > 1 and sampler.lookahead > 1:
+                problems.append(f"samplings.{name}: stride and lookahead are above 1; expected one of them 1")
             if not isinstance(settings.get("batch_size", 1), int) or settings.get("batch_size", 1) < 1:
                 problems.append(
                     f"samplings.{name}: batch_size is {settings['batch_size']!r}; expected 1 or more"
@@ -122,9 +128,15 @@ class Grid(Section):
             if arm.removed:
                 continue
             try:
-                Recipe.load(ROOT / grid.recipe, arm.settings)
+                # The base has no drafts.
+                window = 1 if name == BASE else Recipe.load(ROOT / grid.recipe, arm.settings).tensorar.window
             except ValueError as error:
                 raise type(error)(f"{path}: arms.{name}: {error}") from None
+            for sampling in arm.samplings_of(0)[1:]:
+                if (stride := grid.samplings[sampling].get("stride", 1)) > window:
+                    raise RecipeError(
+                        f"{path}: arms.{name}: {sampling} has stride {stride}, the window is {window}"
+                    )
         return grid
 
     def made_of(self, name: str, sampling: str) -> dict:
@@ -152,18 +164,6 @@ class Grid(Section):
             for name, arm in arms.items()
             if seed < (arm.num_seeds or num_seeds)
         ]
-
-
-def comparable(made_of: dict) -> dict:
-    """What a row was made of (`Grid.made_of`), without settings that only earlier versions had."""
-    return {
-        section: {
-            name: value for name, value in settings.items() if REMOVED.get((section, name), object()) != value
-        }
-        if isinstance(settings, dict)
-        else settings
-        for section, settings in made_of.items()
-    }
 
 
 def known_worlds() -> list[str]:

@@ -1,4 +1,4 @@
-"""Generation from a checkpoint: a seed means one image, the trace is read right, mistakes are sentences."""
+"""The generate command: a seed means one image, the trace is read right, mistakes are sentences."""
 
 import json
 
@@ -20,7 +20,7 @@ PROMPTS = ["a red circle", "a blue square"]
 
 @pytest.fixture(scope="session")
 def ckpt(tmp_path_factory):
-    """A tiny window-3 checkpoint whose codec is not the fresh one; images are 8 x 8, of 16 tokens."""
+    """A tiny model folder of window 3 with a trained-looking codec; images are 8 x 8, of 16 tokens."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("generate")
     write_tiny_janus(folder / "janus")
@@ -46,7 +46,7 @@ def ckpt(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def class_ckpt(ckpt, tmp_path_factory):
-    """A class-conditional LlamaGen of 7 classes on the image tokenizer of the other checkpoint."""
+    """A class-conditional LlamaGen of 7 classes on the image tokenizer of the other model folder."""
     folder = tmp_path_factory.mktemp("classes")
     torch.manual_seed(0)
     tiny_llamagen(vocab_size=32, num_tokens=16).save_pretrained(folder / "backbone")

@@ -1,8 +1,9 @@
 """Generate image tokens: sliding windows with guidance and a key-value cache.
 
-Each step samples a whole window. Its offset 0 is final; the others are drafts that the next step
-sees and may revise.
-Shapes: B batch, P prefix, T image tokens, K window, F factors, V vocabulary; N any number of windows.
+Each step samples a whole window. Its offset 0 is final; the others are drafts that the
+next step sees and may revise.
+Shapes: B batch, P prefix, T image tokens, K window, F factors, V vocabulary; N any
+number of windows.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from mmtensorar.sampling.strategies import strategy_for
 
 class Decoded(NamedTuple):
     codes: Tensor  # [B, T, F] int64
-    trace: Tensor | None  # [B, T, K, F] int64: trace[:, t] is the window of step t, 0 past the last token
+    # [B, T, K, F] int64: trace[:, t] is the window of step t, 0 past the last token.
+    trace: Tensor | None
     passes: int = 0  # through the backbone, including the one over the prefix
 
 
@@ -39,24 +41,25 @@ def decode(
     keep_trace: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Decoded:
-    """Generate one image per row of the condition, in at most T passes through the backbone.
+    """Generate one image per row of the condition, in at most T passes of the backbone.
 
     Args:
         model: should be in eval mode.
         condition: B rows, on any device.
-        settings: how tokens are drawn. A list gives each factor of a code its own number. With
-            cfg_scale 1 for every factor no unconditional rows are computed.
-        draw: draws the tokens instead of the settings' temperature, top_k, top_p and greedy_drafts:
-            (logits [N, K, V] after guidance, numbers [N, K] in [0, 1)) -> tokens [N, K]. It is called
-            for one factor after the other.
+        settings: how tokens are drawn. A list gives each factor of a code its own
+            number. With cfg_scale 1 for every factor no unconditional rows are
+            computed.
+        draw: draws the tokens instead of the settings' temperature, top_k, top_p and
+            greedy_drafts: (logits [N, K, V] after guidance, numbers [N, K] in [0, 1))
+            -> tokens [N, K]. It is called for one factor after the other.
         strategy: a name of STRATEGIES; None chooses by the settings.
-        generator: one for the batch; or one per row, which makes a row independent of its
-            neighbours; None draws from the global one.
+        generator: one for the batch; or one per row, which makes a row independent of
+            its neighbours; None draws from the global one.
         keep_trace: return the windows of all steps too.
         progress: called with (final tokens, T) whenever more tokens are final.
 
-    Raises ValueError when the number of generators is not B, a list of settings does not have F
-    numbers, or the strategy is unknown.
+    Raises ValueError when the number of generators is not B, a list of settings does
+    not have F numbers, or the strategy is unknown.
     """
     run = strategy_for(settings, strategy)
     state = DecodeState(model, condition, settings, draw=draw, generator=generator)

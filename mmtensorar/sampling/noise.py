@@ -1,8 +1,9 @@
 """The random numbers of each token, and the token that a number draws.
 
-Every token has its own number in [0, 1), drawn before decoding starts. So nothing that happens
-while decoding (batch, lookahead, filters) can shift the stream of an image.
-Shapes: B batch, T image tokens, K window, F factors, V vocabulary; N any number of windows.
+Every token has its own number in [0, 1), drawn before decoding starts. So nothing that
+happens while decoding (batch, lookahead, filters) can shift the stream of an image.
+Shapes: B batch, T image tokens, K window, F factors, V vocabulary; N any number of
+windows.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from mmtensorar.model.drafts import invert_cdf
 from mmtensorar.sampling import filters
 from mmtensorar.sampling.settings import FactorSettings
 
-# (logits [N, K, V], numbers [N, K] float64 in [0, 1)) -> tokens [N, K] int64, for one factor after the other.
+# (logits [N, K, V], numbers [N, K] float64 in [0, 1)) -> tokens [N, K] int64, called
+# for one factor after the other.
 Draw = Callable[[Tensor, Tensor], Tensor]
 Generators = Generator | Sequence[Generator] | None
 
@@ -24,14 +26,15 @@ Generators = Generator | Sequence[Generator] | None
 def token_numbers(
     num_tokens: int, window: int, num_factors: int, batch: int, generator: Generators
 ) -> Tensor:
-    """[B, T, F, K] float64 in [0, 1): a number for each factor of each slot of each step's window.
+    """One number in [0, 1) for each slot and factor of each step: [B, T, F, K] float64.
 
-    The numbers of the final tokens (offset 0) are drawn first. They are then the same whatever the
-    window, so that models of different windows are compared on equal numbers.
+    The numbers of the final tokens (offset 0) are drawn first. They are then the same
+    whatever the window, so that models of different windows are compared on equal
+    numbers.
 
     Args:
-        generator: one for the batch; or one per row, which makes a row independent of its
-            neighbours; None draws from the global one.
+        generator: one for the batch; or one per row, which makes a row independent of
+            its neighbours; None draws from the global one.
 
     Raises ValueError when the number of generators is not B.
     """
@@ -53,7 +56,7 @@ def _uniform(shape: tuple[int, ...], batch: int, generator: Generators) -> Tenso
 
 
 def draw_tokens(logits: Tensor, numbers: Tensor, settings: FactorSettings) -> Tensor:
-    """Logits [N, K, V], numbers [N, K] -> tokens [N, K], by the sampling settings of one factor."""
+    """Logits [N, K, V], numbers [N, K] -> tokens [N, K], by one factor's settings."""
     probs = filters.probabilities(
         logits, temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p
     )
@@ -64,5 +67,5 @@ def draw_tokens(logits: Tensor, numbers: Tensor, settings: FactorSettings) -> Te
 
 
 def greedy(logits: Tensor, numbers: Tensor) -> Tensor:
-    """The likeliest token everywhere; the numbers are not used. Give it to `decode` as `draw`."""
+    """The likeliest token everywhere, whatever the numbers: a `draw` for `decode`."""
     return logits.argmax(-1)

@@ -1,9 +1,9 @@
-"""Sampling settings: command options, and given settings on top of a recipe's. Declared in the recipe.
+"""What is made from the declaration of the sampling settings: command options, merging.
 
-`mmtensorar.recipe.SamplerSettings` declares each setting once: name, type, bounds, default and
-description. Everything here is made from its fields, so a new setting is one new field there,
-and the code that uses it. This module imports no torch, so that commands report a mistyped
-option at once.
+`mmtensorar.recipe.SamplerSettings` declares each setting once: name, type, bounds,
+default and description. Everything here reads its fields, so a new setting is one new
+field there, and the code that uses it. This module imports no torch, so that commands
+report a mistyped option at once.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ LOADING = ("device", "precision", "attn_implementation")
 # Settings that only earlier versions had, at the value that means what is done now.
 REMOVED = {"greedy": False, "stride": 1}
 
-# A SamplerSettings whose lists were replaced by the number of one factor. Its declared types
-# still allow lists, hence Any.
+# A SamplerSettings whose lists were replaced by the number of one factor. Its declared
+# types still allow lists, hence Any.
 FactorSettings = Any
 
 
@@ -32,7 +32,7 @@ FactorSettings = Any
 
 
 def problems(given: Mapping[str, Any]) -> list[str]:
-    """What is wrong with some sampling settings: one "NAME is VALUE; ..." for each invalid one."""
+    """What is wrong with some sampling settings: "NAME is VALUE; ..." for each."""
     try:
         SamplerSettings.model_validate(dict(given))
     except ValidationError as error:
@@ -41,7 +41,8 @@ def problems(given: Mapping[str, Any]) -> list[str]:
 
 
 def _sentences(invalid: ValidationError, given: Mapping[str, Any]) -> Iterator[str]:
-    # A number or a list of numbers gives pydantic errors for both forms: report one that names the bound.
+    # A setting that is a number or a list gives pydantic errors for both forms. Those
+    # of the form that was given come first here.
     other_form = ("float_type", "int_type", "list_type")
     reported = set()
     for error in sorted(invalid.errors(), key=lambda error: error["type"] in other_form):
@@ -55,7 +56,10 @@ def _sentences(invalid: ValidationError, given: Mapping[str, Any]) -> Iterator[s
 
 
 def merge(settings: SamplerSettings, given: Mapping[str, Any]) -> SamplerSettings:
-    """The settings with those given, and not None, instead. Raises ValueError for an invalid setting."""
+    """The settings, replaced by those given that are not None.
+
+    Raises ValueError for an invalid setting.
+    """
     merged = settings.model_dump() | {name: value for name, value in given.items() if value is not None}
     if invalid := problems(merged):
         raise ValueError("; ".join(invalid))
@@ -95,7 +99,7 @@ def add_generation(parser: argparse.ArgumentParser, *, needs: str = "") -> None:
     `given_settings` and `merge`.
 
     Args:
-        needs: put behind the titles of the groups: what makes these options have an effect.
+        needs: text behind the groups' titles, such as ", with --ckpt".
     """
     group = parser.add_argument_group(
         f"sampling{needs}",
@@ -119,7 +123,7 @@ def add_generation(parser: argparse.ArgumentParser, *, needs: str = "") -> None:
 
 
 def given_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """The sampling settings of a command's parsed options; None for those that were not given."""
+    """The sampling settings among a command's options; None for those not given."""
     return {name: getattr(options, name) for name in SAMPLING}
 
 
@@ -132,7 +136,7 @@ def at_least_1(text: str) -> int:
 
 
 def _option_type(name: str, field: FieldInfo) -> Callable[[str], Any]:
-    """What reads the option of a setting that is a number, or a list with one number per factor."""
+    """The type of a setting's option: a number, or a list with one per factor."""
     kinds = set(_parts(field.annotation))
     kind = next(kind for kind in (float, int, str) if kind in kinds)
 

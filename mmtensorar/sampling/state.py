@@ -1,9 +1,9 @@
 """What decoding keeps between steps: the model, its cache, and how each token is drawn.
 
-Refinement happens in the window, never in past keys: the cache only grows, except that `rewind`
-drops the steps that lookahead guessed wrong.
-Shapes: B batch, R rows (B, or 2B with guidance), P prefix, T image tokens, K window, F factors,
-V vocabulary, D width; m consecutive steps.
+Refinement happens in the window, never in past keys: the cache only grows, except that
+`rewind` drops the steps that lookahead guessed wrong.
+Shapes: B batch, R rows (B, or 2B with guidance), P prefix, T image tokens, K window, F
+factors, V vocabulary, D width; m consecutive steps.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ from mmtensorar.sampling.settings import per_factor
 class DecodeState:
     """One batch of images in the making, for a strategy to advance.
 
-    A strategy calls `prefill` once. From then on `predict` turns hidden states into windows, and
-    `feed` turns the windows of some steps into the hidden states of the steps after them. A window
-    depends on its step, the rows fed before it and its own random numbers alone, so equal inputs
-    give equal windows in whatever order they are computed.
+    A strategy calls `prefill` once. From then on `predict` turns hidden states into
+    windows, and `feed` turns the windows of some steps into the hidden states of the
+    steps after them. A window depends on its step, the rows fed before it and its own
+    random numbers alone, so equal inputs give equal windows in whatever order they are
+    computed.
 
     Args: see `decode`.
 
-    Raises ValueError when the number of generators is not B, or a list of settings does not have F
-    numbers.
+    Raises ValueError when the number of generators is not B, or a list of settings does
+    not have F numbers.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class DecodeState:
         self.passes = 0  # through the backbone
 
     def prefill(self) -> Tensor:
-        """Run the prompts through the backbone, into a new cache: hidden states [R, 1, D] of step 0."""
+        """Run the prompts into a new cache; return hidden states [R, 1, D] of step 0."""
         values, mask = self.condition.values, self.condition.mask
         uncond = torch.zeros(self.batch, dtype=torch.bool, device=self.device)
         if self.guided:
@@ -82,20 +83,21 @@ class DecodeState:
     def predict(self, hidden: Tensor, first: int) -> Tensor:
         """Draw the windows of steps first to first + m - 1.
 
-        hidden: [R, m, D]. Returns [B, m, K, F] int64, with 0 in slots past the last token.
+        hidden: [R, m, D]. Returns [B, m, K, F] int64, with 0 in slots past the last
+        token.
         """
         windows_BmKF = self.model.draft(hidden, partial(self._choose, first))[: self.batch]
         return self.mask_invalid(windows_BmKF, first)
 
     def mask_invalid(self, windows: Tensor, first: int) -> Tensor:
-        """Windows [B, m, K, F] of the steps from `first` on, with 0 in slots past the last token."""
+        """Windows [B, m, K, F] of steps from `first` on, with 0 past the last token."""
         return windows * self.valid_TK[first : first + windows.shape[1], :, None]
 
     def _choose(self, first: int, logits_RmKV: Tensor, factor: int) -> Tensor:
         """Tokens [R, m, K] of one factor.
 
-        All rows of an image get the same token: the guided one goes to both before the logits of
-        the next factor are computed.
+        All rows of an image get the same token: the guided one goes to both before the
+        logits of the next factor are computed.
         """
         logits = logits_RmKV.float()
         if self.guided:

@@ -1,9 +1,10 @@
-"""Strategies: in which order the windows of an image are computed. To add one, write one function here.
+"""Strategies: in which order the windows of an image are computed.
 
-A strategy is a generator function of a `DecodeState`. It yields the windows of the steps in order,
-[B, n, K, F] each time, as soon as they are final; `decode` puts them together and reports progress.
-`@strategy(NAME, when=...)` makes it known: `decode` takes the last one whose `when` accepts the
-sampling settings, or the one that its caller names.
+To add one, write one function here. A strategy is a generator function of a
+`DecodeState`. It yields the windows of the steps in order, [B, n, K, F] each time, as
+soon as they are final; `decode` puts them together and reports progress.
+`@strategy(NAME, when=...)` makes it known: `decode` takes the last one whose `when`
+accepts the sampling settings, or the one that its caller names.
 Shapes: B batch, T image tokens, K window, F factors, m consecutive steps.
 """
 
@@ -32,7 +33,7 @@ STRATEGIES: dict[str, Strategy] = {}
 def strategy(
     name: str, *, when: Callable[[SamplerSettings], bool] = lambda settings: False
 ) -> Callable[[Run], Run]:
-    """Register a strategy. Without `when`, only a caller of `decode` who names it gets it."""
+    """Register a strategy. Without `when`, `decode` uses it only when it is named."""
 
     def register(run: Run) -> Run:
         STRATEGIES[name] = Strategy(run, when)
@@ -42,7 +43,10 @@ def strategy(
 
 
 def strategy_for(settings: SamplerSettings, name: str | None = None) -> Run:
-    """The strategy of this name, or (None) that for these settings. Raises ValueError for an unknown name."""
+    """The strategy of this name; None means the one for these settings.
+
+    Raises ValueError for an unknown name.
+    """
     if name is None:
         return next(run for run, when in reversed(STRATEGIES.values()) if when(settings))
     if name not in STRATEGIES:
@@ -63,10 +67,11 @@ def one_at_a_time(state: DecodeState) -> Iterator[Tensor]:
 
 @strategy("lookahead", when=lambda settings: settings.lookahead > 1)
 def with_lookahead(state: DecodeState) -> Iterator[Tensor]:
-    """Feed `lookahead` steps per pass, the later ones guessed, and keep those that the pass confirms.
+    """Feed several steps per pass, the later ones guessed; keep what the pass confirms.
 
-    Every step has its own random numbers, so the image is that of `one_at_a_time`, up to rounding,
-    in fewer passes. Of a batch, the steps that all its images confirm are kept.
+    Every step has its own random numbers, so the image is that of `one_at_a_time`, up
+    to rounding, in fewer passes. Of a batch, the steps that all its images confirm are
+    kept.
     """
     exact = state.predict(state.prefill(), 0)  # the window of step t
     yield exact
@@ -87,14 +92,15 @@ def with_lookahead(state: DecodeState) -> Iterator[Tensor]:
 
 
 def _moved_on(window: Tensor) -> Tensor:
-    """A guess of the next step's window [B, 1, K, F]: this one's drafts as they are, its last token twice."""
+    """Guess the next step's window [B, 1, K, F]: these drafts, the last one twice."""
     return torch.cat([window[:, :, 1:], window[:, :, -1:]], dim=2)
 
 
 def _count_equal(guessed: Tensor, predicted: Tensor) -> int:
-    """For how many steps from the first on the guesses [B, m, K, F] are right in all images.
+    """The number of steps, from the first on, whose guesses are right in all images.
 
-    A guess equal to the prediction was right, and so is all that was computed from it.
+    guessed, predicted: [B, m, K, F]. A guess equal to the prediction was right, and so
+    is all that was computed from it.
     """
     equal_m = (guessed == predicted).flatten(2).all(-1).all(0)
     return int(equal_m.long().cumprod(0).sum())

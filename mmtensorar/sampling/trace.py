@@ -1,7 +1,7 @@
 """Reading the trace of a decoding: what was revised, and when.
 
-Shapes: B batch, T image tokens, K window, F factors. A trace is [B, T, K, F]: trace[:, t, j] is
-token t + j as step t predicted it, 0 past the last token.
+A trace is [B, T, K, F]: trace[:, t, j] is token t + j as step t predicted it, 0 past the
+last token. Shapes: B batch, T image tokens, K window, F factors.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from mmtensorar.model.windows import valid_slots
 
 
 def revised_per_offset(trace: Tensor) -> list[float]:
-    """For each offset but the last, the share of its tokens that differ from the draft one step earlier.
+    """For each offset but the last, the share of tokens that changed since the last step.
 
-    trace: [B, T, K, F]. Returns K - 1 shares; a token counts as different when any factor is.
+    trace: [B, T, K, F]. Returns K - 1 shares; a token counts as different when any
+    factor is.
     """
     # The same tokens, one step later at one offset less.
     later, earlier = trace[:, 1:, :-1], trace[:, :-1, 1:]
@@ -26,10 +27,10 @@ def revised_per_offset(trace: Tensor) -> list[float]:
 
 
 def revisions(trace: Tensor) -> Tensor:
-    """The image after each revision: windows [B, T, K, F] -> codes [B, K, T, F], the final image last.
+    """The image after each revision: trace -> codes [B, K, T, F], the final image last.
 
-    Revision r takes token p at offset K-1-r, from step p - (K-1-r). The first K-1 tokens were never
-    drafted that early and are taken from step 0.
+    Revision r takes token p at offset K-1-r, from step p - (K-1-r). The first K-1
+    tokens were never drafted that early and are taken from step 0.
     """
     T, K = trace.shape[1:3]
     tokens_T = torch.arange(T, device=trace.device)

@@ -114,3 +114,10 @@ def test_settings_need_no_torch():
     for module in ("mmtensorar.sampling.settings", "mmtensorar.sampling"):
         ours = {name for name in imported(MODULES[module]) if name.startswith("mmtensorar.")}
         assert ours <= {"mmtensorar.recipe.SamplerSettings"}
+
+
+def test_records_of_earlier_versions_compare_equal():
+    """An evaluation that an earlier version started resumes: its record names settings that were removed."""
+    today = SamplerSettings(top_k=20).model_dump(mode="json")
+    assert settings.without_removed(today | {"greedy": False, "stride": 1}) == settings.without_removed(today)
+    assert settings.without_removed(today | {"stride": 2}) != settings.without_removed(today)

@@ -111,6 +111,11 @@ def grid_file(bench, tmp_path, monkeypatch) -> Path:  # noqa: F811
         ("equal_time", "more", "arms has no 'more'"),
         ("samplings", {"greedy": {"temperature": -1}}, "samplings.greedy.temperature is -1"),
         (
+            "samplings",
+            {"greedy": {"stride": 4}, "sharp": {}},
+            "arms.k3: greedy has stride 4, the window is 3",
+        ),
+        (
             "arms",
             {"base": {"about": "", "settings": ["train.steps=1"]}, "plain": {"about": ""}},
             "arms.base: .*not trained",
@@ -126,7 +131,12 @@ def grid_file(bench, tmp_path, monkeypatch) -> Path:  # noqa: F811
             "arms.plain.num_seeds +expected an integer",
         ),
         ("arms", {"base": {"about": ""}, "plain": {}}, "arms.plain.about +missing"),
-        ("samplings", {"greedy": {"lookahead": 0}, "sharp": {}}, "samplings.greedy.lookahead is 0"),
+        ("samplings", {"greedy": {"stride": 0}, "sharp": {}}, "samplings.greedy.stride is 0"),
+        (
+            "samplings",
+            {"greedy": {"stride": 2, "lookahead": 2}, "sharp": {}},
+            "samplings.greedy: stride and lookahead",
+        ),
         ("base", None, "expected one of base and from_nothing"),
         (
             "from_nothing",
@@ -590,8 +600,6 @@ def test_a_run_takes_up_what_is_missing(grid_file, tmp_path, monkeypatch, capsys
     made_of = grid.made_of("k3", "greedy")
     assert made_of["train"]["steps"] == 2 and made_of["sampler"]["greedy_drafts"]
     assert __main__.missing(grid, [rows[-1] | {"made_of": made_of}], ["k3"], 2)
-    earlier = made_of | {"sampler": made_of["sampler"] | {"stride": 1}}  # a setting that was removed
-    assert __main__.missing(grid, [rows[-1] | {"made_of": earlier}], ["k3"], 2)
     for changed in (
         {"num_images": 9},
         {"sampler": made_of["sampler"] | {"top_k": 3}},
