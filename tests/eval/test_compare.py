@@ -25,12 +25,12 @@ def test_overall_is_the_mean_of_the_skills_and_the_interval_grows_with_noise():
     assert difference == 0.75 and 0.6 < low < 0.75 < high < 0.9
     # Of 50 coins the standard error is 0.0707; the interval reaches 1.96 of it, and half of that counts overall.
     assert high - low == pytest.approx(2 * 1.96 * 0.0707 / 2, rel=0.1)
-    with pytest.raises(ValueError, match="other prompts"):
+    with pytest.raises(ValueError, match="prompts differ"):
         differences(one, {"a": one["a"]})
 
 
 def test_the_command_prints_scores_and_differences(tmp_path, capsys):
-    from eval.geneval.suite import load
+    from eval.geneval.suites import load
     from eval.layout import image_path
 
     suite = load("shapes", 1)

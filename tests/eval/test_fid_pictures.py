@@ -14,7 +14,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from eval import layout  # noqa: E402
 from eval.fid import __main__ as command  # noqa: E402
-from eval.fid import features, inception, score, sources  # noqa: E402
+from eval.fid import features, inception, recorded, score, sources  # noqa: E402
+from mmtensorar import files  # noqa: E402
 from tests.test_generate import ckpt, class_ckpt  # noqa: E402, F401  (fixtures)
 
 WIDTH = 5
@@ -125,7 +126,7 @@ def test_a_damaged_archive_is_a_sentence_wherever_it_is_damaged(tmp_path):
         for read in (
             lambda p: list(sources.find(p).batches(4)),
             sources.reference_statistics,
-            command.read_features,
+            recorded.read_features,
         ):
             try:
                 read(tmp_path / "bad.npz")
@@ -264,7 +265,7 @@ def test_from_pictures_to_the_summary(tmp_path, weights, narrow, monkeypatch, ca
     )
     moved = json.loads((tmp_path / "moved" / "summary.json").read_text())
     assert moved["fid"] == pytest.approx(WIDTH, rel=1e-3), "each of these means is off by one"
-    assert moved["reference_sha256"] == command.file_hash(tmp_path / "ref.npz")
+    assert moved["reference_sha256"] == files.sha256(tmp_path / "ref.npz")
     assert moved["statistics_of_the_reference"] == {"pool": "in the file", "spatial": "of its pictures"}
     assert "torch" in moved["versions"]
 

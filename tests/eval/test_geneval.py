@@ -11,16 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval import (
-    gallery,
-    layout,
-    report_table,
-)
-from eval import (
-    json_lines as lines,
-)
+from eval import gallery, layout, report_table
 from eval.geneval import __main__ as geneval
-from eval.geneval import ceiling, report, suite
+from eval.geneval import ceiling, report, suites
 from mmtensorar import files
 from mmtensorar.checkpoints import model_folder, sharded_state
 from mmtensorar.training import run_log
@@ -68,19 +61,19 @@ def scored(tmp_path_factory) -> dict[str, Path]:
 
 
 def test_the_shapes_suite_is_fixed_and_even():
-    prompts = suite.load("shapes").prompts
+    prompts = suites.load("shapes").prompts
     assert [prompt["tag"] for prompt in prompts] == [skill for skill in SKILLS for _ in range(20)]
     for skill in SKILLS:
         captions = [prompt["prompt"] for prompt in prompts if prompt["tag"] == skill]
         assert len(set(captions)) == 20
-        fewer = [p["prompt"] for p in suite.load("shapes", 5).prompts if p["tag"] == skill]
+        fewer = [p["prompt"] for p in suites.load("shapes", 5).prompts if p["tag"] == skill]
         assert fewer == captions[:5], "a smaller suite is the beginning of the larger one"
 
 
 def test_more_prompts_than_the_grammar_has_is_an_error():
-    assert len(suite.load("shapes", 32).prompts) == 6 * 32
+    assert len(suites.load("shapes", 32).prompts) == 6 * 32
     with pytest.raises(ValueError, match="about 32 captions for single_object"):
-        suite.load("shapes", 33)
+        suites.load("shapes", 33)
 
 
 def test_an_unknown_suite_ends_before_torch_is_imported():
@@ -103,7 +96,7 @@ def test_drawn_pictures_are_scored(scored):
     assert summary["overall"]["accuracy"] == pytest.approx(5.25 / 6)
     assert summary["detector"] == "shapes-exact" and summary["suite"] == "shapes"
     assert summary["ceiling"]["drawn"]["overall"] == 1 and summary["chance"]["overall"] < 0.2
-    rows = [row for _, row in lines.read(scored["worse"] / "results.jsonl")]
+    rows = [row for _, row in files.read_json_lines(scored["worse"] / "results.jsonl")]
     assert [row["filename"] for row in rows if not row["correct"]] == [
         f"0000{i}/samples/00001.png" for i in range(3)
     ]
@@ -383,7 +376,7 @@ def test_the_report_shows_bars_and_pictures_and_nothing_of_it_can_run(scored, tm
         assert f"<td>{skill}<td" in text
     assert text.count("<figure class=fail>") == 3 and text.count("<figure class=pass>") >= 6
     assert "found 0" in text and "<script" not in text and "http" not in text
-    rows = [row for _, row in lines.read(scored["worse"] / "results.jsonl")]
+    rows = [row for _, row in files.read_json_lines(scored["worse"] / "results.jsonl")]
     summary = json.loads((scored["worse"] / "summary.json").read_text())
     evil = [row | {"prompt": "<script>alert(1)</script>", "reason": "<img src=x onerror=y>"} for row in rows]
     page = report.page(summary | {"detector": "<b>"}, evil, Path(summary["images"]))
@@ -444,4 +437,4 @@ def test_a_runs_checkpoints_are_scored_as_they_come(ckpt, tmp_path, capsys):  # 
         (run_dir / "tensorboard").iterdir()
     )
     capsys.readouterr()
-    assert run("watch", tmp_path) == 2 and "no run folder" in capsys.readouterr().err
+    assert run("watch", tmp_path) == 2 and "not a run folder" in capsys.readouterr().err

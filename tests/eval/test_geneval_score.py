@@ -6,7 +6,8 @@ That it equals the official scorer's on 1,500 recorded images is shown by test_p
 import numpy as np
 import pytest
 
-from eval.geneval.score import Settings, by_class, design_effect, judge, summarize, wilson
+from eval.geneval.score import Settings, by_class, judge, summarize
+from eval.intervals import design_effect, wilson
 
 # ---- by hand -------------------------------------------------------------------------------------
 
