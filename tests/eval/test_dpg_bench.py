@@ -1,4 +1,4 @@
-"""DPG-Bench: the official numbers with all their quirks, and the corrected ones, on tables worked out by hand."""
+"""DPG-Bench: official numbers with all their quirks, and corrected ones, on tables worked out by hand."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,10 @@ from eval.dpg_bench import __main__ as command
 from eval.dpg_bench import report, score
 from eval.dpg_bench.score import Question, corrected, official
 
-HEADER = "item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,question_natural_language\n"
+HEADER = (
+    "item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,"
+    "question_natural_language\n"
+)
 
 
 def question(item: str, number: int, parents: str = "0", category: str = "entity - whole") -> Question:

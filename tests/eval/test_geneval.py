@@ -1,4 +1,4 @@
-"""Evaluation from images or a checkpoint to table and gallery; pictures are drawn, so nothing needs a trained model."""
+"""Evaluation from pictures or a model folder to table and gallery; no test needs a trained model."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ NUM_IMAGES = 2
 
 
 def draw_folder(folder: Path, *, wrong: int = 0) -> Path:
-    """Two prompts per skill with two correct pictures each; in the first `wrong` prompts one picture is empty."""
+    """Two prompts per skill, two correct pictures each; in the first `wrong` prompts one is empty."""
     for index in range(2 * len(SKILLS)):
         rng = np.random.default_rng(index)
         scene = sample_scene(rng, SKILLS[index // 2])
@@ -78,7 +78,8 @@ def test_more_prompts_than_the_grammar_has_is_an_error():
 
 def test_an_unknown_suite_ends_before_torch_is_imported():
     code = (
-        "import sys; from eval.geneval.__main__ import main; code = main(['--ckpt', 'nowhere', '--suite', 'shape']); "
+        "import sys; from eval.geneval.__main__ import main; "
+        "code = main(['--ckpt', 'nowhere', '--suite', 'shape']); "
         "sys.exit(100 if 'torch' in sys.modules else code)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -151,7 +152,7 @@ def ask_for_a_bench(folder: Path) -> str:
     "damage", [remove_image, remove_prompt, cut_image, write_text_as_image, remove_metadata, ask_for_a_bench]
 )
 def test_damage_is_an_error_that_names_the_file(images, capsys, damage):
-    """The official scorer leaves out what is missing, which raises the score of a run that failed half-way."""
+    """The official scorer ignores missing pictures, which raises the score of a run that failed half-way."""
     named = damage(images)
     assert run("--images", images) == 2
     error = capsys.readouterr().err.splitlines()[-1]
@@ -184,7 +185,7 @@ def test_a_number_that_two_files_have_is_an_error(images, capsys):
 
 
 def test_a_partial_score_is_allowed_and_marked_everywhere(images, capsys):
-    """What is missing and what cannot be read is listed in the summary, and the score says so wherever it stands."""
+    """The summary lists what is missing or unreadable, and every print of the score is marked."""
     cut_image(images)
     remove_image(images)
     (images / "00007").rename(images / "elsewhere")

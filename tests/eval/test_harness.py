@@ -113,7 +113,7 @@ def test_a_new_evaluator_allows_partial_pictures(brightness, images, tmp_path):
 
 
 def test_a_new_evaluator_generates_and_resumes(brightness, tmp_path, capsys):
-    """Pictures that exist are kept; one that is missing is made again as it was; other settings are refused."""
+    """Existing pictures are kept, a missing one is made again as it was, other settings are refused."""
     out = tmp_path / "out"
     arguments = ["--ckpt", str(CKPT), "--out", str(out), "--device", "cpu", "--seed", "7"]
     assert brightness(arguments) == 0

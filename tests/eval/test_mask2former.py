@@ -1,4 +1,4 @@
-"""GenEval's detector: mmdet's scores, boxes and masks on logits worked out by hand; the pipeline on tiny random models."""
+"""GenEval's detector: mmdet's scores, boxes and masks on hand-made logits; the pipeline on tiny models."""
 
 import copy
 import json
@@ -142,7 +142,7 @@ def folder(tmp_path_factory):
 
 
 def test_the_pipeline_runs_from_pictures_to_scores(folder, classifier, tmp_path, monkeypatch, capsys):
-    """Suite geneval on two prompts' pictures, with the real classes; each has its verdict, and the summary names the models."""
+    """Suite geneval on pictures of two prompts: each has a verdict, and the summary names the models."""
     from eval.geneval import __main__ as command
     from eval.geneval.colors import ColorClassifier
     from eval.geneval.prompts import prompts
@@ -194,7 +194,7 @@ def test_the_pipeline_runs_from_pictures_to_scores(folder, classifier, tmp_path,
 
 
 class Seeing:
-    """What self_test needs of a detector: sees what it is told to, by the number of the picture in the batch."""
+    """A detector for self_test: sees prepared objects, by the number of the picture in the batch."""
 
     name, device = "seeing", torch.device("cpu")
 
@@ -240,12 +240,12 @@ def test_a_device_that_computes_otherwise_is_noticed(folder, classifier, monkeyp
     names = [str(number) for number in range(80)]
     detector = mask2former.Mask2FormerDetector.load(str(folder), names, classifier, torch.device("cpu"))
     picture = self_test.drawings()[0].image.resize((64, 64))
-    assert self_test._apart_from_cpu(detector, picture) == 0
+    assert self_test._difference_from_cpu(detector, picture) == 0
     other = copy.deepcopy(detector.model)
     with torch.no_grad():
         other.class_predictor.weight.mul_(30)
     monkeypatch.setattr(self_test.copy, "deepcopy", lambda model: other)
-    assert self_test._apart_from_cpu(detector, picture) > self_test.TOLERANCE
+    assert self_test._difference_from_cpu(detector, picture) > self_test.TOLERANCE
 
 
 # ---- mmdet's weights -----------------------------------------------------------------------------
@@ -374,7 +374,7 @@ def test_files_that_are_no_mmdet_mask2former_are_refused(mmdet_file, tmp_path, c
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     for state, out, sentence in (
-        (whole | {"neck.weight": torch.zeros(1)}, "out", "neck.weight is no tensor of mmdet's Mask2Former"),
+        (whole | {"neck.weight": torch.zeros(1)}, "out", "neck.weight is not a tensor"),
         (lacking, "out", "panoptic_head.query_feat.weight is missing"),
         (fewer, "out", "2 tensors do not fit"),
         (
