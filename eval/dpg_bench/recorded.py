@@ -74,9 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--num-images", type=int, metavar="N", help="first pictures of each item to count (default: all)"
     )
-    parser.add_argument(
-        "--judge", default="not told", help="who gave the answers; printed next to the scores"
-    )
+    parser.add_argument("--judge", default="unknown", help="who gave the answers; printed next to the scores")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write everything as JSON")
     options = parser.parse_args(arguments)
     harness.check_numbers(options, num_images=1)

@@ -25,7 +25,7 @@ COMMANDS = {
     "score": "recorded",
     "compare": "compare",
     "convert-detector": "convert_detector",
-    "self-test": "self_test",
+    "self-test": "check_detector",
     "watch": "watch",
 }
 

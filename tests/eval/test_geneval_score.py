@@ -144,7 +144,7 @@ def test_equal_images_of_a_prompt_widen_the_interval():
 
 
 def test_overall_is_the_mean_of_skills():
-    """8 images of one skill, 2 of the other: (1 + 0) / 2, not 8 / 10; not certain, though both are at an end."""
+    """8 images of one skill, 2 of the other: (1 + 0) / 2, not 8 / 10; not certain, though both are extreme."""
     results = [({"tag": "a", "prompt": i}, True) for i in range(8)] + [
         ({"tag": "b", "prompt": i}, False) for i in range(2)
     ]
