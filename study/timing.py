@@ -1,4 +1,7 @@
-"""What a training step of each arm costs, alone on the machine: the arms take turns, so that a slow minute slows them all."""
+"""The time of a training step of each arm, alone on the machine.
+
+The arms take turns, so that a slow minute slows them all.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +24,15 @@ from study.grid import Grid
 
 
 def steps_in_turns(grid: Grid, names: Sequence[str], out: Path, rounds: int) -> dict[str, list[float]]:
-    """Arm -> seconds of forward, backward and update in each round, on the same samples; a first round is not counted.
+    """Arm -> seconds of forward, backward and update in each round, on the same samples.
 
-    Models and optimisers of all arms are in memory at once.
+    A first round is not counted. Models and optimizers of all arms are in memory at once.
+
+    Args:
+        grid: the grid.
+        names: of its arms.
+        out: the study's folder.
+        rounds: how many.
     """
     before, steps, seconds = dict(os.environ), {}, {name: [] for name in names}
     _, _, device = distributed.start_process_group(0)
@@ -44,7 +53,7 @@ def steps_in_turns(grid: Grid, names: Sequence[str], out: Path, rounds: int) -> 
                     seconds[name].append(time.perf_counter() - began)
     finally:
         distributed.stop_process_group()
-        # A process that is started from here would take this one's port for its own.
+        # Otherwise a process that is started later would use this one's port.
         os.environ.clear()
         os.environ.update(before)
     return seconds
@@ -64,8 +73,8 @@ def _step(engine, batch: loader.Batch, device: torch.device) -> Callable[[int], 
     return step
 
 
-def beside_control(grid: Grid, seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Arm -> median seconds of a step, and the median of what it takes over what the control took in the same round."""
+def relative_to_control(grid: Grid, seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Arm -> median seconds of a step, and median ratio to the control's in the same round."""
     control = seconds[grid.control]
     return {
         name: {

@@ -20,19 +20,13 @@ from PIL import Image
 
 from mmtensorar import image_tokenizers
 from mmtensorar.data.shards import decode_image, square
-from mmtensorar.image_tokenizers import to_images, to_pixels
+from mmtensorar.image_tokenizers import round_trip
 
 
 def psnr(one: Image.Image, other: Image.Image) -> float:
     """Peak signal-to-noise ratio of two RGB images of one size, in dB over all 8-bit values; infinite when equal."""
     error = np.square(np.asarray(one, np.float64) - np.asarray(other, np.float64)).mean()
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)
-
-
-def roundtrip(image_tokenizer, image: Image.Image) -> Image.Image:
-    """An RGB image of the tokenizer's size, from its codes."""
-    device = next(image_tokenizer.parameters()).device
-    return to_images(image_tokenizer.decode(image_tokenizer.encode(to_pixels([image]).to(device))))[0]
 
 
 def write_roundtrips(image_tokenizer, paths: list[Path], out: Path) -> Iterator[tuple[Path, float]]:
@@ -43,7 +37,7 @@ def write_roundtrips(image_tokenizer, paths: list[Path], out: Path) -> Iterator[
         if image.size != (size, size):
             print(f"{path}: {image.width}x{image.height}, resized and cut to the centre {size}x{size}")
             image = square(image, size)
-        made = roundtrip(image_tokenizer, image)
+        made = next(round_trip(image_tokenizer, [image]))
         both = Image.new("RGB", (2 * size, size))
         both.paste(image, (0, 0))
         both.paste(made, (size, 0))
