@@ -29,7 +29,7 @@ import torch  # noqa: E402
 
 from mmtensorar import backbones, image_tokenizers
 from mmtensorar.checkpoints import model_folder
-from mmtensorar.data import loader
+from mmtensorar.data import checks, loader
 from mmtensorar.image_tokenizers import to_images  # noqa: E402
 from mmtensorar.model import adapters
 from mmtensorar.processes import hold, leave  # noqa: E402
@@ -195,7 +195,9 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> int:
         say(f"{folder} is already at step {progress} of {recipe.train.steps}: nothing to do")
         return 0
     image_tokenizer = image_tokenizers.load(recipe.image_tokenizer)
-    fingerprints["shards"] = loader.preflight(recipe, image_tokenizer, world_size=world_size)
+    fingerprints["shards"] = checks.preflight(
+        recipe, image_tokenizer, backbones.caption_encoder(recipe.backbone), world_size=world_size
+    )
 
     # ---- model -------------------------------------------------------------------------------
     engine = deep.start(recipe, world_size, device)

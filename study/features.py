@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mmtensorar.data.shards import Manifest, iterate_shard, picture
+from mmtensorar.data.pictures import sample_picture
+from mmtensorar.data.shards import Manifest, iterate_shard
 from mmtensorar.image_tokenizers import ImageTokenizer, to_pixels
 
 WIDTH = 32  # of a classifier's features
@@ -71,7 +72,7 @@ def read_pictures(folder: Path) -> tuple[Tensor, Tensor]:
         for sample in iterate_shard(folder, shard):
             pictures.append(
                 np.asarray(
-                    picture(sample, f"{folder / shard.name}: sample {sample.key}", manifest.image_size)
+                    sample_picture(sample, f"{folder / shard.name}: sample {sample.key}", manifest.image_size)
                 )
             )
             classes.append(int(sample.members["txt"]))

@@ -18,7 +18,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from mmtensorar.checkpoints.released import fill
-from mmtensorar.data.shards import Manifest, iterate_shard, picture
+from mmtensorar.data.pictures import sample_picture
+from mmtensorar.data.shards import Manifest, iterate_shard
 from mmtensorar.image_tokenizers import to_pixels
 from mmtensorar.recipe import Section, read_recipe
 
@@ -87,7 +88,7 @@ def load_pictures(folder: Path, size: int) -> np.ndarray:
     pictures = []
     for shard in manifest.shards:
         for sample in iterate_shard(folder, shard):
-            pictures.append(np.asarray(picture(sample, f"{folder / shard.name}: sample {sample.key}", size)))
+            pictures.append(np.asarray(sample_picture(sample, f"{folder / shard.name}: sample {sample.key}", size)))
     return np.stack(pictures)
 
 

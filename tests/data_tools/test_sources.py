@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools import make_shards
+from data_tools import make_shards, pipeline
 from mmtensorar.data import shards
+from mmtensorar.data.pictures import decode_picture, encoded_picture, sample_picture
 from mmtensorar.data.shards import Manifest, iterate_tar
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +62,7 @@ def assert_right(out: Path, colors=COLORS) -> None:
     )
     for sample in found:
         expected = Image.new("RGB", (1, 1), sample.members["txt"].decode().split()[1]).getpixel((0, 0))
-        image = shards.picture(sample, sample.key, 16)
+        image = sample_picture(sample, sample.key, 16)
         assert np.abs(np.subtract(image.getpixel((8, 8)), expected)).max() <= 4
 
 
@@ -258,7 +259,7 @@ def test_our_own_shards_can_be_sharded_again(tmp_path):
             {"a.png": b"", "a.txt": b"x", "b.png": b"", "b.txt": b"x", "a.json": b"{}"},
             "its members are not together",
         ),
-        ({"a.png": b"", "a.txt": b"x", "a.PNG": b""}, "member a.PNG is there twice"),
+        ({"a.png": b"", "a.txt": b"x", "a.PNG": b""}, "member a.PNG occurs twice"),
     ],
 )
 def test_a_bad_sample_of_a_tar_is_named(tmp_path, capsys, members, expected):
@@ -317,7 +318,7 @@ def test_a_bad_parquet_file_is_named(tmp_path, capsys):
         pyarrow.parquet.write_table(table, path)
         assert expected in fails(capsys, make(tmp_path / "set", "--parquet", path))
     path.write_bytes(path.read_bytes()[:-20])
-    assert "not a whole Parquet file" in fails(capsys, make(tmp_path / "set", "--parquet", path))
+    assert "not a complete Parquet file" in fails(capsys, make(tmp_path / "set", "--parquet", path))
 
 
 # ---- captions --------------------------------------------------------------------------------
@@ -443,7 +444,7 @@ def test_the_bytes_do_not_depend_on_the_workers_or_on_interruptions(tmp_path, mi
         [*command, "--out", tmp_path / "two"], check=True, cwd=ROOT, timeout=60, capture_output=True
     )
     for stage in ("make_part", "make_shard"):
-        real, calls = getattr(make_shards, stage), []
+        real, calls = getattr(pipeline, stage), []
 
         def interrupted(*task, real=real, calls=calls):
             if len(calls) == 1:
@@ -451,9 +452,9 @@ def test_the_bytes_do_not_depend_on_the_workers_or_on_interruptions(tmp_path, mi
             calls.append(task)
             return real(*task)
 
-        monkeypatch.setattr(make_shards, stage, interrupted)
+        monkeypatch.setattr(pipeline, stage, interrupted)
         make(tmp_path / "cut", *arguments)
-        monkeypatch.setattr(make_shards, stage, real)
+        monkeypatch.setattr(pipeline, stage, real)
     assert make(tmp_path / "cut", *arguments) == 0
     for suffix in ("", "_validation"):
         whole = content(tmp_path / f"one{suffix}")
@@ -712,7 +713,7 @@ def banner(tmp_path) -> Path:
 
 def pixels(out: Path) -> np.ndarray:
     (sample,) = made(out)
-    return np.asarray(shards.decode_image(shards.image_member(sample, ""), ""), np.int64)
+    return np.asarray(decode_picture(encoded_picture(sample, ""), ""), np.int64)
 
 
 def near(found: np.ndarray, color: str) -> bool:

@@ -35,18 +35,10 @@ from tqdm import tqdm
 from data_tools import inspect_shards, sources
 from data_tools.check_shards import check_shard
 from data_tools.encode_codes import pictures
-from data_tools.samples import Wanted, make_sample
-from mmtensorar.data.shards import (
-    MANIFEST,
-    Codes,
-    Manifest,
-    Sample,
-    TextFeatures,
-    encode_codes,
-    encode_features,
-    iterate_shard,
-    write_tar,
-)
+from data_tools.samples import SampleSettings, make_sample
+from data_tools.sources import webdataset
+from mmtensorar.data.members import encode_codes, encode_features
+from mmtensorar.data.shards import MANIFEST, Codes, Manifest, Sample, TextFeatures, iterate_shard, write_tar
 
 NUM_SHARDS, PER_SHARD, SIDE, NUM_CODES = 2, 4, 4, 64
 TIME_LIMIT_S, MEMORY_LIMIT = 10.0, 2**31
@@ -492,11 +484,11 @@ def read_skipping(folder: Path) -> Found:
 def read_source(folder: Path) -> Found:
     """make_shards --tars."""
     found, missing = [], 0
-    for number, item in enumerate(sources.items("tars", str(folder), sources.Layout())):
+    for number, item in enumerate(webdataset.read(str(folder), sources.Layout()).items):
         try:
             found.append(
                 make_sample(
-                    f"{number}", item._replace(captions=item.captions[:1]), Wanted(image_size=16)
+                    f"{number}", item._replace(captions=item.captions[:1]), SampleSettings(image_size=16)
                 ).sample.key
             )
         except ValueError:
