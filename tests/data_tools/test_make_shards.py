@@ -210,7 +210,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(tmp_path, monke
     assert shapes(tmp_path / "cut") == 130
     assert not (tmp_path / "cut" / "manifest.json").exists()
     assert shapes(tmp_path / "cut") == 0
-    assert "1 of 3 parts are there" in capsys.readouterr().out
+    assert "1 of 3 parts are finished" in capsys.readouterr().out
     assert content(tmp_path / "cut") == content(tmp_path / "whole") and len(calls) == 4
 
 
@@ -241,7 +241,7 @@ def test_a_bad_file_is_named(tmp_path, pictures, capsys, name, damage, expected)
     ("line", "expected"),
     [
         (b"{", "list.jsonl:2: not JSON"),
-        (b"[1]", "list.jsonl:2: expected"),
+        (b"[1]", "list.jsonl:2: holds list"),
         (b'{"image": "a.jpg"}', "list.jsonl:2: no caption in 'caption'; found 'image'"),
         (b'{"caption": "x"}', "list.jsonl:2: expected an image in 'image', found 'caption'"),
         (b'{"image": 1, "caption": "x"}', "list.jsonl:2: the image is int; expected a path"),

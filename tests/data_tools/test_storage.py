@@ -253,7 +253,7 @@ def test_an_interrupted_set_in_a_store_goes_on(tmp_path, captioned, store, monke
     monkeypatch.undo()
     capsys.readouterr()
     assert make(store / "set", *arguments) == 0
-    assert "2 of 3 parts are there" in capsys.readouterr().out
+    assert "2 of 3 parts are finished" in capsys.readouterr().out
     assert at(store / "set") == content(tmp_path / "set")
 
 
