@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools import make_shards, pipeline
+from data_tools import make_shards, pipeline, sources
 from mmtensorar.data import shards
 from mmtensorar.data.pictures import decode_picture, encoded_picture, sample_picture
 from mmtensorar.data.shards import Manifest, iterate_tar
@@ -693,6 +693,59 @@ def test_options_that_make_no_sense_are_refused(tmp_path, capsys, arguments, exp
     with pytest.raises(SystemExit) as stopped:
         make(tmp_path / "set", "--folder", tmp_path, *arguments)
     assert stopped.value.code == 2 and expected in capsys.readouterr().err
+
+
+# ---- a new source ----------------------------------------------------------------------------
+
+PLUG_IN = '''
+import io
+from functools import partial
+
+from PIL import Image
+
+from data_tools.sources import Item, Layout, Listing, Source
+
+
+def items(place: str, layout: Layout):
+    for number in range(layout.arguments["num_squares"]):
+        yield Item(str(number), partial(square, place, number), (f"square {number}",), {"source": "squares"})
+
+
+def square(color: str, number: int) -> Image.Image:
+    return Image.new("RGB", (20 + number, 20), color)
+
+
+def read(place: str, layout: Layout) -> Listing:
+    return Listing(items(place, layout))
+
+
+SOURCE = Source("--squares", "squares of a color", read, arguments={"--num-squares": {"type": int, "default": 3}})
+'''
+
+
+def test_a_source_is_one_file(tmp_path, monkeypatch, capsys):
+    """Its option, its own arguments and their rule come and go with the file; the set is as of any source."""
+    folder = tmp_path / "plug_ins"
+    folder.mkdir()
+    monkeypatch.setattr(sources, "__path__", [*sources.__path__, str(folder)])
+    arguments = ("--squares", "red", "--num-squares", 5)
+
+    def refusal(*arguments) -> str:
+        with pytest.raises(SystemExit):
+            make(tmp_path / "refused", *arguments)
+        return capsys.readouterr().err
+
+    assert "--squares" not in refusal(*arguments)
+    (folder / "squares.py").write_text(PLUG_IN)
+    assert make(tmp_path / "set", *arguments) == 0
+    manifest = Manifest.read(tmp_path / "set")
+    assert manifest.num_samples == 5 and manifest.source.startswith("squares red ")
+    captions = {sample.members["txt"] for sample in iterate_tar(tmp_path / "set" / "00000.tar")}
+    assert captions == {f"square {number}".encode() for number in range(5)}
+    assert "--num-squares goes with --squares" in refusal("--folder", tmp_path, "--num-squares", 5)
+    (folder / "squares.py").unlink()
+    monkeypatch.delitem(sys.modules, "data_tools.sources.squares")
+    assert "--squares" not in refusal(*arguments)
 
 
 # ---- what is made ----------------------------------------------------------------------------
