@@ -32,7 +32,7 @@ import torch
 
 from mmtensorar import backbones, image_tokenizers, ranks
 from mmtensorar.checkpoints import model_folder
-from mmtensorar.data import loader
+from mmtensorar.data import checks, loader
 from mmtensorar.processes import StopSignals, exit_process
 from mmtensorar.recipe import Recipe
 from mmtensorar.seeds import seed_for
@@ -116,7 +116,10 @@ def prepare(recipe: Recipe, stack: ExitStack, *, resume: bool, local_rank: int) 
     # Image tokenizer, shards, model.
     image_tokenizer = image_tokenizers.load(recipe.image_tokenizer)
     sample_grid.check(recipe, len(image_tokenizer.factor_sizes))
-    fingerprints["shards"] = loader.preflight(recipe, image_tokenizer, world_size=world_size)
+    caption_encoder = backbones.caption_encoder(recipe.backbone)
+    fingerprints["shards"] = checks.preflight(
+        recipe, image_tokenizer, caption_encoder, world_size=world_size
+    )
     engine = engines.start(recipe, world_size, device)
     runs.check_fit(recipe, image_tokenizer, engine.module)
     runs.print_model(recipe, engine.module)
@@ -140,7 +143,6 @@ def prepare(recipe: Recipe, stack: ExitStack, *, resume: bool, local_rank: int) 
     stack.callback(saver.wait)
 
     # Batches, log.
-    caption_encoder = backbones.caption_encoder(recipe.backbone)
     skip = start_step * recipe.train.grad_accum
     return TrainingRun(
         recipe, rank, world_size, device, signals,

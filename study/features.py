@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mmtensorar.data.shards import Manifest, iterate_shard, picture
+from mmtensorar.data.pictures import sample_picture
+from mmtensorar.data.shards import Manifest, iterate_shard
 from mmtensorar.files import atomic_path
 from mmtensorar.image_tokenizers import ImageTokenizer, to_pixels
 
@@ -71,7 +72,7 @@ def read_pictures(folder: Path) -> tuple[Tensor, Tensor]:
     for shard in manifest.shards:
         for sample in iterate_shard(folder, shard):
             where = f"{folder / shard.name}: sample {sample.key}"
-            pictures.append(np.asarray(picture(sample, where, manifest.image_size)))
+            pictures.append(np.asarray(sample_picture(sample, where, manifest.image_size)))
             classes.append(int(sample.members["txt"]))
     return to_pixels(pictures), torch.tensor(classes)
 

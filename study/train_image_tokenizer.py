@@ -22,7 +22,8 @@ from torch import Tensor
 
 from mmtensorar.checkpoints.released import fill
 from mmtensorar.cli import command
-from mmtensorar.data.shards import Manifest, iterate_shard, picture
+from mmtensorar.data.pictures import sample_picture
+from mmtensorar.data.shards import Manifest, iterate_shard
 from mmtensorar.image_tokenizers import to_pixels
 from mmtensorar.recipe import Section, read_recipe
 
@@ -93,7 +94,7 @@ def load_pictures(folder: Path, size: int) -> np.ndarray:
     for shard in manifest.shards:
         for sample in iterate_shard(folder, shard):
             where = f"{folder / shard.name}: sample {sample.key}"
-            pictures.append(np.asarray(picture(sample, where, size)))
+            pictures.append(np.asarray(sample_picture(sample, where, size)))
     return np.stack(pictures)
 
 

@@ -15,22 +15,19 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from PIL import Image
 
 from eval.geneval.prompts import CLASSES, prompts
 from eval.geneval.score import COLORS, RELATIONS, Settings
 from mmtensorar.files import read_json
 from worlds.shapes.detect import Detector, ShapesDetector
-from worlds.shapes.draw import SHAPES, SKILLS, draw, sample_scene
+from worlds.shapes.draw import SHAPES, SKILLS
+from worlds.shapes.prompts import correct_picture
 
 NUM_IMAGES = 4  # per prompt, as GenEval
-PROMPT_SEED = 20_000
-PICTURE_SEED = 30_000
 MASK2FORMER, CLIP = "facebook/mask2former-swin-small-coco-instance", "openai"  # of suite geneval
 
 
@@ -98,11 +95,11 @@ def load(name: str, num_prompts: int | None = None, choice: DetectorChoice = DEF
 
 
 def shapes(num_prompts: int | None, choice: DetectorChoice) -> Suite:
-    chosen = [prompt for skill in SKILLS for prompt in _shapes_prompts(skill, num_prompts or 20)]
+    chosen = [prompt for skill in SKILLS for prompt in skill_prompts(skill, num_prompts or NUM_PROMPTS)]
     # The detector's scores are overlaps with a template, which it filters itself, and not confidences:
     # GenEval's stricter threshold for counting has no meaning for them.
     settings = Settings(counting_threshold=Settings.threshold)
-    return Suite("shapes", tuple(chosen), SHAPES, cache(ShapesDetector), settings, picture=_shapes_picture)
+    return Suite("shapes", tuple(chosen), SHAPES, cache(ShapesDetector), settings, picture=correct_picture)
 
 
 def geneval(num_prompts: int | None, choice: DetectorChoice) -> Suite:
@@ -130,28 +127,6 @@ def geneval(num_prompts: int | None, choice: DetectorChoice) -> Suite:
 
 
 SUITES: dict[str, Callable[[int | None, DetectorChoice], Suite]] = {"shapes": shapes, "geneval": geneval}
-
-
-def _shapes_prompts(skill: str, num_prompts: int) -> list[dict]:
-    by_caption: dict[str, dict] = {}
-    since_new = 0
-    for draw_number in count():
-        scene = sample_scene(np.random.default_rng([PROMPT_SEED, SKILLS.index(skill), draw_number]), skill)
-        since_new = since_new + 1 if scene.caption in by_caption else 0
-        by_caption.setdefault(scene.caption, scene.metadata)
-        if len(by_caption) == num_prompts:
-            return list(by_caption.values())
-        if since_new == 1000:
-            raise ValueError(
-                f"{num_prompts} prompts per skill asked for, but the shapes grammar has about "
-                f"{len(by_caption)} captions for {skill}; ask for fewer prompts, or for more images of each"
-            )
-
-
-def _shapes_picture(number: int, size: int) -> tuple[dict, Image.Image]:
-    rng = np.random.default_rng([PICTURE_SEED, number])
-    scene = sample_scene(rng, SKILLS[number % len(SKILLS)])
-    return scene.metadata, draw(scene, rng, size)
 
 
 def read_metadata(path: Path, suite: Suite) -> dict:

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from mmtensorar import image_tokenizers
-from mmtensorar.data.shards import decode_image, square
+from mmtensorar.data.pictures import center_square, decode_picture
 from mmtensorar.image_tokenizers import round_trip
 
 
@@ -33,10 +33,10 @@ def write_roundtrips(image_tokenizer, paths: list[Path], out: Path) -> Iterator[
     """Path of each comparison written, and its PSNR. Raises ValueError naming a picture that cannot be read."""
     size = image_tokenizer.image_size
     for path in paths:
-        image = decode_image(path.read_bytes(), str(path), upright=True)
+        image = decode_picture(path.read_bytes(), str(path), upright=True)
         if image.size != (size, size):
             print(f"{path}: {image.width}x{image.height}, resized and cut to the centre {size}x{size}")
-            image = square(image, size)
+            image = center_square(image, size)
         made = next(round_trip(image_tokenizer, [image]))
         both = Image.new("RGB", (2 * size, size))
         both.paste(image, (0, 0))

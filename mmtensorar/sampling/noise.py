@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Generator, Tensor
 
-from mmtensorar.model.drafts import invert_cdf
+from mmtensorar.model.categorical import invert_cdf
 from mmtensorar.sampling import filters
 from mmtensorar.sampling.settings import FactorSettings
 

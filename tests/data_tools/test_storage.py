@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from data_tools import make_shards, storage
+from data_tools import pipeline, storage
 from data_tools.executors import OnRay
 from mmtensorar.data.shards import Manifest
 from mmtensorar.data.url_cache import Cache
@@ -232,7 +232,7 @@ def test_training_reads_what_was_made_in_a_store(tmp_path, captioned, store):  #
     assert make(store / "set", "--folder", captioned) == 0
     cache = Cache(tmp_path / "cache", 10**9)
     manifest = cache.manifest(f"{store}/set")
-    with cache.opened(f"{store}/set", manifest.shards[0]) as path:
+    with cache.local_path(f"{store}/set", manifest.shards[0]) as path:
         assert path.stat().st_size > 6000
     assert manifest.num_samples == len(COLORS)
 
@@ -240,7 +240,7 @@ def test_training_reads_what_was_made_in_a_store(tmp_path, captioned, store):  #
 def test_an_interrupted_set_in_a_store_goes_on(tmp_path, captioned, store, monkeypatch, capsys):  # noqa: F811
     arguments = ["--folder", captioned, "--samples-per-shard", 2, "--deduplicate"]
     assert make(tmp_path / "set", *arguments) == 0
-    make_part, left = make_shards.make_part, [2]
+    make_part, left = pipeline.make_part, [2]
 
     def dying(*task):
         left[0] -= 1
@@ -248,12 +248,12 @@ def test_an_interrupted_set_in_a_store_goes_on(tmp_path, captioned, store, monke
             raise KeyboardInterrupt
         return make_part(*task)
 
-    monkeypatch.setattr(make_shards, "make_part", dying)
+    monkeypatch.setattr(pipeline, "make_part", dying)
     assert make(store / "set", *arguments) == 130
     monkeypatch.undo()
     capsys.readouterr()
     assert make(store / "set", *arguments) == 0
-    assert "2 of 3 parts are there" in capsys.readouterr().out
+    assert "2 of 3 parts are finished" in capsys.readouterr().out
     assert at(store / "set") == content(tmp_path / "set")
 
 

@@ -23,15 +23,9 @@ from safetensors.torch import load_file, save_file
 from mmtensorar import backbones, image_tokenizers
 from mmtensorar.checkpoints import model_folder
 from mmtensorar.data import loader
+from mmtensorar.data.members import encode_codes
 from mmtensorar.data.sample_order import Order
-from mmtensorar.data.shards import (
-    Codes,
-    Manifest,
-    Sample,
-    encode_codes,
-    iterate_tar,
-    write_tar,
-)
+from mmtensorar.data.shards import Codes, Manifest, Sample, iterate_tar, write_tar
 from mmtensorar.recipe import Recipe
 from mmtensorar.training import run_log
 from tests.helpers.fakes import write_tiny_janus
@@ -446,7 +440,7 @@ def test_damage_on_one_rank_stops_both(bench):
     folder = bench / "damaged"
     shutil.copytree(bench / "shards", folder)
     manifest = Manifest.read(folder)
-    place = Order([shard.num_samples for shard in manifest.shards], rows=4, seed=0, shuffle=0).place(
+    place = Order([shard.num_samples for shard in manifest.shards], rows=4, seed=0, shuffle=0).location(
         1
     )  # rank 1's first
     shard, damaged = manifest.shards[place.shard], place.sample
