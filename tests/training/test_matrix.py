@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -16,9 +15,10 @@ from mmtensorar.image_tokenizers import janus_vq
 from mmtensorar.model.conditions import Condition
 from mmtensorar.recipe import Recipe
 from tests.helpers.fakes import write_tiny_janus
-from tests.training.test_train import environment
+from tests.helpers.runs import finish_ranks, fork_ranks
 
-ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.launch
+
 STAGES, PARTS, PRECISIONS = (0, 1, 2, 3), ("all", "heads", "lora", "qlora"), ("bf16", "fp32")
 # Paged optimisers page between a GPU and its host.
 OPTIMIZERS = (("adamw", "none"), ("adamw_8bit", "none"), ("adamw", "cpu"), ("cpu_adam", "cpu"))
@@ -104,8 +104,8 @@ def main(folder: Path) -> None:
 def found(tmp_path_factory) -> dict:
     pytest.importorskip("deepspeed")
     folder = tmp_path_factory.mktemp("matrix")
-    command = [sys.executable, "-m", "tests.training.test_matrix", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    started = fork_ranks("-m", "tests.training.test_matrix", str(folder))
+    done = finish_ranks(started, timeout_s=600)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return json.loads((folder / "found.json").read_text())
 
