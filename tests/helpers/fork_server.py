@@ -11,6 +11,7 @@ answers each with one JSON line on standard output. When its input ends, it kill
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import os
 import runpy
@@ -105,9 +106,13 @@ class ForkServer:
         cwd: Path = ROOT,
         output_of: Run | None = None,
     ) -> Run:
-        """Start `python COMMAND`; COMMAND is a script's path, -m and a module, or -c and code, with arguments.
+        """Start `python COMMAND`.
 
-        output_of: a run whose output files this one writes into too, as ranks under a launcher do.
+        Args:
+            command: a script's path, or -m and a module, or -c and code; then arguments.
+            env: the whole environment; by default `environment()`.
+            cwd: the folder in which it starts.
+            output_of: a run whose output files this one writes into too, as ranks under a launcher do.
         """
         words = [str(word) for word in command]
         out, err = (self._folder_file(kind) for kind in ("out", "err"))
@@ -148,20 +153,23 @@ def close_shared() -> None:
 # ---- the server's side ---------------------------------------------------------------------------
 
 
+# What runs import, also late: inside functions, or through transformers' lazy modules.
+IMPORTS = (
+    "deepspeed",
+    "torch.utils.tensorboard",
+    "transformers.models.janus.modeling_janus",
+    "transformers.models.t5.modeling_t5",
+    "bitsandbytes",
+    "peft",
+    "mmtensorar.pipeline",
+    "mmtensorar.train",
+)
+
+
 def import_everything() -> None:
-    """What runs import, also late: inside functions, or through transformers' lazy modules."""
-    import deepspeed  # noqa: F401, I001
-    import torch.utils.tensorboard  # noqa: F401
-    import transformers.models.janus.modeling_janus
-    import transformers.models.t5.modeling_t5  # noqa: F401
-
-    import mmtensorar.pipeline  # noqa: F401
-    import mmtensorar.train  # noqa: F401
-
-    for name in ("bitsandbytes", "peft", "scipy.linalg"):
-        with suppress(ImportError):
-            __import__(name)
-    del transformers
+    for name in IMPORTS:
+        with suppress(ImportError):  # an extra that is not installed; who needs it fails later
+            importlib.import_module(name)
 
 
 def become(request: dict) -> None:

@@ -35,7 +35,7 @@ ALIKE = ("optim.eps=0.01", "train.grad_accum=1")
 
 
 def write_bench(folder: Path) -> Path:
-    """A tiny Janus with its image tokenizer, shards and a recipe of 4 steps in float32; returns the folder."""
+    """A tiny Janus, its image tokenizer, shards, and a recipe of 4 steps in float32; returns the folder."""
     write_tiny_janus(folder / "janus", NUM_CODES, SIDE)
     recipe = {
         "run": {"name": "unnamed", "out": str(folder / "runs")},
@@ -99,7 +99,10 @@ def run(bench: Path, *arguments: str, ranks: int = 1) -> subprocess.CompletedPro
 
 
 def launch(bench: Path, *arguments: str, ranks: int) -> subprocess.Popen:
-    """Train through the deepspeed launcher, in a process group of its own, which is what Ctrl-C in a terminal reaches."""
+    """Train through the deepspeed launcher.
+
+    It gets a process group of its own, which is what Ctrl-C in a terminal reaches.
+    """
     launcher = Path(sys.executable).with_name("deepspeed")
     words = [str(launcher), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
     return subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Every pair of ZeRO stage, parts, precision, optimiser and offloading that a recipe may ask for trains, is saved and goes on."""
+"""Every ZeRO stage, parts, precision, optimiser and offloading that a recipe may ask for trains, saves and resumes."""
 
 import itertools
 import json
@@ -48,16 +48,19 @@ def step(engine) -> float:
 
 
 def go_through(folder: Path, stage: int, parts: str) -> None:
-    """All that a recipe allows of precisions, optimisers and offloading. Raises AssertionError naming what went wrong."""
+    """Try the precisions, optimisers and offloading that a recipe allows.
+
+    Raises AssertionError with the settings that went wrong.
+    """
     from mmtensorar.training import engine as deep
     from mmtensorar.training import run_state
 
     cpu, allowed = torch.device("cpu"), 0
     for precision, (optimizer, offload) in itertools.product(PRECISIONS, OPTIMIZERS):
-        # To save time: moments in 8 bits are those of bf16, and of fewer parameters nothing is done otherwise than of all.
-        if precision == "fp32" and (optimizer == "adamw_8bit" or (offload != "none" and parts != "all")):
+        # To save time: 8-bit moments are the same in fp32, and all optimisers are tried on all parameters.
+        if precision == "fp32" and optimizer == "adamw_8bit":
             continue
-        if parts == "heads" and (optimizer, offload) != ("adamw", "none"):
+        if parts != "all" and (optimizer, offload) != ("adamw", "none"):
             continue
         asked = (stage, parts, precision, optimizer, offload)
         try:

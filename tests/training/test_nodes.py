@@ -1,4 +1,7 @@
-"""Several nodes, as processes on this machine: one is lost and the others go on; two hosts train through the launcher."""
+"""Several nodes, as processes on this machine.
+
+One is lost and the others continue; two hosts train through the launcher.
+"""
 
 import json
 import os
@@ -48,7 +51,7 @@ def wait_for(found, processes: list[subprocess.Popen], logs: list[Path], timeout
 
 
 def test_a_run_outlives_the_loss_of_a_node(bench, tmp_path):
-    """torchrun with one to two nodes: when one is killed, the other starts again from the last checkpoint, alone.
+    """torchrun with one to two nodes: when one is killed, the other restarts from the last run state, alone.
 
     The losses are those of a run that one node did from the start.
     """

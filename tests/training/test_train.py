@@ -1,4 +1,4 @@
-"""The training entry, run as a user runs it: resuming is exact, ZeRO-3 equals plain training, errors are sentences."""
+"""The training entry: resuming is exact, ZeRO-3 equals plain training, errors are sentences."""
 
 import json
 import re
@@ -53,7 +53,7 @@ def whole_run(bench):
 
 
 def test_resumed_run_equals_uninterrupted_run(bench, whole_run):
-    """Stopped after step 2 and continued, steps 3 and 4 repeat bit for bit: data, noise, weights, moments, rate."""
+    """Stopped after step 2, steps 3 and 4 repeat bit for bit: data, noise, weights, moments, learning rate."""
     name = cut(bench, "whole")
     done = run(bench, f"run.name={name}", "--resume", "train.monitors=[csv]")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -186,10 +186,10 @@ def two_ranks(bench):
 
 
 def test_zero_3_on_two_ranks_equals_one_rank(bench, two_ranks):
-    """Same samples, prompts dropped and noise per step, also in other micro batches; backbone and codec alike.
+    """Each step has the same samples, dropped prompts and noise, also in other micro batches.
 
-    Without ZeRO, DeepSpeed began with a step of zero gradients, so the first updates were a third too small; a step
-    changes the loss by about 0.1 %, and a tolerance of 1 % hid that.
+    Without ZeRO, DeepSpeed began with a step of zero gradients, so the first updates were a third too
+    small. A step changes the loss by about 0.1 %, and a tolerance of 1 % hid that.
     """
     one = run(bench, "run.name=one", *ALIKE, "train.grad_accum=2", "train.save_every=0", EMA)
     assert one.returncode == 0, one.stderr[-3000:]
@@ -231,7 +231,7 @@ def exported_alike(bench: Path, name: str) -> None:
 
 
 def test_a_run_goes_on_with_other_numbers_of_ranks_and_other_stages(bench, two_ranks):
-    """Two ranks under ZeRO-3, one under ZeRO-2 in two micro batches, two without ZeRO, one under ZeRO-1: as if never changed."""
+    """As if never changed: two ranks under ZeRO-3, one under ZeRO-2, two without ZeRO, one under ZeRO-1."""
     name = "two"
     ways = [(1, ["zero.stage=2", "train.grad_accum=2"]), (2, ["zero.stage=0"]), (1, ["zero.stage=1"])]
     for step, (ranks, settings) in enumerate(ways, 1):
@@ -474,7 +474,13 @@ def test_a_spike_of_the_gradient_stops_and_names_the_samples(bench):
 @pytest.mark.parametrize("code", [0, 2])
 def test_a_process_of_a_group_leaves_with_its_exit_code(code):
     """With the group's threads alive, an interpreter's own end may abort, which is another exit code."""
-    lines = "from mmtensorar import processes; from mmtensorar.training import engine; engine.start_process_group(0); print('said', end=''); processes.leave({})"
+    lines = """
+from mmtensorar import processes
+from mmtensorar.training import engine
+engine.start_process_group(0)
+print('said', end='')
+processes.leave({})
+"""
     done = finish_ranks(fork_ranks("-c", lines.format(code)), timeout_s=120)
     assert (done.returncode, done.stdout.endswith("said")) == (code, True), done.stderr[-2000:]
 
@@ -528,7 +534,7 @@ def test_float32_logs_the_norm_of_the_gradient(bench, terminated):
 
 
 def test_ctrl_c_through_the_launcher_saves_and_stops(bench):
-    """Launcher, both ranks and their loader workers all receive it; the launcher passes it on as SIGTERM, and all end."""
+    """Launcher, ranks and loader workers all receive it. The launcher sends it on as SIGTERM, and all end."""
     process = launch(bench, *endless("interrupted"), "data.num_workers=1", ranks=2)
     signal_after_a_step(signal.SIGINT, process, bench, "interrupted")
     done = finish(process, timeout_s=120)
