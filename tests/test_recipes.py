@@ -118,6 +118,7 @@ def test_a_header_says_what_to_run_where_and_what_the_paper_claims(path):
     assert recipe.data.batch_size % (num_gpus * recipe.train.grad_accum) == 0
 
 
+@pytest.mark.plan
 @pytest.mark.parametrize("path", LARGE, ids=name_of)
 def test_it_plans_without_any_file(path, tmp_path, monkeypatch):
     """The real sizes: a window or number of heads that the real backbone does not take fails here."""
@@ -131,6 +132,7 @@ def test_it_plans_without_any_file(path, tmp_path, monkeypatch):
 PLANNED = [path for path in LARGE if "\n# Planned: " in path.read_text()]
 
 
+@pytest.mark.plan
 @pytest.mark.parametrize("path", PLANNED, ids=name_of)
 def test_the_memory_in_a_header_is_what_the_plan_says(path):
     header = path.read_text()
@@ -296,6 +298,7 @@ def test_one_real_training_step(path, standins, one_process, tmp_path, monkeypat
     assert model_folder.check_files(recipe.run_dir / "model")["step"] == 1
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize(
     "change, problem",
     [

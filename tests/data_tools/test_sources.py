@@ -362,6 +362,7 @@ def test_what_is_left_out_is_counted_and_listed(tmp_path, mixed, capsys):
     }
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize(
     "size", [("--samples-per-shard", 2), ("--bytes-per-shard", "10K"), ("--samples-per-shard", 100)]
 )

@@ -28,6 +28,8 @@ from tests.helpers.sources import (
     write_tar,
 )
 
+pytestmark = pytest.mark.server
+
 pytest.importorskip("upath")
 
 CODES = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}

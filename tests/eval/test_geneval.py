@@ -82,6 +82,7 @@ def test_more_prompts_than_the_grammar_has_is_an_error():
         suite.load("shapes", 33)
 
 
+@pytest.mark.launch
 def test_an_unknown_suite_ends_before_torch_is_imported():
     code = (
         "import sys; from eval.geneval.__main__ import main; code = main(['--ckpt', 'nowhere', '--suite', 'shape']); "

@@ -256,6 +256,7 @@ def test_an_arm_is_checked_against_its_stored_score(bench, grid_file, tmp_path, 
     assert "no row of own, seed 0" in capsys.readouterr().err
 
 
+@pytest.mark.launch
 def test_steps_are_timed_in_turns(bench, grid_file, tmp_path):
     before = dict(os.environ)
     seconds = timing.steps_in_turns(Grid.load(grid_file), ["plain", "k3"], tmp_path, 3)
@@ -286,6 +287,7 @@ def grounds() -> tuple[list, list]:
     return drawn(40), drawn(20)
 
 
+@pytest.mark.launch
 def test_a_base_is_made_from_nothing(grid_file, tmp_path, monkeypatch):
     """A world of classes from pictures to codes, an image tokenizer and a trained LlamaGen; nothing is made twice."""
     world = _classes.Classes("grounds", 16, ["dark", "bright"], grounds, num_prompts=3)

@@ -14,6 +14,7 @@ RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
 # Parameters of language model, generation embeddings, aligner and head, counted on the released configurations.
+@pytest.mark.plan
 @pytest.mark.parametrize("size, expected", [("1b", 1_485_053_952), ("7b", 6_591_791_104)])
 def test_backbone_counts_are_the_released_models(size, expected):
     recipe = Recipe.load(RECIPES / f"janus_pro_{size}.yaml")
@@ -27,6 +28,7 @@ def test_backbone_counts_are_the_released_models(size, expected):
 
 
 # The released models' parameters, and the share that the paper says TensorAR adds (its class-conditional table).
+@pytest.mark.plan
 @pytest.mark.parametrize(
     "name, expected, most",
     [
@@ -95,6 +97,7 @@ def test_the_peak_is_of_the_backward_or_of_the_update():
     assert many.peak == many.held + 10**9 + many.buffers
 
 
+@pytest.mark.plan
 def test_activations_grow_with_the_batch_and_shrink_when_computed_again():
     def active(rows: int, *changes: str) -> int:
         return plan.activation_bytes(Recipe.load(RECIPES / "janus_pro_1b.yaml", changes), [rows])[rows]
@@ -110,6 +113,7 @@ def test_activations_grow_with_the_batch_and_shrink_when_computed_again():
     assert plan.activation_bytes(few, [40])[40] == pytest.approx(plan._activation_bytes(few, 40), rel=1e-3)
 
 
+@pytest.mark.plan
 def test_flops_of_a_step_are_near_six_per_weight_and_token():
     """At window 1 nothing but the transformer counts: 6 N per token, plus attention, plus the prompt's tokens."""
     recipe = Recipe.load(
@@ -121,6 +125,7 @@ def test_flops_of_a_step_are_near_six_per_weight_and_token():
     assert flops / (6 * plan.parameters(model)["backbone"] * tokens) == pytest.approx(1, abs=0.1)
 
 
+@pytest.mark.plan
 def test_what_is_computed_again_counts_again():
     """Of the same step: the loss in chunks makes decoder and head a fourth time, and checkpoints the layers."""
 
@@ -150,6 +155,7 @@ def test_what_is_computed_again_counts_again():
     )  # and attention, and the prompt
 
 
+@pytest.mark.plan
 def test_self_drafts_are_a_forward_more():
     """A third of a step that computes nothing again, but for the head over each window's first slot."""
     settings = [
@@ -167,6 +173,7 @@ def test_self_drafts_are_a_forward_more():
     assert drafted - plain == pytest.approx(plain / 3 - 2 * 128 * 576 * head, rel=1e-3)
 
 
+@pytest.mark.plan
 def test_the_report_loads_no_weights(monkeypatch):
     """A plan must work where the model was never downloaded."""
     for name in ("fill", "locate"):
@@ -195,6 +202,7 @@ def test_an_average_takes_its_share():
     assert bytes_of(3, **{"train.ema_decay": 0.99}).optimizer == bytes_of(3).optimizer + 4 * 100
 
 
+@pytest.mark.plan
 def test_a_plan_leaves_nothing_behind():
     """Tables that layers keep were without values afterwards, and the next training of the process failed on them."""
     layers.rotary_table.cache_clear()
