@@ -214,7 +214,12 @@ def test_zero_3_on_two_ranks_equals_one_rank(magvit_bench):
     one = run(magvit_bench, "run.name=one")
     assert one.returncode == 0, one.stderr[-3000:]
     two = run(
-        magvit_bench, "run.name=two", "zero.stage=3", "train.sample_every=2", "train.sample_prompts=['4']", ranks=2
+        magvit_bench,
+        "run.name=two",
+        "zero.stage=3",
+        "train.sample_every=2",
+        "train.sample_prompts=['4']",
+        ranks=2,
     )
     assert two.returncode == 0, (two.stdout + two.stderr)[-3000:]
     for a, b in zip(rows(magvit_bench, "one"), rows(magvit_bench, "two"), strict=True):
