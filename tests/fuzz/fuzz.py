@@ -613,15 +613,11 @@ def fuzz(
     *,
     seconds: float = float("inf"),
     cases: range | None = None,
-    readers: dict[str, Callable[[Path], Found]] | None = None,
+    readers: dict[str, Callable[[Path], Found]] = READERS,
     limit_s: float = TIME_LIMIT_S,
     keep: Path | None = None,
 ) -> tuple[Counter[tuple[str, str]], list[str], int]:
-    """Counts of (reader, verdict), the failures in words, and how many cases were tried.
-
-    readers: by default READERS.
-    """
-    readers = READERS if readers is None else readers
+    """Counts of (reader, verdict), the failures in words, and how many cases were tried."""
     counts: Counter[tuple[str, str]] = Counter()
     failures: list[str] = []
     tried, deadline = 0, time.monotonic() + seconds

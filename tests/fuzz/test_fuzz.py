@@ -85,5 +85,6 @@ def test_the_command_reports_and_exits(capsys, monkeypatch):
     assert fuzz.main(["--case", "3"]) == 0
     assert "1 cases" in capsys.readouterr().out
     monkeypatch.setattr(fuzz, "READERS", {"wrong": with_a_bare_error})
+    monkeypatch.setattr(fuzz.fuzz, "__kwdefaults__", fuzz.fuzz.__kwdefaults__ | {"readers": fuzz.READERS})
     assert fuzz.main(["--case", "3"]) == 1
     assert "1 failures" in capsys.readouterr().out

@@ -519,7 +519,6 @@ def test_self_drafts_are_what_the_model_samples(name):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-@pytest.mark.launch
 def test_ligers_loss_is_ours():
     """The kernel itself, in Triton's interpreter, so that no GPU is needed: the same losses and gradients."""
     pytest.importorskip("liger_kernel")

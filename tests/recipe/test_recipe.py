@@ -387,7 +387,6 @@ def test_the_image_tokenizers_recipe_is_checked_and_printed_too(tmp_path, capsys
     assert f"error: {caught.value}" == f"{kind}, not of mmtensorar.train"
 
 
-@pytest.mark.launch
 def test_recipes_are_read_without_torch():
     """A launcher or an editor's check need not wait for it."""
     code = "import sys, mmtensorar.recipe; print('torch' in sys.modules)"
