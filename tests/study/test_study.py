@@ -288,7 +288,7 @@ def grounds() -> tuple[list, list]:
 
 
 @pytest.mark.launch
-def test_a_base_is_made_from_nothing(grid_file, tmp_path, monkeypatch):
+def test_a_base_is_made_from_nothing(grid_file, forked_commands, tmp_path, monkeypatch):
     """A world of classes from pictures to codes, an image tokenizer and a trained LlamaGen; nothing is made twice."""
     world = _classes.Classes("grounds", 16, ["dark", "bright"], grounds, num_prompts=3)
     monkeypatch.setattr(worlds, "load", lambda name: world)
