@@ -25,7 +25,7 @@ from eval.geneval.score import COLORS, RELATIONS, Settings
 from mmtensorar.files import read_json
 from worlds.shapes.detect import Detector, ShapesDetector
 from worlds.shapes.draw import SHAPES, SKILLS
-from worlds.shapes.prompts import correct_picture
+from worlds.shapes.prompts import NUM_PROMPTS, correct_picture, skill_prompts
 
 NUM_IMAGES = 4  # per prompt, as GenEval
 MASK2FORMER, CLIP = "facebook/mask2former-swin-small-coco-instance", "openai"  # of suite geneval

@@ -26,6 +26,8 @@ from tests.data.test_loader import (
     write_set,
 )
 
+pytestmark = pytest.mark.server
+
 
 class Server(ThreadingHTTPServer):
     """files: path -> content. trouble: per path a list of what goes wrong, one a request, then nothing does."""
@@ -234,6 +236,7 @@ def start(*arguments) -> multiprocessing.Process:
     return process
 
 
+@pytest.mark.launch
 def test_of_two_processes_one_downloads_and_both_read(tmp_path, server):
     shard = put(server, "00000.tar")
     server.trouble["00000.tar"] = ["slow"]
@@ -244,6 +247,7 @@ def test_of_two_processes_one_downloads_and_both_read(tmp_path, server):
     assert len(server.requests) == 1
 
 
+@pytest.mark.launch
 def test_many_processes_in_a_small_cache_all_read_what_they_want(tmp_path, server):
     shards = [put(server, f"{number:05d}.tar", 50_000, seed=number) for number in range(8)]
     processes = [start(tmp_path, server.url, shards[number % 8], 170_000) for number in range(16)]
@@ -253,6 +257,7 @@ def test_many_processes_in_a_small_cache_all_read_what_they_want(tmp_path, serve
     assert sum(stored(tmp_path).values()) <= 170_000
 
 
+@pytest.mark.launch
 def test_a_download_that_was_killed_is_gone_on_with(tmp_path, server):
     shard = put(server, "00000.tar", 3_000_000)
     server.trouble["00000.tar"] = ["slow"]

@@ -78,6 +78,7 @@ def on_two_ranks(folder: Path, vq: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
 
 
+@pytest.mark.launch
 def test_two_ranks_go_on_where_one_stopped_and_end_with_the_same_bytes(tmp_path, plain, vq, monkeypatch):
     alone, together = copy(plain, tmp_path / "alone"), copy(plain, tmp_path / "together")
     assert encode(alone, vq) == 0

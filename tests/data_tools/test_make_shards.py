@@ -75,6 +75,7 @@ def pictures(tmp_path) -> Path:
 # ---- make_shards -----------------------------------------------------------------------------
 
 
+@pytest.mark.launch
 def test_the_same_seed_gives_the_same_bytes_with_one_and_two_workers(tmp_path):
     """Run as a user runs it, from another folder."""
     for workers in ("1", "2"):
@@ -102,6 +103,7 @@ def test_the_same_seed_gives_the_same_bytes_with_one_and_two_workers(tmp_path):
     assert list(content(tmp_path / "1")) == ["00000.tar", "00001.tar", "00002.tar", "manifest.json"]
 
 
+@pytest.mark.launch
 def test_the_tool_starts_without_torch():
     """Worker processes import it again where processes are spawned; torch alone would cost seconds each."""
     command = (
@@ -270,6 +272,7 @@ def test_missing_and_empty_sources_are_named(tmp_path, capsys):
     assert "no such file" in fails(capsys, make(tmp_path / "set", "--jsonl", tmp_path / "absent.jsonl"))
 
 
+@pytest.mark.launch
 def test_an_error_in_a_worker_process_is_a_sentence_too(tmp_path, pictures):
     (pictures / "b.png").write_bytes(b"no picture")
     command = [sys.executable, "data_tools/make_shards.py", "--folder", pictures, "--out", tmp_path / "set"]
@@ -590,6 +593,7 @@ def test_every_problem_is_listed_not_only_the_first(tmp_path, capsys):
     )  # the tar is cut in that sample
 
 
+@pytest.mark.launch
 def test_hostile_and_missing_sets_are_one_sentence_from_the_command_line(tmp_path):
     """A member that leaves its folder, and a folder that is not a set."""
     assert shapes(tmp_path / "set") == 0

@@ -12,7 +12,6 @@ from eval.dpg_bench import __main__ as command
 from eval.dpg_bench import answers, judges, pictures
 from mmtensorar import files
 from tests.helpers.fakes import write_tiny_vlm
-from tests.test_generate import ckpt  # noqa: F401  (a fixture)
 
 COLORS = ("red", "lime", "blue", "white")
 HEADER = (
@@ -163,7 +162,7 @@ def test_what_is_not_as_it_should_be_is_an_error(damage, bench, grids, judge, tm
     assert json.loads((out / "summary.json").read_text())["partial"]
 
 
-def test_a_checkpoint(bench, ckpt, judge, tmp_path, capsys):  # noqa: F811
+def test_a_checkpoint(bench, ckpt, judge, tmp_path, capsys):
     """Generated, asked, and handed on as the official script's grids; a second run makes nothing."""
     out = tmp_path / "out"
     assert run(bench, "--ckpt", ckpt, "--out", out) == 0

@@ -16,7 +16,6 @@ from eval import layout  # noqa: E402
 from eval.fid import __main__ as command  # noqa: E402
 from eval.fid import features, inception, recorded, score, sources  # noqa: E402
 from mmtensorar import files  # noqa: E402
-from tests.test_generate import ckpt, class_ckpt  # noqa: E402, F401  (fixtures)
 
 WIDTH = 5
 
@@ -273,7 +272,7 @@ def test_from_pictures_to_the_summary(tmp_path, weights, narrow, monkeypatch, ca
     assert "torch" in moved["versions"]
 
 
-def test_a_class_conditional_checkpoint(tmp_path, class_ckpt, ckpt, weights, narrow, capsys):  # noqa: F811
+def test_a_class_conditional_checkpoint(tmp_path, class_ckpt, ckpt, weights, narrow, capsys):
     """As many pictures of each class; a second run makes none and finds the same."""
     folder = write_folder(tmp_path / "ref", noise(5))
     out = tmp_path / "out"

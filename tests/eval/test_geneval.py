@@ -17,7 +17,6 @@ from eval.geneval import ceiling, report, suites
 from mmtensorar import files
 from mmtensorar.checkpoints import model_folder, sharded_state
 from mmtensorar.training import run_log
-from tests.test_generate import ckpt  # noqa: F401  (a fixture)
 from worlds.shapes.draw import SKILLS, draw, sample_scene
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,6 +75,7 @@ def test_more_prompts_than_the_grammar_has_is_an_error():
         suites.load("shapes", 33)
 
 
+@pytest.mark.launch
 def test_an_unknown_suite_ends_before_torch_is_imported():
     code = (
         "import sys; from eval.geneval.__main__ import main; "
@@ -212,7 +212,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.png"))}
 
 
-def test_generation_resumes_and_refuses_other_settings(ckpt, tmp_path, capsys):  # noqa: F811
+def test_generation_resumes_and_refuses_other_settings(ckpt, tmp_path, capsys):
     """Images that went missing are made again as they were; a folder of other settings is left alone."""
     command = (
         "--ckpt",
@@ -248,7 +248,7 @@ def test_generation_resumes_and_refuses_other_settings(ckpt, tmp_path, capsys): 
     assert files_of(tmp_path / "out") == made
 
 
-def test_ranks_make_all_images_together(ckpt, tmp_path, monkeypatch):  # noqa: F811
+def test_ranks_make_all_images_together(ckpt, tmp_path, monkeypatch):
     """The first one scores, and waits for the others' images until then."""
     command = (
         "--ckpt",
@@ -279,7 +279,7 @@ def test_ranks_make_all_images_together(ckpt, tmp_path, monkeypatch):  # noqa: F
     assert summary["seed"] == 0 and summary["num_images"] == summary["images_expected"] == 6
 
 
-def test_images_of_unknown_origin_are_not_mixed_in(ckpt, images, capsys):  # noqa: F811
+def test_images_of_unknown_origin_are_not_mixed_in(ckpt, images, capsys):
     assert run("--ckpt", ckpt, "--out", images, "--device", "cpu") == 2
     assert "their origin is unknown" in capsys.readouterr().err
 
@@ -417,7 +417,7 @@ def save_checkpoint(run_dir: Path, model, step: int) -> None:
     (run_dir / "checkpoints" / "latest").write_text(folder.name)
 
 
-def test_a_runs_checkpoints_are_scored_as_they_come(ckpt, tmp_path, capsys):  # noqa: F811
+def test_a_runs_checkpoints_are_scored_as_they_come(ckpt, tmp_path, capsys):
     loaded, run_dir = model_folder.load(ckpt), tmp_path / "run"
     run_dir.mkdir()
     model_folder.saved_recipe(ckpt).save(run_dir / "recipe.yaml")

@@ -63,6 +63,7 @@ def test_recorded_detections_are_scored_and_compared(tmp_path, capsys):
     )
 
 
+@pytest.mark.parity
 @pytest.mark.skipif(not CASES.is_file(), reason="GenEval's scoring fixtures are not beside the checkout")
 def test_the_official_cases_agree(tmp_path, capsys):
     assert score(CASES, tmp_path / "results.jsonl") == 0

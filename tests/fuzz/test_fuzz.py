@@ -11,6 +11,7 @@ from tests.fuzz import __main__ as command
 from tests.fuzz import fuzz
 
 
+@pytest.mark.slow
 def test_our_readers_give_every_sample_or_a_sentence():
     counts, failures, tried = fuzz.fuzz(7, cases=range(200))
     assert not failures
@@ -52,6 +53,7 @@ def greedy(folder):
     return [str(len(bytearray(2**33)))], 0
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize(
     ("reader", "kind"),
     [

@@ -2,7 +2,9 @@
 
 import json
 import os
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from mmtensorar.recipe import Recipe, RecipeError
 from study import (
     __main__,
     across,
+    commands,
     features,
     job,
     report,
@@ -33,7 +36,7 @@ from study.grid import USUAL, Grid
 from study.results import missing, read
 from study.worlds import _classes, photographs
 from tests.helpers.models import window_logits
-from tests.training.test_train import bench  # noqa: F401
+from tests.helpers.runs import finish_ranks, fork_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = [("circles", "a red circle"), ("circles", "a blue circle"), ("squares", "a red square")]
@@ -67,7 +70,20 @@ class World:
 
 
 @pytest.fixture
-def grid_file(bench, tmp_path, monkeypatch) -> Path:  # noqa: F811
+def forked_commands(monkeypatch) -> None:
+    """What the study starts as `python COMMAND` is forked instead."""
+
+    def run(words, *, stdout, **_) -> subprocess.CompletedProcess:
+        done = finish_ranks(fork_ranks(*words[1:]), timeout_s=240)
+        stdout.write(done.stdout + done.stderr)
+        stdout.flush()
+        return done
+
+    monkeypatch.setattr(commands, "subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
+
+
+@pytest.fixture
+def grid_file(bench, tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(worlds, "load", lambda name: World(bench))
     (tmp_path / "base").mkdir()
     for part, place in {"backbone": "janus", "image_tokenizer": "janus/vq"}.items():
@@ -157,7 +173,8 @@ def test_the_grids_that_are_here_load(path):
     assert grid.control in grid.arms and (grid.base is None or (ROOT / grid.base).is_dir())
 
 
-def test_an_arm_is_trained_and_measured(bench, grid_file, tmp_path):  # noqa: F811
+@pytest.mark.launch
+def test_an_arm_is_trained_and_measured(bench, grid_file, forked_commands, tmp_path):
     """Rows are whole, and what they say of a model without drafts is its validation loss."""
     torch.set_num_threads(1)
     grid = Grid.load(grid_file)
@@ -201,10 +218,8 @@ def test_an_arm_is_trained_and_measured(bench, grid_file, tmp_path):  # noqa: F8
     assert number == 4 and probed["none nats"][0] == pytest.approx(expected.item(), rel=1e-3)
 
 
-def test_an_arm_is_checked_against_its_stored_score(bench, grid_file, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_an_arm_is_checked_against_its_stored_score(bench, grid_file, tmp_path, monkeypatch, capsys):
     """Trained anew; here by a job that draws what it is told to."""
-    from study import commands
-
     results = tmp_path / "results.jsonl"
     results.write_text(
         "".join(json.dumps(row(arm, 0, {"0": "10", "1": "11", "2": "10"})) + "\n" for arm in ("plain", "k3"))
@@ -236,7 +251,8 @@ def test_an_arm_is_checked_against_its_stored_score(bench, grid_file, tmp_path, 
     assert "no row of own, seed 0" in capsys.readouterr().err
 
 
-def test_steps_are_timed_in_turns(bench, grid_file, tmp_path):  # noqa: F811
+@pytest.mark.launch
+def test_steps_are_timed_in_turns(bench, grid_file, tmp_path):
     before = dict(os.environ)
     seconds = timing.steps_in_turns(Grid.load(grid_file), ["plain", "k3"], tmp_path, 3)
     assert {name: len(own) for name, own in seconds.items()} == {"plain": 3, "k3": 3} and min(
@@ -268,8 +284,9 @@ def grounds() -> tuple[list, list]:
     return drawn(40), drawn(20)
 
 
-def test_a_base_is_made_from_nothing(grid_file, tmp_path, monkeypatch):
-    """A world of classes from pictures to codes, an image tokenizer and a LlamaGen; nothing is made twice."""
+@pytest.mark.launch
+def test_a_base_is_made_from_nothing(grid_file, forked_commands, tmp_path, monkeypatch):
+    """A world of classes from pictures to codes, an image tokenizer and a trained LlamaGen; nothing is made twice."""
     world = _classes.Classes("grounds", 16, ["dark", "bright"], grounds, num_prompts=3)
     monkeypatch.setattr(worlds, "load", lambda name: world)
     monkeypatch.setattr(features, "STEPS", 60)

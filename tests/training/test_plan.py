@@ -16,6 +16,7 @@ RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
 # Parameters of language model, generation embeddings, aligner and head, counted on the released configurations.
+@pytest.mark.plan
 @pytest.mark.parametrize("size, expected", [("1b", 1_485_053_952), ("7b", 6_591_791_104)])
 def test_backbone_counts_are_the_released_models(size, expected):
     recipe = Recipe.load(RECIPES / f"janus_pro_{size}.yaml")
@@ -29,6 +30,7 @@ def test_backbone_counts_are_the_released_models(size, expected):
 
 
 # The released models' parameters, and the share that the paper says TensorAR adds (its class-conditional table).
+@pytest.mark.plan
 @pytest.mark.parametrize(
     "name, expected, most",
     [
@@ -99,6 +101,7 @@ def test_the_peak_is_of_the_backward_or_of_the_update():
     assert many.peak == many.held + 10**9 + many.buffers
 
 
+@pytest.mark.plan
 def test_activations_grow_with_the_batch_and_shrink_when_computed_again():
     def active(rows: int, *changes: str) -> int:
         return plan.activation_bytes(Recipe.load(RECIPES / "janus_pro_1b.yaml", changes), [rows])[rows]
@@ -119,6 +122,7 @@ def tiny(*changes: str) -> Recipe:
     return Recipe.load(RECIPES / "tiny/tensorar.yaml", [backbone, *changes])
 
 
+@pytest.mark.plan
 def test_flops_of_a_step_are_near_six_per_weight_and_token():
     """At window 1 only the transformer counts: 6 N per token, attention, and the prompt's tokens."""
     recipe = tiny("tensorar.window=1")
@@ -141,6 +145,7 @@ def test_other_prompt_lengths_follow_exactly_from_three():
     assert torch.equal(state, torch.get_rng_state()), "a count draws no random numbers"
 
 
+@pytest.mark.plan
 def test_what_is_computed_again_counts_again():
     """The loss in chunks computes decoder and head a fourth time, and checkpoints the layers."""
     plain = ["tensorar.window=4", "tensorar.schedule=exponential"]
@@ -168,6 +173,7 @@ def test_what_is_computed_again_counts_again():
     assert plan.flops_per_step(tiny(*plain, again), recomputed=False)[1] == complete
 
 
+@pytest.mark.plan
 def test_self_drafts_are_a_forward_more():
     """A third of a step that computes nothing again, but for the head over each window's first slot."""
     shares = [tiny(f"tensorar.self_drafts={share}") for share in (0, 1)]
@@ -178,6 +184,7 @@ def test_self_drafts_are_a_forward_more():
     assert drafted - plain == pytest.approx(plain / 3 - 2 * tokens * head, rel=0.03)
 
 
+@pytest.mark.plan
 def test_the_report_loads_no_weights(monkeypatch):
     """A plan must work where the model was never downloaded."""
     for name in ("fill", "locate"):
@@ -206,6 +213,7 @@ def test_an_average_takes_its_share():
     assert bytes_of(3, **{"train.ema_decay": 0.99}).optimizer == bytes_of(3).optimizer + 4 * 100
 
 
+@pytest.mark.plan
 def test_a_plan_leaves_nothing_behind():
     """Tables that layers keep were without values afterwards, and the next training of the process failed on them."""
     layers.rotary_table.cache_clear()

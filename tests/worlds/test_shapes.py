@@ -31,6 +31,7 @@ def found(scene: Scene, image) -> bool:
     return all(o.color is None or colors[o.shape] == o.color for o in scene.objects)
 
 
+@pytest.mark.shipped
 def test_the_detector_confirms_what_was_drawn():
     confirmed = 0
     for index in range(1000):
@@ -40,6 +41,7 @@ def test_the_detector_confirms_what_was_drawn():
     assert confirmed >= 990
 
 
+@pytest.mark.shipped
 def test_the_shipped_base_is_whole_small_and_good_enough():
     """At most 8 MB; 95 % of pictures survive its image tokenizer; it generates."""
     loaded = model_folder.load(SHIPPED)  # compares every file with its sha256
