@@ -36,6 +36,7 @@ from data_tools.rewrite_shards import (
     rewrite,
 )
 from mmtensorar import image_tokenizers
+from mmtensorar.checkpoints.recognise import image_tokenizer_from_arguments
 from mmtensorar.data.shards import (
     Codes,
     Sample,
@@ -208,7 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--batch-size must be at least 1, got {options.batch_size}")
     try:
         options.device = str(device(options.device))
-        image_tokenizer, place = image_tokenizers.from_arguments(options)
+        image_tokenizer, place = image_tokenizer_from_arguments(options)
         settings = dict(
             crops=options.crops, precision=options.precision, batch_size=options.batch_size, device=place
         )

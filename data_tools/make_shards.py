@@ -343,7 +343,7 @@ def load_text_encoder(options: argparse.Namespace) -> Encoder:
 def load_encoder(options: argparse.Namespace) -> Encoder:
     """The image tokenizer of --image-tokenizer. Raises ValueError when pictures of --image-size do not fit it."""
     from data_tools import encode_codes  # which imports torch
-    from mmtensorar import image_tokenizers
+    from mmtensorar.checkpoints.recognise import image_tokenizer_from_arguments
 
     asked = argparse.Namespace(
         image_tokenizer=options.image_tokenizer,
@@ -351,7 +351,7 @@ def load_encoder(options: argparse.Namespace) -> Encoder:
         device=options.device,
         image_size=options.tokenizer_size,
     )
-    image_tokenizer, device = image_tokenizers.from_arguments(asked)
+    image_tokenizer, device = image_tokenizer_from_arguments(asked)
     codes = encode_codes.codes_of(image_tokenizer, crops=options.crops, precision=options.precision)
     encode_codes.check_size(str(options.out), options.image_size, image_tokenizer.image_size, options.crops)
     settings = dict(image_size=options.image_size, batch_size=options.batch_size, device=device)

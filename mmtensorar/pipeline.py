@@ -21,7 +21,6 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from mmtensorar import devices
-from mmtensorar.captions.encoders import ClassNumbers, T5Features
 from mmtensorar.checkpoints import model_folder
 from mmtensorar.files import atomic_path
 from mmtensorar.image_tokenizers import to_images
@@ -62,8 +61,7 @@ class Generator:
                 "the checkpoint has no image tokenizer: convert it again, with --image-tokenizer"
             )
         self.device = next(self.model.parameters()).device
-        if isinstance(self.caption_encoder, T5Features):
-            self.caption_encoder.device = self.device
+        self.caption_encoder.to(self.device)
         self.precision = precision
 
     @classmethod
@@ -105,7 +103,7 @@ class Generator:
 
     def check(self, prompts: Sequence[str | int]) -> None:
         """Raise ValueError unless prompts are what the model is conditioned on: captions, or numbers of its classes."""
-        if isinstance(self.caption_encoder, ClassNumbers):
+        if self.caption_encoder.kind == "class":
             # "207" is what shards and evaluation suites call class 207.
             if captions := [
                 prompt for prompt in prompts if isinstance(prompt, str) and not prompt.strip().isdecimal()

@@ -211,8 +211,7 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> int:
             "note: train.sample_every and train.sample_prompts have an effect only together: there will be no sample images"
         )
     say(adapters.table(engine.module))
-    if hasattr(recipe.backbone, "attn_implementation"):
-        say(f"attention: {recipe.backbone.attn_implementation}")
+    say(f"attention: {recipe.backbone.attn_implementation}")
 
     # ---- data --------------------------------------------------------------------------------
     caption_encoder = backbones.caption_encoder(recipe.backbone)
@@ -446,7 +445,7 @@ def export(engine, recipe: Recipe, folder: Path, step: int) -> None:
     if state_dict is not None and with_adapters:
         model_folder.save_adapters(folder, recipe, state_dict, step=step)
     elif state_dict is not None:
-        model_folder.save(folder, None, recipe, state_dict=state_dict, step=step)
+        model_folder.save_state_dict(folder, state_dict, recipe, step=step)
     deep.barrier()
 
 

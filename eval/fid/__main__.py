@@ -86,9 +86,7 @@ def file_hash(path: Path) -> str:
 
 def class_prompts(generator) -> list[dict]:
     """A prompt per class. Raises ValueError for a model that is not class-conditional."""
-    from mmtensorar.captions.encoders import ClassNumbers
-
-    if not isinstance(generator.caption_encoder, ClassNumbers):
+    if generator.caption_encoder.kind != "class":
         raise ValueError(
             "this model takes captions; FID here is of class-conditional models, or of pictures (--images)"
         )

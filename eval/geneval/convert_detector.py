@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmtensorar.checkpoints.released import Checkpoint
+from mmtensorar.checkpoints.released import ReleasedWeights
 
 NUM_LEVELS, NUM_POINTS = 3, 4  # of the deformable attention
 # mmdet's name -> transformers'; \1, \2 are numbers. Of tensors with another layout, see `_tensors`.
@@ -163,7 +163,7 @@ def convert(file: Path, out: Path) -> None:
 
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; choose another --out")
-    source = Checkpoint(file, ["state_dict"])
+    source = ReleasedWeights(file, ["state_dict"])
     try:
         settings = config(source.shapes)
         state = {

@@ -8,7 +8,6 @@ into the matrices as training saw them, rounded.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import logging
 import re
 from types import ModuleType
@@ -99,15 +98,15 @@ def table(model: nn.Module) -> str:
 # ---- adapters --------------------------------------------------------------------------------
 
 
-def targets(recipe: Recipe) -> str:
+def targets(model: nn.Module, recipe: Recipe) -> str:
     """Pattern of the names, inside the backbone, of the matrices that get adapters."""
     if recipe.lora.targets is not None:
         return recipe.lora.targets
-    return importlib.import_module(f"mmtensorar.backbones.{recipe.backbone.name}").LORA_TARGETS
+    return model.backbone.lora_targets
 
 
 def _targeted(model: nn.Module, recipe: Recipe) -> list[str]:
-    pattern = re.compile(targets(recipe))
+    pattern = re.compile(targets(model, recipe))
     found = [
         name
         for name, part in model.backbone.named_modules()

@@ -10,7 +10,6 @@ are recomputed; attention adds 4 D S per token and layer forward (causal, half o
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -39,23 +38,9 @@ PROMPT_TOKENS = (
 def shapes(recipe: Recipe) -> tensorar.TensorAR:
     """The recipe's model on the meta device. Raises ValueError when neither its files nor its sizes are at hand."""
     section = recipe.backbone
-    if (
-        getattr(section, "attn_implementation", "sdpa") != "sdpa"
-    ):  # which needs no GPU, and as much memory as flash-attn
-        section = section.model_copy(update={"attn_implementation": "sdpa"})
-    try:
-        backbone = backbones.load(section, weights=False, device="meta", sizes_only=True)
-    except ValueError as error:
-        unsaid = [
-            f"backbone.{key}"
-            for key in ("size", "condition", "image_size")
-            if getattr(section, key, "") is None
-        ]
-        if unsaid and not Path(section.path).exists():
-            raise ValueError(
-                f"{error}; to plan a released model without its file, set {', '.join(unsaid)}"
-            ) from None
-        raise
+    # sdpa needs no GPU, and as much memory as flash-attn.
+    section = section.model_copy(update={"attn_implementation": "sdpa"})
+    backbone = backbones.load(section, weights=False, device="meta", sizes_only=True)
     model = tensorar.build(recipe, backbone).to("meta")
     adapters.prepare(model, recipe)
     return model
@@ -195,16 +180,7 @@ def _inputs(model, rows: int) -> tuple[Tensor, Condition, Tensor]:
     """Codes, condition and uncond of some samples, of values that do not matter."""
     backbone, places = model.backbone, prompt_tokens(model)
     codes = torch.zeros(rows, backbone.num_tokens, len(backbone.factor_sizes), dtype=torch.long)
-    config = getattr(backbone, "config", None)
-    if getattr(config, "condition", None) == "text":
-        values = torch.zeros(rows, places, config.caption_dim)
-    else:
-        values = torch.zeros(rows, places, dtype=torch.long)
-    return (
-        codes,
-        Condition(values, torch.ones(rows, places, dtype=torch.bool)),
-        torch.zeros(rows, dtype=torch.bool),
-    )
+    return codes, backbone.example_condition(rows, places), torch.zeros(rows, dtype=torch.bool)
 
 
 def flops_per_step(
@@ -256,7 +232,7 @@ def flops_per_step(
 
 def prompt_tokens(model) -> int:
     """Places of a prompt: the backbone's own number where it is fixed."""
-    return getattr(getattr(model.backbone, "config", None), "prefix_len", PROMPT_TOKENS)
+    return model.backbone.prefix_len or PROMPT_TOKENS
 
 
 def report(recipe: Recipe, *, activations: bool = True) -> str:

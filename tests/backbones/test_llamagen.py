@@ -373,7 +373,8 @@ def test_the_text_encoder_goes_where_the_model_is(t5_folder, monkeypatch):
         str(t5_folder), num_slots=5, dim=6, cleaning="lower", device=torch.device("cpu")
     )
     assert encode.features(["a red circle"])[0].dtype == torch.float32
-    assert encode._encoder.device.type == "cpu" and encode._encoder.dtype == torch.float32
+    encoder, _ = encode._loaded
+    assert encoder.device.type == "cpu" and encoder.dtype == torch.float32
 
 
 def test_captions_become_left_padded_features(t5_folder, tmp_path):
