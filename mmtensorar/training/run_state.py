@@ -305,7 +305,7 @@ def resume(engine, folder: Path, fingerprints: Mapping[str, str], average: Avera
                 what = "is not the file that was written" if (target / name).is_file() else "is missing"
                 raise ValueError(
                     f"cannot resume {folder.parent}: the checkpoint {target} is damaged ({name} {what}); "
-                    + sharded_state.way_out(folder, target.name)
+                    + sharded_state.recovery_hint(folder, target.name)
                 )
 
     deep.together(compare, device)
