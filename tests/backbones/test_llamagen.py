@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmtensorar import backbones
 from mmtensorar.backbones import llamagen
-from mmtensorar.captions import encoders
+from mmtensorar.captions import cleaning, encoders
 from mmtensorar.model import attention
 from mmtensorar.model.conditions import Condition
 from mmtensorar.recipe import Recipe, Train
@@ -427,15 +427,15 @@ def test_cleaning(caption, expected):
     """By hand from the description of the original's steps."""
     pytest.importorskip("ftfy")
     pytest.importorskip("bs4")
-    assert encoders.prepare(caption, "original") == expected
+    assert cleaning.prepare(caption, "original") == expected
 
 
 def test_cleaning_a_long_caption_ends():
     """Patterns that look ahead took minutes for the 64 KiB that a caption may have, while all ranks waited."""
     pytest.importorskip("ftfy")
     long = "a.a." * 16000
-    assert encoders.prepare(long, "original") == encoders.prepare(
-        long[: encoders.MAX_CLEANED_CHARS], "original"
+    assert cleaning.prepare(long, "original") == cleaning.prepare(
+        long[: cleaning.MAX_CLEANED_CHARS], "original"
     )
 
 
@@ -444,7 +444,7 @@ def test_cleaning_says_which_package_it_needs(monkeypatch):
     with pytest.raises(ValueError, match=r"needs the package ftfy: pip install -e '\.\[text\]'"):
         encoders.T5Features("x", num_slots=5, dim=6)
     assert (
-        encoders.prepare(" A Cat ", "lower") == "a cat" and encoders.prepare(" A Cat ", "none") == " A Cat "
+        cleaning.prepare(" A Cat ", "lower") == "a cat" and cleaning.prepare(" A Cat ", "none") == " A Cat "
     )
 
 
