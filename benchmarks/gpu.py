@@ -182,7 +182,7 @@ def train(bench: Bench, folder: Path, window: int, attention: str) -> str:
 
 def sample(bench: Bench, folder: Path, window: int, attention: str) -> str:
     model = (
-        tensorar.build(bench.recipe(folder, window, attention), bench.backbone(attention))
+        tensorar.build(bench.backbone(attention), bench.recipe(folder, window, attention).tensorar)
         .to(bench.device)
         .eval()
     )

@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     **{room: set() for room in GROUND},
     "mmtensorar": set(),
     "mmtensorar.recipe": set(),
-    "mmtensorar.model": {"mmtensorar.recipe"},
+    "mmtensorar.model": {"mmtensorar.recipe"} | GROUND,
     "mmtensorar.checkpoints.released": {"mmtensorar.recipe", "mmtensorar.model"} | GROUND,
     "mmtensorar.checkpoints.janus_deepseek": {"mmtensorar.checkpoints.released"},
     "mmtensorar.captions": {"mmtensorar.recipe", "mmtensorar.model"} | RELEASED | GROUND,

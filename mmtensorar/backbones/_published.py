@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from mmtensorar.checkpoints.released import LazyWeights, ReleasedWeights, fill, write_config
-from mmtensorar.model import attention, layers
+from mmtensorar.model import attention, kv_cache, layers
 from mmtensorar.model.conditions import Condition, ConditionKind
 from mmtensorar.recipe import Section
 
@@ -66,12 +66,12 @@ class PublishedBackbone(nn.Module):
         for output in outputs:
             nn.init.zeros_(output.get_parameter("weight"))
 
-    def new_cache(self, max_len: int) -> list[attention.LayerCache]:
+    def new_cache(self, max_len: int) -> kv_cache.KVCache:
         """See Backbone."""
-        return [attention.LayerCache(max_len) for _ in self.layers]
+        return kv_cache.KVCache(len(self.layers), max_len)
 
     def run_layers(
-        self, hidden: Tensor, table: Tensor, pattern: attention.Pattern, cache: Any | None
+        self, hidden: Tensor, table: Tensor, pattern: attention.Pattern, cache: kv_cache.KVCache | None
     ) -> Tensor:
         """[B, S, D] through all layers. table: of `layers.rotary_table`, the rows of these S positions."""
         blocks: Any = self.layers

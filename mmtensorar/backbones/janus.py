@@ -39,7 +39,7 @@ from mmtensorar.checkpoints.released import (
     write_safetensors,
 )
 from mmtensorar.files import new_path, read_json
-from mmtensorar.model import attention, layers
+from mmtensorar.model import attention, kv_cache, layers
 from mmtensorar.model.conditions import Condition, ConditionKind, Prefix
 from mmtensorar.model.protocols import BackboneConfig, ImageTokenizer
 
@@ -149,20 +149,24 @@ class JanusPrefix(nn.Module):
 
 
 class JanusHead(nn.Module):
-    """hidden [..., D] -> logits [..., V], or with targets [...] their summed cross entropy; prev is empty: a token has one factor."""
+    """See mmtensorar.model.protocols.Head. A token has one factor, so prev is empty."""
 
     def __init__(self, config: JanusConfig):
         super().__init__()
-        self.head = JanusVQVAEHead(config.vq_config)
+        vq: Any = config.vq_config
+        self.head = JanusVQVAEHead(vq)
+        layers.use_output_map(self.head.vision_head)
 
     @property
-    def last_map(self) -> nn.Module:
-        return self.head.vision_head
+    def output_maps(self) -> tuple[nn.Module]:
+        return (self.head.vision_head,)
 
-    def forward(self, hidden: Tensor, prev: Tensor, targets: Tensor | None = None) -> Tensor:
-        if targets is None:
-            return self.head(hidden)
-        return self.last_map(self.head.activation_fn(self.head.proj_out(hidden)), targets)
+    def states(self, hidden: Tensor, prev: Tensor) -> Tensor:
+        return self.head.activation_fn(self.head.proj_out(hidden))
+
+    def forward(self, hidden: Tensor, prev: Tensor) -> Tensor:
+        """[..., D] -> logits [..., V]."""
+        return self.head(hidden)
 
 
 class JanusCacheLayer(DynamicLayer):
@@ -173,7 +177,7 @@ class JanusCacheLayer(DynamicLayer):
 
     def __init__(self, max_len: int):
         super().__init__()
-        self.memory = attention.LayerCache(max_len)
+        self.memory = kv_cache.LayerCache(max_len)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         self.is_initialized = True
@@ -214,7 +218,7 @@ class JanusBackbone(nn.Module):
         self.language_model.embed_tokens = None
         self.embed = JanusEmbed(config)
         self.head = JanusHead(config)
-        layers.quicken(self)
+        layers.use_fast_linear(self)
 
     @property
     def layers(self) -> nn.ModuleList:

@@ -35,7 +35,7 @@ from mmtensorar.checkpoints.released import (
     saved_config,
     write_torch,
 )
-from mmtensorar.model import attention, layers
+from mmtensorar.model import attention, kv_cache, layers
 from mmtensorar.model.conditions import Condition, ConditionKind, Prefix
 from mmtensorar.model.protocols import BackboneConfig, ImageTokenizer
 
@@ -212,18 +212,22 @@ class TextPrefix(nn.Module):
 
 
 class LlamaGenHead(nn.Module):
-    """hidden [..., D] -> logits [..., V], or with targets [...] their summed cross entropy; prev is empty: a token has one factor."""
+    """See mmtensorar.model.protocols.Head. A token has one factor, so prev is empty."""
 
     def __init__(self, config: Architecture):
         super().__init__()
-        self.output = layers.Linear(config.dim, config.vocab_size, bias=False)
+        self.output = layers.OutputMap(config.dim, config.vocab_size, bias=False)
 
     @property
-    def last_map(self) -> nn.Module:
-        return self.output
+    def output_maps(self) -> tuple[nn.Module]:
+        return (self.output,)
 
-    def forward(self, hidden: Tensor, prev: Tensor, targets: Tensor | None = None) -> Tensor:
-        return self.output(hidden) if targets is None else self.output(hidden, targets)
+    def states(self, hidden: Tensor, prev: Tensor) -> Tensor:
+        return hidden
+
+    def forward(self, hidden: Tensor, prev: Tensor) -> Tensor:
+        """[..., D] -> logits [..., V]."""
+        return self.output(hidden)
 
 
 class LlamaGenBackbone(PublishedBackbone):
@@ -268,11 +272,9 @@ class LlamaGenBackbone(PublishedBackbone):
         values = torch.zeros(num_rows, self.prefix_len, self.config.caption_dim)
         return Condition(values, torch.ones(num_rows, self.prefix_len, dtype=torch.bool))
 
-    def forward(
-        self, embeds: Tensor, mask: Tensor, cache: list[attention.LayerCache] | None = None
-    ) -> Tensor:
+    def forward(self, embeds: Tensor, mask: Tensor, cache: kv_cache.KVCache | None = None) -> Tensor:
         """See Backbone."""
-        start = 0 if cache is None else cache[0].length
+        start = 0 if cache is None else cache.length
         stop = start + embeds.shape[1]
         config = self.config
         table = layers.rotary_table(

@@ -33,7 +33,7 @@ from mmtensorar.checkpoints.released import (
     saved_config,
     write_torch,
 )
-from mmtensorar.model import attention, layers
+from mmtensorar.model import attention, kv_cache, layers
 from mmtensorar.model.conditions import Condition, ConditionKind, Prefix
 from mmtensorar.model.protocols import BackboneConfig, ImageTokenizer
 from mmtensorar.recipe import Section
@@ -192,9 +192,10 @@ class OpenMagvit2Prefix(nn.Module):
 
 
 class OpenMagvit2Head(nn.Module):
-    """Hidden states -> logits of the next factor, through the factorised blocks and the final norm.
+    """See mmtensorar.model.protocols.Head: factorised blocks, final norm and one linear map per factor.
 
-    It looks the first factor up in the embedding's own table, which stays the embedding's: a parameter has one owner.
+    The first factor is embedded by calling the embedding's own module, which stays the
+    only owner of that table.
     """
 
     def __init__(self, config: Architecture, pre_emb: nn.Embedding, dropout: float):
@@ -211,15 +212,22 @@ class OpenMagvit2Head(nn.Module):
             layers.Linear(config.dim, 2**bits, bias=False) for bits in config.factorized_bits
         )
 
-    def forward(self, hidden: Tensor, prev: Tensor) -> Tensor:
-        """[..., D], earlier factors [..., f] int64, f = 0 or 1 -> logits [..., V_f]."""
-        factor = prev.shape[-1]
+    @property
+    def output_maps(self) -> nn.ModuleList:
+        return self.heads
+
+    def states(self, hidden: Tensor, prev: Tensor) -> Tensor:
+        """[..., D], earlier factors [..., f] int64, f = 0 or 1 -> [..., D], what heads[f] takes."""
         states = hidden[..., None, :]
-        if factor:
+        if prev.shape[-1]:
             states = torch.cat([states, self.shared[0](prev)], dim=-2)
         for block in self.factorized_blocks:
             states = block(states)
-        return self.heads[factor](self.norm(states[..., -1, :]))
+        return self.norm(states[..., -1, :])
+
+    def forward(self, hidden: Tensor, prev: Tensor) -> Tensor:
+        """[..., D], earlier factors [..., f] int64, f = 0 or 1 -> logits [..., V_f]."""
+        return self.heads[prev.shape[-1]](self.states(hidden, prev))
 
 
 class OpenMagvit2Backbone(PublishedBackbone):
@@ -261,11 +269,9 @@ class OpenMagvit2Backbone(PublishedBackbone):
         self.head = OpenMagvit2Head(config, self.embed.pre_emb, dropout)
         self.init_weights(*self.head.heads)
 
-    def forward(
-        self, embeds: Tensor, mask: Tensor, cache: list[attention.LayerCache] | None = None
-    ) -> Tensor:
+    def forward(self, embeds: Tensor, mask: Tensor, cache: kv_cache.KVCache | None = None) -> Tensor:
         """See Backbone. A class is one place in every row, so nothing is padded and mask is all True."""
-        start = 0 if cache is None else cache[0].length
+        start = 0 if cache is None else cache.length
         stop = start + embeds.shape[1]
         assert mask.shape[1] == stop <= self.num_tokens + 1
         head_dim = self.dim // self.config.num_heads

@@ -31,6 +31,7 @@ from mmtensorar import backbones, image_tokenizers
 from mmtensorar.checkpoints.released import meta_parameters
 from mmtensorar.files import sha256
 from mmtensorar.model import adapters, attention, tensorar
+from mmtensorar.model.loss import LossSettings
 from mmtensorar.model.tensorar import TensorAR
 from mmtensorar.ranks import is_first
 from mmtensorar.recipe import Recipe
@@ -69,14 +70,14 @@ def _around(recipe: Recipe, backbone: backbones.Backbone) -> TensorAR:
     # A seed of its own, so that the codec does not depend on how the backbone was made.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.run.seed)
-        return tensorar.build(recipe, backbone)
+        return tensorar.build(backbone, recipe.tensorar, loss=LossSettings.of(recipe.train))
 
 
 def skeleton(recipe: Recipe) -> TensorAR:
     """The model that a recipe trains, with adapters and frozen parts, its parameters on the meta device."""
     with meta_parameters():
         model = _around(recipe, backbones.load(recipe.backbone, weights=False))
-    adapters.prepare(model, recipe)
+    adapters.prepare(model, recipe.train, recipe.lora, seed=recipe.run.seed)
     return model
 
 
@@ -171,7 +172,7 @@ def _take_codec(model: TensorAR, recipe: Recipe) -> None:
 def model_to_train(recipe: Recipe) -> TensorAR:
     """The model a run starts from, with adapters inserted, and frozen parts frozen."""
     model = initial_model(recipe)
-    adapters.prepare(model, recipe)
+    adapters.prepare(model, recipe.train, recipe.lora, seed=recipe.run.seed)
     return model
 
 
@@ -439,10 +440,11 @@ def _load_model(folder: Path, recipe: Recipe) -> TensorAR:
             f"model folder {folder}: its adapters were trained on other weights than those now in "
             f"{_path(recipe)}"
         )
-    model = tensorar.build(recipe, backbones.load(recipe.backbone, device="cpu"))
+    backbone = backbones.load(recipe.backbone, device="cpu")
+    model = tensorar.build(backbone, recipe.tensorar, loss=LossSettings.of(recipe.train))
     if has_adapters:
         try:
-            adapters.fold(model, recipe, load_file(folder / ADAPTERS))
+            adapters.fold(model, recipe.train, recipe.lora, load_file(folder / ADAPTERS))
         except ValueError as error:
             raise ValueError(f"model folder {folder}: {error}") from error
     if expected := codec_state(model.state_dict()):

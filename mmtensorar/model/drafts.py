@@ -1,8 +1,9 @@
-"""Noise on the input windows: how often a slot is resampled, and the resampling.
+"""The drafts in the input windows of training: true tokens, uniform noise, or the model's own.
 
-A schedule gives the probability that a slot is redrawn uniformly over the
-codebook. It is 0 at offset 0, the final token, and grows with the offset
-(TensorAR, arXiv:2505.16324). Shapes: B batch, T image tokens, K window, F factors.
+A schedule gives the rate at which a slot is redrawn. The rate is 0 at offset 0, the final
+token, and grows with the offset (TensorAR, arXiv:2505.16324). A redrawn slot holds noise,
+uniform over the codebook, or with tensorar.self_drafts a token sampled from the model.
+Shapes: B batch, S windows, K window size, F factors.
 """
 
 import math
@@ -12,28 +13,31 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-Schedule = Callable[[tuple[int, int, int], Generator | None], Tensor]
-"""((B, T, K), generator) -> rates [B, T, K] float32 in [0, 1], with rates[..., 0] = 0."""
+Schedule = Callable[[Sequence[int], Generator | None], Tensor]
+"""((B, S, K), generator) -> rates [B, S, K] float32 in [0, 1], with rates[..., 0] = 0."""
 
-# Rate as a function of u = offset / K, for u in [0, 1). Each must be exactly 0 at u = 0.
+# The named schedules: rate as a function of u = offset / K, for u in [0, 1). Each must be
+# exactly 0 at u = 0. To add one, add its entry here; recipes are checked against these names.
 SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {
     "linear": lambda u: u,
     "sine": lambda u: torch.sin(u * (math.pi / 2)),
     "sqrt": torch.sqrt,
     # The paper's full formula is not public; this form is the project's choice.
     "exponential": lambda u: 1 - torch.exp(-2 * u),
-    # The paper's noise-free control: with clean drafts in view the model learns to copy.
+    # The paper's noise-free control: the model sees true drafts, so it learns to copy them.
     "none": torch.zeros_like,
-    # Not the paper's: every draft is redrawn, so that it carries nothing, or with tensorar.self_drafts is the model's own.
+    # Not in the paper: every draft is redrawn, so it carries no information about the true
+    # tokens, or with tensorar.self_drafts it is the model's own.
     "full": lambda u: (u > 0).float(),
 }
 
 
 @dataclass(frozen=True)
 class FixedSchedule:
-    """The schedule of that name, or of these rates, one per offset: the rate depends on the offset alone.
+    """A schedule whose rates depend on the offset alone.
 
-    Raises ValueError for a name that is not in SCHEDULES, or rates outside [0, 1] or above 0 at offset 0.
+    name: a key of SCHEDULES, or one rate per offset.
+    Raises ValueError for an unknown name, rates outside [0, 1], or a first rate above 0.
     """
 
     name: str | Sequence[float]
@@ -52,71 +56,104 @@ class FixedSchedule:
             )
 
     def rates(self, window: int) -> Tensor:
-        """[K] float32: the rate at each offset. Raises ValueError for another number of rates."""
+        """[K] float32: the rate of each offset. Raises ValueError if there are not K rates."""
         if not isinstance(self.name, str):
             if len(self.name) != window:
                 raise ValueError(
-                    f"tensorar.schedule has {len(self.name)} rates; expected {window}, one per offset of the window"
+                    f"tensorar.schedule has {len(self.name)} rates; expected {window}, "
+                    "one per offset of the window"
                 )
             return torch.tensor(self.name, dtype=torch.float32)
         return SCHEDULES[self.name](torch.arange(window, dtype=torch.float32) / window)
 
-    def __call__(self, shape: tuple[int, int, int], generator: Generator | None = None) -> Tensor:
-        """[B, T, K] float32. The generator is for schedules that draw their rates; this one does not."""
-        return self.rates(shape[2]).expand(shape)
+    def __call__(self, shape: Sequence[int], generator: Generator | None = None) -> Tensor:
+        """[B, S, K] float32. This schedule draws nothing; generator is for schedules that do."""
+        return self.rates(shape[2]).expand(*shape)
+
+
+def input_windows(
+    clean: Tensor,
+    rates: Tensor,
+    factor_sizes: Sequence[int],
+    *,
+    self_drafts: float = 0.0,
+    own_drafts: Callable[[Tensor], Tensor] | None = None,
+    generator: Generator | None = None,
+    rows: tuple[int, int] | None = None,
+) -> Tensor:
+    """The input windows of training and validation: true windows whose drafts are partly redrawn.
+
+    Training and validation use the same drafts, self-drafts included: a validation loss on
+    other drafts would measure an input that the model never sees.
+
+    Args:
+        clean: [B, S, K, F] int64, the true windows.
+        rates: [B, S, K] float32 in [0, 1], the probability that a slot is redrawn.
+        factor_sizes: V of each factor.
+        self_drafts: share of the redrawn slots that hold the model's own draft; the others
+            hold uniform noise.
+        own_drafts: (redrawn [B, S, K] bool) -> the model's own drafts [B, S, K, F]. It is
+            called only if self_drafts is above 0 and K above 1.
+        generator, rows: see `redraw`.
+
+    Returns:
+        [B, S, K, F] int64.
+    """
+    B, S, K, _ = clean.shape
+    redrawn_BSK, noise_BSKF = redraw((B, S, K), rates.to(clean.device), factor_sizes, generator, rows)
+    inputs_BSKF = torch.where(redrawn_BSK[..., None], noise_BSKF, clean)
+    if not self_drafts or K == 1:
+        return inputs_BSKF
+    assert own_drafts is not None
+    own_BSKF = own_drafts(redrawn_BSK)
+    taken_BSK = redrawn_BSK & (uniform((B, S, K), generator, rows, clean.device) < self_drafts)
+    return torch.where(taken_BSK[..., None], own_BSKF, inputs_BSKF)
 
 
 def redraw(
     shape: tuple[int, int, int],
     rates: Tensor,
-    factor_sizes: tuple[int, ...],
+    factor_sizes: Sequence[int],
     generator: Generator | None = None,
     rows: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Which slots of windows [B, T, K, F] are redrawn, and what would stand there: [B, T, K] bool, [B, T, K, F] int64.
+    """Choose the slots that are redrawn, and draw a random token for every slot.
 
-    shape: (B, T, K). rates: [B, T, K] in [0, 1]. factor_sizes: V of each factor. rows: (first, number) when these are the B rows from
-    first on of a larger batch, whose noise does not depend on how it is cut. One coin covers a token; each factor is then uniform,
-    which is uniform over the product codebook. Noise is drawn on the generator's device (without one, on that of the rates), so a
-    CPU generator gives the same noise on every device.
+    One coin covers a token. Each of its factors is then uniform, and so the token is
+    uniform over the product codebook: q(x* | x) = (1 - rate) x + rate / V. A redraw may hit
+    the same token, so the share of changed tokens is rate * (1 - 1/V).
+
+    Args:
+        shape: (B, S, K).
+        rates: [B, S, K] in [0, 1].
+        factor_sizes: V of each factor.
+        generator: draws the noise on its own device, so a CPU generator gives the same
+            noise on every device. None draws from the global one, on the device of rates.
+        rows: (first, number) if these B rows are rows first to first + B - 1 of a larger
+            batch of that number. The noise does not depend on how the batch is cut.
+
+    Returns:
+        redrawn [B, S, K] bool and noise [B, S, K, F] int64.
     """
     device = rates.device if generator is None else generator.device
     first, number = rows or (0, shape[0])
-    whole = (number, *shape[1:])
+    full_shape = (number, *shape[1:])
     # float32 whatever the model computes in: bfloat16 has too few steps for small rates.
-    coin = torch.rand(whole, generator=generator, device=device, dtype=torch.float32)
-    drawn = torch.stack(
-        [torch.randint(size, whole, generator=generator, device=device) for size in factor_sizes], dim=-1
+    coin = torch.rand(full_shape, generator=generator, device=device, dtype=torch.float32)
+    noise = torch.stack(
+        [torch.randint(size, full_shape, generator=generator, device=device) for size in factor_sizes],
+        dim=-1,
     )
-    coin, drawn = (value[first : first + shape[0]].to(rates.device) for value in (coin, drawn))
+    coin, noise = (value[first : first + shape[0]].to(rates.device) for value in (coin, noise))
     # rand is in [0, 1): rate 0 never fires and rate 1 always does.
-    return coin < rates, drawn
+    return coin < rates, noise
 
 
-def corrupt(
-    windows: Tensor,
-    rates: Tensor,
-    factor_sizes: tuple[int, ...],
-    generator: Generator | None = None,
-    rows: tuple[int, int] | None = None,
+def uniform(
+    shape: Sequence[int], generator: Generator | None, rows: tuple[int, int] | None, device: torch.device
 ) -> Tensor:
-    """Resample each slot with its rate: q(x* | x) = (1 - rate) x + rate / V.
-
-    windows: [B, T, K, F] int64. The others: see `redraw`. Returns a new [B, T, K, F]. A redraw may hit the same token,
-    so the share of changed tokens is rate * (1 - 1/V).
-    """
-    redrawn, drawn = redraw(tuple(windows.shape[:3]), rates.to(windows.device), factor_sizes, generator, rows)
-    return torch.where(redrawn[..., None], drawn, windows)
-
-
-def invert_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
-    """Probabilities [..., V], not normalised, and numbers in [0, 1) [...] -> [...]: the token whose slice of the line holds the number.
-
-    One number per token, where a categorical draw takes V: so every row can have its own
-    generator at no cost. float64, for V is in the thousands and the slices are thin.
-    """
-    line = probs.cumsum(-1)
-    total = line[..., -1:]
-    point = torch.minimum(uniform[..., None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    # right=True: the first token whose slice ends beyond the point, never an empty slice.
-    return torch.searchsorted(line, point, right=True)[..., 0]
+    """float32 numbers in [0, 1) of a shape whose first axis is the batch. generator, rows: see `redraw`."""
+    first, number = rows or (0, shape[0])
+    draw_device = device if generator is None else generator.device
+    numbers = torch.rand((number, *shape[1:]), generator=generator, device=draw_device)
+    return numbers[first : first + shape[0]].to(device)

@@ -1,16 +1,16 @@
-"""Transformer layers of the backbones that are our own code, under the parameter names of the official checkpoints.
+"""Transformer layers of our own backbones, under the parameter names of the official checkpoints.
 
-LlamaGen and Open-MAGVIT2 are both built of them: RMS norms, rotary places on a grid, SwiGLU.
-Shapes: B batch, P prefix, S rows, T image tokens, D width, H query heads, G key/value heads, C width of a head.
+LlamaGen and Open-MAGVIT2 both consist of them: RMS norms, rotary positions on a grid, SwiGLU.
+Shapes: B batch, P prefix, S positions, T image tokens, D width, O output width, V vocabulary,
+H query heads, G key/value heads, C width of a head.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as functional
@@ -18,13 +18,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from mmtensorar.model import attention
+from mmtensorar.model.kv_cache import KVCache, LayerCache
 
-# Where `Linear` multiplies in its own way: up to so many rows, with a weight of at least so many numbers.
-MOST_ROWS, LARGE = 64, 2**19
-
+# `few_rows_linear` multiplies in its own way for at most MAX_ROWS rows and a weight of at least
+# MIN_WEIGHT numbers.
+MAX_ROWS, MIN_WEIGHT = 64, 2**19
 
 Checkpointing = bool | Literal["selective"]
-"""What of a block a backward computes again instead of keeping: nothing, all, or what is not a matrix product or attention."""
+"""Which activations of a block are recomputed in the backward instead of kept in memory.
+
+False: none. True: all. "selective": all but the results of matrix products and attention (KEPT).
+"""
 
 KEPT = [
     torch.ops.aten.mm.default,
@@ -38,8 +42,8 @@ KEPT = [
 
 
 def checkpoint_options(policy: Checkpointing) -> dict[str, Any]:
-    """Options of torch.utils.checkpoint.checkpoint for a policy that is not False."""
-    # Not reentrant: ZeRO-3 counts on one gradient per parameter and backward.
+    """The options of torch.utils.checkpoint.checkpoint for a policy other than False."""
+    # Not reentrant: ZeRO-3 expects one gradient per parameter and backward.
     options: dict[str, Any] = {"use_reentrant": False}
     if policy == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, KEPT)
@@ -47,24 +51,26 @@ def checkpoint_options(policy: Checkpointing) -> dict[str, Any]:
 
 
 def ffn_width(dim: int, *, multiple_of: int = 256, multiplier: float | None = None) -> int:
-    """Hidden width of the feed-forward: two thirds of 4 D (times multiplier), rounded up."""
+    """Hidden width of the feed-forward: 2/3 of 4 D, times multiplier, rounded up to multiple_of."""
     width = int(2 * 4 * dim / 3)
     if multiplier is not None:
         width = int(multiplier * width)
     return -(-width // multiple_of) * multiple_of
 
 
-# ---- places --------------------------------------------------------------------------------------
+# ---- positions -----------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=16)
-@torch.inference_mode(False)  # a table first asked for while sampling must still do for training
+@torch.inference_mode(False)  # a table first made while sampling must also work in training
 def rotary_table(
     prefix_len: int, num_tokens: int, head_dim: int, base: float, device: torch.device
 ) -> Tensor:
-    """[P + T, C / 2] complex64, cos + i sin per pair of channels: a quarter turns by row, a quarter by column.
+    """[P + T, C / 2] complex64: cos + i sin of each position's angle, one per pair of channels.
 
-    Neither a buffer nor a parameter, so that no cast to bf16 ever reaches it.
+    The first half of the pairs turns with the row of the grid, the second half with the
+    column. The table is neither a buffer nor a parameter, so a cast of the model to
+    bfloat16 cannot reach it.
     """
     side = math.isqrt(num_tokens)
     frequencies = base ** -(torch.arange(0, head_dim // 2, 2, device=device).float() / (head_dim // 2))
@@ -73,13 +79,16 @@ def rotary_table(
     by_column = angles[None].expand(side, side, -1)
     angles = torch.cat([by_row, by_column], dim=-1).flatten(0, 1)
     image = torch.polar(torch.ones_like(angles), angles)
-    # cos = sin = 0 for the prefix, not (1, 0): its queries and keys become zero vectors. The released models were
-    # trained so, and "repairing" this breaks every one of them.
+    # cos = sin = 0 for the prefix, not (1, 0): its queries and keys become zero vectors. The
+    # released models were trained this way, and "repairing" it breaks every one of them.
     return torch.cat([image.new_zeros(prefix_len, image.shape[1]), image])
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """[B, S, H, C], [S, C / 2] -> [B, S, H, C]: neighbouring channels are a pair. In float32, returned in x's dtype."""
+    """Turn each pair of neighbouring channels: x [B, S, H, C], table [S, C / 2] -> [B, S, H, C].
+
+    Computed in float32, returned in x's dtype.
+    """
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * table[:, None]).flatten(-2).type_as(x)
 
@@ -88,7 +97,7 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """In float32, back to the input's dtype, then the weight."""
+    """RMS norm computed in float32, cast to the input's dtype, then multiplied by the weight."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -99,63 +108,71 @@ class RMSNorm(nn.Module):
         return functional.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x) * self.weight
 
 
+Kernel = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""(x [..., D], weight [O, D], bias [O] or None) -> what a linear map's forward returns."""
+
+
+def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias, faster for decoding on the CPU: [B, S, ..., D] -> [B, S, ..., O].
+
+    Decoding computes one position per image, so x has only a few rows. For few rows and a
+    large weight, the product of nn.Linear is bound by neither memory nor arithmetic (MKL in
+    PyTorch 2.15, two threads with AVX-512). Computed as weight @ x.T it takes 0.7 of the
+    time for 16 rows, and a quarter for two. For one row MKL uses a single thread, so the
+    row is doubled: two rows take less than half the time of one. With one thread, or a
+    weight that stays in the cache, this does not pay. Training, whole sequences and GPUs
+    use the plain product.
+    """
+    few = x.shape[1] == 1 and x[..., 0].numel() <= MAX_ROWS
+    large = weight.numel() >= MIN_WEIGHT and torch.get_num_threads() > 1
+    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
+    if not (few and large and on_cpu) or torch.is_grad_enabled():
+        return functional.linear(x, weight, bias)
+    rows = x.flatten(0, -2)
+    product = weight @ (rows if len(rows) > 1 else rows.repeat(2, 1)).T  # [O, rows]
+    result = product[:, : len(rows)].T.contiguous().view(*x.shape[:-1], -1)
+    return result if bias is None else result + bias
+
+
 class Linear(nn.Linear):
-    """A linear map that is quick where decoding on the CPU needs it: one place per image, so a few rows.
+    """A linear map that computes `few_rows_linear`."""
 
-    For few rows and a large weight nn.Linear's product is bound by neither memory nor arithmetic (MKL in PyTorch 2.15,
-    two threads with AVX-512). Turned round, it takes 0.7 of the time for 16 rows and a quarter for two, and two rows
-    less than half the time of one, for which MKL uses a single thread. With one thread, or a weight that stays in the
-    cache, turning does not pay. In training, for whole sequences and on GPUs nothing differs.
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, S, ..., D] -> [B, S, ..., O]."""
+        return few_rows_linear(x, self.weight, self.bias)
+
+
+class OutputMap(nn.Linear):
+    """A linear map at the end of a head. It can run another kernel, such as a fused loss.
+
+    Under ZeRO-3 the weight exists only during this module's forward, so a kernel that needs
+    it must run here: `model.loss` passes one that fuses the product with the cross entropy.
     """
 
-    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
-        """[B, S, ..., D] -> [B, S, ..., O], or with targets [B, S, ...] their summed cross entropy [], see `fused_loss`."""
-        if targets is not None:
-            return fused_loss(x.flatten(0, -2), self.weight, self.bias, targets.flatten())
-        few = x.shape[1] == 1 and x[..., 0].numel() <= MOST_ROWS
-        large = self.weight.numel() >= LARGE and torch.get_num_threads() > 1
-        if (
-            not (few and large)
-            or x.device.type != "cpu"
-            or x.dtype != torch.float32
-            or torch.is_grad_enabled()
-        ):
-            return super().forward(x)
-        rows = x.flatten(0, -2)
-        product = self.weight @ (rows if len(rows) > 1 else rows.repeat(2, 1)).T  # [O, rows]
-        result = product[:, : len(rows)].T.contiguous().view(*x.shape[:-1], -1)
-        return result if self.bias is None else result + self.bias
+    def forward(self, x: Tensor, *, kernel: Kernel = few_rows_linear) -> Tensor:
+        """kernel(x, weight, bias); by default logits, [B, S, ..., D] -> [B, S, ..., V]."""
+        return kernel(x, self.weight, self.bias)
 
 
-IGNORED = -100  # a target that counts nothing
+def use_fast_linear(model: nn.Module) -> None:
+    """Make every plain nn.Linear of a foreign model compute `few_rows_linear`, in place.
 
-
-def has_fused_loss() -> bool:
-    return importlib.util.find_spec("liger_kernel") is not None
-
-
-def fused_loss(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """[N, D], [V, D], [V] or None, [N] -> [] float32: the summed cross entropy of x @ weight.T + bias, by Liger's kernel.
-
-    Logits and their gradients are made once, a part at a time, in the forward.
+    The modules keep their weights and names; subclasses of nn.Linear are left alone.
     """
-    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
-
-    loss = LigerFusedLinearCrossEntropyFunction.apply(
-        x, weight, targets, bias, None, IGNORED, 0.0, 0.0, "sum"
-    )
-    return (loss[0] if isinstance(loss, tuple) else loss).float()
-
-
-def quicken(model: nn.Module) -> None:
-    """Give the linear maps of a model that is not our code the forward of ours."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = Linear
 
 
+def use_output_map(linear: nn.Linear) -> OutputMap:
+    """Turn a foreign model's last linear map into an OutputMap, in place; it keeps its weights."""
+    assert type(linear) in (nn.Linear, Linear)
+    linear.__class__ = OutputMap
+    return cast(OutputMap, linear)
+
+
 class SelfAttention(nn.Module):
-    """Causal attention over places. wqkv holds query, key and value, in that order."""
+    """Causal attention over positions. wqkv holds query, key and value, in that order."""
 
     def __init__(self, dim: int, num_heads: int, num_kv_heads: int):
         super().__init__()
@@ -164,9 +181,9 @@ class SelfAttention(nn.Module):
         self.wo = Linear(dim, dim, bias=False)
 
     def forward(
-        self, x: Tensor, table: Tensor, pattern: attention.Pattern, cache: attention.LayerCache | None = None
+        self, x: Tensor, table: Tensor, pattern: attention.Pattern, cache: LayerCache | None = None
     ) -> Tensor:
-        """[B, S, D], the table's rows of these S places -> [B, S, D]."""
+        """x [B, S, D], table: the rotary rows of these S positions, [S, C / 2] -> [B, S, D]."""
         H, G = self.heads
         qkv = self.wqkv(x).unflatten(-1, (H + 2 * G, -1))  # [B, S, H + 2G, C]
         query, key = rotate(qkv[:, :, : H + G], table).transpose(1, 2).split(self.heads, dim=1)
@@ -178,6 +195,8 @@ class SelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+
     def __init__(self, dim: int, hidden: int):
         super().__init__()
         self.w1 = Linear(dim, hidden, bias=False)
@@ -189,7 +208,10 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each normed before and added after."""
+    """Attention and feed-forward, each with a norm before and a residual around it.
+
+    attend: the attention module; Block's forward passes it everything after x.
+    """
 
     def __init__(self, attend: nn.Module, dim: int, hidden: int, eps: float, dropout: float = 0.0):
         super().__init__()
@@ -211,14 +233,23 @@ def run(
     x: Tensor,
     table: Tensor,
     pattern: attention.Pattern,
-    caches: list[attention.LayerCache] | None,
+    cache: KVCache | None,
     *,
     activation_checkpointing: Checkpointing,
 ) -> Tensor:
-    """[B, S, D] through all blocks; see Checkpointing."""
+    """Pass x [B, S, D] through all blocks and return [B, S, D].
+
+    Args:
+        blocks: of the backbone, in order.
+        x: [B, S, D].
+        table: the rotary rows of these S positions, [S, C / 2].
+        pattern: see attention.pattern.
+        cache: None for a whole sequence.
+        activation_checkpointing: see Checkpointing; no effect without gradients.
+    """
     for index, block in enumerate(blocks):
-        if activation_checkpointing and caches is None and torch.is_grad_enabled():
+        if activation_checkpointing and cache is None and torch.is_grad_enabled():
             x = checkpoint(block, x, table, pattern, **checkpoint_options(activation_checkpointing))
         else:
-            x = block(x, table, pattern, None if caches is None else caches[index])
+            x = block(x, table, pattern, None if cache is None else cache.layers[index])
     return x

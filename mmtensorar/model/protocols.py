@@ -9,15 +9,60 @@ Shapes: B batch, P prefix, S rows, T image tokens, F factors, D width, V vocabul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from mmtensorar.model.conditions import CaptionEncoder, Condition, ConditionKind
 from mmtensorar.model.layers import Checkpointing
 from mmtensorar.recipe import Section
+
+# ---- backbones -----------------------------------------------------------------------------------
+
+# ---- heads and caches ----------------------------------------------------------------------------
+
+
+@runtime_checkable
+class Head(Protocol):
+    """An nn.Module that turns hidden states into logits, one factor after the other.
+
+    It computes head(hidden, prev) = output_maps[f](states(hidden, prev)). The loss uses the
+    two halves to put a kernel of its own in place of the last product (`model.loss`).
+    """
+
+    @property
+    def output_maps(self) -> Sequence[nn.Module]:
+        """The last linear map of each factor. A `layers.OutputMap` can run a fused loss."""
+        ...
+
+    def states(self, hidden: Tensor, prev: Tensor) -> Tensor:
+        """What output_maps[f] takes: hidden [..., D], prev [..., f] int64, f = prev.shape[-1].
+
+        It uses parameters only by calling submodules, as ZeRO-3 needs.
+        """
+        ...
+
+    def __call__(self, hidden: Tensor, prev: Tensor) -> Tensor:
+        """hidden [..., D], earlier factors prev [..., f] int64 -> logits [..., V_f] of factor f."""
+        ...
+
+
+class CacheLayer(Protocol):
+    """The keys and values of one layer."""
+
+    def crop(self, length: int, /) -> None:
+        """Forget all positions from length on."""
+        ...
+
+
+class Cache(Protocol):
+    """A key-value cache. `kv_cache.KVCache` is one."""
+
+    @property
+    def layers(self) -> Sequence[CacheLayer]: ...
+
 
 # ---- backbones -----------------------------------------------------------------------------------
 
@@ -38,20 +83,21 @@ class Backbone(Protocol):
     prefix_len: int | None  # P; None where it is the length of the prompt
     default_sampling: dict[str, Any]  # sampler settings of the authors' demo; a converted recipe gets them
     lora_targets: str  # regular expression: names, inside the backbone, of the matrices that get adapters
-    layers: nn.ModuleList  # the transformer's, of which train.compile compiles each
+    layers: nn.ModuleList  # the transformer's layers; train.compile compiles each of them
     activation_checkpointing: Checkpointing  # set before training
     embed: nn.Module  # codes [..., F] -> [..., D]
     prefix: nn.Module  # (Condition, uncond [B] bool) -> Prefix; uncond rows get the null prompt
-    # (hidden [..., D], prev [..., f]) -> logits [..., V_f], f = prev.shape[-1]. A head that has `last_map`, the linear map that its
-    # logits come out of, takes targets [...] too, and then gives their summed cross entropy.
-    head: nn.Module
+    head: Head
 
     def __call__(self, embeds: Tensor, mask: Tensor, cache: Any = None) -> Tensor:
-        """[B, S, D], [B, cached + S] bool -> [B, S, D], what `head` takes; causal; S rows follow the cache."""
+        """Causal hidden states: embeds [B, S, D], mask [B, cached + S] bool -> [B, S, D].
+
+        The S rows follow the positions in the cache. `head` takes the result.
+        """
         ...
 
-    def new_cache(self, max_len: int) -> Any:
-        """An empty key-value cache for max_len places: layers, or an object with `layers`, each with crop(length)."""
+    def new_cache(self, max_len: int) -> Cache:
+        """An empty key-value cache for max_len positions."""
         ...
 
     def example_condition(self, num_rows: int, prompt_len: int) -> Condition:
@@ -70,7 +116,7 @@ class Backbone(Protocol):
         ...
 
     def save_config(self, folder: Path) -> None:
-        """The same into an existing folder, without the weights."""
+        """Write the same into an existing folder, without the weights."""
         ...
 
 
@@ -114,7 +160,7 @@ class BackboneFile(Protocol):
 
 
 class BackboneConfig(Section):
-    """Base of the `backbone` sections. A subclass has `name`, `path` and `attn_implementation`, and its own."""
+    """Base of the `backbone` sections. A subclass has name, path, attn_implementation, and more."""
 
     def at(self, path: str) -> BackboneConfig:
         """The section of the same backbone, saved in the folder `path`."""

@@ -14,9 +14,9 @@ def valid_slots(num_tokens: int, window: int, device: torch.device | str | None 
     """
     if not 1 <= window <= num_tokens:
         raise ValueError(f"window is {window}; expected 1 to {num_tokens}, the number of image tokens")
-    start = torch.arange(num_tokens, device=device)
-    offset = torch.arange(window, device=device)
-    return start[:, None] + offset < num_tokens
+    start_T = torch.arange(num_tokens, device=device)
+    offset_K = torch.arange(window, device=device)
+    return start_T[:, None] + offset_K < num_tokens
 
 
 def slide(codes: Tensor, window: int) -> tuple[Tensor, Tensor]:
@@ -28,8 +28,8 @@ def slide(codes: Tensor, window: int) -> tuple[Tensor, Tensor]:
     Raises ValueError when window is outside 1..T.
     """
     T = codes.shape[1]
-    valid = valid_slots(T, window, codes.device)
-    start = torch.arange(T, device=codes.device)
-    offset = torch.arange(window, device=codes.device)
-    index = (start[:, None] + offset).clamp(max=T - 1)
-    return codes[:, index] * valid[:, :, None], valid
+    valid_TK = valid_slots(T, window, codes.device)
+    start_T = torch.arange(T, device=codes.device)
+    offset_K = torch.arange(window, device=codes.device)
+    index_TK = (start_T[:, None] + offset_K).clamp(max=T - 1)
+    return codes[:, index_TK] * valid_TK[:, :, None], valid_TK

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
+from mmtensorar.model.categorical import invert_cdf
 from mmtensorar.model.conditions import Condition
-from mmtensorar.model.drafts import invert_cdf
 from mmtensorar.model.tensorar import TensorAR
 from mmtensorar.model.windows import valid_slots
 

@@ -27,7 +27,7 @@ from torch import Tensor  # noqa: E402
 
 from mmtensorar.checkpoints import model_folder
 from mmtensorar.files import write_text  # noqa: E402
-from mmtensorar.model import adapters, layers
+from mmtensorar.model import adapters, loss
 from mmtensorar.processes import give_memory_back  # noqa: E402
 from mmtensorar.recipe import Recipe  # noqa: E402
 from mmtensorar.training import optimizers  # noqa: E402
@@ -174,7 +174,7 @@ def learning_rate_factor(step: int, *, steps: int, warmup_steps: int, final_lr_r
 
 def check(recipe: Recipe, device: torch.device) -> None:
     """Raise ValueError, or OSError, when the recipe asks for what this machine has not; before anything is loaded."""
-    if recipe.train.loss_kernel == "liger" and not layers.has_fused_loss():
+    if recipe.train.loss_kernel == "liger" and not loss.has_liger():
         raise ValueError("train.loss_kernel liger needs liger-kernel: pip install 'mmtensorar[liger]'")
     if recipe.train.loss_kernel == "liger" and device.type != "cuda":
         raise ValueError("train.loss_kernel liger needs a GPU; auto takes it where there is one")

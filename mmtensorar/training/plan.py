@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mmtensorar import backbones
 from mmtensorar.model import adapters, layers, tensorar
 from mmtensorar.model.conditions import Condition
+from mmtensorar.model.loss import LossSettings
 from mmtensorar.recipe import Recipe
 from mmtensorar.training import activation_memory
 
@@ -41,8 +42,8 @@ def shapes(recipe: Recipe) -> tensorar.TensorAR:
     # sdpa needs no GPU, and as much memory as flash-attn.
     section = section.model_copy(update={"attn_implementation": "sdpa"})
     backbone = backbones.load(section, weights=False, device="meta", sizes_only=True)
-    model = tensorar.build(recipe, backbone).to("meta")
-    adapters.prepare(model, recipe)
+    model = tensorar.build(backbone, recipe.tensorar, loss=LossSettings.of(recipe.train)).to("meta")
+    adapters.prepare(model, recipe.train, recipe.lora, seed=recipe.run.seed)
     return model
 
 

@@ -29,6 +29,7 @@ from mmtensorar.model.windows import slide
 from mmtensorar.recipe import SamplerSettings, Section
 from mmtensorar.sampling.decode import Sampler, decode
 from tests.helpers import fakes
+from tests.helpers.models import window_logits
 from tests.model.test_tensorar import (
     noise,
     open_codec,
@@ -190,7 +191,11 @@ def test_a_backbone_has_the_parts_of_the_protocol(tiny):
     assert hidden.shape == rows.shape
     for factor, size in enumerate(backbone.factor_sizes):
         prev = codes[:, :, None, :factor]
-        assert backbone.head(hidden[:, P - 1 :, None], prev).shape == (B, T, 1, size)
+        logits = backbone.head(hidden[:, P - 1 :, None], prev)
+        assert logits.shape == (B, T, 1, size)
+        halves = backbone.head.output_maps[factor](backbone.head.states(hidden[:, P - 1 :, None], prev))
+        assert torch.equal(halves, logits)
+    assert len(backbone.head.output_maps) == len(backbone.factor_sizes)
 
 
 @torch.no_grad()
@@ -243,10 +248,10 @@ def test_fresh_heads_change_nothing_at_offset_0(tiny):
     assert torch.equal(hidden, expected)
     for factor in range(len(backbone.factor_sizes)):
         prev = codes[:, :, None, :factor]
-        logits = fresh.logits(hidden, prev.expand(-1, -1, 4, -1))
+        logits = window_logits(fresh, hidden, prev.expand(-1, -1, 4, -1))
         # Within rounding, for some processors multiply four rows in another order than one.
         torch.testing.assert_close(
-            logits[:, :, 0], plain.logits(expected, prev)[:, :, 0], rtol=1e-5, atol=1e-6
+            logits[:, :, 0], window_logits(plain, expected, prev)[:, :, 0], rtol=1e-5, atol=1e-6
         )
     images = [decode(model, condition, GREEDY, cfg_scale=3.0).codes for model in (plain, fresh)]
     assert torch.equal(*images)

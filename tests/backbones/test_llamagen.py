@@ -19,10 +19,11 @@ from mmtensorar.backbones import llamagen
 from mmtensorar.captions import cleaning, encoders
 from mmtensorar.model import attention
 from mmtensorar.model.conditions import Condition
-from mmtensorar.recipe import Recipe, Train
+from mmtensorar.recipe import Lora, Recipe, Run, Train
 from mmtensorar.sampling.decode import Sampler, decode
 from mmtensorar.training import plan
 from tests.helpers.fakes import llamagen_condition, tiny_llamagen, write_tiny_t5
+from tests.helpers.models import window_logits
 from tests.model.test_tensorar import wrap
 
 CONDITIONS = ("class", "text")
@@ -56,7 +57,8 @@ def test_what_stands_in_the_padding_is_never_seen():
     valid = torch.ones(backbone.num_tokens - 1, 1, dtype=torch.bool)
 
     def logits(condition: Condition, uncond: Tensor) -> Tensor:
-        return model.logits(
+        return window_logits(
+            model,
             model.hidden(codes[:, :-1, None], valid, condition, uncond), codes[:, :, None, :0]
         )
 
@@ -330,6 +332,8 @@ def test_released_sizes_and_the_papers_budget(size, condition, parameters, budge
         ),
         tensorar=Recipe.model_fields["tensorar"].default,
         train=Train(steps=1),
+        run=Run(name="sizes"),
+        lora=Lora(),
     )
     counts = plan.parameters(plan.shapes(recipe))
     assert counts["backbone"] == parameters

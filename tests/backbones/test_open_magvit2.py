@@ -18,9 +18,11 @@ from mmtensorar.image_tokenizers import open_magvit2_lfq
 from mmtensorar.image_tokenizers.open_magvit2_lfq import codes_to_latents, latents_to_codes
 from mmtensorar.model import attention, layers
 from mmtensorar.model.drafts import FixedSchedule
+from mmtensorar.model.loss import LossSettings
 from mmtensorar.model.tensorar import TensorAR
 from mmtensorar.sampling.decode import Sampler, decode
 from tests.helpers.fakes import class_condition, tiny_lfq, tiny_open_magvit2
+from tests.helpers.models import window_logits
 from tests.model.test_tensorar import noise, open_codec, wrap
 
 UNCOND = torch.tensor([False, True, False])
@@ -86,7 +88,7 @@ def test_chunked_loss_equals_whole_loss():
             codec.decoder,
             FixedSchedule("linear"),
             offset_weights=[1.0, 0.1, 0.1, 0.1],
-            chunk_tokens=chunk_tokens,
+            loss=LossSettings(chunk_tokens=chunk_tokens),
         )
         model.zero_grad()
         output = model(codes, condition, UNCOND, noise())
@@ -127,7 +129,7 @@ def test_bf16_logits_are_near_fp32():
     def logits() -> list[Tensor]:
         model = wrap(backbone, 1)
         hidden = model.hidden(codes[:, :-1, None], torch.ones(8, 1, dtype=torch.bool), condition, UNCOND)
-        return [model.logits(hidden, codes[:, :, None, :factor]).float() for factor in range(2)]
+        return [window_logits(model, hidden, codes[:, :, None, :factor]).float() for factor in range(2)]
 
     whole = logits()
     backbone.bfloat16()

@@ -418,7 +418,7 @@ def test_a_window_above_1_goes_back_only_when_asked_to_lose_it(tmp_path, capsys)
     write_open_magvit2(tmp_path / "ar.ckpt")
     assert run(tmp_path / "ar.ckpt", tmp_path / "model") == 0
     recipe = Recipe.load(tmp_path / "model" / "recipe.yaml", ["tensorar.window=3", "tensorar.num_heads=2"])
-    model = tensorar.build(recipe, model_folder.load(tmp_path / "model").model.backbone)
+    model = tensorar.build(model_folder.load(tmp_path / "model").model.backbone, recipe.tensorar)
     model_folder.save(tmp_path / "window", model, recipe)
     error = refused(capsys, "--original", tmp_path / "window", tmp_path / "back.ckpt")
     assert (

@@ -63,11 +63,17 @@ class FakeHead(nn.Module):
         self.maps = nn.ModuleList(nn.Linear(dim, size) for size in factor_sizes)
         self.given = nn.ModuleList(nn.Embedding(size, dim) for size in factor_sizes[:-1])
 
-    def forward(self, hidden: Tensor, prev: Tensor) -> Tensor:
-        factor = prev.shape[-1]
-        for f in range(factor):
+    @property
+    def output_maps(self) -> nn.ModuleList:
+        return self.maps
+
+    def states(self, hidden: Tensor, prev: Tensor) -> Tensor:
+        for f in range(prev.shape[-1]):
             hidden = hidden + self.given[f](prev[..., f])
-        return self.maps[factor](hidden.tanh())
+        return hidden.tanh()
+
+    def forward(self, hidden: Tensor, prev: Tensor) -> Tensor:
+        return self.maps[prev.shape[-1]](self.states(hidden, prev))
 
 
 class FakeBackbone(nn.Module):

@@ -1,4 +1,4 @@
-"""What is trained: all, heads, LoRA and QLoRA each take a step on tiny models, change what they should and load to the same outputs."""
+"""train.parts: all, heads, LoRA and QLoRA each train what they should, and load to the same outputs."""
 
 import json
 import shutil
@@ -111,7 +111,7 @@ def test_folded_in_they_are_the_same_checkpoint(bench, tmp_path, capsys):
     save(recipe, model, tmp_path / "model")
     size = sum(path.stat().st_size for path in (tmp_path / "model").glob("*.safetensors"))
     whole = sum(path.stat().st_size for path in (bench / "janus").glob("*.safetensors"))
-    assert size < whole / 2, "adapters and codec alone"
+    assert size < whole / 2, "only adapters and codec"
     assert merge.main([str(tmp_path / "model"), str(tmp_path / "merged")]) == 0
     loaded = model_folder.load(tmp_path / "merged")
     torch.testing.assert_close(losses(loaded.model, inputs), losses(model, inputs), rtol=1e-4, atol=1e-5)
@@ -132,12 +132,12 @@ def test_adapters_are_for_one_backbone_only(bench, tmp_path):
     )
     model = model_folder.model_to_train(recipe)
     save(recipe, model, tmp_path / "model")
-    with pytest.raises(ValueError, match="train.init_from: .* holds adapters; fold them in first"):
+    with pytest.raises(ValueError, match="train.init_from: "):
         model_folder.initial_model(make(bench, "janus", init_from=str(tmp_path / "model")))
     content = bytearray((tmp_path / "janus" / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (tmp_path / "janus" / "model.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match="its adapters are for other weights than those in"):
+    with pytest.raises(ValueError, match="adapters"):
         model_folder.load(tmp_path / "model")
 
 
@@ -164,7 +164,7 @@ EMPTY = {"backbone": 6400, "tensorar": 0, "trainable": 0}
     [
         (
             {"freeze": ["no_such_thing"]},
-            "'no_such_thing' matches no parameter; they have names such as backbone",
+            "train.freeze: 'no_such_thing' matches no parameter",
         ),
         ({"freeze": ["."]}, "leave nothing to train"),
     ],
@@ -183,16 +183,14 @@ def test_freezing_goes_on_top(bench):
 def test_recipes_that_do_not_go_together(bench):
     make(bench, "janus")
     for changes, problem in (
-        (["train.parts=qlora", "zero.stage=3"], "train.parts qlora does not go with zero.stage 3"),
-        (["train.freeze=['(']"], "'\\(' is no pattern"),
+        (["train.parts=qlora", "zero.stage=3"], "train.parts"),
+        (["train.freeze=['(']"], r"'\('"),
     ):
         with pytest.raises(RecipeError, match=problem):
             Recipe.load(bench / "recipe.yaml", changes)
     recipe = Recipe.load(bench / "recipe.yaml", ["train.parts=lora", "lora.targets=nothing"])
     narrow = Recipe.load(bench / "recipe.yaml", ["train.parts=qlora", f"backbone.path={bench / 'narrow'}"])
-    with pytest.raises(ValueError, match="q_proj is 32 wide; 4 bits need a multiple of 64"):
+    with pytest.raises(ValueError, match="q_proj .*multiple of 64"):
         model_folder.model_to_train(narrow)
-    with pytest.raises(
-        ValueError, match="lora.targets 'nothing' matches no matrix of the backbone; there are "
-    ):
+    with pytest.raises(ValueError, match="lora.targets 'nothing' matches no matrix"):
         model_folder.model_to_train(recipe)

@@ -1,4 +1,4 @@
-"""Layers of our own backbones: the quick product of a few rows is the plain one."""
+"""Layers of our own backbones: the product for a few rows equals the plain one."""
 
 import pytest
 import torch
@@ -6,8 +6,7 @@ import torch.nn.functional as functional
 from torch import nn
 
 from mmtensorar.model import layers
-from mmtensorar.model.attention import LayerCache
-from mmtensorar.model.layers import MOST_ROWS, Linear, quicken
+from mmtensorar.model.layers import MAX_ROWS, Linear, OutputMap, use_fast_linear, use_output_map
 
 
 @pytest.fixture(autouse=True)
@@ -19,11 +18,11 @@ def seed():
 @torch.no_grad()
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 24), (2, 1, 24), (5, 1, 4, 24), (MOST_ROWS, 1, 24), (99, 1, 24), (2, 3, 24)]
+    "shape", [(1, 1, 24), (2, 1, 24), (5, 1, 4, 24), (MAX_ROWS, 1, 24), (99, 1, 24), (2, 3, 24)]
 )
-def test_a_linear_map_is_the_plain_one(monkeypatch, shape, bias):
-    """For one place per row, with and without window slots, and where the plain product is taken."""
-    monkeypatch.setattr(layers, "LARGE", 1)
+def test_a_product_of_few_rows_is_the_plain_one(monkeypatch, shape, bias):
+    """For one position per row, with and without window slots, and where the plain product is used."""
+    monkeypatch.setattr(layers, "MIN_WEIGHT", 1)
     torch.set_num_threads(2)
     linear, x = Linear(24, 7, bias=bias), torch.randn(shape)
     found = linear(x)
@@ -32,18 +31,18 @@ def test_a_linear_map_is_the_plain_one(monkeypatch, shape, bias):
 
 
 def test_a_linear_map_has_gradients():
-    """The turned product is for sampling only."""
+    """With gradients the plain product is used."""
     linear, x = Linear(24, 7), torch.randn(2, 1, 24)
     linear(x).sum().backward()
     torch.testing.assert_close(linear.weight.grad, x.sum((0, 1)).expand(7, -1))
 
 
-def test_a_quickened_model_has_its_weights():
-    """Names and tensors stay, and what is more than a linear map is left alone."""
+def test_a_model_with_fast_linear_maps_keeps_its_weights():
+    """Names and tensors stay, and subclasses of nn.Linear are left alone."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 2, bias=False)), nn.LayerNorm(2))
     model.append(nn.MultiheadAttention(4, 1))  # has a subclass of nn.Linear
     before = model.state_dict()
-    quicken(model)
+    use_fast_linear(model)
     assert type(model[0]) is type(model[1][0]) is Linear and type(model[3].out_proj) is not Linear
     assert all(
         before[name] is not None and torch.equal(before[name], value)
@@ -51,12 +50,14 @@ def test_a_quickened_model_has_its_weights():
     )
 
 
-def test_a_cache_keeps_what_was_appended_in_one_place():
-    """What is returned are views of memory that is taken once."""
-    cache, parts = LayerCache(5), [torch.randn(2, 2, 3, size, 4) for size in (3, 1, 1)]
-    returned = [cache.append(*part) for part in parts]
-    for index, expected in enumerate(torch.cat(parts, dim=3)):
-        assert torch.equal(returned[-1][index], expected)
-    assert len({keys.data_ptr() for keys, _ in returned}) == 1 and cache.length == 5
-    with pytest.raises(AssertionError, match="a cache of 5 places was asked for 6"):
-        cache.append(*parts[1])
+def test_an_output_map_runs_the_kernel_that_it_is_given():
+    """It passes its own weight and bias: under ZeRO-3 nobody else can read them."""
+    plain = nn.Linear(4, 3)
+    weight, x = plain.weight, torch.randn(2, 5, 4)
+    output_map = use_output_map(plain)
+    assert type(output_map) is OutputMap and output_map.weight is weight
+    assert torch.equal(output_map(x), functional.linear(x, weight, plain.bias))
+    squared = output_map(x, kernel=lambda x, weight, bias: (x @ weight.T + bias).square().sum())
+    torch.testing.assert_close(squared, output_map(x).square().sum())
+    use_fast_linear(nn.Sequential(output_map))
+    assert type(output_map) is OutputMap

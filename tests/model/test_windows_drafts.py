@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mmtensorar.model.drafts import SCHEDULES, FixedSchedule, corrupt
+from mmtensorar.model.drafts import SCHEDULES, FixedSchedule, input_windows
 from mmtensorar.model.windows import slide, valid_slots
 
 NAMES = ["linear", "sine", "sqrt", "exponential", "none", "full"]
@@ -14,6 +14,10 @@ NAMES = ["linear", "sine", "sqrt", "exponential", "none", "full"]
 def fixed(rates: list[float], batch: int, tokens: int) -> torch.Tensor:
     """[B, T, K] with one rate per offset."""
     return torch.tensor(rates).expand(batch, tokens, len(rates))
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 # ---- windows -------------------------------------------------------------------------------------
@@ -79,7 +83,7 @@ def test_every_schedule_is_listed_here():
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("window", [1, 2, 4, 16])
 def test_rates_start_at_exactly_0_and_grow(name, window):
-    """Offset 0 is the final token and stays the truth; later drafts are noisier, and never surely noise but where all are."""
+    """Offset 0 is the final token and stays true; later drafts are noisier, and rate 1 is for `full` only."""
     rates = FixedSchedule(name).rates(window)
     assert rates[0] == 0
     steps = rates.diff()
@@ -113,7 +117,7 @@ def test_share_of_changed_tokens_follows_the_schedule(name):
     N, K, V = 20_000, 4, 5
     windows = torch.full((1, N, K, 1), 3)
     rates = FixedSchedule(name)((1, N, K))
-    noisy = corrupt(windows, rates, (V,), torch.Generator().manual_seed(0))
+    noisy = input_windows(windows, rates, (V,), generator=seeded())
     changed = (noisy != windows).float().mean(dim=(0, 1, 3))
     expected = FixedSchedule(name).rates(K) * (1 - 1 / V)
     tolerance = 5 * (expected * (1 - expected) / N).sqrt()
@@ -123,7 +127,7 @@ def test_share_of_changed_tokens_follows_the_schedule(name):
 def test_redraws_are_uniform_over_the_codebook():
     """Every token of the codebook, the first and the last too, and the old one no less than others."""
     N, V = 20_000, 5
-    noisy = corrupt(torch.full((1, N, 1, 1), 3), fixed([1.0], 1, N), (V,), torch.Generator().manual_seed(0))
+    noisy = input_windows(torch.full((1, N, 1, 1), 3), fixed([1.0], 1, N), (V,), generator=seeded())
     share = torch.bincount(noisy.flatten(), minlength=V) / N
     assert len(share) == V
     assert ((share - 1 / V).abs() <= 5 * math.sqrt(0.2 * 0.8 / N)).all(), share
@@ -136,7 +140,7 @@ def test_one_coin_covers_both_factors():
     """
     V = 2**40
     windows = torch.zeros(1, 2000, 1, 2, dtype=torch.int64)
-    noisy = corrupt(windows, fixed([0.5], 1, 2000), (V, V), torch.Generator().manual_seed(0))
+    noisy = input_windows(windows, fixed([0.5], 1, 2000), (V, V), generator=seeded())
     changed = noisy != 0
     assert torch.equal(changed[..., 0], changed[..., 1])
     assert 0.4 < changed[..., 0].float().mean() < 0.6
@@ -145,7 +149,7 @@ def test_one_coin_covers_both_factors():
 
 
 def test_each_factor_stays_in_its_own_codebook():
-    noisy = corrupt(torch.zeros(1, 500, 2, 2, dtype=torch.int64), fixed([1.0, 1.0], 1, 500), (2, 7))
+    noisy = input_windows(torch.zeros(1, 500, 2, 2, dtype=torch.int64), fixed([1.0, 1.0], 1, 500), (2, 7))
     assert noisy[..., 0].unique().tolist() == [0, 1]
     assert noisy[..., 1].unique().tolist() == list(range(7))
 
@@ -153,11 +157,11 @@ def test_each_factor_stays_in_its_own_codebook():
 def test_coins_differ_between_rows_places_and_offsets():
     """Coins shared along any of these would noise whole windows, rows or batches together."""
     V = 2**40
-    noisy = corrupt(
+    noisy = input_windows(
         torch.zeros(8, 8, 8, 1, dtype=torch.int64),
         torch.full((8, 8, 8), 0.5),
         (V,),
-        torch.Generator().manual_seed(0),
+        generator=seeded(),
     )
     coins = noisy[..., 0] != 0
     for dim in range(3):
@@ -165,10 +169,10 @@ def test_coins_differ_between_rows_places_and_offsets():
 
 
 def test_rate_0_never_and_rate_1_always():
-    """The ends are exact, not merely likely: offset 0 must be the truth in every one of billions of tokens."""
+    """The ends are exact, not only likely: offset 0 must be true in each of billions of tokens."""
     V = 2**40
     windows = torch.full((4, 1000, 2, 1), 3)
-    noisy = corrupt(windows, fixed([0.0, 1.0], 4, 1000), (V,), torch.Generator().manual_seed(0))
+    noisy = input_windows(windows, fixed([0.0, 1.0], 4, 1000), (V,), generator=seeded())
     assert (noisy[:, :, 0] == 3).all()
     assert (noisy[:, :, 1] != 3).all()
     assert (windows == 3).all(), "the input is not written to"
@@ -187,7 +191,7 @@ def test_same_generator_seed_same_noise():
     """Resuming a run and comparing two runs rest on this."""
     windows = torch.zeros(2, 50, 3, 1, dtype=torch.int64)
     first, again, other = (
-        corrupt(windows, torch.full((2, 50, 3), 0.5), (9,), torch.Generator().manual_seed(seed))
+        input_windows(windows, torch.full((2, 50, 3), 0.5), (9,), generator=seeded(seed))
         for seed in (1, 1, 2)
     )
     assert torch.equal(first, again)

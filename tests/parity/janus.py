@@ -21,6 +21,7 @@ from mmtensorar.model.conditions import Condition
 from mmtensorar.model.drafts import FixedSchedule
 from mmtensorar.model.tensorar import TensorAR
 from mmtensorar.sampling.decode import Sampler, decode
+from tests.helpers.models import window_logits
 from tests.parity import Unsupported, by_last_name
 
 
@@ -95,7 +96,7 @@ def teacher_forced(subject: Subject, prompts: Tensor, tokens: Tensor) -> dict[st
         dropped = torch.full((len(codes),), stream == "uncond")
         hidden = model.hidden(codes[:, :-1, None], valid, condition_of(subject, list(prompts)), dropped)
         found[f"hidden_{stream}"] = hidden
-        found[f"logits_{stream}"] = model.logits(hidden, codes[:, :, None, :0])[:, :, 0]
+        found[f"logits_{stream}"] = window_logits(model, hidden, codes[:, :, None, :0])[:, :, 0]
     return found
 
 

@@ -24,6 +24,7 @@ from mmtensorar.model.conditions import Condition
 from mmtensorar.model.drafts import FixedSchedule
 from mmtensorar.model.tensorar import TensorAR
 from mmtensorar.sampling.decode import Sampler, decode
+from tests.helpers.models import window_logits
 from tests.parity import Unsupported
 
 
@@ -150,7 +151,7 @@ def _logits(model: TensorAR, codes: Tensor, class_ids: Tensor, *, uncond: bool) 
     hidden = model.hidden(
         codes[:, :-1, None], valid, _condition(class_ids), torch.full((len(codes),), uncond)
     )
-    return [model.logits(hidden, codes[:, :, None, :factor])[:, :, 0] for factor in range(2)]
+    return [window_logits(model, hidden, codes[:, :, None, :factor])[:, :, 0] for factor in range(2)]
 
 
 @torch.no_grad()

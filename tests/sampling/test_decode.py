@@ -13,6 +13,7 @@ from mmtensorar.model.windows import valid_slots
 from mmtensorar.pipeline import revisions
 from mmtensorar.sampling.decode import Sampler, decode, revised_per_offset
 from tests.helpers.fakes import FakeBackbone, fake_condition
+from tests.helpers.models import window_logits
 from tests.model.test_tensorar import BACKBONES, open_codec, wrap
 
 GREEDY = Sampler(greedy=True)
@@ -42,7 +43,7 @@ def recompute(model: TensorAR, condition: Condition, cfg_scale: float) -> Tensor
         ]
         window = trace.new_zeros(B, 1, model.window, 0)
         for _ in range(F):
-            cond, uncond = (model.logits(state, window) for state in states)
+            cond, uncond = (window_logits(model, state, window) for state in states)
             tokens = (uncond + cfg_scale * (cond - uncond)).argmax(-1)
             window = torch.cat([window, tokens[..., None]], dim=-1)
         trace = torch.cat([trace, window * valid[t, :, None]], dim=1)
@@ -124,7 +125,7 @@ def recompute_strided(model: TensorAR, condition: Condition, stride: int) -> Ten
         state = model.hidden(inputs, slots, condition, torch.zeros(B, dtype=torch.bool))[:, -1:]
         window = torch.zeros(B, 1, K, 0, dtype=torch.int64)
         for _ in range(F):
-            window = torch.cat([window, model.logits(state, window).argmax(-1)[..., None]], dim=-1)
+            window = torch.cat([window, window_logits(model, state, window).argmax(-1)[..., None]], dim=-1)
         for row in range(min(stride, T - t)):
             codes = torch.cat([codes, window[:, :, row]], dim=1)
             ahead = [row + slot for slot in range(K)]

@@ -28,6 +28,7 @@ from study import (
 from study.features import quarters
 from study.grid import USUAL, Grid
 from study.worlds import _classes, photographs
+from tests.helpers.models import window_logits
 from tests.training.test_train import bench  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -201,7 +202,7 @@ def test_an_arm_is_trained_and_measured(bench, grid_file, tmp_path):  # noqa: F8
         hidden = generator.model.hidden(
             windows[:, :-1], valid[:-1] & (torch.arange(3) < 1), batch.condition, batch.uncond
         )
-        logits = generator.model.logits(hidden, windows[..., :0])[:, :, 0]
+        logits = window_logits(generator.model, hidden, windows[..., :0])[:, :, 0]
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.codes.flatten())
     assert number == 4 and probed["none nats"][0] == pytest.approx(expected.item(), rel=1e-3)
 
