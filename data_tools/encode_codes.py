@@ -35,6 +35,7 @@ from torch import Tensor
 from data_tools.argument_types import positive
 from data_tools.rewrite_shards import join_ranks, pick_device, print_once, read_set, rewrite
 from mmtensorar import image_tokenizers
+from mmtensorar.checkpoints.recognise import image_tokenizer_from_arguments
 from mmtensorar.cli import command
 from mmtensorar.data.members import check_codes, encode_codes
 from mmtensorar.data.pictures import sample_picture
@@ -243,7 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         options.device = str(pick_device(options.device))
-        image_tokenizer, device = image_tokenizers.from_arguments(options)
+        image_tokenizer, device = image_tokenizer_from_arguments(options)
         join_ranks()
         encode(
             options.shards,

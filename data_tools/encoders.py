@@ -69,7 +69,7 @@ def load_image_tokenizer(options: argparse.Namespace) -> Encoder:
     Raises ValueError when pictures of --image-size do not fit it.
     """
     from data_tools import encode_codes  # imports torch
-    from mmtensorar import image_tokenizers
+    from mmtensorar.checkpoints.recognise import image_tokenizer_from_arguments
 
     tokenizer_options = argparse.Namespace(
         image_tokenizer=options.image_tokenizer,
@@ -77,7 +77,7 @@ def load_image_tokenizer(options: argparse.Namespace) -> Encoder:
         device=options.device,
         image_size=options.tokenizer_size,
     )
-    image_tokenizer, device = image_tokenizers.from_arguments(tokenizer_options)
+    image_tokenizer, device = image_tokenizer_from_arguments(tokenizer_options)
     codes = encode_codes.codes_of(image_tokenizer, crops=options.crops, precision=options.precision)
     encode_codes.check_size(str(options.out), options.image_size, image_tokenizer.image_size, options.crops)
     settings: dict[str, Any] = dict(

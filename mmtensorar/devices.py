@@ -6,7 +6,10 @@ import torch
 
 
 def pick(name: str | None) -> torch.device:
-    """None is the GPU if there is one, else the CPU. Raises ValueError for a name that is no device, or an absent GPU."""
+    """The device of a name; None is the GPU if there is one, else the CPU.
+
+    Raises ValueError when the name is not a device, or is a GPU that does not exist.
+    """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,8 +1,9 @@
-"""Make a model folder of a run's checkpoint, the average of its weights too, without ranks or DeepSpeed.
+"""Make a model folder of a run's saved state, or of the average of its weights, without ranks or DeepSpeed.
 
     python -m mmtensorar.export runs/NAME [--step 2000 | latest | best] [--average] --out FOLDER
 
-A finished run has written runs/NAME/model itself; this is for the steps before, and for runs that go on.
+A finished run has written runs/NAME/model itself. This is for earlier steps, and for runs that are not
+finished.
 """
 
 from __future__ import annotations
@@ -13,38 +14,45 @@ from pathlib import Path
 
 from mmtensorar.checkpoints import model_folder, sharded_state
 from mmtensorar.checkpoints.sharded_state import Piece
+from mmtensorar.cli import command
 from mmtensorar.files import sha256
 from mmtensorar.model import adapters
 from mmtensorar.recipe import Recipe
 
 
 def find(run: Path, step: str) -> Path:
-    """The checkpoint of a run that a step's number, `latest` or `best` means. Raises ValueError when there is none."""
+    """The folder of a run's state at a step number, at `latest` or at `best`.
+
+    Raises ValueError when there is none.
+    """
     folder = run / "checkpoints"
-    there = sorted(path.parent for path in folder.glob(f"step_*/{sharded_state.STATE}"))
-    if not there:
-        raise ValueError(f"{run}: no checkpoint in it")
+    saved = sorted(path.parent for path in folder.glob(f"step_*/{sharded_state.STATE}"))
+    if not saved:
+        raise ValueError(f"{run}: it has no saved state")
     if step == "latest":
         return folder / f"step_{sharded_state.latest(folder)['step']:06d}"
     if step == "best":
         if not (folder / "best").is_file():
             raise ValueError(
-                f"{folder}: no checkpoint of a step whose validation loss was measured is kept, so none is the best"
+                f"{folder}: there is no best step: no saved state has a validation loss "
+                "(set data.validation and train.validate_every)"
             )
         named = folder / (folder / "best").read_text(encoding="utf-8").strip()
-        if named not in there:
-            raise ValueError(f"{folder / 'best'} names {named.name}, which is not there")
+        if named not in saved:
+            raise ValueError(f"{folder / 'best'} names {named.name}, which is missing")
         return named
     wanted = folder / f"step_{int(step):06d}" if step.isdigit() else None
-    if wanted not in there:
-        raise ValueError(
-            f"{run}: no checkpoint of step {step}; there are latest, {', '.join(str(sharded_state.step_of(path)) for path in there)}"
-        )
+    if wanted is None or wanted not in saved:
+        steps = ", ".join(str(sharded_state.step_of(path)) for path in saved)
+        raise ValueError(f"{run}: no saved state of step {step}; available: latest, {steps}")
     return wanted
 
 
 def export(run: Path, step: str, out: Path, *, average: bool = False) -> int:
-    """Write the model folder; returns the step. Raises ValueError when the checkpoint is damaged, or has no average."""
+    """Write the model folder; returns the step.
+
+    Raises ValueError when the saved state is damaged, or has no average.
+    """
     recipe = Recipe.load(run / "recipe.yaml", [])
     if average and recipe.train.ema_decay is None:
         raise ValueError(f"{run}: it keeps no average of the weights (train.ema_decay)")
@@ -52,47 +60,46 @@ def export(run: Path, step: str, out: Path, *, average: bool = False) -> int:
     recorded = sharded_state.recorded(folder)
     for name, expected in recorded["sha256"].items():
         if not (folder / name).is_file() or sha256(folder / name) != expected:
-            raise ValueError(f"{folder}: {name} is not the file that was written, the checkpoint is damaged")
+            raise ValueError(f"{folder}: {name} is missing or changed; the saved state is damaged")
     model = model_folder.skeleton(recipe)
     trained = [
         (name, parameter.shape) for name, parameter in model.named_parameters() if parameter.requires_grad
     ]
     layout = [Piece(name, 0, flat, 0, shape.numel()) for flat, (name, shape) in enumerate(trained)]
-    key = "average" if average else "master"
-    found = sharded_state.read(
-        folder, 0, 1, recorded["num_files"], layout, [shape for _, shape in trained], only=key
-    )
-    state_dict = {name: values[key] for (name, _), values in zip(trained, found, strict=True)}
+    key, shapes = "average" if average else "master", [shape for _, shape in trained]
+    values = sharded_state.read(folder, 0, 1, recorded["num_files"], layout, shapes, only=key)
+    state_dict = {name: value[key] for (name, _), value in zip(trained, values, strict=True)}
     if recipe.train.parts in adapters.WITH_ADAPTERS:
         model_folder.save_adapters(out, recipe, state_dict, step=recorded["step"])
-    else:
-        if state_dict.keys() != model.state_dict().keys():  # some are frozen: they are as training sees them
-            initial = model_folder.initial_model(recipe)
-            if recipe.train.precision == "bf16":
-                for parameter in initial.parameters():
-                    parameter.data = parameter.data.bfloat16().float()
-            state_dict = initial.state_dict() | state_dict
-        model_folder.save(out, None, recipe, state_dict=state_dict, step=recorded["step"])
+        return recorded["step"]
+    if state_dict.keys() != model.state_dict().keys():  # some are frozen: take them as training saw them
+        initial = model_folder.initial_model(recipe)
+        if recipe.train.precision == "bf16":
+            for parameter in initial.parameters():
+                parameter.data = parameter.data.bfloat16().float()
+        state_dict = initial.state_dict() | state_dict
+    model_folder.save_state_dict(out, state_dict, recipe, step=recorded["step"])
     return recorded["step"]
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Make a model folder of a run's checkpoint.")
-    parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument(
-        "--step", default="latest", help="a step that has a checkpoint, latest (the default), or best"
+    parser = argparse.ArgumentParser(
+        prog="python -m mmtensorar.export",
+        description="Make a model folder of a run's saved state.",
+        epilog="example:\n  python -m mmtensorar.export runs/NAME --step best --out best_model/",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--step", default="latest", help="a saved step, latest (the default), or best")
     parser.add_argument(
         "--average", action="store_true", help="the moving average of the weights (train.ema_decay)"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     options = parser.parse_args(arguments)
-    try:
-        step = export(options.run, options.step, options.out, average=options.average)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{'the average at' if options.average else 'the model of'} step {step} is in {options.out}")
+    step = export(options.run, options.step, options.out, average=options.average)
+    what = "the average at" if options.average else "the model of"
+    print(f"{what} step {step} is in {options.out}")
     return 0
 
 

@@ -1,4 +1,7 @@
-"""Fold a checkpoint's adapters into its weights: `python -m mmtensorar.merge runs/NAME/model OUT`."""
+"""Fold the adapters of a model folder into its weights.
+
+python -m mmtensorar.merge runs/NAME/model OUT
+"""
 
 from __future__ import annotations
 
@@ -7,32 +10,34 @@ import sys
 from pathlib import Path
 
 from mmtensorar.checkpoints import model_folder
+from mmtensorar.cli import command
 
 
 def merge(source: Path, target: Path) -> None:
-    """Write the checkpoint of adapters at source as one with all weights. Raises ValueError when it has no adapters."""
+    """Write a model folder of adapters as one with all weights. Raises ValueError when it has no adapters."""
     index = model_folder.read_index(source)
     if not (source / model_folder.ADAPTERS).is_file():
-        raise ValueError(f"{source} has no {model_folder.ADAPTERS}: its weights are whole already")
+        raise ValueError(f"{source} has no {model_folder.ADAPTERS}: it holds all weights already")
     loaded = model_folder.load(source)
-    # What was trained how is told by the run; the weights are like those of any other now.
+    # The run's recipe says how they were trained. These weights are like those of any other model folder.
     train = loaded.recipe.train.model_copy(update={"parts": "all", "freeze": []})
-    model_folder.save(
-        target, loaded.model, loaded.recipe.model_copy(update={"train": train}), step=index["step"]
-    )
+    recipe = loaded.recipe.model_copy(update={"train": train})
+    model_folder.save(target, loaded.model, recipe, step=index["step"])
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m mmtensorar.merge", description=__doc__.splitlines()[0])
-    parser.add_argument("source", type=Path, help="checkpoint of adapters, such as runs/NAME/model")
+    parser = argparse.ArgumentParser(
+        prog="python -m mmtensorar.merge",
+        description="Fold the adapters of a model folder into its weights.",
+        epilog="example:\n  python -m mmtensorar.merge runs/NAME/model merged/",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", type=Path, help="model folder of adapters, such as runs/NAME/model")
     parser.add_argument("target", type=Path, help="folder to write")
     options = parser.parse_args(arguments)
-    try:
-        merge(options.source, options.target)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{options.target}: whole weights, for generate, eval and train.init_from")
+    merge(options.source, options.target)
+    print(f"{options.target}: all weights, for generate, eval and train.init_from")
     return 0
 
 

@@ -20,7 +20,6 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from mmtensorar import devices
-from mmtensorar.captions.encoders import ClassNumbers, T5Features
 from mmtensorar.checkpoints import model_folder
 from mmtensorar.files import atomic_path
 from mmtensorar.image_tokenizers import to_images
@@ -52,8 +51,7 @@ class Generator:
                 "the model folder has no image tokenizer: convert it again, with --image-tokenizer"
             )
         self.device = next(self.model.parameters()).device
-        if isinstance(self.caption_encoder, T5Features):
-            self.caption_encoder.device = self.device
+        self.caption_encoder.to(self.device)
         self.precision = precision
 
     @classmethod
@@ -104,7 +102,7 @@ class Generator:
 
         A model takes either captions or numbers of its classes.
         """
-        if isinstance(self.caption_encoder, ClassNumbers):
+        if self.caption_encoder.kind == "class":
             # Shards and evaluation suites write class 207 as "207".
             if captions := [
                 prompt for prompt in prompts if isinstance(prompt, str) and not prompt.strip().isdecimal()

@@ -387,13 +387,6 @@ def finish(run: TrainingRun) -> int:
 # ---- command -------------------------------------------------------------------------------------
 
 
-def plain(path: str, overrides: list[str]) -> Recipe:
-    """The control of a recipe: the same without TensorAR (window 1), as run NAME_plain."""
-    recipe = Recipe.load(path, overrides)
-    changes = ["tensorar.window=1", "tensorar.offset_weights=null", f"run.name={recipe.run.name}_plain"]
-    return Recipe.load(path, [*overrides, *changes])
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit code: 2 after an error, 130 after a second Ctrl-C."""
     parser = argparse.ArgumentParser(
@@ -416,10 +409,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
     options = parser.parse_intermixed_args(arguments)
     try:
-        load = plain if options.plain else Recipe.load
-        code = train(
-            load(options.recipe, options.overrides), resume=options.resume, local_rank=options.local_rank
-        )
+        recipe = Recipe.load(options.recipe, options.overrides)
+        recipe = recipe.plain() if options.plain else recipe
+        code = train(recipe, resume=options.resume, local_rank=options.local_rank)
     except KeyboardInterrupt:
         print("stopped at once; the last run state is kept", file=sys.stderr, flush=True)
         return 130

@@ -137,8 +137,8 @@ def test_classes_from_the_command_line_and_from_python(class_ckpt, tmp_path):
             ["--prompt", "a cat"],
             "is class-conditional: it takes class numbers (--class), 0 to 6, not prompts",
         ),
-        ("class", ["--class", "3", "7"], "7 is no class of this class-conditional backbone; expected 0 to 6"),
-        ("class", ["--class", "-1"], "-1 is no class of"),
+        ("class", ["--class", "3", "7"], "7 is not a class number of this backbone (expected 0 to 6)"),
+        ("class", ["--class", "-1"], "-1 is not a class number of"),
         ("class", ["--class", "3", "--prompt", "a cat"], "--class and prompts were given"),
     ],
 )

@@ -279,7 +279,7 @@ def test_one_real_training_step(path, standins, one_process, tmp_path, monkeypat
         ("image_tokenizer.image_size=12", "grid: data/imagenet_256_llamagen has images of 4x4 codes"),
         ("tensorar.num_heads=7", "tensorar.num_heads is 7; expected a divisor"),
         ("sampler.cfg_scale=[1.9, 2]", "cfg_scale"),
-        ("train.sample_prompts=[a red circle]", "'a red circle' is no class"),
+        ("train.sample_prompts=[a red circle]", "'a red circle' is not a class number"),
     ],
 )
 def test_a_recipe_that_does_not_fit_its_files_fails(

@@ -32,9 +32,7 @@ NUM_IMAGES = 50_000  # of published numbers
 
 def class_prompts(generator: Generator) -> list[dict]:
     """A prompt per class. Raises ValueError for a model that is not class-conditional."""
-    from mmtensorar.captions.encoders import ClassNumbers
-
-    if not isinstance(generator.caption_encoder, ClassNumbers):
+    if generator.caption_encoder.kind != "class":
         raise ValueError(
             "this model takes captions; FID here is for class-conditional models, or for pictures (--images)"
         )

@@ -92,6 +92,7 @@ def _bound(num_images: int, skills: dict[str, float]) -> dict:
 @command
 def main(arguments: list[str] | None = None) -> int:
     from mmtensorar import image_tokenizers
+    from mmtensorar.checkpoints.recognise import image_tokenizer_from_arguments
 
     parser = argparse.ArgumentParser(
         prog="python -m eval.geneval.ceiling",
@@ -108,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
     suite = suites.load(options.suite)
     image_tokenizer = None
     if options.image_tokenizer is not None:
-        image_tokenizer, _ = image_tokenizers.from_arguments(options)
+        image_tokenizer, _ = image_tokenizer_from_arguments(options)
     bounds = measure(suite, image_tokenizer, num_images=options.num_images)
     if options.out is not None:
         content = {

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmtensorar.checkpoints.released import Checkpoint
+from mmtensorar.checkpoints.released import ReleasedWeights
 from mmtensorar.cli import command
 
 NUM_LEVELS, NUM_POINTS = 3, 4  # of the deformable attention
@@ -174,7 +174,7 @@ def convert(file: Path, out: Path) -> None:
 
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; choose another --out")
-    source = Checkpoint(file, ["state_dict"])
+    source = ReleasedWeights(file, ["state_dict"])
     try:
         settings = config(source.shapes)
         state = {

@@ -1,22 +1,28 @@
 """Backbones: plain next-token image models, cut at the seams that TensorAR needs.
 
 A backbone knows nothing of TensorAR, data or training. One file each; the recipe's
-`backbone: {name: ...}` picks it, and that file's Config validates the section.
-Shapes: B batch, P prefix, S rows, T image tokens, F factors, D width, V vocabulary.
+`backbone: {name: ...}` picks it, and that file's Config validates the section. What a file
+defines: mmtensorar/model/protocols.py.
 """
 
 from __future__ import annotations
 
 import importlib
+from typing import Any, cast
 
-from mmtensorar.checkpoints.released import Unread
+from mmtensorar.checkpoints.released import LazyWeights
 from mmtensorar.model.conditions import CaptionEncoder
-from mmtensorar.model.protocols import Backbone
+from mmtensorar.model.protocols import Backbone, BackboneFile
 from mmtensorar.recipe import Section
 
 
-def _module(section: Section):
-    return importlib.import_module(f"mmtensorar.backbones.{section.name}")
+def file(name: str) -> BackboneFile:
+    """The file that defines a backbone, imported."""
+    return cast(BackboneFile, importlib.import_module(f"{__name__}.{name}"))
+
+
+def _file_of(section: Any) -> BackboneFile:
+    return file(section.name)
 
 
 def load(
@@ -24,19 +30,26 @@ def load(
 ) -> Backbone:
     """The backbone a recipe names, in float32 and train mode.
 
-    weights: False builds it with random weights, reading the configuration only. device:
-    "meta" (without weights) builds the shapes alone. sizes_only: for a plan, the sizes of a released model may come
-    from our own table, so that nothing is downloaded; such a backbone cannot be saved. Raises ValueError or OSError, naming
-    the path, when there is no such model or it does not fit.
+    Args:
+        section: the recipe's `backbone`.
+        weights: False gives random weights, and reads only the configuration.
+        device: "meta" (without weights) gives shapes only.
+        sizes_only: for a plan. The sizes of a released model may come from our own table, so that nothing is
+            downloaded; such a backbone cannot be saved.
+
+    Raises ValueError or OSError, naming the path, when there is no such model or it does not fit.
     """
-    return _module(section).load(section, weights=weights, device=device, sizes_only=sizes_only)
+    return _file_of(section).load(section, weights=weights, device=device, sizes_only=sizes_only)
 
 
-def unread(section: Section) -> Unread:
-    """The backbone a recipe names without its values, and the files that hold them. Raises ValueError like `load`."""
-    return _module(section).unread(section)
+def lazy_weights(section: Section) -> LazyWeights:
+    """The backbone a recipe names on the meta device, and the files with its values.
+
+    Raises ValueError like `load`.
+    """
+    return _file_of(section).lazy_weights(section)
 
 
 def caption_encoder(section: Section) -> CaptionEncoder:
     """The function that turns captions into this backbone's Condition; it can be sent to loader workers."""
-    return _module(section).caption_encoder(section)
+    return _file_of(section).caption_encoder(section)

@@ -1,19 +1,21 @@
 """Janus and Janus-Pro, text to image, on transformers' own classes.
 
-Only the generation path is built and loaded: language model, generation embeddings,
-aligner and head, from the layout of transformers or of DeepSeek (saving is in that of
-transformers). The vision tower, its aligner and lm_head play no part; the VQ model is an image
-tokenizer (image_tokenizers/janus_vq.py). Prompt, padding and the unconditional
-prompt follow the official sampler (deepseek-ai/Janus at 1daa72f, generation_inference.py).
+Only the generation path is built and loaded: language model, generation embeddings, aligner and
+head. It is read from the layout of transformers or of DeepSeek, and saved in that of transformers.
+The vision tower, its aligner and lm_head are not used; the VQ model is an image tokenizer
+(image_tokenizers/janus_vq.py). Prompt, padding and the unconditional prompt follow the official
+sampler (deepseek-ai/Janus at 1daa72f, generation_inference.py).
 Shapes: B batch, P prefix, S rows, T image tokens, D width, V codebook size.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -27,26 +29,32 @@ from transformers.models.janus.modeling_janus import JanusVQVAEAlignerMLP, Janus
 
 from mmtensorar.checkpoints import janus_deepseek
 from mmtensorar.checkpoints.released import (
-    Checkpoint,
-    Unread,
+    LazyWeights,
+    ReleasedWeights,
     fill,
     hub_config,
     locate,
     read_config,
+    tensors_bar,
+    write_safetensors,
 )
+from mmtensorar.files import new_path, read_json
 from mmtensorar.model import attention, kv_cache, layers
-from mmtensorar.model.conditions import Condition, Prefix
-from mmtensorar.recipe import Section
+from mmtensorar.model.conditions import Condition, ConditionKind, Prefix
+from mmtensorar.model.protocols import BackboneConfig, ImageTokenizer
+
+SIGNATURES = ("gen_embed.weight", "model.generation_embeddings.weight")  # DeepSeek's layout, transformers'
+MODEL_TYPES = ("janus", janus_deepseek.MODEL_TYPE)
+IMAGE_TOKENIZER = "janus_vq"
+INSIDE = "model.vqmodel."  # prefix of the image tokenizer's tensors in transformers' layout
+IMAGE_TOKENIZER_PREFIXES = (INSIDE, janus_deepseek.VQ)
 
 PROMPT = "<|User|>: {caption}\n\n<|Assistant|>:<begin_of_image>"
 BEGIN_OF_IMAGE = "<begin_of_image>"
-# Looked up by name where a tokenizer file gives them no role.
+# Looked up by name where a tokenizer file does not name the token of a role.
 SPECIAL = {"bos_token": "<｜begin▁of▁sentence｜>", "pad_token": "<｜▁pad▁｜>"}
 
-# The matrices of the language model's layers.
-LORA_TARGETS = r"language_model\.layers\.\d+\..*_proj"
-
-# Our names -> the names in a transformers checkpoint.
+# Our names -> the names in transformers' layout.
 KEYS = {
     "prefix.embed_tokens.": "model.language_model.embed_tokens.",
     "language_model.": "model.language_model.",
@@ -55,13 +63,13 @@ KEYS = {
     "head.head.": "model.generation_head.",
 }
 
-# What else a whole Janus holds, in either layout: understanding, the text head, the image tokenizer.
-ELSEWHERE = re.compile(
+# What else a complete Janus holds, in either layout: image understanding, the text head, the image tokenizer.
+NOT_LOADED = re.compile(
     r"(model\.)?(vision_model|aligner|vqmodel|gen_vision_model)\.|(language_model\.)?lm_head\.|.*\.inv_freq$"
 )
 
-# Sizes of the released models (their config.json; the 7B's leaves most to Llama's defaults), so
-# that a plan needs no download. Training and generation read the downloaded config and text tokenizer.
+# Sizes of the released models, so that a plan needs no download. From their config.json; the 7B's leaves most
+# to Llama's defaults. Training and generation read the downloaded config and text tokenizer.
 RELEASED = {
     f"{owner}/Janus-Pro-{size}": {
         "text_config": {
@@ -87,22 +95,33 @@ RELEASED = {
 }
 
 
-class Config(Section):
-    """path: a folder or Hugging Face id, in the layout of transformers or DeepSeek. text_tokenizer: None is in path."""
+class Config(BackboneConfig):
+    """The recipe's `backbone` section."""
 
     name: Literal["janus"]
-    path: str = Field(min_length=1)
-    text_tokenizer: str | None = None
-    attn_implementation: attention.Implementation = "sdpa"
+    path: str = Field(
+        min_length=1, description="folder or Hugging Face id, in the layout of transformers or DeepSeek"
+    )
+    text_tokenizer: str | None = Field(
+        default=None, description="folder or Hugging Face id with tokenizer.json; null: the one in path"
+    )
+    attn_implementation: attention.Implementation = Field(
+        default="sdpa", description="sdpa, flash_attention_2 (a CUDA GPU in bf16 or fp16) or eager"
+    )
+
+    def at(self, path: str) -> Config:
+        """See BackboneConfig. Saving copies the text tokenizer into the folder."""
+        return self.model_copy(update={"path": path, "text_tokenizer": None})
 
 
 class JanusEmbed(nn.Module):
-    """codes [..., 1] -> [..., D]: a table of its own (not the codebook), then an MLP."""
+    """codes [..., 1] -> [..., D]: a table (not the codebook), then an MLP."""
 
     def __init__(self, config: JanusConfig):
         super().__init__()
-        self.embeddings = nn.Embedding(config.vq_config.num_embeddings, config.vq_config.embed_dim)
-        self.aligner = JanusVQVAEAlignerMLP(config.vq_config)
+        vq: Any = config.vq_config
+        self.embeddings = nn.Embedding(vq.num_embeddings, vq.embed_dim)
+        self.aligner = JanusVQVAEAlignerMLP(vq)
 
     def forward(self, codes: Tensor) -> Tensor:
         return self.aligner(self.embeddings(codes[..., 0]))
@@ -117,7 +136,10 @@ class JanusPrefix(nn.Module):
         self.pad_id = pad_id
 
     def forward(self, condition: Condition, uncond: Tensor) -> Prefix:
-        """The unconditional prompt keeps its length, BOS and begin-of-image; the pads between are attended to."""
+        """Token ids -> embeddings.
+
+        The unconditional prompt keeps its length, BOS and begin-of-image; the pads between are attended to.
+        """
         values, mask = condition
         real = mask.long()
         kept = (real.cumsum(1) == 1) & mask
@@ -131,7 +153,8 @@ class JanusHead(nn.Module):
 
     def __init__(self, config: JanusConfig):
         super().__init__()
-        self.head = JanusVQVAEHead(config.vq_config)
+        vq: Any = config.vq_config
+        self.head = JanusVQVAEHead(vq)
         layers.use_output_map(self.head.vision_head)
 
     @property
@@ -147,7 +170,10 @@ class JanusHead(nn.Module):
 
 
 class JanusCacheLayer(DynamicLayer):
-    """transformers' growing layer, in memory that is taken once: its own copies all earlier places at every step."""
+    """A growing cache layer of transformers, in memory that is allocated once.
+
+    That of transformers copies all earlier positions at every step.
+    """
 
     def __init__(self, max_len: int):
         super().__init__()
@@ -160,24 +186,34 @@ class JanusCacheLayer(DynamicLayer):
 
     def crop(self, max_length: int) -> None:
         self.memory.crop(max_length)
-        self.keys, self.values = (each[:, :, : self.memory.length] for each in (self.keys, self.values))
+        if self.keys is not None and self.values is not None:
+            self.keys = self.keys[:, :, : self.memory.length]
+            self.values = self.values[:, :, : self.memory.length]
 
 
 class JanusBackbone(nn.Module):
     """See mmtensorar.model.protocols.Backbone. pad_id fills the unconditional prompt."""
 
-    lora_targets = LORA_TARGETS
+    name = "janus"
+    condition: ConditionKind = "tokens"
+    prefix_len = None
+    default_sampling: dict[str, Any] = {"cfg_scale": 5.0}  # that of the official sampler
+    lora_targets = r"language_model\.layers\.\d+\..*_proj"  # the matrices of the language model's layers
 
     def __init__(self, config: JanusConfig, pad_id: int):
         super().__init__()
+        text: Any = config.text_config
+        vq: Any = config.vq_config
+        vision: Any = config.vision_config
         self.config = config
-        self.dim = config.text_config.hidden_size
-        self.num_tokens = config.vq_config.num_patches**2
-        self.factor_sizes = (config.vq_config.num_embeddings,)
-        self.text_tokenizer: PreTrainedTokenizerFast | None = None
+        self.dim: int = text.hidden_size
+        self.num_tokens: int = vq.num_patches**2
+        self.image_size: int = vision.image_size
+        self.factor_sizes: tuple[int, ...] = (vq.num_embeddings,)
+        self.text_tokenizer: Any = None  # a PreTrainedTokenizerFast
         self._activation_checkpointing: layers.Checkpointing = False
         self.language_model = AutoModel.from_config(config.text_config)
-        # The table moves into the prefix module, which uses it: a parameter has one owner.
+        # The table moves into the prefix module, which uses it: each parameter has one owner.
         self.prefix = JanusPrefix(self.language_model.embed_tokens, pad_id)
         self.language_model.embed_tokens = None
         self.embed = JanusEmbed(config)
@@ -194,7 +230,7 @@ class JanusBackbone(nn.Module):
 
     @activation_checkpointing.setter
     def activation_checkpointing(self, policy: layers.Checkpointing) -> None:
-        # transformers renamed both; and it warns of missing input embeddings, which only adapters need.
+        # transformers renamed both methods. It also warns of missing input embeddings; adapters need them.
         model, verbosity = self.language_model, transformers.logging.get_verbosity()
         transformers.logging.set_verbosity_error()
         if policy:
@@ -215,28 +251,43 @@ class JanusBackbone(nn.Module):
         return Cache(layers=[JanusCacheLayer(max_len) for _ in self.language_model.layers])
 
     def forward(self, embeds: Tensor, mask: Tensor, cache: Cache | None = None) -> Tensor:
-        # Places count from the first real token, whatever the padding.
-        places = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
+        """See Backbone."""
+        # Positions count from the first real token, whatever the padding.
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
         return self.language_model(
             inputs_embeds=embeds,
             attention_mask=mask,
-            position_ids=places,
+            position_ids=positions,
             past_key_values=cache,
             use_cache=cache is not None,
         ).last_hidden_state
 
-    def save_pretrained(self, folder: str | Path, text_tokenizer: str | Path | None = None) -> None:
-        """Write the generation path in the transformers layout: config.json, safetensors, text tokenizer.
+    def example_condition(self, num_rows: int, prompt_len: int) -> Condition:
+        """See Backbone: token ids."""
+        values = torch.zeros(num_rows, prompt_len, dtype=torch.long)
+        return Condition(values, torch.ones(num_rows, prompt_len, dtype=torch.bool))
 
-        text_tokenizer: a folder to take it from; None takes the one the backbone was loaded with.
+    def check_prompts(self, section: Config) -> None:
+        """See Backbone: there is a text tokenizer, with the tokens that prompts need."""
+        if self.text_tokenizer is None:
+            raise ValueError(
+                f"{section.path} has no tokenizer.json: give a folder that has one as --text-tokenizer"
+            )
+        _CaptionEncoder(section)
+
+    def save_pretrained(self, folder: str | Path, text_tokenizer: str | Path | None = None) -> None:
+        """Write the generation path in transformers' layout: config.json, safetensors, text tokenizer.
+
+        text_tokenizer: the folder to copy it from; None writes the one that the backbone was loaded with.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        state = {_released_name(name): value.detach().cpu() for name, value in self.state_dict().items()}
+        state = {transformers_name(name): value.detach().cpu() for name, value in self.state_dict().items()}
         save_torch_state_dict(state, folder, max_shard_size="5GB")
         self.save_config(folder, text_tokenizer)
 
     def save_config(self, folder: Path, text_tokenizer: str | Path | None = None) -> None:
+        """The same into an existing folder, without the weights."""
         self.config.save_pretrained(folder)
         if text_tokenizer is not None:
             PreTrainedTokenizerFast.from_pretrained(text_tokenizer).save_pretrained(folder)
@@ -247,12 +298,13 @@ class JanusBackbone(nn.Module):
 def build(
     config: JanusConfig, pad_id: int | None = None, device: str | torch.device = "cpu"
 ) -> JanusBackbone:
-    """A backbone with random weights. pad_id: None takes the configuration's."""
+    """A backbone with random weights. pad_id: None takes that of the configuration."""
+    text: Any = config.text_config
     if pad_id is None:
-        pad_id = config.text_config.pad_token_id
+        pad_id = text.pad_token_id
     if pad_id is None:
         raise ValueError(
-            "the Janus configuration has no text_config.pad_token_id and no text tokenizer came with it"
+            "the Janus configuration has no text_config.pad_token_id, and there is no text tokenizer with it"
         )
     with torch.device(device):
         return JanusBackbone(config, pad_id)
@@ -264,35 +316,35 @@ def load(
     """See mmtensorar.backbones.load."""
     if sizes_only and section.path in RELEASED and not Path(section.path).is_dir():
         return build(_with_attention(JanusConfig(**RELEASED[section.path]), section), device=device)
-    config, source, rename, text_tokenizer = _find(section, weights=weights)
+    config, source, rename, text_tokenizer = _locate(section, weights=weights)
     backbone = build(config, None if text_tokenizer is None else text_tokenizer.pad_token_id, device)
     backbone.text_tokenizer = text_tokenizer
     if weights:
-        fill(backbone.state_dict(), source, rename, ignore=ELSEWHERE.match)
+        fill(backbone.state_dict(), source, rename, ignore=NOT_LOADED.match)
     return backbone
 
 
-def unread(section: Config) -> Unread:
-    """See mmtensorar.backbones.unread."""
-    config, source, rename, text_tokenizer = _find(section)
+def lazy_weights(section: Config) -> LazyWeights:
+    """See mmtensorar.backbones.lazy_weights."""
+    config, source, rename, text_tokenizer = _locate(section)
     backbone = build(config, None if text_tokenizer is None else text_tokenizer.pad_token_id, "meta")
     backbone.text_tokenizer = text_tokenizer
-    source = source if isinstance(source, Checkpoint) else Checkpoint(source)
-    return Unread(backbone, source, rename, _released_name, ELSEWHERE.match)
+    source = source if isinstance(source, ReleasedWeights) else ReleasedWeights(source)
+    return LazyWeights(backbone, source, rename, transformers_name, NOT_LOADED.match)
 
 
-def _find(
+def _locate(
     section: Config, *, weights: bool = True
-) -> tuple[JanusConfig, Path | Checkpoint, Callable[[str], str], PreTrainedTokenizerFast | None]:
-    """Configuration, weights, our names -> those of the weights, and the text tokenizer where there is one."""
+) -> tuple[JanusConfig, Path | ReleasedWeights, Callable[[str], str], Any]:
+    """Configuration, weights, our names -> those in the weights, and the text tokenizer if there is one."""
     folder = locate(section.path, key="backbone.path", weights=weights)
-    settings = read_config(folder, "janus", janus_deepseek.MODEL_TYPE, key="backbone.path")
-    source: Path | Checkpoint = folder
+    settings = read_config(folder, *MODEL_TYPES, key="backbone.path")
+    source: Path | ReleasedWeights = folder
     if settings["model_type"] == janus_deepseek.MODEL_TYPE:
-        source = Checkpoint(folder, optional=not weights)
+        source = ReleasedWeights(folder, optional=not weights)
         config, rename = janus_deepseek.config(settings, source.shapes, folder), janus_deepseek.backbone_name
     else:
-        config, rename = hub_config(JanusConfig, settings, folder), _released_name
+        config, rename = hub_config(JanusConfig, settings, folder), transformers_name
     text_tokenizer = _load_text_tokenizer(
         section.text_tokenizer or folder, required=section.text_tokenizer is not None
     )
@@ -301,24 +353,27 @@ def _find(
 
 def _with_attention(config: JanusConfig, section: Config) -> JanusConfig:
     attention.require(section.attn_implementation, key="backbone.attn_implementation")
-    config.text_config._attn_implementation = section.attn_implementation
+    text: Any = config.text_config
+    text._attn_implementation = section.attn_implementation
     return config
 
 
-def _released_name(name: str) -> str:
+def transformers_name(name: str) -> str:
+    """transformers' name of one of our tensors."""
     for ours, theirs in KEYS.items():
         if name.startswith(ours):
             return theirs + name.removeprefix(ours)
-    raise AssertionError(f"no released name for {name}")
+    raise AssertionError(f"no name in transformers' layout for {name}")
 
 
-def _load_text_tokenizer(source: str | Path, *, required: bool = True) -> PreTrainedTokenizerFast | None:
+def _load_text_tokenizer(source: str | Path, *, required: bool = True) -> Any:
+    """A PreTrainedTokenizerFast, or None where there is none and it is not required."""
     folder = locate(str(source), key="backbone.text_tokenizer", weights=False)
     if not (folder / "tokenizer.json").is_file():
         if required:
-            raise ValueError(f"{folder}: no tokenizer.json, so there is no text tokenizer")
+            raise ValueError(f"{folder}: there is no tokenizer.json, which holds the text tokenizer")
         return None
-    # Not AutoTokenizer: its Llama class replaces the file's own pre-tokenizer.
+    # Not AutoTokenizer: its Llama class replaces the pre-tokenizer of the file.
     text_tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     for role, name in SPECIAL.items():
         unknown = (None, text_tokenizer.unk_token_id)
@@ -333,6 +388,9 @@ def _load_text_tokenizer(source: str | Path, *, required: bool = True) -> PreTra
 class _CaptionEncoder:
     """Captions -> Condition: the official prompt, BOS in front, left-padded to the longest."""
 
+    kind: ConditionKind = "tokens"
+    num_classes = None
+
     def __init__(self, section: Config):
         self.text_tokenizer = _load_text_tokenizer(section.text_tokenizer or section.path)
         # Ids are looked up by name: the 1B and the 7B number their special tokens differently.
@@ -343,14 +401,14 @@ class _CaptionEncoder:
         unknown = {None, self.text_tokenizer.unk_token_id}
         if self.bos_id is None or self.pad_id is None or begin in unknown:
             raise ValueError(
-                f"the text tokenizer of {section.text_tokenizer or section.path} lacks a token that Janus needs: "
-                f"BOS, pad or {BEGIN_OF_IMAGE}"
+                f"the text tokenizer of {section.text_tokenizer or section.path} lacks a token that Janus "
+                f"needs: BOS, pad or {BEGIN_OF_IMAGE}"
             )
 
     def __call__(self, captions: Sequence[str]) -> Condition:
         """B captions -> values [B, P] int64, mask [B, P] bool."""
         prompts = [PROMPT.format(caption=self._plain(caption)) for caption in captions]
-        # BOS is added here, since whether a tokenizer file does it by itself varies.
+        # BOS is added here, since only some tokenizer files add it.
         rows = self.text_tokenizer(prompts, add_special_tokens=False)["input_ids"]
         rows = [[self.bos_id, *row] for row in rows]
         P = max(map(len, rows))
@@ -358,8 +416,14 @@ class _CaptionEncoder:
         mask = torch.tensor([[False] * (P - len(row)) + [True] * len(row) for row in rows])
         return Condition(values, mask)
 
+    def to(self, device: torch.device) -> None:
+        """Nothing to move: a text tokenizer runs on the CPU."""
+
+    def identity(self) -> None:
+        """Token ids are not text features."""
+
     def _plain(self, caption: str) -> str:
-        """The caption with the names of special tokens broken by a space: it is text, and must not end the prompt."""
+        """The caption with a space inside the names of special tokens, so that they cannot end the prompt."""
         for name in self.special_names:
             caption = caption.replace(name, f"{name[0]} {name[1:]}")
         return caption
@@ -368,3 +432,90 @@ class _CaptionEncoder:
 def caption_encoder(section: Config) -> _CaptionEncoder:
     """See mmtensorar.backbones.caption_encoder."""
     return _CaptionEncoder(section)
+
+
+# ---- back into the authors' layout ---------------------------------------------------------------
+
+
+def write_original(
+    target: Path,
+    weights: LazyWeights,
+    *,
+    image_tokenizer: ImageTokenizer | None,
+    base: Callable[[], str],
+) -> str:
+    """See BackboneFile: a folder in the layout of the base.
+
+    Every tensor and file of the base is written, with the trained values instead of the base's.
+    """
+    path = base()
+    try:
+        began_as = lazy_weights(Config.model_validate({"name": "janus", "path": path}))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{error}; give the original Janus as --base") from None
+    values = _trained_values(weights, began_as)
+    base_folder = began_as.source.path
+    in_transformers = read_config(base_folder, *MODEL_TYPES, key="--base")["model_type"] == "janus"
+    if image_tokenizer is not None and image_tokenizer.name == IMAGE_TOKENIZER:
+        vq_name = INSIDE.__add__ if in_transformers else janus_deepseek.vq_name
+        values |= {vq_name(name): value for name, value in image_tokenizer.official_tensors().items()}
+
+    widened: list[str] = []  # tensors that do not fit the base's dtype
+
+    def merged() -> Iterator[tuple[str, Tensor]]:
+        tensors = began_as.source.read(began_as.source.shapes)
+        for name, value in tensors_bar(tensors, len(began_as.source.shapes), f"janus to {target.name}"):
+            ours = values[name] if name in values else value
+            if ours.dtype != value.dtype and torch.equal(ours.to(value.dtype).to(ours.dtype), ours):
+                ours = ours.to(value.dtype)
+            if ours.dtype != value.dtype:
+                widened.append(name)
+            yield name, ours
+
+    with new_path(target) as partial:
+        write_safetensors(partial, merged())
+        for file in sorted(base_folder.iterdir()):
+            if file.suffix in (".json", ".jinja", ".txt", ".model") and not file.name.endswith(".index.json"):
+                shutil.copyfile(file, partial / file.name)
+        if not (partial / "tokenizer.json").is_file() and weights.model.text_tokenizer is not None:
+            weights.model.text_tokenizer.save_pretrained(partial)
+        if widened:
+            # Training in float32 gave numbers that the base's dtype cannot hold. With that dtype in
+            # config.json, transformers would round them again.
+            config = read_json(partial / "config.json")
+            _set_dtype(config)
+            (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return "Janus in its original layout"
+
+
+def _trained_values(weights: LazyWeights, began_as: LazyWeights) -> dict[str, Tensor]:
+    """Name in the base -> trained value, which stays on disk until it is used.
+
+    Raises ValueError when the base is not a complete Janus, or has other shapes.
+    """
+    path, shapes, trained_shapes = began_as.source.path, began_as.source.shapes, weights.source.shapes
+    if not any(name.startswith(("model.vision_model.", "vision_model.")) for name in shapes):
+        raise ValueError(
+            f"{path} has no vision tower, so it is not a complete Janus; give the original one as --base"
+        )
+    saved_names = {began_as.rename(name): weights.saved_name(name) for name in weights.model.state_dict()}
+    for name, saved in saved_names.items():
+        if shapes.get(name) != trained_shapes[saved]:
+            problem = f"has shape {shapes[name]} there" if name in shapes else "is missing there"
+            raise ValueError(
+                f"{path} is not what {weights.source.path} began as: {name} {problem}, "
+                f"expected {trained_shapes[saved]}"
+            )
+    trained = dict(weights.tensors())
+    return {name: trained[saved] for name, saved in saved_names.items()}
+
+
+def _set_dtype(config: dict, dtype: str = "float32") -> None:
+    """Set the dtype of weights in a config.json and in its nested configurations."""
+    if "model_type" in config and not {"dtype", "torch_dtype"} & config.keys():
+        config["dtype"] = dtype
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype"):
+            config[key] = dtype
+        elif isinstance(value, dict):
+            _set_dtype(value, dtype)

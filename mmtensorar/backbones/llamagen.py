@@ -1,38 +1,49 @@
-"""LlamaGen's GPT, class-conditional and text-conditional, written anew.
+"""LlamaGen's GPT, class-conditional and text-conditional, in code of our own.
 
-It computes what the original does (FoundationVision/LlamaGen at ce98ec4, autoregressive/models/gpt.py) and reads its
-checkpoints: official .pt files, or a folder with config.json and safetensors under the official tensor names. Its
-dropout (0.1 in training from scratch) is left out.
-Shapes: B batch, P prefix, S rows, T image tokens, D width, H heads, C width of a head or of a caption feature.
+It computes what the original does (FoundationVision/LlamaGen at ce98ec4, autoregressive/models/gpt.py)
+and reads its weights: official .pt files, or a folder with config.json and safetensors under the official
+tensor names. The original's dropout (0.1 in training from scratch) is left out.
+Shapes: B batch, P prefix, S rows, T image tokens, D width, H heads, C width of a head or of a caption
+feature.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
+from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as functional
-from huggingface_hub import save_torch_state_dict
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from mmtensorar.captions import encoders
+from mmtensorar.backbones import _published
+from mmtensorar.backbones._published import PublishedBackbone
+from mmtensorar.captions.cleaning import Cleaning
+from mmtensorar.captions.encoders import ClassNumbers, T5Features
 from mmtensorar.checkpoints.released import (
-    Checkpoint,
-    Unread,
-    fill,
+    LazyWeights,
+    ReleasedWeights,
     locate,
-    own_config,
     parse_config,
     read_config,
+    saved_config,
+    write_torch,
 )
 from mmtensorar.model import attention, kv_cache, layers
-from mmtensorar.model.conditions import Condition, Prefix
-from mmtensorar.recipe import Section
+from mmtensorar.model.conditions import Condition, ConditionKind, Prefix
+from mmtensorar.model.protocols import BackboneConfig, ImageTokenizer
+
+MODEL_TYPE = "llamagen"
+SIGNATURES = ("tok_embeddings.weight",)
+MODEL_TYPES = (MODEL_TYPE,)
+IMAGE_TOKENIZER = "llamagen_vq"
+IMAGE_TOKENIZER_PREFIXES = ()  # it has a file of its own
 
 # Our names -> the official ones; the others are the same.
 KEYS = {
@@ -42,9 +53,9 @@ KEYS = {
     "prefix.null_caption": "cls_embedding.uncond_embedding",
     "prefix.fc": "cls_embedding.cap_proj.fc",
 }
-# A training checkpoint wraps its state dict, DeepSpeed's in `module`; those trained with FSDP are bare.
+# The authors' training wraps the state dict (with DeepSpeed in `module`), but not with FSDP.
 WRAPPERS = ("model", "module", "state_dict")
-# Tables that some versions of the original stored; all are computed here.
+# Tables that some versions of the original stored. Here they are computed.
 COMPUTED = re.compile(r"freqs_cis|causal_mask|layers\.\d+\.attention\.kv_cache\..+")
 
 SIZES = {  # released models: width, layers, heads
@@ -57,31 +68,48 @@ SIZES = {  # released models: width, layers, heads
 OFFICIAL_FILE = re.compile(r"(?:c2i|t2i)_(?:B|L|XL|XXL|3B)_(?:stage\d_)?(\d+)\.\w+")
 PIXELS_PER_TOKEN = 16  # a side, with the VQ-16 tokenizer that all released models use
 
-# The matrices of the transformer's layers.
-LORA_TARGETS = r"layers\.\d+\.(attention|feed_forward)\.\w+"
 
+class Config(BackboneConfig):
+    """The recipe's `backbone` section.
 
-class Config(Section):
-    """path: a .pt or .safetensors file with official names, or a folder or Hugging Face id with config.json.
-
-    size, condition and image_size (pixels a side) say what path should hold, and are checked against it. A file tells
-    its image size by its official name or its saved arguments only, else image_size is required; a plan without the
-    file needs all three.
-    text_encoder, caption_cleaning: for text-conditional models, see mmtensorar.captions.encoders.
+    size, condition and image_size say what the path should hold, and are checked against it. A file shows its
+    image size only by its official name or its saved arguments; otherwise image_size is required. A plan
+    without the file needs all three.
     """
 
     name: Literal["llamagen"]
-    path: str = Field(min_length=1)
-    size: Literal["B", "L", "XL", "XXL", "3B"] | None = None
-    condition: Literal["class", "text"] | None = None
-    image_size: int | None = Field(None, ge=PIXELS_PER_TOKEN, multiple_of=PIXELS_PER_TOKEN)
-    attn_implementation: attention.Implementation = "sdpa"
-    text_encoder: str = "google/flan-t5-xl"
-    caption_cleaning: encoders.Cleaning = "original"
+    path: str = Field(
+        min_length=1,
+        description=".pt or .safetensors file with official names, or folder or Hugging Face id with "
+        "config.json",
+    )
+    size: Literal["B", "L", "XL", "XXL", "3B"] | None = Field(
+        default=None, description="null takes the file's"
+    )
+    condition: Literal["class", "text"] | None = Field(default=None, description="null takes the file's")
+    image_size: int | None = Field(
+        default=None,
+        ge=PIXELS_PER_TOKEN,
+        multiple_of=PIXELS_PER_TOKEN,
+        description="pixels a side; null takes the file's",
+    )
+    attn_implementation: attention.Implementation = Field(
+        default="sdpa", description="sdpa, flash_attention_2 (a CUDA GPU in bf16 or fp16) or eager"
+    )
+    text_encoder: str = Field(
+        default="google/flan-t5-xl",
+        description="T5 encoder of a text-conditional model: folder or Hugging Face id",
+    )
+    caption_cleaning: Cleaning = Field(
+        default="original", description="of a text-conditional model; see mmtensorar/captions/cleaning.py"
+    )
 
 
 class Architecture(BaseModel):
-    """What config.json says. num_classes: without the null class. caption_dim: C of the text encoder's features."""
+    """The sizes in config.json.
+
+    num_classes: without the null class. caption_dim: C of the text encoder's features.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -93,20 +121,22 @@ class Architecture(BaseModel):
     ffn_dim: int = Field(ge=1)
     vocab_size: int = Field(ge=1)
     num_tokens: int = Field(ge=1)
-    prefix_len: int = Field(1, ge=1)
+    prefix_len: int = Field(default=1, ge=1)
     num_classes: int = 1000
     caption_dim: int = 2048
-    rope_base: float = Field(10000, gt=0)
-    norm_eps: float = Field(1e-5, gt=0)
+    rope_base: float = Field(default=10000, gt=0)
+    norm_eps: float = Field(default=1e-5, gt=0)
 
     @model_validator(mode="after")
     def _can_be_built(self) -> Architecture:
         if self.dim % self.num_heads or self.head_dim % 4:
-            raise ValueError(f"dim {self.dim} over num_heads {self.num_heads} is no multiple of 4")
+            raise ValueError(f"dim {self.dim} / num_heads {self.num_heads} is not a multiple of 4")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
+            raise ValueError(
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
+            )
         if math.isqrt(self.num_tokens) ** 2 != self.num_tokens:
-            raise ValueError(f"num_tokens {self.num_tokens} is no square")
+            raise ValueError(f"num_tokens {self.num_tokens} is not a square number")
         if self.condition == "class" and self.prefix_len != 1:
             raise ValueError(f"prefix_len is {self.prefix_len}; expected 1 with a class as the condition")
         return self
@@ -147,13 +177,15 @@ class ClassPrefix(nn.Module):
 class TextPrefix(nn.Module):
     """Features of a text encoder [B, P, C], left-padded -> embeddings [B, P, D].
 
-    An uncond row gets the null caption under its own mask, as in the original: it sees the last rows of the null
-    caption, as many as its caption had.
+    An uncond row gets the null caption under its own mask, as in the original: it sees as many of the last
+    rows of the null caption as its caption had rows.
     """
+
+    null_caption: Tensor
 
     def __init__(self, config: Architecture):
         super().__init__()
-        # Never trained, it stays at its random start: a buffer that has to come from the checkpoint.
+        # Never trained, it stays at its random start: a buffer that has to come from the released file.
         start = torch.randn(config.prefix_len, config.caption_dim) / config.caption_dim**0.5
         self.register_buffer("null_caption", start)
         self.fc1 = nn.Linear(config.caption_dim, config.dim, bias=False)
@@ -163,14 +195,15 @@ class TextPrefix(nn.Module):
         values, mask = condition
         if values.shape[1:] != self.null_caption.shape:
             raise ValueError(
-                f"captions are {list(values.shape[1:])} features, the backbone expects {list(self.null_caption.shape)}"
+                f"captions are {list(values.shape[1:])} features, "
+                f"the backbone expects {list(self.null_caption.shape)}"
             )
         features = torch.where(uncond[:, None, None], self.null_caption, values.to(self.null_caption.dtype))
         hidden = self.fc1(features.to(self.fc1.weight.dtype))
         return Prefix(self.fc2(functional.gelu(hidden, approximate="tanh")), mask)
 
     def _apply(self, fn, recurse: bool = True):
-        # Having no optimiser, the buffer has no float32 master copy either: a cast to bf16 would be saved for good.
+        # No optimiser keeps a float32 copy of the buffer, so a cast to bf16 would be saved as it is.
         exact = self.null_caption
         super()._apply(fn, recurse)
         if not exact.is_meta:
@@ -197,20 +230,27 @@ class LlamaGenHead(nn.Module):
         return self.output(hidden)
 
 
-class LlamaGenBackbone(nn.Module):
-    """See mmtensorar.model.protocols.Backbone. Random weights are the original's: std 0.02, and zero logits."""
+class LlamaGenBackbone(PublishedBackbone):
+    """See mmtensorar.model.protocols.Backbone."""
 
-    lora_targets = LORA_TARGETS
+    name = MODEL_TYPE
+    pixels_per_token = PIXELS_PER_TOKEN
+    official_names = KEYS
 
     def __init__(self, config: Architecture, attn_implementation: attention.Implementation = "sdpa"):
-        super().__init__()
-        self.config = config
-        self.attn_implementation = attn_implementation
-        self.activation_checkpointing: layers.Checkpointing = False
-        self.dim = config.dim
-        self.num_tokens = config.num_tokens
-        self.factor_sizes = (config.vocab_size,)
-        self.prefix = (ClassPrefix if config.condition == "class" else TextPrefix)(config)
+        super().__init__(
+            config,
+            grid=math.isqrt(config.num_tokens),
+            factor_sizes=(config.vocab_size,),
+            attn_implementation=attn_implementation,
+        )
+        by_class = config.condition == "class"
+        self.condition: ConditionKind = "class" if by_class else "features"
+        # Those of the original's sampling scripts.
+        self.default_sampling: dict[str, Any] = (
+            {"cfg_scale": 4.0, "top_k": 2000} if by_class else {"cfg_scale": 7.5, "top_k": 1000}
+        )
+        self.prefix = (ClassPrefix if by_class else TextPrefix)(config)
         self.embed = LlamaGenEmbed(config)
         self.layers = nn.ModuleList(
             layers.Block(
@@ -223,61 +263,32 @@ class LlamaGenBackbone(nn.Module):
         )
         self.norm = layers.RMSNorm(config.dim, config.norm_eps)
         self.head = LlamaGenHead(config)
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
-        nn.init.zeros_(self.head.output.weight)
+        self.init_weights(self.head.output)
 
-    def new_cache(self, max_len: int) -> kv_cache.KVCache:
-        return kv_cache.KVCache(len(self.layers), max_len)
+    def example_condition(self, num_rows: int, prompt_len: int) -> Condition:
+        """See Backbone."""
+        if self.condition == "class":
+            return super().example_condition(num_rows, prompt_len)
+        values = torch.zeros(num_rows, self.prefix_len, self.config.caption_dim)
+        return Condition(values, torch.ones(num_rows, self.prefix_len, dtype=torch.bool))
 
-    def forward(
-        self, embeds: Tensor, mask: Tensor, cache: kv_cache.KVCache | None = None
-    ) -> Tensor:
+    def forward(self, embeds: Tensor, mask: Tensor, cache: kv_cache.KVCache | None = None) -> Tensor:
+        """See Backbone."""
         start = 0 if cache is None else cache.length
         stop = start + embeds.shape[1]
         config = self.config
         table = layers.rotary_table(
             config.prefix_len, config.num_tokens, config.head_dim, config.rope_base, embeds.device
         )[start:stop]
-        # A class is one place and always there, which a mask on the GPU could only tell by stopping for it.
+        # A class is one place and never padded. To read that from a mask on the GPU would wait for the GPU.
         padding = mask if config.condition == "text" else None
         pattern = attention.pattern(padding, stop - start, stop, self.attn_implementation, embeds.device)
-        checkpointing = self.activation_checkpointing
-        hidden = layers.run(
-            self.layers, embeds, table, pattern, cache, activation_checkpointing=checkpointing
-        )
-        return self.norm(hidden)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and safetensors under the official tensor names."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.save_config(folder)
-        state = {
-            official_name(name): value.detach().cpu().contiguous()
-            for name, value in self.state_dict().items()
-        }
-        save_torch_state_dict(state, folder, max_shard_size="5GB")
-
-    def save_config(self, folder: Path) -> None:
-        write_config(self.config, folder)
+        return self.norm(self.run_layers(embeds, table, pattern, cache))
 
 
 # ---- files ---------------------------------------------------------------------------------------
 
-
-def official_name(name: str) -> str:
-    """The name of one of our tensors in an official checkpoint."""
-    for ours, theirs in KEYS.items():
-        if name.startswith(ours):
-            return theirs + name.removeprefix(ours)
-    return name
-
-
-def write_config(config: Architecture, folder: Path) -> None:
-    settings = {"model_type": "llamagen"} | config.model_dump()
-    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+official_name = LlamaGenBackbone.official_name
 
 
 def load(
@@ -285,48 +296,62 @@ def load(
 ) -> LlamaGenBackbone:
     """See mmtensorar.backbones.load."""
     attention.require(section.attn_implementation, key="backbone.attn_implementation")
-    config, source = _find(section, weights=weights, sizes_only=sizes_only)
-    with torch.device("meta" if weights else device):  # where all is filled, nothing need be drawn
-        backbone = LlamaGenBackbone(config, section.attn_implementation)
-    if weights:
-        backbone.to_empty(device=device)
-        fill(backbone.state_dict(), source, official_name, ignore=COMPUTED.fullmatch)
-    return backbone
+    config, source = _locate(section, weights=weights, sizes_only=sizes_only)
+    make = partial(LlamaGenBackbone, config, section.attn_implementation)
+    if not weights:
+        return _published.build(make, device=device)
+    assert source is not None, "only a plan, which loads no weights, does without the file"
+    return _published.load(make, source, device=device, ignore=COMPUTED.fullmatch)
 
 
-def unread(section: Config) -> Unread:
-    """See mmtensorar.backbones.unread."""
-    config, source = _find(section, weights=True)
-    with torch.device("meta"):
-        backbone = LlamaGenBackbone(config)
-    source = source if isinstance(source, Checkpoint) else Checkpoint(source)
-    return Unread(backbone, source, official_name, official_name, COMPUTED.fullmatch)
+def lazy_weights(section: Config) -> LazyWeights:
+    """See mmtensorar.backbones.lazy_weights."""
+    config, source = _locate(section, weights=True)
+    assert source is not None
+    return _published.lazy_weights(partial(LlamaGenBackbone, config), source, ignore=COMPUTED.fullmatch)
 
 
-def _find(
+def write_original(
+    target: Path,
+    weights: LazyWeights,
+    *,
+    image_tokenizer: ImageTokenizer | None,
+    base: Callable[[], str],
+) -> str:
+    """See BackboneFile: a PyTorch file. The image tokenizer has a file of its own."""
+    write_torch(target, {"model": _published.tensors_of(weights)})
+    return 'LlamaGen (a dictionary with the key "model", which the original sampling scripts read)'
+
+
+def _locate(
     section: Config, *, weights: bool = False, sizes_only: bool = False
-) -> tuple[Architecture, Path | Checkpoint | None]:
-    """The architecture that a section means, and where its weights are. Raises ValueError when they disagree."""
-    claims = (section.size, section.condition, section.image_size)
-    if sizes_only and not Path(section.path).exists() and None not in claims:
-        return released(*claims), None
-    path = locate(section.path, key="backbone.path", weights=weights)
+) -> tuple[Architecture, Path | ReleasedWeights | None]:
+    """The architecture that a section names, and where its weights are.
+
+    Raises ValueError when section and file disagree.
+    """
+    size, condition, image_size = section.size, section.condition, section.image_size
+    if sizes_only and size and condition and image_size and not Path(section.path).exists():
+        return released(size, condition, image_size), None
+    sizes = {"size": size, "condition": condition, "image_size": image_size}
+    unset = [key for key, value in sizes.items() if value is None]
+    with _published.plan_hint(section.path, unset, wanted=sizes_only):
+        path = locate(section.path, key="backbone.path", weights=weights)
     if path.is_dir() and not (path / "config.json").is_file():
-        path = locate(
-            section.path, key="backbone.path"
-        )  # an official file, alone in a folder, is its own configuration
+        # An official file, alone in a folder, is its own configuration.
+        path = locate(section.path, key="backbone.path")
     if path.is_dir():
-        source: Path | Checkpoint = path
-        config = parse_config(Architecture, read_config(path, "llamagen", key="backbone.path"), path)
+        source: Path | ReleasedWeights = path
+        config = parse_config(Architecture, read_config(path, *MODEL_TYPES, key="backbone.path"), path)
     else:
-        source = Checkpoint(path, WRAPPERS)
-        config = own_config(Architecture, path, "llamagen") or _inferred(source, section.image_size)
+        source = ReleasedWeights(path, WRAPPERS)
+        config = saved_config(Architecture, path, MODEL_TYPE) or _inferred(source, section.image_size)
     _check_claims(section, config, path)
     return config, source
 
 
-def released(size: str, condition: str, image_size: int) -> Architecture:
-    """A released model: its size, condition (class or text) and image size in pixels."""
+def released(size: str, condition: Literal["class", "text"], image_size: int) -> Architecture:
+    """The architecture of a released model. image_size: pixels a side."""
     dim, num_layers, num_heads = SIZES[size]
     return Architecture(
         condition=condition,
@@ -341,51 +366,35 @@ def released(size: str, condition: str, image_size: int) -> Architecture:
     )
 
 
-def _inferred(source: Checkpoint, image_size: int | None) -> Architecture:
-    """The architecture that a file's tensors show, with image_size for what they do not."""
+def _inferred(source: ReleasedWeights, image_size: int | None) -> Architecture:
+    """The architecture that a file's tensors imply, with image_size for what they do not show."""
     shapes, path = source.shapes, source.path
     needed = ["tok_embeddings.weight", "layers.0.attention.wqkv.weight", "layers.0.feed_forward.w1.weight"]
     if missing := [name for name in needed if len(shapes.get(name, ())) != 2]:
         raise ValueError(
-            f"{path}: no LlamaGen GPT, for {', '.join(missing)} is missing; it has {', '.join(sorted(shapes)[:10])}"
+            f"{path}: not a LlamaGen GPT: {', '.join(missing)} is missing; "
+            f"it has {', '.join(sorted(shapes)[:10])}"
         )
     vocab_size, dim = shapes["tok_embeddings.weight"]
     num_layers = 1 + max(int(name.split(".")[1]) for name in shapes if re.match(r"layers\.\d+\.", name))
     heads = {(width, layers): count for width, layers, count in SIZES.values()}
     if (dim, num_layers) not in heads:
         raise ValueError(
-            f"{path}: width {dim} and {num_layers} layers are no released size ({', '.join(SIZES)}), so the tensors do "
-            "not tell the number of heads; use a folder with config.json"
+            f"{path}: width {dim} and {num_layers} layers are not a released size ({', '.join(SIZES)}), "
+            "so the number of heads is unknown; use a folder with config.json"
         )
     num_heads = heads[dim, num_layers]
-    classes, null = (
-        shapes.get("cls_embedding.embedding_table.weight"),
-        shapes.get("cls_embedding.uncond_embedding"),
-    )
-    if classes is None and null is None:
-        raise ValueError(
-            f"{path}: neither cls_embedding.embedding_table.weight (class-conditional) nor "
-            "cls_embedding.uncond_embedding (text-conditional) is in it"
-        )
-    made_for = _made_for(source)
-    image_size = image_size or made_for
+    condition = _inferred_condition(source)
+    known_size = _image_size_of(source)
+    image_size = image_size or known_size
     if image_size is None:
         raise ValueError(
-            f"backbone.image_size: {path} does not tell its image size; released are 256, 384 and 512"
+            f"backbone.image_size: {path} does not say its image size; released are 256, 384 and 512"
         )
-    if made_for not in (None, image_size):
+    if known_size not in (None, image_size):
         raise ValueError(
-            f"backbone.image_size is {image_size}, but {path} is a checkpoint for {made_for} pixels"
+            f"backbone.image_size is {image_size}, but {path} was trained at {known_size} pixels"
         )
-    condition = (
-        {"condition": "class", "num_classes": classes[0] - 1}
-        if classes
-        else {
-            "condition": "text",
-            "prefix_len": null[0],
-            "caption_dim": null[1],
-        }
-    )
     return Architecture(
         dim=dim,
         num_layers=num_layers,
@@ -398,20 +407,36 @@ def _inferred(source: Checkpoint, image_size: int | None) -> Architecture:
     )
 
 
-def _made_for(source: Checkpoint) -> int | None:
-    """Pixels a side of an official file, where its name or the command line saved in it says so."""
+def _inferred_condition(source: ReleasedWeights) -> dict[str, Any]:
+    """The settings of Architecture that the tensors of the condition imply."""
+    classes = source.shapes.get("cls_embedding.embedding_table.weight")
+    null_caption = source.shapes.get("cls_embedding.uncond_embedding")
+    if classes is not None:
+        return {"condition": "class", "num_classes": classes[0] - 1}
+    if null_caption is not None:
+        return {"condition": "text", "prefix_len": null_caption[0], "caption_dim": null_caption[1]}
+    raise ValueError(
+        f"{source.path}: expected cls_embedding.embedding_table.weight (class-conditional) or "
+        "cls_embedding.uncond_embedding (text-conditional) in it"
+    )
+
+
+def _image_size_of(source: ReleasedWeights) -> int | None:
+    """Pixels a side of an official file, where its name or the command line saved in it shows them."""
     if official := OFFICIAL_FILE.fullmatch(source.path.name):
         return int(official[1])
-    return getattr(source.others.get("args"), "image_size", None)
+    arguments = source.others.get("args")  # an argparse.Namespace, which may be of another program
+    return vars(arguments).get("image_size") if isinstance(arguments, Namespace) else None
 
 
 def _check_claims(section: Config, config: Architecture, path: Path) -> None:
-    if section.size is not None and SIZES[section.size] != (
-        found := (config.dim, config.num_layers, config.num_heads)
-    ):
+    """Raise ValueError when the architecture at path is not what the section says."""
+    sizes = (config.dim, config.num_layers, config.num_heads)
+    if section.size is not None and SIZES[section.size] != sizes:
         words = "width {}, {} layers, {} heads"
         raise ValueError(
-            f"backbone.size is {section.size} ({words.format(*SIZES[section.size])}), {path} has {words.format(*found)}"
+            f"backbone.size is {section.size} ({words.format(*SIZES[section.size])}), "
+            f"{path} has {words.format(*sizes)}"
         )
     if section.condition not in (None, config.condition):
         raise ValueError(
@@ -420,20 +445,20 @@ def _check_claims(section: Config, config: Architecture, path: Path) -> None:
     side = math.isqrt(config.num_tokens)
     if section.image_size not in (None, side * PIXELS_PER_TOKEN):
         raise ValueError(
-            f"backbone.image_size is {section.image_size}, but {path} is for {side * PIXELS_PER_TOKEN} pixels "
-            f"({side}x{side} image tokens)"
+            f"backbone.image_size is {section.image_size}, but {path} is for "
+            f"{side * PIXELS_PER_TOKEN} pixels ({side}x{side} image tokens)"
         )
 
 
 # ---- conditions ----------------------------------------------------------------------------------
 
 
-def caption_encoder(section: Config) -> encoders.ClassNumbers | encoders.T5Features:
+def caption_encoder(section: Config) -> ClassNumbers | T5Features:
     """See mmtensorar.backbones.caption_encoder."""
-    config, _ = _find(section)
+    config, _ = _locate(section)
     if config.condition == "class":
-        return encoders.ClassNumbers(config.num_classes)
-    return encoders.T5Features(
+        return ClassNumbers(config.num_classes)
+    return T5Features(
         section.text_encoder,
         num_slots=config.prefix_len,
         dim=config.caption_dim,

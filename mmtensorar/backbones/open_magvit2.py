@@ -1,44 +1,54 @@
 """Open-MAGVIT2's class-conditional transformer (B, L, XL), whose codes have two factors.
 
-Written after the published description and the tensors of TencentARC/SEED-Voken (at b9a17ea). A decoder over places
-(the spatial blocks) predicts a token's state; a second, tiny decoder over its two factors (the factorised blocks, all
-in the head) turns the state into logits of the first factor, and with the first factor given into logits of the
-second. Differences on purpose: the rotation gives back the dtype it took, so bfloat16 works, where the original
+Written from the published description and the tensors of TencentARC/SEED-Voken (at b9a17ea). A decoder
+over positions (the spatial blocks) predicts a token's state. A second, tiny decoder over its two factors
+(the factorised blocks, all in the head) turns the state into logits of the first factor, and, given the
+first factor, into logits of the second.
+Deliberate differences: the rotation returns the dtype it was given, so bfloat16 works, where the original
 fails; classes are dropped by `uncond`, not inside; label and drop-path settings are left out.
-Shapes: B batch, P prefix (1: the class), S rows, T image tokens, F factors, V codebook size, D width, H heads, Dh
-head width.
+Shapes: B batch, P prefix (1: the class), S rows, T image tokens, F factors, V codebook size, D width,
+H heads, Dh head width.
 """
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as functional
-from huggingface_hub import save_torch_state_dict
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from mmtensorar.backbones import _published
+from mmtensorar.backbones._published import PublishedBackbone
 from mmtensorar.captions.encoders import ClassNumbers
 from mmtensorar.checkpoints.released import (
-    Checkpoint,
-    Unread,
-    fill,
+    LazyWeights,
+    ReleasedWeights,
     locate,
-    own_config,
+    saved_config,
+    write_torch,
 )
 from mmtensorar.model import attention, kv_cache, layers
-from mmtensorar.model.conditions import Condition, Prefix
+from mmtensorar.model.conditions import Condition, ConditionKind, Prefix
+from mmtensorar.model.protocols import BackboneConfig, ImageTokenizer
 from mmtensorar.recipe import Section
 
 MODEL_TYPE = "open_magvit2"
+FIRST_TABLE = "transformer.pre_emb.weight"
+SIGNATURES = (FIRST_TABLE,)
+MODEL_TYPES = (MODEL_TYPE,)
+IMAGE_TOKENIZER = "open_magvit2_lfq"
+INSIDE = "first_stage_model."  # prefix of the image tokenizer's tensors in an official file
+IMAGE_TOKENIZER_PREFIXES = (INSIDE,)
 NORM_EPS = 1e-5
 ROTARY_BASE = 10000
 
-# Our names -> the names in an official checkpoint.
+# Our names -> the names in an official file.
 KEYS = {
     "embed.": "transformer.",
     "prefix.": "transformer.",
@@ -47,40 +57,44 @@ KEYS = {
     "head.norm.": "transformer.norm.",
     "head.heads.": "transformer.head.",
 }
-# Also in such a file: the image tokenizer, and what sampling with the original code leaves in its state dict.
-OTHERS = re.compile(r"first_stage_model\.|.*\.kv_cache\.")
+# Also in such a file: the image tokenizer, and the caches that sampling with the original code leaves there.
+OTHERS = re.compile(rf"{re.escape(INSIDE)}|.*\.kv_cache\.")
 WRAPPERS = ("state_dict",)  # where Lightning puts the tensors
-FIRST_TABLE = "transformer.pre_emb.weight"
-
-# The matrices of the transformer's layers.
-LORA_TARGETS = r"layers\.\d+\.(attention|feed_forward)\.\w+"
 
 
-class Config(Section):
-    """path: a folder we saved, or an official file (AR_256_B.ckpt) or the Hugging Face id that has it.
-
-    size: None takes the file's; B, L or XL refuses a file of another size, and lets a plan do without the file.
-    dropout: on tokens, attention and feed-forward outputs; the official training used 0.1.
-    """
+class Config(BackboneConfig):
+    """The recipe's `backbone` section."""
 
     name: Literal["open_magvit2"]
-    path: str = Field(min_length=1)
-    size: Literal["B", "L", "XL"] | None = None
-    dropout: float = Field(0.0, ge=0, lt=1)
-    attn_implementation: attention.Implementation = "sdpa"
+    path: str = Field(
+        min_length=1,
+        description="folder that we saved, official file (AR_256_B.ckpt), or Hugging Face id with that file",
+    )
+    size: Literal["B", "L", "XL"] | None = Field(
+        default=None, description="null takes the file's; otherwise it is checked, and a plan needs no file"
+    )
+    dropout: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="on tokens, attention and feed-forward outputs; the official training used 0.1",
+    )
+    attn_implementation: attention.Implementation = Field(
+        default="sdpa", description="sdpa, flash_attention_2 (a CUDA GPU in bf16 or fp16) or eager"
+    )
 
 
 class Architecture(Section):
-    """Sizes of a model; its config.json. grid: image tokens a side. ffn_width: None is the official rule."""
+    """The sizes in config.json. grid: image tokens a side. ffn_width: None follows the official rule."""
 
     dim: int = Field(ge=1)
     num_heads: int = Field(ge=1)
     spatial_layers: int = Field(ge=1)
     factorized_layers: int = Field(ge=1)
     factorized_bits: tuple[int, int] = (6, 12)
-    num_classes: int = Field(1000, ge=1)
-    grid: int = Field(16, ge=1)
-    ffn_width: int | None = Field(None, ge=1)
+    num_classes: int = Field(default=1000, ge=1)
+    grid: int = Field(default=16, ge=1)
+    ffn_width: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Architecture:
@@ -91,6 +105,7 @@ class Architecture(Section):
 
     @property
     def prefix_len(self) -> int:
+        """One place: the class."""
         return 1
 
     @property
@@ -111,12 +126,13 @@ HUB_IDS = {f"TencentARC/Open-MAGVIT2-AR-{size}-256-resolution": size for size in
 
 
 class FactorAttention(nn.Module):
-    """Causal attention over [state; first factor], with the rotary table of the places.
+    """Causal attention over [state; first factor], with the rotary table of the spatial positions.
 
-    So the state has the class's row, and its query and key vanish; the first factor has the row of cell 0, which
-    turns nothing. The state therefore sees its own value, and the first factor sees the state with logit 0 and
-    itself: a softmax over two, of which one is 0, is a sigmoid. Written out, since these sequences are of two, but
-    there are as many as predicted tokens, and fused kernels are built (and limited in batch size) for the opposite.
+    The state takes the class's row of that table, so its query and key vanish. The first factor takes the row
+    of cell 0, which rotates nothing. So the state sees only its own value, and the first factor sees the
+    state with logit 0, and itself: a softmax over two logits of which one is 0 is a sigmoid. It is written
+    out, because these sequences have length two and there is one for each predicted token; fused kernels are
+    built (and limited in batch size) for the opposite case.
     """
 
     def __init__(self, dim: int, num_heads: int):
@@ -163,7 +179,7 @@ class ClassEmbedding(nn.Module):
 
 
 class OpenMagvit2Prefix(nn.Module):
-    """Class numbers [B, 1] -> one place. The last row of the table is no class at all."""
+    """Class numbers [B, 1] -> one place. The last row of the table is the null class."""
 
     def __init__(self, config: Architecture):
         super().__init__()
@@ -176,7 +192,7 @@ class OpenMagvit2Prefix(nn.Module):
 
 
 class OpenMagvit2Head(nn.Module):
-    """See mmtensorar.model.protocols.Head: the factorised blocks, the final norm and one linear map per factor.
+    """See mmtensorar.model.protocols.Head: factorised blocks, final norm and one linear map per factor.
 
     The first factor is embedded by calling the embedding's own module, which stays the
     only owner of that table.
@@ -214,13 +230,17 @@ class OpenMagvit2Head(nn.Module):
         return self.heads[prev.shape[-1]](self.states(hidden, prev))
 
 
-class OpenMagvit2Backbone(nn.Module):
-    """See mmtensorar.model.protocols.Backbone. Hidden states are not normed: the final norm follows the factorised blocks.
+class OpenMagvit2Backbone(PublishedBackbone):
+    """See mmtensorar.model.protocols.Backbone.
 
-    Weights start as the original's: normal of 0.02, the output layers at zero.
+    Hidden states are not normed: the final norm follows the factorised blocks.
     """
 
-    lora_targets = LORA_TARGETS
+    name = MODEL_TYPE
+    condition: ConditionKind = "class"
+    default_sampling: dict[str, Any] = {"cfg_scale": [4.0, 4.0], "top_p": [0.96, 0.96]}
+    pixels_per_token = 16
+    official_names = KEYS
 
     def __init__(
         self,
@@ -229,12 +249,11 @@ class OpenMagvit2Backbone(nn.Module):
         dropout: float = 0.0,
         attn_implementation: attention.Implementation = "sdpa",
     ):
-        super().__init__()
-        self.config, self.dropout, self.attn_implementation = config, dropout, attn_implementation
-        self.dim = config.dim
-        self.num_tokens = config.grid**2
-        self.factor_sizes = tuple(2**bits for bits in config.factorized_bits)
-        self.activation_checkpointing: layers.Checkpointing = False
+        factor_sizes = tuple(2**bits for bits in config.factorized_bits)
+        super().__init__(
+            config, grid=config.grid, factor_sizes=factor_sizes, attn_implementation=attn_implementation
+        )
+        self.dropout = dropout
         self.embed = OpenMagvit2Embed(config)
         self.prefix = OpenMagvit2Prefix(config)
         self.layers = nn.ModuleList(
@@ -248,19 +267,10 @@ class OpenMagvit2Backbone(nn.Module):
             for _ in range(config.spatial_layers)
         )
         self.head = OpenMagvit2Head(config, self.embed.pre_emb, dropout)
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
-        for head in self.head.heads:
-            nn.init.zeros_(head.weight)
+        self.init_weights(*self.head.heads)
 
-    def new_cache(self, max_len: int) -> kv_cache.KVCache:
-        return kv_cache.KVCache(len(self.layers), max_len)
-
-    def forward(
-        self, embeds: Tensor, mask: Tensor, cache: kv_cache.KVCache | None = None
-    ) -> Tensor:
-        """See the protocol. A class is one place in every row, so nothing is padded and mask is all True."""
+    def forward(self, embeds: Tensor, mask: Tensor, cache: kv_cache.KVCache | None = None) -> Tensor:
+        """See Backbone. A class is one place in every row, so nothing is padded and mask is all True."""
         start = 0 if cache is None else cache.length
         stop = start + embeds.shape[1]
         assert mask.shape[1] == stop <= self.num_tokens + 1
@@ -268,27 +278,10 @@ class OpenMagvit2Backbone(nn.Module):
         table = layers.rotary_table(1, self.num_tokens, head_dim, ROTARY_BASE, embeds.device)[start:stop]
         pattern = attention.pattern(None, stop - start, stop, self.attn_implementation, embeds.device)
         hidden = functional.dropout(embeds, self.dropout, self.training)
-        checkpointing = self.activation_checkpointing
-        return layers.run(self.layers, hidden, table, pattern, cache, activation_checkpointing=checkpointing)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, and safetensors under the official names."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.save_config(folder)
-        state = {official_name(name): value.detach().cpu() for name, value in self.state_dict().items()}
-        save_torch_state_dict(state, folder, max_shard_size="5GB")
-
-    def save_config(self, folder: Path) -> None:
-        write_config(self.config, folder)
+        return self.run_layers(hidden, table, pattern, cache)
 
 
 # ---- files ---------------------------------------------------------------------------------------
-
-
-def write_config(config: Architecture, folder: Path) -> None:
-    settings = {"model_type": MODEL_TYPE} | config.model_dump()
-    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def load(
@@ -296,62 +289,75 @@ def load(
 ) -> OpenMagvit2Backbone:
     """See mmtensorar.backbones.load."""
     attention.require(section.attn_implementation, key="backbone.attn_implementation")
-    options = {"dropout": section.dropout, "attn_implementation": section.attn_implementation}
     size = section.size or HUB_IDS.get(section.path)
     if sizes_only and size is not None and not Path(section.path).exists():
-        with torch.device(device):
-            return OpenMagvit2Backbone(RELEASED[size], **options)
+        return _published.build(_maker(section, RELEASED[size]), device=device)
+    with _published.plan_hint(section.path, [] if size else ["size"], wanted=sizes_only):
+        source = locate(section.path, key="backbone.path")
+    make = _maker(section, _config(source, size))
+    if not weights:
+        return _published.build(make, device=device)
+    return _published.load(make, ReleasedWeights(source, WRAPPERS), device=device, ignore=OTHERS.match)
+
+
+def lazy_weights(section: Config) -> LazyWeights:
+    """See mmtensorar.backbones.lazy_weights."""
     source = locate(section.path, key="backbone.path")
-    config = _config(source, size)
-    with torch.device("meta" if weights else device):  # where all is filled, nothing need be drawn
-        backbone = OpenMagvit2Backbone(config, **options)
-    if weights:
-        backbone.to_empty(device=device)
-        fill(backbone.state_dict(), Checkpoint(source, WRAPPERS), official_name, ignore=OTHERS.match)
-    return backbone
+    config = _config(source, section.size or HUB_IDS.get(section.path))
+    return _published.lazy_weights(
+        partial(OpenMagvit2Backbone, config), ReleasedWeights(source, WRAPPERS), ignore=OTHERS.match
+    )
 
 
-def unread(section: Config) -> Unread:
-    """See mmtensorar.backbones.unread."""
-    source = locate(section.path, key="backbone.path")
-    with torch.device("meta"):
-        backbone = OpenMagvit2Backbone(_config(source, section.size or HUB_IDS.get(section.path)))
-    return Unread(backbone, Checkpoint(source, WRAPPERS), official_name, official_name, OTHERS.match)
+def _maker(section: Config, config: Architecture) -> Callable[[], OpenMagvit2Backbone]:
+    return partial(
+        OpenMagvit2Backbone,
+        config,
+        dropout=section.dropout,
+        attn_implementation=section.attn_implementation,
+    )
 
 
-def official_name(name: str) -> str:
-    """The name of one of our parameters in an official checkpoint."""
-    for ours, theirs in KEYS.items():
-        if name.startswith(ours):
-            return theirs + name.removeprefix(ours)
-    raise AssertionError(f"no official name for {name}")
+def write_original(
+    target: Path,
+    weights: LazyWeights,
+    *,
+    image_tokenizer: ImageTokenizer | None,
+    base: Callable[[], str],
+) -> str:
+    """See BackboneFile: a PyTorch file with the image tokenizer inside."""
+    tensors = _published.tensors_of(weights)
+    note = ", without image tokenizer, which the original code expects inside"
+    if image_tokenizer is not None:
+        tensors |= {INSIDE + name: value for name, value in image_tokenizer.official_tensors().items()}
+        note = ""
+    write_torch(target, {"state_dict": tensors})
+    return f'Open-MAGVIT2{note} (a dictionary with the key "state_dict", which the original code reads)'
+
+
+official_name = OpenMagvit2Backbone.official_name
 
 
 def _config(source: Path, size: str | None) -> Architecture:
-    """From a config.json of ours beside the weights, else that of the released model of the size, or of that width."""
-    config = own_config(Architecture, source, MODEL_TYPE)
+    """The config.json that we saved with the weights, else the released model of that size or width."""
+    config = saved_config(Architecture, source, MODEL_TYPE)
     if config is not None:
         if size is not None and config != RELEASED[size]:
-            problem = _differences(config, RELEASED[size])
+            problem = _published.differences(config, RELEASED[size])
             raise ValueError(f"backbone.size is {size}, but {source} is of another size: {problem}")
         return config
     if size is not None:
         return RELEASED[size]
-    shape = Checkpoint(source, WRAPPERS).shapes.get(FIRST_TABLE)
+    shape = ReleasedWeights(source, WRAPPERS).shapes.get(FIRST_TABLE)
     for config in RELEASED.values():
         if shape is not None and shape[1] == config.dim:
             return config
-    found = f"{FIRST_TABLE} is {shape[1]} wide" if shape else f"it has no {FIRST_TABLE}"
+    problem = f"{FIRST_TABLE} is {shape[1]} wide" if shape else f"it has no {FIRST_TABLE}"
     widths = ", ".join(f"{released.dim} for {name}" for name, released in RELEASED.items())
     raise ValueError(
-        f"backbone.path: {source} is no released Open-MAGVIT2 model ({found}, expected {widths}), "
+        f"backbone.path: {source} is not a released Open-MAGVIT2 model ({problem}, expected {widths}), "
         f"and has no config.json of model_type {MODEL_TYPE!r}"
     )
-
-
-def _differences(found: Architecture, expected: Architecture) -> str:
-    pairs = zip(found, expected, strict=True)
-    return ", ".join(f"{name} {a}, expected {b}" for (name, a), (_, b) in pairs if a != b)
 
 
 def caption_encoder(section: Config) -> ClassNumbers:

@@ -13,9 +13,9 @@ from typing import Any
 from transformers.models.janus.configuration_janus import JanusConfig
 
 MODEL_TYPE = "multi_modality"
-VQ = "gen_vision_model."
+VQ = "gen_vision_model."  # prefix of the VQ model's tensors
 
-# Names of mmtensorar.backbones.janus -> DeepSeek's; the first that fits.
+# How names of mmtensorar.backbones.janus begin -> how DeepSeek's begin; the first match counts.
 BACKBONE_KEYS = {
     "prefix.embed_tokens.": "language_model.model.embed_tokens.",
     "language_model.": "language_model.model.",
@@ -39,7 +39,7 @@ VQ_KEYS = [
 def backbone_name(name: str) -> str:
     """DeepSeek's name of a tensor of our Janus backbone."""
     if match := re.fullmatch(r"embed\.aligner\.hidden_layers\.(\d+)\.(\w+)", name):
-        # An activation stands between two layers, so those are at the even places.
+        # Between two layers is an activation, so the layers have even numbers.
         return f"gen_aligner.layers.{2 * (int(match[1]) + 1)}.{match[2]}"
     for ours, theirs in BACKBONE_KEYS.items():
         if name.startswith(ours):
@@ -50,8 +50,8 @@ def backbone_name(name: str) -> str:
 def vq_name(name: str) -> str:
     """DeepSeek's name of a tensor of transformers' JanusVQVAE."""
     for pattern, theirs in VQ_KEYS:
-        name, found = re.subn(pattern, theirs, name)
-        if found:
+        name, num_replaced = re.subn(pattern, theirs, name)
+        if num_replaced:
             break
     return VQ + name
 
@@ -59,8 +59,13 @@ def vq_name(name: str) -> str:
 def config(settings: dict[str, Any], names: Iterable[str], folder: Path, **vq_sizes) -> JanusConfig:
     """DeepSeek's config.json in transformers' terms.
 
-    names: of all tensors, where they are at hand: the levels of the VQ model, which the config does not tell, give the
-    pixels per token; without them it is the released VQ-16. vq_sizes: what else the tensors tell of the VQ model.
+    Args:
+        settings: the content of config.json.
+        names: the names of all tensors, if known. The levels of the VQ model, which config.json lacks, give
+            the pixels per token; without names it is the released VQ-16.
+        folder: for error messages.
+        vq_sizes: other settings of the VQ model, from its tensors.
+
     Raises ValueError naming what is missing.
     """
     try:
@@ -78,13 +83,11 @@ def config(settings: dict[str, Any], names: Iterable[str], folder: Path, **vq_si
         }
         hidden, image_size = head["image_token_embed"], vision["image_size"]
     except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{folder / 'config.json'}: {error} is missing, which DeepSeek's Janus has"
-        ) from None
+        raise ValueError(f"{folder / 'config.json'}: {error} is missing; DeepSeek's Janus has it") from None
     if hidden != sizes["projection_dim"]:
         raise ValueError(
             f"{folder / 'config.json'}: the generation head is {hidden} wide inside and the aligner "
-            f"{sizes['projection_dim']}; transformers' Janus knows one width for both"
+            f"{sizes['projection_dim']}; transformers' Janus has one width for both"
         )
     levels = {
         match[1]

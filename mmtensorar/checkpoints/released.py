@@ -1,6 +1,7 @@
-"""Files of released models: find them, read config.json, fill a module from safetensors or from PyTorch's own files.
+"""Released weights: find the authors' files, read their config.json, copy their tensors, write such files.
 
-PyTorch files (.pt, .pth, .ckpt, .bin) are read with weights_only, so nothing in a downloaded file can run code.
+Weights are safetensors or PyTorch files (.pt, .pth, .ckpt, .bin). PyTorch files are read with
+weights_only, so nothing in a downloaded file can run code.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import json
 import pickle
 import re
 import struct
+import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar, cast
 
 import torch
 from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
@@ -29,6 +31,9 @@ from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm import tqdm
+
+from mmtensorar.files import new_path
 
 WEIGHTS = "model.safetensors"
 TORCH_WEIGHTS = "pytorch_model.bin"
@@ -36,62 +41,72 @@ TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 WEIGHTS_SUFFIXES = (*TORCH_SUFFIXES, ".safetensors")
 SHARD_BYTES = 2 * 10**9
 
+Sizes = TypeVar("Sizes", bound=BaseModel)  # what a config.json says of a model
+
 
 def locate(path: str, *, key: str, weights: bool = True) -> Path:
-    """A model on this machine, fetched from Hugging Face when it is not here: a folder, or a weights file.
+    """The folder or weights file of a model on this machine, downloaded from Hugging Face if needed.
 
-    path: a folder or file; a Hugging Face id; or an id with a file's name behind it (OWNER/NAME/FILE), which fetches no
-    other file. A folder whose only weights are one file of another name than usual stands for that file. key: the
-    recipe's name for the setting. weights: False looks for no weights, and fetches none. Raises ValueError naming key
-    and path when there is no such thing, or several files could be meant.
+    A folder whose only weights file has an unusual name stands for that file.
+
+    Args:
+        path: a folder or file, a Hugging Face id, or an id followed by a file name (OWNER/NAME/FILE), which
+            downloads only that file.
+        key: the recipe's name for the setting, for error messages.
+        weights: False neither looks for weights nor downloads them.
+
+    Raises ValueError naming key and path when nothing is there, or when several files could be meant.
     """
-    found = Path(path)
-    if not found.exists():
-        found = _fetch(path, key, weights)
-    if not weights or found.is_file():
-        return found
-    chosen = _weights_among([file.name for file in found.iterdir()], where=found, key=key)
-    return found if _usual(chosen) else found / chosen
+    local = Path(path)
+    if not local.exists():
+        local = _fetch(path, key, weights)
+    if not weights or local.is_file():
+        return local
+    chosen = _weights_among([file.name for file in local.iterdir()], where=local, key=key)
+    return local if _has_usual_name(chosen) else local / chosen
 
 
 def _fetch(path: str, key: str, weights: bool) -> Path:
-    """A file or folder of the hub. Looks at a repository's list first, so that nothing is fetched in vain."""
-    of_file = Path(path).suffix in WEIGHTS_SUFFIXES
-    # Everything else can only have been meant as a folder or file.
-    if path.count("/") != 1 + of_file or path.startswith((".", "/", "~")):
-        raise ValueError(f"{key}: no {'file' if of_file else 'folder'} {path}")
+    """Download a file or folder of the hub. Lists the repository first, to download no useless file."""
+    is_file = Path(path).suffix in WEIGHTS_SUFFIXES
+    # Anything that cannot be a hub id was meant as a local path.
+    if path.count("/") != 1 + is_file or path.startswith((".", "/", "~")):
+        raise ValueError(f"{key}: no {'file' if is_file else 'folder'} {path}")
     try:
-        if of_file:
-            return Path(hf_hub_download(*path.rsplit("/", 1)))
+        if is_file:
+            repository, name = path.rsplit("/", 1)
+            return Path(hf_hub_download(repository, name))
         try:
             names = list_repo_files(path) if weights else None
-        except Exception as error:  # any: the network library's own; what was fetched before will do
+        except Exception as error:  # any, the network library has its own: use what was downloaded before
             if isinstance(error, (RepositoryNotFoundError, HFValidationError)):
                 raise
             return Path(snapshot_download(path, local_files_only=True))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise _not_to_be_had(path, key, error) from None
+        raise _download_error(path, key, error) from None
     patterns = ["*.json", "*.jinja"]  # chat templates are in either
     if names is not None:
         chosen = _weights_among([name for name in names if "/" not in name], where=path, key=key)
-        patterns.append(chosen.replace(".", "*.") if _usual(chosen) else chosen)
+        patterns.append(chosen.replace(".", "*.") if _has_usual_name(chosen) else chosen)
     try:
         return Path(snapshot_download(path, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise _not_to_be_had(path, key, error) from None
+        raise _download_error(path, key, error) from None
 
 
-def _not_to_be_had(path: str, key: str, error: Exception) -> ValueError:
+def _download_error(path: str, key: str, error: Exception) -> ValueError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return ValueError(f"{key}: {path} is not here, nor to be had from Hugging Face now ({reason})")
+    return ValueError(
+        f"{key}: {path} is not a local path, and downloading it from the Hugging Face Hub failed: {reason}"
+    )
 
 
-def _usual(name: str) -> bool:
+def _has_usual_name(name: str) -> bool:
     return name in (WEIGHTS, TORCH_WEIGHTS)
 
 
 def _weights_among(names: Sequence[str], *, where: Path | str, key: str) -> str:
-    """model.safetensors or pytorch_model.bin when either is there, whole or in parts; else the only weights file."""
+    """model.safetensors or pytorch_model.bin, in one file or several; else the only weights file."""
     for name in (WEIGHTS, TORCH_WEIGHTS):
         if name in names or f"{name}.index.json" in names:
             return name
@@ -105,18 +120,30 @@ def _weights_among(names: Sequence[str], *, where: Path | str, key: str) -> str:
     )
 
 
+# ---- config.json ---------------------------------------------------------------------------------
+
+
 def read_config(folder: Path, *model_types: str, key: str) -> dict:
-    """config.json of a folder. Raises ValueError when it is missing, is not JSON, or is of another model_type."""
+    """config.json of a folder.
+
+    Raises ValueError when it is missing, is not JSON, or has a model_type that is not in model_types.
+    """
     if folder.is_file():
         raise ValueError(f"{key}: {folder} is a file; expected a folder with config.json")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{key}: {folder} has no config.json")
     settings = _settings(folder)
-    found = settings.get("model_type") if isinstance(settings, dict) else None
-    if found not in model_types:
+    model_type = settings.get("model_type") if isinstance(settings, dict) else None
+    if model_type not in model_types:
         expected = " or ".join(map(repr, model_types))
-        raise ValueError(f"{folder / 'config.json'}: model_type is {found!r}, expected {expected}")
+        raise ValueError(f"{folder / 'config.json'}: model_type is {model_type!r}, expected {expected}")
     return settings
+
+
+def write_config(folder: Path, model_type: str, settings: Mapping[str, Any]) -> None:
+    """Write config.json, for `read_config` to read."""
+    content = {"model_type": model_type, **settings}
+    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _settings(folder: Path) -> Any:
@@ -127,8 +154,11 @@ def _settings(folder: Path) -> Any:
         raise ValueError(f"{path}: not JSON") from None
 
 
-def parse_config(architecture: type[BaseModel], settings: Mapping[str, Any], folder: Path):
-    """The settings of a folder's config.json as an architecture. Raises ValueError naming the first that is wrong."""
+def parse_config(architecture: type[Sizes], settings: Mapping[str, Any], folder: Path) -> Sizes:
+    """The settings of a folder's config.json as an architecture.
+
+    Raises ValueError naming the first wrong one.
+    """
     try:
         return architecture.model_validate(
             {key: value for key, value in settings.items() if key != "model_type"}
@@ -140,19 +170,20 @@ def parse_config(architecture: type[BaseModel], settings: Mapping[str, Any], fol
 
 
 def hub_config(kind: type, settings: dict[str, Any], folder: Path):
-    """A config.json's settings as a configuration of transformers. Raises ValueError naming the file."""
+    """The settings of a config.json as a configuration of transformers. Raises ValueError naming the file."""
     try:
         return kind.from_dict(settings)
-    except Exception as error:  # any: settings from outside go through code that expects good ones
+    except Exception as error:  # any: unchecked settings go through code that expects valid ones
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{folder / 'config.json'}: no {kind.__name__} ({reason[:300]})") from None
+        raise ValueError(f"{folder / 'config.json'}: not a valid {kind.__name__} ({reason[:300]})") from None
 
 
-def own_config(architecture: type[BaseModel], source: Path, model_type: str):
-    """The config.json in a folder or beside a file as an architecture; None when there is none, or it is another model's.
+def saved_config(architecture: type[Sizes], source: Path, model_type: str) -> Sizes | None:
+    """The config.json that this package saved in a folder or next to a file, as an architecture.
 
-    Official checkpoints come without one, or with one that says something else. Raises ValueError naming the file when
-    it is not JSON, or a setting is wrong.
+    None when there is no config.json, or when it has another model_type: official files come without one,
+    or with one of another meaning. Raises ValueError naming the file when it is not JSON, or a setting is
+    wrong.
     """
     folder = source if source.is_dir() else source.parent
     if not (folder / "config.json").is_file():
@@ -166,19 +197,24 @@ def own_config(architecture: type[BaseModel], source: Path, model_type: str):
 # ---- tensors -------------------------------------------------------------------------------------
 
 
-class Checkpoint:
-    """The tensors of a file or folder by name; their values are read when they are asked for, a file at a time.
+class ReleasedWeights:
+    """The tensors of a file or folder by name. A value is read only when it is asked for.
 
-    shapes: name -> shape. others: what else a PyTorch file holds beside its state dict (steps, args), by its key.
+    path: the file or folder. shapes: name -> shape. others: what else a PyTorch file holds next to its state
+    dict (steps, args), by its key.
     """
 
     def __init__(self, path: Path, wrappers: Sequence[str] = (), *, optional: bool = False):
-        """path: a weights file, or a folder with model.safetensors or pytorch_model.bin, each whole or in parts.
+        """Read the names and shapes.
 
-        wrappers: keys of a PyTorch file that may hold the state dict, the first that is there winning; without any of
-        them the file is the state dict itself. optional: a folder without weights, or without all
-        those of its index, is one without tensors. Raises
-        ValueError naming a file that is missing or cannot be read.
+        Args:
+            path: a weights file, or a folder with model.safetensors or pytorch_model.bin, in one file or in
+                several with an index.
+            wrappers: keys of a PyTorch file that may hold the state dict; the first that exists is taken.
+                Without any of them the file itself is the state dict.
+            optional: a folder without weights, or without some files of its index, counts as empty.
+
+        Raises ValueError naming a file that is missing or cannot be read.
         """
         self.path = path
         self.shapes: dict[str, list[int]] = {}
@@ -186,7 +222,7 @@ class Checkpoint:
         self._wrappers = wrappers
         self._files: dict[str, Path] = {}
         self._opened: tuple[Path, Callable[[str], Tensor]] | None = None
-        for file, names in _parts(path, optional=optional).items():
+        for file, names in _weight_files(path, optional=optional).items():
             if file.suffix in TORCH_SUFFIXES:
                 state, others = _read_torch(file, wrappers)
                 self.others.update(others)
@@ -195,31 +231,29 @@ class Checkpoint:
                 with _open(file) as opened:
                     shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}
             if lost := sorted(set(names or ()) - shapes.keys()):
-                raise ValueError(f"{file}: {_some(lost, 'missing')}, though the index names them there")
+                raise ValueError(f"{file}: {_list_some(lost, 'missing')}, though the index names them there")
             self.shapes.update(shapes)
             self._files.update(dict.fromkeys(shapes, file))
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """(name, value) of the named tensors, file after file."""
+        """(name, value) of the named tensors, one file after another."""
         names = set(names)
         for file in sorted({self._files[name] for name in names}):
-            here = sorted(name for name in names if self._files[name] == file)
+            in_file = sorted(name for name in names if self._files[name] == file)
             if file.suffix in TORCH_SUFFIXES:
                 state, _ = _read_torch(file, self._wrappers)
-                yield from ((name, state[name]) for name in here)
+                yield from ((name, state[name]) for name in in_file)
             else:
                 with _open(file) as opened:
-                    yield from ((name, opened.get_tensor(name)) for name in here)
+                    yield from ((name, opened.get_tensor(name)) for name in in_file)
 
     def value(self, name: str) -> Tensor:
-        """One tensor. The file stays open for the next, so in order of the files is quickest."""
+        """One tensor. Its file stays open, so asking in the order of the files is fastest."""
         file = self._files[name]
         if self._opened is None or self._opened[0] != file:
-            torch_file = file.suffix in TORCH_SUFFIXES
-            self._opened = (
-                file,
-                _read_torch(file, self._wrappers)[0].__getitem__ if torch_file else _open(file).get_tensor,
-            )
+            is_torch = file.suffix in TORCH_SUFFIXES
+            get = _read_torch(file, self._wrappers)[0].__getitem__ if is_torch else _open(file).get_tensor
+            self._opened = (file, get)
         return self._opened[1](name)
 
     def file(self, name: str) -> Path:
@@ -232,16 +266,17 @@ class Checkpoint:
 
 
 @contextmanager
-def without_values() -> Iterator[None]:
-    """Modules made inside have parameters on the meta device, so that no memory is used; buffers, which files may lack, are real."""
+def meta_parameters() -> Iterator[None]:
+    """Inside the block, new modules get their parameters on the meta device, so they take no memory.
+
+    Buffers stay real, since released files may lack them.
+    """
     register = nn.Module.register_parameter
 
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(module, name, parameter)
-        if parameter is not None and not parameter.is_meta:
-            module._parameters[name] = nn.Parameter(
-                parameter.to("meta"), requires_grad=parameter.requires_grad
-            )
+    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(self, name, param)
+        if param is not None and not param.is_meta:
+            self._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
 
     nn.Module.register_parameter = on_meta
     try:
@@ -250,29 +285,28 @@ def without_values() -> Iterator[None]:
         nn.Module.register_parameter = register
 
 
-class Unread(NamedTuple):
-    """A model without values and the files that hold them, to be copied without ever being in memory at once.
+class LazyWeights(NamedTuple):
+    """A model on the meta device and the files with its values, to be copied tensor by tensor.
 
-    model: on the meta device. rename: the name of a tensor of the model -> its name in source. saved_name: -> its name
-    in a folder that the model saves. ignore: see `fill`.
+    So a model larger than the memory can be converted.
     """
 
-    model: nn.Module
-    source: Checkpoint
-    rename: Callable[[str], str]
-    saved_name: Callable[[str], str]
-    ignore: Callable[[str], Any] | None = None
+    model: Any  # an nn.Module on the meta device
+    source: ReleasedWeights
+    rename: Callable[[str], str]  # name of a tensor of the model -> its name in source
+    saved_name: Callable[[str], str]  # name of a tensor of the model -> its name in a folder we save
+    ignore: Callable[[str], Any] | None = None  # see `fill`
 
     def check(self) -> None:
-        """Raises ValueError like `fill`."""
+        """Raise ValueError like `fill`."""
         _match(self.model.state_dict(), self.source, self.rename, self.ignore)
 
     def value(self, name: str) -> Tensor:
-        """A tensor of the model, by its name there."""
+        """A tensor of the model, by its name in the model."""
         return self.source.value(self.rename(name))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name in a saved folder, value) of all tensors, file after file."""
+        """(name in a saved folder, value) of all tensors, one file after another."""
         saved = {self.rename(name): self.saved_name(name) for name in self.model.state_dict()}
         return ((saved[name], value) for name, value in self.source.read(saved))
 
@@ -280,86 +314,58 @@ class Unread(NamedTuple):
 @torch.no_grad()
 def fill(
     state: Mapping[str, Tensor],
-    source: Path | Checkpoint,
+    source: Path | ReleasedWeights,
     rename: Callable[[str], str] = str,
     *,
-    ignore: Callable[[str], bool] | None = None,
+    ignore: Callable[[str], Any] | None = None,
 ) -> None:
-    """Copy a checkpoint's tensors into state, in place; values that state has no place for are never read.
+    """Copy released tensors into a model's state, in place. Tensors that state does not need are not read.
 
-    state: our names -> tensors that receive the values. rename: our name -> the name in the files. ignore: whether a
-    tensor that state has no place for is one to pass over; None passes over all of them. Raises ValueError naming the
-    file and the tensors that are missing, unexpected or of another shape; then state is as it was.
+    Args:
+        state: our names -> tensors that receive the values.
+        source: the released weights, or their path.
+        rename: our name -> the name in the files.
+        ignore: whether a tensor of the files that state does not have is expected; None expects any.
+
+    Raises ValueError naming the file and the tensors that are missing, unexpected or of another shape; state
+    is then unchanged.
     """
-    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
-    wanted = _match(state, checkpoint, rename, ignore)
-    for name, value in checkpoint.read(wanted):
-        wanted[name].copy_(value)
+    weights = source if isinstance(source, ReleasedWeights) else ReleasedWeights(source)
+    targets = _match(state, weights, rename, ignore)
+    for name, value in weights.read(targets):
+        targets[name].copy_(value)
 
 
 def _match(
     state: Mapping[str, Tensor],
-    checkpoint: Checkpoint,
+    source: ReleasedWeights,
     rename: Callable[[str], str],
     ignore: Callable[[str], Any] | None,
 ) -> dict[str, Tensor]:
-    """Names in the checkpoint -> the tensors of state. Raises ValueError like `fill`."""
-    wanted = {rename(name): value for name, value in state.items()}
+    """Names in the released files -> the tensors of state. Raises ValueError like `fill`."""
+    targets = {rename(name): value for name, value in state.items()}
     problems = []
-    if missing := sorted(wanted.keys() - checkpoint.shapes.keys()):
-        problems.append(_some(missing, "missing"))
+    if missing := sorted(targets.keys() - source.shapes.keys()):
+        problems.append(_list_some(missing, "missing"))
     if ignore is not None:
-        if unexpected := sorted(
-            name for name in checkpoint.shapes.keys() - wanted.keys() if not ignore(name)
-        ):
-            problems.append(_some(unexpected, "unexpected"))
+        unexpected = sorted(name for name in source.shapes.keys() - targets.keys() if not ignore(name))
+        if unexpected:
+            problems.append(_list_some(unexpected, "unexpected"))
     if problems:
-        raise ValueError(f"{checkpoint.path}: {'; '.join(problems)}")
+        raise ValueError(f"{source.path}: {'; '.join(problems)}")
     different = [
-        f"{checkpoint.file(name)}: {name} has shape {checkpoint.shapes[name]}, expected {list(value.shape)}"
-        for name, value in wanted.items()
-        if checkpoint.shapes[name] != list(value.shape)
+        f"{source.file(name)}: {name} has shape {source.shapes[name]}, expected {list(value.shape)}"
+        for name, value in targets.items()
+        if source.shapes[name] != list(value.shape)
     ]
     if different:
         more = f" (and {len(different) - 10} more)" if len(different) > 10 else ""
         raise ValueError("; ".join(different[:10]) + more)
-    return wanted
-
-
-def write(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Write model.safetensors, or shards of SHARD_BYTES and an index; no more than a shard is in memory."""
-    folder.mkdir(parents=True, exist_ok=True)
-    shards: list[list[str]] = []
-    shard: dict[str, Tensor] = {}
-    total = size = 0
-
-    def end_shard() -> None:
-        nonlocal shard, size, total
-        save_file(shard, folder / f"{len(shards)}.partial", {"format": "pt"})
-        shards.append(list(shard))
-        shard, size, total = {}, 0, total + size
-
-    for name, value in tensors:
-        if shard and size + value.nbytes > SHARD_BYTES:
-            end_shard()
-        # A copy: in a PyTorch file several tensors may be views of one storage, which safetensors refuses.
-        shard[name] = value.detach().clone(memory_format=torch.contiguous_format)
-        size += value.nbytes
-    end_shard()
-    if len(shards) == 1:
-        (folder / "0.partial").rename(folder / WEIGHTS)
-        return
-    places = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"{number}.partial").rename(folder / file)
-        places |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": places}
-    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return targets
 
 
 def weight_hash(state: Mapping[str, Tensor]) -> str:
-    """sha256 over names, shapes and float32 values: the same weights in any file layout."""
+    """SHA-256 over names, shapes and float32 values: the same weights in any file layout."""
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
         digest.update(name.encode() + str(list(value.shape)).encode())
@@ -367,21 +373,100 @@ def weight_hash(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _some(names: list[str], what: str) -> str:
+# ---- writing -------------------------------------------------------------------------------------
+
+
+def write_safetensors(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write model.safetensors, or files of SHARD_BYTES and an index. Only one of these files is in memory."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files: list[list[str]] = []  # names of the tensors in each file
+    current: dict[str, Tensor] = {}
+    total = size = 0
+
+    def end_file() -> None:
+        nonlocal current, size, total
+        save_file(current, folder / f"{len(files)}.partial", {"format": "pt"})
+        files.append(list(current))
+        current, size, total = {}, 0, total + size
+
+    for name, value in tensors:
+        if current and size + value.nbytes > SHARD_BYTES:
+            end_file()
+        # A copy: in a PyTorch file several tensors may be views of one storage, which safetensors refuses.
+        current[name] = value.detach().clone(memory_format=torch.contiguous_format)
+        size += value.nbytes
+    end_file()
+    if len(files) == 1:
+        (folder / "0.partial").rename(folder / WEIGHTS)
+        return
+    file_of = {}
+    for number, names in enumerate(files):
+        file = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
+        (folder / f"{number}.partial").rename(folder / file)
+        file_of |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": file_of}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_torch(path: Path, content: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Write a new PyTorch file of state dicts, with a progress bar.
+
+    Raises ValueError when the path exists, or does not end like a PyTorch file.
+    """
+    if path.suffix not in TORCH_SUFFIXES:
+        raise ValueError(f"DST is {path}; expected a file that ends in {', '.join(TORCH_SUFFIXES)}")
+    size = sum(value.nbytes for tensors in content.values() for value in tensors.values())
+    with (
+        new_path(path) as partial,
+        bytes_bar(size, f"writing {path.name}") as bar,
+        partial.open("wb") as file,
+    ):
+        torch.save(content, cast(IO[bytes], _CountingFile(file, bar)))
+
+
+class _CountingFile:
+    """A file that moves a progress bar. torch.save takes any object with these two methods."""
+
+    def __init__(self, file: IO[bytes], bar: tqdm):
+        self.file, self.bar = file, bar
+
+    def write(self, content) -> int:
+        self.bar.update(len(content))
+        return self.file.write(content)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def tensors_bar(tensors: Iterable[tuple[str, Tensor]], total: int, description: str) -> tqdm:
+    """The tensors, with a progress bar on stderr."""
+    return tqdm(tensors, total=total, desc=description, unit="tensor", file=sys.stderr)
+
+
+def bytes_bar(size: int, description: str) -> tqdm:
+    """A progress bar on stderr for a number of bytes."""
+    return tqdm(total=size, desc=description, unit="B", unit_scale=True, file=sys.stderr)
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def _list_some(names: list[str], what: str) -> str:
     plural = "tensors are" if len(names) > 1 else "tensor is"
-    return f"{len(names)} {plural} {what}, {'among them ' if len(names) > 10 else ''}{', '.join(names[:10])}"
+    among = "among them " if len(names) > 10 else ""
+    return f"{len(names)} {plural} {what}, {among}{', '.join(names[:10])}"
 
 
-def _parts(path: Path, *, optional: bool) -> dict[Path, list[str] | None]:
-    """File -> names that an index says are in it (None without an index), for a file or a folder."""
+def _weight_files(path: Path, *, optional: bool) -> dict[Path, list[str] | None]:
+    """Weights file -> names that an index puts into it (None without an index), for a file or a folder."""
     if path.is_file():
         return {path: None}
     for name in (WEIGHTS, TORCH_WEIGHTS):
         index = path / f"{name}.index.json"
         if index.is_file():
-            parts = _indexed(index)
+            files = _read_index(index)
             # A download of *.json alone, for a configuration, brings the index too.
-            return {} if optional and not all(file.is_file() for file in parts) else parts
+            return {} if optional and not all(file.is_file() for file in files) else {**files}
         if (path / name).is_file():
             return {path / name: None}
     if optional:
@@ -389,17 +474,17 @@ def _parts(path: Path, *, optional: bool) -> dict[Path, list[str] | None]:
     raise ValueError(f"{path / WEIGHTS} is missing")
 
 
-def _indexed(index: Path) -> dict[Path, list[str]]:
+def _read_index(index: Path) -> dict[Path, list[str]]:
     try:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        parts: dict[Path, list[str]] = {}
+        files: dict[Path, list[str]] = {}
         for tensor, name in names.items():
             if Path(name).name != name:
                 raise ValueError(f"{index}: names a file outside the folder, {name!r}")
-            parts.setdefault(index.parent / name, []).append(tensor)
+            files.setdefault(index.parent / name, []).append(tensor)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{index}: no weight_map in it") from None
-    return parts
+        raise ValueError(f"{index}: expected a weight_map of tensors to files") from None
+    return files
 
 
 def _open(path: Path):
@@ -412,7 +497,7 @@ def _open(path: Path):
 
 
 def _read_torch(path: Path, wrappers: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state dict in a PyTorch file and what else is in it; values stay on disk until they are used."""
+    """The state dict in a PyTorch file, and what else is in it. Values stay on disk until they are used."""
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     try:
@@ -431,13 +516,10 @@ def _read_torch(path: Path, wrappers: Sequence[str]) -> tuple[dict[str, Tensor],
         AttributeError,
         struct.error,
     ) as error:
-        # torch's message is a page; what matters in it is the class that the file wants.
+        # torch's message fills a page; the useful part is the class that the file asks for.
         refused = re.search(r"GLOBAL (\S+)", str(error))
-        reason = (
-            f"it holds a {refused[1]}"
-            if refused
-            else (str(error).strip() or type(error).__name__).splitlines()[0]
-        )
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = f"it holds a {refused[1]}" if refused else first_line
         raise ValueError(f"{path}: cannot be read as PyTorch weights ({reason})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds {type(content).__name__}, expected a state dict")
@@ -453,6 +535,6 @@ def _read_torch(path: Path, wrappers: Sequence[str]) -> tuple[dict[str, Tensor],
         if not (isinstance(name, str) and isinstance(value, Tensor))
     ]
     if odd:
-        looked = f", nor is one under {', '.join(wrappers)}" if wrappers else ""
-        raise ValueError(f"{path}: no state dict: it has {', '.join(odd[:10])}{looked}")
+        looked = f", and has no state dict under {', '.join(wrappers)}" if wrappers else ""
+        raise ValueError(f"{path}: not a state dict: it has {', '.join(odd[:10])}{looked}")
     return content, others

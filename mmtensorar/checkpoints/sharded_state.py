@@ -1,49 +1,56 @@
-"""The training state in pieces: what each rank holds of weights and moments, in files that any number of ranks can read.
+"""The run state on disk: what each rank holds of weights and moments, readable by any number of ranks.
 
     STEP_FOLDER/
-      rank_00000.safetensors   the rank's flat tensors: FLAT/KEY, KEY being master, exp_avg, ...
-      rank_00000.json          which stretches of which parameters they are, and the file's sha256
-      state.json               the step, the number of ranks and what else the run counts; written when all of these are there
+      rank_00000.safetensors   the rank's flat tensors: FLAT/KEY, where KEY is master, exp_avg, ...
+      rank_00000.json          which parts of which parameters they hold, and the file's SHA-256
+      state.json               the step, the number of ranks and other counters of the run; written last
 
-A rank's optimiser works on flat tensors, each made of stretches of several parameters. How they are cut depends on the number
-of ranks and on the ZeRO stage; the files say how it was, so that ranks which are cut otherwise find their own stretches.
+A rank's optimizer works on flat tensors. Each is a concatenation of pieces: parts of several parameters. How
+parameters are cut depends on the number of ranks and on the ZeRO stage. The files record it, so that ranks
+that are cut differently find the values of their pieces.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmtensorar.files import sha256
+from mmtensorar.files import sha256, write_text
 
 FORMAT = 1
 STATE = "state.json"
+LAYOUT: Mapping[str, type] = {"pieces": list, "sizes": list, "numbers": dict, "sha256": str}  # of rank_*.json
+SLICED = ("F32", "F16", "BF16")  # dtypes of values that can be cut anywhere; 8-bit moments are in blocks
 
 
 class Piece(NamedTuple):
-    """A stretch of a parameter, row-major, and where it is: number values from flat_start on in flat tensor number flat."""
+    """A part of a parameter, row-major, and where a rank holds it."""
 
-    name: str
-    start: int
-    flat: int
-    flat_start: int
-    number: int
+    name: str  # of the parameter
+    start: int  # first value in the parameter
+    flat: int  # number of the flat tensor
+    flat_start: int  # first value in the flat tensor
+    number: int  # of values
 
 
+# For each flat tensor of a rank, key -> value. A tensor in the shape of the flat tensor has one number for
+# each number of it; other values (a count of steps, a table) belong to the flat tensor as a whole.
 State = list[dict[str, Any]]
-"""For each flat tensor of a rank, key -> value. A tensor of the flat tensor's shape has a number for each number of it."""
+
+
+# ---- writing -------------------------------------------------------------------------------------
 
 
 def copied(state: State) -> State:
-    """The state as it is now, on the CPU, for writing while training goes on."""
+    """A copy of the state on the CPU, to write while training continues."""
     return [
         {
             key: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
@@ -64,8 +71,8 @@ def write(
                 numbers[f"{flat}/{key}"] = value
                 continue
             value = value.detach().cpu().contiguous()
-            # Flat in the file too, since a stretch is read by its place. Some tensors (bitsandbytes' tables) are in all places
-            # the same one, which safetensors does not write.
+            # Flat in the file too, so that a piece can be read by its position. Some values (bitsandbytes'
+            # tables) are one tensor under several keys, which safetensors refuses to write.
             value = value.clone() if value.data_ptr() in seen else value
             seen.add(value.data_ptr())
             tensors[f"{flat}/{key}"] = value.flatten() if value.shape == shapes[flat] else value
@@ -77,30 +84,34 @@ def write(
         "numbers": numbers,
         "sha256": sha256(path),
     }
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(layout) + "\n", encoding="utf-8")
-    os.replace(partial, path.with_suffix(".json"))
+    write_text(path.with_suffix(".json"), json.dumps(layout) + "\n")
 
 
 def missing(folder: Path, num_ranks: int) -> list[int]:
-    """The ranks whose files are not all there yet."""
+    """The ranks whose files are not complete yet."""
     return [rank for rank in range(num_ranks) if not (folder / _name(rank)).with_suffix(".json").is_file()]
 
 
 def digests(folder: Path, num_ranks: int) -> dict[str, str]:
-    """File -> sha256: of tensors as each rank noted it, of the notes as they are. Raises ValueError when one is damaged."""
-    found = {}
+    """File name -> SHA-256. Those of tensors are as each rank recorded them.
+
+    Raises ValueError when a rank's record is damaged.
+    """
+    digests = {}
     for rank in range(num_ranks):
-        found[_name(rank)] = _layout(folder, rank)["sha256"]
-        note = (folder / _name(rank)).with_suffix(".json")
-        found[note.name] = sha256(note)
-    return found
+        digests[_name(rank)] = _layout(folder, rank)["sha256"]
+        record = (folder / _name(rank)).with_suffix(".json")
+        digests[record.name] = sha256(record)
+    return digests
 
 
 def step_of(folder: Path) -> int:
-    """The step in a checkpoint's name; -1 when it is no name of one."""
+    """The step in a folder's name, step_NUMBER; -1 for another name."""
     number = folder.name.rpartition("_")[2]
     return int(number) if number.isdigit() else -1
+
+
+# ---- reading -------------------------------------------------------------------------------------
 
 
 def read(
@@ -114,35 +125,32 @@ def read(
     only: str | None = None,
     flats: Collection[int] | None = None,
 ) -> State:
-    """A rank's state, from files of saved_ranks ranks. Tensors are on the CPU, those of a flat tensor's size in its shape.
+    """A rank's state, from the files of saved_ranks ranks. Tensors are on the CPU.
 
-    only: a key, when the others are not wanted; flats: flat tensors, when the others are not. Raises ValueError when the files are
-    damaged, do not hold all of a stretch, or hold moments in 8 bits, which are scaled in blocks of a flat tensor, and the ranks were
-    cut otherwise.
+    Args:
+        folder: of one step.
+        rank, num_ranks: which of the ranks that read this is.
+        saved_ranks: how many ranks wrote the files.
+        pieces: of the reading rank.
+        shapes: of its flat tensors; a value of a flat tensor's size gets its shape.
+        only: a key, to read no others.
+        flats: numbers of flat tensors, to read no others.
+
+    Raises ValueError when the files are damaged, do not hold all values of a piece, or hold 8-bit moments
+    (which are scaled in blocks of a flat tensor) and the ranks were cut differently.
     """
     flats = range(len(shapes)) if flats is None else flats
     layouts = [_layout(folder, saved) for saved in range(saved_ranks)]
     sizes = [shape.numel() for shape in shapes]
-    own = {"pieces": [list(piece) for piece in pieces], "sizes": sizes}
     # Without ZeRO one file serves all ranks.
-    alike = rank if saved_ranks == num_ranks else 0
-    if saved_ranks in (1, num_ranks) and all(layouts[alike][key] == value for key, value in own.items()):
-        state: State = [{} for _ in sizes]
-        with _opened(folder / _name(alike)) as file:
-            for name in file.keys():
-                flat, key = name.split("/", 1)
-                if only in (None, key) and int(flat) in flats:
-                    # A copy: what stays a view of the file keeps it from being deleted.
-                    state[int(flat)][key] = file.get_tensor(name).clone()
-        for name, value in layouts[alike]["numbers"].items():
-            flat, key = name.split("/", 1)
-            if only in (None, key) and int(flat) in flats:
-                state[int(flat)][key] = value
+    same = rank if saved_ranks == num_ranks else 0
+    layout = layouts[same] if saved_ranks in (1, num_ranks) else {}
+    if layout.get("pieces") == [list(piece) for piece in pieces] and layout.get("sizes") == sizes:
+        state = _read_unchanged(folder / _name(same), layout, flats, only)
     else:
         wanted = [piece for piece in pieces if piece.flat in flats]
-        state = _recut(
-            folder, layouts, wanted, [size if flat in flats else 0 for flat, size in enumerate(sizes)], only
-        )
+        sizes = [size if flat in flats else 0 for flat, size in enumerate(sizes)]
+        state = _read_recut(folder, layouts, wanted, sizes, only)
     for values, shape in zip(state, shapes, strict=True):
         for key, value in values.items():
             if isinstance(value, Tensor) and value.ndim and value.numel() == shape.numel():
@@ -150,142 +158,167 @@ def read(
     return state
 
 
-def _recut(
+def _read_unchanged(path: Path, layout: dict, flats: Collection[int], only: str | None) -> State:
+    """The state in one rank's files, which is cut as the reading rank is."""
+    state: State = [{} for _ in layout["sizes"]]
+    with _opened(path) as file:
+        for name in file.keys():
+            flat, key = name.split("/", 1)
+            if only in (None, key) and int(flat) in flats:
+                # A copy: a view of the file would keep it from being deleted.
+                state[int(flat)][key] = file.get_tensor(name).clone()
+    for name, value in layout["numbers"].items():
+        flat, key = name.split("/", 1)
+        if only in (None, key) and int(flat) in flats:
+            state[int(flat)][key] = value
+    return state
+
+
+def _read_recut(
     folder: Path, layouts: list[dict], pieces: Sequence[Piece], sizes: list[int], only: str | None
 ) -> State:
-    places: dict[str, list[tuple[int, Piece]]] = {}
-    for saved, layout in enumerate(layouts):
+    """The values of these pieces, out of the pieces of all ranks that wrote."""
+    saved_pieces: dict[str, list[tuple[int, Piece]]] = {}
+    for saved_rank, layout in enumerate(layouts):
         for piece in map(Piece._make, layout["pieces"]):
-            places.setdefault(piece.name, []).append((saved, piece))
+            saved_pieces.setdefault(piece.name, []).append((saved_rank, piece))
     state: State = [{} for _ in sizes]
-    opened = [_opened(folder / _name(saved)) for saved in range(len(layouts))]
-    try:
+    with ExitStack() as stack:
+        paths = [folder / _name(saved_rank) for saved_rank in range(len(layouts))]
+        files = [stack.enter_context(_opened(path)) for path in paths]
         for piece in pieces:
-            filled = 0
-            for saved, there in places.get(piece.name, []):
-                first, stop = (
-                    max(piece.start, there.start),
-                    min(piece.start + piece.number, there.start + there.number),
+            num_filled = 0
+            for saved_rank, first, saved, stop in _overlaps(piece, saved_pieces.get(piece.name, [])):
+                if num_filled == piece.number:
+                    break
+                num_filled += stop - first
+                skip, number = first - saved.start, stop - first
+                values = _part(
+                    files[saved_rank], layouts[saved_rank], saved, skip, number, paths[saved_rank], only
                 )
-                if first >= stop or filled == piece.number:
-                    continue
-                filled += stop - first
-                values = _stretch(
-                    opened[saved],
-                    layouts[saved],
-                    there,
-                    first - there.start,
-                    stop - first,
-                    folder / _name(saved),
-                    only,
-                )
-                place = piece.flat_start + first - piece.start
-                for key, value in values.items():
-                    if not isinstance(value, Tensor) or not value.ndim:
-                        state[piece.flat][key] = value
-                        continue
-                    if key not in state[piece.flat]:
-                        state[piece.flat][key] = value.new_zeros(sizes[piece.flat])
-                    state[piece.flat][key][place : place + stop - first] = value
-            if filled != piece.number:
-                raise ValueError(f"{folder}: it holds {filled} of {piece.number} numbers of {piece.name}")
-    finally:
-        for file in opened:
-            file.__exit__(None, None, None)
-    # A flat tensor may be all padding: it counts steps all the same.
-    known = _kinds_of_values(folder / _name(0), layouts[0], only) | {
-        key: value for values in state for key, value in values.items()
-    }
+                at = piece.flat_start + first - piece.start
+                _put(state[piece.flat], values, at, number, sizes[piece.flat])
+            if num_filled != piece.number:
+                raise ValueError(f"{folder}: it holds {num_filled} of {piece.number} numbers of {piece.name}")
+    # A flat tensor may be nothing but padding: it counts steps all the same.
+    known = _values_by_key(folder / _name(0), layouts[0], only)
+    known |= {key: value for values in state for key, value in values.items()}
     for key, value in known.items():
+        single = not isinstance(value, Tensor) or not value.ndim
         for values, size in zip(state, sizes, strict=True):
-            single = not isinstance(value, Tensor) or not value.ndim
             values.setdefault(key, value if single else value.new_zeros(size))
     return state
 
 
-def _kinds_of_values(path: Path, layout: dict, only: str | None) -> dict[str, Any]:
-    """Key -> a value of its kind, of what a file holds: tensors as large as a flat one are empty here."""
-    found = {name.partition("/")[2]: value for name, value in layout["numbers"].items()}
+def _overlaps(
+    piece: Piece, saved_pieces: Sequence[tuple[int, Piece]]
+) -> Iterator[tuple[int, int, Piece, int]]:
+    """(rank, first, its piece, stop): the values first to stop of the parameter are in both pieces."""
+    for saved_rank, saved in saved_pieces:
+        first = max(piece.start, saved.start)
+        stop = min(piece.start + piece.number, saved.start + saved.number)
+        if first < stop:
+            yield saved_rank, first, saved, stop
+
+
+def _put(flat_values: dict[str, Any], values: dict[str, Any], at: int, number: int, size: int) -> None:
+    """Add the values of a part to those of a flat tensor of this size, from position `at` on."""
+    for key, value in values.items():
+        if not isinstance(value, Tensor) or not value.ndim:
+            flat_values[key] = value
+            continue
+        if key not in flat_values:
+            flat_values[key] = value.new_zeros(size)
+        flat_values[key][at : at + number] = value
+
+
+def _values_by_key(path: Path, layout: dict, only: str | None) -> dict[str, Any]:
+    """Key -> an example of its values in a file. Tensors of a flat tensor's size are empty here."""
+    examples = {name.partition("/")[2]: value for name, value in layout["numbers"].items()}
     with _opened(path) as file:
         for name in file.keys():
             key, value = name.partition("/")[2], file.get_slice(name)
             if not value.get_shape():
-                found[key] = file.get_tensor(name).clone()
-            elif value.get_dtype() in ("F32", "F16", "BF16") and key not in found:
-                found[key] = value[:0]
-    return {key: value for key, value in found.items() if only in (None, key)}
+                examples[key] = file.get_tensor(name).clone()
+            elif value.get_dtype() in SLICED and key not in examples:
+                examples[key] = value[:0]
+    return {key: value for key, value in examples.items() if only in (None, key)}
 
 
-def _stretch(
+def _part(
     file, layout: dict, piece: Piece, skip: int, number: int, path: Path, only: str | None
 ) -> dict[str, Any]:
-    """What a file holds for a part of one of its pieces: key -> the part, or a value that is of the whole flat tensor."""
-    prefix, size, found = f"{piece.flat}/", layout["sizes"][piece.flat], {}
+    """Key -> the values skip to skip + number of a piece in a file, or a value of the whole flat tensor."""
+    prefix, size, values = f"{piece.flat}/", layout["sizes"][piece.flat], {}
     for name in file.keys():
         if not name.startswith(prefix) or only not in (None, name.removeprefix(prefix)):
             continue
         value = file.get_slice(name)
         shape, key = value.get_shape(), name.removeprefix(prefix)
         if not shape:
-            found[key] = file.get_tensor(name).clone()
-        elif shape == [size] and value.get_dtype() in ("F32", "F16", "BF16"):
-            found[key] = value[piece.flat_start + skip : piece.flat_start + skip + number]
+            values[key] = file.get_tensor(name).clone()
+        elif shape == [size] and value.get_dtype() in SLICED:
+            values[key] = value[piece.flat_start + skip : piece.flat_start + skip + number]
         else:
             raise ValueError(
-                f"{path}: {key} is scaled in blocks of a rank's piece, so it needs as many ranks as wrote it and the same "
-                "zero.stage (or start anew from a model with train.init_from)"
+                f"{path}: {key} is scaled in blocks of a rank's piece, so it needs as many ranks as wrote it "
+                "and the same zero.stage (or a new start from a model folder with train.init_from)"
             )
     for name, value in layout["numbers"].items():
         if name.startswith(prefix) and only in (None, name.removeprefix(prefix)):
-            found[name.removeprefix(prefix)] = value
-    return found
+            values[name.removeprefix(prefix)] = value
+    return values
+
+
+# ---- state.json ----------------------------------------------------------------------------------
 
 
 def latest(folder: Path) -> dict:
-    """What was recorded with the checkpoint that the file `latest` in folder names, or without that file with the newest.
+    """state.json of the step that the file `latest` in folder names; without that file, of the newest step.
 
-    Raises ValueError when it is not whole.
+    Raises ValueError when it is not complete.
     """
     if not (folder / "latest").is_file():
-        # Lost in a copy, say, or never written because the run was killed just then: what is whole is whole.
+        # Lost in a copy, or not written because the run was killed. Steps with state.json are complete.
         return recorded(max((path.parent for path in folder.glob(f"step_*/{STATE}")), key=step_of))
     name = (folder / "latest").read_text(encoding="utf-8").strip()
     if not (folder / name / STATE).is_file():
         raise ValueError(
-            f"{folder / 'latest'} names {name!r}, but {folder / name / STATE} is missing: {way_out(folder, name)}"
+            f"{folder / 'latest'} names {name!r}, but {folder / name / STATE} is missing: "
+            f"{recovery_hint(folder, name)}"
         )
     return recorded(folder / name)
 
 
 def recorded(folder: Path) -> dict:
-    """state.json of a checkpoint. Raises ValueError when it is damaged."""
+    """state.json of a step's folder. Raises ValueError when it is damaged."""
     path = folder / STATE
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        record: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        found = None
+        record = None
     kinds: Mapping[str, type] = {"step": int, "num_files": int, "sha256": dict}
-    if isinstance(found, dict) and found.get("format") != FORMAT:
+    if isinstance(record, dict) and record.get("format") != FORMAT:
         raise ValueError(
-            f"{path}: checkpoint format {found.get('format')!r}, expected {FORMAT}; start anew with train.init_from"
+            f"{path}: run state format {record.get('format')!r}, expected {FORMAT}; start a new run with "
+            "train.init_from"
         )
-    if not isinstance(found, dict) or any(
-        not isinstance(found.get(key), kind) for key, kind in kinds.items()
-    ):
+    if not _has(record, kinds):
         raise ValueError(
-            f"{path}: expected JSON with {', '.join(kinds)}, it is damaged: {way_out(folder.parent, folder.name)}"
+            f"{path} is damaged, expected JSON with {', '.join(kinds)}: "
+            f"{recovery_hint(folder.parent, folder.name)}"
         )
-    return found
+    return record
 
 
-def way_out(folder: Path, name: str) -> str:
-    """What to do when the checkpoint called name is not whole, in words."""
+def recovery_hint(folder: Path, name: str) -> str:
+    """What the user can do when the step's folder called name is not complete."""
     older = sorted(
         (path.parent for path in folder.glob(f"step_*/{STATE}") if path.parent.name != name), key=step_of
     )
     if older:
-        return f"write {older[-1].name} into {folder / 'latest'} to go on from there"
-    return "no other one is left; delete the folder of the run, or start another run.name"
+        return f"write {older[-1].name} into {folder / 'latest'} to resume from there"
+    return "no other step is left; delete the folder of the run, or start another run.name"
 
 
 def _name(rank: int) -> str:
@@ -295,7 +328,7 @@ def _name(rank: int) -> str:
 def _opened(path: Path):
     try:
         return safe_open(path, framework="pt")
-    except Exception as error:  # safetensors has errors of its own
+    except Exception as error:  # any: safetensors raises errors of other types
         raise ValueError(f"{path}: cannot be read ({error})") from None
 
 
@@ -305,14 +338,16 @@ def _layout(folder: Path, rank: int) -> dict:
         layout = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise ValueError(f"{path} is missing or damaged") from None
-    kinds: Mapping[str, type] = {"pieces": list, "sizes": list, "numbers": dict, "sha256": str}
-    if not isinstance(layout, dict) or any(
-        not isinstance(layout.get(key), kind) for key, kind in kinds.items()
-    ):
-        raise ValueError(f"{path}: expected {', '.join(kinds)}")
-    whole = all(
+    if not _has(layout, LAYOUT):
+        raise ValueError(f"{path}: expected {', '.join(LAYOUT)}")
+    valid = all(
         len(piece) == 5 and list(map(type, piece)) == [str, int, int, int, int] for piece in layout["pieces"]
     )
-    if not whole or any(piece[2] >= len(layout["sizes"]) for piece in layout["pieces"]):
+    if not valid or any(piece[2] >= len(layout["sizes"]) for piece in layout["pieces"]):
         raise ValueError(f"{path}: expected pieces of name, start, flat, flat_start and number")
     return layout
+
+
+def _has(record: Any, kinds: Mapping[str, type]) -> TypeGuard[dict[str, Any]]:
+    """Whether a value is a dict with these keys, whose values have these types."""
+    return isinstance(record, dict) and all(isinstance(record.get(key), kind) for key, kind in kinds.items())

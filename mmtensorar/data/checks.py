@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from mmtensorar import ranks
-from mmtensorar.captions.encoders import ClassNumbers, T5Features, encoder_hash
 from mmtensorar.data.loader import worker_rows
 from mmtensorar.data.shard_mixture import (
     apportion_rows,
@@ -86,10 +84,11 @@ def _check_classes(folder: str, manifest: Manifest, caption_encoder: CaptionEnco
     """Raise ValueError when the captions are class numbers that the backbone does not take."""
     if (classes := manifest.classes) is None:
         return
-    if not isinstance(caption_encoder, ClassNumbers):
+    if caption_encoder.kind != "class":
         raise ValueError(
             f"{folder} holds images of numbered classes, but the {backbone} backbone takes captions"
         )
+    assert caption_encoder.num_classes is not None
     if len(classes) > caption_encoder.num_classes:
         raise ValueError(
             f"{folder} has {len(classes)} classes, the {backbone} backbone {caption_encoder.num_classes}"
@@ -98,24 +97,25 @@ def _check_classes(folder: str, manifest: Manifest, caption_encoder: CaptionEnco
 
 def _check_features(folder: str, manifest: Manifest, caption_encoder: CaptionEncoder, backbone: str) -> None:
     """Raise ValueError unless the cached text features are those that the backbone takes."""
-    if not isinstance(caption_encoder, T5Features):
+    if caption_encoder.kind != "features":
         raise ValueError(
             f"data.text_features is cached, but the {backbone} backbone takes no text features; expected live"
         )
-    cached, encoder = text_features_of(manifest, folder), caption_encoder
+    cached, wanted = text_features_of(manifest, folder), caption_encoder.identity()
+    assert wanted is not None
     pairs = {
-        "width of the features": (cached.width, encoder.dim),
-        "most tokens of a caption": (cached.max_tokens, encoder.num_slots),
-        "caption cleaning": (cached.cleaning, encoder.cleaning),
+        "width of the features": (cached.width, wanted.width),
+        "most tokens of a caption": (cached.max_tokens, wanted.max_tokens),
+        "caption cleaning": (cached.cleaning, wanted.cleaning),
     }
     # Training on cached features needs no text encoder. Only if the encoder is on this
     # machine can its weights be compared; otherwise its name must do.
-    if not Path(encoder.path).is_dir():
-        pairs["text encoder"] = (cached.text_encoder, encoder.path)
-    elif (digest := encoder_hash(encoder.path)) != cached.weight_hash:
+    if wanted.weight_hash is None:
+        pairs["text encoder"] = (cached.text_encoder, wanted.text_encoder)
+    elif wanted.weight_hash != cached.weight_hash:
         pairs["text encoder"] = (
             f"{cached.text_encoder} {cached.weight_hash[:12]}",
-            f"{encoder.path} {digest[:12]}",
+            f"{wanted.text_encoder} {wanted.weight_hash[:12]}",
         )
     for what, (stored, expected) in pairs.items():
         if stored != expected:

@@ -1,7 +1,8 @@
 """Image tokenizers: pixels to discrete codes and back. Frozen, in eval mode, float32, without gradients.
 
 One file each; the recipe's `image_tokenizer: {name: ...}` picks it, and that file's Config
-validates the section. Shapes: B batch, H W pixels, T image tokens (raster order), F factors.
+validates the section. What a file defines: mmtensorar/model/protocols.py.
+Shapes: B batch, H W pixels, T image tokens (raster order), F factors.
 """
 
 from __future__ import annotations
@@ -10,93 +11,31 @@ import argparse
 import importlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mmtensorar import devices
+from mmtensorar.checkpoints.released import WEIGHTS, write_config
+from mmtensorar.model.protocols import Backbone, ImageTokenizer, ImageTokenizerFile
 from mmtensorar.recipe import RecipeError, Section, known_names, named_section
 
 
-class ImageTokenizer(Protocol):
-    """An nn.Module with these parts."""
-
-    name: str
-    weight_hash: str  # sha256 over names and float32 values: the same weights in any file layout
-    image_size: int  # pixels a side
-    grid: tuple[int, int]  # codes down, codes across
-    factor_sizes: tuple[int, ...]
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        """[B, 3, H, W] in [-1, 1] -> codes [B, T, F] int64."""
-        ...
-
-    def decode(self, codes: Tensor) -> Tensor:
-        """Codes [B, T, F] -> [B, 3, H, W], about -1..1, not clamped."""
-        ...
-
-    def save_pretrained(self, folder) -> None:
-        """Write config.json and model.safetensors, for `load` to read."""
-        ...
-
-
-class Frozen(nn.Module):
-    """What the image tokenizers share: they stay in eval mode, and take pictures of one size."""
-
-    image_size: int
-
-    def train(self, mode: bool = True):
-        return super().train(False)  # also inside a model that trains
-
-    def check_size(self, pixels: Tensor) -> None:
-        """Raise ValueError unless pixels [B, 3, H, W] are image_size a side."""
-        if (found := list(pixels.shape[-2:])) != [self.image_size] * 2:
-            raise ValueError(f"pixels are {found}, the image tokenizer expects {self.image_size} a side")
-
-
-def full_precision(features: Tensor) -> torch.autocast:
-    """No autocast while the nearest code is looked up: in bf16 43 % of a small tokenizer's codes became others, so 2 %."""
-    return torch.autocast(features.device.type, enabled=False)
-
-
-def small(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict to write: on the CPU, in float16 where that loses nothing in any tensor."""
-    state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    if all(torch.equal(value.half().float(), value) for value in state.values()):
-        return {name: value.half() for name, value in state.items()}
-    return state
-
-
-def check_fit(
-    image_tokenizer: ImageTokenizer, backbone: Any, *, image_tokenizer_path: str, backbone_path: str
-) -> None:
-    """Raise ValueError when an image tokenizer's codes are not those that a backbone predicts."""
-    expected = (backbone.num_tokens, tuple(backbone.factor_sizes))
-    found = (math.prod(image_tokenizer.grid), tuple(image_tokenizer.factor_sizes))
-    problem = None
-    if expected != found:
-        makes, predicts = (
-            f"{num} codes an image out of {' x '.join(map(str, sizes))}" for num, sizes in (found, expected)
-        )
-        problem = f"it makes {makes}, the backbone predicts {predicts}"
-    # LlamaGen's codebooks of both conditions have one shape.
-    made_for = getattr(image_tokenizer, "condition", None)
-    condition = getattr(getattr(backbone, "config", None), "condition", None)
-    if None not in (made_for, condition) and made_for != condition:
-        problem = f"it is that of the {made_for}-conditional models, the backbone is {condition}-conditional"
-    if problem:
-        raise ValueError(f"{image_tokenizer_path} is not the image tokenizer of {backbone_path}: {problem}")
+def file(name: str) -> ImageTokenizerFile:
+    """The file that defines an image tokenizer, imported."""
+    return cast(ImageTokenizerFile, importlib.import_module(f"{__name__}.{name}"))
 
 
 def section(settings: dict) -> Section:
     """Validate settings such as {"name": "janus_vq", "path": "FOLDER"}. Raises RecipeError."""
-    found, problems = named_section("image_tokenizer", settings)
-    if problems:
+    validated, problems = named_section("image_tokenizer", settings)
+    if validated is None or problems:
         raise RecipeError("; ".join(f"{key}: {text}" for key, text in problems))
-    return found
+    return validated
 
 
 def load(section: Section) -> ImageTokenizer:
@@ -104,19 +43,99 @@ def load(section: Section) -> ImageTokenizer:
 
     Raises ValueError or OSError, naming the path, when there is no such model or it does not fit.
     """
-    return importlib.import_module(f"mmtensorar.image_tokenizers.{section.name}").load(section)
+    return _file_of(section).load(section)
 
 
-# ---- pictures ------------------------------------------------------------------------------------
+def _file_of(section: Any) -> ImageTokenizerFile:
+    return file(section.name)
+
+
+def check_fit(
+    image_tokenizer: ImageTokenizer, backbone: Backbone, *, image_tokenizer_path: str, backbone_path: str
+) -> None:
+    """Raise ValueError when an image tokenizer's codes are not those that a backbone predicts."""
+    makes = (math.prod(image_tokenizer.grid), tuple(image_tokenizer.factor_sizes))
+    predicts = (backbone.num_tokens, tuple(backbone.factor_sizes))
+    problem = image_tokenizer.misfit(backbone)
+    if makes != predicts:
+        problem = f"it makes {_describe(*makes)}, the backbone predicts {_describe(*predicts)}"
+    if problem:
+        raise ValueError(f"{image_tokenizer_path} is not the image tokenizer of {backbone_path}: {problem}")
+
+
+def _describe(num_codes: int, factor_sizes: tuple[int, ...]) -> str:
+    return f"{num_codes} codes an image out of {' x '.join(map(str, factor_sizes))}"
+
+
+# ---- for the files -------------------------------------------------------------------------------
+
+
+class Frozen(nn.Module):
+    """Base of the image tokenizers: always in eval mode, for images of one size.
+
+    A subclass sets the attributes of ImageTokenizer, and defines encode, decode, official_tensors and
+    config_settings.
+    """
+
+    name: str
+    image_size: int
+
+    def freeze(self) -> None:
+        """Float32, eval mode, no gradients: to call at the end of the constructor."""
+        self.float().eval().requires_grad_(False)
+
+    def train(self, mode: bool = True):
+        """Stay in eval mode, also inside a model that trains."""
+        return super().train(False)
+
+    def check_size(self, pixels: Tensor) -> None:
+        """Raise ValueError unless pixels [B, 3, H, W] are image_size a side."""
+        if (size := list(pixels.shape[-2:])) != [self.image_size] * 2:
+            raise ValueError(f"pixels are {size}, the image tokenizer expects {self.image_size} a side")
+
+    def misfit(self, backbone: Backbone) -> str | None:
+        """See ImageTokenizer: equal codes are enough, unless a subclass knows better."""
+        return None
+
+    def official_tensors(self) -> dict[str, Tensor]:
+        """See ImageTokenizer."""
+        raise NotImplementedError
+
+    def config_settings(self) -> dict[str, Any]:
+        """The settings in config.json, without model_type."""
+        raise NotImplementedError
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors, in float16 where that loses nothing."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(shrink(self.official_tensors()), folder / WEIGHTS, metadata={"format": "pt"})
+        write_config(folder, self.name, self.config_settings())
+
+
+def full_precision(features: Tensor) -> torch.autocast:
+    """No autocast while the nearest code is looked up.
+
+    In bf16 43 % of a small tokenizer's codes became others; with this, 2 %.
+    """
+    return torch.autocast(features.device.type, enabled=False)
+
+
+def shrink(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict to write: on the CPU, in float16 where that loses nothing in any tensor."""
+    state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    if all(torch.equal(value.half().float(), value) for value in state.values()):
+        return {name: value.half() for name, value in state.items()}
+    return dict(state)
+
+
+# ---- images --------------------------------------------------------------------------------------
 
 
 def to_pixels(images: Sequence[Image.Image | np.ndarray]) -> Tensor:
     """B RGB images of one size, or [H, W, 3] uint8 -> [B, 3, H, W] in [-1, 1]."""
-    return (
-        torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float()
-        / 127.5
-        - 1
-    )
+    arrays = np.stack([np.asarray(image) for image in images])
+    return torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
@@ -126,7 +145,7 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
 
 
 def round_trip(
-    image_tokenizer: Any, images: Sequence[Image.Image], *, batch_size: int = 32
+    image_tokenizer: ImageTokenizer, images: Sequence[Image.Image], *, batch_size: int = 32
 ) -> Iterator[Image.Image]:
     """RGB images of the image tokenizer's size, encoded and decoded again, batch_size at a time."""
     device = next(image_tokenizer.parameters()).device
@@ -140,8 +159,13 @@ def round_trip(
 # ---- command lines -------------------------------------------------------------------------------
 
 
+def takes_image_size(name: str) -> bool:
+    """Whether the files of an image tokenizer may leave its image size open, so that a section gives it."""
+    return "image_size" in file(name).Config.model_fields
+
+
 def add_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """The options from which `from_arguments` loads an image tokenizer."""
+    """Add the options that `checkpoints.recognise.image_tokenizer_from_arguments` reads."""
     parser.add_argument(
         "--image-tokenizer",
         "--tokenizer",
@@ -150,33 +174,11 @@ def add_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> 
         help="its weights: folder, file or hub id",
     )
     known = ", ".join(known_names("image_tokenizer"))
-    parser.add_argument("--name", help=f"kind of image tokenizer, where its tensors do not tell: {known}")
+    parser.add_argument("--name", help=f"kind of image tokenizer, where its tensors do not show it: {known}")
     parser.add_argument(
         "--image-size",
         type=int,
         metavar="PIXELS",
-        help="pixels a side it works at, where its files do not tell (llamagen_vq)",
+        help="pixels a side of its images, where its files do not say (llamagen_vq)",
     )
-    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-
-
-def from_arguments(options: argparse.Namespace) -> tuple[ImageTokenizer, torch.device]:
-    """The image tokenizer that the options name, and the device it is on. Raises ValueError or OSError."""
-    device = devices.pick(options.device)
-    name = options.name
-    if name is None:
-        from mmtensorar import convert  # which knows all kinds by their tensors
-
-        name = convert.image_tokenizer_at(options.image_tokenizer, option="--name").kind
-    settings = {"name": name, "path": options.image_tokenizer}
-    loaded = None
-    if options.image_size is not None:
-        if "image_size" in importlib.import_module(f"mmtensorar.image_tokenizers.{name}").Config.model_fields:
-            settings["image_size"] = options.image_size
-        elif (loaded := load(section(settings))).image_size != options.image_size:
-            raise ValueError(
-                f"{options.image_tokenizer} works at {loaded.image_size} pixels, --image-size is {options.image_size}"
-            )
-    # In this memory layout 1.6 times as fast on CPU.
-    loaded = loaded or load(section(settings))
-    return loaded.to(device, memory_format=torch.channels_last), device
+    parser.add_argument("--device", help="default: cuda if there is a GPU, else cpu")

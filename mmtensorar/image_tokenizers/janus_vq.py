@@ -6,7 +6,7 @@ Shapes: B batch, H W pixels, T image tokens, C code width, V codebook size.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as functional
@@ -17,36 +17,44 @@ from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from mmtensorar.checkpoints import janus_deepseek
 from mmtensorar.checkpoints.released import (
-    Checkpoint,
+    ReleasedWeights,
     fill,
     hub_config,
     locate,
     read_config,
     weight_hash,
 )
-from mmtensorar.image_tokenizers import Frozen, full_precision, llamagen_vq, small
+from mmtensorar.image_tokenizers import Frozen, full_precision, llamagen_vq, shrink
 from mmtensorar.recipe import Section
 
-# Where the VQ model's tensors are in a whole Janus checkpoint.
+SIGNATURES = ()  # a file of its own always comes with config.json
+MODEL_TYPES = ("janus_vqgan",)
+ORIGINAL_KEY = None  # its authors publish it inside Janus only
+# Prefix of the VQ model's tensors in a complete Janus, in transformers' layout.
 INSIDE_JANUS = "model.vqmodel."
 
 
 class Config(Section):
-    """path: a folder or Hugging Face id, of a whole Janus (layout of transformers or DeepSeek) or of its VQ model."""
+    """The recipe's `image_tokenizer` section."""
 
     name: Literal["janus_vq"]
-    path: str = Field(min_length=1)
+    path: str = Field(
+        min_length=1,
+        description="folder or Hugging Face id, of a complete Janus (in transformers' or DeepSeek's layout) "
+        "or of its VQ model",
+    )
 
 
 class JanusVQ(Frozen):
-    """See mmtensorar.image_tokenizers.ImageTokenizer."""
+    """See mmtensorar.model.protocols.ImageTokenizer."""
 
     name = "janus_vq"
 
     def __init__(self, model: JanusVQVAE):
         super().__init__()
         side = model.config.num_patches
-        self.model = model.float().eval().requires_grad_(False)
+        self.model = model
+        self.freeze()
         self.grid = (side, side)
         self.image_size = side * 2 ** (len(model.config.channel_multiplier) - 1)
         self.factor_sizes = (model.config.num_embeddings,)
@@ -56,8 +64,8 @@ class JanusVQ(Frozen):
     def encode(self, pixels: Tensor) -> Tensor:
         """[B, 3, H, W] in [-1, 1] -> codes [B, T, 1] int64: the nearest row by angle.
 
-        transformers' own `encode` leaves out the normalisation that DeepSeek's has, and finds
-        other codes wherever the rows differ in length.
+        transformers' `encode` lacks the normalisation that DeepSeek's has, and gives other codes
+        wherever the rows differ in length.
         """
         self.check_size(pixels)
         features = self.model.quant_conv(self.model.encoder(pixels)).permute(0, 2, 3, 1)  # [B, h, w, C]
@@ -70,24 +78,28 @@ class JanusVQ(Frozen):
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """Codes [B, T, 1] -> [B, 3, H, W]; rows are normalised when they are looked up."""
-        return self.model.decode(codes[..., 0])
+        rows: Any = codes[..., 0]
+        return self.model.decode(rows)
 
     def vectors(self, codes: Tensor) -> Tensor:
-        """Codes [B, T, 1] -> [B, T, C] float32, the unit vectors that they stand for."""
+        """Codes [B, T, 1] -> [B, T, C] float32: their unit vectors."""
         return functional.normalize(self.model.quantize.embedding.weight, dim=-1)[codes[..., 0]]
+
+    def official_tensors(self) -> dict[str, Tensor]:
+        """Under transformers' names; see `janus_deepseek.vq_name` for DeepSeek's."""
+        return self.model.state_dict()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the VQ model alone, in float16 where that loses nothing."""
-        self.model.save_pretrained(folder, state_dict=small(self.model.state_dict()))
+        self.model.save_pretrained(folder, state_dict=shrink(self.model.state_dict()))
 
 
 def load(section: Config) -> JanusVQ:
     """See mmtensorar.image_tokenizers.load."""
     folder = locate(section.path, key="image_tokenizer.path")
-    settings = read_config(
-        folder, "janus", "janus_vqgan", janus_deepseek.MODEL_TYPE, key="image_tokenizer.path"
-    )
-    source, rename, prefix = Checkpoint(folder), str, ""
+    in_janus = ("janus", janus_deepseek.MODEL_TYPE)
+    settings = read_config(folder, *in_janus, *MODEL_TYPES, key="image_tokenizer.path")
+    source, rename, prefix = ReleasedWeights(folder), str, ""
     if settings["model_type"] == "janus":
         config, rename = hub_config(JanusConfig, settings, folder).vq_config, INSIDE_JANUS.__add__
         prefix = INSIDE_JANUS
@@ -97,7 +109,7 @@ def load(section: Config) -> JanusVQ:
     else:
         config = hub_config(JanusVQVAEConfig, settings, folder)
     model = JanusVQVAE(config)
-    # codebook_used: which codes training met, in the original's files.
+    # codebook_used is a record of the codes that training used, in the original's files.
     fill(
         model.state_dict(),
         source,
@@ -107,8 +119,8 @@ def load(section: Config) -> JanusVQ:
     return JanusVQ(model)
 
 
-def _deepseek_config(settings: dict, source: Checkpoint) -> JanusVQVAEConfig:
-    """DeepSeek's code holds the sizes of the VQ model, which is LlamaGen's; here its tensors tell them."""
+def _deepseek_config(settings: dict, source: ReleasedWeights) -> JanusVQVAEConfig:
+    """The VQ model is LlamaGen's. DeepSeek has its sizes in code, so here they are read from the tensors."""
     inside = {
         name.removeprefix(janus_deepseek.VQ): shape
         for name, shape in source.shapes.items()
@@ -117,9 +129,9 @@ def _deepseek_config(settings: dict, source: Checkpoint) -> JanusVQVAEConfig:
     sizes = llamagen_vq.inferred(inside, source.path)
     if sizes.encoder_ch_mult != sizes.decoder_ch_mult:
         raise ValueError(
-            f"{source.path}: the VQ model's encoder and decoder differ in width, which Janus's do not"
+            f"{source.path}: the VQ model's encoder and decoder have different widths; Janus has equal ones"
         )
-    return janus_deepseek.config(
+    config = janus_deepseek.config(
         settings,
         source.shapes,
         source.path,
@@ -127,4 +139,6 @@ def _deepseek_config(settings: dict, source: Checkpoint) -> JanusVQVAEConfig:
         channel_multiplier=sizes.encoder_ch_mult,
         num_res_blocks=sizes.num_res_blocks,
         latent_channels=sizes.z_channels,
-    ).vq_config
+    )
+    vq: Any = config.vq_config
+    return vq

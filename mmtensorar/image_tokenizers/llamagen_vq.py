@@ -1,71 +1,79 @@
-"""LlamaGen's VQ tokenizers, VQ-16 and VQ-8, written anew.
+"""LlamaGen's VQ tokenizers, VQ-16 and VQ-8, in code of our own.
 
-They compute what the original does (FoundationVision/LlamaGen at ce98ec4, tokenizer/tokenizer_image/vq_model.py) under
-its tensor names, and read its .pt files. The adversarial and quantiser losses are left out: the tokenizer is frozen.
+They compute what the original does (FoundationVision/LlamaGen at ce98ec4,
+tokenizer/tokenizer_image/vq_model.py) under its tensor names, and read its .pt files. The adversarial
+and quantiser losses are left out: the tokenizer is frozen.
 Shapes: B batch, H W pixels, h w code grid, T = h * w, C code width, V codebook size.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as functional
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmtensorar.checkpoints.released import (
-    WEIGHTS,
-    Checkpoint,
+    ReleasedWeights,
     fill,
     locate,
     parse_config,
     read_config,
     weight_hash,
 )
-from mmtensorar.image_tokenizers import Frozen, full_precision, small
+from mmtensorar.image_tokenizers import Frozen, full_precision
+from mmtensorar.model.protocols import Backbone
 from mmtensorar.recipe import Section
 
-# The order of the original's reconstruction and demo scripts; its sampling scripts know `model` only.
+SIGNATURES = ("encoder.conv_blocks.0.res.0.conv1.weight",)
+MODEL_TYPES = ("llamagen_vq",)
+ORIGINAL_KEY = "model"
+# The order of the original's reconstruction and demo scripts; its sampling scripts read `model` only.
 WRAPPERS = ("ema", "model", "state_dict")
-# Which models an official file belongs to stands in its name only.
+# Only an official file's name says for which backbones it was trained.
 OFFICIAL_FILE = re.compile(r"vq_ds\d+_(c2i|t2i)\.\w+")
-# A record of which codes training used, which no result depends on.
+# A record of the codes that training used; no result depends on it.
 USAGE = "quantize.codebook_used"
 
 
 class Config(Section):
-    """path: a .pt or .safetensors file with official names, or a folder or Hugging Face id with config.json.
-
-    image_size: pixels a side. A file alone does not tell it, so there it is required; elsewhere it is checked.
-    """
+    """The recipe's `image_tokenizer` section."""
 
     name: Literal["llamagen_vq"]
-    path: str = Field(min_length=1)
-    image_size: int | None = Field(None, ge=1)
+    path: str = Field(
+        min_length=1,
+        description=".pt or .safetensors file with official names, or folder or Hugging Face id with "
+        "config.json",
+    )
+    image_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="pixels a side; required for a file without config.json, otherwise checked",
+    )
 
 
 class Architecture(BaseModel):
-    """What config.json says. ch_mult: width of each level in units of ch, from the pixels down."""
+    """The sizes in config.json. *_ch_mult: width of each level in units of ch, from the pixels down."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    codebook_size: int = Field(16384, ge=1)
-    code_dim: int = Field(8, ge=1)
-    ch: int = Field(128, ge=1)
-    encoder_ch_mult: list[int] = Field([1, 1, 2, 2, 4], min_length=1)
-    decoder_ch_mult: list[int] = Field([1, 1, 2, 2, 4], min_length=1)
-    num_res_blocks: int = Field(2, ge=1)
-    z_channels: int = Field(256, ge=1)
+    codebook_size: int = Field(default=16384, ge=1)
+    code_dim: int = Field(default=8, ge=1)
+    ch: int = Field(default=128, ge=1)
+    encoder_ch_mult: list[int] = Field(default=[1, 1, 2, 2, 4], min_length=1)
+    decoder_ch_mult: list[int] = Field(default=[1, 1, 2, 2, 4], min_length=1)
+    num_res_blocks: int = Field(default=2, ge=1)
+    z_channels: int = Field(default=256, ge=1)
     l2_norm: bool = True
 
     @property
     def downsample(self) -> int:
+        """Pixels a side of one code."""
         return 2 ** (len(self.encoder_ch_mult) - 1)
 
 
@@ -134,7 +142,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution, with attention after each of them where attend is set, then the resampling."""
+    """Residual blocks of one resolution, each followed by attention if attend is set, then the resampling."""
 
     def __init__(self, inputs: int, outputs: int, num_blocks: int, *, attend: bool):
         super().__init__()
@@ -164,7 +172,7 @@ class Encoder(nn.Module):
         widths = [config.ch * factor for factor in config.encoder_ch_mult]
         self.conv_in = _conv(3, config.ch)
         self.conv_blocks = nn.ModuleList()
-        for index, (inputs, outputs) in enumerate(zip([config.ch, *widths], widths)):
+        for index, (inputs, outputs) in enumerate(zip([config.ch, *widths], widths, strict=False)):
             last = index == len(widths) - 1
             level = Level(inputs, outputs, config.num_res_blocks, attend=last)
             if not last:
@@ -182,7 +190,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """[B, z_channels, h, w] -> [B, 3, H, W]. conv_blocks.0 is the lowest resolution, the one with attention."""
+    """[B, z_channels, h, w] -> [B, 3, H, W]. conv_blocks.0 has the lowest resolution, and attention."""
 
     def __init__(self, config: Architecture):
         super().__init__()
@@ -190,7 +198,7 @@ class Decoder(nn.Module):
         self.conv_in = _conv(config.z_channels, widths[0])
         self.mid = _middle(widths[0])
         self.conv_blocks = nn.ModuleList()
-        for index, (inputs, outputs) in enumerate(zip([widths[0], *widths], widths)):
+        for index, (inputs, outputs) in enumerate(zip([widths[0], *widths], widths, strict=False)):
             level = Level(inputs, outputs, config.num_res_blocks + 1, attend=index == 0)
             if index < len(widths) - 1:
                 level.upsample = Upsample(outputs)
@@ -206,7 +214,7 @@ class Decoder(nn.Module):
 
 
 class Codebook(nn.Module):
-    """V rows; with l2_norm, rows and features are taken at unit length, whatever length they are stored at."""
+    """V rows. With l2_norm, rows and features are scaled to unit length before use."""
 
     def __init__(self, config: Architecture):
         super().__init__()
@@ -221,7 +229,7 @@ class Codebook(nn.Module):
         with full_precision(features):
             features = self._unit(features.float().flatten(2).mT)  # [B, T, C]
             rows = self._unit(self.embedding.weight)
-            # |f - r|^2 without |f|^2, which is the same for all rows.
+            # |f - r|^2 without |f|^2, which is equal for all rows.
             return (rows.square().sum(-1) - 2 * features @ rows.T).argmin(-1)
 
     def forward(self, codes: Tensor) -> Tensor:
@@ -254,9 +262,9 @@ class VQModel(nn.Module):
 
 
 class LlamaGenVQ(Frozen):
-    """See mmtensorar.image_tokenizers.ImageTokenizer.
+    """See mmtensorar.model.protocols.ImageTokenizer.
 
-    condition: of the backbones whose image tokenizer it is, class or text; None where nothing tells.
+    condition: for which LlamaGen backbones it was trained, class or text; None where no file says it.
     """
 
     name = "llamagen_vq"
@@ -265,7 +273,8 @@ class LlamaGenVQ(Frozen):
         super().__init__()
         self.condition = condition
         side = image_size // model.config.downsample
-        self.model = model.float().eval().requires_grad_(False)
+        self.model = model
+        self.freeze()
         self.image_size = image_size
         self.grid = (side, side)
         self.factor_sizes = (model.config.codebook_size,)
@@ -282,14 +291,25 @@ class LlamaGenVQ(Frozen):
         """Codes [B, T, 1] -> [B, 3, H, W]."""
         return self.model.decode(codes[..., 0].unflatten(1, self.grid))
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors, in float16 where that loses nothing."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        told = {"image_size": self.image_size} | ({"condition": self.condition} if self.condition else {})
-        settings = {"model_type": "llamagen_vq"} | told | self.model.config.model_dump()
-        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        save_file(small(self.model.state_dict()), folder / WEIGHTS, {"format": "pt"})
+    def misfit(self, backbone: Backbone) -> str | None:
+        """LlamaGen's codebooks for both conditions have one shape, and are not the same."""
+        if self.condition is None or backbone.name != "llamagen":
+            return None
+        condition = "class" if backbone.condition == "class" else "text"
+        if condition == self.condition:
+            return None
+        return (
+            f"it was trained for {self.condition}-conditional models, the backbone is {condition}-conditional"
+        )
+
+    def official_tensors(self) -> dict[str, Tensor]:
+        """See ImageTokenizer."""
+        return self.model.state_dict()
+
+    def config_settings(self) -> dict[str, Any]:
+        """See Frozen."""
+        condition = {"condition": self.condition} if self.condition else {}
+        return {"image_size": self.image_size, **condition, **self.model.config.model_dump()}
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -298,25 +318,26 @@ class LlamaGenVQ(Frozen):
 def load(section: Config) -> LlamaGenVQ:
     """See mmtensorar.image_tokenizers.load."""
     path = locate(section.path, key="image_tokenizer.path")
-    image_size, condition = section.image_size, None
+    image_size: int | None = section.image_size
+    condition: Any = None  # "class", "text" or None
     if path.is_dir():
-        settings = read_config(path, "llamagen_vq", key="image_tokenizer.path")
-        made_for, condition = settings.pop("image_size", None), settings.pop("condition", None)
+        settings = read_config(path, *MODEL_TYPES, key="image_tokenizer.path")
+        saved_size, condition = settings.pop("image_size", None), settings.pop("condition", None)
         if image_size is None:
-            image_size = made_for
-        elif made_for not in (None, image_size):
+            image_size = saved_size
+        elif saved_size not in (None, image_size):
             raise ValueError(
-                f"image_tokenizer.image_size is {image_size}, but {path} is for {made_for} pixels"
+                f"image_tokenizer.image_size is {image_size}, but {path} is for {saved_size} pixels"
             )
-        source, config = Checkpoint(path), parse_config(Architecture, settings, path)
+        source, config = ReleasedWeights(path), parse_config(Architecture, settings, path)
     else:
-        source = Checkpoint(path, WRAPPERS)
+        source = ReleasedWeights(path, WRAPPERS)
         config = inferred(source.shapes, path)
         if official := OFFICIAL_FILE.fullmatch(path.name):
             condition = {"c2i": "class", "t2i": "text"}[official[1]]
     if image_size is None:
         raise ValueError(
-            f"image_tokenizer.image_size: {path} does not tell its image size; expected pixels a side"
+            f"image_tokenizer.image_size: {path} does not say its image size; expected pixels a side"
         )
     if image_size % config.downsample:
         raise ValueError(
@@ -328,7 +349,10 @@ def load(section: Config) -> LlamaGenVQ:
 
 
 def inferred(shapes: Mapping[str, Sequence[int]], path: Path) -> Architecture:
-    """The architecture that official tensors (name -> shape) show; their codebooks are all normalised."""
+    """The architecture that the shapes of official tensors imply. Official codebooks are all normalised.
+
+    Raises ValueError naming path and the tensors that are missing.
+    """
     needed = [
         "quantize.embedding.weight",
         "encoder.conv_in.weight",
@@ -337,7 +361,7 @@ def inferred(shapes: Mapping[str, Sequence[int]], path: Path) -> Architecture:
     ]
     if missing := [name for name in needed if len(shapes.get(name, ())) < 2]:
         raise ValueError(
-            f"{path}: no LlamaGen tokenizer, for {', '.join(missing)} is missing; it has "
+            f"{path}: not a LlamaGen tokenizer: {', '.join(missing)} is missing; it has "
             f"{', '.join(sorted(shapes)[:10])}"
         )
     codebook_size, code_dim = shapes["quantize.embedding.weight"]
@@ -346,8 +370,8 @@ def inferred(shapes: Mapping[str, Sequence[int]], path: Path) -> Architecture:
     def widths(part: str) -> list[int]:
         """Output channels of each level, in the order of conv_blocks."""
         first = re.compile(rf"{part}\.conv_blocks\.(\d+)\.res\.0\.conv1\.weight")
-        found = {int(match[1]): shapes[name][0] for name in shapes if (match := first.fullmatch(name))}
-        return [found[index] for index in sorted(found)]
+        by_level = {int(match[1]): shapes[name][0] for name in shapes if (match := first.fullmatch(name))}
+        return [by_level[level] for level in sorted(by_level)]
 
     blocks = [
         name for name in shapes if re.fullmatch(r"encoder\.conv_blocks\.0\.res\.\d+\.conv1\.weight", name)

@@ -1,63 +1,62 @@
 """The lookup-free tokenizer of Open-MAGVIT2: every latent channel is one bit, 18 bits are a code.
 
-Written after the published description and the tensors of TencentARC/SEED-Voken (at b9a17ea); the names of the
-parameters are the released ones. Shapes: B batch, H W pixels, T image tokens, F factors, Z latent channels (bits),
-h w latent grid.
+Written from the published description and the tensors of TencentARC/SEED-Voken (at b9a17ea). The
+parameters have the released names.
+Shapes: B batch, H W pixels, T image tokens, F factors, Z latent channels (bits), h w latent grid.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as functional
 from pydantic import Field
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mmtensorar.checkpoints.released import (
-    WEIGHTS,
-    Checkpoint,
-    fill,
-    locate,
-    own_config,
-    weight_hash,
-)
-from mmtensorar.image_tokenizers import Frozen, small
+from mmtensorar.checkpoints.released import ReleasedWeights, fill, locate, saved_config, weight_hash
+from mmtensorar.image_tokenizers import Frozen
 from mmtensorar.recipe import Section
 
 MODEL_TYPE = "open_magvit2_lfq"
-# Where the tokenizer is in a checkpoint of the whole model.
+SIGNATURES = ("decoder.adaptive.0.gamma.weight",)
+MODEL_TYPES = (MODEL_TYPE,)
+ORIGINAL_KEY = "state_dict"
+# Prefix of the tokenizer's tensors in a file of the AR model.
 INSIDE_AR = "first_stage_model."
-# Exponential averages, in a tokenizer checkpoint beside the weights; the names behind it have lost their points.
+# Prefix of the exponential averages in a file of the tokenizer. The names after it have lost their dots.
 EMA = "model_ema."
 WRAPPERS = ("state_dict",)  # where Lightning puts the tensors
 NUM_GROUPS, NORM_EPS = 32, 1e-6
 
 
 class Config(Section):
-    """path: a folder we saved, or an official file: of the tokenizer, or of a whole AR model, which holds one.
+    """The recipe's `image_tokenizer` section.
 
-    ema: the averaged weights (True) or the raw ones; None takes the averaged ones where the file has them. Published
-    reconstruction scores use the averaged ones; the AR models were trained on the raw ones that their files hold.
+    Published reconstruction scores use the averaged weights. The AR models were trained on the raw ones, and
+    their files hold those.
     """
 
     name: Literal["open_magvit2_lfq"]
-    path: str = Field(min_length=1)
-    ema: bool | None = None
+    path: str = Field(
+        min_length=1,
+        description="folder that we saved, or official file of the tokenizer or of an AR model (inside it)",
+    )
+    ema: bool | None = Field(
+        default=None,
+        description="averaged weights (true) or raw ones (false); null: averaged if the file has them",
+    )
 
 
 class Architecture(Section):
-    """Sizes of a tokenizer; its config.json. ema: whether the weights beside it are averaged ones."""
+    """Sizes of a tokenizer; its config.json. ema: whether the saved weights are averaged ones."""
 
-    ch: int = Field(128, ge=1)
+    ch: int = Field(default=128, ge=1)
     ch_mult: tuple[int, ...]
-    num_res_blocks: int = Field(4, ge=1)
+    num_res_blocks: int = Field(default=4, ge=1)
     factorized_bits: tuple[int, ...] = (6, 12)
     image_size: int = Field(ge=1)
     ema: bool = False
@@ -72,7 +71,7 @@ class Architecture(Section):
         return 2 ** (len(self.ch_mult) - 1)
 
 
-# The official files carry no sizes; their number of levels tells the two released models apart.
+# The official files hold no sizes. Their number of levels distinguishes the two released models.
 RELEASED = {
     5: Architecture(
         ch_mult=(1, 1, 2, 2, 4), image_size=256
@@ -102,7 +101,7 @@ class EncoderLevel(nn.Module):
     def __init__(self, channels: int, out_channels: int, num_res_blocks: int, *, last: bool):
         super().__init__()
         self.block = _blocks(channels, out_channels, num_res_blocks)
-        # Padded on all sides, where other encoders of this family pad right and below only.
+        # Padded on all sides; other encoders of this family pad right and below only.
         self.downsample = None if last else nn.Conv2d(out_channels, out_channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -160,8 +159,8 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, C, 2h, 2w]."""
-        # The place in the 2 x 2 square is the slow part of the channel number; pixel_shuffle has it the fast part,
-        # and would give plausible wrong pictures.
+        # The position in the 2 x 2 square is the slow part of the channel number. In pixel_shuffle it is the
+        # fast part, which would give plausible wrong images.
         x = self.conv1(x).unflatten(1, (2, 2, -1))  # [B, row, column, C, h, w]
         return x.permute(0, 3, 4, 1, 5, 2).flatten(4, 5).flatten(2, 3)
 
@@ -179,12 +178,18 @@ class DecoderLevel(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents [B, Z, h, w] of -1 and 1 -> pixels [B, 3, H, W]. Levels are numbered by resolution, and run backwards."""
+    """Latents [B, Z, h, w] of -1 and 1 -> pixels [B, 3, H, W].
+
+    Levels are numbered from the highest resolution down, and run backwards.
+    """
 
     def __init__(self, config: Architecture):
         super().__init__()
         widths = [config.ch * mult for mult in config.ch_mult]
-        before = [*widths[1:], widths[-1]]  # what comes into a level: the width of the one above it
+        before = [
+            *widths[1:],
+            widths[-1],
+        ]  # input width of a level: the width of the level that runs before it
         self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
         self.mid_block = _blocks(widths[-1], widths[-1], config.num_res_blocks)
         self.adaptive = nn.ModuleList(AdaptiveGroupNorm(config.z_channels, width) for width in before)
@@ -212,9 +217,9 @@ def _blocks(channels: int, out_channels: int, count: int) -> nn.ModuleList:
 
 
 def latents_to_codes(latents: Tensor, factorized_bits: Sequence[int]) -> Tensor:
-    """Latents [B, Z, h, w] -> codes [B, T, F] int64: a channel above 0 is a 1 bit, the lowest bit comes first.
+    """Latents [B, Z, h, w] -> codes [B, T, F] int64.
 
-    Zero is the negative side.
+    A channel above 0 is a 1 bit, and 0 itself is a 0 bit. The lowest bit comes first.
     """
     bits = (latents > 0).flatten(2).transpose(1, 2).long()  # [B, T, Z]
     parts = bits.split(list(factorized_bits), dim=-1)
@@ -237,7 +242,7 @@ def codes_to_latents(codes: Tensor, factorized_bits: Sequence[int], grid: tuple[
 
 
 class LFQ(Frozen):
-    """See mmtensorar.image_tokenizers.ImageTokenizer."""
+    """See mmtensorar.model.protocols.ImageTokenizer."""
 
     name = "open_magvit2_lfq"
 
@@ -246,9 +251,10 @@ class LFQ(Frozen):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.float().eval().requires_grad_(False)
+        self.freeze()
         self.image_size = config.image_size
-        self.grid = (config.image_size // config.stride,) * 2
+        side = config.image_size // config.stride
+        self.grid = (side, side)
         self.factor_sizes = tuple(2**bits for bits in config.factorized_bits)
 
     @cached_property
@@ -266,31 +272,31 @@ class LFQ(Frozen):
         """Codes [B, T, F] -> [B, 3, H, W]."""
         return self.decoder(codes_to_latents(codes, self.config.factorized_bits, self.grid))
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the weights in use, in float16 where that loses nothing."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(small(self.state_dict()), folder / WEIGHTS, metadata={"format": "pt"})
-        settings = {"model_type": MODEL_TYPE} | self.config.model_dump()
-        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    def official_tensors(self) -> dict[str, Tensor]:
+        """Those in use, raw or averaged, under the names of the raw ones."""
+        return self.state_dict()
+
+    def config_settings(self) -> dict[str, Any]:
+        """See Frozen."""
+        return self.config.model_dump()
 
 
 def load(section: Config) -> LFQ:
     """See mmtensorar.image_tokenizers.load."""
     source = locate(section.path, key="image_tokenizer.path")
-    checkpoint = Checkpoint(source, WRAPPERS)
-    inside = INSIDE_AR if any(name.startswith(INSIDE_AR) for name in checkpoint.shapes) else ""
-    config = own_config(Architecture, source, MODEL_TYPE) or _released(checkpoint, inside)
-    has_ema = any(name.startswith(inside + EMA) for name in checkpoint.shapes)
+    weights = ReleasedWeights(source, WRAPPERS)
+    inside = INSIDE_AR if any(name.startswith(INSIDE_AR) for name in weights.shapes) else ""
+    config = saved_config(Architecture, source, MODEL_TYPE) or _released(weights, inside)
+    has_ema = any(name.startswith(inside + EMA) for name in weights.shapes)
     if section.ema is False and config.ema:
-        raise ValueError(f"image_tokenizer.ema is false, but {source} holds the averaged weights only")
+        raise ValueError(f"image_tokenizer.ema is false, but {source} holds only the averaged weights")
     if section.ema and not (has_ema or config.ema):
         raise ValueError(
             f"image_tokenizer.ema is true, but {source} has no averaged weights ({inside}{EMA}*)"
         )
 
     read_ema = has_ema and section.ema is not False
-    with torch.device("meta"):  # all is filled, so nothing need be drawn
+    with torch.device("meta"):  # every tensor is filled below, so none needs random values
         image_tokenizer = LFQ(config.model_copy(update={"ema": read_ema or config.ema}))
     image_tokenizer.to_empty(device="cpu")
 
@@ -299,20 +305,20 @@ def load(section: Config) -> LFQ:
 
     others = "model_ema|loss" + ("|encoder|decoder" if read_ema else "")
     ignore = re.compile(rf"{re.escape(inside)}({others})\." + (r"|transformer\." if inside else ""))
-    fill(image_tokenizer.state_dict(), checkpoint, official_name, ignore=ignore.match)
+    fill(image_tokenizer.state_dict(), weights, official_name, ignore=ignore.match)
     return image_tokenizer
 
 
-def _released(checkpoint: Checkpoint, inside: str) -> Architecture:
-    """The released model with as many levels as the checkpoint. Raises ValueError when there is none."""
+def _released(weights: ReleasedWeights, inside: str) -> Architecture:
+    """The released model with as many levels as the weights have. Raises ValueError when there is none."""
     start = f"{inside}encoder.down."
     levels = len(
-        {name.removeprefix(start).split(".")[0] for name in checkpoint.shapes if name.startswith(start)}
+        {name.removeprefix(start).split(".")[0] for name in weights.shapes if name.startswith(start)}
     )
     if levels not in RELEASED:
         raise ValueError(
-            f"image_tokenizer.path: {checkpoint.path} is no released Open-MAGVIT2 tokenizer (it has {levels} levels "
-            f"{start}*, expected {' or '.join(map(str, RELEASED))}), "
+            f"image_tokenizer.path: {weights.path} is not a released Open-MAGVIT2 tokenizer "
+            f"(it has {levels} levels {start}*, expected {' or '.join(map(str, RELEASED))}), "
             f"and has no config.json of model_type {MODEL_TYPE!r}"
         )
     return RELEASED[levels]

@@ -1,12 +1,18 @@
-"""What a prompt becomes on its way into the model. Shapes: B batch, P prefix, C width of a text feature, D width."""
+"""What a prompt becomes on its way into the model.
+
+Shapes: B batch, P prefix, C width of a text feature, D width.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+# token ids of a text tokenizer, features of a text encoder, or class numbers
+ConditionKind = Literal["tokens", "features", "class"]
 
 
 class Condition(NamedTuple):
@@ -27,4 +33,30 @@ class Prefix(NamedTuple):
     mask: Tensor  # [B, P] bool
 
 
-CaptionEncoder = Callable[[Sequence[str]], Condition]
+class FeatureIdentity(NamedTuple):
+    """What the text features of a caption depend on. Shards record the same of cached features."""
+
+    width: int | None  # C; None: any
+    max_tokens: int  # longer captions are cut
+    cleaning: str  # see mmtensorar.captions.cleaning.Cleaning
+    text_encoder: str  # path or hub id
+    weight_hash: str | None  # of the encoder's tensors; None where its files are not on this machine
+
+
+class CaptionEncoder(Protocol):
+    """Turns captions into a Condition on the CPU. Loader workers receive a pickled copy."""
+
+    kind: ConditionKind
+    num_classes: int | None  # for kind class
+
+    def __call__(self, captions: Sequence[Any]) -> Condition:
+        """B captions (class numbers, as str or int, for kind class) -> Condition. Raises ValueError."""
+        ...
+
+    def to(self, device: torch.device) -> None:
+        """Compute on this device, where there is something to compute. The result stays on the CPU."""
+        ...
+
+    def identity(self) -> FeatureIdentity | None:
+        """For kind features, what they depend on. Reads the encoder's weights where they are local."""
+        ...

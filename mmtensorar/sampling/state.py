@@ -120,7 +120,7 @@ class DecodeState:
 
     def rewind(self, step: int) -> None:
         """Drop what was fed from this step on from the cache."""
-        for layer in getattr(self.cache, "layers", self.cache):
+        for layer in self.cache.layers:
             layer.crop(self.prefix_len + step)
 
     def _to_rows(self, images: Tensor) -> Tensor:

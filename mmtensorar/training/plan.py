@@ -19,7 +19,6 @@ import argparse
 import math
 from collections.abc import Iterable
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -55,23 +54,9 @@ def meta_model(recipe: Recipe) -> tensorar.TensorAR:
     Raises ValueError when its sizes are known neither from its files nor from the
     recipe.
     """
-    section: Any = recipe.backbone
-    if getattr(section, "attn_implementation", "sdpa") != "sdpa":
-        # sdpa needs no GPU, and as much memory as flash-attn.
-        section = section.model_copy(update={"attn_implementation": "sdpa"})
-    try:
-        backbone = backbones.load(section, weights=False, device="meta", sizes_only=True)
-    except ValueError as error:
-        missing = [
-            f"backbone.{key}"
-            for key in ("size", "condition", "image_size")
-            if getattr(section, key, "") is None
-        ]
-        if missing and not Path(section.path).exists():
-            raise ValueError(
-                f"{error}; to plan a released model without its file, set {', '.join(missing)}"
-            ) from None
-        raise
+    # sdpa needs no GPU, and as much memory as flash-attn.
+    section = recipe.backbone.model_copy(update={"attn_implementation": "sdpa"})
+    backbone = backbones.load(section, weights=False, device="meta", sizes_only=True)
     model = tensorar.build(backbone, recipe.tensorar, loss=LossSettings.of(recipe.train)).to("meta")
     adapters.prepare(model, recipe.train, recipe.lora, seed=recipe.run.seed)
     return model
@@ -239,21 +224,12 @@ def example_inputs(model, rows: int, prompt_len: int | None = None) -> tuple[Ten
     """Codes, condition and uncond of `rows` samples; their values do not matter."""
     backbone, places = model.backbone, prompt_len or prompt_tokens(model)
     codes = torch.zeros(rows, backbone.num_tokens, len(backbone.factor_sizes), dtype=torch.long)
-    config = getattr(backbone, "config", None)
-    if getattr(config, "condition", None) == "text":
-        values = torch.zeros(rows, places, config.caption_dim)
-    else:
-        values = torch.zeros(rows, places, dtype=torch.long)
-    return (
-        codes,
-        Condition(values, torch.ones(rows, places, dtype=torch.bool)),
-        torch.zeros(rows, dtype=torch.bool),
-    )
+    return codes, backbone.example_condition(rows, places), torch.zeros(rows, dtype=torch.bool)
 
 
 def prompt_tokens(model) -> int:
     """Places of a prompt: the backbone's own number where it is fixed."""
-    return getattr(getattr(model.backbone, "config", None), "prefix_len", PROMPT_TOKENS)
+    return model.backbone.prefix_len or PROMPT_TOKENS
 
 
 # ---- FLOPs ---------------------------------------------------------------------------------------

@@ -154,9 +154,8 @@ def check_fit(recipe: Recipe, image_tokenizer: Any, model: Any) -> None:
 def print_model(recipe: Recipe, model: Any) -> None:
     """On rank 0, print what is trained, and by which implementation of attention."""
     print_on_first(adapters.table(model))
-    attention = getattr(recipe.backbone, "attn_implementation", None)
-    if attention is not None:
-        print_on_first(f"attention: {attention}")
+    backbone: Any = recipe.backbone
+    print_on_first(f"attention: {backbone.attn_implementation}")
 
 
 def print_changes(recipe: Recipe, start_step: int) -> None:
@@ -222,5 +221,5 @@ def export(run: TrainingRun, folder: Path) -> None:
     if state_dict is not None and with_adapters:
         model_folder.save_adapters(folder, recipe, state_dict, step=step)
     elif state_dict is not None:
-        model_folder.save(folder, None, recipe, state_dict=state_dict, step=step)
+        model_folder.save_state_dict(folder, state_dict, recipe, step=step)
     barrier()

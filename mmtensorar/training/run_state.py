@@ -323,7 +323,7 @@ def _check_files(folder: Path, target: Path, recorded: dict, rank: int, world_si
             problem = "is not the file that was written" if path.is_file() else "is missing"
             raise ValueError(
                 f"cannot resume {folder.parent}: the run state {target} is damaged ({name} {problem}); "
-                + sharded_state.way_out(folder, target.name)
+                + sharded_state.recovery_hint(folder, target.name)
             )
 
 

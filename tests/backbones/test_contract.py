@@ -5,17 +5,26 @@ A new file needs a tiny model in TINY_BACKBONES or TINY_IMAGE_TOKENIZERS below; 
 
 import copy
 import importlib
+import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
 from torch import nn
 
 import mmtensorar
-from mmtensorar.image_tokenizers import ImageTokenizer
-from mmtensorar.model.conditions import Condition
-from mmtensorar.model.protocols import Backbone
+from mmtensorar.captions.encoders import ClassNumbers, T5Features
+from mmtensorar.model.conditions import CaptionEncoder, Condition
+from mmtensorar.model.protocols import (
+    Backbone,
+    BackboneConfig,
+    BackboneFile,
+    ImageTokenizer,
+    ImageTokenizerFile,
+)
 from mmtensorar.model.windows import slide
 from mmtensorar.recipe import SamplerSettings, Section
 from mmtensorar.sampling.decode import decode
@@ -95,46 +104,80 @@ def image_tokenizer(request) -> nn.Module:
     return TINY_IMAGE_TOKENIZERS[request.param]()
 
 
-def check_protocol(model: nn.Module, protocol: type) -> None:
-    """Every attribute that the protocol annotates, of its kind, and every method it defines."""
-    assert isinstance(model, nn.Module)
+def is_a(value, kind) -> bool:
+    """Whether a value is of an annotated type, as far as protocols here use them."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return True
+    if origin in (Union, UnionType):
+        return any(is_a(value, argument) for argument in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin is tuple:
+        return isinstance(value, tuple) and all(is_a(item, arguments[0]) for item in value)
+    if origin is type:
+        return isinstance(value, type) and issubclass(value, arguments[0])
+    if origin is Callable or kind is Callable:
+        return callable(value)
+    return isinstance(value, origin or kind)
+
+
+def check_protocol(subject, protocol: type) -> None:
+    """Every attribute that the protocol annotates, of its type, and every method that it defines."""
     hints = get_type_hints(protocol)
     assert hints, "a protocol without attributes would prove nothing"
     for name, kind in hints.items():
-        value = getattr(model, name)
-        if get_origin(kind) is Union:
-            assert any(
-                value in get_args(part) if get_origin(part) is Literal else isinstance(value, part)
-                for part in get_args(kind)
-            )
-            continue
-        assert isinstance(value, get_origin(kind) or kind), name
-        if get_origin(kind) is tuple:
-            assert value and all(isinstance(item, get_args(kind)[0]) for item in value), name
+        assert hasattr(subject, name), name
+        assert is_a(getattr(subject, name), kind), name
     for name, value in vars(protocol).items():
         if callable(value) and not name.startswith("_"):
-            assert callable(getattr(model, name)), name
+            assert callable(getattr(subject, name, None)), name
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", files("backbones"))
+def test_a_backbone_file_has_the_names_of_the_protocol(name):
+    """And its Config has what every backbone's section has, with a default that runs everywhere."""
+    file = importlib.import_module(f"mmtensorar.backbones.{name}")
+    check_protocol(file, BackboneFile)
+    fields = file.Config.model_fields
+    assert issubclass(file.Config, BackboneConfig) and fields["name"].annotation == Literal[name]
+    assert fields["attn_implementation"].default == "sdpa" and fields["path"].is_required()
+    assert file.IMAGE_TOKENIZER in files("image_tokenizers")
+    section = file.Config(name=name, path="x").at("there")
+    assert isinstance(section, file.Config) and section.path == "there"
+
+
+@pytest.mark.parametrize("name", files("image_tokenizers"))
+def test_an_image_tokenizer_file_has_the_names_of_the_protocol(name):
+    file = importlib.import_module(f"mmtensorar.image_tokenizers.{name}")
+    check_protocol(file, ImageTokenizerFile)
+    assert issubclass(file.Config, Section)
+    assert file.Config.model_fields["name"].annotation == Literal[name]
+
+
+@pytest.mark.parametrize("attribute", ["SIGNATURES", "MODEL_TYPES"])
+def test_no_two_files_claim_the_same_release(attribute):
+    """Else conversion would recognise one as the other."""
+    claims = [
+        claim
+        for folder in ("backbones", "image_tokenizers")
+        for name in files(folder)
+        for claim in getattr(importlib.import_module(f"mmtensorar.{folder}.{name}"), attribute)
+    ]
+    assert len(claims) == len(set(claims))
 
 
 # ---- backbones -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "folder, functions", [("backbones", ["caption_encoder", "unread"]), ("image_tokenizers", [])]
-)
-def test_every_file_has_its_config_and_load(folder, functions):
-    """A recipe's `name` is the file's, and finds these in it."""
-    for name in files(folder):
-        module = importlib.import_module(f"mmtensorar.{folder}.{name}")
-        assert issubclass(module.Config, Section), name
-        assert module.Config.model_fields["name"].annotation == Literal[name], name
-        assert all(callable(getattr(module, function, None)) for function in ["load", *functions]), name
 
 
 @torch.no_grad()
 def test_a_backbone_has_the_parts_of_the_protocol(tiny):
     """Attributes of the right kinds, and modules that take and give the shapes that the protocol says."""
     backbone, condition = tiny
+    assert isinstance(backbone, nn.Module)
     check_protocol(backbone, Backbone)
     B, T, D = 3, backbone.num_tokens, backbone.dim
     codes, prefix = random_codes(backbone), backbone.prefix(condition, UNCOND)
@@ -153,6 +196,44 @@ def test_a_backbone_has_the_parts_of_the_protocol(tiny):
         halves = backbone.head.output_maps[factor](backbone.head.states(hidden[:, P - 1 :, None], prev))
         assert torch.equal(halves, logits)
     assert len(backbone.head.output_maps) == len(backbone.factor_sizes)
+
+
+@torch.no_grad()
+def test_the_example_condition_is_one_that_the_prefix_takes(tiny):
+    """Plans run the model on it: of the kind that the backbone declares, and of its length."""
+    backbone = tiny.backbone
+    example = backbone.example_condition(3, 5)
+    assert example.values.dtype == tiny.condition.values.dtype
+    assert example.values.is_floating_point() == (backbone.condition == "features")
+    assert example.mask.shape == (3, backbone.prefix_len or 5)
+    assert backbone.prefix(example, UNCOND).embeds.shape == (*example.mask.shape, backbone.dim)
+
+
+def test_what_a_backbone_declares_is_usable(tiny):
+    """Adapter targets are linear maps, the sampler settings are known ones."""
+    linear = [name for name, part in tiny.backbone.named_modules() if isinstance(part, nn.Linear)]
+    assert any(re.fullmatch(tiny.backbone.lora_targets, name) for name in linear)
+    SamplerSettings(**tiny.backbone.default_sampling)
+
+
+def test_a_backbone_is_itself_after_a_round_trip(tiny, tmp_path):
+    """Through `save_pretrained` and `load`; and its tensors one by one, for what does not fit into memory."""
+    backbone = tiny.backbone
+    backbone.save_pretrained(tmp_path)
+    file = importlib.import_module(f"mmtensorar.backbones.{backbone.name}")
+    section = file.Config(name=backbone.name, path=str(tmp_path))
+    expected = backbone.state_dict()
+    loaded, weights = file.load(section), file.lazy_weights(section)
+    weights.check()
+    assert loaded.state_dict().keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(loaded.state_dict()[name], value) and torch.equal(weights.value(name), value), name
+    saved = {weights.saved_name(name) for name in expected}
+    assert saved == {name for name, _ in weights.tensors()}
+    (tmp_path / "empty").mkdir()
+    backbone.save_config(tmp_path / "empty")
+    config = "config.json"
+    assert (tmp_path / "empty" / config).read_text() == (tmp_path / config).read_text()
 
 
 @torch.no_grad()
@@ -235,10 +316,19 @@ def test_every_trainable_parameter_gets_a_gradient(tiny):
     assert trainable and not [name for name, gradient in trainable if gradient is None or not gradient.any()]
 
 
+@pytest.mark.parametrize("encoder", [ClassNumbers(5), T5Features("x", num_slots=4, dim=6, cleaning="none")])
+def test_a_caption_encoder_has_the_parts_of_the_protocol(encoder):
+    """Data and generation ask these, whatever the class."""
+    check_protocol(encoder, CaptionEncoder)
+    encoder.to(torch.device("cpu"))
+    assert (encoder.identity() is None) == (encoder.kind != "features")
+
+
 # ---- image tokenizers ----------------------------------------------------------------------------
 
 
 def test_an_image_tokenizer_has_the_parts_of_the_protocol(image_tokenizer):
+    assert isinstance(image_tokenizer, nn.Module)
     check_protocol(image_tokenizer, ImageTokenizer)
     assert image_tokenizer.name in TINY_IMAGE_TOKENIZERS
 

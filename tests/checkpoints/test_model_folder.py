@@ -47,7 +47,7 @@ def saved(bench):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.01)
-    model_folder.save(bench / "model", None, recipe, state_dict=model.state_dict(), step=7)
+    model_folder.save_state_dict(bench / "model", model.state_dict(), recipe, step=7)
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
@@ -115,7 +115,7 @@ def test_init_from_needs_nothing_else(bench, saved):
     assert Path(started.backbone.path) == bench / "model" / "backbone"
     assert model_folder.starting(started) == started, "a continued run reads this recipe and compares"
     assert model_folder.starting(make(bench, 3)) == make(bench, 3)
-    with pytest.raises(ValueError, match=r"no checkpoint at .*gone: expected checkpoint\.json"):
+    with pytest.raises(ValueError, match=r"no model folder at .*gone: expected checkpoint\.json"):
         model_folder.starting(make(bench, 3, init_from=str(bench / "gone")))
 
 
@@ -123,9 +123,7 @@ def test_init_from_a_damaged_folder_is_refused(bench, saved, tmp_path):
     """Otherwise a training run of days would start from spoilt weights."""
     shutil.copytree(bench / "model", tmp_path / "model")
     damage(tmp_path / "model" / "backbone" / "model.safetensors")
-    with pytest.raises(
-        ValueError, match=r"checkpoint .*: backbone/model\.safetensors is damaged, its sha256 is"
-    ):
+    with pytest.raises(ValueError, match=r"backbone/model\.safetensors is damaged"):
         model_folder.initial_model(make(bench, 3, init_from=str(tmp_path / "model")))
 
 
@@ -153,7 +151,7 @@ def test_a_saved_backbone_keeps_its_text_tokenizer(bench, saved):
 
 
 def test_absent_folder_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"no checkpoint at .*nowhere: expected checkpoint\.json"):
+    with pytest.raises(ValueError, match=r"no model folder at .*nowhere: expected checkpoint\.json"):
         model_folder.load(tmp_path / "nowhere")
 
 
@@ -170,14 +168,14 @@ def test_damage_is_named(bench, saved, tmp_path):
 
 def test_other_format_is_refused(tmp_path):
     (tmp_path / model_folder.INDEX).write_text(json.dumps({"format": 99}))
-    with pytest.raises(ValueError, match="format 99, expected 1"):
+    with pytest.raises(ValueError, match=r"checkpoint\.json: .*format 99, expected 1"):
         model_folder.load(tmp_path)
 
 
 def test_a_folder_that_is_no_checkpoint_is_not_replaced(bench, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="is not a checkpoint"):
-        model_folder.save(tmp_path, None, make(bench, 3), state_dict={})
+    with pytest.raises(ValueError, match="is not a model folder"):
+        model_folder.save_state_dict(tmp_path, {}, make(bench, 3))
     assert (tmp_path / "thesis.txt").is_file()
 
 
@@ -213,8 +211,8 @@ def test_the_other_backbones_are_read_tensor_by_tensor_too(tmp_path, name):
     backbone.save_pretrained(tmp_path / "backbone")
     module = importlib.import_module(f"mmtensorar.backbones.{name}")
     section = module.Config(name=name, path=str(tmp_path / "backbone"))
-    whole, unread = backbones.load(section), backbones.unread(section)
-    with released.without_values():
+    whole, unread = backbones.load(section), backbones.lazy_weights(section)
+    with released.meta_parameters():
         skeleton = backbones.load(section, weights=False)
     assert all(parameter.is_meta for parameter in skeleton.parameters())
     assert equal({key: unread.value(key) for key in skeleton.state_dict()}, whole.state_dict())

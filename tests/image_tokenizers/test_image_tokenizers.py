@@ -67,7 +67,7 @@ def test_the_round_trip_is_side_by_side_with_its_psnr(vq, tmp_path, capsys):
     assert (np.asarray(right) == np.asarray(made)).all()
     assert lines[0] == f"{out / 'a.roundtrip.png'}: PSNR {command.psnr(left, right):.2f} dB"
     assert lines[1] == f"{tmp_path / 'wide.webp'}: 20x10, resized and cut to the centre 8x8"
-    assert lines[3].startswith("mean PSNR ") and lines[3].endswith(" dB of 2 pictures")
+    assert lines[3].startswith("mean PSNR ") and lines[3].endswith(" dB of 2 images")
 
 
 def test_mistakes_are_sentences(vq, tmp_path, capsys):
@@ -84,7 +84,7 @@ def test_mistakes_are_sentences(vq, tmp_path, capsys):
     out = tmp_path / "out"
     assert "text.png: unreadable image (not a JPEG" in sentence(vq, out, tmp_path / "text.png")
     assert "gone.png" in sentence(vq, out, tmp_path / "gone.png")
-    assert "two pictures are called a" in sentence(vq, out, tmp_path / "a.png", tmp_path / "more" / "a.jpg")
+    assert "two images are called a" in sentence(vq, out, tmp_path / "a.png", tmp_path / "more" / "a.jpg")
     assert "--image-tokenizer: no folder ./none" in sentence("./none", out, tmp_path / "a.png")
     assert "image_size is 16, but" in sentence(vq, out, tmp_path / "a.png", "--image-size", "16")
     assert "device is 'tpu9'" in sentence(vq, out, tmp_path / "a.png", "--device", "tpu9")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmtensorar import backbones
 from mmtensorar.backbones import llamagen
-from mmtensorar.checkpoints.released import Checkpoint, fill
+from mmtensorar.checkpoints.released import ReleasedWeights, fill, write_config
 from mmtensorar.image_tokenizers import llamagen_vq
 from mmtensorar.model import layers
 from mmtensorar.model.conditions import Condition
@@ -88,7 +88,7 @@ def load_gpt(config: dict, weights: dict[str, Tensor]) -> TensorAR:
         norm_eps=config["norm_eps"],
     )
     with tempfile.TemporaryDirectory() as folder:
-        llamagen.write_config(architecture, Path(folder))
+        write_config(Path(folder), llamagen.MODEL_TYPE, architecture.model_dump())
         save_file(weights, Path(folder) / "model.safetensors")
         backbone = backbones.load(llamagen.Config(name="llamagen", path=folder))
     return TensorAR(backbone, None, None, FixedSchedule("none"), offset_weights=[1.0]).eval()
@@ -224,7 +224,7 @@ def load_vq(config: dict, weights: dict[str, Tensor]) -> llamagen_vq.VQModel:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "vq.pt"
         torch.save({"model": weights}, path)
-        source = Checkpoint(path, llamagen_vq.WRAPPERS)
+        source = ReleasedWeights(path, llamagen_vq.WRAPPERS)
         fill(model.state_dict(), source, ignore=lambda name: name == llamagen_vq.USAGE)
     return model.eval()
 

@@ -134,7 +134,7 @@ def test_a_checkpoint_that_is_not_whole_says_what_to_do(make):
     saver.save(2, {}, None, CPU)
     path = saver.folder / "step_000002" / sharded_state.STATE
     path.write_text("{")
-    with pytest.raises(ValueError, match="damaged: write step_000001 into .+latest to go on from there"):
+    with pytest.raises(ValueError, match="damaged.*write step_000001 into .+latest"):
         sharded_state.latest(saver.folder)
     path.unlink()
     with pytest.raises(ValueError, match="is missing: write step_000001 into"):
