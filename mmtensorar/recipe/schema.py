@@ -197,7 +197,9 @@ class Optim(Section):
         description="largest norm of the gradient, which is scaled down to it; 0 is off",
         on_resume=True,
     )
-    warmup_steps: int = setting(0, ge=0, description="steps over which the learning rate rises from 0")
+    warmup_steps: int = setting(
+        0, ge=0, description="steps over which the learning rate rises to its highest"
+    )
     final_lr_ratio: float = setting(
         0.1,
         ge=0,

@@ -80,6 +80,7 @@ class Section(BaseModel):
 # ---- types in words ------------------------------------------------------------------------------
 
 _WORDS = {int: "an integer", float: "a number", str: "text", bool: "true or false", NoneType: "null"}
+_SETTINGS = "settings (key: value)"
 _SIGNS = {Ge: ">=", Gt: ">", Le: "<=", Lt: "<"}
 
 
@@ -99,12 +100,17 @@ def type_in_words(kind: Any, bounds: Any = ()) -> str:
         return " or ".join(inner)
     if origin is Literal:
         words = " or ".join(map(repr, arguments))
+    elif origin is list and get_origin(arguments[0]) is Literal:
+        words = f"a list of any of {', '.join(map(repr, get_args(arguments[0])))}"
     elif origin in (list, tuple):
         count = f"{len(arguments)} " if origin is tuple else ""
         noun, *rest = type_in_words(arguments[0]).removeprefix("a ").removeprefix("an ").split(" ")
         words = " ".join([f"a list of {count}{noun}s", *rest])
+    elif origin is dict:
+        value = type_in_words(arguments[-1])
+        words = value if value == _SETTINGS else f"settings (key: {value})"
     else:
-        words = _WORDS.get(origin, "settings (key: value)")
+        words = _WORDS.get(origin, _SETTINGS)
     return words + _bounds_in_words(bounds)
 
 
