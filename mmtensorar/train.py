@@ -35,7 +35,6 @@ from mmtensorar.model import adapters
 from mmtensorar.processes import hold, leave  # noqa: E402
 from mmtensorar.recipe import Recipe  # noqa: E402
 from mmtensorar.sampling.decode import decode
-from mmtensorar.sampling.settings import per_factor
 from mmtensorar.sampling.trace import revised_per_offset
 from mmtensorar.training import engine as deep  # noqa: E402
 from mmtensorar.training import plan, run_state  # noqa: E402
@@ -200,7 +199,7 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> int:
     paths = dict(image_tokenizer_path=recipe.image_tokenizer.path, backbone_path=recipe.backbone.path)
     image_tokenizers.check_fit(image_tokenizer, backbone, **paths)
     # Settings per factor are checked now, not at the first sample grid or by whoever loads the finished model.
-    per_factor(recipe.sampler, num_factors)
+    recipe.sampler.per_factor(num_factors)
 
     if bool(recipe.train.sample_every) != bool(recipe.train.sample_prompts):
         say(

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmtensorar.model.categorical import invert_cdf
 from mmtensorar.model.conditions import Condition
 from mmtensorar.model.tensorar import TensorAR
 from mmtensorar.recipe import SamplerSettings
