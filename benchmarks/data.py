@@ -32,14 +32,8 @@ import webdataset as wds
 from PIL import Image
 
 from mmtensorar.data import loader
-from mmtensorar.data.shards import (
-    Codes,
-    Manifest,
-    Sample,
-    encode_codes,
-    iterate_shard,
-    write_tar,
-)
+from mmtensorar.data.members import encode_codes
+from mmtensorar.data.shards import Codes, Manifest, Sample, iterate_shard, write_tar
 from mmtensorar.model.conditions import Condition
 from mmtensorar.recipe import Data, Run, Train
 

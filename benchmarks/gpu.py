@@ -1,9 +1,11 @@
 """What a CUDA card does with this code: python benchmarks/gpu.py [--size 1b]
 
-Weights are random, of the released models' shapes. Times are by CUDA events, memory is PyTorch's peak of allocated bytes, MFU is
-against a bfloat16 matrix product measured first. A part that fails (for want of memory, say) is a line that says so. Parts still
-to come after --minutes are left out, and named. On a machine without a GPU only `--size tiny` runs, which times nothing that
-matters: it shows that the script itself works.
+Weights are random, of the released models' shapes. Times are measured by CUDA events,
+memory is PyTorch's peak of allocated bytes, MFU is relative to a bfloat16 matrix product
+measured first. A part that fails (for example for lack of memory) prints a line with its
+error. Parts that have not started after --minutes are skipped, and named. On a machine
+without a GPU only `--size tiny` runs; its times mean nothing, it shows that the script
+itself works.
 """
 
 from __future__ import annotations
@@ -16,40 +18,59 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch  # noqa: E402
-from transformers import JanusConfig  # noqa: E402
+import torch
+from transformers import JanusConfig
 
-from benchmarks import loss_memory  # noqa: E402
+from benchmarks import loss_memory
 from mmtensorar.backbones import janus
-from mmtensorar.image_tokenizers import janus_vq  # noqa: E402
-from mmtensorar.model import tensorar  # noqa: E402
-from mmtensorar.model.codec import WindowDecoder  # noqa: E402
-from mmtensorar.model.conditions import Condition  # noqa: E402
-from mmtensorar.recipe import Recipe, SamplerSettings  # noqa: E402
-from mmtensorar.sampling.decode import decode  # noqa: E402
+from mmtensorar.image_tokenizers import janus_vq
+from mmtensorar.model import tensorar
+from mmtensorar.model.codec import WindowDecoder
+from mmtensorar.model.conditions import Condition
+from mmtensorar.recipe import Recipe, SamplerSettings
+from mmtensorar.sampling.decode import decode
 from mmtensorar.training import plan
-from mmtensorar.training.run_log import Stopwatch, matmul_rate  # noqa: E402
+from mmtensorar.training.stopwatch import Stopwatch, matmul_rate
 
 MIB = 2**20
 PROMPT_LEN = 32
 TINY = {
     "text_config": {
-        "model_type": "llama", "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "pad_token_id": 0,
+        "model_type": "llama",
+        "vocab_size": 64,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "pad_token_id": 0,
     },
     "vision_config": {
-        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 64, "patch_size": 16, "projection_dim": 64,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "image_size": 64,
+        "patch_size": 16,
+        "projection_dim": 64,
     },
     "vq_config": {
-        "embed_dim": 8, "num_embeddings": 128, "latent_channels": 8, "base_channels": 32, "channel_multiplier": [1],
-        "num_res_blocks": 1, "image_token_embed_dim": 64, "projection_dim": 64,
+        "embed_dim": 8,
+        "num_embeddings": 128,
+        "latent_channels": 8,
+        "base_channels": 32,
+        "channel_multiplier": [1],
+        "num_res_blocks": 1,
+        "image_token_embed_dim": 64,
+        "projection_dim": 64,
     },
-}  # fmt: skip
+}
 
 
 class Bench(NamedTuple):
@@ -59,7 +80,7 @@ class Bench(NamedTuple):
     batch: int
 
     def peak(self) -> str:
-        """The most memory since `reset`, in words."""
+        """The most memory since `reset`, as text."""
         return (
             f"{torch.cuda.max_memory_allocated() / MIB:,.0f} MiB"
             if self.device.type == "cuda"
@@ -72,14 +93,14 @@ class Bench(NamedTuple):
             torch.cuda.reset_peak_memory_stats()
 
     def milliseconds(self, work: Callable[[], object], times: int) -> float:
-        """The fastest of some runs, after one that warms up."""
-        found = []
+        """The fastest of some runs, after a warm-up run."""
+        laps = []
         for _ in range(times + 1):
             watch = Stopwatch(self.device)
             work()
             watch.lap("work")
-            found.append(1000 * watch.seconds()["work"])
-        return min(found[1:])
+            laps.append(1000 * watch.seconds()["work"])
+        return min(laps[1:])
 
     def backbone(self, attention: str) -> janus.JanusBackbone:
         torch.manual_seed(0)
@@ -94,7 +115,7 @@ class Bench(NamedTuple):
         codes = torch.randint(vq.num_embeddings, (rows, vq.num_patches**2, 1), generator=generator)
         ids = torch.randint(1, min(60, words), (rows, PROMPT_LEN), generator=generator)
         mask = torch.arange(PROMPT_LEN) >= torch.arange(rows)[:, None] % PROMPT_LEN
-        condition = Condition(ids.to(self.device), mask.to(self.device))
+        condition = Condition(ids, mask).to(self.device)
         return codes.to(self.device), condition, torch.zeros(rows, dtype=torch.bool, device=self.device)
 
     def recipe(self, folder: Path, window: int, attention: str) -> Recipe:
@@ -111,7 +132,7 @@ class Bench(NamedTuple):
 
 
 def parity(bench: Bench, attention: str) -> str:
-    """Hidden states of a few layers in bfloat16 beside the same in float32 on the CPU."""
+    """Hidden states of a few layers in bfloat16, compared with float32 on the CPU."""
     config = copy.deepcopy(bench.config)
     config.text_config.num_hidden_layers = 2
     small = bench._replace(config=config, device=torch.device("cpu"))
@@ -120,8 +141,7 @@ def parity(bench: Bench, attention: str) -> str:
 
     @torch.no_grad()
     def states(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        moved = Condition(*(part.to(device) for part in condition))
-        prefix = model.prefix(moved, uncond.to(device))
+        prefix = model.prefix(condition.to(device), uncond.to(device))
         embeds = torch.cat([prefix.embeds, model.embed(codes.to(device))], dim=1).to(dtype)
         mask = torch.cat([prefix.mask, prefix.mask.new_ones(codes.shape[:2])], dim=1)
         return model(embeds, mask)[:, PROMPT_LEN:].float().cpu()
@@ -130,9 +150,10 @@ def parity(bench: Bench, attention: str) -> str:
     model = small.backbone(attention).eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16()
-    found = states(model.to(bench.device), bench.device, torch.bfloat16)
-    apart = ((found - expected).norm() / expected.norm()).item()
-    return f"relative difference {apart:.4f}" + (" (too much: expected below 0.02)" if apart > 0.02 else "")
+    rounded = states(model.to(bench.device), bench.device, torch.bfloat16)
+    difference = ((rounded - expected).norm() / expected.norm()).item()
+    verdict = " (too large: expected below 0.02)" if difference > 0.02 else ""
+    return f"relative difference {difference:.4f}{verdict}"
 
 
 def loss(bench: Bench, window: int) -> str:
@@ -144,9 +165,12 @@ def loss(bench: Bench, window: int) -> str:
     with torch.device(bench.device):
         decoder = WindowDecoder(sizes.dim, window, num_heads=4) if window > 1 else None
         model = tensorar.TensorAR(
-            loss_memory.HeadOnly(sizes), torch.nn.Identity() if window > 1 else None, decoder, lambda *_: None,
+            loss_memory.HeadOnly(sizes),
+            torch.nn.Identity() if window > 1 else None,
+            decoder,
+            lambda *_: None,
             offset_weights=[1.0] * window,
-        ).bfloat16()  # fmt: skip
+        ).bfloat16()
         hidden = torch.randn(sizes.batch, sizes.tokens, sizes.dim, dtype=torch.bfloat16, requires_grad=True)
         targets, valid = loss_memory.slide(torch.randint(sizes.codes, (sizes.batch, sizes.tokens, 1)), window)
     cells = []
@@ -163,10 +187,10 @@ def loss(bench: Bench, window: int) -> str:
 
 
 def train(bench: Bench, folder: Path, window: int, attention: str) -> str:
-    from mmtensorar.training import engine as deep
+    from mmtensorar.training import engine as engines
 
     recipe = bench.recipe(folder, window, attention)
-    engine = deep.start(recipe, 1, bench.device)
+    engine = engines.start(recipe, 1, bench.device)
     codes, condition, uncond = bench.inputs(bench.batch)
 
     def step() -> None:
@@ -175,9 +199,10 @@ def train(bench: Bench, folder: Path, window: int, attention: str) -> str:
 
     bench.reset()
     spent = bench.milliseconds(step, 4)
-    tokens, flops = plan.flops_per_step(recipe, plan.shapes(recipe), prompt_len=PROMPT_LEN, recomputed=False)
+    tokens, flops = plan.flops_per_step(recipe, prompt_len=PROMPT_LEN, recomputed=False)
     engine.destroy()
-    return f"{spent:.0f} ms, {1000 * tokens / spent:,.0f} tokens/s, MFU {1000 * flops / spent / bench.rate:.0%}, {bench.peak()}"
+    rate, mfu = 1000 * tokens / spent, 1000 * flops / spent / bench.rate
+    return f"{spent:.0f} ms, {rate:,.0f} tokens/s, MFU {mfu:.0%}, {bench.peak()}"
 
 
 def sample(bench: Bench, folder: Path, window: int, attention: str) -> str:
@@ -191,8 +216,23 @@ def sample(bench: Bench, folder: Path, window: int, attention: str) -> str:
     _, condition, _ = bench.inputs(bench.batch)
     bench.reset()
     spent = bench.milliseconds(lambda: decode(model, condition, SamplerSettings(cfg_scale=5.0)), 1)
-    each = spent / model.backbone.num_tokens
-    return f"{spent / 1000:.1f} s for {bench.batch} guided images, {each:.1f} ms a step, {bench.peak()}"
+    per_pass = spent / model.backbone.num_tokens
+    return f"{spent / 1000:.1f} s for {bench.batch} guided images, {per_pass:.1f} ms a pass, {bench.peak()}"
+
+
+def all_parts(bench: Bench, folder: Path, attentions: list[str]) -> list[tuple[str, Callable[[], str]]]:
+    """(title, work) of each line of the table. folder: of the backbone's weights."""
+    parts: list[tuple[str, Callable[[], str]]] = []
+    for attention in attentions:
+        parts.append((f"parity, {attention}", partial(parity, bench, attention)))
+    for window in (1, 4, 8):
+        parts.append((f"loss, K={window}", partial(loss, bench, window)))
+    for title, work in (("training step", train), ("decoding", sample)):
+        for attention in attentions:
+            for window in (1, 4):
+                name = f"{title}, K={window}, {attention}"
+                parts.append((name, partial(work, bench, folder, window, attention)))
+    return parts
 
 
 def main() -> int:
@@ -209,9 +249,9 @@ def main() -> int:
         )
         return 2
     began = time.monotonic()
-    from mmtensorar.training import engine as deep
+    from mmtensorar.training import distributed
 
-    deep.start_process_group(0)
+    distributed.start_process_group(0)
     settings = (
         TINY
         if options.size == "tiny"
@@ -227,42 +267,22 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         bench.backbone("sdpa").bfloat16().save_pretrained(folder)
-        parts: list[tuple[str, Callable[[], str]]] = []
-        for attention in attentions:
-            parts.append((f"parity, {attention}", lambda a=attention: parity(bench, a)))
-        for window in (1, 4, 8):
-            parts.append((f"loss, K={window}", lambda w=window: loss(bench, w)))
-        for attention in attentions:
-            for window in (1, 4):
-                parts.append(
-                    (
-                        f"training step, K={window}, {attention}",
-                        lambda w=window, a=attention: train(bench, folder, w, a),
-                    )
-                )
-        for attention in attentions:
-            for window in (1, 4):
-                parts.append(
-                    (
-                        f"decoding, K={window}, {attention}",
-                        lambda w=window, a=attention: sample(bench, folder, w, a),
-                    )
-                )
+        parts = all_parts(bench, folder, attentions)
         failed = 0
         for title, part in parts:
             if time.monotonic() - began > 60 * options.minutes:
-                print(f"| {title} | left out: {options.minutes:g} minutes are over |", flush=True)
+                print(f"| {title} | skipped: {options.minutes:g} minutes have passed |", flush=True)
                 continue
             try:
-                found = part()
+                result = part()
             except Exception as error:  # any: one line of the table, and the others follow
                 if os.environ.get("MMTENSORAR_DEBUG"):
                     raise
                 failed += 1
-                found = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                result = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
             bench.reset()
-            print(f"| {title} | {found} |", flush=True)
-    deep.stop_process_group()
+            print(f"| {title} | {result} |", flush=True)
+    distributed.stop_process_group()
     if failed:
         print(f"error: {failed} parts failed", file=sys.stderr)
     return 1 if failed else 0

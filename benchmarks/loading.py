@@ -1,11 +1,12 @@
-"""Host memory while a checkpoint goes into ZeRO-3 on two ranks.
+"""Host memory while released weights are loaded under ZeRO-3 on two ranks.
 
     python benchmarks/loading.py [--gib 1] [--ranks 2]
 
-Writes a random LlamaGen of that size (bfloat16, safetensors in four parts) to a temporary folder, starts the ranks and
-measures for each how far its resident memory rises above what it was before, from the first look at the files until its
-share of the weights stands. Bound: 1.3 times its share plus one part of the checkpoint. Beside it, in the same run, the
-plain way: one process that loads the model whole.
+Writes a random LlamaGen of that size (bfloat16, safetensors in four files) to a temporary
+folder, starts the ranks and measures for each how far its resident memory rises, from
+before it opens the files until its share of the weights is complete. The bound is 1.3
+times its share plus one of the files. For comparison, in the same run: one process that
+loads the complete model.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
 
 MIB = 2**20
 WIDTH, LAYERS_PER_GIB = 2048, 10
 
 
 def write(folder: Path, gib: float) -> int:
-    """A checkpoint of about gib; returns its bytes."""
+    """Write weights of about that size; returns their bytes."""
     import torch
     from huggingface_hub import save_torch_state_dict
 
@@ -75,59 +77,43 @@ def recipe(folder: Path):
     )
 
 
-def resident() -> int:
-    return (
-        int(
-            next(
-                line
-                for line in Path("/proc/self/status").read_text().splitlines()
-                if line.startswith("VmRSS")
-            ).split()[1]
-        )
-        * 1024
-    )
-
-
-def peak() -> int:
-    return (
-        int(
-            next(
-                line
-                for line in Path("/proc/self/status").read_text().splitlines()
-                if line.startswith("VmHWM")
-            ).split()[1]
-        )
-        * 1024
-    )
+def memory_of_process(key: str) -> int:
+    """Bytes of this process: VmRSS, its resident memory now, or VmHWM, the peak of it."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
 
 
 def rank(folder: Path) -> None:
-    """What one rank does: join, then load."""
+    """The work of one rank: join, then load."""
     from mmtensorar.checkpoints import model_folder
-    from mmtensorar.training import engine
+    from mmtensorar.training import distributed, engine_private
+    from mmtensorar.training import engine as engines
 
-    number, world_size, device = engine.start_process_group(0)
-    plan = recipe(folder)
-    config = engine.settings(plan, world_size)
-    model_folder.skeleton(plan)  # imports what loading imports
+    number, world_size, device = distributed.start_process_group(0)
+    settings = recipe(folder)
+    config = engines.settings(settings, world_size)
+    model_folder.skeleton(settings)  # imports what loading imports
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before = resident()
-    model = engine._partitioned_model(plan, config, device)
-    share = sum(
-        parameter.ds_tensor.numel() * parameter.ds_tensor.element_size() for parameter in model.parameters()
-    )
-    result = {"rank": number, "peak": peak() - before, "after": resident() - before, "share": share}
+    before = memory_of_process("VmRSS")
+    model = engines.partitioned_model(settings, config, device)
+    share = sum(engine_private.share(parameter).nbytes for parameter in model.parameters())
+    result = {
+        "rank": number,
+        "peak": memory_of_process("VmHWM") - before,
+        "after": memory_of_process("VmRSS") - before,
+        "share": share,
+    }
     (folder / f"result_{number}.json").write_text(json.dumps(result))
-    engine.stop_process_group()
+    distributed.stop_process_group()
 
 
 def whole(folder: Path) -> None:
     from mmtensorar.checkpoints import model_folder
 
     Path("/proc/self/clear_refs").write_text("5")
-    before = resident()
+    before = memory_of_process("VmRSS")
     model_folder.initial_model(recipe(folder))
-    (folder / "result_whole.json").write_text(json.dumps({"peak": peak() - before}))
+    (folder / "result_whole.json").write_text(json.dumps({"peak": memory_of_process("VmHWM") - before}))
 
 
 def main() -> None:
@@ -160,18 +146,19 @@ def main() -> None:
             [sys.executable, str(Path(__file__).resolve()), "--whole-in", name], check=True, env=environment
         )
         print(
-            f"checkpoint {size / MIB:,.0f} MiB in bfloat16, its largest part {part / MIB:,.0f} MiB, {options.ranks} ranks"
+            f"weights of {size / MIB:,.0f} MiB in bfloat16, the largest file {part / MIB:,.0f} MiB, "
+            f"{options.ranks} ranks"
         )
         print(f"{'':8} {'share':>8} {'after':>8} {'peak':>8} {'bound':>8}  peak / bound   (MiB)")
         for number in range(options.ranks):
-            found = json.loads((folder / f"result_{number}.json").read_text())
-            bound = 1.3 * found["share"] + part
+            result = json.loads((folder / f"result_{number}.json").read_text())
+            bound = 1.3 * result["share"] + part
             cells = "".join(
-                f"{value / MIB:>9,.0f}" for value in (found["share"], found["after"], found["peak"], bound)
+                f"{value / MIB:>9,.0f}" for value in (result["share"], result["after"], result["peak"], bound)
             )
-            print(f"rank {number:<3}{cells}  {found['peak'] / bound:>12.2f}")
+            print(f"rank {number:<3}{cells}  {result['peak'] / bound:>12.2f}")
         alone = json.loads((folder / "result_whole.json").read_text())["peak"]
-        print(f"loaded whole by one process, float32: {alone / MIB:,.0f} MiB")
+        print(f"complete model in one process, float32: {alone / MIB:,.0f} MiB")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,14 @@
-"""Memory and time of the loss over K offsets, beside the loss that holds all logits: python benchmarks/loss_memory.py
+"""Memory and time of the loss over K offsets, compared with a loss that holds all logits at once.
 
-The decoder, a head of one matrix and the cross entropy, forward and backward, of 4 pictures of 576 tokens, 1,024 wide, 16,384 codes.
-Each K has a process of its own, in which ours and the naive loss take turns. Memory: how far the process's resident
-memory rises above what it was before, at most, sampled each millisecond.
+    python benchmarks/loss_memory.py [--windows 1 2 4 8]
+
+It measures decoder, a head of one matrix and cross entropy, forward and backward, by default
+for 4 images of 576 tokens, width 1,024 and 16,384 codes. Each K runs in a process of its own,
+in which the two losses take turns. Memory is the largest rise of the process's resident
+memory, sampled every millisecond.
 """
 
 from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import gc
@@ -18,23 +16,27 @@ import multiprocessing
 import resource
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from mmtensorar.model.codec import WindowDecoder
+from mmtensorar.model.drafts import FixedSchedule
+from mmtensorar.model.loss import window_loss
 from mmtensorar.model.tensorar import TensorAR
 from mmtensorar.model.windows import slide
-from mmtensorar.recipe import Train
 
 MIB = 2**20
 
 
 class Sizes(NamedTuple):
+    """batch: B. tokens: T. dim: D. codes: V. rounds: turns of each loss; the best one counts."""
+
     batch: int = 4
     tokens: int = 576
     dim: int = 1024
@@ -42,17 +44,33 @@ class Sizes(NamedTuple):
     rounds: int = 2
 
 
+class Measured(NamedTuple):
+    """mib: rise of resident memory. seconds: of forward and backward."""
+
+    mib: float
+    seconds: float
+
+
 class Head(nn.Module):
+    """One matrix, [..., D] -> [..., V]; see mmtensorar.model.protocols.Head."""
+
     def __init__(self, dim: int, num_codes: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(num_codes, dim) / dim**0.5)
+        self.output = nn.Linear(dim, num_codes, bias=False)
+
+    @property
+    def output_maps(self) -> Sequence[nn.Module]:
+        return (self.output,)
+
+    def states(self, hidden: Tensor, prev: Tensor) -> Tensor:
+        return hidden
 
     def forward(self, hidden: Tensor, prev: Tensor) -> Tensor:
-        return functional.linear(hidden, self.weight)
+        return self.output(hidden)
 
 
 class HeadOnly(nn.Module):
-    """What the loss needs of a backbone."""
+    """The parts of a backbone that the loss needs."""
 
     def __init__(self, sizes: Sizes):
         super().__init__()
@@ -61,31 +79,45 @@ class HeadOnly(nn.Module):
 
 
 def naive(model: TensorAR, hidden: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
-    """All B * T * K rows of logits at once."""
-    logits = model.backbone.head(model._states(hidden), targets[..., :0]).float()
-    losses = functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view(
-        targets.shape[:-1]
-    )
-    return torch.where(valid, losses, 0).sum((0, 1))
+    """[] the loss with all B * T * K rows of logits at once. Arguments: see `window_loss`."""
+    logits = model.backbone.head(model.offset_states(hidden), targets[..., :0]).float()
+    losses = functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
+    losses_BTK = losses.view(targets.shape[:-1])
+    return (torch.where(valid, losses_BTK, 0).sum((0, 1)) / (len(hidden) * valid.sum(0))).sum()
 
 
 def ours(model: TensorAR, hidden: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
-    return model._summed_loss(hidden, targets, valid)[0]
+    """[] the same loss by `window_loss`, in chunks."""
+    return window_loss(
+        hidden,
+        targets,
+        valid,
+        offset_states=model.offset_states,
+        head=model.backbone.head,
+        offset_weights=model.offset_weights,
+        settings=model.loss_settings,
+        training=True,
+    ).loss
 
 
-def resident() -> int:
+LOSSES = {"ours": ours, "naive": naive}
+
+
+def resident_bytes() -> int:
+    """This process's resident memory."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def risen(work: Callable[[], object]) -> tuple[float, float]:
-    """(MiB above the start, seconds) of a piece of work."""
+def measure_run(work: Callable[[], object]) -> Measured:
+    """Memory and time of one call."""
     gc.collect()
-    before, highest, done = resident(), 0, threading.Event()
+    before, done = resident_bytes(), threading.Event()
+    highest = before
 
     def watch() -> None:
         nonlocal highest
         while not done.wait(0.001):
-            highest = max(highest, resident())
+            highest = max(highest, resident_bytes())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -94,61 +126,66 @@ def risen(work: Callable[[], object]) -> tuple[float, float]:
     elapsed = time.perf_counter() - began
     done.set()
     watcher.join()
-    return (highest - before) / MIB, elapsed
+    return Measured((highest - before) / MIB, elapsed)
 
 
-def measure(window: int, sizes: Sizes) -> dict[str, tuple[float, float]]:
-    """MiB and seconds of each loss at a window, and the largest difference of gradients, relative to the largest gradient."""
+def measure(window: int, sizes: Sizes) -> tuple[dict[str, Measured], float]:
+    """The best memory and time of each loss, and how far their gradients differ.
+
+    The difference is the largest one, relative to the largest gradient of the same tensor.
+    """
     torch.manual_seed(0)
-    backbone = HeadOnly(sizes)
+    backbone: Any = HeadOnly(sizes)
     decoder = WindowDecoder(sizes.dim, window, num_heads=8) if window > 1 else None
-    encoder = nn.Identity() if window > 1 else None
-    chunk = Train.model_fields["loss_chunk_tokens"].default
-    model = TensorAR(
-        backbone, encoder, decoder, lambda *_: None, offset_weights=[1.0] * window, chunk_tokens=chunk
-    )
+    encoder: Any = nn.Identity() if window > 1 else None
+    model = TensorAR(backbone, encoder, decoder, FixedSchedule("none"), offset_weights=[1.0] * window)
     hidden = torch.randn(sizes.batch, sizes.tokens, sizes.dim, requires_grad=True)
     targets, valid = slide(torch.randint(sizes.codes, (sizes.batch, sizes.tokens, 1)), window)
-    # The gradients are there before, so that they are not counted.
+    # Allocated before, so that the gradients do not count as memory of a loss.
+    gradients = []
     for tensor in (hidden, *model.parameters()):
         tensor.grad = torch.zeros_like(tensor)
-    found: dict[str, tuple[float, float]] = {}
-    gradients = {}
-    for turn in range(sizes.rounds):
-        for name, loss in (("ours", ours), ("naive", naive)):
-            for tensor in (hidden, *model.parameters()):
-                tensor.grad.zero_()
-            memory, elapsed = risen(lambda loss=loss: loss(model, hidden, targets, valid).sum().backward())
-            memory, elapsed = (
-                min(pair) for pair in zip(found.get(name, (memory, elapsed)), (memory, elapsed), strict=True)
-            )
-            found[name] = (memory, elapsed)
-            if turn == 0:
-                gradients[name] = [tensor.grad.clone() for tensor in (hidden, *model.parameters())]
-    apart = max(
+        gradients.append(tensor.grad)
+    runs: dict[str, list[Measured]] = {name: [] for name in LOSSES}
+    first_gradients: dict[str, list[Tensor]] = {}
+    for _ in range(sizes.rounds):
+        for name, loss in LOSSES.items():
+            for gradient in gradients:
+                gradient.zero_()
+            runs[name].append(measure_run(lambda loss=loss: loss(model, hidden, targets, valid).backward()))
+            first_gradients.setdefault(name, [gradient.clone() for gradient in gradients])
+    best = {
+        name: Measured(min(run.mib for run in rounds), min(run.seconds for run in rounds))
+        for name, rounds in runs.items()
+    }
+    difference = max(
         ((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()
-        for a, b in zip(*gradients.values(), strict=True)
+        for a, b in zip(first_gradients["ours"], first_gradients["naive"], strict=True)
     )
-    return found | {"gradients": (apart, 0.0)}
+    return best, difference
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     for name, default in Sizes()._asdict().items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--windows", type=int, nargs="+", default=[1, 2, 4, 8])
-    options = vars(parser.parse_args())
+    options = vars(parser.parse_args(arguments))
     windows = options.pop("windows")
     sizes = Sizes(**options)
-    print("| K | ours, MiB | naive, MiB | ours, s | naive, s | ours / naive, time | gradients apart |")
+    print("| K | ours, MiB | naive, MiB | ours, s | naive, s | ours / naive, time | gradients differ by |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     peaks = {}
     for window in windows:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            found = pool.submit(measure, window, sizes).result()
-        (peaks[window], seconds), (memory, reference) = found["ours"], found["naive"]
-        row = f"| {window} | {peaks[window]:,.0f} | {memory:,.0f} | {seconds:.1f} | {reference:.1f} | {seconds / reference:.2f} |"
-        print(f"{row} {found['gradients'][0]:.1e} |", flush=True)
+            best, difference = pool.submit(measure, window, sizes).result()
+        ours, naive = best["ours"], best["naive"]
+        peaks[window] = ours.mib
+        print(
+            f"| {window} | {ours.mib:,.0f} | {naive.mib:,.0f} | {ours.seconds:.1f} | {naive.seconds:.1f} "
+            f"| {ours.seconds / naive.seconds:.2f} | {difference:.1e} |",
+            flush=True,
+        )
     first, last = windows[0], windows[-1]
     print(f"\nmemory at K={last} over K={first}: {peaks[last] / peaks[first]:.2f}")
 

@@ -1,9 +1,10 @@
-"""The memory that a plan says beside what training takes: python benchmarks/plan.py
+"""The memory that a plan predicts, compared with what training uses: python benchmarks/plan.py
 
-For two sizes of a Janus with random weights and several ways to train it, each in a process of its own on the CPU: what
-`python -m mmtensorar.recipe RECIPE --plan` computes for one GPU, and the peak of the process' resident memory in the third
-step above what it was before the model was made. ZeRO's buckets are made small here, since memory that is taken but never
-touched does not show on a CPU, where one rank fills little of them.
+For two sizes of a Janus with random weights and several ways to train it, each in its own
+process on the CPU: what `mmtensorar plan RECIPE` computes for one GPU, and the peak of the
+process's resident memory in the third step, above what it was before the model was built.
+ZeRO's buckets are small here: memory that is allocated but never touched is not resident on
+a CPU, where one rank fills little of them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
 
 MIB = 2**20
 SIZES = {"38 M": (512, 8), "110 M": (768, 12)}  # width, layers
@@ -65,31 +67,31 @@ def memory_of_process(key: str) -> int:
 
 
 def measured(folder: Path, way: dict[str, Any]) -> int:
-    """Bytes above the start that the third step takes."""
+    """Peak bytes of the third step, above the start."""
     import torch
 
-    from mmtensorar.training import engine as deep
-    from mmtensorar.training import plan
+    from mmtensorar.training import distributed, plan
+    from mmtensorar.training import engine as engines
 
     settings = recipe(folder, way)
-    deep.start_process_group(0)
+    distributed.start_process_group(0)
     torch.set_num_threads(os.cpu_count() or 1)
-    plan.shapes(settings)  # what it imports is no part of it
+    plan.meta_model(settings)  # so that its imports do not count
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     before = memory_of_process("VmRSS")
-    engine = deep.start(settings, 1, torch.device("cpu"))
+    engine = engines.start(settings, 1, torch.device("cpu"))
     for _ in range(3):
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
         for _ in range(settings.train.grad_accum):
-            inputs = plan._inputs(engine.module, ROWS)
+            inputs = plan.example_inputs(engine.module, ROWS)
             engine.backward(engine(*inputs).loss)
             engine.step()
-    found = memory_of_process("VmHWM") - before
-    deep.stop_process_group()
-    return found
+    peak = memory_of_process("VmHWM") - before
+    distributed.stop_process_group()
+    return peak
 
 
 def main() -> None:
@@ -99,7 +101,7 @@ def main() -> None:
     from benchmarks.decode import Sizes, random_janus
     from mmtensorar.training import plan
 
-    # So that freed tensors go back to the system, and resident memory is that of tensors.
+    # Freed tensors go back to the system, so that resident memory is that of tensors.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "TQDM_DISABLE": "1"}
     print("| model | trained | planned, MiB | measured, MiB | planned / measured |\n|---|---|---:|---:|---:|")
     worst = 1.0
@@ -110,7 +112,7 @@ def main() -> None:
             ).save_pretrained(folder)
             for title, way in WAYS.items():
                 settings = recipe(Path(folder), way)
-                model = plan.shapes(settings)
+                model = plan.meta_model(settings)
                 largest = max(parameter.numel() for parameter in model.parameters())
                 active = plan.activation_bytes(settings, [ROWS])[ROWS]
                 planned = plan.memory(settings, plan.parameters(model), largest, active, 1).peak
@@ -118,11 +120,11 @@ def main() -> None:
                 done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
                 if done.returncode:
                     raise SystemExit(done.stderr[-3000:])
-                found = json.loads(done.stdout.splitlines()[-1])["measured"]
-                ratio = planned / found
+                used = json.loads(done.stdout.splitlines()[-1])["measured"]
+                ratio = planned / used
                 worst = max(worst, ratio, 1 / ratio)
                 print(
-                    f"| {name} | {title} | {planned / MIB:,.0f} | {found / MIB:,.0f} | {ratio:.2f} |",
+                    f"| {name} | {title} | {planned / MIB:,.0f} | {used / MIB:,.0f} | {ratio:.2f} |",
                     flush=True,
                 )
     print(f"\nworst: {worst - 1:.0%} apart")

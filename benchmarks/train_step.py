@@ -1,10 +1,14 @@
-"""Time of a training step, beside a plain PyTorch loop and transformers' Trainer: python benchmarks/train_step.py
+"""Time of a training step, compared with a plain PyTorch loop and transformers' Trainer.
 
-One small Janus with random weights, in float32, trained by each on the same batch (prompts of several lengths), in turns
-in one process; the fastest of a few rounds each is compared. Ours is the whole step of train.py (DeepSpeed's engine, without
-ZeRO, clipping included), at K=1 and K=4. At K=1 all compute the same loss, which is checked. Ours and Trainer take torch's
-fused AdamW; the plain loop takes the one that torch chooses by itself, and once the fused one. Beside it ours with
-train.compile, with selective activation checkpointing, and the time that a batch of cached codes takes to come out of shards.
+    python benchmarks/train_step.py
+
+One small Janus with random weights, in float32, is trained by each on the same batch
+(prompts of several lengths), in turns in one process; the fastest of a few rounds each is
+compared. Ours is the complete step of train.py (DeepSpeed's engine, without ZeRO, clipping
+included), at K=1 and K=4. At K=1 all compute the same loss, which is checked. Ours and
+Trainer use torch's fused AdamW; the plain loop uses the one that torch chooses by itself,
+and once the fused one. Also measured: ours with train.compile, ours with selective
+activation checkpointing, and reading a batch of cached codes from shards.
 """
 
 from __future__ import annotations
@@ -12,7 +16,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import copy
@@ -46,7 +51,7 @@ class Plain(nn.Module):
         super().__init__()
         self.model = model.model
         self.prepare = model.prepare_embeddings_for_image_generation
-        # What makes no image codes gets no gradient, and is not trained.
+        # Parts that do not predict image codes get no gradient, and are not trained.
         for name, part in self.model.named_children():
             if name in ("vision_model", "aligner", "vqmodel"):
                 part.requires_grad_(False)
@@ -123,7 +128,7 @@ def data_seconds(folder: Path, batch_size: int, num: int = 200) -> float:
 
 
 def our_steps(folder: Path, window: int, batch: dict[str, Tensor], **train) -> Callable[[], float]:
-    from mmtensorar.training import engine as deep
+    from mmtensorar.training import engine as engines
 
     recipe = Recipe.model_validate(
         {
@@ -136,7 +141,7 @@ def our_steps(folder: Path, window: int, batch: dict[str, Tensor], **train) -> C
             "train": {"steps": 1000, "precision": "fp32", **train},
         }
     )
-    engine = deep.start(recipe, 1, torch.device("cpu"))
+    engine = engines.start(recipe, 1, torch.device("cpu"))
     condition = Condition(batch["ids"], batch["mask"])
     uncond = torch.zeros(len(batch["ids"]), dtype=torch.bool)
 
@@ -161,12 +166,11 @@ def main() -> None:
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    os.environ.setdefault(
-        "OMP_NUM_THREADS", str(os.cpu_count())
-    )  # start_process_group would share the cores out
-    from mmtensorar.training import engine as deep
+    # Otherwise start_process_group would divide the cores among ranks.
+    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
+    from mmtensorar.training import distributed
 
-    deep.start_process_group(0)
+    distributed.start_process_group(0)
     sizes = Sizes(
         dim=options.dim,
         layers=options.layers,
@@ -178,8 +182,8 @@ def main() -> None:
     torch.manual_seed(0)
     batch = {
         "ids": torch.randint(4, NUM_WORDS, (options.batch_size, PROMPT_LEN)),
-        "mask": torch.arange(PROMPT_LEN)
-        >= torch.arange(options.batch_size)[:, None],  # prompts of several lengths
+        # Prompts of several lengths.
+        "mask": torch.arange(PROMPT_LEN) >= torch.arange(options.batch_size)[:, None],
         "codes": torch.randint(options.codes, (options.batch_size, options.tokens)),
     }
     batch["ids"][~batch["mask"]] = PAD
@@ -190,11 +194,8 @@ def main() -> None:
         steps["ours, K=1, train.compile"] = our_steps(folder, 1, batch, compile=True)
         steps["ours, K=1, selective"] = our_steps(folder, 1, batch, activation_checkpointing="selective")
         waiting = data_seconds(folder / "shards", options.batch_size)
-    for name in (
-        "RANK",
-        "LOCAL_RANK",
-        "WORLD_SIZE",
-    ):  # by which Trainer would take itself for one of several, and do more
+    # With these Trainer would believe that it is one of several ranks, and do more.
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         os.environ.pop(name, None)
     trainer_model = Plain(reference).train()
     steps["plain loop"] = plain_steps(copy.deepcopy(trainer_model), batch)
@@ -211,14 +212,15 @@ def main() -> None:
                 best[name] = min(best[name], time.perf_counter() - began)
         best["Trainer"] = min(best["Trainer"], trainer_seconds(trainer_model, batch, options.steps))
     ours = best["ours, K=1"]
-    print("\n| | s a step | it / ours, K=1 |\n|---|---:|---:|")
+    print("\n| | s a step | divided by ours, K=1 |\n|---|---:|---:|")
     for name, seconds in best.items():
         print(f"| {name} | {seconds:.2f} | {seconds / ours:.2f} |")
     share = waiting / (waiting + ours)
     print(
-        f"\na batch of cached codes (576 a picture) takes {1000 * waiting:.1f} ms: {share:.2%} of a step at K=1"
+        f"\na batch of cached codes (576 a picture) takes {1000 * waiting:.1f} ms: {share:.2%} of a step "
+        "at K=1"
     )
-    deep.stop_process_group()
+    distributed.stop_process_group()
 
 
 if __name__ == "__main__":

@@ -1,106 +1,124 @@
-"""Read every sample of a shard folder: `python data_tools/check_shards.py data/mine`. Exit code 2 when something is wrong; with --repair 0 once the clean set is written.
+"""Read every sample of a shard folder, and report what is wrong.
 
-Checked: the manifest; each shard's digest, structure and number of samples; each picture, caption or class number,
-json, codes and text features; that no key is there twice. Every problem is listed with shard and key. Pictures that are there
-more than once are counted.
+    python data_tools/check_shards.py data/mine
+    python data_tools/check_shards.py data/mine --report report.json
+        the same for other programs
+    python data_tools/check_shards.py data/mine --repair data/clean
+        write the good samples as a new set, and list what was dropped
 
-    python data_tools/check_shards.py data/mine --report report.json    the same for other programs
-    python data_tools/check_shards.py data/mine --repair data/clean     the good samples as a new set, and what was dropped
+It checks the manifest; each shard's digest, structure and number of samples; each picture,
+caption or class number, json, codes and text features; and that no key occurs twice. Every
+problem is listed with shard and key. Pictures that occur more than once are counted.
+
+The exit code is 2 when something is wrong; with --repair 0 once the clean set is written.
 """
 
 import sys
 from pathlib import Path
 
-from mmtensorar import files
-
-sys.path[0] = str(
-    Path(__file__).resolve().parents[1]
-)  # run as a script, the folder of this file stands first
+if __name__ == "__main__":  # Python puts a script's own folder here; imports start at the checkout
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
 from tqdm import tqdm
 
+from data_tools.argument_types import positive
 from data_tools.executors import in_processes
-from mmtensorar.data import shards, tars
+from mmtensorar.cli import command
+from mmtensorar.data import tars
+from mmtensorar.data.members import (
+    check_codes,
+    check_features,
+    decode_caption,
+    decode_codes,
+    decode_features,
+)
+from mmtensorar.data.pictures import sample_picture
 from mmtensorar.data.shards import (
     EXTENSIONS,
     IMAGE_EXTENSIONS,
+    MANIFEST,
     Manifest,
     Sample,
     Shard,
     Staging,
+    intact_starts,
     read_sample,
-    whole_starts,
+    read_samples,
+    write_tar,
+    wrong_count,
 )
-from mmtensorar.files import write_text
+from mmtensorar.files import sha256, write_text
 
 DROPPED = "dropped.jsonl"
 
 
 class Problem(NamedTuple):
-    """key: None when it is the shard's and not one sample's. text: a whole sentence, with the shard's path and the key."""
+    """key: None when the problem is the shard's, not one sample's. text: names shard and key."""
 
     shard: str
     key: str | None
     text: str
 
 
-class Read(NamedTuple):
-    """A sample that could be read. number: its place in the shard. picture: digest of the encoded picture, if there is one."""
+class GoodRead(NamedTuple):
+    """A sample that could be read.
+
+    number: of the sample in its shard. picture: digest of the encoded picture, if there is one.
+    """
 
     number: int
     key: str
     picture: str | None
 
 
-class Checked(NamedTuple):
-    """What was found in one shard."""
+class CheckedShard(NamedTuple):
+    """The result for one shard. read: the samples that could be read."""
 
     shard: Shard
-    read: tuple[Read, ...]
+    read: tuple[GoodRead, ...]
     problems: tuple[Problem, ...]
 
 
-class Findings(NamedTuple):
-    """Of a whole set. good: per shard the places of its good samples. duplicates: (sample, shard, key of the first equal picture)."""
+class Duplicate(NamedTuple):
+    """A sample whose picture occurred before. same_as: key of the first sample with it."""
+
+    shard: str
+    sample: GoodRead
+    same_as: str
+
+
+class CheckedSet(NamedTuple):
+    """The result for a whole set. good: shard -> numbers of its good samples."""
 
     num_read: int
     problems: tuple[Problem, ...]
-    duplicates: tuple[tuple[Read, str, str], ...]
+    duplicates: tuple[Duplicate, ...]
     good: dict[str, list[int]]
 
 
-# ---- one shard -------------------------------------------------------------------------------
+# ---- one sample ------------------------------------------------------------------------------
 
 
 def sample_problems(sample: Sample, where: str, manifest: Manifest) -> list[str]:
-    """What is wrong with one sample, one sentence each."""
+    """What is wrong with one sample, one sentence for each problem."""
+    checks = (
+        lambda: sample_picture(sample, where, manifest.image_size),
+        lambda: _check_text(sample, where, manifest.classes),
+        lambda: _check_codes(sample, where, manifest),
+        lambda: _check_features(sample, where, manifest),
+    )
     problems: list[str] = []
-
-    def check(function, *arguments) -> None:
+    for check in checks:
         try:
-            function(*arguments)
+            check()
         except ValueError as error:
             problems.append(str(error))
-
-    check(shards.picture, sample, where, manifest.image_size)
-    check(_check_text, sample, where, manifest.classes)
-    for member, entry, what, decode, check_array in (
-        ("codes.npy", manifest.codes, "codes", shards.decode_codes, shards.check_codes),
-        ("t5.npy", manifest.text_features, "text features", shards.decode_features, shards.check_features),
-    ):
-        if (entry is not None) != (member in sample.members):
-            found, said = ("no", "") if entry else ("has", "no ")
-            problems.append(f"{where}: {found} {member}, but the manifest says that the set has {said}{what}")
-        elif entry is not None:
-            check(lambda: check_array(decode(sample.members[member], where), entry, where))
     return problems
 
 
@@ -108,36 +126,59 @@ def _check_text(sample: Sample, where: str, classes: tuple[str, ...] | None) -> 
     for extension in ("txt", "json"):
         if extension not in sample.members:
             raise ValueError(f"{where}: no {extension} member")
-    check_class(shards.decode_caption(sample.members["txt"], where), where, classes)
+    check_class(decode_caption(sample.members["txt"], where), where, classes)
     try:
         json.loads(sample.members["json"])
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: the json member is not JSON ({error})") from error
 
 
+def _check_codes(sample: Sample, where: str, manifest: Manifest) -> None:
+    _check_presence(sample, where, "codes.npy", "codes", manifest.codes is not None)
+    if manifest.codes is not None:
+        check_codes(decode_codes(sample.members["codes.npy"], where), manifest.codes, where)
+
+
+def _check_features(sample: Sample, where: str, manifest: Manifest) -> None:
+    _check_presence(sample, where, "t5.npy", "text features", manifest.text_features is not None)
+    if manifest.text_features is not None:
+        check_features(decode_features(sample.members["t5.npy"], where), manifest.text_features, where)
+
+
+def _check_presence(sample: Sample, where: str, member: str, name: str, expected: bool) -> None:
+    if expected and member not in sample.members:
+        raise ValueError(f"{where}: no {member}, but the manifest says that the set has {name}")
+    if not expected and member in sample.members:
+        raise ValueError(f"{where}: has {member}, but the manifest says that the set has no {name}")
+
+
 def check_class(caption: str, where: str, classes: tuple[str, ...] | None) -> None:
-    """Raise ValueError when there are classes, and the caption is no number of one."""
-    if classes is not None and not (
-        caption.isdecimal() and len(caption) < 20 and int(caption) < len(classes)
-    ):
-        raise ValueError(f"{where}: {caption[:50]!r} is no number of the manifest's {len(classes)} classes")
+    """Raise ValueError when the set has classes, and the caption is not a number of one."""
+    if classes is None:
+        return
+    if not (caption.isdecimal() and len(caption) < 20 and int(caption) < len(classes)):
+        raise ValueError(
+            f"{where}: caption {caption[:50]!r} is not a class number (expected 0 to {len(classes) - 1})"
+        )
 
 
-def check_shard(folder: Path, shard: Shard, manifest: Manifest) -> Checked:
-    """Read one shard, as far as it can be read."""
+# ---- one shard -------------------------------------------------------------------------------
+
+
+def check_shard(folder: Path, shard: Shard, manifest: Manifest) -> CheckedShard:
+    """Check one shard, up to the point where it can no longer be read."""
     path = folder / shard.name
     problems: list[Problem] = []
-    read: list[Read] = []
+    read: list[GoodRead] = []
     try:
-        changed = files.sha256(path) != shard.sha256
+        changed = sha256(path) != shard.sha256
     except OSError as error:
-        return Checked(shard, (), (Problem(shard.name, None, f"{path}: {error.strerror}"),))
+        return CheckedShard(shard, (), (Problem(shard.name, None, f"{path}: {error.strerror}"),))
     if changed:
-        problems.append(
-            Problem(shard.name, None, f"{path}: changed since it was made: its sha256 is not the manifest's")
-        )
-    starts, damage = whole_starts(path)
-    with tars.opened(path) as file:
+        text = f"{path}: changed since it was made: its sha256 is not the manifest's"
+        problems.append(Problem(shard.name, None, text))
+    starts, damage = intact_starts(path)
+    with tars.TarReader(path) as file:
         for number, (start, stop) in enumerate(zip(starts.tolist(), starts.tolist()[1:], strict=False)):
             try:
                 sample = read_sample(file, path, start, stop, EXTENSIONS)
@@ -148,141 +189,199 @@ def check_shard(folder: Path, shard: Shard, manifest: Manifest) -> Checked:
             problems += [
                 Problem(shard.name, sample.key, text) for text in sample_problems(sample, where, manifest)
             ]
-            picture = next(
-                (sample.members[name] for name in IMAGE_EXTENSIONS if name in sample.members), None
-            )
-            digest = None if picture is None else hashlib.sha256(picture).hexdigest()[:32]
-            read.append(Read(number, sample.key, digest))
-    found = len(starts) - 1
+            read.append(GoodRead(number, sample.key, _picture_digest(sample)))
+    num_samples = len(starts) - 1
     if damage is not None:
-        missing = shard.num_samples - found
+        missing = shard.num_samples - num_samples
         also = f"; {missing} of its samples cannot be reached" if missing > 0 else ""
         problems.append(Problem(shard.name, None, f"{damage}{also}"))
-    elif found != shard.num_samples:
-        text = f"{path}: {found} samples, the manifest says {shard.num_samples}; make the shard again"
-        problems.append(Problem(shard.name, None, text))
-    return Checked(shard, tuple(read), tuple(problems))
+    elif num_samples != shard.num_samples:
+        problems.append(Problem(shard.name, None, wrong_count(path, num_samples, shard)))
+    return CheckedShard(shard, tuple(read), tuple(problems))
+
+
+def _picture_digest(sample: Sample) -> str | None:
+    for name in IMAGE_EXTENSIONS:
+        if name in sample.members:
+            return hashlib.sha256(sample.members[name]).hexdigest()[:32]
+    return None
 
 
 # ---- the whole set ---------------------------------------------------------------------------
 
 
-def check(folder: Path, manifest: Manifest, workers: int) -> Findings:
+def check(folder: Path, manifest: Manifest, workers: int) -> CheckedSet:
+    """Check all shards of a set, in several processes."""
     tasks = [(folder, shard, manifest) for shard in manifest.shards]
-    found: dict[str, Checked] = {}
+    checked_shards: dict[str, CheckedShard] = {}
     with tqdm(desc="checking", unit=" samples", total=manifest.num_samples, disable=None) as progress:
         for checked in in_processes(check_shard, tasks, workers):
-            found[checked.shard.name] = checked
+            checked_shards[checked.shard.name] = checked
             progress.update(len(checked.read))
     problems: list[Problem] = []
-    duplicates: list[tuple[Read, str, str]] = []
-    keys: dict[str, str] = {}
-    pictures: dict[str, str] = {}
+    duplicates: list[Duplicate] = []
+    shard_of_key: dict[str, str] = {}
+    key_of_picture: dict[str | None, str] = {}
     good: dict[str, list[int]] = {}
     for shard in manifest.shards:
-        checked = found[shard.name]
-        bad = {problem.key for problem in checked.problems}
+        checked = checked_shards[shard.name]
+        bad_keys = {problem.key for problem in checked.problems}
         problems += checked.problems
         good[shard.name] = []
-        for read in checked.read:
-            if read.key in keys:
-                text = f"{folder / shard.name}: sample {read.key}: the key is also in {keys[read.key]}"
-                problems.append(Problem(shard.name, read.key, text))
+        for sample in checked.read:
+            if sample.key in shard_of_key:
+                text = (
+                    f"{folder / shard.name}: sample {sample.key}: "
+                    f"the key is also in {shard_of_key[sample.key]}"
+                )
+                problems.append(Problem(shard.name, sample.key, text))
                 continue
-            keys[read.key] = shard.name
-            if read.key in bad:
+            shard_of_key[sample.key] = shard.name
+            if sample.key in bad_keys:
                 continue
-            good[shard.name].append(read.number)
-            if (first := pictures.setdefault(read.picture, read.key)) != read.key:
-                duplicates.append((read, shard.name, first))
-    num_read = sum(len(checked.read) for checked in found.values())
-    return Findings(num_read, tuple(problems), tuple(duplicates), good)
+            good[shard.name].append(sample.number)
+            if (first := key_of_picture.setdefault(sample.picture, sample.key)) != sample.key:
+                duplicates.append(Duplicate(shard.name, sample, first))
+    num_read = sum(len(checked.read) for checked in checked_shards.values())
+    return CheckedSet(num_read, tuple(problems), tuple(duplicates), good)
 
 
-def report(folder: Path, manifest: Manifest, findings: Findings) -> dict:
+def report(folder: Path, manifest: Manifest, checked: CheckedSet) -> dict:
+    """The result for other programs."""
     return {
         "folder": str(folder),
-        "ok": not findings.problems,
+        "ok": not checked.problems,
         "shards": len(manifest.shards),
         "samples": manifest.num_samples,
-        "read": findings.num_read,
-        "good": sum(map(len, findings.good.values())),
+        "read": checked.num_read,
+        "good": sum(map(len, checked.good.values())),
         "problems": [
-            {"shard": each.shard, "key": each.key, "problem": each.text} for each in findings.problems
+            {"shard": problem.shard, "key": problem.key, "problem": problem.text}
+            for problem in checked.problems
         ],
         "duplicates": [
-            {"shard": name, "key": read.key, "same_as": first} for read, name, first in findings.duplicates
+            {"shard": duplicate.shard, "key": duplicate.sample.key, "same_as": duplicate.same_as}
+            for duplicate in checked.duplicates
         ],
     }
+
+
+def summary(folder: Path, manifest: Manifest, checked: CheckedSet) -> str:
+    """The result in one line."""
+    facts = [
+        f"{folder}: {checked.num_read} of {manifest.num_samples} samples read "
+        f"in {len(manifest.shards)} shards",
+        f"{manifest.image_size} pixels",
+    ]
+    if manifest.classes:
+        facts.append(f"{len(manifest.classes)} classes")
+    codes, text_features = manifest.codes, manifest.text_features
+    crops = f" ({codes.crops} crops)" if codes and codes.crops > 1 else ""
+    facts.append(f"codes of {codes.image_tokenizer}{crops}" if codes else "no codes")
+    if text_features:
+        facts.append(f"text features of {text_features.text_encoder}")
+    if checked.duplicates:
+        facts.append(f"{len(checked.duplicates)} duplicate pictures")
+    facts.append(f"{len(checked.problems) or 'no'} problems")
+    return ", ".join(facts)
 
 
 # ---- repair ----------------------------------------------------------------------------------
 
 
 def write_good(path: Path, target: Path, numbers: list[int]) -> Shard:
-    return shards.write_tar(target, shards.read_samples(path, whole_starts(path)[0], numbers, EXTENSIONS))
+    """Write some samples of a shard to a new one."""
+    return write_tar(target, read_samples(path, intact_starts(path)[0], numbers, EXTENSIONS))
 
 
 def repair(
-    folder: Path, manifest: Manifest, findings: Findings, out: Path, *, drop_duplicates: bool, workers: int
+    folder: Path, manifest: Manifest, checked: CheckedSet, out: Path, *, drop_duplicates: bool, workers: int
 ) -> None:
-    """Write the good samples as a new set, shard by shard. Raises ValueError when out is not empty, or nothing is good."""
-    left_over = [
+    """Write the good samples as a new set, shard by shard.
+
+    Args:
+        folder, manifest: Of the checked set.
+        checked: The result of `check`.
+        out: Folder of the new set.
+        drop_duplicates: Of equal pictures keep the first.
+        workers: Processes.
+
+    Raises ValueError when `out` is not empty, or no sample is good.
+    """
+    foreign = [
         path for path in out.glob("*") if not path.name.startswith(Staging.PREFIX) and path.name != DROPPED
     ]
-    if left_over:
-        raise ValueError(
-            f"{out} is not empty: it has {left_over[0].name}; choose another folder for --repair"
-        )
-    dropped = list(findings.problems)
-    numbers = dict(findings.good)
-    if drop_duplicates:
-        for read, name, first in findings.duplicates:
-            numbers[name] = [number for number in numbers[name] if number != read.number]
-            dropped.append(
-                Problem(
-                    name, read.key, f"{folder / name}: sample {read.key}: the same picture as sample {first}"
-                )
-            )
+    if foreign:
+        raise ValueError(f"{out} is not empty: it has {foreign[0].name}; choose another folder for --repair")
+    dropped = list(checked.problems)
+    numbers = dict(checked.good)
+    for shard_name, sample, same_as in checked.duplicates if drop_duplicates else ():
+        numbers[shard_name] = [number for number in numbers[shard_name] if number != sample.number]
+        text = f"{folder / shard_name}: sample {sample.key}: the same picture as sample {same_as}"
+        dropped.append(Problem(shard_name, sample.key, text))
     if not any(numbers.values()):
         raise ValueError(f"{folder}: no good sample is left to write to {out}")
     staging = Staging(out, {"set": manifest.model_dump(mode="json"), "good": numbers})
+    shards = _write_good_shards(folder, staging, numbers, workers)
+    lines = [
+        json.dumps({"shard": problem.shard, "key": problem.key, "problem": problem.text})
+        for problem in dropped
+    ]
+    write_text(out / DROPPED, "".join(line + "\n" for line in lines))
+    num_samples = sum(shard.num_samples for shard in shards)
+    # made: make_shards.py would no longer make this set.
+    staging.commit(manifest.model_copy(update={"shards": shards, "num_samples": num_samples, "made": None}))
+    print(
+        f"{out}: {num_samples} of {manifest.num_samples} samples; "
+        f"{out / DROPPED} lists what was dropped, and why"
+    )
+
+
+def _write_good_shards(
+    folder: Path, staging: Staging, numbers: dict[str, list[int]], workers: int
+) -> tuple[Shard, ...]:
+    """numbers: shard -> its samples that are written. Returns the new shards, sorted."""
     tasks, finished = [], {}
     for name, kept in numbers.items():
-        target = staging.path / name
         if shard := staging.finished(name):
             finished[name] = shard
         elif kept:
-            tasks.append((folder / name, target, kept))
+            tasks.append((folder / name, staging.path / name, kept))
     with tqdm(desc="repairing", unit=" shards", total=len(tasks), disable=None) as progress:
         for shard in in_processes(write_good, tasks, workers):
             staging.record(shard)
             finished[shard.name] = shard
             progress.update(1)
-    lines = [json.dumps({"shard": each.shard, "key": each.key, "problem": each.text}) for each in dropped]
-    write_text(out / DROPPED, "".join(line + "\n" for line in lines))
-    kept = tuple(finished[name] for name in sorted(finished))
-    num_samples = sum(shard.num_samples for shard in kept)
-    # It is not any more what make_shards would make.
-    staging.commit(manifest.model_copy(update={"shards": kept, "num_samples": num_samples, "made": None}))
-    print(
-        f"{out}: {num_samples} of {manifest.num_samples} samples; what was dropped, and why, is in {out / DROPPED}"
-    )
+    return tuple(finished[name] for name in sorted(finished))
+
+
+# ---- the command -----------------------------------------------------------------------------
 
 
 def check_writable(path: Path) -> None:
-    """Raise ValueError, before the work, when its result cannot be written there, or would replace a set's manifest."""
+    """Raise ValueError, before the work, when its result cannot be written to a file.
+
+    The file must not replace a set's manifest or a shard.
+    """
     if not path.parent.is_dir():
         raise ValueError(f"{path}: no such folder {path.parent}")
-    if path.is_dir() or path.name == shards.MANIFEST or path.suffix == ".tar":
+    if path.is_dir() or path.name == MANIFEST or path.suffix == ".tar":
         raise ValueError(f"{path}: choose another name; this one is a folder, or a shard set's")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    assert __doc__ is not None
+    description, _, epilog = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python data_tools/check_shards.py",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("shards", type=Path, help="shard folder")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: cores)")
-    parser.add_argument("--report", type=Path, metavar="JSON", help="write what was found")
+    parser.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes (default: cores)")
+    parser.add_argument("--report", type=Path, metavar="JSON", help="write the result to a file")
     parser.add_argument(
         "--repair", type=Path, metavar="OUT", help="write the good samples to a new shard folder"
     )
@@ -290,64 +389,38 @@ def main(arguments: list[str] | None = None) -> int:
         "--drop-duplicates", action="store_true", help="with --repair: of equal pictures keep the first"
     )
     options = parser.parse_args(arguments)
-    if options.workers < 1:
-        parser.error(f"--workers must be at least 1, got {options.workers}")
     if options.drop_duplicates and options.repair is None:
         parser.error("--drop-duplicates goes with --repair")
+    return options
+
+
+@command
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
     folder = options.shards
-    try:
-        if options.report is not None:
-            check_writable(options.report)
-        if options.repair is not None:
-            Staging.recover(options.repair)
-        manifest = Manifest.read(folder, complete=False)
-        findings = check(folder, manifest, options.workers)
-        for problem in findings.problems:
-            print(f"error: {problem.text}", file=sys.stderr)
-        print(summary(folder, manifest, findings))
-        if options.report is not None:
-            write_text(options.report, json.dumps(report(folder, manifest, findings), indent=1) + "\n")
-        if options.repair is not None:
-            repair(
-                folder,
-                manifest,
-                findings,
-                options.repair,
-                drop_duplicates=options.drop_duplicates,
-                workers=options.workers,
-            )
-            return 0
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenProcessPool:
-        print(
-            "error: a worker process was killed, perhaps for lack of memory; try fewer --workers",
-            file=sys.stderr,
+    if options.report is not None:
+        check_writable(options.report)
+    if options.repair is not None:
+        Staging.recover(options.repair)
+    manifest = Manifest.read(folder, complete=False)
+    checked = check(folder, manifest, options.workers)
+    for problem in checked.problems:
+        print(f"error: {problem.text}", file=sys.stderr)
+    print(summary(folder, manifest, checked))
+    if options.report is not None:
+        write_text(options.report, json.dumps(report(folder, manifest, checked), indent=1) + "\n")
+    if options.repair is not None:
+        drop_duplicates = options.drop_duplicates
+        repair(
+            folder,
+            manifest,
+            checked,
+            options.repair,
+            drop_duplicates=drop_duplicates,
+            workers=options.workers,
         )
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 2 if findings.problems else 0
-
-
-def summary(folder: Path, manifest: Manifest, findings: Findings) -> str:
-    def parts() -> Iterator[str]:
-        yield f"{folder}: {findings.num_read} of {manifest.num_samples} samples read in {len(manifest.shards)} shards"
-        yield f"{manifest.image_size} pixels"
-        if manifest.classes:
-            yield f"{len(manifest.classes)} classes"
-        codes, text = manifest.codes, manifest.text_features
-        crops = f" ({codes.crops} crops)" if codes and codes.crops > 1 else ""
-        yield f"codes of {codes.image_tokenizer}{crops}" if codes else "no codes"
-        if text:
-            yield f"text features of {text.text_encoder}"
-        if findings.duplicates:
-            yield f"{len(findings.duplicates)} pictures there before"
-        yield f"{len(findings.problems) or 'no'} problems"
-
-    return ", ".join(parts())
+        return 0
+    return 2 if checked.problems else 0
 
 
 if __name__ == "__main__":

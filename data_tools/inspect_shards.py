@@ -1,15 +1,16 @@
-"""Look at a shard folder: `python data_tools/inspect_shards.py data/mine --html sheet.html`.
+"""Look at a shard folder: what is in it, and how its captions and pictures are distributed.
 
-Prints what is in it and how captions and pictures are distributed; --html writes one page with the same and a sheet of
-pictures with their captions, spread over the set.
+    python data_tools/inspect_shards.py data/mine
+    python data_tools/inspect_shards.py data/mine --html sheet.html
+
+--html writes a page with the same facts, and pictures from all over the set with their captions.
 """
 
 import sys
 from pathlib import Path
 
-sys.path[0] = str(
-    Path(__file__).resolve().parents[1]
-)  # run as a script, the folder of this file stands first
+if __name__ == "__main__":  # Python puts a script's own folder here; imports start at the checkout
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import base64
@@ -24,16 +25,17 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from data_tools.argument_types import positive
 from data_tools.check_shards import check_class, check_writable
+from mmtensorar.cli import command
 from mmtensorar.data import tars
+from mmtensorar.data.members import decode_caption
+from mmtensorar.data.pictures import decode_picture, encoded_picture
 from mmtensorar.data.shards import (
     EXTENSIONS,
     IMAGE_EXTENSIONS,
     Manifest,
     Sample,
-    decode_caption,
-    decode_image,
-    image_member,
     iterate_shard,
     read_sample,
     sample_starts,
@@ -43,8 +45,10 @@ THUMBNAIL = 192  # pixels a side at most
 BINS = 12
 
 
-class Numbers(NamedTuple):
-    """Per sample: words of the caption, bytes of the picture, smaller side before it was cropped (0: not told). Then counts."""
+class Statistics(NamedTuple):
+    """Of each sample: words of the caption, bytes of the picture, and its smaller side before
+    cropping in pixels (0 if unknown). Then how often each member and each caption occurs.
+    """
 
     words: list[int]
     picture_bytes: list[int]
@@ -53,21 +57,23 @@ class Numbers(NamedTuple):
     captions: Counter[bytes]
 
 
-def count(folder: Path, manifest: Manifest) -> Numbers:
-    """Raises ValueError naming shard and key of a damaged sample."""
-    found = Numbers([], [], [], Counter(), Counter())
+def count(folder: Path, manifest: Manifest) -> Statistics:
+    """Read all samples. Raises ValueError naming shard and key of a damaged one."""
+    statistics = Statistics([], [], [], Counter(), Counter())
     with tqdm(desc="reading", unit=" samples", total=manifest.num_samples, disable=None) as progress:
         for shard in manifest.shards:
             for sample in iterate_shard(folder, shard):
                 where = f"{folder / shard.name}: sample {sample.key}"
                 caption = decode_caption(sample.members.get("txt", b""), where)
-                found.words.append(len(caption.split()))
-                found.picture_bytes.append(len(image_member(sample, where)))
-                found.sides.append(min(2**31, _smaller_side(sample)))
-                found.members.update("image" if name in IMAGE_EXTENSIONS else name for name in sample.members)
-                found.captions[caption.encode()] += 1
+                statistics.words.append(len(caption.split()))
+                statistics.picture_bytes.append(len(encoded_picture(sample, where)))
+                statistics.sides.append(min(2**31, _smaller_side(sample)))
+                statistics.members.update(
+                    "image" if name in IMAGE_EXTENSIONS else name for name in sample.members
+                )
+                statistics.captions[caption.encode()] += 1
                 progress.update(1)
-    return found
+    return statistics
 
 
 def _smaller_side(sample: Sample) -> int:
@@ -75,7 +81,7 @@ def _smaller_side(sample: Sample) -> int:
         size = json.loads(sample.members["json"])["size"]
         return max(0, int(min(size)))
     except (KeyError, ValueError, TypeError, RecursionError, OverflowError):
-        return 0  # made by another tool
+        return 0  # another tool made the set
 
 
 def histogram(values: Sequence[int]) -> list[tuple[str, int]]:
@@ -87,32 +93,34 @@ def histogram(values: Sequence[int]) -> list[tuple[str, int]]:
     return [(f"{a}" if a == b else f"{a}-{b}", counts[bin_]) for bin_, (a, b) in enumerate(labels)]
 
 
-def histograms(found: Numbers) -> dict[str, list[tuple[str, int]]]:
-    told = [side for side in found.sides if side]
-    shown = {"words of a caption": found.words, "bytes of a picture": found.picture_bytes}
-    if told:
-        shown["smaller side before cropping, pixels"] = told
-    return {title: histogram(values) for title, values in shown.items()}
+def histograms(statistics: Statistics) -> dict[str, list[tuple[str, int]]]:
+    """Title -> histogram."""
+    values = {"words of a caption": statistics.words, "bytes of a picture": statistics.picture_bytes}
+    if sides := [side for side in statistics.sides if side]:
+        values["smaller side before cropping, pixels"] = sides
+    return {title: histogram(numbers) for title, numbers in values.items()}
 
 
-def facts(folder: Path, manifest: Manifest, found: Numbers) -> list[tuple[str, str]]:
+def facts(folder: Path, manifest: Manifest, statistics: Statistics) -> list[tuple[str, str]]:
+    """Name and text of each fact about the set."""
     size = sum(os.path.getsize(folder / shard.name) for shard in manifest.shards)
+    words = statistics.words
     rows = [
         ("source", f"{manifest.source}, seed {manifest.seed}"),
         ("samples", f"{manifest.num_samples:,} in {len(manifest.shards):,} shards"),
         ("size", f"{size / 2**30:.2f} GiB, {size / manifest.num_samples:,.0f} bytes a sample"),
         ("pictures", f"{manifest.image_size} pixels a side"),
-        ("members", ", ".join(f"{name} {number:,}" for name, number in sorted(found.members.items()))),
-        ("words", f"{min(found.words)} to {max(found.words)}, median {int(np.median(found.words))}"),
+        ("members", ", ".join(f"{name} {number:,}" for name, number in sorted(statistics.members.items()))),
+        ("words", f"{min(words)} to {max(words)}, median {int(np.median(words))}"),
     ]
-    repeated = sum(number - 1 for number in found.captions.values())
     if not manifest.classes:
-        rows.append(("captions", f"{len(found.captions):,} different, {repeated:,} repeated"))
+        repeated = sum(number - 1 for number in statistics.captions.values())
+        rows.append(("captions", f"{len(statistics.captions):,} different, {repeated:,} repeated"))
     else:
-        numbers = sorted(found.captions[str(number).encode()] for number in range(len(manifest.classes)))
-        middle = numbers[len(numbers) // 2]
+        sizes = sorted(statistics.captions[str(number).encode()] for number in range(len(manifest.classes)))
+        median = sizes[len(sizes) // 2]
         rows.append(
-            ("classes", f"{len(manifest.classes)}, of {numbers[0]} to {numbers[-1]} samples, median {middle}")
+            ("classes", f"{len(manifest.classes)}, of {sizes[0]} to {sizes[-1]} samples, median {median}")
         )
     if (codes := manifest.codes) is not None:
         shape = f"{codes.crops} x {codes.grid[0]}x{codes.grid[1]} x {len(codes.factor_sizes)}"
@@ -128,24 +136,26 @@ def facts(folder: Path, manifest: Manifest, found: Numbers) -> list[tuple[str, s
 def spread(folder: Path, manifest: Manifest, num: int) -> list[tuple[Path, Sample]]:
     """Samples at equal distances over the set, each with its shard's path."""
     num = min(num, manifest.num_samples)
-    wanted = [(2 * i + 1) * manifest.num_samples // (2 * num) for i in range(num)]
-    found, first = [], 0
+    indices = [(2 * i + 1) * manifest.num_samples // (2 * num) for i in range(num)]
+    samples, first = [], 0
     for shard in manifest.shards:
-        numbers = [place - first for place in wanted if first <= place < first + shard.num_samples]
+        numbers = [index - first for index in indices if first <= index < first + shard.num_samples]
         first += shard.num_samples
         if not numbers:
             continue
         path = folder / shard.name
         starts = sample_starts(path).tolist()
-        with tars.opened(path) as file:
+        with tars.TarReader(path) as file:
             for number in numbers:
-                found.append((path, read_sample(file, path, starts[number], starts[number + 1], EXTENSIONS)))
-    return found
+                sample = read_sample(file, path, starts[number], starts[number + 1], EXTENSIONS)
+                samples.append((path, sample))
+    return samples
 
 
 def figure(path: Path, sample: Sample, classes: tuple[str, ...] | None) -> str:
+    """HTML of one picture with its caption. path: of the shard."""
     where = f"{path}: sample {sample.key}"
-    image = decode_image(image_member(sample, where), where)
+    image = decode_picture(encoded_picture(sample, where), where)
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
@@ -161,6 +171,7 @@ def figure(path: Path, sample: Sample, classes: tuple[str, ...] | None) -> str:
 
 
 def bars(title: str, rows: list[tuple[str, int]]) -> str:
+    """HTML of one histogram."""
     largest = max(number for _, number in rows)
     lines = [
         f'<text x="118" y="{18 * i + 13}" text-anchor="end">{label}</text>'
@@ -171,9 +182,11 @@ def bars(title: str, rows: list[tuple[str, int]]) -> str:
     return f'<div><h2>{title}</h2><svg width="430" height="{18 * len(rows) + 4}">{"".join(lines)}</svg></div>'
 
 
-def page(folder: Path, manifest: Manifest, found: Numbers, num: int) -> str:
-    rows = "".join(f"<tr><th>{name}<td>{html.escape(text)}" for name, text in facts(folder, manifest, found))
-    charts = "".join(bars(title, rows) for title, rows in histograms(found).items())
+def page(folder: Path, manifest: Manifest, statistics: Statistics, num: int) -> str:
+    """The whole page, with `num` pictures."""
+    names = facts(folder, manifest, statistics)
+    rows = "".join(f"<tr><th>{name}<td>{html.escape(text)}" for name, text in names)
+    charts = "".join(bars(title, rows) for title, rows in histograms(statistics).items())
     sheet = "".join(figure(path, sample, manifest.classes) for path, sample in spread(folder, manifest, num))
     title = html.escape(folder.name)
     return f"""<!doctype html>
@@ -186,7 +199,8 @@ svg text {{ font-size: 11px }}
 svg rect {{ fill: #4a7ab0 }}
 .charts, .sheet {{ display: flex; flex-wrap: wrap; gap: 16px }}
 figure {{ margin: 0; width: {THUMBNAIL}px }}
-img {{ width: {THUMBNAIL}px; height: {THUMBNAIL}px; object-fit: contain; background: #eee; image-rendering: auto }}
+img {{ width: {THUMBNAIL}px; height: {THUMBNAIL}px }}
+img {{ object-fit: contain; background: #eee; image-rendering: auto }}
 small {{ display: block; color: #888 }}
 </style>
 <h1>{title}</h1>
@@ -196,36 +210,40 @@ small {{ display: block; color: #888 }}
 """
 
 
+def print_histogram(title: str, rows: list[tuple[str, int]]) -> None:
+    print(f"\n{title}")
+    largest = max(number for _, number in rows)
+    for label, number in rows:
+        print(f"{label:>16} {'#' * round(40 * number / largest)} {number:,}")
+
+
+@command
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    assert __doc__ is not None
+    description, _, epilog = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python data_tools/inspect_shards.py",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("shards", type=Path, help="shard folder")
-    parser.add_argument("--html", type=Path, help="write a page with a sheet of pictures and captions")
-    parser.add_argument("--num", type=int, default=64, help="pictures on the sheet (default: 64)")
+    parser.add_argument("--html", type=Path, help="write a page with pictures and captions")
+    parser.add_argument("--num", type=positive, default=64, help="pictures on the page (default: 64)")
     options = parser.parse_args(arguments)
-    if options.num < 1:
-        parser.error(f"--num must be at least 1, got {options.num}")
     folder = options.shards
-    try:
-        if options.html is not None:
-            check_writable(options.html)
-        manifest = Manifest.read(folder)
-        found = count(folder, manifest)
-        for name, text in facts(folder, manifest, found):
-            print(f"{name:<14} {text}")
-        for title, rows in histograms(found).items():
-            print(f"\n{title}")
-            largest = max(number for _, number in rows)
-            for label, number in rows:
-                print(f"{label:>16} {'#' * round(40 * number / largest)} {number:,}")
-        if options.html is not None:
-            options.html.write_text(page(folder, manifest, found, options.num), encoding="utf-8")
-            print(f"\n{options.html} shows {min(options.num, manifest.num_samples)} of the pictures")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    if options.html is not None:
+        check_writable(options.html)
+    manifest = Manifest.read(folder)
+    statistics = count(folder, manifest)
+    for name, text in facts(folder, manifest, statistics):
+        print(f"{name:<14} {text}")
+    for title, rows in histograms(statistics).items():
+        print_histogram(title, rows)
+    if options.html is not None:
+        options.html.write_text(page(folder, manifest, statistics, options.num), encoding="utf-8")
+        print(f"\n{options.html} shows {min(options.num, manifest.num_samples)} of the pictures")
     return 0
 
 

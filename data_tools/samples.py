@@ -1,4 +1,4 @@
-"""From an item of a source to a sample of a shard: what is wanted, how it is cropped and encoded, which are left out."""
+"""From an item of a source to a sample of a shard: filters, crop, and encoding of the picture."""
 
 from __future__ import annotations
 
@@ -6,31 +6,30 @@ import hashlib
 import io
 import json
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import numpy as np
 from PIL import Image
 
 from data_tools.sources import Item
 from data_tools.storage import read_file
-from mmtensorar.data.shards import (
-    EXTENSIONS,
-    Sample,
-    decode_image,
-    orientation,
-    square,
-)
+from mmtensorar.data.pictures import center_square, decode_picture, is_upright
+from mmtensorar.data.shards import EXTENSIONS, Sample
+from mmtensorar.seeds import generator_for
 
 Crop = Literal["center", "random", "pad", "stretch"]
 Format = Literal["jpg", "png", "webp", "keep"]
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What becomes of pictures and captions, and which of them are taken. Sides in pixels, captions in characters.
+class SampleSettings:
+    """Which pictures and captions are taken, and what becomes of them.
 
-    crop: the centre or a random part of the shorter side's square; or the whole picture, on white or stretched. format keep:
-    pictures that have the size already stay as they are, others become jpg. max_aspect: longer side over shorter; 0: any.
+    Sides are in pixels, captions in characters. A bound of 0 means no bound.
+
+    crop: the centre, or a random part, of the largest square; or the whole picture, on white
+    (pad) or stretched. format: keep leaves a picture that has the size already as it is, and
+    makes others jpg. quality: of jpg and webp. max_aspect: longer side over shorter. seed: of
+    random crops.
     """
 
     image_size: int
@@ -44,105 +43,124 @@ class Wanted:
     seed: int = 0
 
 
-class Unwanted(Exception):
+class FilteredOut(Exception):
     """Why a filter leaves an item out."""
 
 
-class Made(NamedTuple):
-    """digest: of picture and caption as they came, which tells duplicates. picture: of the picture alone."""
+class MadeSample(NamedTuple):
+    """digest: of picture and caption as they came. picture: of the picture alone.
+
+    Equal digests tell duplicates.
+    """
 
     sample: Sample
     digest: str
     picture: str
 
 
-def make_sample(key: str, item: Item, wanted: Wanted) -> Made:
-    """Raises Unwanted when a filter leaves it out, ValueError naming it when it is damaged."""
+def make_sample(key: str, item: Item, settings: SampleSettings) -> MadeSample:
+    """The sample of an item, with its one caption.
+
+    Raises FilteredOut when a filter leaves it out, and ValueError, naming the item, when it
+    is damaged.
+    """
     if item.problem:
         raise ValueError(item.problem)
     (caption,) = item.captions
-    if len(caption) < wanted.min_caption:
-        raise Unwanted(f"caption shorter than {wanted.min_caption} characters")
-    if wanted.max_caption and len(caption) > wanted.max_caption:
-        raise Unwanted(f"caption longer than {wanted.max_caption} characters")
-    found = item.picture()
-    if isinstance(found, bytes):
-        content, image = found, decode_image(found, _where(item), upright=True)
+    _filter_caption(caption, settings)
+    source = item.picture()
+    if isinstance(source, bytes):
+        content, image = source, decode_picture(source, _where(item), upright=True)
     else:
-        content, image = found.tobytes(), found
+        content, image = source.tobytes(), source
     size = original_size(item.meta) or image.size
-    if min(size) < wanted.min_side:
-        raise Unwanted(f"smaller side below {wanted.min_side} pixels")
-    if wanted.max_aspect and max(size) > wanted.max_aspect * min(size):
-        raise Unwanted(f"longer side more than {wanted.max_aspect:g} times the smaller")
-    # Nested values as text: readers that make a table of the json members need one type per column.
+    _filter_size(size, settings)
+    # Nested values become text: readers that make a table of the json members need one type per column.
     meta = {
-        k: json.dumps(v, sort_keys=True, default=str) if isinstance(v, dict) else v
-        for k, v in item.meta.items()
+        name: json.dumps(value, sort_keys=True, default=str) if isinstance(value, dict) else value
+        for name, value in item.meta.items()
     }
     meta["size"] = list(size)
-    extension, picture = _encoded(image, found, item.key, wanted)
+    extension, picture = _encode_picture(image, source, item.key, settings)
     members = {extension: picture, "txt": caption.encode(), "json": json.dumps(meta, sort_keys=True).encode()}
     for name, value in members.items():
         if len(value) > EXTENSIONS[name]:
             raise ValueError(
-                f"{_where(item)}: its .{name} would have {len(value)} bytes, more than the {EXTENSIONS[name]} allowed"
+                f"{_where(item)}: its .{name} would have {len(value)} bytes, "
+                f"more than the {EXTENSIONS[name]} allowed"
             )
-    shown = hashlib.sha256(content)
-    digest = hashlib.sha256(shown.digest() + caption.encode()).hexdigest()[:32]
-    return Made(Sample(key, members), digest, shown.hexdigest()[:32])
+    picture_hash = hashlib.sha256(content)
+    digest = hashlib.sha256(picture_hash.digest() + caption.encode()).hexdigest()[:32]
+    return MadeSample(Sample(key, members), digest, picture_hash.hexdigest()[:32])
+
+
+def _filter_caption(caption: str, settings: SampleSettings) -> None:
+    if len(caption) < settings.min_caption:
+        raise FilteredOut(f"caption shorter than {settings.min_caption} characters")
+    if settings.max_caption and len(caption) > settings.max_caption:
+        raise FilteredOut(f"caption longer than {settings.max_caption} characters")
+
+
+def _filter_size(size: tuple[int, int], settings: SampleSettings) -> None:
+    if min(size) < settings.min_side:
+        raise FilteredOut(f"smaller side below {settings.min_side} pixels")
+    if settings.max_aspect and max(size) > settings.max_aspect * min(size):
+        raise FilteredOut(f"longer side more than {settings.max_aspect:g} times the smaller")
 
 
 def original_size(meta: dict) -> tuple[int, int] | None:
-    """Width and height before a picture was cropped for a set of ours, where its json member tells."""
-    found = meta.get("size")
+    """Width and height before the picture was cropped for one of our sets, if its json says so."""
+    size = meta.get("size")
     if (
-        isinstance(found, list)
-        and len(found) == 2
-        and all(type(side) is int and 0 < side < 2**31 for side in found)
+        isinstance(size, list)
+        and len(size) == 2
+        and all(type(side) is int and 0 < side < 2**31 for side in size)
     ):
-        return found[0], found[1]
+        return size[0], size[1]
     return None
 
 
 def _where(item: Item) -> str:
-    # A file's own path is the best name it can have.
-    if getattr(item.picture, "func", None) is read_file:
-        return str(item.picture.args[0])
+    # The path of a file is the best name that it can have.
+    picture: Any = item.picture
+    if getattr(picture, "func", None) is read_file:
+        return str(picture.args[0])
     return f"{item.meta.get('source')} {item.key}"
 
 
-def _encoded(image: Image.Image, found: bytes | Image.Image, key: str, wanted: Wanted) -> tuple[str, bytes]:
-    """Extension and content of the picture's member."""
-    size = wanted.image_size
-    extension = "jpg" if wanted.format == "keep" else wanted.format
-    if wanted.format == "keep" and isinstance(found, bytes) and image.size == (size, size):
-        with Image.open(io.BytesIO(found)) as original:
-            if orientation(original) == 1 and not original.has_transparency_data:
-                return {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}[original.format], found
+def _encode_picture(
+    image: Image.Image, source: bytes | Image.Image, key: str, settings: SampleSettings
+) -> tuple[str, bytes]:
+    """Extension and content of the picture's member. image: decoded from source, upright."""
+    size = settings.image_size
+    extension = "jpg" if settings.format == "keep" else settings.format
+    if settings.format == "keep" and isinstance(source, bytes) and image.size == (size, size):
+        with Image.open(io.BytesIO(source)) as original:
+            if is_upright(original) and not original.has_transparency_data:
+                return {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}[original.format], source
     content = io.BytesIO()
-    settings = {
-        "jpg": {"format": "JPEG", "quality": wanted.quality, "subsampling": 0},
+    encoding = {
+        "jpg": {"format": "JPEG", "quality": settings.quality, "subsampling": 0},
         "png": {"format": "PNG"},
-        "webp": {"format": "WEBP", "quality": wanted.quality},
+        "webp": {"format": "WEBP", "quality": settings.quality},
     }
-    _cropped(image, key, wanted).save(content, **settings[extension])
+    _crop(image, key, settings).save(content, **encoding[extension])
     return extension, content.getvalue()
 
 
-def _cropped(image: Image.Image, key: str, wanted: Wanted) -> Image.Image:
-    size = wanted.image_size
-    if wanted.crop == "stretch":
+def _crop(image: Image.Image, key: str, settings: SampleSettings) -> Image.Image:
+    size = settings.image_size
+    if settings.crop == "stretch":
         return image.resize((size, size), Image.Resampling.BICUBIC)
-    if wanted.crop == "pad":
-        return _padded(image, size)
-    place = (0.5, 0.5)
-    if wanted.crop == "random":
-        place = tuple(generator(wanted.seed, key).random(2))
-    return square(image, size, place)
+    if settings.crop == "pad":
+        return _pad(image, size)
+    shares = (0.5, 0.5)
+    if settings.crop == "random":
+        shares = tuple(generator_for(settings.seed, key).random(2))
+    return center_square(image, size, shares)
 
 
-def _padded(image: Image.Image, size: int) -> Image.Image:
+def _pad(image: Image.Image, size: int) -> Image.Image:
     """The whole picture in the middle of a white square."""
 
     def scaled(factor: float) -> tuple[int, int]:
@@ -154,8 +172,3 @@ def _padded(image: Image.Image, size: int) -> Image.Image:
     ground = Image.new("RGB", (size, size), "white")
     ground.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
     return ground
-
-
-def generator(seed: int, key: str) -> np.random.Generator:
-    """Random numbers of one item, wherever it stands."""
-    return np.random.default_rng([seed, int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")])

@@ -1,7 +1,7 @@
-"""Folders that shards are made from and put into: on a disk, or in an object store, by their URL.
+"""Folders that shards are made from and written to: on disk, or in an object store, by URL.
 
-A place is a pathlib.Path, or for a URL a UPath of universal-pathlib, which reads and writes through fsspec. What is written
-appears under its name only when it is whole, in both.
+Paths are pathlib.Path, or UPath (universal-pathlib) for a URL, which reads and writes through
+fsspec. A file appears under its name only when it is complete, in both.
 """
 
 from __future__ import annotations
@@ -21,13 +21,16 @@ from mmtensorar.data.url_cache import is_url, shown
 
 
 def at(name: str) -> Path | Any:
-    """The place of a name. Raises ValueError for a URL of another scheme, a command, or a library that is missing."""
+    """The path of a name.
+
+    Raises ValueError for a URL of an unknown scheme, a command, or a missing library.
+    """
     if not is_url(name):
         return Path(name)
     try:
         from upath import UPath
 
-        # What a listing said is not kept: workers write to the place too.
+        # Listings are not cached: workers write to the same place.
         return UPath(name, use_listings_cache=False)
     except ImportError as error:
         raise ValueError(
@@ -36,7 +39,7 @@ def at(name: str) -> Path | Any:
 
 
 def argument(name: str) -> Path | Any:
-    """A place of the command line."""
+    """A path on the command line (an argparse type)."""
     try:
         return at(name)
     except ValueError as error:
@@ -44,54 +47,64 @@ def argument(name: str) -> Path | Any:
 
 
 def folder_to_write(name: str) -> Path | Any:
-    """A place of the command line that is written to."""
+    """A folder on the command line that is written to (an argparse type)."""
     if name.startswith(("http://", "https://")):
         raise argparse.ArgumentTypeError(
-            f"{shown(name)}: a web server takes no shards; expected a folder, s3://, gs:// or hf://"
+            f"{shown(name)}: cannot write shards to a web server; expected a folder, s3://, gs:// or hf://"
         )
     return argument(name)
 
 
-def is_local(place: Path | Any) -> bool:
-    return isinstance(place, Path)
+def is_local(path: Path | Any) -> bool:
+    """Whether a path is on disk, not in a store."""
+    return isinstance(path, Path)
+
+
+# ---- listing ---------------------------------------------------------------------------------
 
 
 def files(root: Path | Any) -> dict[Path | Any, int | None]:
-    """Every file below a folder and its bytes, where they are known, sorted by the parts of its name.
+    """Every file below a folder and its bytes, if known, sorted by the parts of its path.
 
-    Hidden ones are left out, and what is in hidden folders. Raises ValueError when the folder cannot be listed, and for a link
-    that leads out of it: an archive that was unpacked here may have brought it.
+    Hidden files and the content of hidden folders are left out. Raises ValueError when the
+    folder cannot be listed, for a name that is not UTF-8, and for a link that leads out of
+    the folder, which an unpacked archive may have brought.
     """
-    if is_local(root):
-        found, inside = {}, root.resolve()
-        for path in root.rglob("*"):
-            if not path.is_file() or _is_hidden(path, root):
-                continue
-            if path.is_symlink() and not path.resolve().is_relative_to(inside):
-                raise ValueError(f"{path}: a link that leads out of {root}; put the file itself there")
-            if not is_text(str(path)):
-                raise ValueError(f"{str(path)!r}: a name that is not UTF-8; rename the file or folder")
-            found[path] = path.stat().st_size
-    else:
-        try:
-            listed = root.fs.find(root.path, detail=True)
-        except OSError as error:
-            raise ValueError(f"{shown(str(root))}: cannot be listed ({error})") from error
-        # A name, unlike a path, is the same for a store and for UPath.
-        found = {
-            root / name.removeprefix(root.path).lstrip("/"): status.get("size")
-            for name, status in listed.items()
-        }
-        found = {path: size for path, size in found.items() if not _is_hidden(path, root)}
-    return dict(sorted(found.items(), key=lambda pair: pair[0].parts))
+    sizes = _local_files(root) if is_local(root) else _store_files(root)
+    return dict(sorted(sizes.items(), key=lambda pair: pair[0].parts))
+
+
+def _local_files(root: Path) -> dict[Path, int | None]:
+    sizes, resolved_root = {}, root.resolve()
+    for path in root.rglob("*"):
+        if not path.is_file() or _is_hidden(path, root):
+            continue
+        if path.is_symlink() and not path.resolve().is_relative_to(resolved_root):
+            raise ValueError(f"{path}: a link that leads out of {root}; put the file itself there")
+        if not is_utf8(str(path)):
+            raise ValueError(f"{str(path)!r}: a name that is not UTF-8; rename the file or folder")
+        sizes[path] = path.stat().st_size
+    return sizes
+
+
+def _store_files(root: Any) -> dict[Any, int | None]:
+    try:
+        listed = root.fs.find(root.path, detail=True)
+    except OSError as error:
+        raise ValueError(f"{shown(str(root))}: cannot be listed ({error})") from error
+    # A relative name, unlike a path, is the same for a store and for UPath.
+    sizes = {
+        root / name.removeprefix(root.path).lstrip("/"): status.get("size") for name, status in listed.items()
+    }
+    return {path: size for path, size in sizes.items() if not _is_hidden(path, root)}
 
 
 def _is_hidden(path: Path | Any, root: Path | Any) -> bool:
     return any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
-def is_text(name: str) -> bool:
-    """Whether a name can be written down: of a file whose name is no UTF-8 Python makes one that cannot."""
+def is_utf8(name: str) -> bool:
+    """Whether a file name is valid UTF-8. Python marks undecodable bytes with surrogates."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -100,22 +113,22 @@ def is_text(name: str) -> bool:
 
 
 def with_suffix(name: str, suffix: str) -> tuple[Path | Any, list[Path | Any]]:
-    """The place of a name, and the files of a suffix below it, sorted, or the file that it is.
+    """The path of a name, and the files of a suffix: the path itself, or all below it, sorted.
 
     Raises ValueError when there is none.
     """
-    place = at(name)
-    if place.is_file():
-        return place, [place]
-    if is_local(place) and not place.is_dir():
-        raise ValueError(f"{place}: no such file or folder")
-    if suffix == ".tar" and (place / MANIFEST).is_file():
-        # Of a shard set what it says: other tars beside them are of a work that was not finished.
-        return place, [place / shard.name for shard in Manifest.read(place, complete=False).shards]
-    found = [path for path in files(place) if path.suffix == suffix]
-    if not found:
+    path = at(name)
+    if path.is_file():
+        return path, [path]
+    if is_local(path) and not path.is_dir():
+        raise ValueError(f"{path}: no such file or folder")
+    if suffix == ".tar" and (path / MANIFEST).is_file():
+        # Only the shards of the manifest: other tars belong to unfinished work.
+        return path, [path / shard.name for shard in Manifest.read(path, complete=False).shards]
+    paths = [file for file in files(path) if file.suffix == suffix]
+    if not paths:
         raise ValueError(f"{shown(name)}: no {suffix} files in it")
-    return place, found
+    return path, paths
 
 
 def folders(root: Path | Any) -> tuple[str, ...]:
@@ -125,61 +138,72 @@ def folders(root: Path | Any) -> tuple[str, ...]:
     )
 
 
-def contents(paths: Iterable[Path | Any], most: int) -> Iterator[bytes | ValueError]:
-    """The contents of files of at most so many bytes, in order, or why one cannot be read.
+# ---- reading ---------------------------------------------------------------------------------
 
-    Of a store many are on their way at a time.
+
+def contents(paths: Iterable[Path | Any], max_bytes: int) -> Iterator[bytes | ValueError]:
+    """The content of each file, in order, or why it cannot be read.
+
+    From a store, 256 files are requested at a time. Files of more than max_bytes are refused.
     """
     paths = iter(paths)
-    while some := list(islice(paths, 256)):
-        if is_local(some[0]):
-            yield from (_read_or_reason(path, most) for path in some)
+    while batch := list(islice(paths, 256)):
+        if is_local(batch[0]):
+            yield from (_content_or_error(path, max_bytes) for path in batch)
             continue
-        # Not cat, which takes a name with brackets for a pattern.
-        found = some[0].fs.cat_ranges([path.path for path in some], 0, most + 1, on_error="return")
-        for path, content in zip(some, found, strict=True):
+        # Not `cat`, which takes a name with brackets for a pattern.
+        answers = batch[0].fs.cat_ranges([path.path for path in batch], 0, max_bytes + 1, on_error="return")
+        for path, content in zip(batch, answers, strict=True):
             if isinstance(content, Exception):
                 content = ValueError(f"{shown(str(path))}: {content}")
-            elif len(content) > most:
-                content = ValueError(_too_large(path, most))
+            elif len(content) > max_bytes:
+                content = ValueError(_too_large(path, max_bytes))
             yield content
 
 
-def opened(path: Path | Any) -> io.BufferedReader:
-    """A file to read, with readline of a bounded length, which fsspec's files lack."""
-    file = path.open("rb")
-    return file if is_local(path) else io.BufferedReader(file)
-
-
-def _read_or_reason(path: Path, most: int) -> bytes | ValueError:
+def _content_or_error(path: Path, max_bytes: int) -> bytes | ValueError:
     try:
-        return read_file(path, most)
+        return read_file(path, max_bytes)
     except ValueError as error:
         return error
 
 
-def read_file(path: Path | Any, most: int = EXTENSIONS["jpg"]) -> bytes:
-    """Raises ValueError naming the file when it cannot be read, or has more bytes than `most`."""
+def open_file(path: Path | Any) -> io.BufferedReader:
+    """A file to read, with a readline that takes a limit, which fsspec's files lack."""
+    file = path.open("rb")
+    return file if is_local(path) else io.BufferedReader(file)
+
+
+def read_file(path: Path | Any, max_bytes: int = EXTENSIONS["jpg"]) -> bytes:
+    """A file's content.
+
+    Raises ValueError naming the file when it cannot be read or has more than max_bytes.
+    """
     try:
         with path.open("rb") as file:
-            # Of a small file no buffer of `most` bytes.
-            content = file.read(
-                min(most, os.fstat(file.fileno()).st_size) + 1 if is_local(path) else most + 1
-            )
+            # For a small local file, no buffer of max_bytes.
+            limit = min(max_bytes, os.fstat(file.fileno()).st_size) if is_local(path) else max_bytes
+            content = file.read(limit + 1)
     except OSError as error:
         raise ValueError(f"{shown(str(path))}: {error.strerror or error}") from error
-    if len(content) > most:
-        raise ValueError(_too_large(path, most))
+    if len(content) > max_bytes:
+        raise ValueError(_too_large(path, max_bytes))
     return content
 
 
-def _too_large(path: Path | Any, most: int) -> str:
-    return f"{shown(str(path))}: more than the {most} bytes allowed"
+def _too_large(path: Path | Any, max_bytes: int) -> str:
+    return f"{shown(str(path))}: more than the {max_bytes} bytes allowed"
+
+
+# ---- a local copy ----------------------------------------------------------------------------
 
 
 @contextmanager
-def written(path: Path | Any) -> Iterator[Path]:
-    """Where to write a file on the disk; at the end of the with statement it is at its place, unless an error ended it."""
+def local_target(path: Path | Any) -> Iterator[Path]:
+    """A local file to write, for use in a with statement.
+
+    At the end it is uploaded to `path` if that is in a store, unless an error ended the block.
+    """
     if is_local(path):
         yield path
         return
@@ -191,8 +215,8 @@ def written(path: Path | Any) -> Iterator[Path]:
 
 
 @contextmanager
-def fetched(path: Path | Any) -> Iterator[Path]:
-    """A file on the disk, for the time of the with statement."""
+def local_copy(path: Path | Any) -> Iterator[Path]:
+    """A local file with the content of `path`, for use in a with statement."""
     if is_local(path):
         yield path
         return

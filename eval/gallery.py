@@ -1,9 +1,10 @@
-"""Images of evaluated models side by side, framed green when correct and red when not:
+"""Images of evaluated models side by side, framed green when correct and red when not.
 
-    python -m eval.gallery FOLDER [NAME=FOLDER ...] --out gallery.png [--num-prompts 12] [--num-images 4] [--scale 2]
+    python -m eval.gallery FOLDER [NAME=FOLDER ...] --out gallery.png [--num-prompts 12] [--num-images 4]
 
-FOLDER is an --out folder of python -m eval.geneval, or images in its layout (then without frames). Prompts run down,
-the first ones of each skill, equally many, whatever their images look like; a prompt's first images run across.
+FOLDER is an --out folder of python -m eval.geneval, or images in its layout (then without frames).
+Each row is a prompt: the first prompts of each skill, the same number of each, so that nobody
+chose them by their images. A row shows the first images of its prompt.
 """
 
 import argparse
@@ -15,8 +16,9 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from eval import layout
-from eval.report_table import named
+from eval.report_table import by_name
 from mmtensorar import files
+from mmtensorar.cli import command
 
 GREEN, RED, GREY, INK = (40, 150, 60), (205, 45, 45), (190, 190, 190), (20, 20, 20)
 FRAME, GAP, BETWEEN = 2, 4, 16
@@ -24,27 +26,27 @@ FONT_SIZE, CAPTION_WIDTH, CAPTION_CHARACTERS = 14, 200, 26
 
 
 def pick(prompts: list[dict], num_prompts: int) -> list[int]:
-    """Indices of the first num_prompts / number of skills prompts of every skill, in order.
+    """Indices of the first prompts of every skill, num_prompts in all, in order.
 
     Raises ValueError when num_prompts is smaller than the number of skills.
     """
     skills = list(dict.fromkeys(prompt["tag"] for prompt in prompts))
-    each = num_prompts // len(skills)
-    if not each:
+    per_skill = num_prompts // len(skills)
+    if not per_skill:
         raise ValueError(
             f"number of prompts is {num_prompts}; expected at least one per skill, {len(skills)}"
         )
     return [
         index
         for skill in skills
-        for index in [i for i, prompt in enumerate(prompts) if prompt["tag"] == skill][:each]
+        for index in [i for i, prompt in enumerate(prompts) if prompt["tag"] == skill][:per_skill]
     ]
 
 
 def read(folder: Path) -> tuple[list[dict], list[list[Path]], dict[Path, bool]]:
-    """A folder's prompts, image files per prompt, and verdict per file where results.jsonl has one.
+    """A folder's prompts, the image files of each, and the verdict on each file that results.jsonl has.
 
-    Raises ValueError, naming the file, for one that is missing or damaged.
+    Raises ValueError naming the file that is missing or damaged.
     """
     images = folder
     if not any(path.name.isdigit() for path in folder.glob("*")) and (folder / "summary.json").is_file():
@@ -67,15 +69,21 @@ def read(folder: Path) -> tuple[list[dict], list[list[Path]], dict[Path, bool]]:
 def compose(
     folders: Mapping[str, Path], *, num_prompts: int = 12, num_images: int = 4, scale: int = 2
 ) -> Image.Image:
-    """The gallery of folders by column heading.
+    """The gallery as one image.
+
+    Args:
+        folders: column heading -> folder.
+        num_prompts: over all skills.
+        num_images: per prompt and folder.
+        scale: screen pixels per image pixel.
 
     Raises ValueError when the folders have different prompts or fewer images than asked for.
     """
     read_folders = {name: read(folder) for name, folder in folders.items()}
     prompts = next(iter(read_folders.values()))[0]
-    for name, (others, pictures, _) in read_folders.items():
-        if others != prompts:
-            raise ValueError(f"{folders[name]} holds other prompts than {next(iter(folders.values()))}")
+    for name, (own_prompts, pictures, _) in read_folders.items():
+        if own_prompts != prompts:
+            raise ValueError(f"the prompts of {folders[name]} and {next(iter(folders.values()))} differ")
         if len(pictures[0]) < num_images:
             raise ValueError(
                 f"{folders[name]} holds {len(pictures[0])} images per prompt; {num_images} asked for"
@@ -96,8 +104,8 @@ def compose(
         caption = textwrap.wrap(prompts[index]["prompt"], CAPTION_CHARACTERS, max_lines=3, placeholder=" ...")
         pen.multiline_text((GAP, y), "\n".join(caption), INK, font)
         for column, (_, pictures, verdicts) in enumerate(read_folders.values()):
-            for place, path in enumerate(pictures[index][:num_images]):
-                x = CAPTION_WIDTH + column * block + place * cell_width
+            for number, path in enumerate(pictures[index][:num_images]):
+                x = CAPTION_WIDTH + column * block + number * cell_width
                 frame = {True: GREEN, False: RED, None: GREY}[verdicts.get(path)]
                 pen.rectangle((x, y, x + width + 2 * FRAME - 1, y + height + 2 * FRAME - 1), fill=frame)
                 # Nearest: enlarged pixels should look like pixels.
@@ -106,9 +114,13 @@ def compose(
     return sheet
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m eval.gallery", description="Images of several models side by side."
+        prog="python -m eval.gallery",
+        description="Images of several models side by side.",
+        epilog="Example:\n  python -m eval.gallery runs/eval/plain new=runs/eval/tensorar --out gallery.png",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folders", nargs="+", metavar="[NAME=]FOLDER")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.png")
@@ -116,22 +128,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--num-images", type=int, default=4, help="per prompt (default 4)")
     parser.add_argument("--scale", type=int, default=2, help="screen pixels per image pixel (default 2)")
     options = parser.parse_args(arguments)
-    try:
-        if min(options.num_prompts, options.num_images, options.scale) < 1:
-            raise ValueError("--num-prompts, --num-images and --scale are 1 or more")
-        folders = {}
-        for name, folder in map(named, options.folders):
-            if name in folders:
-                raise ValueError(f"two folders are named {name!r}; name them apart with NAME=FOLDER")
-            folders[name] = folder
-        sheet = compose(
-            folders, num_prompts=options.num_prompts, num_images=options.num_images, scale=options.scale
-        )
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(options.out)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if min(options.num_prompts, options.num_images, options.scale) < 1:
+        raise ValueError("--num-prompts, --num-images and --scale must be 1 or more")
+    sheet = compose(
+        by_name(options.folders, "folders"),
+        num_prompts=options.num_prompts,
+        num_images=options.num_images,
+        scale=options.scale,
+    )
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(options.out)
     print(options.out)
     return 0
 

@@ -1,93 +1,124 @@
-"""Generate a suite's images in GenEval's layout: OUT/NNNNN/metadata.jsonl and OUT/NNNNN/samples/00000.png.
+"""The frame of every evaluator: its options, the pictures to score, and the summary it writes.
 
-Resumable: OUT/generation.json says which checkpoint and settings the images come from, and images that are there
-already are kept when it agrees. Under a launcher (RANK and WORLD_SIZE in the environment) every rank makes its share.
-Nothing here imports torch before a checkpoint is loaded, which takes seconds: mistakes in a command come to light before.
+An evaluator is a folder eval/NAME with a `__main__.py` (tests/eval/test_harness.py holds a whole
+one). It asks for options, gets a folder of pictures, and returns what it measured:
+
+    @harness.command
+    def main(arguments=None):
+        parser = harness.make_parser("eval.NAME", "What it measures.", example="--ckpt runs/NAME/model")
+        harness.add_options(parser, images="a folder of pictures")
+        options = harness.parse(parser, arguments)
+        pictures = harness.pictures(options, "NAME", lambda generator: (prompts, 4))
+        if pictures is not None:  # None on ranks that only generate
+            harness.write_summary(pictures.out, {"score": 0.5, **harness.origin(pictures.folder)})
+        return 0
+
+With --ckpt the pictures are generated in GenEval's layout: OUT/NNNNN/metadata.jsonl and
+OUT/NNNNN/samples/00000.png. Generation resumes: OUT/generation.json records the model and its
+settings, and pictures that exist are kept when it agrees. Under a launcher every rank generates
+its share, and the first rank scores.
+
+Nothing here imports torch before a model is loaded, which takes seconds, so that mistakes in a
+command are reported before.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
-import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 from tqdm import tqdm
 
+from eval import versions
 from eval.layout import RECORD, image_path, read_record
+from mmtensorar import cli, ranks
 from mmtensorar.files import write_text
-from mmtensorar.sampling.settings import LOADING, SAMPLING, given_settings, without_removed
+from mmtensorar.sampling.settings import LOADING, SAMPLING, add_generation, given_settings, without_removed
+from mmtensorar.seeds import image_seed
 
 if TYPE_CHECKING:
+    from mmtensorar.image_tokenizers import ImageTokenizer
     from mmtensorar.pipeline import Generator
     from mmtensorar.recipe import SamplerSettings
 
-# Two runs that differ only in these make the same images, up to rounding; prompts_sha256 tells other prompts.
-FREE = ("checkpoint", "num_prompts", "batch_size", "device", "attn_implementation")
+Work = tuple[Sequence[dict], int]  # prompts, each an object with "prompt"; pictures of each
+
+# Runs that differ only in these make the same pictures, up to rounding; prompts_sha256 tells other prompts.
+MAY_DIFFER = ("checkpoint", "num_prompts", "batch_size", "device", "attn_implementation")
 
 
-def image_seed(seed: int, prompt_index: int, image_index: int) -> int:
-    """The 63-bit seed of one image; models compared under one seed share their random numbers."""
-    return int(
-        np.random.SeedSequence((seed, prompt_index, image_index)).generate_state(1, np.uint64)[0]
-        >> np.uint64(1)
+# ---- options -------------------------------------------------------------------------------------
+
+
+def command(main: cli.Main) -> cli.Main:
+    """`mmtensorar.cli.command` for a main whose work resumes: Ctrl-C says so."""
+
+    @cli.command
+    @functools.wraps(main)
+    def wrapped(arguments: list[str] | None = None) -> int:
+        try:
+            return main(arguments)
+        except KeyboardInterrupt:
+            print("\nstopped; run the same command again to resume from what is there", file=sys.stderr)
+            return 130
+
+    return wrapped
+
+
+def make_parser(module: str, description: str, *, example: str) -> argparse.ArgumentParser:
+    """A parser whose help ends with an example. module: as in `python -m`; example: its arguments."""
+    return argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=description,
+        epilog=f"Example:\n  python -m {module} {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
 
-def rank() -> int:
-    return int(os.environ.get("RANK", 0))
+def add_options(
+    parser: argparse.ArgumentParser,
+    *,
+    images: str,
+    ckpt: str = "model folder, such as runs/NAME/model",
+    out: str = "default: runs/eval/NAME of the model's run, or of the pictures' folder",
+    num_images: str = "per prompt",
+    allow_partial: bool = True,
+) -> None:
+    """Add --ckpt or --images, --out, --num-images, --seed, --allow-partial, and the options of sampling.
 
-
-def scores() -> bool:
-    """Is it this process that scores? Under a launcher the first rank does, when all images are there."""
-    return rank() == 0
-
-
-def wait_for_all(out: Path, num_prompts: int, num_images: int) -> None:
-    """Return when the images of all ranks are there. A rank that fails is noticed by the launcher, which ends the others."""
-    places = ((prompt, image) for prompt in range(num_prompts) for image in range(num_images))
-    told = False
-    for place in places:
-        while not image_path(out, *place).is_file():
-            if not told:
-                print(f"waiting for the other ranks' images in {out}", file=sys.stderr, flush=True)
-                told = True
-            time.sleep(1)
-
-
-def load(options: argparse.Namespace) -> Generator:
-    """The generator of --ckpt, on the GPU that a launcher gives this rank. Raises ValueError like Generator.load."""
-    from mmtensorar.pipeline import Generator
-
-    loading = {name: getattr(options, name) for name in LOADING}
-    if options.device is None and "LOCAL_RANK" in os.environ:
-        import torch
-
-        loading["device"] = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
-    return Generator.load(options.ckpt, **loading)
-
-
-def generate_into(
-    options: argparse.Namespace, generator: Generator, suite: str, prompts: Sequence[dict], num_images: int
-) -> Path:
-    """`generate` as a command's options ask for it: ckpt, out, seed and those of mmtensorar.sampling.settings.
-
-    Returns the folder: out, or runs/eval/NAME of the checkpoint's run; on the rank that scores when all images are there.
+    Args:
+        images, ckpt, out, num_images: help texts, where an evaluator says more.
+        allow_partial: whether the evaluator can score an incomplete set of pictures.
     """
-    out = options.out or Path("runs/eval") / generator.recipe.run.name
-    sampling = generator.sampling(**given_settings(options))
-    numbers = dict(num_images=num_images, seed=options.seed, batch_size=options.batch_size)
-    made = generate(generator, options.ckpt, suite, prompts, out, sampling, **numbers)
-    print(f"{made} images made in {out}", flush=True)
-    if scores():
-        wait_for_all(out, len(prompts), num_images)
-    return out
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--ckpt", type=Path, metavar="FOLDER", help=ckpt)
+    source.add_argument("--images", type=Path, metavar="PATH", help=images)
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help=out)
+    parser.add_argument("--num-images", type=int, metavar="N", help=num_images)
+    parser.add_argument("--seed", type=int, default=0, help="of the pictures (default 0)")
+    if allow_partial:
+        parser.add_argument(
+            "--allow-partial",
+            action="store_true",
+            help="score the pictures that exist; the score is marked partial wherever it is printed",
+        )
+    add_generation(parser, needs=", with --ckpt")
+
+
+def parse(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, **least: int
+) -> argparse.Namespace:
+    """Parse. Raises ValueError for a number below its least value; least: of an evaluator's own options."""
+    options = parser.parse_args(arguments)
+    check_numbers(options, num_images=1, seed=0, **least)
+    return options
 
 
 def check_numbers(options: argparse.Namespace, **least: int) -> None:
@@ -98,11 +129,123 @@ def check_numbers(options: argparse.Namespace, **least: int) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; expected {number} or more")
 
 
-def ignored(options: argparse.Namespace, names: Sequence[str] = ()) -> None:
-    """Say on stderr which of the options given have no effect on images that are there already."""
+def warn_ignored(options: argparse.Namespace, names: Sequence[str] = ()) -> None:
+    """Print a note for each given option that has no effect with --images. names: an evaluator's own."""
     for name in (*names, *SAMPLING, *(name for name in LOADING if name != "device")):
         if getattr(options, name) is not None:
             print(f"note: --{name.replace('_', '-')} has no effect with --images", file=sys.stderr)
+
+
+# ---- pictures to score ---------------------------------------------------------------------------
+
+
+class Pictures(NamedTuple):
+    """Pictures to score.
+
+    folder: where they are (--images may also name a file). out: where results go.
+    num_prompts, num_images: as generated; None for pictures that were given.
+    image_tokenizer: that of the model; None for pictures that were given.
+    """
+
+    folder: Path
+    out: Path
+    num_prompts: int | None = None
+    num_images: int | None = None
+    image_tokenizer: ImageTokenizer | None = None
+
+
+def has_work(options: argparse.Namespace) -> bool:
+    """Whether this process has anything to do: ranks above 0 only generate."""
+    return options.images is None or ranks.is_first()
+
+
+def pictures(
+    options: argparse.Namespace,
+    suite: str,
+    work: Callable[[Generator], Work],
+    *,
+    default_out: Path | None = None,
+    ignored: Sequence[str] = (),
+) -> Pictures | None:
+    """Generate with --ckpt or take --images; None on a rank that does not score.
+
+    Args:
+        options: those of `add_options`.
+        suite: name of the prompts, for generation.json.
+        work: what a model has to draw: its prompts and the pictures of each.
+        default_out: results of --images without --out; None: runs/eval/NAME_SUITE, NAME of its path.
+        ignored: the evaluator's own options that have no effect with --images.
+
+    Raises ValueError when the model cannot be loaded or --out holds other pictures.
+    """
+    if options.images is not None:
+        if not ranks.is_first():
+            return None
+        warn_ignored(options, ignored)
+        path = options.images.resolve()
+        name = f"{path.name if path.is_dir() else path.stem}_{suite}"
+        out = options.out or default_out or Path("runs/eval") / name
+        return Pictures(options.images, out)
+    generator = load(options)
+    prompts, num_images = work(generator)
+    out = options.out or Path("runs/eval") / generator.recipe.run.name
+    generate_into(out, options, generator, suite, prompts, num_images)
+    if not ranks.is_first():
+        return None
+    return Pictures(out, out, len(prompts), num_images, generator.image_tokenizer)
+
+
+def load(options: argparse.Namespace) -> Generator:
+    """The generator of --ckpt, on this rank's GPU under a launcher. Raises ValueError like Generator.load."""
+    from mmtensorar.pipeline import Generator
+
+    loading = {name: getattr(options, name) for name in LOADING}
+    if options.device is None and (local_rank := ranks.local_rank()) is not None:
+        import torch
+
+        loading["device"] = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    return Generator.load(options.ckpt, **loading)
+
+
+def generate_into(
+    out: Path,
+    options: argparse.Namespace,
+    generator: Generator,
+    suite: str,
+    prompts: Sequence[dict],
+    num_images: int,
+) -> None:
+    """`generate` with the sampling, seed and batch size of a command's options.
+
+    Returns, on the rank that scores, when the pictures of all ranks exist.
+    """
+    sampling = generator.sampling(**given_settings(options))
+    num_made = generate(
+        generator,
+        options.ckpt,
+        suite,
+        prompts,
+        out,
+        sampling,
+        num_images=num_images,
+        seed=options.seed,
+        batch_size=options.batch_size,
+    )
+    print(f"{num_made} images made in {out}", flush=True)
+    if ranks.is_first():
+        wait_for_all(out, len(prompts), num_images)
+
+
+def wait_for_all(out: Path, num_prompts: int, num_images: int) -> None:
+    """Return when the pictures of all ranks exist. When a rank fails, the launcher ends the others."""
+    printed = False
+    for prompt in range(num_prompts):
+        for image in range(num_images):
+            while not image_path(out, prompt, image).is_file():
+                if not printed:
+                    print(f"waiting for the other ranks' images in {out}", file=sys.stderr, flush=True)
+                    printed = True
+                time.sleep(1)
 
 
 def generate(
@@ -117,13 +260,22 @@ def generate(
     seed: int,
     batch_size: int,
 ) -> int:
-    """Make the images of this rank that are missing in out; returns how many were made.
+    """Make this rank's share of the pictures that are missing in out; returns how many were made.
 
-    prompts: GenEval metadata, or any object with the text, or class number, under "prompt". Raises ValueError when out holds
-    images of another checkpoint, other settings or other prompts, or images of unknown origin.
+    Args:
+        generator: the model.
+        ckpt: the model folder, for generation.json.
+        suite: name of the prompts, for generation.json.
+        prompts: GenEval metadata, or any object with the text, or class number, under "prompt".
+        out: the folder, in the layout of eval/layout.py.
+        sampling: settings, as `Generator.sampling` makes them.
+        num_images: pictures of each prompt.
+        seed: of all pictures; each has its own, by `seeds.image_seed`.
+        batch_size: pictures at a time.
+
+    Raises ValueError when out holds pictures of another model, other settings or other prompts,
+    or pictures of unknown origin.
     """
-    from mmtensorar.pipeline import save_png
-
     settings = {
         "checkpoint": str(ckpt),
         "checkpoint_sha256": hashlib.sha256((Path(ckpt) / "checkpoint.json").read_bytes()).hexdigest(),
@@ -140,39 +292,54 @@ def generate(
     out.mkdir(parents=True, exist_ok=True)
     claim(out, settings)
     work = [(prompt, image) for prompt in range(len(prompts)) for image in range(num_images)]
-    work = work[rank() :: int(os.environ.get("WORLD_SIZE", 1))]
-    # Whole batches, also when some of their images are there: padding depends on the batch, and a resumed run
-    # should make the images that an uninterrupted one makes.
+    work = work[ranks.rank() :: ranks.world_size()]
+    # Whole batches, also when some of their pictures exist: padding depends on the batch, and a resumed
+    # run should make the pictures that an uninterrupted one makes.
     batches = [work[start : start + batch_size] for start in range(0, len(work), batch_size)]
     batches = [batch for batch in batches if not all(image_path(out, *place).is_file() for place in batch)]
-    made = 0
+    num_made = 0
     with tqdm(
         total=sum(map(len, batches)),
         unit="image",
         desc=f"generating in {out}",
         file=sys.stderr,
-        disable=rank() > 0,
+        disable=not ranks.is_first(),
     ) as bar:
         for batch in batches:
-            texts = [prompts[prompt]["prompt"] for prompt, _ in batch]
-            seeds = [image_seed(seed, *place) for place in batch]
-            decoded = generator.decode(texts, seeds, sampling)
-            for place, image_seed_, image in zip(
-                batch, seeds, generator.pictures(decoded.codes), strict=True
-            ):
-                path = image_path(out, *place)
-                if not path.is_file():
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    metadata = prompts[place[0]]
-                    write_text(path.parent.parent / "metadata.jsonl", json.dumps(metadata) + "\n")
-                    save_png(image, path, prompt=metadata["prompt"], seed=image_seed_)
-                    made += 1
+            num_made += _make(generator, prompts, out, sampling, batch, seed)
             bar.update(len(batch))
-    return made
+    return num_made
+
+
+def _make(
+    generator: Generator,
+    prompts: Sequence[dict],
+    out: Path,
+    sampling: SamplerSettings,
+    batch: Sequence[tuple[int, int]],
+    seed: int,
+) -> int:
+    """Draw one batch of (prompt number, image number) and write those that are missing; returns how many."""
+    from mmtensorar.pipeline import save_png
+
+    texts = [prompts[prompt]["prompt"] for prompt, _ in batch]
+    seeds = [image_seed(seed, *numbers) for numbers in batch]
+    decoded = generator.decode(texts, seeds, sampling)
+    num_made = 0
+    drawn = zip(batch, seeds, generator.pictures(decoded.codes), strict=True)
+    for (prompt, number), own_seed, image in drawn:
+        path = image_path(out, prompt, number)
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            metadata = prompts[prompt]
+            write_text(path.parent.parent / "metadata.jsonl", json.dumps(metadata) + "\n")
+            save_png(image, path, prompt=metadata["prompt"], seed=own_seed)
+            num_made += 1
+    return num_made
 
 
 def claim(out: Path, settings: dict) -> None:
-    """Record the settings in out, or raise ValueError when it holds images that they did not make."""
+    """Record the settings in out. Raises ValueError when out holds pictures that they did not make."""
     path = out / RECORD
     settings = json.loads(json.dumps(settings))  # tuples come back from the record as lists
     if not path.is_file():
@@ -182,14 +349,36 @@ def claim(out: Path, settings: dict) -> None:
             )
         write_text(path, json.dumps(settings, indent=2) + "\n")
         return
-    found = read_record(out)
-    found["sampling"] = without_removed(found.get("sampling") or {})
+    recorded = read_record(out)
+    recorded["sampling"] = without_removed(recorded.get("sampling") or {})
     changed = [
-        f"{key} {found.get(key)!r} there, {value!r} now"
+        f"{key} {recorded.get(key)!r} there, {value!r} now"
         for key, value in settings.items()
-        if key not in FREE and found.get(key) != value
+        if key not in MAY_DIFFER and recorded.get(key) != value
     ]
     if changed:
         raise ValueError(
             f"{out} holds images of another run ({'; '.join(changed)}); choose another --out or delete it"
         )
+
+
+# ---- results -------------------------------------------------------------------------------------
+
+
+def origin(folder: Path) -> dict:
+    """Where pictures come from, for a summary: images, checkpoint, seed and generation (None if unknown)."""
+    record = read_record(folder) if folder.is_dir() else {}
+    return {
+        "images": str(folder),
+        "checkpoint": record.get("checkpoint"),
+        "seed": record.get("seed"),
+        "generation": record or None,
+    }
+
+
+def write_summary(out: Path, summary: dict) -> dict:
+    """Write summary.json, the last file of an evaluation, with the versions; returns the summary."""
+    out.mkdir(parents=True, exist_ok=True)
+    summary = {**summary, "versions": versions.installed()}
+    write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return summary

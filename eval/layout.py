@@ -1,7 +1,7 @@
-"""GenEval's folder of images: NNNNN/metadata.jsonl and NNNNN/samples/<digits>.png, NNNNN counting prompts from 00000.
+"""GenEval's folder of images: NNNNN/metadata.jsonl and NNNNN/samples/<digits>.png.
 
-Unlike the official scorer, which scores what it finds, reading is strict: what is missing, there twice or too many is an
-error that lists it.
+NNNNN counts prompts from 00000. The official scorer scores whatever it finds; reading here is
+strict: images that are missing, surplus, or that share a number, are an error that lists them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from mmtensorar import files
 
-RECORD = "generation.json"  # which checkpoint and settings the images come from; see run.py
+RECORD = "generation.json"  # the model and settings that made the images; see harness.py
 
 
 def image_path(folder: Path, prompt_index: int, image_index: int) -> Path:
@@ -21,73 +21,77 @@ def image_path(folder: Path, prompt_index: int, image_index: int) -> Path:
 def survey(
     folder: Path, *, num_prompts: int | None = None, num_images: int | None = None
 ) -> tuple[list[list[Path]], list[str]]:
-    """Per prompt its images' files, those of one prompt in order; and what is missing, there twice or too many, in words.
+    """The files of each prompt's images, in order; and a sentence for each missing or surplus one.
 
-    num_prompts, num_images (per prompt): how many there must be; None takes the most that are there. Raises ValueError
-    when there is no image at all.
+    Args:
+        folder: the folder.
+        num_prompts: how many prompts there must be; None takes the most that exist.
+        num_images: how many images of each prompt there must be; None takes the most that exist.
+
+    Raises ValueError when there is no image at all.
     """
     if not folder.is_dir():
         raise ValueError(f"no folder {folder}")
     problems: list[str] = []
-    folders = _numbered(folder, (path for path in folder.iterdir() if path.is_dir()), problems)
-    found = {
-        index: _numbered(folder, (path / "samples").glob("*.png"), problems)
-        for index, path in folders.items()
+    folders = _by_number(folder, (path for path in folder.iterdir() if path.is_dir()), problems)
+    images = {
+        prompt: _by_number(folder, (path / "samples").glob("*.png"), problems)
+        for prompt, path in folders.items()
     }
-    if not any(found.values()):
+    if not any(images.values()):
         raise ValueError(f"{folder} holds no images; expected {image_path(Path(), 0, 0)}")
     if num_prompts is None:
-        num_prompts = max(found) + 1
+        num_prompts = max(images) + 1
     if num_images is None:
-        num_images = max(max(images, default=-1) for images in found.values()) + 1
-    for index in range(num_prompts):
-        if index not in found:
-            problems.append(f"{index:05d} is missing, the folder of prompt {index} of {num_prompts}")
+        num_images = max(max(own, default=-1) for own in images.values()) + 1
+    for prompt in range(num_prompts):
+        if prompt not in images:
+            problems.append(f"{prompt:05d} is missing, the folder of prompt {prompt} of {num_prompts}")
             continue
-        absent = [i for i in range(num_images) if i not in found[index]]
-        problems += [f"{image_path(Path(), index, i)} is missing" for i in absent]
-    for index, images in found.items():
+        missing = [number for number in range(num_images) if number not in images[prompt]]
+        problems += [f"{image_path(Path(), prompt, number)} is missing" for number in missing]
+    for prompt, own in images.items():
         problems += [
-            f"{p.relative_to(folder)} is one too many"
-            for i, p in images.items()
-            if index >= num_prompts or i >= num_images
+            f"{path.relative_to(folder)} is one too many"
+            for number, path in own.items()
+            if prompt >= num_prompts or number >= num_images
         ]
     wanted = {
-        index: {i: p for i, p in found[index].items() if i < num_images}
-        for index in sorted(found)
-        if index < num_prompts
+        prompt: {number: path for number, path in images[prompt].items() if number < num_images}
+        for prompt in sorted(images)
+        if prompt < num_prompts
     }
-    return [[images[i] for i in sorted(images)] for images in wanted.values() if images], problems
+    return [[own[number] for number in sorted(own)] for own in wanted.values() if own], problems
 
 
-def _numbered(folder: Path, paths: Iterable[Path], problems: list[str]) -> dict[int, Path]:
-    """Number -> path of those that are called by one; a number that two are called by is a problem."""
-    found: dict[int, Path] = {}
+def _by_number(folder: Path, paths: Iterable[Path], problems: list[str]) -> dict[int, Path]:
+    """Number -> path, of the paths whose name is a number; adds a problem for a number that two have."""
+    numbered: dict[int, Path] = {}
     for path in sorted(path for path in paths if path.stem.isascii() and path.stem.isdecimal()):
-        if int(path.stem) in found:
-            problems.append(f"{path.relative_to(folder)} has the number of {found[int(path.stem)].name}")
-        found.setdefault(int(path.stem), path)
-    return found
+        if int(path.stem) in numbered:
+            problems.append(f"{path.relative_to(folder)} has the number of {numbered[int(path.stem)].name}")
+        numbered.setdefault(int(path.stem), path)
+    return numbered
 
 
 def image_files(
     folder: Path, *, num_prompts: int | None = None, num_images: int | None = None
 ) -> list[list[Path]]:
     """The files of `survey`. Raises ValueError listing its problems."""
-    files, problems = survey(folder, num_prompts=num_prompts, num_images=num_images)
+    images, problems = survey(folder, num_prompts=num_prompts, num_images=num_images)
     if problems:
         raise ValueError(listed(folder, problems))
-    return files
+    return images
 
 
 def listed(folder: Path, problems: Sequence[str]) -> str:
-    """A folder's problems in one sentence, the first ten in words."""
+    """A folder's problems in one sentence: the first ten, and the number of the others."""
     more = f", and {len(problems) - 10} more" if len(problems) > 10 else ""
     return f"{folder}: {', '.join(problems[:10])}{more}"
 
 
 def open_image(path: Path) -> Image.Image:
-    """An image in RGB, turned as its EXIF says. Raises ValueError, naming the file, when it cannot be read."""
+    """An image in RGB, turned as its EXIF says. Raises ValueError naming the file when it is unreadable."""
     try:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")

@@ -1,4 +1,4 @@
-"""Versions that a score may depend on, for its summary."""
+"""Versions of the packages that a score may depend on, for its summary."""
 
 import platform
 from importlib import metadata
@@ -16,11 +16,11 @@ PACKAGES = (
 
 
 def installed() -> dict[str, str]:
-    """Name -> version of Python and of those PACKAGES that are installed. Nothing is imported."""
-    found = {"python": platform.python_version()}
+    """Name -> version of Python and of the PACKAGES that are installed. Imports none of them."""
+    versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions

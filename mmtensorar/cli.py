@@ -120,18 +120,18 @@ def load(name: str) -> Main:
 
 
 def unknown_verb(words: list[str]) -> str:
-    """What to print for words that start with no verb: the nearest verb, or the list."""
-    given = " ".join(words[:2])
-    of_first_word = [name for name in VERBS if name.split()[0] == words[0]]
-    if of_first_word:  # "shards" alone, or "shards mak"
-        known = of_first_word
-        near = difflib.get_close_matches(given, known, n=1) if len(words) > 1 else []
-    else:
-        known = sorted({name.split()[0] for name in VERBS})
-        near = difflib.get_close_matches(words[0], [*known, *VERBS], n=1)
-        near = near or difflib.get_close_matches(given, list(VERBS), n=1)
-    hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
+    """What to print for words that start with no verb: the nearest verb, or which ones there are."""
+    given = " ".join(word for word in words[:2] if not word.startswith("-"))
+    known = [name for name in VERBS if name.split()[0] == words[0]]  # after "shards" alone
+    near = None if given == words[0] and known else nearest_verb(given) or nearest_verb(words[0])
+    known = known or sorted({name.split()[0] for name in VERBS})
+    hint = f"did you mean {near}?" if near else f"expected one of {', '.join(known)}"
     return f"unknown command {given!r}; {hint}"
+
+
+def nearest_verb(given: str) -> str | None:
+    """The verb that most resembles some words; None when none does."""
+    return next(iter(difflib.get_close_matches(given, list(VERBS), n=1)), None)
 
 
 @command

@@ -1,4 +1,6 @@
-"""Seeds made from names and numbers, so that neighbours are unrelated and order never matters."""
+"""Seeds made from names and numbers, so that neighbours are unrelated and order never
+matters.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ def seed_for(*parts: int | str) -> int:
 
 
 def image_seed(seed: int, prompt_index: int, image_index: int) -> int:
-    """The 63-bit seed of one picture; models compared under one seed share their random numbers."""
+    """The 63-bit seed of one picture; models compared under one seed share their random
+    numbers.
+    """
     state = np.random.SeedSequence((seed, prompt_index, image_index)).generate_state(1, np.uint64)
     return int(state[0] >> np.uint64(1))
 

@@ -1,4 +1,4 @@
-"""The page over several worlds, from their stored results alone: what an arm gains or loses in each, and whether its bits foretell it."""
+"""The page over several worlds, from their stored results: what each arm gains or loses in each world."""
 
 from __future__ import annotations
 
@@ -9,16 +9,44 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
+from eval import tables
+from eval.intervals import Interval
 from mmtensorar.files import write_text
-from study import report
+from study import plots
 from study.grid import USUAL, Grid
+from study.report import NATS_PER_BIT
+from study.scores import Scores, collect, groups_of, mean_of
 
 FIGURE = "costs.png"
-LABELLED = -4  # points, below which the plot names an arm
+LABELLED_BELOW = -4  # points; the plot names only these arms, since other names would cover each other
+# The arms of the page's first table, those that say most first.
+LEADING = (
+    "k2_self",
+    "k2_self_double",
+    "k4_self",
+    "k2",
+    "k4",
+    "k8",
+    "k4_pure_noise",
+    "k4_none",
+    "plain_double",
+    "base",
+)
+WITH_BITS = ("k2", "k4", "k2_self", "k4_self")
+GLOSSARY = """\
+- *Window, K*: the tokens that a step predicts. Offset 0 is the final token, the others are \
+drafts of the next tokens.
+- *Control* (`plain`): the plain fine-tune, K=1. *Points*: percent of right pictures, minus the control's.
+- *Rate*: how often a draft in the input is redrawn in training, one rate per offset, 0 at offset 0. \
+*Exponential* at K=4 is 0, .39, .63, .78.
+- *Self-drafts*: redrawn drafts are the model's own guesses, not uniform noise.
+- *Frechet*: distance to validation pictures as a multiple of the control's; below 1 is better."""
 
 
 class Point(NamedTuple):
-    """An arm with drafts in one grid. cost: bits that the final token costs more with the arm's own drafts in view than the control's.
+    """An arm with drafts in one grid.
+
+    cost: bits that its final token costs, with its own drafts in view, minus the control's.
     gain: points of score.
     """
 
@@ -33,72 +61,90 @@ class Study(NamedTuple):
 
     path: Path
     grid: Grid
-    found: dict[tuple[str, str], report.Runs]
-    known: report.Scores
+    scores: Scores
 
     @property
     def name(self) -> str:
         return self.path.stem
 
-    def beside(self, arm: str) -> report.Interval | None:
-        """Score minus the control's, on the seeds that both have."""
-        beside = self.known.beside(arm)
-        return None if beside is None else beside["overall"]
+    @property
+    def num_seeds(self) -> int:
+        return len({row["seed"] for runs in self.scores.runs.values() for row in runs.rows})
+
+    def gain(self, arm: str) -> Interval | None:
+        """Score minus the control's, on the seeds that both have; None where there are none."""
+        by_group = self.scores.minus(arm)
+        return None if by_group is None else by_group["overall"]
 
     def bits(self, arm: str, drafts: str) -> np.ndarray | None:
-        """Bits per token at each offset, with drafts in view that are none or own; None where there are no such rows."""
-        runs, key = self.found.get((arm, USUAL)), f"{drafts} nats"
-        if runs is None or key not in runs.rows[0]["probe"]:
-            return None
-        return np.mean([row["probe"][key] for row in runs.rows], axis=0) / report.NATS_PER_BIT
+        """Bits per token at each offset; None where there are no such rows. drafts in view: none or own."""
+        runs = self.scores.usual(arm)
+        nats = None if runs is None else mean_of(runs, f"{drafts} nats")
+        return None if nats is None else nats / NATS_PER_BIT
+
+    def costs(self) -> dict[str, float]:
+        """Arm with drafts -> bits that its final token costs, minus the control's."""
+        control = self.bits(self.grid.control, "none")[0]
+        return {
+            name: own[0] - control for name in self.grid.arms if (own := self.bits(name, "own")) is not None
+        }
 
 
 def load(path: Path, rows: Sequence[dict]) -> Study:
-    grid, found = Grid.load(path), report.collect(rows)
-    return Study(path, grid, found, report.Scores(grid, found, report.groups_of(grid)))
+    """A grid's file and its rows. Raises ValueError when there is no result of the control."""
+    grid, runs = Grid.load(path), collect(rows)
+    if (grid.control, USUAL) not in runs:
+        raise ValueError(f"{path}: no result of the control, {grid.control}; run it first")
+    return Study(path, grid, Scores(grid, runs, groups_of(grid)))
 
 
-def gains(studies: Sequence[Study]) -> str:
-    """Arms that more than one grid has."""
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def _about(studies: Sequence[Study], arm: str) -> str:
+    first = next(study.grid.arms[arm] for study in studies if arm in study.grid.arms)
+    return f"`{arm}`: {first.about}{' (removed)' if first.removed else ''}"
+
+
+def leading_table(studies: Sequence[Study]) -> str:
+    """The arms of LEADING that a grid has: points in each world, then Frechet ratios. Empty without any."""
+    rows = []
+    for arm in LEADING:
+        gains = [study.gain(arm) for study in studies]
+        if any(gains):
+            points = [
+                ""
+                if gain is None
+                else f"{100 * gain.value:+.1f}{'*' if not gain.low <= 0 <= gain.high else ''}"
+                for gain in gains
+            ]
+            ratios = [
+                f"{study.scores.distances[arm][0]:.2f}" if arm in study.scores.distances else ""
+                for study in studies
+            ]
+            rows.append([_about(studies, arm), *points, *ratios])
+    if not rows:
+        return ""
+    head = ["arm", *(study.name for study in studies), *(f"Frechet, {study.name}" for study in studies)]
+    return tables.markdown([head, *rows])
+
+
+def all_arms_table(studies: Sequence[Study]) -> str:
+    """Arms that more than one grid has, with intervals."""
     rows = []
     for arm in dict.fromkeys(name for study in studies for name in study.grid.arms):
-        cells = [study.beside(arm) for study in studies]
-        if sum(cell is not None for cell in cells) > 1:
-            told = next(study.grid.arms[arm] for study in studies if arm in study.grid.arms)
-            parts = [
-                ("", "") if cell is None else (str(cell), study.known.ratio(arm))
-                for study, cell in zip(studies, cells, strict=True)
-            ]
-            rows.append(
-                [
-                    f"`{arm}`: {told.about}{' (removed)' if told.removed else ''}",
-                    *(text for part in parts for text in part),
-                ]
-            )
+        gains = [study.gain(arm) for study in studies]
+        if sum(gain is not None for gain in gains) > 1:
+            cells = []
+            for study, gain in zip(studies, gains, strict=True):
+                cells += ["", ""] if gain is None else [str(gain), study.scores.ratio(arm)]
+            rows.append([_about(studies, arm), *cells])
     head = [text for study in studies for text in (f"{study.name}, points", "Frechet")]
-    return report.table(["arm", *head], rows)
+    return tables.markdown([["arm", *head], *rows])
 
 
-def costs(study: Study) -> dict[str, float]:
-    """Arm with drafts -> bits that its final token costs more than the control's."""
-    control = study.bits(study.grid.control, "none")[0]
-    return {
-        name: own[0] - control for name in study.grid.arms if (own := study.bits(name, "own")) is not None
-    }
-
-
-def offsets(studies: Sequence[Study], arms: Sequence[str]) -> str:
-    rows = []
-    for study in studies:
-        cost = costs(study)
-        for arm in (study.grid.control, *arms):
-            if (bits := study.bits(arm, "none")) is not None:
-                own, beside = study.bits(arm, "own"), study.beside(arm)
-                cells = [
-                    "" if each is None else " ".join(f"{value:.2f}" for value in each) for each in (bits, own)
-                ]
-                more = f"{cost[arm]:+.2f}" if arm in cost else ""
-                rows.append([study.name, f"`{arm}`", *cells, more, "" if beside is None else str(beside)])
+def offsets_table(studies: Sequence[Study], arms: Sequence[str]) -> str:
+    """Bits per token at each offset, of the control and some arms."""
     head = [
         "grid",
         "arm",
@@ -107,95 +153,129 @@ def offsets(studies: Sequence[Study], arms: Sequence[str]) -> str:
         "final token minus the control's",
         "score, points",
     ]
-    return report.table(head, rows)
+    rows = []
+    for study in studies:
+        costs = study.costs()
+        for arm in (study.grid.control, *arms):
+            if (bits := study.bits(arm, "none")) is not None:
+                both = [
+                    "" if values is None else " ".join(f"{value:.2f}" for value in values)
+                    for values in (bits, study.bits(arm, "own"))
+                ]
+                cost = f"{costs[arm]:+.2f}" if arm in costs else ""
+                rows.append([study.name, f"`{arm}`", *both, cost, str(study.gain(arm) or "")])
+    return tables.markdown([head, *rows])
+
+
+# ---- do costs predict gains? ---------------------------------------------------------------------
 
 
 def points(studies: Sequence[Study]) -> list[Point]:
     return [
-        Point(study.name, arm, cost, 100 * beside.value)
+        Point(study.name, arm, cost, 100 * gain.value)
         for study in studies
-        for arm, cost in costs(study).items()
-        if (beside := study.beside(arm)) is not None
+        for arm, cost in study.costs().items()
+        if (gain := study.gain(arm)) is not None
     ]
 
 
-def correlations(found: Sequence[Point]) -> str:
-    """What costs foretell of gains, in each grid; worlds differ in too much to be one sample."""
-    said = []
-    for grid in dict.fromkeys(point.grid for point in found):
-        own = [point for point in found if point.grid == grid]
+def _by_grid(all_points: Sequence[Point]) -> dict[str, list[Point]]:
+    grids = dict.fromkeys(point.grid for point in all_points)
+    return {grid: [point for point in all_points if point.grid == grid] for grid in grids}
+
+
+def correlations(all_points: Sequence[Point]) -> str:
+    """How well costs predict gains, in each grid: worlds differ in too much to be one sample."""
+    listed = []
+    for grid, own in _by_grid(all_points).items():
         if len(own) > 2:
             value = stats.spearmanr([point.cost for point in own], [point.gain for point in own]).statistic
-            said.append(f"{value:+.2f} in {grid} ({len(own)} arms)")
+            listed.append(f"{value:+.2f} in {grid} ({len(own)} arms)")
+    if not listed:
+        return ""
     return (
-        "Rank correlation of what the final token costs more with the gain in score: " + ", ".join(said) + "."
-        if said
-        else ""
+        "Rank correlation between the extra cost of the final token and the gain in score: "
+        f"{', '.join(listed)}."
     )
 
 
-def draw(found: Sequence[Point], path: Path) -> None:
-    pyplot = report.plots()
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for number, grid in enumerate(dict.fromkeys(point.grid for point in found)):
-        own = [point for point in found if point.grid == grid]
-        axes.plot(
-            [point.cost for point in own], [point.gain for point in own], "o", label=grid, color=f"C{number}"
-        )
-        for point in (each for each in own if each.gain < LABELLED):  # the others would cover each other
-            axes.annotate(
-                point.arm, (point.cost, point.gain), fontsize=6, xytext=(3, 3), textcoords="offset points"
-            )
-    axes.set_xscale(
-        "symlog", linthresh=0.1
-    )  # a model that copies its drafts costs a hundred times what one that is not harmed does
+def draw(all_points: Sequence[Point], path: Path) -> None:
+    """Plot gains over costs."""
+    figure, axes = plots.pyplot().subplots(figsize=(7, 4.5))
+    for number, (grid, own) in enumerate(_by_grid(all_points).items()):
+        costs, gains = [point.cost for point in own], [point.gain for point in own]
+        axes.plot(costs, gains, "o", label=grid, color=f"C{number}")
+        for point in own:
+            if point.gain < LABELLED_BELOW:
+                axes.annotate(
+                    point.arm,
+                    (point.cost, point.gain),
+                    fontsize=6,
+                    xytext=(3, 3),
+                    textcoords="offset points",
+                )
+    # A model that copies its drafts costs a hundred times more than one that they do not harm.
+    axes.set_xscale("symlog", linthresh=0.1)
     axes.axhline(0, color="#7f7f7f", linewidth=1)
     axes.set_xlabel("bits that the final token costs more than the control's")
     axes.set_ylabel("right pictures, points above the plain control")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    pyplot.close(figure)
+    plots.save(figure, path)
+
+
+# ---- the page ------------------------------------------------------------------------------------
 
 
 def write(studies: Sequence[Study], folder: Path) -> Path:
-    """README.md and a plot in the folder; returns the page's path. Raises ValueError when a study has no result of its control."""
+    """Write README.md and a plot in the folder; returns the page's path.
+
+    folder/notes.md, if there is one, follows the first table. Raises ValueError for fewer than two
+    studies.
+    """
     if len(studies) < 2:
         raise ValueError(
-            f"found {len(studies)} grid; expected two or more to set beside each other (report makes the page of one)"
+            f"found {len(studies)} grid; expected two or more to compare (report makes the page of one)"
         )
-    for study in studies:
-        if (study.grid.control, USUAL) not in study.found:
-            raise ValueError(f"{study.path}: no result of the control, {study.grid.control}; run it first")
-    found = points(studies)
-    draw(found, folder / FIGURE)
+    all_points = points(studies)
+    draw(all_points, folder / FIGURE)
     notes = folder / "notes.md"
-    num_seeds = {
-        study.name: len({row["seed"] for runs in study.found.values() for row in runs.rows})
-        for study in studies
-    }
-    few = [study.name for study in studies if not study.known.knows_seeds]
-    unknown = f" ({', '.join(few)}: too few seeds to know how they differ)" if few else ""
-    parts = [
-        "# Does refinement help? Worlds beside each other",
-        f"Made by `python -m study across {' '.join(study.path.as_posix() for study in studies)}` from the stored results alone. "
-        + ", ".join(f"[{study.name}]({study.name}/README.md)" for study in studies)
-        + " have a page each. Seeds: "
-        + ", ".join(f"{number} of {name}" for name, number in num_seeds.items())
-        + " at most.",
+    leading = leading_table(studies)
+    sections = [
+        "# Does refinement help? Several worlds compared",
+        GLOSSARY,
+        leading,
+        "Points above the control in each world; `*`: the 95 % interval excludes zero." if leading else "",
         notes.read_text(encoding="utf-8").strip() if notes.is_file() else "",
-        "## Score minus the plain control's, and Frechet distance over the control's",
-        "Points of right pictures, and Frechet distances as a multiple of the control's (above 1 is worse), with 95 % intervals over seeds"
-        f" and prompts{unknown}.",
-        gains(studies),
+        _origin(studies),
+        "## All arms",
+        "Points of right pictures minus the plain control's, and Frechet distances as a multiple of the "
+        f"control's, with 95 % intervals over seeds and prompts{_unknown_seeds(studies)}.",
+        all_arms_table(studies),
         "## Cross entropy per offset, and what refinement gains",
-        "On validation samples, given the past alone and with the model's own sampled drafts in view. How far offsets are apart says how much "
-        "worse a draft is than the prediction that it is to help; where drafts do harm, it is in the final token's bits too.",
-        offsets(studies, ["k2", "k4", "k2_self", "k4_self"]),
-        correlations(found),
+        "On validation samples, given the past alone and with the model's own sampled drafts in view. The "
+        "gap between offsets is how much worse a draft is than the prediction that it should help; where "
+        "drafts do harm, the final token costs more bits too.",
+        offsets_table(studies, WITH_BITS),
+        correlations(all_points),
         f"![costs]({FIGURE})",
     ]
     page = folder / "README.md"
-    write_text(page, "\n\n".join(part for part in parts if part) + "\n")
+    write_text(page, "\n\n".join(filter(None, sections)) + "\n")
     return page
+
+
+def _origin(studies: Sequence[Study]) -> str:
+    """The pages of the worlds, and how this one was made."""
+    links = ", ".join(f"[{study.name}]({study.name}/README.md)" for study in studies)
+    seeds = ", ".join(f"{study.num_seeds} of {study.name}" for study in studies)
+    command = f"python -m study across {' '.join(study.path.as_posix() for study in studies)}"
+    return (
+        f"Each world has a page with all its arms: {links}. Seeds: {seeds} at most. This page was made by "
+        f"`{command}` from the stored results alone."
+    )
+
+
+def _unknown_seeds(studies: Sequence[Study]) -> str:
+    few = [study.name for study in studies if not study.scores.knows_seeds]
+    return f" ({', '.join(few)}: too few seeds to know how they differ)" if few else ""

@@ -1,4 +1,4 @@
-"""Commands of this project, run as a user would."""
+"""Run commands of this project as a user would."""
 
 from __future__ import annotations
 
@@ -12,17 +12,25 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(*command: object, log: Path | None = None) -> None:
-    """`python COMMAND` in the project's folder, what it prints into a log. Raises ValueError with what it said last when it fails."""
+    """`python COMMAND` in the project's folder, its output written to a log.
+
+    Raises ValueError with the end of its output when it fails.
+    """
     with ExitStack() as stack:
-        told = stack.enter_context(
+        output = stack.enter_context(
             tempfile.TemporaryFile("w+")
             if log is None
             else log.open("w+", encoding="utf-8", errors="replace")
         )
         done = subprocess.run(
-            [sys.executable, *map(str, command)], cwd=ROOT, stdout=told, stderr=subprocess.STDOUT, check=False
+            [sys.executable, *map(str, command)],
+            cwd=ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            check=False,
         )
-        told.seek(0)
+        output.seek(0)
         if done.returncode:
             where = "" if log is None else f" (all of it in {log})"
-            raise ValueError(f"python {' '.join(map(str, command))}: {told.read().strip()[-1000:]}{where}")
+            printed = output.read().strip()[-1000:]
+            raise ValueError(f"python {' '.join(map(str, command))}: {printed}{where}")

@@ -1,4 +1,4 @@
-"""What pictures are compared by, and told apart by, where no detector is exact."""
+"""Features for Frechet distances, and a small classifier where no detector is exact."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mmtensorar.data.shards import Manifest, iterate_shard, picture
+from mmtensorar.data.pictures import sample_picture
+from mmtensorar.data.shards import Manifest, iterate_shard
+from mmtensorar.files import atomic_path
 from mmtensorar.image_tokenizers import ImageTokenizer, to_pixels
 
 WIDTH = 32  # of a classifier's features
 STEPS, BATCH_SIZE, LR = 800, 64, 2e-3
-LOOKED_AT = 32  # pixels a side at most
+MAX_SIDE = 32  # pixels; larger pictures are reduced
 NUM_SCORED = 256  # pictures at a time
 
 
 def quarters(image_tokenizer: ImageTokenizer, codes: Tensor) -> np.ndarray:
-    """Codes [B, T, 1] -> [B, 4 C] float64: the image tokenizer's code vectors, averaged over each quarter of the picture."""
+    """Codes [B, T, 1] -> [B, 4 C] float64: the code vectors, averaged over each quarter of the picture."""
     down, across = image_tokenizer.grid
     vectors = image_tokenizer.vectors(codes).unflatten(1, (2, down // 2, 2, across // 2))
     return vectors.mean((2, 4)).flatten(1).double().cpu().numpy()
@@ -44,8 +46,8 @@ class Classifier(nn.Module):
 
     def features(self, pixels: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, WIDTH]."""
-        if pixels.shape[-1] > LOOKED_AT:
-            pixels = functional.adaptive_avg_pool2d(pixels, LOOKED_AT)
+        if pixels.shape[-1] > MAX_SIDE:
+            pixels = functional.adaptive_avg_pool2d(pixels, MAX_SIDE)
         for convolution in self.convolutions:
             pixels = functional.gelu(convolution(pixels))
         return functional.gelu(self.hidden(functional.adaptive_avg_pool2d(pixels, 2).flatten(1)))
@@ -58,8 +60,8 @@ class Classifier(nn.Module):
         """The likeliest class of each picture."""
         return [
             number
-            for part in to_pixels(images).split(NUM_SCORED)
-            for number in self(part).argmax(-1).tolist()
+            for batch in to_pixels(images).split(NUM_SCORED)
+            for number in self(batch).argmax(-1).tolist()
         ]
 
 
@@ -69,17 +71,20 @@ def read_pictures(folder: Path) -> tuple[Tensor, Tensor]:
     pictures, classes = [], []
     for shard in manifest.shards:
         for sample in iterate_shard(folder, shard):
-            pictures.append(
-                np.asarray(
-                    picture(sample, f"{folder / shard.name}: sample {sample.key}", manifest.image_size)
-                )
-            )
+            where = f"{folder / shard.name}: sample {sample.key}"
+            pictures.append(np.asarray(sample_picture(sample, where, manifest.image_size)))
             classes.append(int(sample.members["txt"]))
     return to_pixels(pictures), torch.tensor(classes)
 
 
 def train_classifier(path: Path, train: Path, validation: Path, num_classes: int) -> None:
-    """Write a classifier to path, and the share of the validation pictures that it is right about; nothing when it is there."""
+    """Train a classifier and write it, unless path exists.
+
+    Args:
+        path: file to write, with the share of validation pictures that it classifies correctly.
+        train, validation: class-conditional shard sets.
+        num_classes: of them.
+    """
     if path.is_file():
         return
     pixels, classes = read_pictures(train)
@@ -98,17 +103,17 @@ def train_classifier(path: Path, train: Path, validation: Path, num_classes: int
         schedule.step()
     pixels, classes = read_pictures(validation)
     with torch.no_grad():
-        found = torch.cat([classifier(part).argmax(-1) for part in pixels.split(NUM_SCORED)])
-    right = (found == classes).double().mean().item()
-    partial = path.with_suffix(".partial")
-    save_file(classifier.state_dict(), partial, {"right": f"{right:.5f}", "num_classes": str(num_classes)})
-    partial.rename(path)
+        likeliest = torch.cat([classifier(batch).argmax(-1) for batch in pixels.split(NUM_SCORED)])
+    right = (likeliest == classes).double().mean().item()
+    metadata = {"right": f"{right:.5f}", "num_classes": str(num_classes)}
+    with atomic_path(path) as temporary:
+        save_file(classifier.state_dict(), temporary, metadata)
 
 
 def load_classifier(path: Path) -> tuple[Classifier, float]:
-    """A classifier in eval mode, and the share of validation pictures that it is right about."""
+    """A classifier in eval mode, and the share of validation pictures that it classifies correctly."""
     with safe_open(path, "pt") as file:
-        told = file.metadata()
-        classifier = Classifier(int(told["num_classes"]))
+        metadata = file.metadata()
+        classifier = Classifier(int(metadata["num_classes"]))
         classifier.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
-    return classifier.eval().requires_grad_(False), float(told["right"])
+    return classifier.eval().requires_grad_(False), float(metadata["right"])

@@ -1,22 +1,24 @@
-"""A grid: which arms there are of a study, read from a YAML file as strictly as a recipe."""
+"""A grid: the arms of a study, read from a YAML file as strictly as a recipe."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from mmtensorar.backbones import llamagen
-from mmtensorar.recipe import Recipe, RecipeError, SamplerSettings, Section, read_recipe
+from mmtensorar.recipe import Recipe, SamplerSettings, Section, read_recipe
 from study.commands import ROOT
 from study.train_image_tokenizer import ImageTokenizerRecipe
 
+# (section, setting) that stored rows of earlier versions hold, at the value that means what is done now.
+REMOVED = {("sampler", "stride"): 1, ("tensorar", "max_stride"): 1}
 BASE = "base"  # the arm that is not trained
 USUAL = "as the recipe"  # the sampling of every arm
-# Settings of every training: nothing beside the steps, and their log.
+# Settings of every training: nothing besides the steps, and their log.
 ON_ALL = [
     "train.monitors=[]",
     "train.sample_every=0",
@@ -27,10 +29,16 @@ ON_ALL = [
 
 
 class Arm(Section):
-    """settings: of the grid's recipe that this arm changes, `key=value`. samplings: beside the recipe's own, by name.
+    """One way to train, as changes of the grid's recipe.
 
-    samplings_once: the same, with the first seed alone. num_seeds: fewer than the grid's. removed: why its setting is in the code
-    no more; its stored rows stay on the page, and it is not run.
+    Args:
+        about: the arm in words.
+        settings: of the recipe that this arm changes, `key=value`.
+        samplings: names of samplings besides the recipe's own.
+        samplings_once: the same, for the first seed only.
+        num_seeds: fewer than the grid's.
+        removed: why what it sets is no longer in the code. Its stored rows stay on the page, and it
+            is not run.
     """
 
     about: str
@@ -45,10 +53,12 @@ class Arm(Section):
 
 
 class FromNothing(Section):
-    """A base to be trained on the world's pictures, from nothing.
+    """A base that is trained on the world's pictures, from nothing.
 
-    image_tokenizer: settings of study.train_image_tokenizer; shards and out are the study's. backbone: architecture of a LlamaGen.
-    settings: of the grid's recipe that its training changes, `key=value`.
+    Args:
+        image_tokenizer: settings of study.train_image_tokenizer; the study sets shards and out.
+        backbone: architecture of a LlamaGen.
+        settings: of the grid's recipe that its training changes, `key=value`.
     """
 
     image_tokenizer: ImageTokenizerRecipe
@@ -57,21 +67,31 @@ class FromNothing(Section):
 
     @field_validator("image_tokenizer", mode="before")
     @classmethod
-    def _has_places(cls, settings: Any) -> Any:
+    def _add_paths(cls, settings: Any) -> Any:
         return {"shards": "", "out": ""} | settings if isinstance(settings, dict) else settings
 
 
 class Grid(Section):
-    """world: a module of study/worlds. recipe: the settings that arms change. base: the checkpoint folder that
-    they start from, or from_nothing: how to make one.
+    """The arms of a study on one world.
 
-    control: the arm that the others are compared with. equal_time: one that had at least their time, compared with too. samplings: name -> settings of the sampler, and batch_size.
+    Args:
+        world: a module of study/worlds.
+        recipe: the settings that arms change.
+        base: the model folder that all arms start from.
+        from_nothing: how to make one, instead of base.
+        control: the arm that the others are compared with.
+        equal_time: an arm with at least the others' training time, compared with too.
+        num_seeds: of each arm, unless the arm has fewer.
+        num_images: pictures of each prompt.
+        samplings: name -> settings of the sampler, and batch_size.
+        arms: name -> arm.
     """
 
     world: str
     recipe: str
     base: str | None = None
-    from_nothing: FromNothing = None  # not `| None`, which would hide which of its settings is wrong
+    # Optional. With `| None` as its type, the reader of recipes does not name a wrong key inside it.
+    from_nothing: FromNothing = None
     control: str
     equal_time: str | None = None
     num_seeds: int = Field(3, ge=1)
@@ -80,44 +100,44 @@ class Grid(Section):
     arms: dict[str, Arm]
 
     @model_validator(mode="after")
-    def _names_are_known(self) -> Grid:
-        problems = []
-        if self.world not in (worlds := known_worlds()):
-            problems.append(f"world is {self.world!r}; expected one of {', '.join(worlds)}")
-        if (self.base is None) == (self.from_nothing is None):
-            problems.append("expected one of base and from_nothing")
-        for needed in filter(None, (BASE, self.control, self.equal_time)):
-            if needed not in self.arms:
-                problems.append(f"arms has no {needed!r}")
-        for name, settings in self.samplings.items():
-            given = {key: value for key, value in settings.items() if key != "batch_size"}
-            try:
-                sampler = SamplerSettings.model_validate(given)
-            except ValidationError as error:
-                problems += [
-                    f"samplings.{name}.{each['loc'][0]} is {each['input']!r}: {each['msg']}"
-                    for each in error.errors()
-                ]
-                continue
-            if sampler.stride > 1 and sampler.lookahead > 1:
-                problems.append(f"samplings.{name}: stride and lookahead are above 1; expected one of them 1")
-            if not isinstance(settings.get("batch_size", 1), int) or settings.get("batch_size", 1) < 1:
-                problems.append(
-                    f"samplings.{name}: batch_size is {settings['batch_size']!r}; expected 1 or more"
-                )
-        if BASE in self.arms and self.arms[BASE].settings:
-            problems.append(f"arms.{BASE}: settings are given, but it is not trained")
-        for name, arm in self.arms.items():
-            for key in ("samplings", "samplings_once"):
-                if unknown := [each for each in getattr(arm, key) if each not in self.samplings]:
-                    problems.append(f"arms.{name}.{key}: unknown {', '.join(unknown)}")
+    def _check_names(self) -> Grid:
+        problems = [*self._base_problems(), *self._sampling_problems(), *self._arm_problems()]
         if problems:
             raise ValueError(*problems)
         return self
 
+    def _base_problems(self) -> Iterator[str]:
+        if self.world not in (worlds := known_worlds()):
+            yield f"world is {self.world!r}; expected one of {', '.join(worlds)}"
+        if (self.base is None) == (self.from_nothing is None):
+            yield "expected one of base and from_nothing"
+        for name in filter(None, (BASE, self.control, self.equal_time)):
+            if name not in self.arms:
+                yield f"arms has no {name!r}"
+
+    def _sampling_problems(self) -> Iterator[str]:
+        for name, settings in self.samplings.items():
+            given = {key: value for key, value in settings.items() if key != "batch_size"}
+            try:
+                SamplerSettings.model_validate(given)
+            except ValidationError as invalid:
+                for error in invalid.errors():
+                    yield f"samplings.{name}.{error['loc'][0]} is {error['input']!r}: {error['msg']}"
+            batch_size = settings.get("batch_size", 1)
+            if not isinstance(batch_size, int) or batch_size < 1:
+                yield f"samplings.{name}: batch_size is {batch_size!r}; expected 1 or more"
+
+    def _arm_problems(self) -> Iterator[str]:
+        if BASE in self.arms and self.arms[BASE].settings:
+            yield f"arms.{BASE}: settings are given, but it is not trained"
+        for name, arm in self.arms.items():
+            for key in ("samplings", "samplings_once"):
+                if unknown := [sampling for sampling in getattr(arm, key) if sampling not in self.samplings]:
+                    yield f"arms.{name}.{key}: unknown {', '.join(unknown)}"
+
     @classmethod
     def load(cls, path: str | Path) -> Grid:
-        """Raises RecipeError, naming the file and each key that is wrong, of the arms' recipes too."""
+        """Read a grid. Raises RecipeError naming the file and each wrong key, also of the arms' recipes."""
         grid = read_recipe(cls, path)
         if grid.from_nothing is not None:
             try:
@@ -128,27 +148,22 @@ class Grid(Section):
             if arm.removed:
                 continue
             try:
-                # The base has no drafts.
-                window = 1 if name == BASE else Recipe.load(ROOT / grid.recipe, arm.settings).tensorar.window
+                Recipe.load(ROOT / grid.recipe, arm.settings)
             except ValueError as error:
                 raise type(error)(f"{path}: arms.{name}: {error}") from None
-            for sampling in arm.samplings_of(0)[1:]:
-                if (stride := grid.samplings[sampling].get("stride", 1)) > window:
-                    raise RecipeError(
-                        f"{path}: arms.{name}: {sampling} has stride {stride}, the window is {window}"
-                    )
         return grid
 
     def made_of(self, name: str, sampling: str) -> dict:
-        """What a row of results hangs on, beside the base's weights, as JSON has it: settings of training and of sampling."""
+        """The settings, of training and of sampling, that a row of results depends on, as JSON has them.
+
+        A row also depends on the base's weights: see `job.fingerprint`.
+        """
         recipe = Recipe.load(ROOT / self.recipe, [*ON_ALL, *self.arms[name].settings])
-        sections = (
-            {}
-            if name == BASE
-            else recipe.model_dump(mode="json", include={"tensorar", "optim", "train", "data"})
-        )
-        for place in ("shards", "validation", "cache", "cache_gb"):
-            sections.get("data", {}).pop(place, None)
+        sections = {}
+        if name != BASE:
+            sections = recipe.model_dump(mode="json", include={"tensorar", "optim", "train", "data"})
+            for path in ("shards", "validation", "cache", "cache_gb"):
+                sections["data"].pop(path, None)
         sampler = recipe.sampler.model_dump(mode="json") | self.samplings.get(sampling, {})
         start = None if self.from_nothing is None else self.from_nothing.model_dump(mode="json")
         return json.loads(
@@ -156,7 +171,7 @@ class Grid(Section):
         )
 
     def runs(self, wanted: Iterable[str], num_seeds: int) -> list[tuple[int, str]]:
-        """(seed, arm), seed after seed, so that whenever the time is over all arms have been seen equally often."""
+        """(seed, arm), seed after seed: whenever the time is over, all arms have been run equally often."""
         arms = {name: arm for name, arm in self.arms.items() if name in wanted and not arm.removed}
         return [
             (seed, name)
@@ -164,6 +179,18 @@ class Grid(Section):
             for name, arm in arms.items()
             if seed < (arm.num_seeds or num_seeds)
         ]
+
+
+def comparable(made_of: dict) -> dict:
+    """What a row was made of (`Grid.made_of`), without settings that only earlier versions had."""
+    return {
+        section: {
+            name: value for name, value in settings.items() if REMOVED.get((section, name), object()) != value
+        }
+        if isinstance(settings, dict)
+        else settings
+        for section, settings in made_of.items()
+    }
 
 
 def known_worlds() -> list[str]:

@@ -1,4 +1,7 @@
-"""What a training step of each arm costs, alone on the machine: the arms take turns, so that a slow minute slows them all."""
+"""The time of a training step of each arm, alone on the machine.
+
+The arms take turns, so that a slow minute slows them all.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +16,26 @@ import torch
 from mmtensorar import backbones
 from mmtensorar.data import loader
 from mmtensorar.recipe import Recipe
-from mmtensorar.training import engine as deep
+from mmtensorar.training import distributed
+from mmtensorar.training import engine as engines
 from study import job
 from study.commands import ROOT
 from study.grid import Grid
 
 
 def steps_in_turns(grid: Grid, names: Sequence[str], out: Path, rounds: int) -> dict[str, list[float]]:
-    """Arm -> seconds of forward, backward and update in each round, on the same samples; a first round is not counted.
+    """Arm -> seconds of forward, backward and update in each round, on the same samples.
 
-    Models and optimisers of all arms are in memory at once.
+    A first round is not counted. Models and optimizers of all arms are in memory at once.
+
+    Args:
+        grid: the grid.
+        names: of its arms.
+        out: the study's folder.
+        rounds: how many.
     """
     before, steps, seconds = dict(os.environ), {}, {name: [] for name in names}
-    _, _, device = deep.start_process_group(0)
+    _, _, device = distributed.start_process_group(0)
     try:
         for name in names:
             recipe = Recipe.load(
@@ -34,7 +44,7 @@ def steps_in_turns(grid: Grid, names: Sequence[str], out: Path, rounds: int) -> 
             if not steps:
                 encoder = backbones.caption_encoder(recipe.backbone)
                 batch = next(loader.stream(recipe, encoder, rank=0, world_size=1))
-            steps[name] = _step(deep.start(recipe, 1, device), batch, device)
+            steps[name] = _step(engines.start(recipe, 1, device), batch, device)
         for number in range(rounds + 1):
             for name in names:
                 began = time.perf_counter()
@@ -42,8 +52,8 @@ def steps_in_turns(grid: Grid, names: Sequence[str], out: Path, rounds: int) -> 
                 if number:
                     seconds[name].append(time.perf_counter() - began)
     finally:
-        deep.stop_process_group()
-        # A process that is started from here would take this one's port for its own.
+        distributed.stop_process_group()
+        # Otherwise a process that is started later would use this one's port.
         os.environ.clear()
         os.environ.update(before)
     return seconds
@@ -63,8 +73,8 @@ def _step(engine, batch: loader.Batch, device: torch.device) -> Callable[[int], 
     return step
 
 
-def beside_control(grid: Grid, seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Arm -> median seconds of a step, and the median of what it takes over what the control took in the same round."""
+def relative_to_control(grid: Grid, seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Arm -> median seconds of a step, and median ratio to the control's in the same round."""
     control = seconds[grid.control]
     return {
         name: {

@@ -9,60 +9,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from mmtensorar import generate
-from mmtensorar.checkpoints import model_folder
 from mmtensorar.pipeline import Generator
-from mmtensorar.recipe import Recipe, SamplerSettings
+from mmtensorar.recipe import SamplerSettings
 from mmtensorar.sampling.trace import revisions
-from tests.helpers.fakes import tiny_llamagen, write_tiny_janus
 
 PROMPTS = ["a red circle", "a blue square"]
-
-
-@pytest.fixture(scope="session")
-def ckpt(tmp_path_factory):
-    """A tiny model folder of window 3 with a trained-looking codec; images are 8 x 8, of 16 tokens."""
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("generate")
-    write_tiny_janus(folder / "janus")
-    settings = {
-        "run": {"name": "tiny"},
-        "backbone": {"name": "janus", "path": str(folder / "janus")},
-        "image_tokenizer": {"name": "janus_vq", "path": str(folder / "janus" / "vq")},
-        "tensorar": {"window": 3, "num_heads": 2},
-        "data": {"shards": "none", "batch_size": 1},
-        "train": {"steps": 1},
-        "sampler": {"cfg_scale": 2.0, "top_k": 20},
-    }
-    (folder / "recipe.yaml").write_text(json.dumps(settings))
-    recipe = Recipe.load(folder / "recipe.yaml", [])
-    model = model_folder.initial_model(recipe)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape) * 0.05)
-    model_folder.save(folder / "model", model, recipe)
-    return folder / "model"
-
-
-@pytest.fixture(scope="module")
-def class_ckpt(ckpt, tmp_path_factory):
-    """A class-conditional LlamaGen of 7 classes on the image tokenizer of the other model folder."""
-    folder = tmp_path_factory.mktemp("classes")
-    torch.manual_seed(0)
-    tiny_llamagen(vocab_size=32, num_tokens=16).save_pretrained(folder / "backbone")
-    settings = {
-        "run": {"name": "classes"},
-        "backbone": {"name": "llamagen", "path": str(folder / "backbone")},
-        "image_tokenizer": {"name": "janus_vq", "path": str(ckpt / "image_tokenizer")},
-        "tensorar": {"window": 1},
-        "data": {"shards": "none", "batch_size": 1},
-        "train": {"steps": 1},
-        "sampler": {"cfg_scale": 2.0},
-    }
-    (folder / "recipe.yaml").write_text(json.dumps(settings))
-    recipe = Recipe.load(folder / "recipe.yaml", [])
-    model_folder.save(folder / "model", model_folder.initial_model(recipe), recipe)
-    return folder / "model"
 
 
 @pytest.fixture(scope="module")

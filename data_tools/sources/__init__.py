@@ -1,57 +1,42 @@
-"""Where samples come from: one file and one generator a source.
+"""Where samples come from. A source is one file in this folder, found by listing it.
 
-A source yields items in an order that depends on its content alone. An item's picture is a function without arguments, so
-that listing a source is cheap and a worker process opens or draws it. A new source is a new file and a line in SOURCES.
+The file defines `SOURCE`, which says what the source's option of make_shards.py is called and
+how its items are read. Files whose names begin with an underscore are helpers. `_rows.py` has
+what several sources need.
+
+    from data_tools.sources import Item, Layout, Listing, Source
+
+    def read(place: str, layout: Layout) -> Listing:
+        return Listing(Item(key, picture, (caption,), {"source": "mine"}) for ...)
+
+    SOURCE = Source("--mine", "what the help says", read)
+
+A source yields its items in an order that depends on their content alone. An item's picture
+is a function without arguments, so that listing a source is cheap, and a worker process opens
+or draws the picture.
 """
 
 from __future__ import annotations
 
-import json
 import pickle
-import sys
+import pkgutil
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 from PIL import Image
-
-from data_tools import storage as places
-from data_tools.storage import read_file
-from mmtensorar.data.shards import decode_caption
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-
-# Option of make_shards.py -> module here, and what the option's help says.
-SOURCES = {
-    "folder": ("folder", "images with a .txt or .json caption of the same name, at any depth"),
-    "class_folder": (
-        "class_folder",
-        "images in one sub-folder per class; the sorted names give the class numbers",
-    ),
-    "jsonl": ("jsonl", 'lines {"image": path, "caption": text}'),
-    "csv": ("table", "a CSV file with a header and columns image (a path) and caption; .tsv for tabs"),
-    "parquet": (
-        "parquet",
-        "a Parquet file, or a folder of them, with columns image (path, bytes or both) and caption",
-    ),
-    "dataset": ("dataset", "a Hugging Face dataset: NAME on the hub, or a folder that save_to_disk wrote"),
-    "tars": (
-        "webdataset",
-        "a folder of WebDataset tars, or one tar: captions in .txt or .json members, classes in .cls",
-    ),
-}
 
 
 class Item(NamedTuple):
     """One picture of a source.
 
-    key: names it in the source. picture: its bytes, or the
-    drawn picture. captions: one or several to choose from. meta: what the json member will say. group: items of one group
-    are cheap to read together, and stay together when the order is shuffled. problem: why it cannot be taken, if it cannot.
+    key: its name in the source. picture: returns its encoded bytes, or the drawn picture.
+    captions: one or several to choose from. meta: content of the json member. group: items of
+    one group are cheap to read together, and stay together when the order is shuffled.
+    problem: why the item cannot be used, None when it can.
     """
 
     key: str
@@ -63,9 +48,11 @@ class Item(NamedTuple):
 
 
 class Items(Sequence[Item]):
-    """A list of items, each kept as bytes: a source may have tens of millions, and as objects an item takes 2.7 times as much.
+    """A list of items, each pickled: a source may have tens of millions of them.
 
-    groups: their names, in order of first use. group_of: the number of each item's group.
+    As objects, items would take 2.7 times as much memory. Only what this class has pickled
+    itself is unpickled. groups: their names, in order of first use. group_of: the number of
+    each item's group.
     """
 
     def __init__(self, items: Iterable[Item] = ()):
@@ -77,32 +64,42 @@ class Items(Sequence[Item]):
             self.group_of.append(names.setdefault(item.group, len(names)))
         self.groups = tuple(names)
 
-    def at(self, places: Iterable[int]) -> Items:
-        """The items at some places, in that order."""
-        found = Items()
-        places = list(places)
-        found._pickled = [self._pickled[place] for place in places]
-        found.group_of = array("l", (self.group_of[place] for place in places))
-        found.groups = self.groups
-        return found
+    def select(self, indices: Iterable[int]) -> Items:
+        """The items at some indices, in that order."""
+        selected = Items()
+        indices = list(indices)
+        selected._pickled = [self._pickled[index] for index in indices]
+        selected.group_of = array("l", (self.group_of[index] for index in indices))
+        selected.groups = self.groups
+        return selected
 
     def __len__(self) -> int:
         return len(self._pickled)
 
-    def __getitem__(self, place: int | slice) -> Item | Items:
-        if isinstance(place, slice):
-            return self.at(range(*place.indices(len(self))))
-        return pickle.loads(self._pickled[place])  # made above
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> Items: ...
+    def __getitem__(self, index: int | slice) -> Item | Items:
+        if isinstance(index, slice):
+            return self.select(range(*index.indices(len(self))))
+        return pickle.loads(self._pickled[index])
 
 
 @dataclass(frozen=True)
 class Layout:
     """How a source is to be read, where it leaves a choice.
 
-    image, captions: columns (of a table) or keys (of a JSON object). root: folder that paths are relative to; the folder of
-    the table itself when None. split: of a dataset. templates: captions from class names, with {} for the name; none keeps class
-    numbers. class_names: folder name (or class number) -> class name. own: tars of our own, whose json members are kept.
-    numbered: their captions are class numbers.
+    Args:
+        image, captions: Columns of a table, or keys of a JSON object.
+        root: Folder that paths are relative to; None is the folder of the table itself.
+        split: Of a dataset.
+        templates: Captions from class names, with {} for the name. Without templates, class
+            numbers are kept as captions.
+        class_names: Folder name or class number -> class name.
+        seed, image_size: For sources that draw their pictures.
+        arguments: Values of the source's own options, by their names without dashes in front
+            ("num_samples").
     """
 
     image: str = "image"
@@ -111,109 +108,55 @@ class Layout:
     split: str = "train"
     templates: tuple[str, ...] = ()
     class_names: Mapping[str, str] | None = None
-    own: bool = False
-    numbered: bool = False
+    seed: int = 0
+    image_size: int = 384
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
-def items(kind: str, place: str, layout: Layout) -> Iterator[Item]:
-    """The items of a source. Raises ValueError naming the file, line or row that is wrong, and when there are none.
+class Listing(NamedTuple):
+    """The items of a source. classes: names of the classes when captions are class numbers."""
 
-    What is wrong with one item alone is the item's `problem`.
+    items: Iterator[Item]
+    classes: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a file of this folder declares.
+
+    Args:
+        option: Of make_shards.py, such as "--class-folder".
+        help: Of that option.
+        read: (value of the option, Layout) -> Listing. It raises ValueError, naming the file,
+            line or row, for what is wrong with the source as a whole, and when there are no
+            items. What is wrong with a single item is the item's `problem`.
+        choices: Values that the option takes, None for any path, URL or name.
+        has_classes: Whether --class-template can make captions of its class names.
+        is_drawn: The pictures are drawn in random order, and a larger set begins with the
+            samples of a smaller one. So the set is not shuffled, and its name is the option's
+            value alone.
+        image_size: Default of --image-size.
+        arguments: The source's own options -> keyword arguments of add_argument. Several
+            sources may declare the same one.
     """
-    yield from import_module(f"data_tools.sources.{SOURCES[kind][0]}").items(place, layout)
+
+    option: str
+    help: str
+    read: Callable[[str, Layout], Listing]
+    choices: tuple[str, ...] | None = None
+    has_classes: bool = False
+    is_drawn: bool = False
+    image_size: int = 384
+    arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """The option's name in parsed arguments, and of the source in manifests."""
+        return self.option.lstrip("-").replace("-", "_")
 
 
-# ---- for the sources -------------------------------------------------------------------------
-
-
-def images(root: Path, expected: tuple[str, ...] = ()) -> tuple[dict[Path, int], dict[Path, int]]:
-    """Every jpg, png and webp below a folder with its bytes, sorted; and the files of the expected suffixes.
-
-    Hidden files are left out, others are counted aloud. Raises ValueError when there is no picture.
-    """
-    files = places.files(root)
-    found = {path: size for path, size in files.items() if path.suffix.lower() in SUFFIXES}
-    beside = {path: size for path, size in files.items() if path.suffix.lower() in expected}
-    if not found:
-        raise ValueError(f"{root}: no {', '.join(SUFFIXES)} files in it")
-    if others := [path for path in files if path not in found and path not in beside]:
-        print(
-            f"note: left out {len(others)} files that are not jpg, png or webp, such as {others[0]}",
-            file=sys.stderr,
-        )
-    return found, beside
-
-
-def texts(fields: Mapping[str, Any], columns: tuple[str, ...], where: str) -> tuple[str, ...]:
-    """The captions in some columns of a row; a column may hold one text, a list of them, or nothing.
-
-    Raises ValueError when there is none in all of them, and for a column that holds anything else.
-    """
-    found = []
-    for column in columns:
-        value = fields.get(column)
-        for text in value if isinstance(value, (list, tuple)) else [value]:
-            if text is None or text == "":
-                continue
-            if not isinstance(text, str):
-                raise ValueError(f"{where}: {column!r} holds {type(text).__name__}; expected a caption")
-            found.append(decode_caption(text.encode(errors="surrogatepass"), where))
-    if not found:
-        there = ", ".join(map(repr, fields)) or "nothing"
-        raise ValueError(f"{where}: no caption in {', '.join(map(repr, columns))}; found {there}")
-    return tuple(found)
-
-
-def inside(root: Path, name: Any, where: str) -> Path:
-    """The file of a name in a folder. Raises ValueError when it is not there, or lies outside.
-
-    In a store nothing is asked for yet: one request per picture, only to see that it is there, would take too long.
-    """
-    if not isinstance(name, str):
-        raise ValueError(f"{where}: the image is {type(name).__name__}; expected a path")
-    local = places.is_local(root)
-    # Resolved, so that neither `..`, an absolute path nor a link leads out of the folder.
-    path = root if "\0" in name or (not local and "://" in name) else (root / name).resolve()
-    if not path.is_relative_to(root) or (not local and path == root):
-        raise ValueError(
-            f"{where}: image {name!r} lies outside {root}; --image-root names the folder of the pictures"
-        )
-    if local and not path.is_file():
-        raise ValueError(f"{where}: image {name!r} is not a file in {root}")
-    return path
-
-
-def of_row(key: str, fields: dict[str, Any], layout: Layout, root: Path, where: str, source: str) -> Item:
-    """The item of a row whose image is a path; other columns are kept in meta."""
-    meta: dict[str, Any] = {"source": source}
-    try:
-        if layout.image not in fields:
-            raise ValueError(
-                f"{where}: expected an image in {layout.image!r}, found {', '.join(map(repr, fields)) or 'nothing'}"
-            )
-        path = inside(root, fields[layout.image], where)
-        captions = texts(fields, layout.captions, where)
-    except ValueError as error:
-        return Item(key, bytes, (), meta, problem=str(error))
-    meta["name"] = fields[layout.image]
-    if places.is_local(path):
-        meta["num_bytes"] = path.stat().st_size
-    others = {name: value for name, value in fields.items() if name not in (layout.image, *layout.captions)}
-    return Item(key, partial(read_file, path), captions, meta | ({"fields": others} if others else {}))
-
-
-def class_captions(name: str, layout: Layout) -> tuple[str, ...]:
-    """A class's captions by the templates: name as the table of names says, or with spaces for underscores."""
-    shown = (layout.class_names or {}).get(name, name.replace("_", " "))
-    return tuple(template.replace("{}", shown) for template in layout.templates)
-
-
-def read_class_names(path: Path) -> dict[str, str]:
-    """A JSON object, folder name or class number -> class name. Raises ValueError for anything else."""
-    try:
-        found = json.loads(read_file(path))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
-    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
-        raise ValueError(f'{path}: expected an object such as {{"n01440764": "tench"}}')
-    return found
+def known_sources() -> dict[str, Source]:
+    """Kind -> source, for each file of this folder, sorted by file name."""
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    modules = [import_module(f"{__name__}.{name}") for name in names if not name.startswith("_")]
+    return {module.SOURCE.kind: module.SOURCE for module in modules}

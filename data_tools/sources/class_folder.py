@@ -1,21 +1,35 @@
-"""Pictures in one sub-folder per class, as ImageNet is unpacked and torchvision's ImageFolder reads it."""
+"""Pictures in one sub-folder per class, like an unpacked ImageNet, or torchvision's ImageFolder."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 from data_tools import storage
-from data_tools.sources import Item, Layout, class_captions, images
+from data_tools.sources import Item, Layout, Listing, Source
+from data_tools.sources._rows import class_captions, find_pictures
 from data_tools.storage import read_file
 
 
-def class_names(place: str) -> tuple[str, ...]:
-    """Names of a folder's sub-folders, sorted: a class's place in them is its number.
+def read(place: str, layout: Layout) -> Listing:
+    """Every jpg, png and webp below the sub-folders.
 
-    Hidden ones are none: an editor's folder would shift every number. Raises ValueError when there is no sub-folder.
+    The caption is the class number, or made from the class name by templates. Pictures next
+    to the sub-folders are left out. Raises ValueError for a class without pictures: leaving
+    it out would shift the later numbers, and keeping it would never train its number.
     """
     root = storage.at(place)
+    names = class_names(root)
+    return Listing(_items(root, names, layout), None if layout.templates else names)
+
+
+def class_names(root: Path) -> tuple[str, ...]:
+    """Names of a folder's sub-folders, sorted: a class's index is its number.
+
+    Hidden folders are left out: an editor's folder would shift every number. Raises
+    ValueError when there is no sub-folder.
+    """
     if storage.is_local(root) and not root.is_dir():
         raise ValueError(f"{root}: no such folder")
     names = storage.folders(root)
@@ -24,16 +38,18 @@ def class_names(place: str) -> tuple[str, ...]:
     return names
 
 
-def items(place: str, layout: Layout) -> Iterator[Item]:
-    """Every jpg, png and webp below the sub-folders; the caption is its class's number, or made of the name by templates.
-
-    Pictures beside the sub-folders are left out. Raises ValueError for a class without pictures: left out, it would
-    shift the numbers of those after it, and kept, its number would never be trained.
-    """
-    root = storage.at(place)
-    for number, name in enumerate(class_names(place)):
-        for path, size in images(root / name)[0].items():
+def _items(root: Path, names: tuple[str, ...], layout: Layout) -> Iterator[Item]:
+    for number, name in enumerate(names):
+        for path, size in find_pictures(root / name)[0].items():
             meta = {"source": "class_folder", "name": path.relative_to(root).as_posix(), "class": name}
             captions = class_captions(name, layout) or (str(number),)
             meta["num_bytes"] = size
             yield Item(meta["name"], partial(read_file, path), captions, meta)
+
+
+SOURCE = Source(
+    "--class-folder",
+    "images in one sub-folder per class; the sorted names give the class numbers",
+    read,
+    has_classes=True,
+)

@@ -2,59 +2,63 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 from data_tools import storage
-from data_tools.sources import Item, Layout, images, texts
+from data_tools.sources import Item, Layout, Listing, Source
+from data_tools.sources._rows import captions_in, find_pictures, parse_object
 from data_tools.storage import read_file
-from mmtensorar.data.shards import EXTENSIONS, decode_caption
+from mmtensorar.data.members import decode_caption
+from mmtensorar.data.shards import EXTENSIONS
 
 
-def items(place: str, layout: Layout) -> Iterator[Item]:
-    """Every jpg, png and webp below a folder, with the caption from the .txt beside it, or from the keys of the .json.
+def read(place: str, layout: Layout) -> Listing:
+    """Every jpg, png and webp below a folder.
 
-    Raises ValueError when there is no picture. Other files are counted aloud.
+    The caption is in the .txt file of the same name, or in the .json file of the same name
+    under the keys of layout.captions. Raises ValueError when there is no picture.
     """
     root = storage.at(place)
     if storage.is_local(root) and not root.is_dir():
         raise ValueError(f"{root}: no such folder")
-    found, beside = images(root, (".txt", ".json"))
-    # None: neither is there.
-    written = [
-        next((each for suffix in (".txt", ".json") if (each := path.with_suffix(suffix)) in beside), None)
-        for path in found
-    ]
-    read = storage.contents((path for path in written if path is not None), EXTENSIONS["json"])
-    for (path, num_bytes), text in zip(found.items(), written, strict=True):
+    return Listing(_items(root, layout))
+
+
+def _items(root: Path, layout: Layout) -> Iterator[Item]:
+    pictures, text_files = find_pictures(root, (".txt", ".json"))
+    paths_of_text = [_text_path(path, text_files) for path in pictures]
+    contents = storage.contents((path for path in paths_of_text if path is not None), EXTENSIONS["json"])
+    for (path, num_bytes), text_path in zip(pictures.items(), paths_of_text, strict=True):
         name = path.relative_to(root).as_posix()
         meta = {"source": "folder", "name": name, "num_bytes": num_bytes}
-        content = b"" if text is None else next(read)
+        content = b"" if text_path is None else next(contents)
         try:
-            if text is None:
+            if text_path is None:
                 raise ValueError(f"{path}: no caption; expected it in {path.with_suffix('.txt')} or .json")
             if isinstance(content, ValueError):
                 raise content
-            captions, fields = _captions(content, text, layout)
+            captions, fields = _captions(content, text_path, layout)
         except ValueError as error:
             yield Item(name, bytes, (), meta, problem=str(error))
             continue
         yield Item(name, partial(read_file, path), captions, meta | ({"fields": fields} if fields else {}))
 
 
+def _text_path(picture: Path, text_files: dict[Path, int | None]) -> Path | None:
+    """The file with a picture's caption, None when there is none."""
+    candidates = (picture.with_suffix(suffix) for suffix in (".txt", ".json"))
+    return next((path for path in candidates if path in text_files), None)
+
+
 def _captions(content: bytes, path: Path, layout: Layout) -> tuple[tuple[str, ...], dict]:
-    """The captions in a file, and what else its JSON says."""
+    """The captions in a file, and the other keys of its JSON."""
     if path.suffix == ".txt":
         return (decode_caption(content, str(path)),), {}
-    try:
-        found = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise ValueError(
-            f"{path}: holds {type(found).__name__}; expected an object with {', '.join(layout.captions)}"
-        )
-    captions = texts(found, layout.captions, str(path))
-    return captions, {key: value for key, value in found.items() if key not in layout.captions}
+    fields = parse_object(content, str(path), f"an object with {', '.join(layout.captions)}")
+    captions = captions_in(fields, layout.captions, str(path))
+    return captions, {key: value for key, value in fields.items() if key not in layout.captions}
+
+
+SOURCE = Source("--folder", "images with a .txt or .json caption of the same name, at any depth", read)

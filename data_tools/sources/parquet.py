@@ -9,10 +9,31 @@ from pathlib import Path
 from typing import Any
 
 from data_tools import storage
-from data_tools.sources import Item, Layout, inside, of_row, texts
-from data_tools.storage import read_file
+from data_tools.sources import Item, Layout, Listing, Source
+from data_tools.sources._rows import captions_in, path_in, picture_in, row_item
 
 MAX_GROUP = 2 * 10**9  # bytes of pictures
+
+
+def read(place: str, layout: Layout) -> Listing:
+    """The rows of a file, or of all .parquet files below a folder.
+
+    The image column holds paths, bytes, or Hugging Face's {"bytes", "path"}. The rows of a
+    row group form a group. Raises ValueError naming file and column, or row.
+    """
+    return Listing(_items(place, layout))
+
+
+def _items(place: str, layout: Layout) -> Iterator[Item]:
+    path, files = storage.with_suffix(place, ".parquet")
+    num_rows = 0
+    for file in files:
+        name = file.relative_to(path).as_posix() if file != path else path.name
+        for item in _file_items(file, name, layout):
+            num_rows += 1
+            yield item
+    if not num_rows:
+        raise ValueError(f"{path}: no rows in it")
 
 
 def _arrow() -> Any:
@@ -24,77 +45,74 @@ def _arrow() -> Any:
     return pyarrow
 
 
-def items(place: str, layout: Layout) -> Iterator[Item]:
-    """The rows of a file, or of all .parquet files below a folder. The image column holds paths, bytes, or Hugging Face's
-    {"bytes", "path"}. The rows of a row group form a group. Raises ValueError naming file and column, or row.
-    """
-    path, files = storage.with_suffix(place, ".parquet")
-    rows = 0
-    for file in files:
-        for item in _file(file, file.relative_to(path).as_posix() if file != path else path.name, layout):
-            rows += 1
-            yield item
-    if not rows:
-        raise ValueError(f"{path}: no rows in it")
-
-
-def _file(path: Path, name: str, layout: Layout) -> Iterator[Item]:
+def _file_items(path: Path, name: str, layout: Layout) -> Iterator[Item]:
+    """The rows of one file. name: of the file, for keys."""
     arrow = _arrow()
     root = (layout.root or path.parent).resolve()
     try:
         with path.open("rb") as stream, arrow.parquet.ParquetFile(stream) as file:
             schema = file.schema_arrow
-            for column in (layout.image, *layout.captions):
-                if schema.names.count(column) != 1:
-                    raise ValueError(
-                        f"{path}: expected one column {column!r}, found {', '.join(map(repr, schema.names))}"
-                    )
-            kind = schema.field(layout.image).type
-            of_bytes = arrow.types.is_binary(kind) or arrow.types.is_large_binary(kind)
-            of_struct = arrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-            if not (
-                of_bytes or of_struct or arrow.types.is_string(kind) or arrow.types.is_large_string(kind)
-            ):
-                raise ValueError(
-                    f"{path}: column {layout.image!r} holds {kind}; expected paths or bytes of pictures"
-                )
-            # Bytes are read later, by the workers; what else a row holds beside text and numbers is left out.
+            has_paths = _holds_paths(arrow, schema, layout, path)
+            # Workers read the bytes of pictures later. Other columns that are neither text nor
+            # numbers are left out.
             plain = [
                 field.name for field in schema if _is_plain(arrow, field.type) and field.name != layout.image
             ]
-            paths = [] if of_bytes or of_struct else [layout.image]
+            paths = [layout.image] if has_paths else []
+            columns = [*paths, *dict.fromkeys([*layout.captions, *plain])]
             stamp = _stamp(path)
             for group in range(file.num_row_groups):
                 _check_size(file, group, layout.image, path)
-                table = file.read_row_group(
-                    group, columns=[*paths, *dict.fromkeys([*layout.captions, *plain])]
-                )
-                for row, fields in enumerate(table.to_pylist()):
+                rows = file.read_row_group(group, columns=columns).to_pylist()
+                for row, fields in enumerate(rows):
                     key, where = f"{name} {group} {row}", f"{path}: row group {group}, row {row}"
-                    if paths:
-                        yield of_row(key, fields, layout, root, where, "parquet")
-                        continue
-                    others = {k: v for k, v in fields.items() if k not in layout.captions and v is not None}
-                    meta = {"source": "parquet", "name": key} | ({"fields": others} if others else {})
-                    try:
-                        captions, problem = texts(fields, layout.captions, where), None
-                    except ValueError as error:
-                        captions, problem = (), str(error)
-                    picture = partial(_picture, path, stamp, group, row, layout.image, root)
-                    yield Item(key, picture, captions, meta, f"{name} {group} {stamp}", problem)
+                    if has_paths:
+                        yield row_item(key, fields, layout, root, where, "parquet")
+                    else:
+                        picture = partial(_picture, path, stamp, group, row, layout.image, root)
+                        yield _bytes_item(key, picture, fields, layout, where, f"{name} {group} {stamp}")
     except (arrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not a whole Parquet file ({error})") from error
+        raise ValueError(f"{path}: not a complete Parquet file ({error})") from error
+
+
+def _holds_paths(arrow: Any, schema: Any, layout: Layout, path: Path) -> bool:
+    """Whether the image column holds paths, not bytes. Raises ValueError for a missing column."""
+    for column in (layout.image, *layout.captions):
+        if schema.names.count(column) != 1:
+            present = ", ".join(map(repr, schema.names))
+            raise ValueError(f"{path}: expected one column {column!r}, found {present}")
+    kind = schema.field(layout.image).type
+    if arrow.types.is_binary(kind) or arrow.types.is_large_binary(kind):
+        return False
+    if arrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        return False
+    if arrow.types.is_string(kind) or arrow.types.is_large_string(kind):
+        return True
+    raise ValueError(f"{path}: column {layout.image!r} holds {kind}; expected paths or bytes of pictures")
+
+
+def _bytes_item(key: str, picture: Any, fields: dict, layout: Layout, where: str, group: str) -> Item:
+    """The item of a row whose picture is in the file. picture: reads it."""
+    others = {k: v for k, v in fields.items() if k not in layout.captions and v is not None}
+    meta = {"source": "parquet", "name": key} | ({"fields": others} if others else {})
+    try:
+        captions, problem = captions_in(fields, layout.captions, where), None
+    except ValueError as error:
+        captions, problem = (), str(error)
+    return Item(key, picture, captions, meta, group, problem)
 
 
 def _check_size(file: Any, group: int, column: str, path: Path) -> None:
-    """Raise ValueError for a row group whose pictures are too many to hold, as each worker does."""
-    found = file.metadata.row_group(group)
-    parts = (found.column(number) for number in range(found.num_columns))
-    size = sum(part.total_uncompressed_size for part in parts if part.path_in_schema.split(".")[0] == column)
+    """Raise ValueError for a row group with more bytes of pictures than a worker should hold."""
+    metadata = file.metadata.row_group(group)
+    columns = (metadata.column(number) for number in range(metadata.num_columns))
+    size = sum(
+        part.total_uncompressed_size for part in columns if part.path_in_schema.split(".")[0] == column
+    )
     if size > MAX_GROUP:
         raise ValueError(
-            f"{path}: row group {group} holds {size / 1e9:.1f} GB of pictures, more than {MAX_GROUP / 1e9:.1f}; write the file again "
-            "with row_group_size=1000"
+            f"{path}: row group {group} holds {size / 1e9:.1f} GB of pictures, more than "
+            f"{MAX_GROUP / 1e9:.1f}; write the file again with row_group_size=1000"
         )
 
 
@@ -110,7 +128,7 @@ def _is_plain(arrow: Any, kind: Any) -> bool:
 
 
 def _stamp(path: Path) -> str:
-    """Size and time of change, since reading all bytes to tell a changed file from the old one would take too long."""
+    """Digest of size and modification time: hashing all bytes would take too long."""
     if not storage.is_local(path):
         return hashlib.sha256(str(path.fs.ukey(path.path)).encode()).hexdigest()[:16]
     status = path.stat()
@@ -120,18 +138,12 @@ def _stamp(path: Path) -> str:
 def _picture(path: Path, stamp: str, group: int, row: int, column: str, root: Path) -> bytes:
     where = f"{path}: row group {group}, row {row}"
     value = _column(path, stamp, group, column)[row].as_py()
-    if isinstance(value, dict):
-        if value.get("bytes") is None and value.get("path"):
-            return read_file(inside(root, value["path"], where))
-        value = value.get("bytes")
-    if not isinstance(value, bytes):
-        raise ValueError(f"{where}: no bytes of a picture in {column!r}")
-    return value
+    return picture_in(value, column, where, lambda name: path_in(root, name, where))
 
 
 @lru_cache(maxsize=1)
 def _column(path: Path, stamp: str, group: int, column: str) -> Any:
-    """The pictures of a row group, still encoded: all that a worker holds of a file."""
+    """The encoded pictures of a row group: all that a worker holds of a file."""
     arrow = _arrow()
     if _stamp(path) != stamp:
         raise ValueError(f"{path}: it changed while it was read")
@@ -140,3 +152,10 @@ def _column(path: Path, stamp: str, group: int, column: str) -> Any:
             return file.read_row_group(group, columns=[column]).column(0)
     except (arrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: row group {group}: damaged ({error})") from error
+
+
+SOURCE = Source(
+    "--parquet",
+    "a Parquet file, or a folder of them, with columns image (path, bytes or both) and caption",
+    read,
+)

@@ -1,4 +1,4 @@
-"""The embedded world: scenes drawn from a caption grammar (see worlds/shapes/draw.py)."""
+"""The embedded world `shapes`: scenes drawn from a caption grammar (see worlds/shapes/draw.py)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,14 @@ from functools import partial
 import numpy as np
 from PIL import Image
 
-from data_tools.sources import Item
+from data_tools.argument_types import positive
+from data_tools.sources import Item, Layout, Listing, Source
 from worlds.shapes import draw
+
+
+def read(place: str, layout: Layout) -> Listing:
+    """As many scenes as --num-samples says. place: the world's name."""
+    return Listing(items(layout.arguments["num_samples"], seed=layout.seed, size=layout.image_size))
 
 
 def items(num_samples: int, *, seed: int, size: int) -> Iterator[Item]:
@@ -23,3 +29,16 @@ def items(num_samples: int, *, seed: int, size: int) -> Iterator[Item]:
 def _draw(seed: int, index: int, size: int) -> Image.Image:
     rng = np.random.default_rng([seed, index])
     return draw.draw(draw.sample_scene(rng), rng, size)
+
+
+SOURCE = Source(
+    "--synthesize",
+    "draw an embedded world",
+    read,
+    choices=("shapes",),
+    is_drawn=True,
+    image_size=64,
+    arguments={
+        "--num-samples": {"type": positive, "default": 4096, "help": "pictures to draw (default: 4096)"}
+    },
+)

@@ -1,155 +1,207 @@
-"""WebDataset tars that others made: members {key}.jpg, {key}.txt, {key}.json, {key}.cls beside each other."""
+"""WebDataset tars, ours or others': members {key}.jpg, {key}.txt, {key}.json, {key}.cls."""
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from data_tools import storage
-from data_tools.sources import SUFFIXES, Item, Layout, class_captions, texts
+from data_tools.sources import Item, Layout, Listing, Source
+from data_tools.sources._rows import SUFFIXES, captions_in, class_captions, parse_object
 from mmtensorar.data import tars
-from mmtensorar.data.shards import EXTENSIONS, decode_caption
+from mmtensorar.data.members import decode_caption
+from mmtensorar.data.shards import EXTENSIONS, MANIFEST, Manifest
 
 TEXT = ("txt", "text", "caption")
+PICTURES = tuple(sorted(suffix[1:] for suffix in SUFFIXES))
 
 
-def items(place: str, layout: Layout) -> Iterator[Item]:
+def read(place: str, layout: Layout) -> Listing:
     """The samples of a tar, or of all tars below a folder, in their order.
 
-    The caption is the txt member, or the keys of the json member, or the cls member's class number (or made of its name).
-    Members of other kinds are not read, and are counted aloud. Raises ValueError for a damaged or compressed tar.
+    The caption is the txt member, or the keys of the json member, or the class number in the
+    cls member (or made from its name). Other members are not read; their number is printed.
+    Of a set with one of our manifests the json members are kept, and its class names used.
+
+    Raises ValueError for a damaged or compressed tar.
     """
-    path, files = storage.with_suffix(place, ".tar")
-    ignored: Counter[str] = Counter()
-    samples = 0
-    for file in files:
-        name = file.relative_to(path).as_posix() if file != path else path.name
-        for item in _tar(file, name, layout, ignored):
-            samples += 1
-            yield item
-    if ignored:
-        kinds = ", ".join(f"{count} .{kind}" for kind, count in ignored.most_common(5))
-        print(f"note: left out members of other kinds: {kinds}", file=sys.stderr)
-    if not samples:
-        raise ValueError(f"{path}: no samples in it")
+    manifest = own_manifest(place)
+    class_names = layout.class_names
+    if class_names is None and manifest is not None and manifest.classes is not None:
+        class_names = {str(number): name for number, name in enumerate(manifest.classes)}
+    tar_set = TarSet(
+        replace(layout, class_names=class_names),
+        keeps_meta=manifest is not None,
+        is_numbered=manifest is not None and manifest.classes is not None,
+    )
+    classes = None
+    if class_names and not layout.templates:
+        classes = _numbered(class_names, place)
+    return Listing(tar_set.items(place), classes)
 
 
-def _tar(path: Path, name: str, layout: Layout, ignored: Counter[str]) -> Iterator[Item]:
-    last, found, seen = None, {}, set()
-    with tars.opened(path) as file:
-        if file.pread(2, 0) == b"\x1f\x8b":
+def own_manifest(place: str) -> Manifest | None:
+    """The manifest of a folder that make_shards.py made, None for others' tars."""
+    folder = storage.at(place)
+    return Manifest.read(folder, complete=False) if (folder / MANIFEST).is_file() else None
+
+
+def _numbered(names: Mapping[str, str], place: str) -> tuple[str, ...]:
+    """Class names in the order of their numbers, which must be 0, 1, 2, ..."""
+    missing = [str(number) for number in range(len(names)) if str(number) not in names]
+    if missing:
+        raise ValueError(
+            f"{place}: {len(names)} class names, but none for class {missing[0]}; expected numbers from 0 on"
+        )
+    return tuple(names[str(number)] for number in range(len(names)))
+
+
+@dataclass
+class TarSet:
+    """How the tars are read.
+
+    keeps_meta: keep the content of json members. is_numbered: txt members hold class
+    numbers. ignored: counts members of other kinds.
+    """
+
+    layout: Layout
+    keeps_meta: bool
+    is_numbered: bool
+    ignored: Counter[str] = field(default_factory=Counter)
+
+    def items(self, place: str) -> Iterator[Item]:
+        path, files = storage.with_suffix(place, ".tar")
+        num_samples = 0
+        for file in files:
+            name = file.relative_to(path).as_posix() if file != path else path.name
+            for item in self._tar_items(file, name):
+                num_samples += 1
+                yield item
+        if self.ignored:
+            kinds = ", ".join(f"{count} .{kind}" for kind, count in self.ignored.most_common(5))
+            print(f"note: left out members of other kinds: {kinds}", file=sys.stderr)
+        if not num_samples:
+            raise ValueError(f"{path}: no samples in it")
+
+    def _tar_items(self, path: Path, name: str) -> Iterator[Item]:
+        with tars.TarReader(path) as file:
+            if file.pread(2, 0) == b"\x1f\x8b":
+                raise ValueError(
+                    f"{path}: compressed; unpack it with gunzip first, so that any sample can be read alone"
+                )
+            for group in tars.group_members(file, path, _split_name, folders=True):
+                group.check_unique(path)
+                if group.is_complete:
+                    yield self._item(TarSample(file, path, group), name)
+
+    def _item(self, sample: TarSample, name: str) -> Item:
+        members = sample.group.members
+        self.ignored.update(kind for kind in members if kind not in (*PICTURES, *TEXT, "json", "cls"))
+        key = f"{name} {sample.group.key}"
+        meta = {"source": "webdataset", "name": key}
+        try:
+            picture = sample.picture()
+            captions = self._captions(sample)
+            if self.keeps_meta and "json" in members:
+                meta = sample.json() or meta
+        except ValueError as error:
+            return Item(key, bytes, (), {"source": "webdataset", "name": key}, problem=str(error))
+        return Item(key, partial(_read, sample.path, picture), captions, {"num_bytes": picture.size} | meta)
+
+    def _captions(self, sample: TarSample) -> tuple[str, ...]:
+        members, columns = sample.group.members, self.layout.captions
+        sample.check_sizes((*TEXT, "json", "cls"))
+        for extension in TEXT:
+            if extension in members:
+                caption = decode_caption(sample.content(extension), sample.where)
+                return self._class_captions(caption, sample.where) if self.is_numbered else (caption,)
+        if "json" in members:
+            fields = sample.json()
+            if "cls" not in members or any(fields.get(column) for column in columns):
+                return captions_in(fields, columns, sample.where)
+        if "cls" not in members:
             raise ValueError(
-                f"{path}: compressed; unpack it with gunzip first, so that any sample can be read alone"
+                f"{sample.where}: no caption; expected a txt or json member, found {', '.join(members)}"
             )
-        for member in tars.members(file, path, folders=True):
-            folder, _, plain = member.name.rpartition("/")
-            if not plain or plain.startswith("."):  # a folder, or what macOS adds beside a file
-                continue
-            stem, _, extension = plain.partition(".")
-            key = f"{folder}/{stem}"
-            if key != last:
-                if last is not None:
-                    yield from _item(file, path, name, last, found, layout, ignored)
-                if key in seen:
-                    raise ValueError(
-                        f"{path}: sample {stem}: its members are not together: {member.name} comes after another key"
-                    )
-                seen.add(key)
-                last, found = key, {}
-            extension = extension.lower()
-            if extension in found:
-                raise ValueError(f"{path}: sample {stem}: member {member.name} is there twice")
-            found[extension] = member
-        if last is not None:
-            yield from _item(file, path, name, last, found, layout, ignored)
+        number = sample.content("cls").strip().decode(errors="replace")
+        if not number.isdecimal():
+            raise ValueError(f"{sample.where}: cls holds {number[:20]!r}; expected a class number")
+        return self._class_captions(number, sample.where)
+
+    def _class_captions(self, number: str, where: str) -> tuple[str, ...]:
+        names = self.layout.class_names
+        if names is None:
+            raise ValueError(
+                f"{where}: a class number and no caption; "
+                "add --class-names, and --class-template for captions"
+            )
+        if number not in names:
+            raise ValueError(f"{where}: class {number} has no name in --class-names")
+        return class_captions(number, self.layout) or (number,)
 
 
-def _item(
-    file: tars.opened,
-    path: Path,
-    name: str,
-    key: str,
-    found: dict[str, tars.Member],
-    layout: Layout,
-    ignored: Counter[str],
-) -> Iterator[Item]:
-    key = key.removeprefix("/").removeprefix("./")
-    where = f"{path}: sample {key}"
-    known = {suffix[1:] for suffix in SUFFIXES}
-    pictures = [extension for extension in found if extension in known]
-    ignored.update(extension for extension in found if extension not in (*known, *TEXT, "json", "cls"))
-    meta = {"source": "webdataset", "name": f"{name} {key}"}
-    try:
-        if len(pictures) != 1:
-            raise ValueError(f"{where}: expected one of {', '.join(sorted(known))}, found {', '.join(found)}")
-        picture = found[pictures[0]]
+@dataclass(frozen=True)
+class TarSample:
+    """The members of one sample in an open tar."""
+
+    file: tars.TarReader
+    path: Path
+    group: tars.Group
+
+    @property
+    def where(self) -> str:
+        return f"{self.path}: sample {self.group.key}"
+
+    def content(self, extension: str) -> bytes:
+        return tars.read_content(self.file, self.group.members[extension], self.path)
+
+    def json(self) -> dict:
+        return parse_object(self.content("json"), f"{self.where}: the json member")
+
+    def picture(self) -> tars.Member:
+        """Its only picture, which is read later."""
+        kinds = [extension for extension in self.group.members if extension in PICTURES]
+        if len(kinds) != 1:
+            raise ValueError(
+                f"{self.where}: expected one of {', '.join(PICTURES)}, found {', '.join(self.group.members)}"
+            )
+        picture = self.group.members[kinds[0]]
         if picture.size > EXTENSIONS["jpg"]:
             raise ValueError(
-                f"{where}: the picture has {picture.size} bytes, more than the {EXTENSIONS['jpg']} allowed"
+                f"{self.where}: the picture has {picture.size} bytes, "
+                f"more than the {EXTENSIONS['jpg']} allowed"
             )
-        captions = _captions(file, path, found, layout, where)
-        if layout.own:
-            meta = _own_meta(file, path, found, where) or meta
-    except ValueError as error:
-        yield Item(f"{name} {key}", bytes, (), meta, problem=str(error))
-        return
-    yield Item(f"{name} {key}", partial(_read, path, picture), captions, {"num_bytes": picture.size} | meta)
+        return picture
+
+    def check_sizes(self, extensions: tuple[str, ...]) -> None:
+        for extension in extensions:
+            member = self.group.members.get(extension)
+            if member is not None and member.size > EXTENSIONS["json"]:
+                raise ValueError(
+                    f"{self.where}: .{extension} has {member.size} bytes, more than {EXTENSIONS['json']}"
+                )
 
 
-def _captions(
-    file: tars.opened, path: Path, found: dict[str, tars.Member], layout: Layout, where: str
-) -> tuple[str, ...]:
-    for extension in (*TEXT, "json", "cls"):
-        if extension in found and found[extension].size > EXTENSIONS["json"]:
-            raise ValueError(
-                f"{where}: .{extension} has {found[extension].size} bytes, more than {EXTENSIONS['json']}"
-            )
-    for extension in TEXT:
-        if extension in found:
-            caption = decode_caption(tars.content(file, found[extension], path), where)
-            return _of_class(caption, layout, where) if layout.numbered else (caption,)
-    if "json" in found:
-        try:
-            fields = json.loads(tars.content(file, found["json"], path))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: the json member is not JSON ({error})") from error
-        if not isinstance(fields, dict):
-            raise ValueError(f"{where}: the json member holds {type(fields).__name__}; expected an object")
-        if "cls" not in found or any(fields.get(column) for column in layout.captions):
-            return texts(fields, layout.captions, where)
-    if "cls" in found:
-        number = tars.content(file, found["cls"], path).strip().decode(errors="replace")
-        if not number.isdecimal():
-            raise ValueError(f"{where}: cls holds {number[:20]!r}; expected a class number")
-        if layout.class_names is None:
-            raise ValueError(
-                f"{where}: a class number and no caption; add --class-names, and --class-template for captions"
-            )
-        return _of_class(number, layout, where)
-    raise ValueError(f"{where}: no caption; expected a txt or json member, found {', '.join(found)}")
-
-
-def _of_class(number: str, layout: Layout, where: str) -> tuple[str, ...]:
-    if number not in layout.class_names:
-        raise ValueError(f"{where}: class {number} has no name in --class-names")
-    return class_captions(number, layout) or (number,)
-
-
-def _own_meta(file: tars.opened, path: Path, found: dict[str, tars.Member], where: str) -> dict | None:
-    """What a set of ours says of where a picture came from, and how large it was."""
-    if "json" not in found:
+def _split_name(member: tars.Member) -> tuple[str, str] | None:
+    folder, _, plain = member.name.rpartition("/")
+    if not plain or plain.startswith("."):  # a folder, or what macOS adds to a file
         return None
-    try:
-        meta = json.loads(tars.content(file, found["json"], path))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: the json member is not JSON ({error})") from error
-    return meta if isinstance(meta, dict) else None
+    stem, _, extension = plain.partition(".")
+    return f"{folder}/{stem}".removeprefix("/").removeprefix("./"), extension.lower()
 
 
 def _read(path: Path, member: tars.Member) -> bytes:
-    with tars.opened(path) as file:
-        return tars.content(file, member, path)
+    with tars.TarReader(path) as file:
+        return tars.read_content(file, member, path)
+
+
+SOURCE = Source(
+    "--tars",
+    "a folder of WebDataset tars, or one tar: captions in .txt or .json members, classes in .cls",
+    read,
+    has_classes=True,
+)

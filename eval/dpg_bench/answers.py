@@ -1,6 +1,7 @@
-"""Answers that a judge gave, kept in a file, so that a run that was broken off goes on without asking again.
+"""A cache of a judge's answers, so that an interrupted run never asks twice.
 
-A line is one answer: the SHA-256 of the picture's pixels, the question, the judge and the answer. The file only grows.
+A line is one answer: the SHA-256 of the picture's pixels, the question, the judge and the answer.
+The file only grows.
 """
 
 from __future__ import annotations
@@ -23,11 +24,14 @@ def image_hash(image: Image.Image) -> str:
 
 
 class Cache:
-    """Raises ValueError, naming the line, for a file that is damaged anywhere but in a last line that was cut short."""
+    """The answers in a file.
+
+    A last line that was cut short is dropped. Raises ValueError, naming the line, for other damage.
+    """
 
     def __init__(self, path: Path):
         self.path = path
-        self._known: dict[tuple[str, str, str], str] = {}
+        self._answers: dict[tuple[str, str, str], str] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_file():
             _drop_cut_line(path)
@@ -35,26 +39,24 @@ class Cache:
             for where, row in files.read_json_lines(path):
                 if not all(isinstance(row.get(key), str) for key in KEYS):
                     raise ValueError(f"{where}: expected {', '.join(KEYS)}")
-                self._known[row["image_sha256"], row["question"], row["judge"]] = row["answer"]
+                self._answers[row["image_sha256"], row["question"], row["judge"]] = row["answer"]
 
     def ask(self, judge: Judge, image: Image.Image, questions: Sequence[str]) -> list[str]:
-        """The judge's answers; only what is not known is asked, and written down before this returns."""
+        """The judge's answers. Only new questions are asked; their answers are written at once."""
         picture = image_hash(image)
-        new = [q for q in dict.fromkeys(questions) if (picture, q, judge.name) not in self._known]
+        new = [q for q in dict.fromkeys(questions) if (picture, q, judge.name) not in self._answers]
         if new:
             answers = judge.ask_all(image, new)
             with self.path.open("a", encoding="utf-8") as file:
                 for question, answer in zip(new, answers, strict=True):
-                    self._known[picture, question, judge.name] = answer
-                    file.write(
-                        json.dumps(dict(zip(KEYS, (picture, question, judge.name, answer), strict=True)))
-                        + "\n"
-                    )
-        return [self._known[picture, question, judge.name] for question in questions]
+                    self._answers[picture, question, judge.name] = answer
+                    row = dict(zip(KEYS, (picture, question, judge.name, answer), strict=True))
+                    file.write(json.dumps(row) + "\n")
+        return [self._answers[picture, question, judge.name] for question in questions]
 
 
 def _drop_cut_line(path: Path) -> None:
-    """Take off what follows the last end of a line: a process was killed while it wrote."""
+    """Remove what follows the last line end: a process was killed while it wrote."""
     with path.open("rb+") as file:
         size = file.seek(0, 2)
         back = min(size, files.MAX_LINE)

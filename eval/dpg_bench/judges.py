@@ -1,6 +1,9 @@
-"""Judges: what looks at a picture and answers a question about it. A new judge is a class with a name and either method.
+"""Judges: models that answer a question about a picture.
 
-The official numbers come from mPLUG-large VQA; those of another judge are another measure and stand in a column of their own.
+A new judge is a class with a name and either method.
+
+The official numbers come from mPLUG-large VQA. Those of another judge are another measure, and
+belong in a column of their own.
 """
 
 from __future__ import annotations
@@ -21,40 +24,42 @@ INSTRUCTION = "Answer with one word, yes or no."
 
 
 class Judge:
-    """Either of the two methods, the other follows. name: with what tells it apart; answers are kept under it."""
+    """A subclass defines either method. name: tells the weights and the question's form apart."""
 
     name: str
 
     def ask(self, image: Image.Image, question: str) -> str:
-        """An RGB picture and a question about it -> the answer, which counts if it is exactly "yes"."""
+        """The answer to a question about an RGB picture; it counts if it is exactly "yes"."""
         return self.ask_all(image, [question])[0]
 
     def ask_all(self, image: Image.Image, questions: Sequence[str]) -> list[str]:
-        """The same of several questions about one picture."""
+        """The answers to several questions about one picture."""
         return [self.ask(image, question) for question in questions]
 
 
 def load(name: str, device: str | None = None) -> Judge:
-    """ "mplug", or the folder or Hugging Face id of a vision-language model. Raises ValueError when it cannot be had."""
+    """A judge. Raises ValueError when it cannot be loaded.
+
+    name: "mplug", or the folder or Hugging Face id of a vision-language model.
+    """
     return MPlug(devices.pick(device)) if name == "mplug" else VisionLanguage.load(name, devices.pick(device))
 
 
 class VisionLanguage(Judge):
-    """A transformers model of the kind image-text-to-text, with the chat template of its processor."""
+    """A transformers model of the kind image-text-to-text, used with its processor's chat template."""
 
     def __init__(self, model, processor, name: str, device: torch.device, *, batch_size: int = 16):
         if getattr(processor, "chat_template", None) is None or not hasattr(processor, "tokenizer"):
-            raise ValueError(
-                f"--judge: {name} has no chat template; expected a vision-language model that chats"
-            )
+            raise ValueError(f"--judge: {name} has no chat template; expected a vision-language chat model")
         self.model = model.to(device).eval().requires_grad_(False)
         self.processor, self.device, self.batch_size = processor, device, batch_size
-        # A batch is padded to its longest question; what is generated follows on the right.
+        # A batch is padded to its longest question, on the left: answers are generated on the right.
         processor.tokenizer.padding_side = "left"
         if processor.tokenizer.pad_token is None:
             processor.tokenizer.pad_token = processor.tokenizer.eos_token
         state = {key: value.cpu() for key, value in model.state_dict().items()}
-        self.name = f"{name} ({weight_hash(state)[:12]}, {str(model.dtype).removeprefix('torch.')}), asked: question + {INSTRUCTION!r}"
+        weights = f"{weight_hash(state)[:12]}, {str(model.dtype).removeprefix('torch.')}"
+        self.name = f"{name} ({weights}), asked: question + {INSTRUCTION!r}"
 
     @classmethod
     def load(cls, path: str, device: torch.device) -> VisionLanguage:
@@ -66,9 +71,8 @@ class VisionLanguage(Judge):
         try:
             processor = AutoProcessor.from_pretrained(folder)
             model = AutoModelForImageTextToText.from_pretrained(folder, use_safetensors=True, dtype=dtype)
-        except (
-            Exception
-        ) as error:  # any: configuration and weights from outside go through code that expects good ones
+        # Anything: configurations and weights of others go through code that expects valid ones.
+        except Exception as error:
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise ValueError(
                 f"--judge: {path} cannot be loaded as a vision-language model ({reason})"
@@ -112,14 +116,14 @@ class VisionLanguage(Judge):
 
 
 def plain(text: str) -> str:
-    """A chat model's answer, "Yes." for example, as mPLUG gives it: yes or no by the first word, else the text as it is."""
+    """A chat model's answer, such as "Yes.", in mPLUG's form: yes or no by the first word, else the text."""
     words = text.split()
     first = words[0].strip(".,;:!*\"'").lower() if words else ""
     return first if first in ("yes", "no") else text.strip()
 
 
 class MPlug(Judge):
-    """The official judge, through ModelScope, which unpickles what it downloads: use it where you trust its hub."""
+    """The official judge, through ModelScope, which unpickles downloads: use it if you trust its hub."""
 
     def __init__(self, device: torch.device):
         try:
@@ -131,13 +135,12 @@ class MPlug(Judge):
             self._pipeline = pipeline(
                 Tasks.visual_question_answering, model=MPLUG, device="gpu" if device.type == "cuda" else "cpu"
             )
-        except Exception as error:  # any: the network's, the hub's, the model's
+        except Exception as error:  # anything: a download and a model of others fail in many ways
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise ValueError(f"--judge: {MPLUG} cannot be loaded ({reason})") from None
-        self.name = (
-            f"mplug ({MPLUG})"  # without a hash of its weights: after a change on the hub, use another --out
-        )
+        # Without a hash of its weights: after a change on the hub, use another --out.
+        self.name = f"mplug ({MPLUG})"
 
     def ask(self, image: Image.Image, question: str) -> str:
-        """As the official script asks: the bare question, and the answer as it comes."""
+        """As the official script does: only the question, and the unchanged answer."""
         return self._pipeline({"image": image, "question": question})["text"]

@@ -1,8 +1,10 @@
 """DPG-Bench's prompts, and the pictures made for them.
 
-A folder of pictures is one of two kinds. Official: <item_id>.<ext>, the id being the name up to the first dot, a 2 x 2
-grid of four samples (top left, top right, bottom left, bottom right) or, where so asked, one sample. Or as eval/harness.py
-generates: NNNNN/metadata.jsonl with the item_id and NNNNN/samples/.
+A folder of pictures is one of two kinds:
+
+official    <item_id>.<ext>, the id being the name up to the first dot: a 2 x 2 grid of four samples
+            (top left, top right, bottom left, bottom right) or, with --single, one sample
+generated   by eval/harness.py: NNNNN/metadata.jsonl with the item_id, and NNNNN/samples/
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ from typing import NamedTuple
 from PIL import Image
 
 from eval import layout
+from mmtensorar import files
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-CELLS = 4  # of a grid
+CELLS = 4  # samples in a grid
 TABLE = "dpg_bench.csv"
 
 
@@ -28,14 +31,15 @@ class Item(NamedTuple):
     is_grid: bool
 
     def samples(self, num: int) -> list[Image.Image]:
-        """Its first samples, in RGB. Raises ValueError, naming the file, for a picture that cannot be read or cut."""
+        """Its first samples, in RGB. Raises ValueError naming a file that cannot be read or cut."""
         if not self.is_grid:
             return [layout.open_image(path) for path in self.files[:num]]
         grid = layout.open_image(self.files[0])
         width, height = grid.size
         if width % 2 or height % 2:
             raise ValueError(
-                f"{self.files[0]}: {width}x{height} pixels; expected a 2 x 2 grid, of even sides (or --single)"
+                f"{self.files[0]}: {width}x{height} pixels; "
+                "expected a 2 x 2 grid with even sides (or --single)"
             )
         width, height = width // 2, height // 2
         corners = [(column * width, row * height) for row in range(2) for column in range(2)]
@@ -44,13 +48,14 @@ class Item(NamedTuple):
 
 def read_prompts(bench: Path) -> list[dict]:
     """item_id and prompt of each text in bench/prompts/, by name. Raises ValueError when there are none."""
-    files = sorted((bench / "prompts").glob("*.txt"), key=lambda path: path.stem)
-    if not files:
+    texts = sorted((bench / "prompts").glob("*.txt"), key=lambda path: path.stem)
+    if not texts:
         raise ValueError(
-            f"{bench / 'prompts'} holds no prompts, <item_id>.txt; expected the folder dpg_bench/ of the ELLA repository"
+            f"{bench / 'prompts'} holds no prompts, <item_id>.txt; "
+            "expected the folder dpg_bench/ of the ELLA repository"
         )
     prompts = []
-    for path in files:
+    for path in texts:
         try:
             text = path.read_text(encoding="utf-8").strip()
         except UnicodeDecodeError:
@@ -64,7 +69,13 @@ def read_prompts(bench: Path) -> list[dict]:
 def survey(
     folder: Path, items: Collection[str], *, num_samples: int, single: bool
 ) -> tuple[list[Item], list[str]]:
-    """The pictures of the items, in their order; and what is missing, there twice or too many, in words.
+    """The pictures of the items, in the items' order; and a sentence for each missing or surplus picture.
+
+    Args:
+        folder: of either kind.
+        items: ids.
+        num_samples: of each item, in a generated folder.
+        single: whether a file of an official folder is one sample, not a grid.
 
     Raises ValueError when there is no picture at all.
     """
@@ -72,40 +83,40 @@ def survey(
         raise ValueError(f"no folder {folder}")
     if (folder / layout.RECORD).is_file():
         return _generated(folder, items, num_samples)
-    found: dict[str, Path] = {}
+    by_item: dict[str, Path] = {}
     problems = []
     for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES):
         name = path.name.split(".")[0]
         if name not in items:
-            problems.append(f"{path.name} is of no item of the table")
-        elif name in found:
-            problems.append(f"{path.name} is of the item of {found[name].name}")
+            problems.append(f"{path.name} belongs to no item of the table")
+        elif name in by_item:
+            problems.append(f"{path.name} belongs to the same item as {by_item[name].name}")
         else:
-            found[name] = path
-    if not found:
+            by_item[name] = path
+    if not by_item:
         raise ValueError(f"{folder} holds no pictures of the table's items; expected <item_id>.png")
-    problems += [f"item {item} has no picture" for item in items if item not in found]
-    return [Item(item, [found[item]], not single) for item in items if item in found], problems
+    problems += [f"item {item} has no picture" for item in items if item not in by_item]
+    return [Item(item, [by_item[item]], not single) for item in items if item in by_item], problems
 
 
 def _generated(folder: Path, items: Collection[str], num_samples: int) -> tuple[list[Item], list[str]]:
     # A folder may hold more samples of a prompt than are asked about.
     num_images = max(num_samples, layout.read_record(folder).get("num_images", num_samples))
     pictures, problems = layout.survey(folder, num_images=num_images)
-    found: dict[str, list[Path]] = {}
+    by_item: dict[str, list[Path]] = {}
     for images in pictures:
-        place = images[0].parent.parent / "metadata.jsonl"
-        name = files.read_json(place).get("item_id")
+        metadata = images[0].parent.parent / "metadata.jsonl"
+        name = files.read_json(metadata).get("item_id")
         if not isinstance(name, str) or name not in items:
-            problems.append(f"{place.relative_to(folder)} is of no item of the table")
+            problems.append(f"{metadata.relative_to(folder)} belongs to no item of the table")
         elif len(images) >= num_samples:
-            found[name] = images
-    problems += [f"item {item} has no picture" for item in items if item not in found]
-    return [Item(item, found[item], False) for item in items if item in found], problems
+            by_item[name] = images
+    problems += [f"item {item} has no picture" for item in items if item not in by_item]
+    return [Item(item, by_item[item], False) for item in items if item in by_item], problems
 
 
 def write_grid(samples: Sequence[Image.Image], path: Path) -> None:
-    """The official 2 x 2 grid of four samples of one size. Raises ValueError for another number, or other sizes."""
+    """Write the official 2 x 2 grid. Raises ValueError unless there are four samples of one size."""
     sizes = {sample.size for sample in samples}
     if len(samples) != CELLS or len(sizes) != 1:
         raise ValueError(
@@ -113,9 +124,8 @@ def write_grid(samples: Sequence[Image.Image], path: Path) -> None:
         )
     width, height = samples[0].size
     grid = Image.new("RGB", (2 * width, 2 * height))
-    for place, sample in enumerate(samples):
-        grid.paste(sample, (place % 2 * width, place // 2 * height))
+    for number, sample in enumerate(samples):
+        grid.paste(sample, (number % 2 * width, number // 2 * height))
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    grid.save(partial, "PNG")
-    partial.replace(path)
+    with files.atomic_path(path) as temporary:
+        grid.save(temporary, "PNG")

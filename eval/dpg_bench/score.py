@@ -1,14 +1,16 @@
 """DPG-Bench's scores from a table of questions and a judge's answers. Pure: text in, numbers out.
 
-    official    what the script of TencentQQGYLab/ELLA (dpg_bench/compute_dpg_bench.py) computes, quirks included: it
-                skips the first question of the table, lets a later block of rows replace an earlier one of the same
-                item, drops a prompt when it reaches a parent question that is not there, does not miss pictures that
-                are absent, and takes category scores from the last picture only, before the dependency rule.
-    corrected   all rows, all pictures; a question counts only if all its ancestors are answered yes, wherever they
-                stand in the table; categories over all pictures, after that rule. A picture or an answer that is
-                missing is an error. A parent that the table lacks is passed over, and counted.
+official    what the script of TencentQQGYLab/ELLA (dpg_bench/compute_dpg_bench.py) computes, quirks
+            included. It skips the first question of the table; a later block of rows replaces an
+            earlier one of the same item; it drops a prompt when it reaches a parent question that
+            is missing; it does not notice missing pictures; it takes category scores from the last
+            picture only, before the dependency rule.
+corrected   all rows, all pictures. A question counts only if all its ancestors are answered yes,
+            wherever they are in the table. Categories are over all pictures, after that rule. A
+            missing picture or answer is an error. A parent that the table lacks is ignored, and
+            counted.
 
-A picture is one of the cells of an item's grid, in order. An answer is right only if it is exactly "yes".
+A picture is one cell of an item's grid, in order. An answer is right only if it is exactly "yes".
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ YES = "yes"
 
 
 class Question(NamedTuple):
-    """One row of the table. parents: ids of questions of the same item, 0 for none."""
+    """One row of the table. parents: ids of questions of the same item; 0 is no parent."""
 
     item: str
     id: int
@@ -43,21 +45,24 @@ class Category(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """overall: percent, the mean over prompts. per_prompt: item -> the score of each picture, 0 to 1."""
+    """Scores of one mode.
+
+    overall: percent, the mean over prompts. per_prompt: item -> the score of each picture, 0 to 1.
+    """
 
     overall: float
     broad: dict[str, Category]
     detailed: dict[str, Category]
     per_prompt: dict[str, list[float]]
-    failed: list[str]  # items left out because a parent is missing, sorted; of the official mode only
-    unknown_parents: int = 0  # of the corrected mode only
+    failed: list[str]  # official mode: items left out because a parent is missing, sorted
+    unknown_parents: int = 0  # corrected mode: parents that the table lacks
 
 
 # ---- the table -----------------------------------------------------------------------------------
 
 
 def read_rows(path: Path) -> list[Question]:
-    """All rows of a question table. Raises ValueError naming the file and line of one that is damaged."""
+    """All rows of a question table. Raises ValueError naming file and line of a damaged row."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
@@ -87,19 +92,19 @@ def _question(row: Mapping[str, str | None], where: str) -> Question:
 
 
 def official_table(rows: Sequence[Question]) -> Table:
-    """Without the first row, and of each item only its last block of rows."""
+    """The table as the official script reads it: no first row, and the last block of rows of each item."""
     table: Table = {}
     item = None
     for question in rows[1:]:
         if question.item != item:
             item = question.item
             table[item] = {}
-        table[item][question.id] = question  # of a repeated id the last row counts, at the first one's place
+        table[item][question.id] = question  # a repeated id: the last row counts, in the first one's position
     return table
 
 
 def whole_table(rows: Iterable[Question]) -> dict[str, list[Question]]:
-    """All rows of each item, wherever they stand; two rows of one id are two questions with one answer."""
+    """All rows of each item, wherever they are; two rows of one id are two questions with one answer."""
     table: dict[str, list[Question]] = {}
     for question in rows:
         table.setdefault(question.item, []).append(question)
@@ -114,7 +119,7 @@ class _MissingParent(Exception):
 
 
 def official(rows: Sequence[Question], answers: Answers) -> Scores:
-    """The official numbers; see the top. Raises ValueError when an answer is missing, or no prompt can be scored."""
+    """The official numbers; see the top. Raises ValueError for a missing answer or without any item."""
     table = official_table(rows)
     per_prompt: dict[str, list[float]] = {}
     failed = []
@@ -138,7 +143,10 @@ def official(rows: Sequence[Question], answers: Answers) -> Scores:
 
 
 def _cascaded(questions: Mapping[int, Question], right: Mapping[int, bool]) -> float:
-    """Down the table, a question counts only while each parent counts: one that stands further down still does."""
+    """The score of one picture: a question counts if its parents do.
+
+    The rule goes down the table once, so a parent further down still counts when its child is reached.
+    """
     counts = dict(right)
     for number, question in questions.items():
         for parent in question.parents:
@@ -153,7 +161,7 @@ def _cascaded(questions: Mapping[int, Question], right: Mapping[int, bool]) -> f
 
 
 def corrected(rows: Sequence[Question], answers: Answers) -> Scores:
-    """See the top. Raises ValueError naming items that lack pictures or answers, or that the table does not have."""
+    """See the top. Raises ValueError naming items without pictures or answers, and items not in the table."""
     table = whole_table(rows)
     if absent := [item for item in table if not answers.get(item)]:
         raise ValueError(f"{_count(absent, 'item')} of the table without pictures: {_some(absent)}")
@@ -183,7 +191,7 @@ def corrected(rows: Sequence[Question], answers: Answers) -> Scores:
 def _with_ancestors(questions: Sequence[Question], right: Mapping[int, bool]) -> dict[int, bool]:
     counts = dict(right)
     changed = True
-    while changed:  # at most once per question; also when questions name each other
+    while changed:  # ends: each round takes at least one question off, also when questions name each other
         changed = False
         for question in questions:
             if counts[question.id] and not all(

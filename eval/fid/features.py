@@ -1,12 +1,12 @@
-"""Features of many pictures, kept on disk batch by batch, so that an interrupted run goes on where it stopped.
+"""Features of many pictures, stored on disk batch by batch, so that an interrupted run resumes.
 
-A batch's file is named by the hash of its pictures and of the network's name: it is never taken for that of others.
+A batch's file is named by the hash of its pictures and of the network's name, so that it never
+stands for other pictures.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from eval.fid.sources import DAMAGE, Pictures
+from mmtensorar.files import atomic_path
 
 KINDS = ("pool", "spatial", "logits")
 
@@ -22,19 +23,26 @@ KINDS = ("pool", "spatial", "logits")
 def extract(
     pictures: Pictures, network: Callable, name: str, folder: Path, batch_size: int
 ) -> dict[str, np.ndarray]:
-    """pool, spatial and logits of all pictures, [N, C] float32.
+    """pool, spatial and logits of all pictures, each [N, C] float32.
 
-    network: [B, H, W, 3] uint8 -> an object with those three; name: the network's, with its weights' hash. folder: where
-    features are kept. One batch of pictures is in memory, and all features (20 KB a picture). Raises ValueError for
-    pictures that cannot be read.
+    One batch of pictures is in memory, and all features (20 KB a picture).
+
+    Args:
+        pictures: to describe.
+        network: [B, H, W, 3] uint8 -> an object with the three features.
+        name: the network's, with a hash of its weights.
+        folder: where features are stored.
+        batch_size: pictures at a time.
+
+    Raises ValueError for pictures that cannot be read.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    found = []
+    batches = []
     with tqdm(total=pictures.num, unit="image", desc=f"features of {pictures.name}", file=sys.stderr) as bar:
         for batch in pictures.batches(batch_size):
-            found.append(_batch(batch, network, name, folder))
+            batches.append(_batch(batch, network, name, folder))
             bar.update(len(batch))
-    return {kind: np.concatenate([batch[kind] for batch in found]) for kind in KINDS}
+    return {kind: np.concatenate([batch[kind] for batch in batches]) for kind in KINDS}
 
 
 def _batch(batch: np.ndarray, network: Callable, name: str, folder: Path) -> dict[str, np.ndarray]:
@@ -46,10 +54,9 @@ def _batch(batch: np.ndarray, network: Callable, name: str, folder: Path) -> dic
             with np.load(path, allow_pickle=False) as file:
                 return {kind: file[kind] for kind in KINDS}
         except DAMAGE:
-            path.unlink()  # damaged: computed again
+            path.unlink()  # it is computed again
     features = network(batch)
-    found = {kind: getattr(features, kind) for kind in KINDS}
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.npz")
-    np.savez(partial, **found)
-    os.replace(partial, path)
-    return found
+    arrays = {kind: getattr(features, kind) for kind in KINDS}
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
+    return arrays

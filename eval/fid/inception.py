@@ -1,8 +1,8 @@
-"""The Inception network of FID, from torch-fidelity: TensorFlow's graph of 2015, its weights and its way of resizing.
+"""FID's Inception network, from torch-fidelity: TensorFlow's graph of 2015, with its weights and resizing.
 
-ADM's evaluator reads three tensors of that graph. Pool [2,048] and the logits without their bias [1,008] torch-fidelity
-gives under names of its own; for the spatial features it has none: they are the first 7 channels of mixed_6/conv, which
-is the 1x1 branch of the block Mixed_6d, 17 x 17 x 7 = 2,023 numbers.
+ADM's evaluator reads three tensors of that graph. torch-fidelity names two of them: pool [2,048]
+and the logits without their bias [1,008]. The spatial features have no name there: they are the
+first 7 channels of mixed_6/conv, the 1x1 branch of the block Mixed_6d, 17 x 17 x 7 = 2,023 numbers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SPATIAL_CHANNELS = 7
 
 
 class Features(NamedTuple):
-    """Of N pictures, float32."""
+    """Features of N pictures, float32."""
 
     pool: np.ndarray  # [N, 2048]
     spatial: np.ndarray  # [N, 2023], in the order of TensorFlow's [17, 17, 7]
@@ -29,7 +29,7 @@ class Features(NamedTuple):
 
 
 class Inception:
-    """name: with the weights' hash."""
+    """The network. name: with a hash of the weights."""
 
     def __init__(self, state: dict[str, Tensor], device: torch.device, name: str):
         try:
@@ -38,7 +38,7 @@ class Inception:
             raise ValueError(
                 "Inception features need the package torch-fidelity: pip install -e '.[eval]'"
             ) from None
-        # The class takes a file and unpickles it; this one is our own.
+        # The class unpickles the file that it is given; this one is our own.
         buffer = io.BytesIO()
         torch.save(state, buffer)
         buffer.seek(0)
@@ -58,7 +58,7 @@ class Inception:
 
     @classmethod
     def load(cls, path: Path | None, device: torch.device) -> Inception:
-        """path: torch-fidelity's weights file; None downloads it once, 95 MB. Raises ValueError when it cannot be had."""
+        """path: torch-fidelity's weights file; None: downloaded once, 95 MB. Raises ValueError on failure."""
         try:
             if path is not None:
                 return cls(torch.load(path, map_location="cpu", weights_only=True), device, path.name)
@@ -74,10 +74,10 @@ class Inception:
             ) from None
         except ValueError:
             raise
-        except Exception as error:  # any: the network's, the file's
+        except Exception as error:  # anything: a download and a file of others fail in many ways
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            told = path or "torch-fidelity's weights; give the file with --inception"
-            raise ValueError(f"--inception: cannot load {told} ({reason})") from None
+            source = path or "torch-fidelity's weights; give the file with --inception"
+            raise ValueError(f"--inception: cannot load {source} ({reason})") from None
 
     def _keep(self, module: torch.nn.Module, inputs: tuple, output: Tensor) -> None:
         self._spatial = output[:, :SPATIAL_CHANNELS]
@@ -93,9 +93,10 @@ class Inception:
                 f"the GPU has too little memory for {len(pictures)} pictures; try a smaller --batch-size"
             ) from None
         spatial = self._spatial.permute(0, 2, 3, 1).flatten(1)
-        features = Features(*(part.float().cpu().numpy() for part in (pool, spatial, logits)))
-        if not all(np.isfinite(part).all() for part in features):
+        features = Features(*(values.float().cpu().numpy() for values in (pool, spatial, logits)))
+        if not all(np.isfinite(values).all() for values in features):
             raise ValueError(
-                f"{self.name} gives features that are not finite: its weights or this machine compute nonsense"
+                f"{self.name} gives features that are not finite: "
+                "its weights or this machine compute nonsense"
             )
         return features

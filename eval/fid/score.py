@@ -1,9 +1,10 @@
 """FID, sFID, Inception score, precision and recall from features. Pure: arrays in, numbers out.
 
-The definitions are those of ADM's evaluator (github.com/openai/guided-diffusion, evaluations/evaluator.py), which
-LlamaGen's is a copy of, but for one: ADM computes the distances for precision and recall in float16 where they are
-finite, as those of Inception features are. Its published values are therefore some hundredths higher than the exact ones
-here, and depend on the device. Shapes: N images, C width of a feature, V classes.
+The definitions are those of ADM's evaluator (github.com/openai/guided-diffusion,
+evaluations/evaluator.py), of which LlamaGen's is a copy, with one exception: ADM computes the
+distances for precision and recall in float16 where they are finite, as those of Inception features
+are. Its published values are therefore some hundredths higher than the exact ones here, and depend
+on the device. Shapes: N images, C width of a feature, V classes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import linalg
 
-EPS = 1e-6  # onto the diagonals where the matrix root is not finite
+EPS = 1e-6  # added to the diagonals where the matrix root is not finite
 SPLIT_SIZE = 5000
 NEIGHBOURS = 3
 BLOCK = 512  # rows of a block of distances
@@ -32,7 +33,10 @@ def statistics(features: np.ndarray) -> Statistics:
 
 
 def frechet_distance(one: Statistics, other: Statistics) -> float:
-    """|difference of means|^2 + tr(A + B - 2 sqrt(A B)). Raises ValueError for widths that differ or a root that is complex."""
+    """|difference of means|^2 + tr(A + B - 2 sqrt(A B)).
+
+    Raises ValueError when the widths differ or the root is complex.
+    """
     if one.mean.shape != other.mean.shape:
         raise ValueError(
             f"features are {one.mean.shape[0]} and {other.mean.shape[0]} wide; expected one width"
@@ -51,32 +55,32 @@ def frechet_distance(one: Statistics, other: Statistics) -> float:
 
 
 def inception_score(logits: np.ndarray, split_size: int = SPLIT_SIZE) -> float:
-    """[N, V] float32 -> exp of the mean KL to the split's mean, averaged over splits in the given order.
+    """exp of the mean KL divergence to the split's mean, averaged over splits in the given order.
 
-    A short last split weighs as much as a full one.
+    logits: [N, V] float32. A short last split weighs as much as a full one.
     """
     logits = logits.astype(np.float32)
     shares = np.exp(logits - logits.max(axis=1, keepdims=True))
     shares /= shares.sum(axis=1, keepdims=True)
     scores = []
     for start in range(0, len(shares), split_size):
-        part = shares[start : start + split_size]
+        split = shares[start : start + split_size]
         # A class of share 0 adds nothing to the divergence.
-        logs = np.log(part, where=part > 0, out=np.zeros_like(part)) - np.log(
-            part.mean(axis=0, keepdims=True).clip(1e-38)
+        logs = np.log(split, where=split > 0, out=np.zeros_like(split)) - np.log(
+            split.mean(axis=0, keepdims=True).clip(1e-38)
         )
-        scores.append(np.exp((part * logs).sum(axis=1).mean()))
+        scores.append(np.exp((split * logs).sum(axis=1).mean()))
     return float(np.mean(scores))
 
 
 def precision_recall(
     reference: np.ndarray, samples: np.ndarray, neighbours: int = NEIGHBOURS
 ) -> tuple[float, float]:
-    """[N, C], [M, C] -> (share of samples inside the reference's manifold, share of references inside the samples').
+    """Share of samples inside the reference's manifold, and of references inside the samples' manifold.
 
-    A manifold is the union of balls around its points, each reaching to the point's k-th neighbour (Kynkäänniemi et
-    al. 2019). Exact, in float64; no more than a block of rows of distances is in memory. Raises ValueError when there are
-    too few points.
+    reference: [N, C]; samples: [M, C]. A manifold is the union of balls around its points, each
+    reaching to the point's k-th neighbour (Kynkäänniemi et al. 2019). Exact, in float64; only a
+    block of rows of distances is in memory. Raises ValueError when there are too few points.
     """
     for name, points in (("reference", reference), ("samples", samples)):
         if len(points) <= neighbours:
@@ -102,14 +106,14 @@ def _distances(rows: np.ndarray, points: np.ndarray):
 
 def _radii(points: np.ndarray, neighbours: int) -> np.ndarray:
     radii = np.empty(len(points))
-    for place, distances in _distances(points, points):
+    for block, distances in _distances(points, points):
         # The nearest is the point itself.
-        radii[place] = np.partition(distances, neighbours, axis=1)[:, neighbours]
+        radii[block] = np.partition(distances, neighbours, axis=1)[:, neighbours]
     return radii
 
 
 def _inside(rows: np.ndarray, points: np.ndarray, radii: np.ndarray) -> np.ndarray:
     inside = np.empty(len(rows), bool)
-    for place, distances in _distances(rows, points):
-        inside[place] = (distances <= radii).any(axis=1)
+    for block, distances in _distances(rows, points):
+        inside[block] = (distances <= radii).any(axis=1)
     return inside

@@ -1,4 +1,4 @@
-"""Pictures for FID: a folder, or an .npz as ADM's evaluator takes them. Read a batch at a time, whatever their number."""
+"""Pictures for FID: a folder, or an .npz as ADM's evaluator takes them. They are read a batch at a time."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ PICTURES = "arr_0"
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # of pool and spatial features, in ADM's reference files
 WIDTHS = {"pool": 2048, "spatial": 2023}
 MAX_SIDE = 4096
-# All that numpy and zipfile raise for a file that is damaged, encrypted or no .npz.
+# All that numpy and zipfile raise for a file that is damaged, encrypted or not an .npz.
 DAMAGE = (OSError, ValueError, TypeError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 class Pictures(NamedTuple):
-    """batches: number of pictures a batch -> arrays [B, H, W, 3] uint8, in order."""
+    """A named set of num pictures. batches: batch size -> arrays [B, H, W, 3] uint8, in order."""
 
     name: str
     num: int
@@ -30,12 +30,17 @@ class Pictures(NamedTuple):
 
 
 def find(path: Path, *, num_prompts: int | None = None, num_images: int | None = None) -> Pictures:
-    """A folder's or an .npz file's pictures; num_prompts and num_images are of a folder in eval/layout.py's layout, None is
-    what its record tells.
+    """The pictures of a folder or an .npz file.
 
-    Such a folder goes round its prompts, the first picture of each, then the second: in order of the files, the splits
-    of the Inception score would hold few classes each. Any other folder goes by file names, subfolders included. Raises
-    ValueError when there are no pictures, or not those that there must be.
+    A folder in the layout of eval/layout.py goes round its prompts: the first picture of each, then
+    the second. In the order of the files, each split of the Inception score would hold few classes.
+    Any other folder goes by file names, subfolders included.
+
+    Args:
+        path: folder or file.
+        num_prompts, num_images: of a folder in that layout; None: as its generation.json says.
+
+    Raises ValueError when there are no pictures, or some are missing.
     """
     if path.suffix == ".npz":
         return _archive(path)
@@ -65,9 +70,7 @@ def _read_files(files: Sequence[Path], size: int) -> Iterator[np.ndarray]:
             first = first or image.size
             if image.size != first:
                 sides = " and ".join(f"{width}x{height}" for width, height in (first, image.size))
-                raise ValueError(
-                    f"{file}: pictures of {sides} in one folder; expected one size, as generated or cropped"
-                )
+                raise ValueError(f"{file}: pictures of {sides} in one folder; expected one size")
             batch.append(np.asarray(image))
         yield np.stack(batch)
 
@@ -81,7 +84,7 @@ def _archive(path: Path) -> Pictures:
     except DAMAGE as error:
         if str(error).startswith(str(path)):
             raise
-        raise ValueError(f"{path}: no .npz with an array {PICTURES} ({error})") from None
+        raise ValueError(f"{path}: not an .npz with an array {PICTURES} ({error})") from None
     return Pictures(str(path), shape[0], lambda size: _read_archive(path, size))
 
 
@@ -102,7 +105,7 @@ def _read_archive(path: Path, size: int) -> Iterator[np.ndarray]:
 
 
 def _header(file, path: Path) -> tuple[int, int, int, int]:
-    """Reads a .npy header; the shape. Raises ValueError unless pictures follow."""
+    """Read a .npy header; returns the shape. Raises ValueError unless pictures follow."""
     formats = np.lib.format
     try:
         version = formats.read_magic(file)
@@ -117,33 +120,34 @@ def _header(file, path: Path) -> tuple[int, int, int, int]:
 
 
 def reference_statistics(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Kind of features, pool or spatial -> mean [C] and covariance [C, C], of those that an ADM reference file holds.
+    """Kind of features, pool or spatial -> mean [C] and covariance [C, C] in an ADM reference file, if any.
 
-    They are of the whole training set, where its pictures are 10,000 of it. Raises ValueError for damage, other widths than
-    those of Inception's features, and numbers that are not finite.
+    They describe the whole training set, of which the file's pictures are 10,000. Raises
+    ValueError for damage, for widths other than Inception's, and for numbers that are not finite.
     """
     if path.suffix != ".npz":
         return {}
     try:
         with np.load(path, allow_pickle=False) as file:
-            found = {name: file[name] for name in STATISTICS if name in file.files}
+            arrays = {name: file[name] for name in STATISTICS if name in file.files}
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
     except DAMAGE as error:
         raise ValueError(f"{path}: not an .npz of arrays ({error})") from None
     statistics = {}
     for kind, (mean, covariance) in {"pool": STATISTICS[:2], "spatial": STATISTICS[2:]}.items():
-        if mean in found and covariance in found:
-            wide = (WIDTHS[kind],)
-            if found[mean].shape != wide or found[covariance].shape != wide * 2:
-                shapes = f"{list(found[mean].shape)} and {list(found[covariance].shape)}"
+        if mean in arrays and covariance in arrays:
+            width = (WIDTHS[kind],)
+            if arrays[mean].shape != width or arrays[covariance].shape != width * 2:
+                shapes = f"{list(arrays[mean].shape)} and {list(arrays[covariance].shape)}"
                 raise ValueError(
-                    f"{path}: {mean} and {covariance} are of shapes {shapes}; expected {list(wide)} and {list(wide * 2)}"
+                    f"{path}: {mean} and {covariance} are of shapes {shapes}; "
+                    f"expected {list(width)} and {list(width * 2)}"
                 )
             for name in (mean, covariance):
-                if found[name].dtype.kind != "f" or not np.isfinite(found[name]).all():
+                if arrays[name].dtype.kind != "f" or not np.isfinite(arrays[name]).all():
                     raise ValueError(
-                        f"{path}: {name} is {found[name].dtype}, or not finite; expected finite floats"
+                        f"{path}: {name} is {arrays[name].dtype}, or not finite; expected finite floats"
                     )
-            statistics[kind] = found[mean], found[covariance]
+            statistics[kind] = arrays[mean], arrays[covariance]
     return statistics

@@ -1,7 +1,8 @@
 """GenEval's colour classifier: CLIP ViT-L/14 on the object alone, everything around it grey.
 
-open_clip's name must be ViT-L-14-quickgelu: under ViT-L-14 its current versions run OpenAI's weights with another
-activation, and the colours are silently wrong. Shapes: N objects, D width of an embedding.
+The name in open_clip must be ViT-L-14-quickgelu: under ViT-L-14, current versions run OpenAI's
+weights with another activation function, and the colours are silently wrong. Shapes: N objects,
+D width of an embedding.
 """
 
 from __future__ import annotations
@@ -28,7 +29,15 @@ BATCH = 64
 
 
 class ColorClassifier:
-    """transform: RGB image -> pixels. text_tokenizer: texts -> ids."""
+    """A CLIP model that names the colour of an object.
+
+    Args:
+        model: of open_clip.
+        transform: RGB image -> pixels.
+        text_tokenizer: texts -> ids.
+        name: with a hash of the weights.
+        device: where it runs.
+    """
 
     def __init__(self, model, transform: Callable, text_tokenizer: Callable, name: str, device: torch.device):
         self.model = model.to(device).eval().requires_grad_(False)
@@ -37,14 +46,14 @@ class ColorClassifier:
 
     @classmethod
     def load(cls, pretrained: str, *, device: torch.device) -> ColorClassifier:
-        """pretrained: open_clip's tag, or a local weights file. Raises ValueError when it cannot be had."""
+        """pretrained: open_clip's tag, or a weights file. Raises ValueError when it cannot be loaded."""
         try:
             import open_clip
         except ImportError:
             raise ValueError("colours need the package open_clip_torch: pip install -e '.[eval]'") from None
         try:
             model, _, transform = open_clip.create_model_and_transforms(MODEL, pretrained=pretrained)
-        except Exception as error:  # any: the network's, the file's
+        except Exception as error:  # anything: a download and a file of others fail in many ways
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise ValueError(f"--clip: {MODEL} with {pretrained} cannot be loaded ({reason})") from None
         name = f"{MODEL} {pretrained} ({weight_hash(model.state_dict())[:12]})"
@@ -54,22 +63,21 @@ class ColorClassifier:
     def classify(
         self, image: Image.Image, objects: Sequence[tuple[str, np.ndarray, Sequence[float]]]
     ) -> list[str]:
-        """RGB image and (class name, mask [H, W] bool, box) of its objects -> a colour each."""
+        """The colour of each object. objects: (class name, mask [H, W] bool, box) in an RGB image."""
         colors: list[str] = []
         for start in range(0, len(objects), BATCH):
-            part = objects[start : start + BATCH]
-            crops = torch.stack([self.transform(alone(image, mask, box)) for _, mask, box in part]).to(
-                self.device
-            )
+            batch = objects[start : start + BATCH]
+            crops = torch.stack([self.transform(alone(image, mask, box)) for _, mask, box in batch])
+            crops = crops.to(self.device)
             with self._autocast():
                 features = functional.normalize(self.model.encode_image(crops).float(), dim=-1)  # [N, D]
-            texts = torch.stack([self._text(name) for name, _, _ in part])  # [N, colours, D]
+            texts = torch.stack([self._text(name) for name, _, _ in batch])  # [N, colours, D]
             nearest = torch.einsum("nd,ncd->nc", features, texts).argmax(-1)
             colors += [COLORS[index] for index in nearest.tolist()]
         return colors
 
     def _text(self, name: str) -> Tensor:
-        """[colours, D]: of each colour the mean over the prompts."""
+        """[colours, D]: the text embedding of each colour, averaged over the prompts."""
         if name not in self._texts:
             texts = [prompt.format(color=color, name=name) for color in COLORS for prompt in PROMPTS]
             with self._autocast():
@@ -84,6 +92,6 @@ class ColorClassifier:
 
 
 def alone(image: Image.Image, mask: np.ndarray, box: Sequence[float]) -> Image.Image:
-    """What the mask covers on grey, cut to the box."""
+    """The pixels of the mask on grey, cropped to the box."""
     grey = Image.new("RGB", image.size, AROUND)
     return Image.composite(image, grey, Image.fromarray(mask)).crop(tuple(map(int, box)))

@@ -1,16 +1,16 @@
-"""mmdet's Mask2Former weights to a folder that --detector takes: python -m eval.geneval convert-detector FILE --out FOLDER
+"""Convert mmdet's Mask2Former weights: python -m eval.geneval convert-detector FILE --out FOLDER
 
-GenEval's own detector is mmdet 2.x's mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco; the weights on the hub are of another
-training run. Names and sizes come from the file's tensors; the numbers of heads of both transformers are taken to be equal,
-as in mmdet's configurations. Checked against mmdet 2.28.2 itself on random weights of two sizes: its class and mask logits
-come out to 6e-6. The released file could not be had where this was written.
+The folder is one that --detector takes. GenEval's own detector is mmdet 2.x's
+mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco; the weights on the hub are from another training run.
+Names and sizes come from the file's tensors. Both transformers are assumed to have equally many
+heads, as in mmdet's configurations. Checked against mmdet 2.28.2 itself on random weights of two
+sizes: its class and mask logits agree to 6e-6. The released file itself is untested.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from math import isqrt
 from pathlib import Path
@@ -19,15 +19,18 @@ import torch
 from torch import Tensor
 
 from mmtensorar.checkpoints.released import Checkpoint
+from mmtensorar.cli import command
 
 NUM_LEVELS, NUM_POINTS = 3, 4  # of the deformable attention
-# mmdet's name -> transformers'; \1, \2 are numbers. Of tensors with another layout, see `_tensors`.
+# mmdet's name -> transformers'; \1, \2 are numbers. `_tensors` has the tensors whose layout differs.
 NAMES = {
     r"backbone\.patch_embed\.projection": "swin.embeddings.patch_embeddings.projection",
     r"backbone\.patch_embed\.norm": "swin.embeddings.norm",
     r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.norm1": r"swin.encoder.layers.\1.blocks.\2.layernorm_before",
     r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.norm2": r"swin.encoder.layers.\1.blocks.\2.layernorm_after",
-    r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.attn\.w_msa\.proj": r"swin.encoder.layers.\1.blocks.\2.attention.o_proj",
+    r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.attn\.w_msa\.proj": (
+        r"swin.encoder.layers.\1.blocks.\2.attention.o_proj"
+    ),
     r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.ffn\.layers\.0\.0": r"swin.encoder.layers.\1.blocks.\2.mlp.fc1",
     r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.ffn\.layers\.1": r"swin.encoder.layers.\1.blocks.\2.mlp.fc2",
     r"pixel_decoder\.input_convs\.(\d+)\.conv": r"decoder.input_projections.\1.0",
@@ -55,7 +58,7 @@ NAMES = {
     r"level_embed": "level_embed",
     r"cls_embed": "class_predictor",
 }
-PREFIXES = {  # of what NAMES gives, by the beginning of mmdet's name
+PREFIXES = {  # beginning of mmdet's name -> what goes in front of transformers' name
     "backbone.": "model.pixel_level_module.encoder.",
     "panoptic_head.pixel_decoder.": "model.pixel_level_module.",
     "panoptic_head.cls_embed.": "",
@@ -64,11 +67,11 @@ PREFIXES = {  # of what NAMES gives, by the beginning of mmdet's name
 
 
 def config(shapes: Mapping[str, list[int]]):
-    """The transformers configuration of a file's tensors. Raises KeyError for a tensor that is not there."""
+    """The transformers configuration of a file's tensors. Raises KeyError for a tensor that is missing."""
     from transformers import Mask2FormerConfig, SwinConfig
 
     def count(pattern: str) -> int:
-        return len({found[0] for name in shapes if (found := re.match(pattern, name))})
+        return len({match[0] for name in shapes if (match := re.match(pattern, name))})
 
     stages = count(r"backbone\.stages\.\d+\.")
     table = "backbone.stages.{}.blocks.0.attn.w_msa.relative_position_bias_table"
@@ -99,44 +102,51 @@ def config(shapes: Mapping[str, list[int]]):
 
 
 def _tensors(name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """One of mmdet's tensors as transformers' ones; none for what is computed there. Raises ValueError for another name."""
+    """One of mmdet's tensors as (name, value) of transformers; nothing for one that transformers computes.
+
+    Raises ValueError for an unknown name.
+    """
     if name.endswith("relative_position_index"):
         return
-    if found := re.fullmatch(r"backbone\.norm(\d)\.(weight|bias)", name):
+    if match := re.fullmatch(r"backbone\.norm(\d)\.(weight|bias)", name):
         yield (
-            f"model.pixel_level_module.encoder.hidden_states_norms.stage{int(found[1]) + 1}.{found[2]}",
+            f"model.pixel_level_module.encoder.hidden_states_norms.stage{int(match[1]) + 1}.{match[2]}",
             value,
         )
-    elif found := re.fullmatch(
+    elif match := re.fullmatch(
         r"(backbone\.stages\.(\d+)\.blocks\.(\d+))\.attn\.w_msa\.(qkv\.weight|qkv\.bias|.*_table)", name
     ):
         attention = (
-            f"model.pixel_level_module.encoder.swin.encoder.layers.{found[2]}.blocks.{found[3]}.attention"
+            f"model.pixel_level_module.encoder.swin.encoder.layers.{match[2]}.blocks.{match[3]}.attention"
         )
-        if found[4].startswith("qkv"):
-            for part, each in zip("qkv", value.chunk(3), strict=True):
-                yield f"{attention}.{part}_proj.{found[4][4:]}", each
+        if match[4].startswith("qkv"):
+            for letter, matrix in zip("qkv", value.chunk(3), strict=True):
+                yield f"{attention}.{letter}_proj.{match[4][4:]}", matrix
         else:
-            yield f"{attention}.relative_position_bias.{found[4]}", value
-    elif found := re.fullmatch(
+            yield f"{attention}.relative_position_bias.{match[4]}", value
+    elif match := re.fullmatch(
         r"backbone\.stages\.(\d+)\.downsample\.(norm\.weight|norm\.bias|reduction\.weight)", name
     ):
         yield (
-            f"model.pixel_level_module.encoder.swin.encoder.layers.{found[1]}.downsample.{found[2]}",
+            f"model.pixel_level_module.encoder.swin.encoder.layers.{match[1]}.downsample.{match[2]}",
             _merged(value),
         )
     elif name == "panoptic_head.pixel_decoder.level_encoding.weight":
         yield "model.pixel_level_module.decoder.level_embed", value
-    elif found := re.fullmatch(r"panoptic_head\.mask_embed\.([024])\.(weight|bias)", name):
+    elif match := re.fullmatch(r"panoptic_head\.mask_embed\.([024])\.(weight|bias)", name):
         yield (
-            f"model.transformer_module.decoder.mask_predictor.mask_embedder.{int(found[1]) // 2}.0.{found[2]}",
+            "model.transformer_module.decoder.mask_predictor.mask_embedder."
+            f"{int(match[1]) // 2}.0.{match[2]}",
             value,
         )
-    elif found := re.fullmatch(
+    elif match := re.fullmatch(
         r"panoptic_head\.transformer_decoder\.layers\.(\d+)\.attentions\.1\.attn\.in_proj_(weight|bias)", name
     ):
-        for part, each in zip("qkv", value.chunk(3), strict=True):
-            yield f"model.transformer_module.decoder.layers.{found[1]}.self_attn.{part}_proj.{found[2]}", each
+        for letter, matrix in zip("qkv", value.chunk(3), strict=True):
+            yield (
+                f"model.transformer_module.decoder.layers.{match[1]}.self_attn.{letter}_proj.{match[2]}",
+                matrix,
+            )
     else:
         yield _renamed(name), value
 
@@ -145,20 +155,21 @@ def _renamed(name: str) -> str:
     prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
     inner = name if prefix == "backbone." else name.removeprefix("panoptic_head.")
     for pattern, replacement in NAMES.items():
-        if prefix is not None and (found := re.match(rf"{pattern}(?=[._])", inner)):
-            return PREFIXES[prefix] + found.expand(replacement) + inner[found.end() :]
-    raise ValueError(f"{name} is no tensor of mmdet's Mask2Former with a Swin backbone")
+        if prefix is not None and (match := re.match(rf"{pattern}(?=[._])", inner)):
+            return PREFIXES[prefix] + match.expand(replacement) + inner[match.end() :]
+    raise ValueError(f"{name} is not a tensor of mmdet's Mask2Former with a Swin backbone")
 
 
 def _merged(value: Tensor) -> Tensor:
-    """[..., C * 4] of a patch merging: mmdet unfolds channel by channel and row by row, transformers goes place by place
-    and column by column.
+    """[..., C * 4] of a patch merging in transformers' order.
+
+    mmdet goes channel by channel, then row by row; transformers pixel by pixel, then column by column.
     """
     return value.unflatten(-1, (-1, 4))[..., [0, 2, 1, 3]].transpose(-1, -2).flatten(-2)
 
 
 def convert(file: Path, out: Path) -> None:
-    """Write a folder that from_pretrained loads. Raises ValueError, naming the file, for one that does not fit."""
+    """Write a folder that from_pretrained loads. Raises ValueError naming the file when it does not fit."""
     from transformers import Mask2FormerForUniversalSegmentation
 
     if out.exists() and any(out.iterdir()):
@@ -174,7 +185,7 @@ def convert(file: Path, out: Path) -> None:
         model = Mask2FormerForUniversalSegmentation(settings)
     except KeyError as error:
         raise ValueError(
-            f"{file}: no mmdet Mask2Former with a Swin backbone, {error.args[0]} is missing"
+            f"{file}: not mmdet's Mask2Former with a Swin backbone, {error.args[0]} is missing"
         ) from None
     except ValueError as error:
         raise ValueError(f"{file}: {' '.join(str(error).split())}") from None
@@ -183,7 +194,7 @@ def convert(file: Path, out: Path) -> None:
         raise ValueError(
             f"{file}: its tensors do not have the shapes of mmdet's Mask2Former ({reason})"
         ) from None
-    # empty_weight is of the loss, swin.layernorm of an output that is not used; transformers makes both.
+    # empty_weight belongs to the loss, swin.layernorm to an unused output; transformers makes both.
     computed = ("criterion.", "model.pixel_level_module.encoder.swin.layernorm.")
     wanted = {
         name: value.shape for name, value in model.state_dict().items() if not name.startswith(computed)
@@ -193,27 +204,27 @@ def convert(file: Path, out: Path) -> None:
     ]
     if different:
         raise ValueError(
-            f"{file}: {len(different)} tensors do not fit this version of transformers' Mask2Former, among them {', '.join(different[:5])}"
+            f"{file}: {len(different)} tensors do not fit this version of transformers' Mask2Former, "
+            f"among them {', '.join(different[:5])}"
         )
     model.load_state_dict(state, strict=False)
     model.save_pretrained(out)
 
 
-def main(arguments: list[str]) -> int:
+@command
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m eval.geneval convert-detector",
-        description="mmdet's Mask2Former to a folder that --detector takes.",
+        description="mmdet's Mask2Former weights to a folder that --detector takes.",
+        epilog="Example:\n  python -m eval.geneval convert-detector mask2former_swin-s.pth --out detector/",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "file", type=Path, help="mmdet's .pth, such as mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_....pth"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     options = parser.parse_args(arguments)
-    try:
-        with torch.no_grad():
-            convert(options.file, options.out)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    with torch.no_grad():
+        convert(options.file, options.out)
     print(f"{options.out}: use it as --detector {options.out}")
     return 0

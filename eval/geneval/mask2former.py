@@ -1,11 +1,17 @@
-"""GenEval's detector: Mask2Former (Swin-S, COCO instances) of transformers, its outputs scored as mmdet 2.x scores them.
+"""GenEval's detector: transformers' Mask2Former (Swin-S, COCO instances), scored as mmdet 2.x does.
 
-What mmdet does, which transformers' own post-processing does not: the picture is fitted into 1333 x 800 and padded to a
-multiple of 32; each of the 100 likeliest (query, class) pairs is an instance, however many share a query; its mask is the
-logits above 0 at the picture's own size; its score is the class's probability times the mean probability inside the mask;
-its box is the mask's. Checked against mmdet 2.28.2 itself on random weights: the same instances, boxes and masks, scores
-equal. Differences that remain: OpenCV's resizing rounds otherwise, and the weights on the hub are of another training run
-than mmdet's file, which convert_detector.py takes. Shapes: Q queries, N instances, H W pixels.
+mmdet does the following, and transformers' own post-processing does not:
+
+- The picture is fitted into 1333 x 800 and padded to a multiple of 32.
+- Each of the 100 likeliest (query, class) pairs is an instance, also when several share a query.
+- The mask is where the logits are above 0, at the picture's own size.
+- The score is the probability of the class times the mean probability inside the mask.
+- The box is that of the mask.
+
+Checked against mmdet 2.28.2 itself on random weights: instances, boxes, masks and scores are equal.
+Two differences remain: OpenCV rounds differently when it resizes, and the weights on the hub are
+from another training run than mmdet's file, which convert_detector.py converts.
+Shapes: Q queries, N instances, H W pixels.
 """
 
 from __future__ import annotations
@@ -27,7 +33,7 @@ from worlds.shapes.detect import Detection, Detector
 LONGEST, SHORTEST, MULTIPLE = 1333, 800, 32
 NUM_INSTANCES = 100
 MEAN, STD, GREY = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375), 128.0
-MIN_SCORE = 0.3  # of instances whose colour is asked for: GenEval looks at no others
+MIN_SCORE = 0.3  # colours are classified above it: GenEval ignores other instances
 
 
 class Instances(NamedTuple):
@@ -44,7 +50,7 @@ def fitted(width: int, height: int) -> tuple[int, int]:
 
 
 def prepare(images: Sequence[Image.Image]) -> tuple[Tensor, tuple[int, int]]:
-    """B RGB pictures of one size -> pixels [B, 3, H, W] as the model takes them, and their height and width before padding."""
+    """B RGB pictures of one size -> the model's pixels [B, 3, H, W], and height and width before padding."""
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float()
     height, width = fitted(*images[0].size)
     # Not antialiased, as OpenCV's linear filter is not, and rounded as its 8-bit result is.
@@ -63,7 +69,15 @@ def instances(
     resized: tuple[int, int],
     size: tuple[int, int],
 ) -> Instances:
-    """[Q, classes + 1], [Q, h, w] of one picture -> its instances. Sizes are (H, W); size: the picture's own."""
+    """The instances of one picture.
+
+    Args:
+        class_logits: [Q, classes + 1].
+        mask_logits: [Q, h, w].
+        padded: height and width of the model's pixels.
+        resized: the same before padding.
+        size: height and width of the picture itself.
+    """
     num_classes = class_logits.shape[1] - 1
     probabilities = class_logits.float().softmax(-1)[:, :-1].flatten()
     scores, pairs = probabilities.topk(min(NUM_INSTANCES, len(probabilities)), sorted=False)
@@ -77,53 +91,62 @@ def instances(
         )
         logits = logits[..., : resized[0], : resized[1]]
         logits = functional.interpolate(logits, size, mode="bilinear", align_corners=False)[0, 0].cpu()
-        mask, here = logits > 0, (queries == query).cpu()
-        masks[here] = mask
-        means[here] = (logits.sigmoid() * mask).sum() / (mask.sum() + 1e-6)
+        mask, of_query = logits > 0, (queries == query).cpu()
+        masks[of_query] = mask
+        means[of_query] = (logits.sigmoid() * mask).sum() / (mask.sum() + 1e-6)
         if mask.any():
             rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
             edges = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
-            boxes[here] = torch.tensor([float(edge) for edge in edges])
+            boxes[of_query] = torch.tensor([float(edge) for edge in edges])
     return Instances(labels.cpu(), boxes, scores.cpu() * means, masks)
 
 
-def plausible(found: Instances) -> str | None:
-    """What is wrong with the outcome for any picture; None when it could be true.
+def nonsense(detected: Instances) -> str | None:
+    """What is wrong with the instances, whatever the picture; None when they are plausible.
 
-    A kernel that computes nonsense gives scores that are not numbers, or the same for every instance.
+    A broken kernel gives scores that are not numbers, or the same score for every instance.
     """
-    if not found.scores.isfinite().all():
+    scores = detected.scores
+    if not scores.isfinite().all():
         return "scores that are not finite"
-    if len(found.scores) > 1 and found.scores.max() > 0 and (found.scores == found.scores[0]).all():
-        return f"one score, {found.scores[0]:.3g}, for all {len(found.scores)} instances"
+    if len(scores) > 1 and scores.max() > 0 and (scores == scores[0]).all():
+        return f"one score, {scores[0]:.3g}, for all {len(scores)} instances"
     return None
 
 
 class Mask2FormerDetector(Detector):
-    """See the top. classes: the names of its labels."""
+    """See the top of the file.
+
+    Args:
+        model: transformers' Mask2FormerForUniversalSegmentation.
+        name: of the weights; their hash is added.
+        classes: the names of its labels.
+        colors: classifies the colours of objects.
+        device: where it runs.
+    """
 
     def __init__(
         self, model, name: str, classes: Sequence[str], colors: ColorClassifier, device: torch.device
     ):
-        if (found := model.config.num_labels) != len(classes):
-            raise ValueError(f"{name} tells {found} classes apart; expected the {len(classes)} of COCO")
+        if (num_labels := model.config.num_labels) != len(classes):
+            raise ValueError(f"{name} has {num_labels} classes; expected the {len(classes)} of COCO")
         self.model = model.to(device).eval().requires_grad_(False)
         self.classes, self.colors, self.device = classes, colors, device
-        self.name = f"{name} ({weight_hash({k: v.cpu() for k, v in model.state_dict().items()})[:12]}), colours {colors.name}"
+        weights = weight_hash({key: value.cpu() for key, value in model.state_dict().items()})
+        self.name = f"{name} ({weights[:12]}), colours {colors.name}"
 
     @classmethod
     def load(
         cls, path: str, classes: Sequence[str], colors: ColorClassifier, device: torch.device
     ) -> Mask2FormerDetector:
-        """path: a folder or Hugging Face id. Raises ValueError when there is no such model or it does not fit."""
+        """path: a folder or Hugging Face id. Raises ValueError when it cannot be loaded."""
         from transformers import Mask2FormerForUniversalSegmentation
 
         folder = locate(path, key="--detector")
         try:
             model = Mask2FormerForUniversalSegmentation.from_pretrained(folder, use_safetensors=True)
-        except (
-            Exception
-        ) as error:  # any: configuration and weights from outside go through code that expects good ones
+        # Anything: configurations and weights of others go through code that expects valid ones.
+        except Exception as error:
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise ValueError(f"--detector: {path} cannot be loaded as a Mask2Former ({reason})") from None
         return cls(model.float(), path, classes, colors, device)
@@ -134,7 +157,7 @@ class Mask2FormerDetector(Detector):
 
     @torch.no_grad()
     def find(self, images: Sequence[Image.Image]) -> list[Instances]:
-        """Instances of RGB pictures of one size. Raises ValueError when the model's output cannot be true."""
+        """Instances of RGB pictures of one size. Raises ValueError when the model's output is nonsense."""
         pixels, resized = prepare(images)
         try:
             output = self.model(pixel_values=pixels.to(self.device))
@@ -144,32 +167,34 @@ class Mask2FormerDetector(Detector):
             ) from None
         size, padded = images[0].size[::-1], tuple(pixels.shape[-2:])
         pairs = zip(output.class_queries_logits, output.masks_queries_logits, strict=True)
-        found = [instances(*pair, padded, resized, size) for pair in pairs]
-        for each in found:
-            if problem := plausible(each):
+        detected = [instances(*pair, padded, resized, size) for pair in pairs]
+        for own in detected:
+            if problem := nonsense(own):
                 raise ValueError(
                     f"the detector {self.name} gives {problem}: its weights or this machine compute nonsense"
                 )
-        return found
+        return detected
 
     def detect_batch(
         self, images: Sequence[Image.Image], colored: Sequence[Collection[str]] | None = None
     ) -> list[list[Detection]]:
-        """See Detector; a colour is judged for the classes in colored, where the score is one that GenEval looks at."""
-        found: list[list[Detection]] = [[] for _ in images]
+        """See Detector. A colour is classified for the classes in colored, above MIN_SCORE."""
+        detections: list[list[Detection]] = [[] for _ in images]
         colored = [self.classes] * len(images) if colored is None else colored
         for size in dict.fromkeys(image.size for image in images):
-            places = [place for place, image in enumerate(images) if image.size == size]
-            for place, each in zip(places, self.find([images[place] for place in places]), strict=True):
-                found[place] = self._named(images[place], each, colored[place])
-        return found
+            numbers = [number for number, image in enumerate(images) if image.size == size]
+            detected = self.find([images[number] for number in numbers])
+            for number, own in zip(numbers, detected, strict=True):
+                detections[number] = self._named(images[number], own, colored[number])
+        return detections
 
-    def _named(self, image: Image.Image, found: Instances, colored: Collection[str]) -> list[Detection]:
-        names = [self.classes[label] for label in found.labels.tolist()]
-        wanted = [i for i, name in enumerate(names) if name in colored and found.scores[i] > MIN_SCORE]
-        crops = [(names[i], found.masks[i].numpy(), found.boxes[i].tolist()) for i in wanted]
+    def _named(self, image: Image.Image, detected: Instances, colored: Collection[str]) -> list[Detection]:
+        names = [self.classes[label] for label in detected.labels.tolist()]
+        boxes, scores = detected.boxes, detected.scores
+        wanted = [i for i, name in enumerate(names) if name in colored and scores[i] > MIN_SCORE]
+        crops = [(names[i], detected.masks[i].numpy(), boxes[i].tolist()) for i in wanted]
         colors = dict(zip(wanted, self.colors.classify(image, crops), strict=True))
         return [
-            Detection(name, tuple(found.boxes[i].tolist()), float(found.scores[i]), colors.get(i))
+            Detection(name, tuple(boxes[i].tolist()), float(scores[i]), colors.get(i))
             for i, name in enumerate(names)
         ]

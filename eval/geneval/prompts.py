@@ -1,7 +1,8 @@
-"""GenEval's 553 prompts, drawn by its published recipe: 80 classes, seed 43, 100 draws a task, duplicates left out.
+"""GenEval's 553 prompts, drawn by its published recipe: 80 classes, seed 43, 100 draws a task, no duplicates.
 
-Byte for byte the evaluation_metadata.jsonl of github.com/djghosh13/geneval (tests/test_geneval_prompts.py has its
-SHA-256), so nothing of it need be copied or fetched. The order of the draws is the recipe; do not change it.
+They equal the evaluation_metadata.jsonl of github.com/djghosh13/geneval byte for byte
+(tests/eval/test_geneval_recorded.py has its SHA-256), so that nothing needs to be copied or
+downloaded. The order of the draws is part of the recipe; do not change it.
 """
 
 from __future__ import annotations
@@ -14,16 +15,17 @@ import numpy as np
 
 from eval.geneval.score import COLORS, RELATIONS
 
-# COCO's classes in COCO's order, so that a place is a detector's label; three have GenEval's own name.
+# COCO's classes in COCO's order, so that an index is a detector's label; three have GenEval's own name.
 CLASSES = tuple(
     name.strip()
-    for name in """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign,
-    parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, handbag,
-    tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard,
-    tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot,
-    hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, computer mouse,
-    tv remote, computer keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors,
-    teddy bear, hair drier, toothbrush""".split(",")
+    for name in """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light,
+    fire hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear,
+    zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball,
+    kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup,
+    fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut,
+    cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, computer mouse, tv remote,
+    computer keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase,
+    scissors, teddy bear, hair drier, toothbrush""".split(",")
 )
 SEED, DRAWS = 43, 100
 NUMBERS = {2: "two", 3: "three", 4: "four"}
@@ -54,7 +56,7 @@ def _counting(rng: np.random.Generator) -> dict:
 
 
 def _colors(rng: np.random.Generator) -> dict:
-    # No coloured persons: 1 and up, and person is class 0.
+    # Persons, class 0, are left out.
     name = CLASSES[1 + rng.choice(len(CLASSES) - 1)]
     color = COLORS[rng.choice(len(COLORS))]
     return _sample("colors", [{"class": name, "count": 1, "color": color}], f"{_a(color)} {name}")
@@ -86,5 +88,5 @@ def _draws() -> Iterator[dict]:
 
 @cache
 def prompts() -> tuple[dict, ...]:
-    """The 553 specifications, in order, as metadata for `score.judge`."""
+    """The 553 specifications, in the official order, as metadata for `score.judge`."""
     return tuple({json.dumps(sample): sample for sample in _draws()}.values())

@@ -1,10 +1,14 @@
-"""Score detections that were recorded before, by GenEval's rules: no model, no images.
+"""Score recorded detections by GenEval's rules: no model, no images.
 
     python -m eval.geneval score --detections cases.jsonl[.gz] --out results.jsonl
 
-A line of the file is one image: prompt_index (line of GenEval's prompts, from 0), detections {class: rows [x1, y1, x2,
-y2, score]}, colors {class: the colour of each row}, and options with settings that differ from GenEval's. A line may
-hold a verdict too (correct, reason, kept); then the command says how many it agrees with.
+A line of the file is one image:
+
+    prompt_index            line of GenEval's prompts, from 0
+    detections              {class: rows [x1, y1, x2, y2, score]}
+    colors                  {class: the colour of each row}
+    options                 settings that differ from GenEval's
+    correct, reason, kept   optional: a verdict; the command prints how many it agrees with
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,12 +24,13 @@ from eval import report_table
 from eval.geneval.prompts import prompts
 from eval.geneval.score import COLORS, Settings, Verdict, judge, summarize
 from mmtensorar import files
+from mmtensorar.cli import command
 
 VERDICT = ("correct", "reason", "kept")
 
 
 def read_cases(path: Path) -> Iterator[tuple[str, dict]]:
-    """(place in the file, case), checked. Raises ValueError naming the file and line of one that cannot be scored."""
+    """("FILE line N", case). Raises ValueError naming file and line of a case that cannot be scored."""
     for where, case in files.read_json_lines(path):
         if problem := _problem(case):
             raise ValueError(f"{where}: {problem}")
@@ -43,17 +48,20 @@ def _problem(case: Mapping) -> str | None:
     for name, rows in detections.items():
         if not isinstance(rows, list) or not all(_is_row(row) for row in rows):
             return f"detections of {name}: expected rows [x1, y1, x2, y2, score] of numbers"
-        told = colors.get(name, [])
+        given = colors.get(name, [])
         if (
-            not isinstance(told, list)
-            or (told and len(told) != len(rows))
-            or not set(map(str, told)) <= {*COLORS, "None"}
+            not isinstance(given, list)
+            or (given and len(given) != len(rows))
+            or not set(map(str, given)) <= {*COLORS, "None"}
         ):
-            return f"colors of {name}: expected one of GenEval's colours for each of its {len(rows)} rows, got {told!r}"
+            return (
+                f"colors of {name}: expected one of GenEval's colours for each of its {len(rows)} rows, "
+                f"got {given!r}"
+            )
     known = asdict(Settings())
     for name, value in options.items():
         if name not in known:
-            return f"options: {name!r} is no setting; known are {', '.join(known)}"
+            return f"options: {name!r} is not a setting; known are {', '.join(known)}"
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             return f"options: {name} is {value!r}, expected a number"
     return None
@@ -66,23 +74,27 @@ def _is_row(row: object) -> bool:
 def score(case: Mapping) -> Verdict:
     """The verdict on one recorded image."""
     metadata = prompts()[case["prompt_index"]]
-    colors = {name: told for name, told in case.get("colors", {}).items() if told}
+    colors = {name: given for name, given in case.get("colors", {}).items() if given}
     return judge(metadata, case.get("detections", {}), colors, Settings(**case.get("options", {})))
 
 
 def disagreements(case: Mapping, verdict: Verdict) -> list[str]:
-    """What differs from the verdict that a case holds; of one without a verdict nothing does."""
-    found = verdict._asdict()
+    """A sentence for each entry that differs from the verdict that a case holds, if it holds one."""
+    ours = verdict._asdict()
     return [
-        f"{key}: recorded {case[key]!r}, found {found[key]!r}"
+        f"{key}: recorded {case[key]!r}, found {ours[key]!r}"
         for key in VERDICT
-        if key in case and case[key] != found[key]
+        if key in case and case[key] != ours[key]
     ]
 
 
-def main(arguments: Sequence[str]) -> int:
+@command
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m eval.geneval score", description="Score recorded detections by GenEval's rules."
+        prog="python -m eval.geneval score",
+        description="Score recorded detections by GenEval's rules.",
+        epilog="Example:\n  python -m eval.geneval score --detections cases.jsonl.gz --out results.jsonl",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--detections", type=Path, required=True, metavar="FILE", help="cases, .jsonl or .jsonl.gz"
@@ -108,12 +120,8 @@ def main(arguments: Sequence[str]) -> int:
             tag, prompt = metadata["tag"], metadata["prompt"]
             yield {"tag": tag, "prompt": prompt, **verdict._asdict(), "metadata": json.dumps(metadata)}
 
-    try:
-        files.write_json_lines(options.out, results())
-        summary = {"suite": "geneval", "detector": f"recorded in {options.detections}", **summarize(verdicts)}
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    files.write_json_lines(options.out, results())
+    summary = {"suite": "geneval", "detector": f"recorded in {options.detections}", **summarize(verdicts)}
     print(report_table.render({options.detections.name: summary}))
     if num_recorded:
         print(f"\n{num_equal} of {num_recorded} recorded verdicts are equal")

@@ -1,40 +1,40 @@
 """GenEval's verdict on one image, and the summary of many. Pure: detections in, numbers out.
 
-The rules are those of GenEval's official scorer (github.com/djghosh13/geneval, commit af4902f), checked against its
-verdicts by tests/parity/test_parity.py; this is not its code. Every number is a float32, as there: in double precision a
-score of exactly float32(0.3) would pass a threshold of 0.3.
+The rules are those of GenEval's official scorer (github.com/djghosh13/geneval, commit af4902f),
+checked against its verdicts by tests/parity/test_parity.py; the code is our own. Every number is a
+float32, as in the original: in double precision a score of exactly float32(0.3) would pass a
+threshold of 0.3.
 
-Intervals are 95 % and allow for several images of one prompt being alike:
+Intervals are 95 % (eval/intervals.py) and allow for several images of one prompt being alike:
 
-    skill     Wilson's interval of the share of correct images, with n / d for n. d is the design effect, the variance
-              that the prompts' totals show over the variance that n independent images would have. It is estimated
-              over all skills together, since one skill has too few prompts, and kept within 1 and the largest number
-              of images of a prompt; d is that maximum when no skill has both correct and incorrect images.
-    overall   the mean of the skills' shares p_s, with limits mean -/+ sqrt(sum_s (p_s - limit_s)^2) / S, limit_s being
-              the skill's own (Zou and Donner 2008, https://doi.org/10.1002/sim.3095). Where a skill is at 0 or 1, the
-              usual sum of variances would claim certainty.
+    skill     Wilson's interval of the share of correct images, with n / d instead of n images,
+              d being the design effect
+    overall   the mean of the skills' shares, with limits from the skills' own limits
 """
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
 from typing import NamedTuple
 
 import numpy as np
 
-NUM_RESAMPLES = 10_000
-Z = 1.959964  # two-sided 95 % of a normal distribution
+from eval.intervals import cluster_bootstrap, design_effect, mean_of_shares, percentiles, wilson
+
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """GenEval's own numbers. counting_threshold replaces threshold, for all classes, in prompts tagged counting.
+    """GenEval's own numbers.
 
-    max_objects: kept per class. max_overlap: boxes whose IoU with a better one reaches it are dropped; 1 keeps all.
-    position_threshold: share of the two boxes' summed size that an offset must exceed to count as one.
+    Args:
+        threshold: score above which an object counts.
+        counting_threshold: replaces threshold, for all classes, in prompts tagged counting.
+        max_objects: kept per class.
+        max_overlap: a box whose IoU with a better one reaches this is dropped; 1 keeps all.
+        position_threshold: share of the two boxes' summed size that an offset must exceed.
     """
 
     threshold: float = 0.3
@@ -64,10 +64,14 @@ def judge(
     colors: Mapping[str, Sequence[str | None]],
     settings: Settings = Settings(),
 ) -> Verdict:
-    """Does an image with these detections show what the prompt asks for?
+    """Whether an image with these detections shows what the prompt asks for.
 
-    metadata: one line of GenEval's evaluation_metadata.jsonl. detections: class -> rows [x1, y1, x2, y2, score] in
-    any order (among equal scores the later row comes first). colors: class -> the colour of each row.
+    Args:
+        metadata: one line of GenEval's evaluation_metadata.jsonl.
+        detections: class -> rows [x1, y1, x2, y2, score] in any order. Among equal scores the
+            later row comes first.
+        colors: class -> the colour of each row.
+        settings: GenEval's numbers.
     """
     threshold = settings.counting_threshold if metadata["tag"] == "counting" else settings.threshold
     kept = {
@@ -113,7 +117,7 @@ def by_class(detections: Iterable) -> tuple[dict[str, list[list[float]]], dict[s
 
 
 def _keep(rows: Sequence, colors: Sequence[str | None], threshold: float, settings: Settings) -> _Objects:
-    """The rows of one class that count, best first: above the threshold, then the best few, then suppression."""
+    """The rows of one class that count, best first: above the threshold, the best few, without overlaps."""
     array = np.asarray(rows, np.float32).reshape(-1, 5)
     # Reversed after a stable ascending sort: that is how the official scorer orders equal scores.
     order = np.argsort(array[:, 4], kind="stable")[::-1]
@@ -152,7 +156,7 @@ def _color_problem(clause: Mapping, colors: Sequence[str | None]) -> str:
 def _position_problem(
     name: str, boxes: np.ndarray, relation: str, targets: np.ndarray | None, settings: Settings
 ) -> str | None:
-    """The first object that does not stand in the relation to every target, in words; None when all do."""
+    """A sentence for the first object without the relation to every target; None when all have it."""
     if targets is None:
         return f"no target for {name} to be {relation}"
     for box in boxes:
@@ -164,7 +168,7 @@ def _position_problem(
 
 
 def _relations(box: np.ndarray, target: np.ndarray, threshold: float) -> list[str]:
-    """Where box is, seen from target: none, one or two of left of, right of, above, below."""
+    """Where box is, seen from target: none, one or two of RELATIONS."""
     half = np.float32(2)
     offset = (box[:2] + box[2:]) / half - (target[:2] + target[2:]) / half
     sizes = (box[2:] - box[:2]) + (target[2:] - target[:2])
@@ -173,37 +177,26 @@ def _relations(box: np.ndarray, target: np.ndarray, threshold: float) -> list[st
         return []
     # By the length before shrinking, as the official scorer does.
     x, y = shrunk / np.linalg.norm(offset)
-    found = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
-    return [relation for relation, holds in found.items() if holds]
+    holds = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
+    return [relation for relation in holds if holds[relation]]
 
 
 # ---- many images ---------------------------------------------------------------------------------
 
 
-def wilson(correct: float, num: float) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share. num may be fractional: an effective sample size.
-
-    Raises ValueError when num is not above 0 or correct is outside 0..num.
-    """
-    if not num > 0 or not 0 <= correct <= num:
-        raise ValueError(f"wilson needs 0 <= correct <= num and num > 0, got {correct} of {num}")
-    share, spread = correct / num, Z * Z / num
-    centre = (share + spread / 2) / (1 + spread)
-    half = Z * sqrt(share * (1 - share) / num + spread / num / 4) / (1 + spread)
-    # At 0 and 1 the limit is exact on paper; rounding must not move it inside.
-    return (0.0 if correct == 0 else max(0.0, centre - half)), (
-        1.0 if correct == num else min(1.0, centre + half)
-    )
-
-
 def summarize(results: Iterable[tuple[Mapping, bool]]) -> dict:
-    """(metadata, correct) per image -> counts, shares and intervals.
+    """Counts, shares and intervals of (metadata, correct) of each image.
 
-    Returns num_images, num_prompts, correct_images, correct_prompts (any image correct; prompts are told apart by
-    their whole metadata), prompt_accuracy, skills {tag: {num_images, num_prompts, correct, accuracy, interval}} in order of
-    appearance, design_effect, and overall {accuracy, interval}: the mean of the skills, not of the images. Skills and overall
-    also have bootstrap, limits by a percentile bootstrap over prompts: close to interval, but of no width at 0 and 1.
-    Raises ValueError when there is no image.
+    Returns
+        num_images, num_prompts, correct_images, prompt_accuracy;
+        correct_prompts: prompts with any correct image, told apart by their whole metadata;
+        skills: tag -> {num_images, num_prompts, correct, accuracy, interval, bootstrap}, in order
+            of appearance;
+        design_effect;
+        overall: {accuracy, interval, bootstrap}, the mean of the skills, not of the images.
+
+    bootstrap: limits by a percentile bootstrap over prompts, close to interval, but of no width
+    at 0 and 1. Raises ValueError when there is no image.
     """
     prompts: dict[str, dict[str, list[bool]]] = {}  # skill -> prompt -> verdicts
     for metadata, correct in results:
@@ -214,9 +207,9 @@ def summarize(results: Iterable[tuple[Mapping, bool]]) -> dict:
     groups = {skill: list(by_prompt.values()) for skill, by_prompt in prompts.items()}
     effect = design_effect(list(groups.values()))
     skills = {skill: _skill(verdicts, effect) for skill, verdicts in groups.items()}
-    drawn = [resampled(verdicts) for verdicts in groups.values()]
-    for skill, shares in zip(skills.values(), drawn, strict=True):
-        skill["bootstrap"] = _middle(shares)
+    resamples = [cluster_bootstrap(verdicts) for verdicts in groups.values()]
+    for skill, shares in zip(skills.values(), resamples, strict=True):
+        skill["bootstrap"] = percentiles(shares)
     every = [verdicts for group in groups.values() for verdicts in group]
     return {
         "num_images": sum(map(len, every)),
@@ -226,35 +219,8 @@ def summarize(results: Iterable[tuple[Mapping, bool]]) -> dict:
         "prompt_accuracy": sum(map(any, every)) / len(every),
         "skills": skills,
         "design_effect": effect,
-        "overall": _overall(skills) | {"bootstrap": _middle(np.mean(drawn, axis=0))},
+        "overall": _overall(skills) | {"bootstrap": percentiles(np.mean(resamples, axis=0))},
     }
-
-
-def design_effect(skills: Sequence[Sequence[Sequence[bool]]]) -> float:
-    """skills -> prompts -> verdicts: how many images say as much as one independent image would; see the top."""
-    clustered = independent = 0.0
-    for prompts in skills:
-        num, num_prompts = sum(map(len, prompts)), len(prompts)
-        share = sum(map(sum, prompts)) / num
-        if num_prompts < 2:
-            continue
-        squares = sum((sum(verdicts) - len(verdicts) * share) ** 2 for verdicts in prompts)
-        clustered += num_prompts / (num_prompts - 1) * squares / num**2
-        independent += share * (1 - share) / num
-    most = float(max(len(verdicts) for prompts in skills for verdicts in prompts))
-    return min(max(clustered / independent, 1.0), most) if independent else most
-
-
-def resampled(prompts: Sequence[Sequence[bool]], num: int = NUM_RESAMPLES, seed: int = 0) -> np.ndarray:
-    """[num] shares of correct images, each of as many prompts drawn with replacement, with all their images."""
-    correct, sizes = (np.array([measure(verdicts) for verdicts in prompts]) for measure in (sum, len))
-    chosen = np.random.default_rng(seed).integers(len(prompts), size=(num, len(prompts)))
-    return correct[chosen].sum(axis=1) / sizes[chosen].sum(axis=1)
-
-
-def _middle(shares: np.ndarray) -> list[float]:
-    """Limits of the middle 95 %."""
-    return [float(limit) for limit in np.percentile(shares, (2.5, 97.5))]
 
 
 def _skill(prompts: Sequence[Sequence[bool]], effect: float) -> dict:
@@ -269,11 +235,6 @@ def _skill(prompts: Sequence[Sequence[bool]], effect: float) -> dict:
 
 
 def _overall(skills: Mapping[str, Mapping]) -> dict:
-    shares = [skill["accuracy"] for skill in skills.values()]
-    mean = sum(shares) / len(shares)
-    low, high = (
-        sqrt(sum((skill["accuracy"] - skill["interval"][side]) ** 2 for skill in skills.values()))
-        / len(shares)
-        for side in (0, 1)
-    )
-    return {"accuracy": mean, "interval": [max(0.0, mean - low), min(1.0, mean + high)]}
+    shares, limits = ([skill[key] for skill in skills.values()] for key in ("accuracy", "interval"))
+    mean, low, high = mean_of_shares(shares, limits)
+    return {"accuracy": mean, "interval": [low, high]}

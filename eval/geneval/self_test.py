@@ -1,37 +1,38 @@
-"""Does a detector work here at all? python -m eval.geneval self-test [--detector PATH] [--clip PATH] [--out FOLDER]
+"""Whether a detector works on this machine; `python -m eval.geneval self-test` is check_detector.py.
 
-Drawn pictures of known content go through detector and colours as those of a model do. What no working detector does is
-refused: scores that are not numbers or all alike, other scores for a picture in a batch than for it alone, another outcome
-on the GPU than on the CPU (a broken kernel once gave people scores), objects all over an empty picture, or none above the
-threshold in any. How many drawings are recognised is told, and refused by no one: whether the released weights know
-all of these drawings could not be tried where this was written.
+Drawn pictures of known content go through detector and colours as a model's pictures do. The test
+fails on what no working detector does:
+
+- scores that are not numbers, or all equal;
+- different scores for a picture in a batch and alone;
+- different scores on the GPU and on the CPU (a broken kernel once gave people scores);
+- objects all over an empty picture;
+- no object above the threshold in any drawing.
+
+The number of recognised drawings is printed and does not fail the test: whether the released
+weights recognise all of these drawings is untested.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
-import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from eval.geneval.score import Settings
-
-if TYPE_CHECKING:
-    from eval.geneval.mask2former import Mask2FormerDetector
+from worlds.shapes.detect import Detection
 
 SIDE = 512
-FINE = 4  # drawn so many times larger
-MOST_IN_EMPTY = 20  # objects above the threshold; GenEval looks at 16 of a class
+FINE = 4  # drawings are made this many times larger, then reduced
+MAX_IN_EMPTY = 20  # objects above the threshold; GenEval considers 16 of a class
 TOLERANCE = 0.02  # of scores, between batches and between devices
 
 
 class Drawing(NamedTuple):
-    """color: of the object, None where it has several."""
+    """A picture of one object. color: None where the object has several."""
 
     label: str
     color: str | None
@@ -58,7 +59,7 @@ def _outdoors() -> tuple[tuple[int, int, int], tuple[int, int, int]]:
 
 
 def _finished(above: tuple, below: tuple, paint) -> Image.Image:
-    """Two grounds, one above the other, and what paint draws on a canvas of 1 x 1."""
+    """A picture: two background colours, and on them what paint(pen, side) draws."""
     large = SIDE * FINE
     image = Image.new("RGB", (large, large), above)
     pen = ImageDraw.Draw(image)
@@ -88,7 +89,7 @@ def _stop_sign(pen: ImageDraw.ImageDraw, side: int) -> None:
 
 
 def _clock(pen: ImageDraw.ImageDraw, side: int) -> None:
-    def place(turn: float, radius: float) -> tuple[float, float]:
+    def point(turn: float, radius: float) -> tuple[float, float]:
         angle = 2 * math.pi * turn
         return side * (0.5 + radius * math.sin(angle)), side * (0.45 - radius * math.cos(angle))
 
@@ -99,9 +100,9 @@ def _clock(pen: ImageDraw.ImageDraw, side: int) -> None:
         )
     font = ImageFont.load_default(0.06 * side)
     for hour in range(1, 13):
-        pen.text(place(hour / 12, 0.255), str(hour), (20, 20, 20), font, anchor="mm")
+        pen.text(point(hour / 12, 0.255), str(hour), (20, 20, 20), font, anchor="mm")
     for turn, length, width in ((10.15 / 12, 0.14, 0.02), (9 / 60, 0.21, 0.013)):
-        pen.line([place(turn + 0.5, 0.03), place(turn, length)], fill=(20, 20, 20), width=int(width * side))
+        pen.line([point(turn + 0.5, 0.03), point(turn, length)], fill=(20, 20, 20), width=int(width * side))
     pen.ellipse((0.485 * side, 0.435 * side, 0.515 * side, 0.465 * side), fill=(20, 20, 20))
 
 
@@ -118,74 +119,47 @@ def _traffic_light(pen: ImageDraw.ImageDraw, side: int) -> None:
 # ---- the test ------------------------------------------------------------------------------------
 
 
-def run(detector: Mask2FormerDetector) -> dict:
-    """{recognised, drawings, found}: how many drawings show their object, its colour included, and the best of each.
+def run(detector: Any) -> dict:
+    """Test a detector, a `mask2former.Mask2FormerDetector`.
 
-    Raises ValueError for an outcome that no working detector has; see the top.
+    Returns {recognised: drawings whose object and colour it recognises, drawings: how many there
+    are, found: label of a drawing -> its best detection}. Raises ValueError for an outcome that no
+    working detector has; see the top of the file.
     """
     tests, threshold = drawings(), Settings.threshold
     images = [test.image for test in tests]
-    found = detector.detect_batch([*images, empty()], [[test.label] for test in tests] + [[]])
-    problems = []
+    *detected, in_empty = detector.detect_batch([*images, empty()], [[test.label] for test in tests] + [[]])
     alone = detector.detect_batch(images[:1], [[]])[0]
-    apart = max(
-        abs(one.score - other.score) for one, other in zip(_ranked(alone), _ranked(found[0]), strict=True)
-    )
-    if apart > TOLERANCE:
+    problems = []
+    if (apart := _difference(alone, detected[0])) > TOLERANCE:
         problems.append(f"a picture's scores differ by {apart:.2g} between a batch and alone")
-    if (many := sum(one.score > threshold for one in found[-1])) >= MOST_IN_EMPTY:
+    if (many := sum(item.score > threshold for item in in_empty)) >= MAX_IN_EMPTY:
         problems.append(f"it sees {many} objects in an empty picture")
-    if all(one.score <= threshold for each in found[:-1] for one in each):
-        best = max(one.score for each in found[:-1] for one in each)
+    best = max((item.score for objects in detected for item in objects), default=0.0)
+    if best <= threshold:
         problems.append(f"it sees nothing in any of {len(tests)} drawings, the best score is {best:.2g}")
-    if detector.device.type != "cpu" and (apart := _apart_from_cpu(detector, images[0])) > TOLERANCE:
+    if detector.device.type != "cpu" and (apart := _difference_from_cpu(detector, images[0])) > TOLERANCE:
         problems.append(f"scores on {detector.device} differ by {apart:.2g} from those on the CPU")
     if problems:
         raise ValueError(f"the detector {detector.name} fails the self-test: {'; '.join(problems)}")
-    told, recognised = {}, 0
-    for test, each in zip(tests, found[:-1], strict=True):
-        best = max(each, key=lambda one: one.score)
-        told[test.label] = f"{best.label} {best.score:.2f}"
-        same = [one for one in each if one.label == test.label and one.score > threshold]
-        recognised += any(test.color in (None, one.color) for one in same)
-    return {"recognised": recognised, "drawings": len(tests), "found": told}
+    best_of, num_recognised = {}, 0
+    for test, objects in zip(tests, detected, strict=True):
+        first = max(objects, key=lambda item: item.score)
+        best_of[test.label] = f"{first.label} {first.score:.2f}"
+        same = [item for item in objects if item.label == test.label and item.score > threshold]
+        num_recognised += any(test.color in (None, item.color) for item in same)
+    return {"recognised": num_recognised, "drawings": len(tests), "found": best_of}
 
 
-def _ranked(detections: list) -> list:
-    return sorted(detections, key=lambda one: -one.score)
+def _difference(one: list[Detection], other: list[Detection]) -> float:
+    """The largest difference between the scores of two lists of detections, each sorted by score."""
+    scores = (sorted((item.score for item in objects), reverse=True) for objects in (one, other))
+    return max(abs(a - b) for a, b in zip(*scores, strict=True))
 
 
-def _apart_from_cpu(detector: Mask2FormerDetector, image: Image.Image) -> float:
-    here = detector.find([image])[0]
-    other = copy.copy(detector)
-    other.model, other.device = copy.deepcopy(detector.model).cpu(), torch.device("cpu")
-    there = other.find([image])[0]
-    return float((here.scores.sort().values - there.scores.sort().values).abs().max())
-
-
-def main(arguments: list[str]) -> int:
-    from eval.geneval import suite
-
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.geneval self-test", description="Drawn pictures through detector and colours."
-    )
-    suite.add_detector(parser)
-    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU if there is one")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="also write the drawings there")
-    options = parser.parse_args(arguments)
-    try:
-        if options.out is not None:
-            options.out.mkdir(parents=True, exist_ok=True)
-            for test in drawings():
-                test.image.save(options.out / f"{test.label.replace(' ', '_')}.png")
-        detector = suite.load(
-            "geneval", None, suite.DetectorChoice(options.detector, options.clip, options.device)
-        ).detector()
-        outcome = run(detector)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{detector.name}: {outcome['recognised']} of {outcome['drawings']} drawings recognised")
-    for label, best in outcome["found"].items():
-        print(f"  {label:<14} best: {best}")
-    return 0
+def _difference_from_cpu(detector: Any, image: Image.Image) -> float:
+    on_device = detector.find([image])[0].scores
+    copied = copy.copy(detector)
+    copied.model, copied.device = copy.deepcopy(detector.model).cpu(), torch.device("cpu")
+    on_cpu = copied.find([image])[0].scores
+    return float((on_device.sort().values - on_cpu.sort().values).abs().max())

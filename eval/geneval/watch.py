@@ -1,9 +1,17 @@
-"""Score a run's checkpoints as they come: python -m eval.geneval watch runs/NAME [--average] [options of eval.geneval]
+"""Score the saved steps of a run as they come: python -m eval.geneval watch runs/NAME [options]
 
-Beside the training, on what is left of the machine or on another card (--device cuda:1): each new checkpoint (train.save_every)
-is exported, its pictures are made and scored. runs/NAME/scores.jsonl receives a line each, runs/NAME/tensorboard curves, and
-runs/NAME/scores/step_N the pictures and the report. Ends when the finished run's last checkpoint is scored (waits on where the run
-was stopped, for it may be resumed; Ctrl-C ends it); started again, it goes on with what is newer. Where training saves faster than this scores, checkpoints in between are passed over.
+Options are those of `python -m eval.geneval`.
+
+It runs next to the training, on the remaining cores or on another GPU (--device cuda:1). Each new
+saved step (train.save_every) is exported, its pictures are generated and scored:
+
+    runs/NAME/scores.jsonl       one line for each scored step
+    runs/NAME/tensorboard        curves
+    runs/NAME/scores/step_N      pictures and report
+
+It ends when the last saved step of a finished run is scored. After a stopped run it keeps waiting,
+since the run may be resumed; Ctrl-C ends it. Started again, it scores what is newer. Where training
+saves faster than this scores, steps in between are skipped.
 """
 
 from __future__ import annotations
@@ -11,14 +19,16 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 import time
 from pathlib import Path
 
+from eval.geneval.evaluate import evaluate, parse
 from mmtensorar.checkpoints import sharded_state
 from mmtensorar.checkpoints.model_folder import INDEX, read_index
 from mmtensorar.checkpoints.sharded_state import step_of
+from mmtensorar.cli import command
 from mmtensorar.export import export
+from mmtensorar.files import read_json
 from mmtensorar.recipe import Recipe
 from mmtensorar.training.run_log import read_log
 
@@ -26,35 +36,47 @@ SCORES = "scores.jsonl"
 
 
 def newest(run: Path) -> Path | None:
-    """The last checkpoint of a run, unless it or a later one has a line in scores.jsonl."""
-    scored = max((row["step"] for row in read_log(run / SCORES)), default=-1)
-    found = [path.parent for path in run.glob(f"checkpoints/step_*/{sharded_state.STATE}")]
-    return max((folder for folder in found if step_of(folder) > scored), key=step_of, default=None)
+    """The last saved step of a run, unless it or a later one has a line in scores.jsonl."""
+    last_scored = max((row["step"] for row in read_log(run / SCORES)), default=-1)
+    saved = [path.parent for path in run.glob(f"checkpoints/step_*/{sharded_state.STATE}")]
+    return max((folder for folder in saved if step_of(folder) > last_scored), key=step_of, default=None)
 
 
 def score(run: Path, step: int, arguments: list[str], *, average: bool) -> dict:
-    """One line of scores.jsonl. Raises ValueError when the checkpoint is gone or eval.geneval fails, which has said why."""
-    from eval.geneval.__main__ import main as evaluate
+    """Score one saved step and append its line to scores.jsonl; returns the line.
 
+    Args:
+        run: run folder.
+        step: the saved step.
+        arguments: options of eval.geneval.
+        average: whether to score the moving average of the weights.
+
+    Raises ValueError when the step was deleted or cannot be scored.
+    """
     out = run / "scores" / f"step_{step:06d}"
     model = out.with_name(out.name + ".model")
     try:
         export(run, str(step), model, average=average)
-        if evaluate(["--ckpt", str(model), "--out", str(out), *arguments]):
-            raise ValueError(f"the checkpoint of step {step} could not be scored")
+        evaluate(parse(["--ckpt", str(model), "--out", str(out), *arguments]))
     finally:
         shutil.rmtree(model, ignore_errors=True)
-    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    row = {"step": step, "suite": summary["suite"], "average": average, "num_images": summary["num_images"]}
-    row |= {"overall": summary["overall"]["accuracy"], "interval": summary["overall"]["interval"]}
-    row["skills"] = {skill: found["accuracy"] for skill, found in summary["skills"].items()}
+    summary = read_json(out / "summary.json")
+    row = {
+        "step": step,
+        "suite": summary["suite"],
+        "average": average,
+        "num_images": summary["num_images"],
+        "overall": summary["overall"]["accuracy"],
+        "interval": summary["overall"]["interval"],
+        "skills": {name: skill["accuracy"] for name, skill in summary["skills"].items()},
+    }
     with (run / SCORES).open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
-    _draw(run, row)
+    _add_to_curves(run, row)
     return row
 
 
-def _draw(run: Path, row: dict) -> None:
+def _add_to_curves(run: Path, row: dict) -> None:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -64,19 +86,22 @@ def _draw(run: Path, row: dict) -> None:
             curves.add_scalar(f"score/{name}", value, row["step"])
 
 
-def _finished(run: Path) -> bool:
-    """Whether the run has come to its end; one that is trained on has the model of its first end meanwhile."""
+def _is_finished(run: Path) -> bool:
+    """Whether the run has reached its last step. A run that was extended still has its earlier model."""
     steps = Recipe.load(run / "recipe.yaml").train.steps
     return (run / "model" / INDEX).is_file() and read_index(run / "model")["step"] >= (steps or 0)
 
 
 def watch(run: Path, arguments: list[str], *, average: bool, once: bool, pause_s: float) -> None:
-    """Raises ValueError when run is no run folder."""
+    """Score saved steps until the run is finished; once: only the newest. Other arguments: see `score`.
+
+    Raises ValueError when run is not a run folder.
+    """
     if not (run / "recipe.yaml").is_file():
-        raise ValueError(f"{run}: no run folder (no recipe.yaml in it)")
-    said = False
+        raise ValueError(f"{run} is not a run folder: it has no recipe.yaml")
+    is_waiting = False
     while True:
-        finished = _finished(run)  # asked first: what is saved before is seen below
+        finished = _is_finished(run)  # before `newest`, which then sees all that the run saved
         folder = newest(run)
         if folder is not None:
             step = step_of(folder)
@@ -84,46 +109,38 @@ def watch(run: Path, arguments: list[str], *, average: bool, once: bool, pause_s
                 row = score(run, step, arguments, average=average)
             except ValueError as error:
                 if folder.is_dir():
-                    raise
+                    raise ValueError(f"step {step} could not be scored: {error}") from None
                 print(f"step {step} was deleted while it was read ({error})", flush=True)
                 continue
-            print(
-                f"step {step}: {row['overall']:.1%} (in {run / SCORES}; pictures in {run / 'scores' / folder.name})",
-                flush=True,
-            )
-        if folder is None and (once or finished or not said):
-            is_there = "nothing new" if (run / SCORES).is_file() else "no checkpoint yet (train.save_every)"
-            print(
-                f"{run}: {is_there}{'' if once or finished else f'; looking every {pause_s:g} s, Ctrl-C ends it'}",
-                flush=True,
-            )
-        said = folder is None
+            files = f"in {run / SCORES}; pictures in {run / 'scores' / folder.name}"
+            print(f"step {step}: {row['overall']:.1%} ({files})", flush=True)
+        elif once or finished or not is_waiting:
+            news = "nothing new" if (run / SCORES).is_file() else "no saved step yet (train.save_every)"
+            waits = "" if once or finished else f"; looking every {pause_s:g} s, Ctrl-C ends it"
+            print(f"{run}: {news}{waits}", flush=True)
+        is_waiting = folder is None
         if finished or once:
             return
         if folder is None:
             time.sleep(pause_s)
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m eval.geneval watch",
-        description=__doc__.splitlines()[0],
-        epilog="Other options are those of eval.geneval.",
+        description="Score the saved steps of a run as they come. Other options are those of eval.geneval.",
+        epilog="Example:\n  python -m eval.geneval watch runs/NAME --suite shapes --device cuda:1",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument(
         "--average", action="store_true", help="score the moving average of the weights (train.ema_decay)"
     )
-    parser.add_argument("--once", action="store_true", help="score the newest checkpoint, and end")
+    parser.add_argument("--once", action="store_true", help="score the newest saved step, then end")
     parser.add_argument(
         "--pause", type=float, default=30, metavar="SECONDS", help="between two looks (default 30)"
     )
-    options, others = parser.parse_known_args(arguments)
-    try:
-        watch(options.run, others, average=options.average, once=options.once, pause_s=options.pause)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    options, of_geneval = parser.parse_known_args(arguments)
+    watch(options.run, of_geneval, average=options.average, once=options.once, pause_s=options.pause)
     return 0

@@ -1,12 +1,15 @@
-"""The order of samples in training: pure arithmetic on (seed, position), the same for any number of ranks and readers.
+"""The order of samples in training: pure arithmetic on (seed, position).
 
-A global batch has B rows. The shards of an epoch are permuted and laid end to end; that line of N samples is cut into B
-equal lanes, and the t-th batch of the epoch takes the t-th sample of every lane. So a row of the batch reads one lane, from
-one shard to the next, in order, and whoever has that row reads nothing else: reading is sequential and no sample is read
-twice, however the rows are shared out. Within a lane, blocks of a few samples are permuted.
+It is the same for any number of ranks and workers. A global batch has B rows. The shards of
+an epoch are permuted and laid end to end; that line of N samples is cut into B equal lanes,
+and the t-th batch of the epoch takes the t-th sample of every lane. So a row of the batch
+reads one lane, from one shard to the next, in order, and only the worker that has the row
+reads that lane: reading is sequential and no sample is read twice, however the rows are
+divided among workers. Within a lane, blocks of a few samples are permuted.
 
-Positions count samples over all epochs: batch i holds positions i * B to (i + 1) * B - 1. An epoch need not end with a
-batch. To go on after any number of batches, nothing need be known but that number.
+A position counts samples over all epochs: batch i holds positions i * B to (i + 1) * B - 1.
+An epoch need not end with a batch. The number of finished batches is all that a run needs to
+resume.
 """
 
 from __future__ import annotations
@@ -21,15 +24,15 @@ import numpy as np
 SHARDS, BLOCKS = 0, 1
 
 
-class Place(NamedTuple):
-    """Where a position is: shard by its number in the manifest, sample by its number in the shard."""
+class Location(NamedTuple):
+    """One sample. shard: its number in the manifest. sample: its number in the shard."""
 
     shard: int
     sample: int
 
 
 class Block(NamedTuple):
-    """A run of places of a lane, as they are read, and the order in which they are given out."""
+    """Consecutive samples of a lane, which are read together and come out permuted."""
 
     epoch: int
     lane: int
@@ -42,7 +45,13 @@ class _Epoch(NamedTuple):
 
 
 class Order:
-    """num_samples: of each shard. rows: B. shuffle: samples that the blocks of all rows hold together, about.
+    """The order of one shard set.
+
+    Args:
+        num_samples: Of each shard.
+        rows: B.
+        seed: Of the permutations.
+        shuffle: About how many samples the blocks of all rows hold together.
 
     Raises ValueError when there is no sample, or no row.
     """
@@ -61,39 +70,42 @@ class Order:
         return _Epoch(shards, np.cumsum(self.num_samples[shards]))
 
     def block(self, position: int) -> tuple[Block, int]:
-        """The block that a position is in, and which of its samples it is, by the order of giving out."""
+        """The block of a position, and the position's index in the block's output order."""
         epoch, offset = divmod(position, self.total)
         turn, lane = divmod(offset, self.rows)
         number, index = divmod(turn, self.block_size)
         return Block(epoch, lane, number), index
 
-    def places(self, block: Block) -> list[Place]:
-        """The places of a block in the order of reading: along each shard. None past the end of the lane."""
+    def locations(self, block: Block) -> list[Location]:
+        """The samples of a block in the order of reading: along each shard.
+
+        The list is empty past the end of the lane.
+        """
         start, stop = self._bounds(block)
         if start >= stop:
             return []
         shards, ends = self._epoch(block.epoch)
-        where = np.arange(start, stop)
-        numbers = np.searchsorted(ends, where, side="right")
-        samples = where - ends[numbers] + self.num_samples[shards[numbers]]
-        return [Place(*pair) for pair in zip(shards[numbers].tolist(), samples.tolist(), strict=True)]
+        line = np.arange(start, stop)
+        numbers = np.searchsorted(ends, line, side="right")
+        samples = line - ends[numbers] + self.num_samples[shards[numbers]]
+        return [Location(*pair) for pair in zip(shards[numbers].tolist(), samples.tolist(), strict=True)]
 
-    def given_out(self, block: Block) -> np.ndarray:
-        """[n] int64: which of `places` comes first, second, ..."""
+    def output_order(self, block: Block) -> np.ndarray:
+        """[n] int64: which of `locations` comes out first, second, ..."""
         start, stop = self._bounds(block)
         if stop - start < 2:
             return np.zeros(stop - start, np.int64)
         return np.random.default_rng([BLOCKS, self.seed, *block]).permutation(stop - start)
 
-    def place(self, position: int) -> Place:
-        """Of one position alone."""
+    def location(self, position: int) -> Location:
+        """The sample at a position."""
         block, index = self.block(position)
-        return self.places(block)[self.given_out(block)[index]]
+        return self.locations(block)[self.output_order(block)[index]]
 
     def _bounds(self, block: Block) -> tuple[int, int]:
         """Start and stop of a block on the line of its epoch."""
-        length, longer = divmod(self.total, self.rows)  # the first lanes are one sample longer
-        first = block.lane * length + min(block.lane, longer)
-        end = first + length + (block.lane < longer)
+        length, num_longer = divmod(self.total, self.rows)  # the first lanes are one sample longer
+        first = block.lane * length + min(block.lane, num_longer)
+        end = first + length + (block.lane < num_longer)
         start = first + block.number * self.block_size
         return start, min(start + self.block_size, end)

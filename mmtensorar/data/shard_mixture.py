@@ -1,10 +1,11 @@
-"""One or several shard sets as one stream: which rows of a global batch belong to which set, and what is read for a position.
+"""One or several shard sets as one stream of samples.
 
-Each set owns fixed rows of the global batch, as many as its weight gives it, spread evenly over the batch. Within its rows a
-set has an order of its own (order.py), with epochs of its own. So what a position holds is arithmetic still.
+Each set owns fixed rows of the global batch, as many as its weight gives it, spread evenly
+over the batch. Within its rows a set has its own order (sample_order.py) and its own epochs,
+so that the sample at a position is still pure arithmetic.
 
-A row of the batch reads one lane of its set. A sample that cannot be read may be replaced by the next whole one of the lane:
-which one that is depends on the position and the data alone, as everything here does.
+A row of the batch reads one lane of its set. When a sample cannot be read, the next good one
+of the lane may replace it. Which one that is depends on the position and the data alone.
 """
 
 from __future__ import annotations
@@ -22,49 +23,92 @@ import numpy as np
 from mmtensorar.data import tars
 from mmtensorar.data.sample_order import Block, Order
 from mmtensorar.data.shards import (
+    Codes,
     Manifest,
     Sample,
     Shard,
+    TextFeatures,
+    intact_starts,
     read_sample,
-    whole_starts,
+    wrong_count,
 )
-from mmtensorar.data.url_cache import (
-    Cache,
-    Unreachable,
-    is_url,
-    shown,
-)
+from mmtensorar.data.url_cache import Cache, Unreachable, is_url, shown
+from mmtensorar.recipe import Data
+
+# ---- what the recipe names -------------------------------------------------------------------
 
 
-def apportion(weights: Mapping[str, float], rows: int) -> dict[str, int]:
-    """How many of a batch's rows each set owns: in proportion to the weights, largest remainder first.
+def shard_cache(data: Data) -> Cache:
+    """The cache for shards of sets at a URL."""
+    return Cache(data.cache, int(data.cache_gb * 1e9))
 
-    Raises ValueError when a set would get none.
+
+def read_manifest(folder: str, cache: Cache) -> Manifest:
+    """The manifest of a folder or a URL. Raises ValueError like Manifest.read."""
+    return cache.manifest(folder) if is_url(folder) else Manifest.read(folder)
+
+
+def read_manifests(data: Data) -> dict[str, Manifest]:
+    """Folder -> manifest of each training set. Raises ValueError when a set has no codes."""
+    cache = shard_cache(data)
+    manifests = {folder: read_manifest(folder, cache) for folder in data.weights}
+    for folder, manifest in manifests.items():
+        codes_of(manifest, folder)
+    return manifests
+
+
+def codes_of(manifest: Manifest, folder: str) -> Codes:
+    """A set's entry about codes. Raises ValueError when it has none."""
+    if manifest.codes is None:
+        raise ValueError(f"{folder} has no image codes; run data_tools/encode_codes.py on it")
+    return manifest.codes
+
+
+def text_features_of(manifest: Manifest, folder: str) -> TextFeatures:
+    """A set's entry about text features. Raises ValueError when it has none."""
+    if manifest.text_features is None:
+        raise ValueError(
+            f"data.text_features is cached, but {folder} has no text features; "
+            "run data_tools/encode_text.py on it"
+        )
+    return manifest.text_features
+
+
+def apportion_rows(weights: Mapping[str, float], num_rows: int) -> dict[str, int]:
+    """How many of a batch's rows each set owns.
+
+    They are proportional to the weights; the largest remainders are rounded up. Raises
+    ValueError when a set would get no row.
     """
     total = sum(weights.values())
-    exact = {name: rows * weight / total for name, weight in weights.items()}
-    shares = {name: int(share) for name, share in exact.items()}
-    for name in sorted(exact, key=lambda name: shares[name] - exact[name])[: rows - sum(shares.values())]:
-        shares[name] += 1
-    for name, share in shares.items():
-        if not share:
+    exact = {name: num_rows * weight / total for name, weight in weights.items()}
+    rows = {name: int(share) for name, share in exact.items()}
+    for name in sorted(exact, key=lambda name: rows[name] - exact[name])[: num_rows - sum(rows.values())]:
+        rows[name] += 1
+    for name, num in rows.items():
+        if not num:
             raise ValueError(
-                f"data.shards: {name} has weight {weights[name]:g} of {total:g}, less than one row of data.batch_size {rows}; "
-                "give it more, or take a larger batch"
+                f"data.shards: {name} has weight {weights[name]:g} of {total:g}, less than one row of "
+                f"data.batch_size {num_rows}; raise the weight, or use a larger batch"
             )
-    return shares
+    return rows
 
 
-def spread(shares: Sequence[int]) -> list[tuple[int, int]]:
-    """For each row of the batch its set, and which of the set's rows it is."""
-    places = [
-        ((row + 0.5) / share, number, row) for number, share in enumerate(shares) for row in range(share)
+def spread_rows(rows_per_set: Sequence[int]) -> list[tuple[int, int]]:
+    """For each row of the batch: the number of its set, and the row's number within the set."""
+    ranked = [
+        ((row + 0.5) / num_rows, number, row)
+        for number, num_rows in enumerate(rows_per_set)
+        for row in range(num_rows)
     ]
-    return [(number, row) for _, number, row in sorted(places)]
+    return [(number, row) for _, number, row in sorted(ranked)]
+
+
+# ---- one set ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Source:
+class ShardSet:
     """One shard set of a mixture. folder: or its URL. rows: of the global batch, that it owns."""
 
     folder: str
@@ -73,145 +117,157 @@ class Source:
     order: Order
     cache: Cache
 
-    def name(self, shard: Shard) -> str:
-        """Where a shard is, for messages."""
-        return (
-            shown(f"{self.folder.rstrip('/')}/{shard.name}")
-            if is_url(self.folder)
-            else str(Path(self.folder) / shard.name)
-        )
+    def shard_name(self, shard: Shard) -> str:
+        """Path or URL of a shard, for messages."""
+        if is_url(self.folder):
+            return shown(f"{self.folder.rstrip('/')}/{shard.name}")
+        return str(Path(self.folder) / shard.name)
 
     @contextmanager
-    def opened(self, shard: Shard) -> Iterator[Path]:
-        """The path of a shard on this machine."""
+    def local_path(self, shard: Shard) -> Iterator[Path]:
+        """The path of a shard on this machine, downloaded before if need be."""
         if is_url(self.folder):
-            with self.cache.opened(self.folder, shard) as path:
+            with self.cache.local_path(self.folder, shard) as path:
                 yield path
         else:
             yield Path(self.folder) / shard.name
 
 
-def read_manifest(folder: str, cache: Cache) -> Manifest:
-    """Of a folder or a URL. Raises ValueError like Manifest.read."""
-    return cache.manifest(folder) if is_url(folder) else Manifest.read(folder)
-
-
-def sources(
+def shard_sets(
     sets: Sequence[tuple[str, Manifest, int]], *, seed: int, shuffle: int, cache: Cache
-) -> tuple[Source, ...]:
-    """sets: folder, manifest and rows of each. shuffle: samples that the blocks of all rows hold together, about."""
+) -> tuple[ShardSet, ...]:
+    """The sets with their orders.
+
+    Args:
+        sets: Folder, manifest and rows of each.
+        seed: Of the orders.
+        shuffle: About how many samples the blocks of all rows hold together.
+        cache: For sets at a URL.
+    """
     batch_size = sum(rows for _, _, rows in sets)
-    found = []
+    ordered = []
     for number, (folder, manifest, rows) in enumerate(sets):
         counts = [shard.num_samples for shard in manifest.shards]
-        # Two sets of equal shards are not to go in step.
+        # Another seed for each set: two sets of equal shards must not run in step.
         order = Order(counts, rows=rows, seed=seed + (number << 32), shuffle=shuffle * rows // batch_size)
-        found.append(Source(folder, manifest, rows, order, cache))
-    return tuple(found)
+        ordered.append(ShardSet(folder, manifest, rows, order, cache))
+    return tuple(ordered)
 
 
-class Row(NamedTuple):
-    """One sample as it is in its shard. where: shard and key, for errors."""
+# ---- reading ---------------------------------------------------------------------------------
+
+
+class StoredSample(NamedTuple):
+    """A sample as it is in its shard. where: shard and key, for messages."""
 
     where: str
-    source: Source
+    shard_set: ShardSet
     sample: Sample
 
 
 @dataclass
-class Lanes:
-    """What is read for a position. Of each row's lane it holds one block, and where the samples of its shards begin.
+class LaneReader:
+    """Reads the sample at a position, and those that may replace it.
 
-    extensions: the members that are read. max_starts: shards whose beginnings are kept. retry_s: before a shard that could not
-    be had is asked for again.
+    It holds one block of each row's lane, and the offsets of the samples in recent shards.
+
+    extensions: the members that are read. max_shards: shards whose offsets are kept. retry_s:
+    seconds before an unreachable shard is tried again.
     """
 
-    sources: tuple[Source, ...]
+    sets: tuple[ShardSet, ...]
     extensions: tuple[str, ...]
-    max_starts: int
+    max_shards: int
     retry_s: float = 600.0
-    _blocks: dict[int, tuple[Block, list[Row | ValueError]]] = field(default_factory=dict)
-    _missing: dict[tuple[str, str], tuple[float, Unreachable]] = field(default_factory=dict)
+    _blocks: dict[int, tuple[Block, list[StoredSample | ValueError]]] = field(default_factory=dict)
+    _unreachable: dict[tuple[str, str], tuple[float, Unreachable]] = field(default_factory=dict)
     _starts: dict[tuple[str, str], tuple[np.ndarray, ValueError | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.owners = spread([source.rows for source in self.sources])
+        self.owners = spread_rows([shard_set.rows for shard_set in self.sets])
 
-    def rows(self, position: int) -> Iterator[Row | ValueError]:
-        """The position's sample, or why it cannot be read; then those after it in the lane, and in the lanes after that."""
+    def candidates(self, position: int) -> Iterator[StoredSample | ValueError]:
+        """The position's sample, or why it cannot be read; then its replacements in order.
+
+        These are the other samples of the block, so that usually nothing more is read; then
+        the rest of the lane, then the other lanes of the set.
+        """
         step, row = divmod(position, len(self.owners))
-        number, own = self.owners[row]
-        source = self.sources[number]
-        block, index = source.order.block(step * source.rows + own)
+        number, row_of_set = self.owners[row]
+        shard_set = self.sets[number]
+        block, index = shard_set.order.block(step * shard_set.rows + row_of_set)
         held = self._blocks.get(row)
         if held is None or held[0] != block:
-            held = self._blocks[row] = block, self._read(source, block)
+            held = self._blocks[row] = block, self._read_block(shard_set, block)
         yield from held[1][index:]
-        yield from held[1][:index]  # of the same block, so that in most cases nothing more is read
-        for lane in range(block.lane, block.lane + source.rows):
+        yield from held[1][:index]
+        for lane in range(block.lane, block.lane + shard_set.rows):
             for later in count(block.number + 1 if lane == block.lane else 0):
-                found = self._read(source, block._replace(lane=lane % source.rows, number=later))
-                if not found:
+                samples = self._read_block(
+                    shard_set, block._replace(lane=lane % shard_set.rows, number=later)
+                )
+                if not samples:
                     break
-                yield from found
+                yield from samples
 
-    def _read(self, source: Source, block: Block) -> list[Row | ValueError]:
-        """The samples of a block in the order of giving out."""
-        places = source.order.places(block)
-        found: list[Row | ValueError] = []
-        for number in dict.fromkeys(place.shard for place in places):
-            shard = source.manifest.shards[number]
-            found += self._read_shard(
-                source, shard, [place.sample for place in places if place.shard == number]
-            )
-        return [found[index] for index in source.order.given_out(block)] if places else []
+    def _read_block(self, shard_set: ShardSet, block: Block) -> list[StoredSample | ValueError]:
+        """The samples of a block in output order."""
+        locations = shard_set.order.locations(block)
+        samples: list[StoredSample | ValueError] = []
+        for number in dict.fromkeys(location.shard for location in locations):
+            shard = shard_set.manifest.shards[number]
+            numbers = [location.sample for location in locations if location.shard == number]
+            samples += self._read_shard(shard_set, shard, numbers)
+        return [samples[index] for index in shard_set.order.output_order(block)] if locations else []
 
-    def _read_shard(self, source: Source, shard: Shard, numbers: list[int]) -> list[Row | ValueError]:
-        key = (source.folder, shard.name)
-        tried, missing = self._missing.get(key, (0.0, None))
-        if missing is not None and time.monotonic() - tried < self.retry_s:
-            return [missing] * len(numbers)
+    def _read_shard(
+        self, shard_set: ShardSet, shard: Shard, numbers: list[int]
+    ) -> list[StoredSample | ValueError]:
+        key = (shard_set.folder, shard.name)
+        tried, error = self._unreachable.get(key, (0.0, None))
+        if error is not None and time.monotonic() - tried < self.retry_s:
+            return [error] * len(numbers)
         try:
-            with source.opened(shard) as path, tars.opened(path) as file:
-                starts, damage = self._find_starts(source, shard, path)
-                whole = min(len(starts) - 1, shard.num_samples)
+            with shard_set.local_path(shard) as path, tars.TarReader(path) as file:
+                starts, damage = self._find_starts(shard_set, shard, path)
+                num_intact = min(len(starts) - 1, shard.num_samples)
                 if damage is not None and len(starts) - 1 > shard.num_samples:
-                    whole = 0  # it is another shard: none of its samples is what the manifest speaks of
+                    num_intact = 0  # it is another shard: the manifest describes none of its samples
                 return [
                     damage
-                    if number >= whole
-                    else self._row(source, shard, file, path, *starts[number : number + 2])
+                    if damage is not None and number >= num_intact
+                    else self._read_one(shard_set, shard, file, path, *starts[number : number + 2])
                     for number in numbers
                 ]
-        except Unreachable as missing:
-            # To ask again for each of its samples would take for ever.
-            self._missing[key] = time.monotonic(), missing
-            return [missing] * len(numbers)
-        except tars.Damage as missing:
-            return [missing] * len(numbers)
+        except Unreachable as error:
+            # Trying again for each of its samples would take hours.
+            self._unreachable[key] = time.monotonic(), error
+            return [error] * len(numbers)
+        except tars.Damage as error:
+            return [error] * len(numbers)
 
-    def _row(
-        self, source: Source, shard: Shard, file: tars.opened, path: Path, start: int, stop: int
-    ) -> Row | ValueError:
+    def _read_one(
+        self, shard_set: ShardSet, shard: Shard, file: tars.TarReader, path: Path, start: int, stop: int
+    ) -> StoredSample | ValueError:
         try:
             sample = read_sample(file, path, int(start), int(stop), self.extensions)
         except (ValueError, OSError) as error:
-            return ValueError(str(error).replace(str(path), source.name(shard)))
-        return Row(f"{source.name(shard)}: sample {sample.key}", source, sample)
+            return ValueError(str(error).replace(str(path), shard_set.shard_name(shard)))
+        return StoredSample(f"{shard_set.shard_name(shard)}: sample {sample.key}", shard_set, sample)
 
-    def _find_starts(self, source: Source, shard: Shard, path: Path) -> tuple[np.ndarray, ValueError | None]:
-        """Where the whole samples begin, and why there are fewer than the manifest says, if there are."""
-        key = (source.folder, shard.name)
+    def _find_starts(
+        self, shard_set: ShardSet, shard: Shard, path: Path
+    ) -> tuple[np.ndarray, ValueError | None]:
+        """Offsets of the intact samples, and why their number is not the manifest's, if so."""
+        key = (shard_set.folder, shard.name)
         if key not in self._starts:
-            starts, damage = whole_starts(path)
-            name, found = source.name(shard), len(starts) - 1
+            starts, damage = intact_starts(path)
+            name, num_samples = shard_set.shard_name(shard), len(starts) - 1
             if damage is not None:
                 damage = ValueError(str(damage).replace(str(path), name))
-            elif found != shard.num_samples:
-                damage = ValueError(
-                    f"{name}: {found} samples, the manifest says {shard.num_samples}; make the shard again"
-                )
+            elif num_samples != shard.num_samples:
+                damage = ValueError(wrong_count(name, num_samples, shard))
             self._starts[key] = starts, damage
-            while len(self._starts) > self.max_starts:
-                self._starts.pop(next(iter(self._starts)))  # the longest known: lanes go from shard to shard
+            while len(self._starts) > self.max_shards:
+                self._starts.pop(next(iter(self._starts)))  # the oldest: lanes leave shards behind
         return self._starts[key]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -125,15 +125,27 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(array) for array in arrays]
 
 
+def round_trip(
+    image_tokenizer: Any, images: Sequence[Image.Image], *, batch_size: int = 32
+) -> Iterator[Image.Image]:
+    """RGB images of the image tokenizer's size, encoded and decoded again, batch_size at a time."""
+    device = next(image_tokenizer.parameters()).device
+    for start in range(0, len(images), batch_size):
+        pixels = to_pixels(images[start : start + batch_size]).to(device)
+        with torch.no_grad():
+            decoded = image_tokenizer.decode(image_tokenizer.encode(pixels))
+        yield from to_images(decoded)
+
+
 # ---- command lines -------------------------------------------------------------------------------
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """The options from which `from_arguments` loads an image tokenizer."""
     parser.add_argument(
         "--image-tokenizer",
         "--tokenizer",
-        required=True,
+        required=required,
         metavar="PATH",
         help="its weights: folder, file or hub id",
     )

@@ -19,8 +19,8 @@ import numpy as np
 from PIL import Image
 
 from mmtensorar import image_tokenizers
-from mmtensorar.data.shards import decode_image, square
-from mmtensorar.image_tokenizers import to_images, to_pixels
+from mmtensorar.data.pictures import center_square, decode_picture
+from mmtensorar.image_tokenizers import round_trip
 
 
 def psnr(one: Image.Image, other: Image.Image) -> float:
@@ -29,21 +29,15 @@ def psnr(one: Image.Image, other: Image.Image) -> float:
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
-def roundtrip(image_tokenizer, image: Image.Image) -> Image.Image:
-    """An RGB image of the tokenizer's size, from its codes."""
-    device = next(image_tokenizer.parameters()).device
-    return to_images(image_tokenizer.decode(image_tokenizer.encode(to_pixels([image]).to(device))))[0]
-
-
 def write_roundtrips(image_tokenizer, paths: list[Path], out: Path) -> Iterator[tuple[Path, float]]:
     """Path of each comparison written, and its PSNR. Raises ValueError naming a picture that cannot be read."""
     size = image_tokenizer.image_size
     for path in paths:
-        image = decode_image(path.read_bytes(), str(path), upright=True)
+        image = decode_picture(path.read_bytes(), str(path), upright=True)
         if image.size != (size, size):
             print(f"{path}: {image.width}x{image.height}, resized and cut to the centre {size}x{size}")
-            image = square(image, size)
-        made = roundtrip(image_tokenizer, image)
+            image = center_square(image, size)
+        made = next(round_trip(image_tokenizer, [image]))
         both = Image.new("RGB", (2 * size, size))
         both.paste(image, (0, 0))
         both.paste(made, (size, 0))

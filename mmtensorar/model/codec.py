@@ -1,11 +1,12 @@
-"""The two modules TensorAR adds: K embeddings to one state, one state to K states.
+"""The window codec, the two modules that TensorAR adds to a backbone.
 
+The encoder turns K embeddings into one state, the decoder turns one state into K states.
 Both are small query transformers with a residual around the original path
 (arXiv:2505.16324). Their last projection starts at zero, so a fresh pair changes
 nothing: encoder(x) == x[..., 0, :] and decoder(h)[..., j, :] == h, bit for bit.
 Neither has an MLP: each costs 4 D^2 per layer, inside the paper's budget of about
 8.6 D^2 for the pair.
-Shapes: B batch, S rows, K window, D width, N = B * S, H heads.
+Shapes: B batch, S windows, K window size, D width, Q queries, C context, H heads.
 """
 
 import torch
@@ -17,8 +18,8 @@ from mmtensorar.model.layers import Linear
 class ZeroLinear(Linear):
     """A linear map that starts at zero.
 
-    Zeroing happens in reset_parameters, inside the constructor: ZeRO-3 empties a
-    weight as soon as its module is built, so zeroing it afterwards would do nothing.
+    reset_parameters writes the zeros, inside the constructor: ZeRO-3 empties a weight as
+    soon as its module is built, so writing zeros afterwards would have no effect.
     """
 
     def reset_parameters(self) -> None:
@@ -28,7 +29,11 @@ class ZeroLinear(Linear):
 
 
 class Attention(nn.Module):
-    """Multi-head attention, four D x D maps without biases (a key bias would never get a gradient)."""
+    """Multi-head attention: four D x D maps without biases (a key bias would never get a gradient).
+
+    zero_output: the output map starts at zero. Raises ValueError when num_heads does not
+    divide dim.
+    """
 
     def __init__(self, dim: int, num_heads: int, *, zero_output: bool):
         super().__init__()
@@ -43,15 +48,15 @@ class Attention(nn.Module):
         self.output = (ZeroLinear if zero_output else Linear)(dim, dim, bias=False)
 
     def forward(self, query: Tensor, context: Tensor, visible: Tensor | None = None) -> Tensor:
-        """[..., Q, D], [..., C, D], visible [..., C] bool -> [..., Q, D]."""
+        """query [..., Q, D], context [..., C, D], visible [..., C] bool -> [..., Q, D]."""
 
         def heads(x: Tensor) -> Tensor:
             return x.unflatten(-1, (self.num_heads, -1)).transpose(-2, -3)
 
         q, k, v = heads(self.query(query)), heads(self.key(context)), heads(self.value(context))
-        # Written out: a window is a handful of slots but there are B * T of them, and
-        # fused kernels are built (and limited in batch size) for the opposite case.
-        scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+        # Plain operations: a window has only a few slots, but there are B * T windows, and
+        # fused kernels are made for (and limit the batch size to) the opposite case.
+        scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5  # [..., H, Q, C]
         if visible is not None:
             scores = scores.masked_fill(~visible[..., None, None, :], float("-inf"))
         mixed = scores.softmax(-1).to(v.dtype) @ v
@@ -59,14 +64,15 @@ class Attention(nn.Module):
 
 
 def _offset_vectors(window: int, dim: int) -> nn.Parameter:
-    # They meet inputs of unit RMS, and a fine-tune at 2e-5 barely moves them: at the
-    # usual 0.02 the offsets could hardly be told apart.
+    """[K, D]: one learned vector per offset."""
+    # They are added to inputs of unit RMS, and a fine-tune at 2e-5 barely moves them. At the
+    # usual 0.02 the model could hardly tell the offsets apart.
     return nn.Parameter(0.5 * torch.randn(window, dim))
 
 
 def _check(window: int, depth: int) -> None:
     if window < 2:
-        raise ValueError(f"tensorar.window is {window}; the codec expects 2 or more (a window of 1 has none)")
+        raise ValueError(f"tensorar.window is {window}; a codec needs 2 or more (window 1 has no codec)")
     if depth < 1:
         raise ValueError(f"tensorar.depth is {depth}; expected 1 or more")
 
@@ -75,7 +81,7 @@ class WindowEncoder(nn.Module):
     """K embeddings -> one state: the offset-0 embedding attends to its window.
 
     Embeddings are normalised before the offset positions are added, so that the
-    positions weigh the same whatever the scale of a backbone's embeddings.
+    positions have the same weight at any scale of a backbone's embeddings.
     Raises ValueError when num_heads does not divide dim, window < 2 or depth < 1.
     """
 
@@ -84,16 +90,16 @@ class WindowEncoder(nn.Module):
         _check(window, depth)
         self.norm = nn.RMSNorm(dim, eps=1e-6)
         self.offset_positions = _offset_vectors(window, dim)
-        # Deeper layers refine the one query over the same window; only the last starts at zero.
+        # Each layer refines the one query over the same window; only the last one starts at zero.
         self.layers = nn.ModuleList(
             Attention(dim, num_heads, zero_output=i == depth - 1) for i in range(depth)
         )
         self.query_norms = nn.ModuleList(nn.RMSNorm(dim, eps=1e-6) for _ in range(depth - 1))
 
     def forward(self, embeds: Tensor, valid: Tensor) -> Tensor:
-        """[B, S, K, D], valid [S, K] or [B, S, K] bool (slot 0 always True) -> [B, S, D].
+        """embeds [B, S, K, D], valid [S, K] or [B, S, K] bool -> [B, S, D].
 
-        A slot that is not valid has no influence on the result.
+        A slot that is not valid has no influence on the result. Slot 0 must be valid.
         """
         context = self.norm(embeds) + self.offset_positions
         state = context[..., :1, :]
@@ -108,9 +114,9 @@ class WindowEncoder(nn.Module):
 class WindowDecoder(nn.Module):
     """One state -> K states: K learned offset queries attend to [state; queries].
 
-    Over the state alone the softmax would have one key, and the query and key maps
-    would never learn; with the queries as further keys each head learns, per offset
-    and per state, how much of the state to pass on. The attending side of offset j is
+    With the state as the only key, the softmax would be 1, and the query and key maps
+    would never learn. With the queries as further keys, each head learns, per offset
+    and per state, how much of the state to pass on. The query vector of offset j is
     state + query_j, so that this choice depends on the state.
     Raises ValueError when num_heads does not divide dim, window < 2 or depth < 1.
     """
@@ -126,7 +132,7 @@ class WindowDecoder(nn.Module):
         self.slot_norms = nn.ModuleList(nn.RMSNorm(dim, eps=1e-6) for _ in range(depth - 1))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[..., D] -> [..., K, D]."""
+        """hidden [..., D] -> [..., K, D]."""
         state = self.norm(hidden)[..., None, :]
         slots = self.offset_queries.expand(*hidden.shape[:-1], -1, -1)
         normed = slots

@@ -116,7 +116,7 @@ def _locate(
 
 def _unknown_key(path: str, prefix: tuple[str, ...], model: type[BaseModel], section: type[BaseModel]) -> str:
     """What is wrong with a key that no section has: it was removed, or what it may have meant."""
-    if issubclass(section, Section) and (old := section.removed.get(path.rpartition(".")[2])):
+    if issubclass(section, Section) and (old := section.removed_settings.get(path.rpartition(".")[2])):
         return f"this setting was removed, since {old.reason}"
     known = [".".join([*prefix, *keys]) for keys in _keys(model)]
     siblings = [key for key in known if key.rpartition(".")[0] == path.rpartition(".")[0]]

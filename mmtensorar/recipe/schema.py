@@ -45,7 +45,7 @@ class TensorARSettings(Section):
     exponential.
     """
 
-    removed = {"max_stride": Removed(1, STRIDES_REMOVED)}
+    removed_settings = {"max_stride": Removed(1, STRIDES_REMOVED)}
 
     window: int = setting(2, ge=1, description="tokens predicted at each step, K")
     schedule: str | list[Rate] = setting(
@@ -333,7 +333,7 @@ class Lora(Section):
 class Zero(Section):
     """DeepSpeed's ZeRO: what is split over the ranks, and what is moved to the host."""
 
-    removed = {"nvme_path": Removed(None, NVME_REMOVED)}
+    removed_settings = {"nvme_path": Removed(None, NVME_REMOVED)}
 
     stage: Literal[0, 1, 2, 3] = setting(
         0,
@@ -370,7 +370,7 @@ class SamplerSettings(Section):
     Each number of the first four may be a list with one per factor of a code (Open-MAGVIT2 has two).
     """
 
-    removed = {"stride": Removed(1, STRIDES_REMOVED)}
+    removed_settings = {"stride": Removed(1, STRIDES_REMOVED)}
 
     temperature: PerFactor[Annotated[float, Gt(0)]] = setting(
         1.0, description="logits are divided by it", on_resume=True

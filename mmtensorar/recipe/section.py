@@ -47,18 +47,18 @@ class Removed(NamedTuple):
 class Section(BaseModel):
     """A group of settings. Unknown keys are errors, and values do not change after validation.
 
-    `removed` lists settings of earlier versions; at their neutral value they are dropped.
+    `removed_settings` lists settings of earlier versions; at their neutral value they are dropped.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    removed: ClassVar[dict[str, Removed]] = {}
+    removed_settings: ClassVar[dict[str, Removed]] = {}
 
     @model_validator(mode="before")
     @classmethod
     def _drop_removed_settings(cls, settings: Any) -> Any:
         if not isinstance(settings, dict):
             return settings
-        dropped = {key for key, old in cls.removed.items() if settings.get(key, old) == old.neutral}
+        dropped = {key for key, old in cls.removed_settings.items() if settings.get(key, old) == old.neutral}
         return {key: value for key, value in settings.items() if key not in dropped}
 
     @field_validator("*", mode="before")

@@ -1,4 +1,6 @@
-"""How much memory a computation needs beside what it was given, told by running it on tensors that have shapes only."""
+"""Measure activation memory by running the model on fake tensors, which have shapes and
+no values.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +14,23 @@ from torch.utils._pytree import tree_leaves
 
 
 class Peak(TorchDispatchMode):
-    """Inside this with statement, counts the bytes of the tensors that are made and are still in use; peak is the most."""
+    """Inside this with statement, counts the bytes of tensors that are created and
+    still in use.
+
+    live: bytes in use now. peak: the most so far.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
         self._known: set[int] = set()
 
-    def given(self, tensors: list[Tensor]) -> None:
-        """These were there before, and do not count."""
+    def ignore(self, tensors: list[Tensor]) -> None:
+        """Do not count these tensors, which existed before."""
         for tensor in tensors:
             self._known.add(id(tensor.untyped_storage()))
-        self._kept = [
-            tensor.untyped_storage() for tensor in tensors
-        ]  # so that no other storage gets their ids
+        # Kept alive, so that no other storage gets one of these ids.
+        self._ignored = [tensor.untyped_storage() for tensor in tensors]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -50,9 +55,11 @@ class Peak(TorchDispatchMode):
 
 
 def of_a_step(model: nn.Module, loss_of: Callable[[nn.Module], Tensor]) -> int:
-    """Most bytes that forward and backward hold at once beside weights and gradients.
+    """The most bytes that forward and backward hold at once, besides weights and
+    gradients.
 
-    model: on the meta device; afterwards its tensors are of no use. loss_of: makes inputs and runs the model on them.
+    model: on the meta device; its tensors are of no use afterwards. loss_of: creates
+    inputs and runs the model.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -60,12 +67,12 @@ def of_a_step(model: nn.Module, loss_of: Callable[[nn.Module], Tensor]) -> int:
         model.to_empty(device="cpu")
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(_drop)
+                parameter.register_post_accumulate_grad_hook(_drop_gradient)
         with Peak() as peak:
-            peak.given([*model.parameters(), *model.buffers()])
+            peak.ignore([*model.parameters(), *model.buffers()])
             loss_of(model).backward()
     return peak.peak
 
 
-def _drop(parameter: Tensor) -> None:
+def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None

@@ -1,7 +1,8 @@
 """An exponential moving average of the weights that are trained.
 
-It is kept over whatever pieces of the float32 weights a rank has, so it is spread over the ranks as they are, and needs no
-communication: the average of pieces is a piece of the average.
+It is kept over whatever pieces of the float32 weights a rank has, so it is spread over
+the ranks as they are and needs no communication: the average of the pieces is a piece
+of the average.
 """
 
 from __future__ import annotations
@@ -14,22 +15,33 @@ from torch import Tensor
 
 
 class Average:
-    """weights: this rank's float32 weights, which training changes in place. decay: of the average at each step."""
+    """The moving average of a rank's weights; `averages` has one tensor for each of
+    them.
+    """
 
     def __init__(self, weights: Sequence[Tensor], decay: float):
+        """
+        Args:
+            weights: this rank's float32 weights, which training changes in place.
+            decay: share of the old average that each step keeps, in (0, 1).
+        """
         self.weights, self.decay = list(weights), decay
         self.averages = [weight.detach().clone() for weight in self.weights]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """After the optimiser's step, counted from 1. Early steps count for more, or the start would stay in it for long."""
+        """Include the weights after an optimizer step, counted from 1.
+
+        The first steps use a smaller decay, min(decay, (1 + step) / (10 + step));
+        otherwise the initial weights would dominate the average for long.
+        """
         decay = min(self.decay, (1 + step) / (10 + step))
         for average, weight in zip(self.averages, self.weights, strict=True):
             average.lerp_(weight, 1 - decay)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """For the time of a with statement the weights are the averages."""
+        """Inside this with statement the weights are the averages."""
         self._swap()
         try:
             yield
@@ -38,7 +50,8 @@ class Average:
 
     @torch.no_grad()
     def _swap(self) -> None:
+        # In place, since DeepSpeed's pieces are views of larger tensors.
         for average, weight in zip(self.averages, self.weights, strict=True):
-            held = weight.clone()
+            kept = weight.clone()
             weight.copy_(average)
-            average.copy_(held)
+            average.copy_(kept)

@@ -1,8 +1,10 @@
-"""The main job on the embedded world, end to end: what `make demo` runs.
+"""The embedded world from shards to scores, end to end: what `make demo` runs.
 
-Each stage is a public command, printed before it runs; a stage whose result is there already says so and reuses it (pictures are
-scored again). Everything lands in data/ and runs/ under the current folder.
+Each stage is a public command, printed before it runs. A stage that finds its result says so and
+reuses it (pictures are scored again). Everything is written to data/ and runs/ in the checkout.
 """
+
+from __future__ import annotations
 
 import argparse
 import os
@@ -15,7 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 TINY = "recipes/tiny"
-CHECKPOINTS = {
+# Name in the table of results -> model folder.
+MODELS = {
     "base": f"{TINY}/weights/base",
     "plain fine-tune": "runs/plain/model",
     "TensorAR": "runs/tensorar/model",
@@ -23,7 +26,10 @@ CHECKPOINTS = {
 
 
 def run(title: str, *command: str) -> None:
-    """Run one stage; it decides itself what it can reuse. Ends the demo with the stage's exit code when it fails."""
+    """Run one stage, which decides itself what it can reuse.
+
+    Ends the demo with the stage's exit code when it fails.
+    """
     print(f"\n== {title}\n$ {shlex.join(command)}", flush=True)
     started = time.monotonic()
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"})
@@ -32,64 +38,59 @@ def run(title: str, *command: str) -> None:
     except KeyboardInterrupt:
         # The stage got the signal too, and may be saving.
         process.wait()
-        print("\nstopped; `make demo` goes on from here", file=sys.stderr)
+        print("\nstopped; `make demo` resumes from here", file=sys.stderr)
         sys.exit(130)
     if code:
-        print(
-            f"error: {title} ended with exit code {code}; the command was: {shlex.join(command)}",
-            file=sys.stderr,
-        )
+        failure = f"{title} ended with exit code {code}; the command was: {shlex.join(command)}"
+        print(f"error: {failure}", file=sys.stderr)
         sys.exit(code)
     print(f"== {title}: {time.monotonic() - started:.0f} s", flush=True)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--num-samples", type=int, default=4096, help="pictures to draw for fine-tuning")
-    args = parser.parse_args()
-    os.chdir(ROOT)
-    python = sys.executable
-    run(
-        "draw the shapes world",
-        *(python, "data_tools/make_shards.py", "--synthesize", "shapes", "--seed", "1"),
-        *("--num-samples", str(args.num_samples), "--samples-per-shard", "512", "--out", "data/shapes"),
-    )
-    run(
-        "encode image codes",
-        *(
-            python,
-            "data_tools/encode_codes.py",
-            "data/shapes",
-            "--image-tokenizer",
-            f"{TINY}/weights/base/image_tokenizer",
-        ),
-    )
+def make_shards(num_samples: int) -> None:
+    """Draw pictures of the shapes world into data/shapes, and add their image codes."""
+    draw = [sys.executable, "data_tools/make_shards.py", "--synthesize", "shapes", "--seed", "1"]
+    draw += ["--num-samples", str(num_samples), "--samples-per-shard", "512", "--out", "data/shapes"]
+    run("draw the shapes world", *draw)
+    encode = [sys.executable, "data_tools/encode_codes.py", "data/shapes"]
+    run("encode image codes", *encode, "--image-tokenizer", f"{TINY}/weights/base/image_tokenizer")
+
+
+def train() -> None:
+    """Fine-tune the tiny Janus twice: plainly, and with TensorAR."""
     for name in ("plain", "tensorar"):
-        run(
-            f"fine-tune: {TINY}/{name}.yaml",
-            *(
-                "deepspeed",
-                "--num_accelerators",
-                "2",
-                "mmtensorar/train.py",
-                f"{TINY}/{name}.yaml",
-                "--resume",
-            ),
-        )
-    summaries, folders = [], []
-    for name, folder in CHECKPOINTS.items():
-        out = f"runs/eval/{name.split()[0].lower()}"
-        run(
-            f"generate and score: {name}",
-            *(python, "-m", "eval.geneval", "--ckpt", folder, "--suite", "shapes", "--out", out),
-        )
-        summaries.append(f"{name}={out}/summary.json")
-        folders.append(f"{name}={out}")
+        launch = ["deepspeed", "--num_accelerators", "2", "mmtensorar/train.py"]
+        run(f"fine-tune: {TINY}/{name}.yaml", *launch, f"{TINY}/{name}.yaml", "--resume")
+
+
+def evaluate() -> Path:
+    """Generate and score pictures of all models; returns the path of the gallery."""
+    folders = {name: f"runs/eval/{name.split()[0].lower()}" for name in MODELS}
+    for name, model in MODELS.items():
+        score = [sys.executable, "-m", "eval.geneval", "--ckpt", model, "--suite", "shapes"]
+        run(f"generate and score: {name}", *score, "--out", folders[name])
     print()
-    run("results", python, "-m", "eval.report_table", *summaries)
+    summaries = [f"{name}={folder}/summary.json" for name, folder in folders.items()]
+    run("results", sys.executable, "-m", "eval.report_table", *summaries)
     gallery = "runs/eval/gallery.png"
-    run("gallery", python, "-m", "eval.gallery", *folders, "--out", gallery)
-    print(f"\ngallery: {ROOT / gallery}")
+    pictures = [f"{name}={folder}" for name, folder in folders.items()]
+    run("gallery", sys.executable, "-m", "eval.gallery", *pictures, "--out", gallery)
+    return ROOT / gallery
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description="The embedded world from shards to scores, end to end.",
+        epilog="example:\n  python recipes/tiny/demo.py --num-samples 1024",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--num-samples", type=int, default=4096, help="pictures to draw for fine-tuning (default 4096)"
+    )
+    options = parser.parse_args()
+    make_shards(options.num_samples)
+    train()
+    print(f"\ngallery: {evaluate()}")
     return 0
 
 

@@ -1,18 +1,18 @@
-"""Write an untrained tiny Janus: `python recipes/tiny/new_janus.py --out runs/tiny_start`.
+"""Write an untrained tiny Janus.
 
-The text tokenizer is a sentencepiece word model trained on the shards' captions; the language model has random
-weights. `recipes/tiny/base.yaml` trains it from there.
+    python -m recipes.tiny.new_janus --out runs/tiny_start
+
+The text tokenizer is a sentencepiece word model trained on the captions of the shards. The language
+model has random weights, from which `recipes/tiny/base.yaml` trains it.
 """
+
+from __future__ import annotations
 
 import argparse
 import io
 import sys
 import tempfile
 from pathlib import Path
-
-sys.path[0] = str(
-    Path(__file__).resolve().parents[2]
-)  # run as a script, the folder of this file stands first
 
 import sentencepiece
 import torch
@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.janus.configuration_janus import JanusConfig
 
 from mmtensorar.backbones import janus
+from mmtensorar.cli import command
 from mmtensorar.data.shards import Manifest, iterate_shard
 
 # Names as in the released text tokenizer; the role marks are whole tokens there too.
@@ -38,7 +39,14 @@ SPECIAL = (
 
 
 def train_sentencepiece(lines: list[str], model_type: str) -> list[tuple[str, float]]:
-    """Train a sentencepiece model and return its pieces with their log probabilities, the unknown piece first."""
+    """Train a sentencepiece model.
+
+    Args:
+        lines: the text to train on.
+        model_type: word or char.
+
+    Returns its pieces with their log probabilities, the unknown piece first.
+    """
     buffer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
@@ -63,11 +71,12 @@ def train_sentencepiece(lines: list[str], model_type: str) -> list[tuple[str, fl
 def train_text_tokenizer(captions: list[str]) -> PreTrainedTokenizerFast:
     """Train sentencepiece on captions and return it as a fast tokenizer with Janus's special tokens first.
 
-    Pieces are the words of the captions; other words fall apart into characters. (Sentencepiece's unigram model
-    looks for pieces in the list of distinct words, where "red" occurs once, and so spelled most colours.)
+    Pieces are the words of the captions; other words are split into characters. (Sentencepiece's unigram
+    model looks for pieces in the list of distinct words, where "red" occurs once, so it split most colours
+    into letters.)
     """
     words = dict(train_sentencepiece(captions, "word"))
-    # The prompt template's own characters have to be known too.
+    # The characters of the prompt template must be pieces too.
     letters = [piece for piece, _ in train_sentencepiece(captions + [":"] * 10, "char") if piece not in words]
     unknown, *rest = words.items()
     pieces = [unknown, *((name, 0.0) for name in SPECIAL), *rest, *((letter, -40.0) for letter in letters)]
@@ -85,38 +94,35 @@ def train_text_tokenizer(captions: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shards", type=Path, default=Path("data/shapes_base"))
-    parser.add_argument(
-        "--image-tokenizer", type=Path, default=Path("recipes/tiny/weights/base/image_tokenizer")
-    )
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--width", type=int, default=192)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    try:
-        shards = Manifest.read(args.shards).shards[:4]
-        captions = [
-            sample.members["txt"].decode() for shard in shards for sample in iterate_shard(args.shards, shard)
-        ]
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    text_tokenizer = train_text_tokenizer(captions)
-    vq = JanusConfig().vq_config.__class__.from_pretrained(args.image_tokenizer).to_dict()
-    vq |= {"projection_dim": args.width, "image_token_embed_dim": args.width}
+def read_captions(folder: Path, num_shards: int = 4) -> list[str]:
+    """The captions of the first shards of a folder. Raises ValueError for damaged shards."""
+    shards = Manifest.read(folder).shards[:num_shards]
+    return [sample.members["txt"].decode() for shard in shards for sample in iterate_shard(folder, shard)]
+
+
+def config_for(
+    text_tokenizer: PreTrainedTokenizerFast, image_tokenizer: Path, *, width: int, layers: int
+) -> JanusConfig:
+    """The configuration of a tiny Janus.
+
+    Args:
+        text_tokenizer: gives the number of text tokens and the special ids.
+        image_tokenizer: folder of a VQ model, which gives the number of image tokens and codes.
+        width: of the language model, D; one attention head per 32.
+        layers: of the language model.
+    """
+    vq = JanusConfig().vq_config.__class__.from_pretrained(image_tokenizer).to_dict()
+    vq |= {"projection_dim": width, "image_token_embed_dim": width}
     grid = vq["num_patches"]
-    config = JanusConfig(
+    return JanusConfig(
         text_config={
             "model_type": "llama",
             "vocab_size": len(text_tokenizer),
-            "hidden_size": args.width,
-            "intermediate_size": 2 * args.width,
-            "num_hidden_layers": args.layers,
-            "num_attention_heads": args.width // 32,
-            "num_key_value_heads": args.width // 32,
+            "hidden_size": width,
+            "intermediate_size": 2 * width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": width // 32,
+            "num_key_value_heads": width // 32,
             "max_position_embeddings": 256,
             "bos_token_id": text_tokenizer.bos_token_id,
             "eos_token_id": text_tokenizer.eos_token_id,
@@ -130,20 +136,44 @@ def main() -> int:
             "hidden_size": 32,
             "num_hidden_layers": 1,
             "num_attention_heads": 1,
-            "projection_dim": args.width,
+            "projection_dim": width,
         },
         vq_config=vq,
         image_token_id=text_tokenizer.convert_tokens_to_ids("<image_placeholder>"),
         tie_word_embeddings=False,
     )
-    torch.manual_seed(args.seed)
+
+
+@command
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Write an untrained tiny Janus.",
+        epilog="example:\n  python -m recipes.tiny.new_janus --out runs/tiny_start",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--shards", type=Path, default=Path("data/shapes_base"), help="whose captions are read"
+    )
+    parser.add_argument(
+        "--image-tokenizer", type=Path, default=Path("recipes/tiny/weights/base/image_tokenizer")
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--width", type=int, default=192)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    text_tokenizer = train_text_tokenizer(read_captions(options.shards))
+    config = config_for(text_tokenizer, options.image_tokenizer, width=options.width, layers=options.layers)
+    torch.manual_seed(options.seed)
     backbone = janus.build(config)
     with tempfile.TemporaryDirectory() as folder:
         text_tokenizer.save_pretrained(folder)
-        backbone.save_pretrained(args.out, text_tokenizer=folder)
-    count = sum(p.numel() for p in backbone.parameters())
+        backbone.save_pretrained(options.out, text_tokenizer=folder)
+    num_parameters = sum(p.numel() for p in backbone.parameters())
+    num_image_tokens = config.vision_config.num_image_tokens
     print(
-        f"{args.out}: {count / 1e6:.2f} M parameters, {len(text_tokenizer)} text tokens, {grid * grid} image tokens"
+        f"{options.out}: {num_parameters / 1e6:.2f} M parameters, {len(text_tokenizer)} text tokens, "
+        f"{num_image_tokens} image tokens"
     )
     return 0
 

@@ -1,4 +1,4 @@
-"""Worlds of a study, one file each: where data come from, what is asked for and what is right in a picture."""
+"""Worlds of a study, one file each: where data come from, what is asked for, what is right in a picture."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from mmtensorar.image_tokenizers import ImageTokenizer
 
 
 class World(Protocol):
-    """A module of this folder is one, or has one called WORLD. folder: where its data are."""
+    """A module of this folder is a world, or has one called WORLD. folder: where its data are."""
 
-    FEATURES: str  # what `features` are, in words
+    FEATURES: str  # describes `features`
 
     def sets(self, folder: Path) -> tuple[Path, Path]:
         """The shard sets of training and validation."""
 
     def prepare(self, folder: Path) -> None:
-        """Make what is missing of them, without codes. Raises ValueError when it fails."""
+        """Make the missing shard sets, without codes. Raises ValueError when it fails."""
 
     def prompts(self) -> list[tuple[str, str]]:
-        """(group, prompt) of everything that pictures are asked for; groups are skills, or classes."""
+        """(group, prompt) of each prompt; groups are skills, or classes."""
 
     def correct(self, folder: Path, number: int, images: Sequence[Image.Image]) -> list[bool]:
-        """For pictures of that prompt, whether each shows what it asks for."""
+        """Whether each picture shows what prompt number `number` asks for."""
 
     def judge(self, folder: Path, image_tokenizer: ImageTokenizer) -> str:
-        """Who says what is correct, and how well, in words."""
+        """What decides which pictures are right, and how reliably, as a phrase for the page."""
 
     def features(self, folder: Path, image_tokenizer: ImageTokenizer, codes: Tensor) -> np.ndarray:
-        """Codes [B, T, 1] -> [B, C] float64, of which the Frechet distance is taken."""
+        """Codes [B, T, 1] -> features [B, C] float64 for the Frechet distance."""
 
 
 def load(name: str) -> World:

@@ -1,4 +1,7 @@
-"""A world of classes: a model is asked for a class by its number, and a small classifier, trained on the same pictures, says which it drew."""
+"""A world of classes: prompts are class numbers, and a small classifier judges which class was drawn.
+
+The classifier is trained on the same pictures.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,9 @@ from torch import Tensor
 
 from mmtensorar.data.shards import MANIFEST
 from mmtensorar.files import write_text
-from mmtensorar.image_tokenizers import ImageTokenizer, to_images, to_pixels
+from mmtensorar.image_tokenizers import ImageTokenizer, round_trip, to_images, to_pixels
 from study.commands import run
-from study.features import (
-    WIDTH,
-    Classifier,
-    load_classifier,
-    read_pictures,
-    train_classifier,
-)
+from study.features import WIDTH, Classifier, load_classifier, read_pictures, train_classifier
 
 Pictures = Sequence[tuple[int, Image.Image]]
 
@@ -30,8 +27,12 @@ Pictures = Sequence[tuple[int, Image.Image]]
 class Classes:
     """See study.worlds.World.
 
-    names: of the classes, in the order of their numbers. pictures: -> (class, picture) of training and of validation.
-    num_prompts: how often each class is asked for.
+    Args:
+        name: of the world.
+        size: pixels a side.
+        names: of the classes, in the order of their numbers.
+        pictures: returns (class, picture) pairs of training and of validation.
+        num_prompts: of each class.
     """
 
     def __init__(
@@ -43,13 +44,8 @@ class Classes:
         *,
         num_prompts: int,
     ):
-        self.name, self.size, self.names, self.pictures, self.num_prompts = (
-            name,
-            size,
-            list(names),
-            pictures,
-            num_prompts,
-        )
+        self.name, self.size, self.names = name, size, list(names)
+        self.pictures, self.num_prompts = pictures, num_prompts
         self.FEATURES = f"the {WIDTH} features of a small classifier of the same pictures"
 
     def sets(self, folder: Path) -> tuple[Path, Path]:
@@ -64,20 +60,21 @@ class Classes:
                 raise ValueError(
                     f"the world {self.name} needs {error.name}: pip install -e '.[study]'"
                 ) from None
-            for path, part in zip(both, drawn, strict=True):
-                if (path / MANIFEST).is_file():
-                    continue
-                with tempfile.TemporaryDirectory() as temporary:
-                    place = Path(temporary) / path.name  # a set is known by its source's name
-                    for number in range(len(self.names)):
-                        (place / f"{number:03}").mkdir(
-                            parents=True
-                        )  # all of them, so that numbers are the names' places
-                    for index, (number, image) in enumerate(part):
-                        image.save(place / f"{number:03}" / f"{index:05}.png")
-                    source = ["--class-folder", place, "--image-size", self.size, "--format", "png"]
-                    run("data_tools/make_shards.py", *source, "--samples-per-shard", 1000, "--out", path)
+            for path, pictures in zip(both, drawn, strict=True):
+                if not (path / MANIFEST).is_file():
+                    self._write_shards(path, pictures)
         train_classifier(folder / "classifier.safetensors", *both, len(self.names))
+
+    def _write_shards(self, path: Path, pictures: Pictures) -> None:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / path.name  # the manifest records its name
+            # A folder for every class, also an empty one, so that folder numbers are class numbers.
+            for number in range(len(self.names)):
+                (folder / f"{number:03}").mkdir(parents=True)
+            for index, (number, image) in enumerate(pictures):
+                image.save(folder / f"{number:03}" / f"{index:05}.png")
+            source = ["--class-folder", folder, "--image-size", self.size, "--format", "png"]
+            run("data_tools/make_shards.py", *source, "--samples-per-shard", 1000, "--out", path)
 
     def prompts(self) -> list[tuple[str, str]]:
         return [
@@ -89,38 +86,29 @@ class Classes:
         return {}
 
     def classifier(self, folder: Path) -> tuple[Classifier, float]:
-        """And the share of validation pictures that it is right about."""
+        """The classifier, and the share of validation pictures that it classifies correctly."""
         if folder not in self._loaded:
             self._loaded[folder] = load_classifier(folder / "classifier.safetensors")
         return self._loaded[folder]
 
     def correct(self, folder: Path, number: int, images: Sequence[Image.Image]) -> list[bool]:
-        return [found == number // self.num_prompts for found in self.classifier(folder)[0].classes(images)]
+        wanted = number // self.num_prompts
+        return [drawn == wanted for drawn in self.classifier(folder)[0].classes(images)]
 
     def judge(self, folder: Path, image_tokenizer: ImageTokenizer) -> str:
-        """Measured once, on originals and on what is left of them after the image tokenizer."""
-        told = folder / "judge.json"
-        if not told.is_file():
+        """Measured once, on originals and on their round trip through the image tokenizer."""
+        stored = folder / "judge.json"
+        if not stored.is_file():
+            classifier, originals = self.classifier(folder)
             pixels, classes = read_pictures(self.sets(folder)[1])
-            device = next(image_tokenizer.parameters()).device
-            decoded = [
-                image
-                for part in pixels.split(32)
-                for image in to_images(image_tokenizer.decode(image_tokenizer.encode(part.to(device))))
-            ]
-            right = np.mean(
-                [
-                    found == number
-                    for found, number in zip(
-                        self.classifier(folder)[0].classes(decoded), classes.tolist(), strict=True
-                    )
-                ]
-            )
-            write_text(told, json.dumps({"originals": self.classifier(folder)[1], "decoded": float(right)}))
-        shares = json.loads(told.read_text(encoding="utf-8"))
+            decoded = list(round_trip(image_tokenizer, to_images(pixels)))
+            right = np.mean(np.array(classifier.classes(decoded)) == classes.numpy())
+            write_text(stored, json.dumps({"originals": originals, "decoded": float(right)}))
+        shares = json.loads(stored.read_text(encoding="utf-8"))
         return (
-            f"a small classifier of the same pictures, right about {100 * shares['originals']:.1f} % of validation, and about "
-            f"{100 * shares['decoded']:.1f} % of it after a round trip through the image tokenizer"
+            f"a small classifier of the same pictures, right about {100 * shares['originals']:.1f} % of "
+            f"validation, and about {100 * shares['decoded']:.1f} % of it after a round trip through the "
+            "image tokenizer"
         )
 
     def features(self, folder: Path, image_tokenizer: ImageTokenizer, codes: Tensor) -> np.ndarray:

@@ -1,6 +1,7 @@
-"""scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, each turned, moved and scaled a little several times; told apart by a small classifier.
+"""scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, judged by a small classifier.
 
-As they are they are so few that a model of half a million parameters has them by heart within minutes. A pixel is drawn two a side.
+Each digit appears several times, a little turned, moved and scaled: the originals are so few that a
+model of half a million parameters memorises them within minutes. Pictures are enlarged twofold.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from study.worlds._classes import Classes
 SIDE = 8
 SIZE = 2 * SIDE  # pixels a side of a picture
 NUM_VALIDATION = 297  # digits
-VARIANTS = (8, 4)  # of a digit of training, of validation
-DEGREES, SHIFT, SCALE = 12, 0.7, 0.1  # at most: turned, moved in pixels, larger or smaller by this share
+VARIANTS = (8, 4)  # of each digit of training, and of validation
+DEGREES, SHIFT, SCALE = 12, 0.7, 0.1  # maximal rotation, shift in pixels, change in size (share)
 
 
 def pictures(seed: int = 0) -> tuple[list[tuple[int, Image.Image]], list[tuple[int, Image.Image]]]:
@@ -25,13 +26,13 @@ def pictures(seed: int = 0) -> tuple[list[tuple[int, Image.Image]], list[tuple[i
     order = rng.permutation(len(digits.images))
     grey = (digits.images * (255 / 16)).round().astype(np.uint8)
     return tuple(
-        [(int(digits.target[index]), varied(grey[index], rng)) for index in part for _ in range(variants)]
-        for part, variants in zip((order[NUM_VALIDATION:], order[:NUM_VALIDATION]), VARIANTS, strict=True)
+        [(int(digits.target[index]), varied(grey[index], rng)) for index in indices for _ in range(variants)]
+        for indices, variants in zip((order[NUM_VALIDATION:], order[:NUM_VALIDATION]), VARIANTS, strict=True)
     )
 
 
 def varied(grey: np.ndarray, rng: np.random.Generator) -> Image.Image:
-    """[8, 8] uint8 -> RGB of SIZE, turned, moved and scaled by chance."""
+    """A digit [8, 8] uint8 as RGB of SIZE, randomly turned, moved and scaled."""
     angle, scale = np.radians(rng.uniform(-DEGREES, DEGREES)), 1 + rng.uniform(-SCALE, SCALE)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) / scale
     centre = np.full(2, SIDE / 2)

@@ -1,7 +1,8 @@
-"""Crops of the photographs that ship inside scikit-learn and scikit-image; a class is a photograph, told apart by a small classifier.
+"""Crops of the photographs inside scikit-learn and scikit-image; a class is a photograph.
 
-Crops for validation are other crops of the same photographs, which overlap with those of training: a new crop is at another place and
-scale, so its tokens are others, but nothing here says how a model fares on a photograph that it has not seen.
+A small classifier judges which photograph a picture shows. Validation crops come from the same
+photographs and overlap with training crops. Their position and scale differ, and so do their
+tokens, but nothing here measures how a model does on a photograph that it has not seen.
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ from PIL import Image
 from study.worlds._classes import Classes
 
 SIZE = 64  # pixels a side of a crop
-SIDES = (96, 192)  # pixels of a photograph that a crop shows, before it is made smaller
+SIDES = (96, 192)  # pixels a side of a crop before it is reduced, smallest and largest
 NUM_TRAIN, NUM_VALIDATION = 12_000, 1_000
 SCIKIT_LEARN = ("china.jpg", "flower.jpg")
 SCIKIT_IMAGE = (
-    "astronaut.png brick.png camera.png chelsea.png coffee.png coins.png grass.png gravel.png hubble_deep_field.jpg ihc.png moon.png "
-    "motorcycle_left.png retina.jpg rocket.jpg"
+    "astronaut.png brick.png camera.png chelsea.png coffee.png coins.png grass.png gravel.png "
+    "hubble_deep_field.jpg ihc.png moon.png motorcycle_left.png retina.jpg rocket.jpg"
 ).split()
 
 
 def photographs() -> dict[str, Image.Image]:
-    """Name -> RGB photograph, as the packages hold them."""
+    """Name -> RGB photograph of the packages."""
     import skimage
     import sklearn
 
@@ -40,7 +41,7 @@ def photographs() -> dict[str, Image.Image]:
 
 
 def pictures(seed: int = 0) -> tuple[list[tuple[int, Image.Image]], list[tuple[int, Image.Image]]]:
-    """(class, crop) of training and of validation: class, scale and place by chance, mirrored half of the time."""
+    """(class, crop) of training and of validation: random class, scale and position, half are mirrored."""
     rng, sources = np.random.default_rng(seed), list(photographs().values())
     drawn = []
     for _ in range(NUM_TRAIN + NUM_VALIDATION):

@@ -1,4 +1,4 @@
-"""The embedded world of worlds/shapes/draw.py, scored by its exact detector: the suite `shapes` of eval.geneval."""
+"""The embedded world of worlds/shapes, scored by its exact detector (suite `shapes` of eval.geneval)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from eval.geneval import score
-from eval.geneval import suite as suites
+from eval.geneval import score, suites
 from mmtensorar.image_tokenizers import ImageTokenizer
 from study.commands import run
 from study.features import quarters
 
-# name -> seed and number of pictures; those of training are the demo's.
+# name -> seed and number of pictures; the training pictures are the demo's
 SETS = {"shapes": (1, 4096), "shapes_validation": (2, 1024)}
 FEATURES = "the image tokenizer's code vectors, averaged over quarters"
 
@@ -32,9 +31,10 @@ def sets(folder: Path) -> tuple[Path, Path]:
 
 
 def prepare(folder: Path) -> None:
-    for name, (seed, number) in SETS.items():
-        make = ["--synthesize", "shapes", "--seed", seed, "--num-samples", number, "--samples-per-shard", 512]
-        run("data_tools/make_shards.py", *make, "--out", folder / name)
+    for name, (seed, num_samples) in SETS.items():
+        options = ["--synthesize", "shapes", "--seed", seed, "--num-samples", num_samples]
+        options += ["--samples-per-shard", 512, "--out", folder / name]
+        run("data_tools/make_shards.py", *options)
 
 
 def prompts() -> list[tuple[str, str]]:
@@ -45,9 +45,9 @@ def correct(folder: Path, number: int, images: Sequence[Image.Image]) -> list[bo
     suite = _suite()
     metadata = suite.prompts[number]
     colored = [[clause["class"] for clause in metadata["include"] if "color" in clause]] * len(images)
-    found = suite.detector().detect_batch(list(images), colored)
+    detected = suite.detector().detect_batch(list(images), colored)
     return [
-        score.judge(metadata, *score.by_class(detections), suite.settings).correct for detections in found
+        score.judge(metadata, *score.by_class(detections), suite.settings).correct for detections in detected
     ]
 
 

@@ -20,19 +20,16 @@ from mmtensorar.model.conditions import Condition
 from mmtensorar.model.drafts import FixedSchedule
 from mmtensorar.model.tensorar import TensorAR
 from tests.helpers.fakes import tiny_janus
+from tests.parity import FIXTURES, read_tensors, tensors_file
 
-FIXTURES = Path(__file__).resolve().parents[3] / "shared" / "parity" / "janus"
-CASE = "t2i_tiny_hf"
+CASE = FIXTURES / "janus" / "t2i_tiny_hf.json"
 
 
 @pytest.fixture(scope="module")
 def reference() -> SimpleNamespace:
     """The manifest and the tensors of a Janus that the reference code was run on."""
-    if not (FIXTURES / f"{CASE}.json").is_file():
-        pytest.skip("the Janus parity fixtures are not beside this checkout (../shared/parity/janus)")
     torch.set_num_threads(1)
-    manifest = json.loads((FIXTURES / f"{CASE}.json").read_text())
-    return SimpleNamespace(manifest=manifest, tensors=load_file(FIXTURES / f"{CASE}.safetensors"))
+    return SimpleNamespace(manifest=json.loads(CASE.read_text()), tensors=read_tensors(tensors_file(CASE)))
 
 
 @pytest.fixture(scope="module")

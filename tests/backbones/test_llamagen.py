@@ -23,7 +23,7 @@ from mmtensorar.recipe import Lora, Recipe, Run, SamplerSettings, Train
 from mmtensorar.sampling.decode import decode
 from mmtensorar.sampling.noise import greedy
 from mmtensorar.training import plan
-from tests.helpers.fakes import llamagen_condition, tiny_llamagen, write_tiny_t5
+from tests.helpers.fakes import llamagen_condition, tiny_llamagen
 from tests.helpers.models import window_logits
 from tests.model.test_tensorar import wrap
 
@@ -338,7 +338,7 @@ def test_released_sizes_and_the_papers_budget(size, condition, parameters, budge
         run=Run(name="sizes"),
         lora=Lora(),
     )
-    counts = plan.parameters(plan.shapes(recipe))
+    counts = plan.parameters(plan.meta_model(recipe))
     assert counts["backbone"] == parameters
     assert budget is None or counts["tensorar"] / parameters <= budget
 
@@ -362,13 +362,6 @@ def test_left_pad():
     condition = encoders.left_pad([torch.tensor([[1.0], [2], [3], [4]]), torch.tensor([[5.0], [6]])], 4)
     assert condition.values[..., 0].tolist() == [[1, 2, 3, 4], [0, 0, 5, 6]]
     assert condition.mask.int().tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
-
-
-@pytest.fixture(scope="module")
-def t5_folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("t5")
-    write_tiny_t5(folder)
-    return folder
 
 
 def test_the_text_encoder_goes_where_the_model_is(t5_folder, monkeypatch):
@@ -457,14 +450,16 @@ def test_cleaning_says_which_package_it_needs(monkeypatch):
 # ---- training ------------------------------------------------------------------------------------
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("condition", ["class", "text"])
 def test_two_ranks_train_under_zero_3(condition, t5_folder, tmp_path):
-    """From shards to a checkpoint that loads: one step in bf16, after which the null caption, a buffer, is still exact."""
+    """From shards to a model folder that loads; the null caption, a buffer, is still exact after a step."""
     pytest.importorskip("deepspeed")
     from mmtensorar import image_tokenizers
     from mmtensorar.checkpoints import model_folder
     from mmtensorar.image_tokenizers import llamagen_vq
-    from tests.training.test_train import run, write_shards
+    from tests.helpers.runs import run
+    from tests.helpers.shards import write_shards
 
     backbone = tiny_llamagen(condition, num_tokens=16, vocab_size=32)
     of_text = {"text_encoder": str(t5_folder), "caption_cleaning": "lower"} if condition == "text" else {}
@@ -478,7 +473,13 @@ def test_two_ranks_train_under_zero_3(condition, t5_folder, tmp_path):
         "image_tokenizer": {"name": "llamagen_vq", "path": str(tmp_path / "vq")},
         "tensorar": {"window": 4, "num_heads": 2},
         "data": {"shards": str(tmp_path / "shards"), "batch_size": 4, "shuffle": 0, "uncond_rate": 0.5},
-        "train": {"steps": 1, "log_every": 1, "save_every": 0, "activation_checkpointing": True},
+        "train": {
+            "steps": 1,
+            "log_every": 1,
+            "save_every": 0,
+            "activation_checkpointing": True,
+            "precision": "fp32",
+        },
         "zero": {"stage": 3},
     }
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))

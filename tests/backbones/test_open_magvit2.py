@@ -175,10 +175,10 @@ def test_dropout_is_off_by_default_and_in_eval():
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory) -> Path:
+def magvit_bench(tmp_path_factory) -> Path:
     """A folder with a tiny backbone and image tokenizer, shards of class numbers, and a recipe."""
     pytest.importorskip("deepspeed")
-    from tests.training.test_train import write_shards
+    from tests.helpers.shards import write_shards
 
     folder = tmp_path_factory.mktemp("open_magvit2")
     torch.manual_seed(0)
@@ -198,6 +198,7 @@ def bench(tmp_path_factory) -> Path:
             "steps": 2,
             "log_every": 1,
             "save_every": 0,
+            "precision": "fp32",
             "activation_checkpointing": True,
             # Few: the head, and the table it shares, runs many times a step, and again in the backward.
             "loss_chunk_tokens": 12,
@@ -209,21 +210,27 @@ def bench(tmp_path_factory) -> Path:
     return folder
 
 
-def test_zero_3_on_two_ranks_equals_one_rank(bench):
+@pytest.mark.launch
+def test_zero_3_on_two_ranks_equals_one_rank(magvit_bench):
     """Where the head uses the embedding's table, ZeRO-3 has to gather it there too, and sum both gradients."""
-    from tests.training.test_train import rows, run
+    from tests.helpers.runs import rows, run
 
-    one = run(bench, "run.name=one")
+    one = run(magvit_bench, "run.name=one")
     assert one.returncode == 0, one.stderr[-3000:]
     two = run(
-        bench, "run.name=two", "zero.stage=3", "train.sample_every=2", "train.sample_prompts=['4']", ranks=2
+        magvit_bench,
+        "run.name=two",
+        "zero.stage=3",
+        "train.sample_every=2",
+        "train.sample_prompts=['4']",
+        ranks=2,
     )
     assert two.returncode == 0, (two.stdout + two.stderr)[-3000:]
-    for a, b in zip(rows(bench, "one"), rows(bench, "two"), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=0.01), (a, b)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=0.05), (a, b)
-    assert (bench / "runs" / "two" / "samples" / "step_2.png").is_file()
-    loaded = model_folder.load(bench / "runs" / "two" / "model")
+    for a, b in zip(rows(magvit_bench, "one"), rows(magvit_bench, "two"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4), (a, b)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3), (a, b)
+    assert (magvit_bench / "runs" / "two" / "samples" / "step_2.png").is_file()
+    loaded = model_folder.load(magvit_bench / "runs" / "two" / "model")
     assert loaded.image_tokenizer.factor_sizes == loaded.model.backbone.factor_sizes == (4, 8)
 
 

@@ -181,6 +181,7 @@ def test_a_folder_that_is_no_checkpoint_is_not_replaced(bench, tmp_path):
     assert (tmp_path / "thesis.txt").is_file()
 
 
+@pytest.mark.launch
 def test_loading_needs_no_deepspeed():
     """Generation must work where DeepSpeed is not installed."""
     code = "import sys, mmtensorar.checkpoints.model_folder; sys.exit('deepspeed' in sys.modules)"

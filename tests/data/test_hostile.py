@@ -63,8 +63,14 @@ def with_member(folder: Path, name: str, content: bytes) -> None:
     manifest.model_copy(update={"shards": (shard, *manifest.shards[1:])}).write(folder)
 
 
+def readers() -> list:
+    """All readers; the fast tier has the training loader alone."""
+    slow = {name: [] if name == "training" else [pytest.mark.slow] for name in fuzz.READERS}
+    return [pytest.param(name, marks=marks) for name, marks in slow.items()]
+
+
 @pytest.mark.parametrize("name", MEMBERS)
-@pytest.mark.parametrize("reader", fuzz.READERS)
+@pytest.mark.parametrize("reader", readers())
 def test_it_is_refused_and_does_nothing(tmp_path, monkeypatch, name, reader):
     folder, mark = tmp_path / "a" / "b" / "set", tmp_path / "mark"
     folder.parent.mkdir(parents=True)

@@ -12,16 +12,9 @@ import torch
 from PIL import Image
 
 from mmtensorar.captions.encoders import ClassNumbers
-from mmtensorar.data import loader, shard_mixture
-from mmtensorar.data.shards import (
-    Codes,
-    Manifest,
-    Sample,
-    encode_codes,
-    iterate_tar,
-    sample_starts,
-    write_tar,
-)
+from mmtensorar.data import checks, loader, shard_mixture
+from mmtensorar.data.members import encode_codes
+from mmtensorar.data.shards import Codes, Manifest, Sample, iterate_tar, sample_starts, write_tar
 from mmtensorar.model.conditions import Condition
 from mmtensorar.recipe import Data, Run, Train
 
@@ -58,12 +51,13 @@ def folder(tmp_path_factory) -> Path:
 
 
 def make_recipe(folder: Path, *, batch_size=4, grad_accum=1, seed=3, **settings) -> SimpleNamespace:
-    """The three sections that the loader reads."""
+    """The sections that the loader and the checks read."""
     settings = {"shuffle": 4, "uncond_rate": 0.5} | settings
     return SimpleNamespace(
         run=Run(name="test", seed=seed),
         data=Data(shards=str(folder), batch_size=batch_size, **settings),
         train=Train(steps=1, grad_accum=grad_accum),
+        backbone=SimpleNamespace(name="fake"),
     )
 
 
@@ -222,7 +216,7 @@ def fake_tokenizer(**other) -> SimpleNamespace:
 
 
 def test_preflight_accepts_what_fits(folder):
-    loader.preflight(make_recipe(folder, num_workers=2), fake_tokenizer(), world_size=2)
+    checks.preflight(make_recipe(folder, num_workers=2), fake_tokenizer(), caption_encoder, world_size=2)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +229,7 @@ def test_preflight_accepts_what_fits(folder):
 )
 def test_preflight_names_both_sides_of_a_mismatch(folder, other, sentence):
     with pytest.raises(ValueError, match=sentence):
-        loader.preflight(make_recipe(folder), fake_tokenizer(**other), world_size=1)
+        checks.preflight(make_recipe(folder), fake_tokenizer(**other), caption_encoder, world_size=1)
 
 
 @pytest.mark.parametrize(
@@ -246,25 +240,23 @@ def test_preflight_names_both_sides_of_a_mismatch(folder, other, sentence):
         (caption_encoder, "holds images of numbered classes, but the fake backbone takes captions"),
     ],
 )
-def test_classes_are_for_a_backbone_of_as_many_classes(tmp_path, monkeypatch, encoder, sentence):
+def test_classes_are_for_a_backbone_of_as_many_classes(tmp_path, encoder, sentence):
     """A text-conditional model would be trained on the captions 0, 1 and 2, without a word."""
     folder = write_set(tmp_path / "set", [2])
     Manifest.read(folder).model_copy(update={"classes": ("cat", "dog", "owl")}).write(folder)
     recipe = make_recipe(folder)
-    recipe.backbone = SimpleNamespace(name="fake")
-    monkeypatch.setattr(loader.backbones, "caption_encoder", lambda section: encoder)
     if sentence is None:
-        loader.preflight(recipe, fake_tokenizer(), world_size=1)
+        checks.preflight(recipe, fake_tokenizer(), encoder, world_size=1)
     else:
         with pytest.raises(ValueError, match=sentence):
-            loader.preflight(recipe, fake_tokenizer(), world_size=1)
+            checks.preflight(recipe, fake_tokenizer(), encoder, world_size=1)
 
 
 def test_fewer_shards_than_readers_are_noted(folder, capsys):
     """webdataset would give some ranks nothing, in silence; here they begin at other places of the same shards."""
-    loader.preflight(make_recipe(folder, num_workers=2), fake_tokenizer(), world_size=2)
+    checks.preflight(make_recipe(folder, num_workers=2), fake_tokenizer(), caption_encoder, world_size=2)
     assert not capsys.readouterr().out
-    loader.preflight(make_recipe(folder, batch_size=16, num_workers=3), fake_tokenizer(), world_size=2)
+    checks.preflight(make_recipe(folder, batch_size=16, num_workers=3), fake_tokenizer(), caption_encoder, world_size=2)
     assert "has 4 shards for 6 readers" in capsys.readouterr().out
 
 
@@ -273,7 +265,7 @@ def test_shards_without_codes_are_refused(tmp_path):
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"codes": None}))
     with pytest.raises(ValueError, match="no image codes; run data_tools/encode_codes.py"):
-        loader.preflight(make_recipe(folder), fake_tokenizer(), world_size=1)
+        checks.preflight(make_recipe(folder), fake_tokenizer(), caption_encoder, world_size=1)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -349,10 +341,10 @@ def test_the_order_of_several_sets_is_the_same_for_any_ranks_and_readers(three, 
 
 def test_every_rank_gets_of_every_set():
     """The rows of a set are spread over the batch, not put at its beginning."""
-    owners = [number for number, _ in shard_mixture.spread([8, 4, 4])]
+    owners = [number for number, _ in shard_mixture.spread_rows([8, 4, 4])]
     for rank in range(4):
         assert sorted(owners[4 * rank : 4 * rank + 4]) == [0, 0, 1, 2]
-    assert sorted(shard_mixture.spread([3, 2])) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+    assert sorted(shard_mixture.spread_rows([3, 2])) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
 
 
 def test_rows_add_up_to_the_batch_and_follow_the_weights():
@@ -363,28 +355,28 @@ def test_rows_add_up_to_the_batch_and_follow_the_weights():
             for number, weight in enumerate(rng.uniform(0.5, 2, rng.integers(1, 6)))
         }
         rows = int(rng.integers(16, 300))
-        shares = shard_mixture.apportion(weights, rows)
+        shares = shard_mixture.apportion_rows(weights, rows)
         assert sum(shares.values()) == rows
         assert all(abs(shares[name] - rows * weights[name] / sum(weights.values())) < 1 for name in weights)
     with pytest.raises(
         ValueError, match="data.shards: b has weight 0.01 of 1.01, less than one row of data.batch_size 4"
     ):
-        shard_mixture.apportion({"a": 1, "b": 0.01}, 4)
+        shard_mixture.apportion_rows({"a": 1, "b": 0.01}, 4)
 
 
 def test_preflight_looks_at_every_set(three, tmp_path):
     recipe = with_sets(make_recipe(three[0], batch_size=8), {str(folder): 1.0 for folder in three})
-    one = loader.preflight(recipe, fake_tokenizer(), world_size=2)
-    assert one != loader.preflight(
-        with_sets(recipe, {str(folder): 1.0 for folder in three[:2]}), fake_tokenizer(), world_size=2
+    one = checks.preflight(recipe, fake_tokenizer(), caption_encoder, world_size=2)
+    assert one != checks.preflight(
+        with_sets(recipe, {str(folder): 1.0 for folder in three[:2]}), fake_tokenizer(), caption_encoder, world_size=2
     )
     other = write_set(tmp_path / "other", [3, 3])
     manifest = Manifest.read(other)
     codes = manifest.codes.model_copy(update={"weight_hash": "b" * 64})
     manifest.model_copy(update={"codes": codes}).write(other)
     with pytest.raises(ValueError, match=f"image tokenizer weights: {other} was encoded with"):
-        loader.preflight(
-            with_sets(recipe, {str(three[0]): 1.0, str(other): 1.0}), fake_tokenizer(), world_size=2
+        checks.preflight(
+            with_sets(recipe, {str(three[0]): 1.0, str(other): 1.0}), fake_tokenizer(), caption_encoder, world_size=2
         )
 
 
@@ -470,7 +462,7 @@ def test_a_missing_shard_is_skipped_sample_by_sample(damaged):
 def test_nothing_whole_in_a_set_is_an_error(tmp_path):
     folder = write_set(tmp_path / "set", [4])
     damage(folder, "00000.tar", {f"{number:09d}" for number in range(4)}, without_caption)
-    with pytest.raises(ValueError, match="no txt member; and there is no whole sample in the set"):
+    with pytest.raises(ValueError, match="no txt member; and the set has no good sample"):
         skipping(folder, 1)
 
 

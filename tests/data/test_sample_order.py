@@ -6,8 +6,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from mmtensorar.data.loader import shares
-from mmtensorar.data.sample_order import Block, Order, Place
+from mmtensorar.data.loader import worker_rows
+from mmtensorar.data.sample_order import Block, Location, Order
 
 CASES = [
     ([5], 1, 0),
@@ -22,9 +22,9 @@ CASES = [
 @pytest.mark.parametrize(("counts", "rows", "shuffle"), CASES)
 def test_every_epoch_holds_every_sample_once(counts, rows, shuffle):
     order = Order(counts, rows=rows, seed=1, shuffle=shuffle)
-    whole = {Place(shard, sample) for shard, count in enumerate(counts) for sample in range(count)}
+    whole = {Location(shard, sample) for shard, count in enumerate(counts) for sample in range(count)}
     for epoch in range(3):
-        found = [order.place(position) for position in range(epoch * order.total, (epoch + 1) * order.total)]
+        found = [order.location(position) for position in range(epoch * order.total, (epoch + 1) * order.total)]
         assert len(found) == len(whole) and set(found) == whole
 
 
@@ -32,12 +32,12 @@ def test_every_epoch_holds_every_sample_once(counts, rows, shuffle):
 def test_a_block_is_read_along_its_shards(counts, rows, shuffle):
     """So reading is sequential: a shard of a block comes once, its samples rising, and the next block goes on behind it."""
     order = Order(counts, rows=rows, seed=1, shuffle=shuffle)
-    lanes: dict[int, list[Place]] = {}
+    lanes: dict[int, list[Location]] = {}
     for position in range(order.total):
         block, index = order.block(position)
-        assert 0 <= index < len(order.places(block)) <= max(1, shuffle // rows)
+        assert 0 <= index < len(order.locations(block)) <= max(1, shuffle // rows)
         if index == 0:
-            lanes.setdefault(block.lane, []).extend(order.places(block))
+            lanes.setdefault(block.lane, []).extend(order.locations(block))
     for places in lanes.values():
         for before, after in zip(places, places[1:], strict=False):
             assert (after.shard == before.shard and after.sample == before.sample + 1) or (
@@ -49,14 +49,14 @@ def test_a_block_is_read_along_its_shards(counts, rows, shuffle):
 
 def test_seed_and_epoch_change_the_order():
     counts = [10] * 10
-    orders = [[Order(counts, rows=5, seed=seed, shuffle=50).place(p) for p in range(200)] for seed in (1, 2)]
+    orders = [[Order(counts, rows=5, seed=seed, shuffle=50).location(p) for p in range(200)] for seed in (1, 2)]
     assert orders[0] != orders[1] and orders[0][:100] != orders[0][100:]
-    assert orders[0] == [Order(counts, rows=5, seed=1, shuffle=50).place(p) for p in range(200)]
+    assert orders[0] == [Order(counts, rows=5, seed=1, shuffle=50).location(p) for p in range(200)]
 
 
 def test_a_block_is_permuted():
     order = Order([1000], rows=1, seed=0, shuffle=100)
-    given = order.given_out(Block(0, 0, 3))
+    given = order.output_order(Block(0, 0, 3))
     assert sorted(given) == list(range(100)) and list(given) != list(range(100))
 
 
@@ -75,7 +75,7 @@ def test_a_job_of_1024_ranks_and_8_readers_each():
     order = Order(counts, rows=batch_size, seed=0, shuffle=100_000)
     rows = np.zeros(batch_size, int)
     for rank in range(1024):
-        readers = shares(batch_size, 1, rank, 1024, 8)
+        readers = worker_rows(batch_size, 1, rank, 1024, 8)
         assert len(readers) == 8
         for ((first, stop),) in readers:
             assert stop - first == 2
@@ -85,7 +85,7 @@ def test_a_job_of_1024_ranks_and_8_readers_each():
     bounds = np.array([order._bounds(Block(0, lane, 0))[0] for lane in range(batch_size)] + [order.total])
     lengths = np.diff(bounds)
     assert bounds[0] == 0 and lengths.sum() == counts.sum() and lengths.max() - lengths.min() <= 1
-    some = [order.place(position) for position in np.random.default_rng(1).integers(0, 3 * order.total, 200)]
+    some = [order.location(position) for position in np.random.default_rng(1).integers(0, 3 * order.total, 200)]
     assert all(0 <= place.sample < counts[place.shard] for place in some)
     memory = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

@@ -11,14 +11,16 @@ from PIL import Image
 
 from mmtensorar import files
 from mmtensorar.data import shards
-from mmtensorar.data.shards import (
-    Manifest,
-    Sample,
-    Staging,
-    iterate_tar,
-    square,
-    write_tar,
+from mmtensorar.data.members import (
+    check_features,
+    decode_caption,
+    decode_codes,
+    decode_features,
+    encode_codes,
+    encode_features,
 )
+from mmtensorar.data.pictures import center_square, decode_picture
+from mmtensorar.data.shards import Manifest, Sample, Staging, iterate_tar, write_tar
 
 SAMPLES = [Sample("a", {"txt": b"one", "json": b"{}"}), Sample("b", {"txt": b"two"})]
 
@@ -79,7 +81,7 @@ def test_a_damaged_header_is_noticed(tmp_path):
 @pytest.mark.parametrize(
     ("members", "expected"),
     [
-        ([("a.txt", b"1"), ("a.txt", b"2")], "sample a: member a.txt is there twice"),
+        ([("a.txt", b"1"), ("a.txt", b"2")], "sample a: member a.txt occurs twice"),
         ([("a.txt", b"1"), ("b.txt", b"2"), ("a.json", b"{}")], "sample a: its members are not together"),
         ([("../a.txt", b"1")], "is a path"),
         ([("folder/a.txt", b"1")], "is a path"),
@@ -130,7 +132,7 @@ def test_the_writer_refuses_what_the_reader_would(tmp_path):
 
 def test_codes_round_trip():
     codes = np.arange(6, dtype=np.uint16).reshape(1, 3, 2)
-    assert np.array_equal(shards.decode_codes(shards.encode_codes(codes), "here"), codes)
+    assert np.array_equal(decode_codes(encode_codes(codes), "here"), codes)
 
 
 def npy(array, **options) -> bytes:
@@ -166,7 +168,7 @@ MALICIOUS = {
 @pytest.mark.parametrize("content", MALICIOUS.values(), ids=MALICIOUS)
 def test_only_plain_uint16_arrays_are_codes(content):
     with pytest.raises(ValueError, match="^here: codes.npy"):
-        shards.decode_codes(content, "here")
+        decode_codes(content, "here")
 
 
 def test_random_damage_to_codes_is_always_a_sentence():
@@ -175,7 +177,7 @@ def test_random_damage_to_codes_is_always_a_sentence():
         content = bytearray(whole)
         content[rng.integers(8, 80)] = rng.integers(256)
         try:
-            shards.decode_codes(bytes(content), "here")
+            decode_codes(bytes(content), "here")
         except ValueError as error:
             assert str(error).startswith("here: codes.npy")
 
@@ -183,12 +185,12 @@ def test_random_damage_to_codes_is_always_a_sentence():
 def test_features_round_trip_and_are_checked():
     """A feature that is not finite would end in a loss that is not, far from its cause."""
     features = np.arange(6, dtype=np.float16).reshape(3, 2)
-    assert np.array_equal(shards.decode_features(shards.encode_features(features), "here"), features)
+    assert np.array_equal(decode_features(encode_features(features), "here"), features)
     for wrong in (npy(features.astype(np.float32)), npy(features[None]), b""):
         with pytest.raises(ValueError, match="^here: t5.npy"):
-            shards.decode_features(wrong, "here")
+            decode_features(wrong, "here")
     expected = shards.TextFeatures(text_encoder="x", weight_hash="y", width=2, max_tokens=3, cleaning="none")
-    shards.check_features(features, expected, "here")
+    check_features(features, expected, "here")
     for wrong, sentence in (
         (np.zeros((4, 2), np.float16), r"t5.npy has shape \[4, 2\], the manifest says \[1 to 3, 2\]"),
         (np.zeros((0, 2), np.float16), r"t5.npy has shape \[0, 2\]"),
@@ -198,7 +200,7 @@ def test_features_round_trip_and_are_checked():
         with pytest.raises(
             ValueError, match=f"^here: {sentence}|^here: t5.npy holds numbers that are {sentence}"
         ):
-            shards.check_features(wrong, expected, "here")
+            check_features(wrong, expected, "here")
 
 
 def picture(mode="RGB", size=(4, 3), kind="PNG", **options) -> bytes:
@@ -209,7 +211,7 @@ def picture(mode="RGB", size=(4, 3), kind="PNG", **options) -> bytes:
 
 def test_transparent_parts_become_white():
     """A bare conversion would show whatever colour lies under them, mostly black."""
-    image = shards.decode_image(picture("RGBA"), "here")
+    image = decode_picture(picture("RGBA"), "here")
     assert image.mode == "RGB" and image.getpixel((0, 0)) == (255, 255, 255)
 
 
@@ -217,8 +219,8 @@ def test_upright_follows_the_exif_orientation():
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned by a quarter
     content = picture(kind="JPEG", exif=exif)
-    assert shards.decode_image(content, "here").size == (4, 3)
-    assert shards.decode_image(content, "here", upright=True).size == (3, 4)
+    assert decode_picture(content, "here").size == (4, 3)
+    assert decode_picture(content, "here", upright=True).size == (3, 4)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +236,7 @@ def test_upright_follows_the_exif_orientation():
 )
 def test_unreadable_images_are_a_sentence(content, reason):
     with pytest.raises(ValueError, match=f"^here: unreadable image .*{reason}|^here: {reason} image"):
-        shards.decode_image(content, "here")
+        decode_picture(content, "here")
 
 
 @pytest.mark.parametrize(
@@ -242,7 +244,7 @@ def test_unreadable_images_are_a_sentence(content, reason):
 )
 def test_captions_are_short_utf8(content, reason):
     with pytest.raises(ValueError, match=f"^here: the caption .*{reason}"):
-        shards.decode_caption(content, "here")
+        decode_caption(content, "here")
 
 
 # ---- manifest --------------------------------------------------------------------------------
@@ -364,9 +366,9 @@ def test_a_square_is_the_centre_scaled_as_in_training():
     stripes = np.zeros((4, 8, 3), np.uint8)
     stripes[:, 2:4], stripes[:, 4:6] = 100, 200  # the centre's left and right half
     stripes[::2, 2:6] += 40
-    small = square(Image.fromarray(stripes), 2)
+    small = center_square(Image.fromarray(stripes), 2)
     assert np.asarray(small)[..., 0].tolist() == [[120, 220], [120, 220]]
     for size in ((64, 64), (130, 70), (71, 300), (20, 31)):
-        assert square(Image.new("RGB", size, "red"), 64).size == (64, 64)
+        assert center_square(Image.new("RGB", size, "red"), 64).size == (64, 64)
     same = Image.fromarray(np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8))
-    assert (np.asarray(square(same, 64)) == np.asarray(same)).all()
+    assert (np.asarray(center_square(same, 64)) == np.asarray(same)).all()

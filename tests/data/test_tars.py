@@ -13,8 +13,8 @@ from mmtensorar.data.shards import Sample
 
 
 def pairs(path: Path) -> list[tuple[str, bytes]]:
-    with tars.opened(path) as file:
-        return [(member.name, tars.content(file, member, path)) for member in tars.members(file, path)]
+    with tars.TarReader(path) as file:
+        return [(member.name, tars.read_content(file, member, path)) for member in tars.iterate_members(file, path)]
 
 
 def write(path: Path, entries: dict[str, bytes], **options) -> Path:
@@ -61,13 +61,13 @@ def test_any_sample_is_read_without_those_before_it(tmp_path):
     assert [s.members for s in shards.read_samples(path, starts, [5], ("txt",))] == [{"txt": b"5"}]
 
 
-@pytest.mark.parametrize("cut", range(1, 40))
-def test_a_cut_is_found_wherever_it_is(tmp_path, cut):
+def test_a_cut_is_found_wherever_it_is(tmp_path):
     whole = write(tmp_path / "a.tar", ENTRIES, format=tarfile.USTAR_FORMAT).read_bytes()
     path = tmp_path / "cut.tar"
-    path.write_bytes(whole[: len(ENTRIES) * 512 * 2 * cut // 40])
-    with pytest.raises(tars.Damage, match="damaged or cut after"):
-        pairs(path)
+    for cut in range(1, 40):
+        path.write_bytes(whole[: len(ENTRIES) * 512 * 2 * cut // 40])
+        with pytest.raises(tars.Damage):
+            pairs(path)
 
 
 def test_a_changed_header_is_found(tmp_path):
@@ -111,7 +111,7 @@ def test_sizes_are_not_believed(tmp_path):
     with pytest.raises(tars.Damage, match="an extended header of 4294967296 bytes"):
         pairs(path)
     path.write_bytes(header(b"a.txt", -512) + bytes(1536))  # int() reads a sign too: this one would never end
-    with pytest.raises(tars.Damage, match="no header of a member"):
+    with pytest.raises(tars.Damage, match="expected a member's header"):
         pairs(path)
     record = b"22 size=99999999999999\n"
     path.write_bytes(

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mmtensorar.data import loader, url_cache
+from mmtensorar.data import checks, loader, url_cache
 from mmtensorar.data.shards import Manifest, Shard
 from mmtensorar.data.url_cache import Cache
 from mmtensorar.recipe import Data, Run, Train
@@ -25,6 +25,8 @@ from tests.data.test_loader import (
     make_recipe,
     write_set,
 )
+
+pytestmark = pytest.mark.server
 
 
 class Server(ThreadingHTTPServer):
@@ -112,7 +114,7 @@ def cache(folder: Path, max_bytes: int = 10**7, **settings) -> Cache:
 
 
 def fetch(cache: Cache, server: Server, shard: Shard) -> None:
-    with cache.opened(server.url, shard) as path:
+    with cache.local_path(server.url, shard) as path:
         assert path.read_bytes() == server.files[shard.name]
 
 
@@ -167,7 +169,7 @@ def test_a_nobody_at_home_is_a_sentence(tmp_path, server):
     server.shutdown()
     server.server_close()
     with pytest.raises(ValueError, match="3 attempts failed, the last with: .*[Rr]efused"):
-        with cache(tmp_path).opened(url, shard):
+        with cache(tmp_path).local_path(url, shard):
             pass
 
 
@@ -205,7 +207,7 @@ def test_the_bound_is_kept_and_the_longest_unused_goes(tmp_path, server):
 def test_a_shard_in_use_is_never_removed(tmp_path, server):
     one, two = put(server, "00000.tar", 100_000), put(server, "00001.tar", 100_000, seed=1)
     small = cache(tmp_path, 150_000)
-    with small.opened(server.url, one) as path:
+    with small.local_path(server.url, one) as path:
         with pytest.raises(
             ValueError, match="no room for its 100000 bytes: the 150000 of data.cache_gb are in use"
         ):
@@ -224,7 +226,7 @@ def test_files_of_others_are_left_alone(tmp_path, server):
 
 
 def in_process(folder: Path, url: str, shard: Shard, max_bytes: int = 10**7) -> None:
-    with cache(folder, max_bytes, timeout_s=5).opened(url, shard) as path:
+    with cache(folder, max_bytes, timeout_s=5).local_path(url, shard) as path:
         assert hashlib.sha256(path.read_bytes()).hexdigest() == shard.sha256
 
 
@@ -234,6 +236,7 @@ def start(*arguments) -> multiprocessing.Process:
     return process
 
 
+@pytest.mark.launch
 def test_of_two_processes_one_downloads_and_both_read(tmp_path, server):
     shard = put(server, "00000.tar")
     server.trouble["00000.tar"] = ["slow"]
@@ -244,6 +247,7 @@ def test_of_two_processes_one_downloads_and_both_read(tmp_path, server):
     assert len(server.requests) == 1
 
 
+@pytest.mark.launch
 def test_many_processes_in_a_small_cache_all_read_what_they_want(tmp_path, server):
     shards = [put(server, f"{number:05d}.tar", 50_000, seed=number) for number in range(8)]
     processes = [start(tmp_path, server.url, shards[number % 8], 170_000) for number in range(16)]
@@ -253,6 +257,7 @@ def test_many_processes_in_a_small_cache_all_read_what_they_want(tmp_path, serve
     assert sum(stored(tmp_path).values()) <= 170_000
 
 
+@pytest.mark.launch
 def test_a_download_that_was_killed_is_gone_on_with(tmp_path, server):
     shard = put(server, "00000.tar", 3_000_000)
     server.trouble["00000.tar"] = ["slow"]
@@ -366,15 +371,15 @@ def test_object_stores_go_through_fsspec(tmp_path, monkeypatch):
         tmp_path / f"{hashlib.sha256(f's3://bucket/00000.tar {shard.sha256}'.encode()).hexdigest()[:32]}.part"
     )
     partial.write_bytes(content[:1_000_000])
-    with cache(tmp_path).opened("s3://bucket", shard) as path:
+    with cache(tmp_path).local_path("s3://bucket", shard) as path:
         assert path.read_bytes() == content
-    total, start, pieces = url_cache._opened("s3://bucket/00000.tar", 2_000_000, 1)
+    total, start, pieces = url_cache._open_url("s3://bucket/00000.tar", 2_000_000, 1)
     assert (total, start, b"".join(pieces)) == (3_000_000, 2_000_000, content[2_000_000:])
     with pytest.raises(ValueError, match="s3://bucket/1.tar: "):
-        with cache(tmp_path).opened("s3://bucket", shard.model_copy(update={"name": "1.tar"})):
+        with cache(tmp_path).local_path("s3://bucket", shard.model_copy(update={"name": "1.tar"})):
             pass
     with pytest.raises(OSError, match="ended after 5 of 9 bytes"):
-        list(url_cache._pieces(io.BytesIO(b"12345"), 9))
+        list(url_cache._chunks(io.BytesIO(b"12345"), 9))
 
 
 # ---- training on a set at a URL ----------------------------------------------------------------
@@ -422,6 +427,6 @@ def test_a_cache_too_small_for_the_lanes_is_refused_at_the_start(tmp_path, serve
     with pytest.raises(
         ValueError, match="data.cache_gb is 5e-05, but at the same time 4 of http.* are read here: set it to"
     ):
-        loader.preflight(recipe, fake_tokenizer(), world_size=1)
+        checks.preflight(recipe, fake_tokenizer(), caption_encoder, world_size=1)
     recipe = make_recipe(server.url, batch_size=4, cache=str(tmp_path / "cache"), cache_gb=1)
-    assert loader.preflight(recipe, fake_tokenizer(), world_size=1) == Manifest.read(served).fingerprint
+    assert checks.preflight(recipe, fake_tokenizer(), caption_encoder, world_size=1) == Manifest.read(served).fingerprint

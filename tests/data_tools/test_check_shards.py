@@ -8,14 +8,8 @@ import numpy as np
 import pytest
 
 from data_tools import check_shards, inspect_shards, make_shards
-from mmtensorar.data import shards
-from mmtensorar.data.shards import (
-    Manifest,
-    Sample,
-    iterate_tar,
-    sample_starts,
-    write_tar,
-)
+from mmtensorar.data.pictures import decode_picture
+from mmtensorar.data.shards import Manifest, Sample, iterate_tar, sample_starts, write_tar
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -226,7 +220,7 @@ def test_plain_webdataset_reads_the_shards(whole):
     assert [key for key, *_ in found] == [sample.key for sample in ours]
     for (_, image, caption, meta), sample in zip(found, ours, strict=True):
         assert caption.encode() == sample.members["txt"] and meta == json.loads(sample.members["json"])
-        assert np.array_equal(np.asarray(image), np.asarray(shards.decode_image(sample.members["jpg"], "")))
+        assert np.array_equal(np.asarray(image), np.asarray(decode_picture(sample.members["jpg"], "")))
 
 
 def test_datasets_reads_the_shards(whole, tmp_path, monkeypatch):
@@ -242,5 +236,5 @@ def test_datasets_reads_the_shards(whole, tmp_path, monkeypatch):
     for row, sample in zip(found, ours, strict=True):
         assert row["__key__"] == sample.key and row["txt"].encode() == sample.members["txt"]
         assert np.array_equal(
-            np.asarray(row["jpg"]), np.asarray(shards.decode_image(sample.members["jpg"], ""))
+            np.asarray(row["jpg"]), np.asarray(decode_picture(sample.members["jpg"], ""))
         )

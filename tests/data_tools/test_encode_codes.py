@@ -11,17 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from data_tools import check_shards, encode_codes, make_shards
+from data_tools import check_shards, encode_codes, make_shards, pipeline
 from mmtensorar import image_tokenizers
-from mmtensorar.data.shards import (
-    Manifest,
-    Sample,
-    Staging,
-    decode_codes,
-    decode_image,
-    iterate_tar,
-    write_tar,
-)
+from mmtensorar.data.members import decode_codes
+from mmtensorar.data.pictures import decode_picture
+from mmtensorar.data.shards import Manifest, Sample, Staging, iterate_tar, write_tar
 from mmtensorar.image_tokenizers import llamagen_vq
 from tests.helpers.fakes import write_tiny_janus
 
@@ -84,6 +78,7 @@ def on_two_ranks(folder: Path, vq: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
 
 
+@pytest.mark.launch
 def test_two_ranks_go_on_where_one_stopped_and_end_with_the_same_bytes(tmp_path, plain, vq, monkeypatch):
     alone, together = copy(plain, tmp_path / "alone"), copy(plain, tmp_path / "together")
     assert encode(alone, vq) == 0
@@ -132,7 +127,7 @@ def test_codes_written_in_one_pass_are_those_added_afterwards(tmp_path, plain, v
         "--out",
         str(tmp_path / "set"),
     ]
-    real, calls = make_shards.add_codes, []
+    real, calls = pipeline.add_codes, []
 
     def interrupted(*rest):
         calls.append(rest)
@@ -140,7 +135,7 @@ def test_codes_written_in_one_pass_are_those_added_afterwards(tmp_path, plain, v
             raise KeyboardInterrupt
         return real(*rest)
 
-    monkeypatch.setattr(make_shards, "add_codes", interrupted)
+    monkeypatch.setattr(pipeline, "add_codes", interrupted)
     assert make_shards.main(arguments) == 130
     assert make_shards.main(arguments) == 0 and len(calls) == 6
     tars, others = (
@@ -227,7 +222,7 @@ def test_each_crop_is_encoded_as_it_would_be_alone(tmp_path, vq, crops):
     image_tokenizer = image_tokenizers.load(image_tokenizers.section({"name": "janus_vq", "path": str(vq)}))
     for shard in Manifest.read(folder).shards:
         for sample in iterate_tar(folder / shard.name):
-            pixels = image_tokenizers.to_pixels([decode_image(sample.members["jpg"], "")])
+            pixels = image_tokenizers.to_pixels([decode_picture(sample.members["jpg"], "")])
             if crops == 2:
                 expected = [pixels, pixels.flip(-1)]
             else:

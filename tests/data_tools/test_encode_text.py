@@ -15,15 +15,9 @@ from data_tools import check_shards, encode_text
 from mmtensorar import backbones
 from mmtensorar.backbones import llamagen
 from mmtensorar.captions import encoders
-from mmtensorar.data import loader, shards
-from mmtensorar.data.shards import (
-    Codes,
-    Manifest,
-    Sample,
-    encode_codes,
-    iterate_tar,
-    write_tar,
-)
+from mmtensorar.data import checks, loader
+from mmtensorar.data.members import decode_features, encode_codes, encode_features
+from mmtensorar.data.shards import Codes, Manifest, Sample, iterate_tar, write_tar
 from mmtensorar.recipe import Data, Run, Train
 from tests.helpers.fakes import tiny_llamagen, write_tiny_janus, write_tiny_t5
 
@@ -115,7 +109,8 @@ def make_recipe(
 
 def preflight(recipe) -> None:
     image_tokenizer = SimpleNamespace(name="fake", weight_hash="a" * 64, grid=(3, 3), factor_sizes=(11,))
-    loader.preflight(recipe, image_tokenizer, world_size=1)
+    encoder = backbones.caption_encoder(recipe.backbone)
+    checks.preflight(recipe, image_tokenizer, encoder, world_size=1)
 
 
 # ---- what is written -------------------------------------------------------------------------
@@ -132,7 +127,7 @@ def test_only_the_real_tokens_are_stored_and_their_bytes_are_told(folder, t5, ca
         "max_tokens": 5,
         "cleaning": "lower",
     }
-    features = [shards.decode_features(sample["t5.npy"], "") for sample in members(folder)]
+    features = [decode_features(sample["t5.npy"], "") for sample in members(folder)]
     assert [row.shape for row in features] == [(length, 6) for length in LENGTHS]
     reference = encoders.T5Features(str(t5), num_slots=5, dim=6, cleaning="lower")
     for caption, row in zip(CAPTIONS, features, strict=True):
@@ -247,7 +242,7 @@ def test_what_the_manifest_and_the_recipe_disagree_on_is_named(folder, t5, backb
         ):
             preflight(make_recipe(folder, backbone, text_encoder, "cached", caption_cleaning=cleaning))
     assert encode(folder, t5, "--max-tokens", "4") == 0
-    with pytest.raises(ValueError, match="tokens a caption up to: .* has 4 .* backbone 5;"):
+    with pytest.raises(ValueError, match="most tokens of a caption: .* has 4 .* backbone 5;"):
         preflight(make_recipe(folder, backbone, t5, "cached"))
     copy = tmp_path / "copy"
     write_tiny_t5(copy)
@@ -304,7 +299,7 @@ def test_features_that_float16_cannot_hold_are_refused(folder, t5, tmp_path, cap
         ({"t5.npy": None}, "no t5.npy, but the manifest says that the set has text features"),
         ({"t5.npy": b"\x80\x04."}, "t5.npy is not a plain numpy array"),
         (
-            {"t5.npy": shards.encode_features(np.zeros((6, 6), np.float16))},
+            {"t5.npy": encode_features(np.zeros((6, 6), np.float16))},
             "has shape [6, 6], the manifest says [1 to",
         ),
     ],

@@ -13,15 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from data_tools import check_shards, encode_codes, make_shards
+from data_tools import check_shards, encode_codes, make_shards, pipeline
 from mmtensorar import image_tokenizers
-from mmtensorar.data import shards
-from mmtensorar.data.shards import (
-    Manifest,
-    Sample,
-    iterate_tar,
-    write_tar,
-)
+from mmtensorar.data import members
+from mmtensorar.data.members import decode_codes
+from mmtensorar.data.pictures import decode_picture
+from mmtensorar.data.shards import Manifest, Sample, iterate_tar, write_tar
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -78,6 +75,7 @@ def pictures(tmp_path) -> Path:
 # ---- make_shards -----------------------------------------------------------------------------
 
 
+@pytest.mark.launch
 def test_the_same_seed_gives_the_same_bytes_with_one_and_two_workers(tmp_path):
     """Run as a user runs it, from another folder."""
     for workers in ("1", "2"):
@@ -105,6 +103,7 @@ def test_the_same_seed_gives_the_same_bytes_with_one_and_two_workers(tmp_path):
     assert list(content(tmp_path / "1")) == ["00000.tar", "00001.tar", "00002.tar", "manifest.json"]
 
 
+@pytest.mark.launch
 def test_the_tool_starts_without_torch():
     """Worker processes import it again where processes are spawned; torch alone would cost seconds each."""
     command = (
@@ -135,7 +134,7 @@ def test_a_folder_keeps_picture_and_caption_together(tmp_path, pictures):
     samples = all_samples(tmp_path / "set")
     found = {}
     for sample in samples:
-        image = shards.decode_image(sample.members["jpg"], "")
+        image = decode_picture(sample.members["jpg"], "")
         assert image.size == (16, 16)
         found[sample.members["txt"].decode()] = image.getpixel((8, 8))
         meta = json.loads(sample.members["json"])
@@ -152,7 +151,7 @@ def test_the_shorter_side_is_resized_and_the_centre_is_kept(tmp_path, pictures):
     image.paste("lime", (32, 0, 64, 32))
     image.save(pictures / "b.png")
     assert make(tmp_path / "set", "--folder", pictures, "--image-size", 16) == 0
-    middle = np.asarray(shards.decode_image(all_samples(tmp_path / "set")[0].members["jpg"], ""))[:, 2:-2]
+    middle = np.asarray(decode_picture(all_samples(tmp_path / "set")[0].members["jpg"], ""))[:, 2:-2]
     assert (middle[..., 1] > 240).all() and (middle[..., 0] < 15).all()
 
 
@@ -201,7 +200,7 @@ def test_a_changed_folder_is_not_taken_for_the_old_one(tmp_path, pictures, capsy
 
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(tmp_path, monkeypatch, capsys):
     assert shapes(tmp_path / "whole") == 0
-    real, calls = make_shards.make_part, []
+    real, calls = pipeline.make_part, []
 
     def interrupted(*task):
         calls.append(task)
@@ -209,11 +208,11 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(tmp_path, monke
             raise KeyboardInterrupt
         return real(*task)
 
-    monkeypatch.setattr(make_shards, "make_part", interrupted)
+    monkeypatch.setattr(pipeline, "make_part", interrupted)
     assert shapes(tmp_path / "cut") == 130
     assert not (tmp_path / "cut" / "manifest.json").exists()
     assert shapes(tmp_path / "cut") == 0
-    assert "1 of 3 parts are there" in capsys.readouterr().out
+    assert "1 of 3 parts are finished" in capsys.readouterr().out
     assert content(tmp_path / "cut") == content(tmp_path / "whole") and len(calls) == 4
 
 
@@ -244,7 +243,7 @@ def test_a_bad_file_is_named(tmp_path, pictures, capsys, name, damage, expected)
     ("line", "expected"),
     [
         (b"{", "list.jsonl:2: not JSON"),
-        (b"[1]", "list.jsonl:2: expected"),
+        (b"[1]", "list.jsonl:2: holds list"),
         (b'{"image": "a.jpg"}', "list.jsonl:2: no caption in 'caption'; found 'image'"),
         (b'{"caption": "x"}', "list.jsonl:2: expected an image in 'image', found 'caption'"),
         (b'{"image": 1, "caption": "x"}', "list.jsonl:2: the image is int; expected a path"),
@@ -273,6 +272,7 @@ def test_missing_and_empty_sources_are_named(tmp_path, capsys):
     assert "no such file" in fails(capsys, make(tmp_path / "set", "--jsonl", tmp_path / "absent.jsonl"))
 
 
+@pytest.mark.launch
 def test_an_error_in_a_worker_process_is_a_sentence_too(tmp_path, pictures):
     (pictures / "b.png").write_bytes(b"no picture")
     command = [sys.executable, "data_tools/make_shards.py", "--folder", pictures, "--out", tmp_path / "set"]
@@ -329,7 +329,7 @@ def test_a_caption_that_is_no_class_number_is_listed(tmp_path, classes, capsys):
     assert make(tmp_path / "set", "--class-folder", classes, "--image-size", 16) == 0
     rewrite(tmp_path / "set", with_member("txt", b"3"))
     assert check_shards.main([str(tmp_path / "set")]) == 2
-    assert "sample 000000000: '3' is no number of the manifest's 3 classes" in capsys.readouterr().err
+    assert "sample 000000000: caption '3' is not a class number" in capsys.readouterr().err
 
 
 # ---- encode_codes ----------------------------------------------------------------------------
@@ -375,9 +375,9 @@ def test_codes_are_those_of_the_pictures(tmp_path, monkeypatch):
         "precision": "fp32",
     }
     for old, new in zip(before, all_samples(tmp_path / "set"), strict=True):
-        red = np.asarray(shards.decode_image(old.members["jpg"], ""))[..., 0] / 255
+        red = np.asarray(decode_picture(old.members["jpg"], ""))[..., 0] / 255
         expected = np.round(red.reshape(2, 8, 2, 8).mean((1, 3)).reshape(1, 4, 1) * 31)
-        assert np.abs(shards.decode_codes(new.members["codes.npy"], "") - expected).max() == 0
+        assert np.abs(decode_codes(new.members["codes.npy"], "") - expected).max() == 0
         assert old.members == {name: value for name, value in new.members.items() if name != "codes.npy"}
     assert check_shards.main([str(tmp_path / "set")]) == 0
 
@@ -446,8 +446,8 @@ def test_ten_crops_are_cached_per_picture(tmp_path, monkeypatch, capsys):
     assert encode(tmp_path / "set", FakeImageTokenizer(), monkeypatch, "--crops", "10") == 0
     assert Manifest.read(tmp_path / "set").codes.crops == 10
     for sample in all_samples(tmp_path / "set"):
-        codes = shards.decode_codes(sample.members["codes.npy"], "")
-        image = image_tokenizers.to_pixels([shards.decode_image(sample.members["jpg"], "")])[0]
+        codes = decode_codes(sample.members["codes.npy"], "")
+        image = image_tokenizers.to_pixels([decode_picture(sample.members["jpg"], "")])[0]
         alone = torch.cat(
             [FakeImageTokenizer().encode(crop[None]) for crop in encode_codes.crops_of(image, 16, 10)]
         )
@@ -473,7 +473,7 @@ def test_round_trip_with_the_janus_tokenizer_and_the_loader(tmp_path):
     from transformers.models.janus.modeling_janus import JanusVQVAE
 
     from mmtensorar import image_tokenizers
-    from mmtensorar.data import loader
+    from mmtensorar.data import checks, loader
     from mmtensorar.recipe import Data, Run, Train
 
     torch.manual_seed(0)
@@ -501,13 +501,14 @@ def test_round_trip_with_the_janus_tokenizer_and_the_loader(tmp_path):
         run=Run(name="test"),
         data=Data(shards=str(tmp_path / "set"), batch_size=4, uncond_rate=0),
         train=Train(steps=1),
+        backbone=SimpleNamespace(name="fake"),
     )
-    loader.preflight(recipe, image_tokenizer, world_size=2)
+    checks.preflight(recipe, image_tokenizer, lambda captions: captions, world_size=2)
     codes, captions, uncond, *_ = next(loader.stream(recipe, lambda captions: captions, rank=0, world_size=1))
     pictures = {
         sample.members["txt"].decode(): sample.members["jpg"] for sample in all_samples(tmp_path / "set")
     }
-    pixels = [np.asarray(shards.decode_image(pictures[caption], "")) for caption in captions]
+    pixels = [np.asarray(decode_picture(pictures[caption], "")) for caption in captions]
     pixels = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
     assert torch.equal(image_tokenizer.encode(pixels), codes) and not uncond.any()
     assert image_tokenizer.decode(codes).shape == pixels.shape
@@ -554,9 +555,9 @@ def tiny_jpeg() -> bytes:
             with_member("codes.npy", b"\x80\x04."),
             "00000.tar: sample 000000000: codes.npy is not a plain numpy array",
         ),
-        (with_member("codes.npy", shards.encode_codes(np.full((1, 4, 1), 32, np.uint16))), "holds code 32"),
+        (with_member("codes.npy", members.encode_codes(np.full((1, 4, 1), 32, np.uint16))), "holds code 32"),
         (
-            with_member("codes.npy", shards.encode_codes(np.zeros((1, 5, 1), np.uint16))),
+            with_member("codes.npy", members.encode_codes(np.zeros((1, 5, 1), np.uint16))),
             "has shape [1, 5, 1]",
         ),
         (lambda samples: samples[:1], "00000.tar: 1 samples, the manifest says 2"),
@@ -592,6 +593,7 @@ def test_every_problem_is_listed_not_only_the_first(tmp_path, capsys):
     )  # the tar is cut in that sample
 
 
+@pytest.mark.launch
 def test_hostile_and_missing_sets_are_one_sentence_from_the_command_line(tmp_path):
     """A member that leaves its folder, and a folder that is not a set."""
     assert shapes(tmp_path / "set") == 0

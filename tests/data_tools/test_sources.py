@@ -12,84 +12,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools import make_shards
-from mmtensorar.data import shards
+from data_tools import pipeline, sources
+from mmtensorar.data.pictures import decode_picture, encoded_picture
 from mmtensorar.data.shards import Manifest, iterate_tar
+from tests.helpers.sources import (
+    COLORS,
+    assert_right,
+    captions,
+    content,
+    fails,
+    fields,
+    made,
+    make,
+    picture,
+    write_tar,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
-COLORS = ("red", "lime", "blue", "white", "black", "yellow")
-
-
-def make(out: Path, *arguments: object) -> int:
-    return make_shards.main(["--image-size", "16", "--workers", "1", *map(str, arguments), "--out", str(out)])
-
-
-def made(out: Path) -> list[shards.Sample]:
-    return [sample for shard in Manifest.read(out).shards for sample in iterate_tar(out / shard.name)]
-
-
-def captions(out: Path) -> list[str]:
-    return sorted(sample.members["txt"].decode() for sample in made(out))
-
-
-def fields(out: Path) -> dict:
-    """The other fields of the first sample's row."""
-    return json.loads(json.loads(made(out)[0].members["json"])["fields"])
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-def fails(capsys, code: int) -> str:
-    sentence = capsys.readouterr().err
-    assert code == 2 and sentence.startswith("error: ") and sentence.count("\n") == 1, sentence
-    return sentence
-
-
-def picture(color: str, size: tuple[int, int] = (20, 20), kind: str = "PNG") -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", size, color).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def assert_right(out: Path, colors=COLORS) -> None:
-    """Every picture once, with the caption that names its colour."""
-    found = made(out)
-    assert sorted(sample.members["txt"].decode() for sample in found) == sorted(
-        f"a {color} picture" for color in colors
-    )
-    for sample in found:
-        expected = Image.new("RGB", (1, 1), sample.members["txt"].decode().split()[1]).getpixel((0, 0))
-        image = shards.picture(sample, sample.key, 16)
-        assert np.abs(np.subtract(image.getpixel((8, 8)), expected)).max() <= 4
-
-
-@pytest.fixture
-def files(tmp_path) -> Path:
-    folder = tmp_path / "files"
-    folder.mkdir()
-    for color in COLORS:
-        (folder / f"{color}.png").write_bytes(picture(color))
-    return folder
-
-
-@pytest.fixture
-def captioned(files) -> Path:
-    for color in COLORS:
-        (files / f"{color}.txt").write_text(f"a {color} picture")
-    return files
-
-
-def write_tar(path: Path, members: dict[str, bytes], kinds: dict[str, bytes] | None = None) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, value in members.items():
-            info = tarfile.TarInfo(name)
-            info.size, info.type = len(value), (kinds or {}).get(name, tarfile.REGTYPE)
-            tar.addfile(info, io.BytesIO(value))
-    return path
-
-
 # ---- sources ---------------------------------------------------------------------------------
 
 
@@ -251,14 +190,14 @@ def test_our_own_shards_can_be_sharded_again(tmp_path):
     [
         ({"a.txt": b"x"}, "sample a: expected one of jpeg, jpg, png, webp, found txt"),
         ({"a.png": b"", "a.txt": b"\xff"}, "sample a: the caption is not UTF-8"),
-        ({"a.png": b"", "a.json": b"[" * 100_000}, "sample a: the json member is not JSON"),
+        ({"a.png": b"", "a.json": b"[" * 100_000}, "sample a: the json member: not JSON"),
         ({"a.png": b""}, "sample a: no caption; expected a txt or json member, found png"),
         ({"a.png": b"", "a.cls": b"x"}, "sample a: cls holds 'x'; expected a class number"),
         (
             {"a.png": b"", "a.txt": b"x", "b.png": b"", "b.txt": b"x", "a.json": b"{}"},
             "its members are not together",
         ),
-        ({"a.png": b"", "a.txt": b"x", "a.PNG": b""}, "member a.PNG is there twice"),
+        ({"a.png": b"", "a.txt": b"x", "a.PNG": b""}, "member a.PNG occurs twice"),
     ],
 )
 def test_a_bad_sample_of_a_tar_is_named(tmp_path, capsys, members, expected):
@@ -317,7 +256,7 @@ def test_a_bad_parquet_file_is_named(tmp_path, capsys):
         pyarrow.parquet.write_table(table, path)
         assert expected in fails(capsys, make(tmp_path / "set", "--parquet", path))
     path.write_bytes(path.read_bytes()[:-20])
-    assert "not a whole Parquet file" in fails(capsys, make(tmp_path / "set", "--parquet", path))
+    assert "not a complete Parquet file" in fails(capsys, make(tmp_path / "set", "--parquet", path))
 
 
 # ---- captions --------------------------------------------------------------------------------
@@ -423,6 +362,7 @@ def test_what_is_left_out_is_counted_and_listed(tmp_path, mixed, capsys):
     }
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize(
     "size", [("--samples-per-shard", 2), ("--bytes-per-shard", "10K"), ("--samples-per-shard", 100)]
 )
@@ -443,7 +383,7 @@ def test_the_bytes_do_not_depend_on_the_workers_or_on_interruptions(tmp_path, mi
         [*command, "--out", tmp_path / "two"], check=True, cwd=ROOT, timeout=60, capture_output=True
     )
     for stage in ("make_part", "make_shard"):
-        real, calls = getattr(make_shards, stage), []
+        real, calls = getattr(pipeline, stage), []
 
         def interrupted(*task, real=real, calls=calls):
             if len(calls) == 1:
@@ -451,9 +391,9 @@ def test_the_bytes_do_not_depend_on_the_workers_or_on_interruptions(tmp_path, mi
             calls.append(task)
             return real(*task)
 
-        monkeypatch.setattr(make_shards, stage, interrupted)
+        monkeypatch.setattr(pipeline, stage, interrupted)
         make(tmp_path / "cut", *arguments)
-        monkeypatch.setattr(make_shards, stage, real)
+        monkeypatch.setattr(pipeline, stage, real)
     assert make(tmp_path / "cut", *arguments) == 0
     for suffix in ("", "_validation"):
         whole = content(tmp_path / f"one{suffix}")
@@ -694,6 +634,59 @@ def test_options_that_make_no_sense_are_refused(tmp_path, capsys, arguments, exp
     assert stopped.value.code == 2 and expected in capsys.readouterr().err
 
 
+# ---- a new source ----------------------------------------------------------------------------
+
+PLUG_IN = '''
+import io
+from functools import partial
+
+from PIL import Image
+
+from data_tools.sources import Item, Layout, Listing, Source
+
+
+def items(place: str, layout: Layout):
+    for number in range(layout.arguments["num_squares"]):
+        yield Item(str(number), partial(square, place, number), (f"square {number}",), {"source": "squares"})
+
+
+def square(color: str, number: int) -> Image.Image:
+    return Image.new("RGB", (20 + number, 20), color)
+
+
+def read(place: str, layout: Layout) -> Listing:
+    return Listing(items(place, layout))
+
+
+SOURCE = Source("--squares", "squares of a color", read, arguments={"--num-squares": {"type": int, "default": 3}})
+'''
+
+
+def test_a_source_is_one_file(tmp_path, monkeypatch, capsys):
+    """Its option, its own arguments and their rule come and go with the file; the set is as of any source."""
+    folder = tmp_path / "plug_ins"
+    folder.mkdir()
+    monkeypatch.setattr(sources, "__path__", [*sources.__path__, str(folder)])
+    arguments = ("--squares", "red", "--num-squares", 5)
+
+    def refusal(*arguments) -> str:
+        with pytest.raises(SystemExit):
+            make(tmp_path / "refused", *arguments)
+        return capsys.readouterr().err
+
+    assert "--squares" not in refusal(*arguments)
+    (folder / "squares.py").write_text(PLUG_IN)
+    assert make(tmp_path / "set", *arguments) == 0
+    manifest = Manifest.read(tmp_path / "set")
+    assert manifest.num_samples == 5 and manifest.source.startswith("squares red ")
+    captions = {sample.members["txt"] for sample in iterate_tar(tmp_path / "set" / "00000.tar")}
+    assert captions == {f"square {number}".encode() for number in range(5)}
+    assert "--num-squares goes with --squares" in refusal("--folder", tmp_path, "--num-squares", 5)
+    (folder / "squares.py").unlink()
+    monkeypatch.delitem(sys.modules, "data_tools.sources.squares")
+    assert "--squares" not in refusal(*arguments)
+
+
 # ---- what is made ----------------------------------------------------------------------------
 
 
@@ -712,7 +705,7 @@ def banner(tmp_path) -> Path:
 
 def pixels(out: Path) -> np.ndarray:
     (sample,) = made(out)
-    return np.asarray(shards.decode_image(shards.image_member(sample, ""), ""), np.int64)
+    return np.asarray(decode_picture(encoded_picture(sample, ""), ""), np.int64)
 
 
 def near(found: np.ndarray, color: str) -> bool:

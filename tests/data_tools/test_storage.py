@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from data_tools import make_shards, storage
+from data_tools import pipeline, storage
 from data_tools.executors import OnRay
 from mmtensorar.data.shards import Manifest
 from mmtensorar.data.url_cache import Cache
-from tests.data_tools.test_sources import (  # noqa: F401
+from tests.helpers.sources import (
     COLORS,
     assert_right,
     content,
@@ -27,6 +27,8 @@ from tests.data_tools.test_sources import (  # noqa: F401
     picture,
     write_tar,
 )
+
+pytestmark = pytest.mark.server
 
 pytest.importorskip("upath")
 
@@ -76,7 +78,7 @@ def upload(folder: Path, place) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_folder_in_a_store(tmp_path, captioned, store, workers):  # noqa: F811
+def test_a_folder_in_a_store(tmp_path, captioned, store, workers):
     (captioned / "note.md").write_text("left out")
     upload(captioned, store / "files")
     for name, place in {"disk": captioned, "store": store / "files"}.items():
@@ -85,7 +87,7 @@ def test_a_folder_in_a_store(tmp_path, captioned, store, workers):  # noqa: F811
     assert tars_of(content(tmp_path / "disk")) == tars_of(content(tmp_path / "store"))
 
 
-def test_a_missing_caption_in_a_store_is_named(tmp_path, captioned, store, capsys):  # noqa: F811
+def test_a_missing_caption_in_a_store_is_named(tmp_path, captioned, store, capsys):
     (captioned / "red.txt").unlink()
     upload(captioned, store / "files")
     assert f"{store}/files/red.png: no caption" in fails(
@@ -95,7 +97,7 @@ def test_a_missing_caption_in_a_store_is_named(tmp_path, captioned, store, capsy
     assert_right(tmp_path / "set", [color for color in COLORS if color != "red"])
 
 
-def test_a_table_in_a_store(tmp_path, files, store, capsys):  # noqa: F811
+def test_a_table_in_a_store(tmp_path, files, store, capsys):
     rows = [{"image": f"{color}.png", "caption": f"a {color} picture"} for color in COLORS]
     (files / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (files / "list.csv").write_text(
@@ -165,7 +167,7 @@ def test_a_saved_dataset_in_a_store(tmp_path, store):
     assert_right(tmp_path / "set")
 
 
-def test_a_folder_on_a_web_server(tmp_path, captioned):  # noqa: F811
+def test_a_folder_on_a_web_server(tmp_path, captioned):
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *arguments):
             pass
@@ -209,7 +211,7 @@ def doubled(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_a_set_in_a_store_has_the_content_of_one_on_a_disk(tmp_path, captioned, store, setting):  # noqa: F811
+def test_a_set_in_a_store_has_the_content_of_one_on_a_disk(tmp_path, captioned, store, setting):
     if setting == "regrouped":
         doubled(captioned)
     arguments = ["--folder", captioned, *SETTINGS[setting], "--workers", 2]
@@ -228,19 +230,19 @@ def test_a_set_in_a_store_has_the_content_of_one_on_a_disk(tmp_path, captioned, 
     assert found == expected  # and nothing unfinished is left
 
 
-def test_training_reads_what_was_made_in_a_store(tmp_path, captioned, store):  # noqa: F811
+def test_training_reads_what_was_made_in_a_store(tmp_path, captioned, store):
     assert make(store / "set", "--folder", captioned) == 0
     cache = Cache(tmp_path / "cache", 10**9)
     manifest = cache.manifest(f"{store}/set")
-    with cache.opened(f"{store}/set", manifest.shards[0]) as path:
+    with cache.local_path(f"{store}/set", manifest.shards[0]) as path:
         assert path.stat().st_size > 6000
     assert manifest.num_samples == len(COLORS)
 
 
-def test_an_interrupted_set_in_a_store_goes_on(tmp_path, captioned, store, monkeypatch, capsys):  # noqa: F811
+def test_an_interrupted_set_in_a_store_goes_on(tmp_path, captioned, store, monkeypatch, capsys):
     arguments = ["--folder", captioned, "--samples-per-shard", 2, "--deduplicate"]
     assert make(tmp_path / "set", *arguments) == 0
-    make_part, left = make_shards.make_part, [2]
+    make_part, left = pipeline.make_part, [2]
 
     def dying(*task):
         left[0] -= 1
@@ -248,16 +250,16 @@ def test_an_interrupted_set_in_a_store_goes_on(tmp_path, captioned, store, monke
             raise KeyboardInterrupt
         return make_part(*task)
 
-    monkeypatch.setattr(make_shards, "make_part", dying)
+    monkeypatch.setattr(pipeline, "make_part", dying)
     assert make(store / "set", *arguments) == 130
     monkeypatch.undo()
     capsys.readouterr()
     assert make(store / "set", *arguments) == 0
-    assert "2 of 3 parts are there" in capsys.readouterr().out
+    assert "2 of 3 parts are finished" in capsys.readouterr().out
     assert at(store / "set") == content(tmp_path / "set")
 
 
-def test_a_set_in_a_store_is_reused_and_replaced(tmp_path, captioned, store, capsys):  # noqa: F811
+def test_a_set_in_a_store_is_reused_and_replaced(tmp_path, captioned, store, capsys):
     arguments = ["--folder", captioned, "--samples-per-shard", 2]
     assert make(store / "set", *arguments) == 0
     assert make(store / "set", *arguments) == 0
@@ -268,7 +270,7 @@ def test_a_set_in_a_store_is_reused_and_replaced(tmp_path, captioned, store, cap
     assert sorted(at(store / "set")) == ["00000.tar", "00001.tar", "manifest.json"]
 
 
-def test_what_is_no_set_is_not_written_into(store, captioned, capsys):  # noqa: F811
+def test_what_is_no_set_is_not_written_into(store, captioned, capsys):
     (store / "set" / "other.txt").write_text("precious")
     assert "it has no manifest.json, but other.txt" in fails(
         capsys, make(store / "set", "--folder", captioned)
@@ -278,7 +280,7 @@ def test_what_is_no_set_is_not_written_into(store, captioned, capsys):  # noqa: 
 @pytest.mark.parametrize(
     "place", ["pipe:ls", "ftp://host/set", "file:///tmp/set", "http://host/set", "s3://bucket/set?x=1"]
 )
-def test_places_that_are_refused(place, captioned, capsys):  # noqa: F811
+def test_places_that_are_refused(place, captioned, capsys):
     with pytest.raises(SystemExit):
         make(place, "--folder", captioned)
     assert "argument --out: " in capsys.readouterr().err
@@ -290,7 +292,7 @@ def test_sources_that_are_refused(tmp_path, kind, place, capsys):
     assert "is refused" in fails(capsys, make(tmp_path / "set", f"--{kind}", place))
 
 
-def test_a_bucket_that_is_not_there(server, tmp_path, captioned, capsys):  # noqa: F811
+def test_a_bucket_that_is_not_there(server, tmp_path, captioned, capsys):
     assert "absent-bucket" in fails(capsys, make("s3://absent-bucket/set", "--folder", captioned))
     assert "absent-bucket" in fails(capsys, make(tmp_path / "set", "--folder", "s3://absent-bucket/files"))
 
@@ -306,7 +308,7 @@ def ray(server):
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_ray_makes_the_same_set(tmp_path, captioned, ray, setting):  # noqa: F811
+def test_ray_makes_the_same_set(tmp_path, captioned, ray, setting):
     if setting == "regrouped":
         doubled(captioned)
     arguments = ["--folder", captioned, *SETTINGS[setting]]
@@ -316,7 +318,7 @@ def test_ray_makes_the_same_set(tmp_path, captioned, ray, setting):  # noqa: F81
         assert content(path) == content(tmp_path / "ray" / path.name)
 
 
-def test_ray_from_store_to_store(tmp_path, captioned, ray, store):  # noqa: F811
+def test_ray_from_store_to_store(tmp_path, captioned, ray, store):
     upload(captioned, store / "files")
     arguments = ["--samples-per-shard", 2, "--workers", 2]
     assert make(tmp_path / "set", "--folder", store / "files", *arguments) == 0
@@ -324,7 +326,7 @@ def test_ray_from_store_to_store(tmp_path, captioned, ray, store):  # noqa: F811
     assert at(store / "set") == content(tmp_path / "set")
 
 
-def test_an_error_on_ray_is_a_sentence(tmp_path, captioned, ray, capfd):  # noqa: F811
+def test_an_error_on_ray_is_a_sentence(tmp_path, captioned, ray, capfd):
     (captioned / "red.png").write_bytes(b"no picture")
     assert make(tmp_path / "set", "--folder", captioned, "--engine", "ray", "--workers", 2) == 2
     assert f"error: {captioned}/red.png: unreadable image" in capfd.readouterr().err
@@ -342,7 +344,7 @@ def test_a_task_whose_worker_dies_is_tried_again(tmp_path, ray):
     assert sorted(found) == [0, 1, 2]
 
 
-def test_a_cluster_that_is_not_there(tmp_path, captioned):  # noqa: F811
+def test_a_cluster_that_is_not_there(tmp_path, captioned):
     """In a process of its own: the other tests' Ray runs in this one."""
     import subprocess
     import sys

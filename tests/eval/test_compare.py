@@ -10,7 +10,7 @@ from eval.geneval.compare import differences
 
 
 def test_what_both_share_cancels():
-    """Prompts of very different difficulty, one model always a quarter better: certain, though each score is not."""
+    """Prompts of different difficulty, one model always a quarter better: certain, though no score is."""
     easy_and_hard = {f"p{i}": i % 4 / 4 for i in range(40)}
     better = {prompt: share + 0.25 for prompt, share in easy_and_hard.items()}
     found = differences({"a": easy_and_hard}, {"a": better})
@@ -23,14 +23,14 @@ def test_overall_is_the_mean_of_the_skills_and_the_interval_grows_with_noise():
     other = {"a": {str(i): float(i % 2) for i in range(50)}, "b": {"x": 1.0, "y": 1.0}}
     difference, low, high = differences(one, other)["overall"]
     assert difference == 0.75 and 0.6 < low < 0.75 < high < 0.9
-    # Of 50 coins the standard error is 0.0707; the interval reaches 1.96 of it, and half of that counts overall.
+    # The standard error of 50 coins is 0.0707; the interval reaches 1.96 of it, half of which counts overall.
     assert high - low == pytest.approx(2 * 1.96 * 0.0707 / 2, rel=0.1)
-    with pytest.raises(ValueError, match="other prompts"):
+    with pytest.raises(ValueError, match="prompts differ"):
         differences(one, {"a": one["a"]})
 
 
 def test_the_command_prints_scores_and_differences(tmp_path, capsys):
-    from eval.geneval.suite import load
+    from eval.geneval.suites import load
     from eval.layout import image_path
 
     suite = load("shapes", 1)

@@ -1,4 +1,4 @@
-"""DPG-Bench: the official numbers with all their quirks, and the corrected ones, on tables worked out by hand."""
+"""DPG-Bench: official numbers with all their quirks, and corrected ones, on tables worked out by hand."""
 
 import json
 from pathlib import Path
@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 
 from eval.dpg_bench import __main__ as command
-from eval.dpg_bench import score
+from eval.dpg_bench import report, score
 from eval.dpg_bench.score import Question, corrected, official
 
-HEADER = "item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,question_natural_language\n"
+HEADER = (
+    "item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,"
+    "question_natural_language\n"
+)
 
 
 def question(item: str, number: int, parents: str = "0", category: str = "entity - whole") -> Question:
@@ -122,7 +125,7 @@ def test_both_modes_are_printed_with_the_table_and_the_judge(tmp_path, capsys):
     assert "NOT the official table" in printed and "judge: a friend" in printed
     assert json.loads((tmp_path / "out.json").read_text())["corrected"]["dpg_score"] == 100
     (tmp_path / "hello").write_text("hello\n")
-    assert command.git_blob_id(tmp_path / "hello") == "ce013625030ba8dba906f756967f9e9ca394464a"
+    assert report.git_blob_id(tmp_path / "hello") == "ce013625030ba8dba906f756967f9e9ca394464a"
 
 
 def test_answers_to_part_of_the_table_are_marked(tmp_path, capsys):

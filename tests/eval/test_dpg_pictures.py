@@ -1,4 +1,4 @@
-"""DPG-Bench from pictures to scores: the folders, the cache, and a real vision-language model with random weights."""
+"""DPG-Bench from pictures to scores: folders, cache, and a vision-language model with random weights."""
 
 import json
 from pathlib import Path
@@ -12,14 +12,16 @@ from eval.dpg_bench import __main__ as command
 from eval.dpg_bench import answers, judges, pictures
 from mmtensorar import files
 from tests.helpers.fakes import write_tiny_vlm
-from tests.test_generate import ckpt  # noqa: F401  (a fixture)
 
 COLORS = ("red", "lime", "blue", "white")
-HEADER = "item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,question_natural_language\n"
+HEADER = (
+    "item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,"
+    "question_natural_language\n"
+)
 
 
 class Reader(judges.Judge):
-    """Answers yes if a colour of the question is that of the picture's first pixel; counts what it is asked."""
+    """Answers yes if the question names the colour of the picture's first pixel; counts the questions."""
 
     name = "reader"
 
@@ -51,7 +53,8 @@ def bench(tmp_path) -> Path:
     table = HEADER
     for item in ("a", "7"):
         (folder / "prompts" / f"{item}.txt").write_text(f"a picture of {item}\n")
-        table += f"{item},t,,1,0,x,y,entity - whole (it),Is it red?\n{item},t,,2,1,x,y,attribute - color (it),Is it white or red?\n"
+        table += f"{item},t,,1,0,x,y,entity - whole (it),Is it red?\n"
+        table += f"{item},t,,2,1,x,y,attribute - color (it),Is it white or red?\n"
     (folder / "dpg_bench.csv").write_text(table)
     return folder
 
@@ -128,12 +131,12 @@ def missing(folder: Path) -> str:
 
 def extra(folder: Path) -> str:
     Image.new("RGB", (8, 8)).save(folder / "b.png")
-    return "b.png is of no item of the table"
+    return "b.png belongs to no item"
 
 
 def twice(folder: Path) -> str:
     Image.new("RGB", (8, 8)).save(folder / "a.jpg")
-    return "a.png is of the item of a.jpg"
+    return "a.png belongs to the same item as a.jpg"
 
 
 def corrupt(folder: Path) -> str:
@@ -159,7 +162,7 @@ def test_what_is_not_as_it_should_be_is_an_error(damage, bench, grids, judge, tm
     assert json.loads((out / "summary.json").read_text())["partial"]
 
 
-def test_a_checkpoint(bench, ckpt, judge, tmp_path, capsys):  # noqa: F811
+def test_a_checkpoint(bench, ckpt, judge, tmp_path, capsys):
     """Generated, asked, and handed on as the official script's grids; a second run makes nothing."""
     out = tmp_path / "out"
     assert run(bench, "--ckpt", ckpt, "--out", out) == 0

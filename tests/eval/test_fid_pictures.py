@@ -1,4 +1,4 @@
-"""FID from pictures: where they come from, the real Inception class with random weights, and the whole command."""
+"""FID from pictures: their sources, the real Inception class with random weights, the whole command."""
 
 import json
 
@@ -14,8 +14,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from eval import layout  # noqa: E402
 from eval.fid import __main__ as command  # noqa: E402
-from eval.fid import features, inception, score, sources  # noqa: E402
-from tests.test_generate import ckpt, class_ckpt  # noqa: E402, F401  (fixtures)
+from eval.fid import features, inception, recorded, score, sources  # noqa: E402
+from mmtensorar import files  # noqa: E402
 
 WIDTH = 5
 
@@ -87,8 +87,8 @@ def test_foreign_files_are_refused(tmp_path):
         "float.npz": "arr_0 is float64 of shape",
         "flat.npz": r"expected uint8 \[N, H, W, 3\]",
         "object.npz": "arr_0 is object",
-        "other.npz": "no .npz with an array arr_0",
-        "text.npz": "no .npz with an array arr_0",
+        "other.npz": "an .npz with an array arr_0",
+        "text.npz": "an .npz with an array arr_0",
         "absent.npz": "is missing",
         "absent": "neither a folder nor an .npz",
         "empty": "holds no pictures",
@@ -125,7 +125,7 @@ def test_a_damaged_archive_is_a_sentence_wherever_it_is_damaged(tmp_path):
         for read in (
             lambda p: list(sources.find(p).batches(4)),
             sources.reference_statistics,
-            command.read_features,
+            recorded.read_features,
         ):
             try:
                 read(tmp_path / "bad.npz")
@@ -162,7 +162,7 @@ def test_pictures_of_two_sizes_and_damaged_ones_are_named(tmp_path):
 
 
 def test_the_three_tensors_of_adm(weights):
-    """Pool as torch-fidelity gives it; logits without bias; spatial what enters Mixed_6d through its 1x1 branch."""
+    """Pool as torch-fidelity gives it; logits without bias; spatial from the 1x1 branch of Mixed_6d."""
     network = inception.Inception.load(weights, torch.device("cpu"))
     pictures = noise(3, side=40)
     found = network(pictures)
@@ -236,12 +236,15 @@ def test_an_interrupted_run_goes_on(tmp_path):
 def narrow(monkeypatch):
     """The network's first few channels: the matrix root of all 2,048 takes half a minute."""
     whole = inception.Inception.__call__
-    few = lambda self, batch: inception.Features(*(part[:, :WIDTH] for part in whole(self, batch)))  # noqa: E731
+
+    def few(self, batch):
+        return inception.Features(*(values[:, :WIDTH] for values in whole(self, batch)))
+
     monkeypatch.setattr(inception.Inception, "__call__", few)
 
 
 def test_from_pictures_to_the_summary(tmp_path, weights, narrow, monkeypatch, capsys):
-    """The reference's own statistics are used where its file has them; the same pictures are at distance 0."""
+    """The statistics in the reference's file are used, if any; the same pictures are at distance 0."""
     pictures = noise(6)
     folder = write_folder(tmp_path / "mine", pictures)
     network = inception.Inception.load(weights, torch.device("cpu"))
@@ -264,12 +267,12 @@ def test_from_pictures_to_the_summary(tmp_path, weights, narrow, monkeypatch, ca
     )
     moved = json.loads((tmp_path / "moved" / "summary.json").read_text())
     assert moved["fid"] == pytest.approx(WIDTH, rel=1e-3), "each of these means is off by one"
-    assert moved["reference_sha256"] == command.file_hash(tmp_path / "ref.npz")
+    assert moved["reference_sha256"] == files.sha256(tmp_path / "ref.npz")
     assert moved["statistics_of_the_reference"] == {"pool": "in the file", "spatial": "of its pictures"}
     assert "torch" in moved["versions"]
 
 
-def test_a_class_conditional_checkpoint(tmp_path, class_ckpt, ckpt, weights, narrow, capsys):  # noqa: F811
+def test_a_class_conditional_checkpoint(tmp_path, class_ckpt, ckpt, weights, narrow, capsys):
     """As many pictures of each class; a second run makes none and finds the same."""
     folder = write_folder(tmp_path / "ref", noise(5))
     out = tmp_path / "out"

@@ -1,4 +1,4 @@
-"""Evaluation from images or a checkpoint to table and gallery; pictures are drawn, so nothing needs a trained model."""
+"""Evaluation from pictures or a model folder to table and gallery; no test needs a trained model."""
 
 import json
 import shutil
@@ -11,20 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval import (
-    gallery,
-    layout,
-    report_table,
-)
-from eval import (
-    json_lines as lines,
-)
+from eval import gallery, layout, report_table
 from eval.geneval import __main__ as geneval
-from eval.geneval import ceiling, report, suite
+from eval.geneval import ceiling, report, suites
 from mmtensorar import files
 from mmtensorar.checkpoints import model_folder, sharded_state
 from mmtensorar.training import run_log
-from tests.test_generate import ckpt  # noqa: F401  (a fixture)
 from worlds.shapes.draw import SKILLS, draw, sample_scene
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +24,7 @@ NUM_IMAGES = 2
 
 
 def draw_folder(folder: Path, *, wrong: int = 0) -> Path:
-    """Two prompts per skill with two correct pictures each; in the first `wrong` prompts one picture is empty."""
+    """Two prompts per skill, two correct pictures each; in the first `wrong` prompts one is empty."""
     for index in range(2 * len(SKILLS)):
         rng = np.random.default_rng(index)
         scene = sample_scene(rng, SKILLS[index // 2])
@@ -68,24 +60,26 @@ def scored(tmp_path_factory) -> dict[str, Path]:
 
 
 def test_the_shapes_suite_is_fixed_and_even():
-    prompts = suite.load("shapes").prompts
+    prompts = suites.load("shapes").prompts
     assert [prompt["tag"] for prompt in prompts] == [skill for skill in SKILLS for _ in range(20)]
     for skill in SKILLS:
         captions = [prompt["prompt"] for prompt in prompts if prompt["tag"] == skill]
         assert len(set(captions)) == 20
-        fewer = [p["prompt"] for p in suite.load("shapes", 5).prompts if p["tag"] == skill]
+        fewer = [p["prompt"] for p in suites.load("shapes", 5).prompts if p["tag"] == skill]
         assert fewer == captions[:5], "a smaller suite is the beginning of the larger one"
 
 
 def test_more_prompts_than_the_grammar_has_is_an_error():
-    assert len(suite.load("shapes", 32).prompts) == 6 * 32
+    assert len(suites.load("shapes", 32).prompts) == 6 * 32
     with pytest.raises(ValueError, match="about 32 captions for single_object"):
-        suite.load("shapes", 33)
+        suites.load("shapes", 33)
 
 
+@pytest.mark.launch
 def test_an_unknown_suite_ends_before_torch_is_imported():
     code = (
-        "import sys; from eval.geneval.__main__ import main; code = main(['--ckpt', 'nowhere', '--suite', 'shape']); "
+        "import sys; from eval.geneval.__main__ import main; "
+        "code = main(['--ckpt', 'nowhere', '--suite', 'shape']); "
         "sys.exit(100 if 'torch' in sys.modules else code)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -103,7 +97,7 @@ def test_drawn_pictures_are_scored(scored):
     assert summary["overall"]["accuracy"] == pytest.approx(5.25 / 6)
     assert summary["detector"] == "shapes-exact" and summary["suite"] == "shapes"
     assert summary["ceiling"]["drawn"]["overall"] == 1 and summary["chance"]["overall"] < 0.2
-    rows = [row for _, row in lines.read(scored["worse"] / "results.jsonl")]
+    rows = [row for _, row in files.read_json_lines(scored["worse"] / "results.jsonl")]
     assert [row["filename"] for row in rows if not row["correct"]] == [
         f"0000{i}/samples/00001.png" for i in range(3)
     ]
@@ -158,7 +152,7 @@ def ask_for_a_bench(folder: Path) -> str:
     "damage", [remove_image, remove_prompt, cut_image, write_text_as_image, remove_metadata, ask_for_a_bench]
 )
 def test_damage_is_an_error_that_names_the_file(images, capsys, damage):
-    """The official scorer leaves out what is missing, which raises the score of a run that failed half-way."""
+    """The official scorer ignores missing pictures, which raises the score of a run that failed half-way."""
     named = damage(images)
     assert run("--images", images) == 2
     error = capsys.readouterr().err.splitlines()[-1]
@@ -191,7 +185,7 @@ def test_a_number_that_two_files_have_is_an_error(images, capsys):
 
 
 def test_a_partial_score_is_allowed_and_marked_everywhere(images, capsys):
-    """What is missing and what cannot be read is listed in the summary, and the score says so wherever it stands."""
+    """The summary lists what is missing or unreadable, and every print of the score is marked."""
     cut_image(images)
     remove_image(images)
     (images / "00007").rename(images / "elsewhere")
@@ -218,7 +212,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.png"))}
 
 
-def test_generation_resumes_and_refuses_other_settings(ckpt, tmp_path, capsys):  # noqa: F811
+def test_generation_resumes_and_refuses_other_settings(ckpt, tmp_path, capsys):
     """Images that went missing are made again as they were; a folder of other settings is left alone."""
     command = (
         "--ckpt",
@@ -254,7 +248,7 @@ def test_generation_resumes_and_refuses_other_settings(ckpt, tmp_path, capsys): 
     assert files_of(tmp_path / "out") == made
 
 
-def test_ranks_make_all_images_together(ckpt, tmp_path, monkeypatch):  # noqa: F811
+def test_ranks_make_all_images_together(ckpt, tmp_path, monkeypatch):
     """The first one scores, and waits for the others' images until then."""
     command = (
         "--ckpt",
@@ -285,7 +279,7 @@ def test_ranks_make_all_images_together(ckpt, tmp_path, monkeypatch):  # noqa: F
     assert summary["seed"] == 0 and summary["num_images"] == summary["images_expected"] == 6
 
 
-def test_images_of_unknown_origin_are_not_mixed_in(ckpt, images, capsys):  # noqa: F811
+def test_images_of_unknown_origin_are_not_mixed_in(ckpt, images, capsys):
     assert run("--ckpt", ckpt, "--out", images, "--device", "cpu") == 2
     assert "their origin is unknown" in capsys.readouterr().err
 
@@ -383,7 +377,7 @@ def test_the_report_shows_bars_and_pictures_and_nothing_of_it_can_run(scored, tm
         assert f"<td>{skill}<td" in text
     assert text.count("<figure class=fail>") == 3 and text.count("<figure class=pass>") >= 6
     assert "found 0" in text and "<script" not in text and "http" not in text
-    rows = [row for _, row in lines.read(scored["worse"] / "results.jsonl")]
+    rows = [row for _, row in files.read_json_lines(scored["worse"] / "results.jsonl")]
     summary = json.loads((scored["worse"] / "summary.json").read_text())
     evil = [row | {"prompt": "<script>alert(1)</script>", "reason": "<img src=x onerror=y>"} for row in rows]
     page = report.page(summary | {"detector": "<b>"}, evil, Path(summary["images"]))
@@ -423,7 +417,7 @@ def save_checkpoint(run_dir: Path, model, step: int) -> None:
     (run_dir / "checkpoints" / "latest").write_text(folder.name)
 
 
-def test_a_runs_checkpoints_are_scored_as_they_come(ckpt, tmp_path, capsys):  # noqa: F811
+def test_a_runs_checkpoints_are_scored_as_they_come(ckpt, tmp_path, capsys):
     loaded, run_dir = model_folder.load(ckpt), tmp_path / "run"
     run_dir.mkdir()
     model_folder.saved_recipe(ckpt).save(run_dir / "recipe.yaml")
@@ -444,4 +438,4 @@ def test_a_runs_checkpoints_are_scored_as_they_come(ckpt, tmp_path, capsys):  # 
         (run_dir / "tensorboard").iterdir()
     )
     capsys.readouterr()
-    assert run("watch", tmp_path) == 2 and "no run folder" in capsys.readouterr().err
+    assert run("watch", tmp_path) == 2 and "not a run folder" in capsys.readouterr().err

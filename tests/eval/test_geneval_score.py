@@ -6,7 +6,8 @@ That it equals the official scorer's on 1,500 recorded images is shown by test_p
 import numpy as np
 import pytest
 
-from eval.geneval.score import Settings, by_class, design_effect, judge, summarize, wilson
+from eval.geneval.score import Settings, by_class, judge, summarize
+from eval.intervals import design_effect, wilson
 
 # ---- by hand -------------------------------------------------------------------------------------
 
@@ -95,7 +96,7 @@ def test_a_failed_target_is_named():
 
 
 def test_suppression_and_the_cut_before_it():
-    """Two equal boxes and a far one: suppression leaves two, but with max_objects 2 the far one is gone before."""
+    """Two equal boxes and a far one: suppression leaves two, but max_objects 2 drops the far one before."""
     metadata = prompt("two_object", {"class": "star", "count": 2})
     stars = {"star": [box(0, 0, 0.9), box(0, 0, 0.8), box(50, 0, 0.7)]}
     assert judge(metadata, stars, {}).kept == {"star": 3}
@@ -128,7 +129,8 @@ def test_wilson():
 def test_equal_images_of_a_prompt_widen_the_interval():
     """Four copies of one verdict say as much as one image: design effect 4 and one prompt's worth, at most.
 
-    10 prompts, half right, each four times: the clusters' variance is 10/9 * 10 * 4 / 40^2 = 1/36, the independent one
+    10 prompts, half right, each four times: the clusters' variance is 10/9 * 10 * 4 / 40^2 = 1/36, the
+    independent one
     1/4 / 40 = 1/160; their ratio 4.44 is cut to 4.
     """
     copies = [[True] * 4] * 5 + [[False] * 4] * 5
@@ -142,7 +144,7 @@ def test_equal_images_of_a_prompt_widen_the_interval():
 
 
 def test_overall_is_the_mean_of_skills():
-    """8 images of one skill, 2 of the other: (1 + 0) / 2, not 8 / 10; and not certain, though each is at its end."""
+    """8 images of one skill, 2 of the other: (1 + 0) / 2, not 8 / 10; not certain, though both are extreme."""
     results = [({"tag": "a", "prompt": i}, True) for i in range(8)] + [
         ({"tag": "b", "prompt": i}, False) for i in range(2)
     ]
@@ -160,7 +162,7 @@ def test_no_images_have_no_score():
 
 
 def test_the_bootstrap_agrees_with_the_interval():
-    """Also where the images of a prompt are alike; by another seed per skill overall would not narrow, so it is one."""
+    """Also where a prompt's images are alike; all skills share one seed, or overall would not narrow."""
     rng = np.random.default_rng(0)
     results = []
     for skill in ("counting", "colors"):

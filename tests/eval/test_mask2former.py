@@ -1,4 +1,4 @@
-"""GenEval's detector: mmdet's scores, boxes and masks on logits worked out by hand; the pipeline on tiny random models."""
+"""GenEval's detector: mmdet's scores, boxes and masks on hand-made logits; the pipeline on tiny models."""
 
 import copy
 import json
@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from eval.geneval import convert_detector, mask2former, self_test
-from eval.geneval.mask2former import Instances, fitted, instances, plausible, prepare
+from eval.geneval.mask2former import Instances, fitted, instances, nonsense, prepare
 from eval.geneval.score import COLORS
 from worlds.shapes.detect import Detection
 
@@ -83,10 +83,10 @@ def test_nonsense_is_noticed():
     """A broken kernel once gave people scores for it."""
     parts = torch.zeros(3, dtype=torch.int64), torch.zeros(3, 4)
     masks = torch.zeros(3, 2, 2, dtype=torch.bool)
-    assert plausible(Instances(*parts, torch.tensor([0.1, 0.2, 0.3]), masks)) is None
-    assert plausible(Instances(*parts, torch.zeros(3), masks)) is None, "an empty picture"
-    assert "one score, 0.3" in plausible(Instances(*parts, torch.full((3,), 0.3), masks))
-    assert "not finite" in plausible(Instances(*parts, torch.tensor([0.1, torch.nan, 0.3]), masks))
+    assert nonsense(Instances(*parts, torch.tensor([0.1, 0.2, 0.3]), masks)) is None
+    assert nonsense(Instances(*parts, torch.zeros(3), masks)) is None, "an empty picture"
+    assert "one score, 0.3" in nonsense(Instances(*parts, torch.full((3,), 0.3), masks))
+    assert "not finite" in nonsense(Instances(*parts, torch.tensor([0.1, torch.nan, 0.3]), masks))
 
 
 # ---- tiny random models --------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def folder(tmp_path_factory):
 
 
 def test_the_pipeline_runs_from_pictures_to_scores(folder, classifier, tmp_path, monkeypatch, capsys):
-    """Suite geneval on two prompts' pictures, with the real classes; each has its verdict, and the summary names the models."""
+    """Suite geneval on pictures of two prompts: each has a verdict, and the summary names the models."""
     from eval.geneval import __main__ as command
     from eval.geneval.colors import ColorClassifier
     from eval.geneval.prompts import prompts
@@ -194,7 +194,7 @@ def test_the_pipeline_runs_from_pictures_to_scores(folder, classifier, tmp_path,
 
 
 class Seeing:
-    """What self_test needs of a detector: sees what it is told to, by the number of the picture in the batch."""
+    """A detector for self_test: sees prepared objects, by the number of the picture in the batch."""
 
     name, device = "seeing", torch.device("cpu")
 
@@ -240,12 +240,12 @@ def test_a_device_that_computes_otherwise_is_noticed(folder, classifier, monkeyp
     names = [str(number) for number in range(80)]
     detector = mask2former.Mask2FormerDetector.load(str(folder), names, classifier, torch.device("cpu"))
     picture = self_test.drawings()[0].image.resize((64, 64))
-    assert self_test._apart_from_cpu(detector, picture) == 0
+    assert self_test._difference_from_cpu(detector, picture) == 0
     other = copy.deepcopy(detector.model)
     with torch.no_grad():
         other.class_predictor.weight.mul_(30)
     monkeypatch.setattr(self_test.copy, "deepcopy", lambda model: other)
-    assert self_test._apart_from_cpu(detector, picture) > self_test.TOLERANCE
+    assert self_test._difference_from_cpu(detector, picture) > self_test.TOLERANCE
 
 
 # ---- mmdet's weights -----------------------------------------------------------------------------
@@ -374,7 +374,7 @@ def test_files_that_are_no_mmdet_mask2former_are_refused(mmdet_file, tmp_path, c
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     for state, out, sentence in (
-        (whole | {"neck.weight": torch.zeros(1)}, "out", "neck.weight is no tensor of mmdet's Mask2Former"),
+        (whole | {"neck.weight": torch.zeros(1)}, "out", "neck.weight is not a tensor"),
         (lacking, "out", "panoptic_head.query_feat.weight is missing"),
         (fewer, "out", "2 tensors do not fit"),
         (
@@ -395,27 +395,27 @@ def test_files_that_are_no_mmdet_mask2former_are_refused(mmdet_file, tmp_path, c
 
 def test_a_folder_of_other_prompts_is_not_the_suite(tmp_path):
     """One easy prompt again and again, or another one's, is told; another wording of a prompt is not."""
-    from eval.geneval import __main__ as command
-    from eval.geneval import suite
+    from eval.geneval import suites
+    from eval.geneval.evaluate import foreign_prompts
 
-    whole = suite.load("geneval", 1)
+    whole = suites.load("geneval", 1)
     files = [[tmp_path / f"{n:05d}" / "samples" / "00000.png"] for n in range(len(whole.prompts))]
     prompts = [prompt | {"prompt": f"A photograph: {prompt['prompt']}"} for prompt in whole.prompts]
-    assert command.strange(whole, prompts, files) == []
-    told = command.strange(whole, [prompts[0]] * len(prompts), files)
-    assert len(told) == 5 and told[0].startswith("00001/metadata.jsonl is of no prompt of suite geneval")
+    assert foreign_prompts(whole, prompts, files) == []
+    told = foreign_prompts(whole, [prompts[0]] * len(prompts), files)
+    assert len(told) == 5 and told[0].startswith("00001/metadata.jsonl: not a prompt of suite geneval")
 
 
 @pytest.mark.parametrize("clause", [{"position": None}, {"position": ["left of", False]}, {"count": True}])
 def test_metadata_that_only_looks_right_is_refused(tmp_path, clause):
-    from eval.geneval import suite
+    from eval.geneval import suites
 
     include = [{"class": "cat", "count": 1}, {"class": "dog", "count": 1} | clause]
     (tmp_path / "metadata.jsonl").write_text(
         json.dumps({"tag": "position", "prompt": "a", "include": include})
     )
     with pytest.raises(ValueError, match="include 1: expected"):
-        suite.read_metadata(tmp_path / "metadata.jsonl", suite.load("geneval"))
+        suites.read_metadata(tmp_path / "metadata.jsonl", suites.load("geneval"))
 
 
 def test_colours_are_asked_of_the_object_alone(classifier):

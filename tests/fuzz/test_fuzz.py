@@ -7,9 +7,11 @@ import time
 import pytest
 
 from mmtensorar.data.shards import Manifest, iterate_shard
+from tests.fuzz import __main__ as command
 from tests.fuzz import fuzz
 
 
+@pytest.mark.slow
 def test_our_readers_give_every_sample_or_a_sentence():
     counts, failures, tried = fuzz.fuzz(7, cases=range(200))
     assert not failures
@@ -51,6 +53,7 @@ def greedy(folder):
     return [str(len(bytearray(2**33)))], 0
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize(
     ("reader", "kind"),
     [
@@ -80,9 +83,8 @@ def test_a_case_is_always_the_same(tmp_path):
 
 
 def test_the_command_reports_and_exits(capsys, monkeypatch):
-    assert fuzz.main(["--case", "3"]) == 0
+    assert command.main(["--case", "3"]) == 0
     assert "1 cases" in capsys.readouterr().out
-    monkeypatch.setattr(fuzz, "READERS", {"wrong": with_a_bare_error})
-    monkeypatch.setattr(fuzz.fuzz, "__kwdefaults__", fuzz.fuzz.__kwdefaults__ | {"readers": fuzz.READERS})
-    assert fuzz.main(["--case", "3"]) == 1
+    monkeypatch.setattr(command, "READERS", {"wrong": with_a_bare_error})
+    assert command.main(["--case", "3"]) == 1
     assert "1 failures" in capsys.readouterr().out

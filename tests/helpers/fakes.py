@@ -1,4 +1,4 @@
-"""Tiny backbones for tests that need no released model: one with every seam of the protocol, and Janus itself."""
+"""Tiny random models, for tests that need no released one."""
 
 from pathlib import Path
 
@@ -122,7 +122,7 @@ def fake_condition(batch: int = 3, length: int = 5) -> Condition:
 
 
 def tiny_janus(num_codes: int = 11, side: int = 3):
-    """A real Janus backbone with random weights, width 16, side * side image tokens; takes fake_condition's words."""
+    """A real Janus, random: width 16, side * side image tokens; it takes the words of fake_condition."""
     from mmtensorar.backbones import janus
 
     text = dict(
@@ -232,7 +232,7 @@ def tiny_lfq(**changes):
 
 
 def tiny_llamagen(condition: str = "class", **changes):
-    """A real LlamaGen with random weights, width 16, 9 image tokens; its captions have 5 slots of 6 numbers."""
+    """A real LlamaGen, random: width 16, 9 image tokens; its captions have 5 slots of 6 numbers."""
     from mmtensorar.backbones import llamagen
 
     sizes = dict(dim=16, num_layers=2, num_heads=2, num_kv_heads=1, ffn_dim=24, vocab_size=11, num_tokens=9)
@@ -279,7 +279,7 @@ def llamagen_condition(backbone, batch: int = 3) -> Condition:
 
 
 def tiny_open_magvit2(side: int = 3):
-    """A real Open-MAGVIT2 backbone with random weights, width 32, side * side tokens of 2 + 3 bits, 5 classes."""
+    """A real Open-MAGVIT2, random: width 32, side * side tokens of 2 + 3 bits, 5 classes."""
     from mmtensorar.backbones import open_magvit2
 
     config = open_magvit2.Architecture(
@@ -306,7 +306,7 @@ def class_condition(*classes: int) -> Condition:
 
 
 def write_tiny_vlm(folder: Path) -> None:
-    """A random LLaVA with its processor, which says one of five words about 8 x 8 pictures; Hugging Face's layout."""
+    """A random LLaVA, in Hugging Face's layout, that answers one of five words about 8 x 8 pictures."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
         CLIPImageProcessor,
@@ -328,7 +328,8 @@ def write_tiny_vlm(folder: Path) -> None:
     tokenizer.add_special_tokens(special)
     names = dict(unk_token="<unk>", pad_token="<pad>", bos_token="<s>", eos_token="</s>")
     template = (
-        "{% for message in messages %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<image> "
+        "{% for message in messages %}{% for part in message['content'] %}"
+        "{% if part['type'] == 'image' %}<image> "
         "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
     )
     LlavaProcessor(

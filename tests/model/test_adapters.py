@@ -142,7 +142,7 @@ def test_adapters_are_for_one_backbone_only(bench, tmp_path):
 
 
 def test_four_bits_are_counted_and_take_a_quarter(bench):
-    full, small = (plan.shapes(make(bench, "janus", parts=parts)) for parts in ("lora", "qlora"))
+    full, small = (plan.meta_model(make(bench, "janus", parts=parts)) for parts in ("lora", "qlora"))
     assert plan.parameters(full)["four_bit"] == 0 < plan.parameters(small)["four_bit"]
     assert (
         plan.parameters(full)["trainable"]

@@ -2,8 +2,8 @@
 
     python -m tests.parity FIXTURE_DIR [...]
 
-A fixture folder holds cases, each NAME.json (a manifest with `calls`) and NAME.safetensors (weights/, inputs/ and
-outputs/). The manifest's `family` names the adapter, tests/parity/FAMILY.py, with two functions:
+A fixture folder holds cases, each NAME.json (a manifest with `calls`) and NAME.safetensors or NAME.safetensors.xz
+(weights/, inputs/ and outputs/). The manifest's `family` names the adapter, tests/parity/FAMILY.py, with two functions:
 
     load(manifest, weights) -> subject      weights: official names -> float32 tensors, without `weights/`
     run(subject, call, inputs) -> outputs   full names both: `inputs/...` (and recorded outputs that the call's
@@ -15,6 +15,26 @@ call that they do not expose, and ValueError in `load` for a manifest that they 
 Folders of evaluator fixtures (recorded detections, answers or features beside official scores) go through the scoring
 functions of eval/ instead, see evaluators.py.
 """
+
+import lzma
+from pathlib import Path
+
+from safetensors.torch import load, load_file
+from torch import Tensor
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def tensors_file(manifest: Path) -> Path:
+    """The file with the tensors of NAME.json: NAME.safetensors, or the same compressed with xz."""
+    plain = manifest.with_suffix(".safetensors")
+    packed = plain.with_name(plain.name + ".xz")
+    return packed if packed.is_file() and not plain.is_file() else plain
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Raises SafetensorError, lzma.LZMAError or OSError."""
+    return load(lzma.decompress(path.read_bytes())) if path.suffix == ".xz" else load_file(path)
 
 
 class Unsupported(Exception):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import lzma
 import math
 import re
 import sys
@@ -17,10 +18,9 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.parity import Unsupported, evaluators
+from tests.parity import Unsupported, evaluators, read_tensors, tensors_file
 
 FORMAT = 1
 FAMILIES = ("janus", "llamagen", "open_magvit2")
@@ -65,7 +65,7 @@ def read_cases(folder: Path) -> list[Case]:
         except (ValueError, OSError) as error:
             raise BadManifest(f"{path}: cannot be read as JSON ({error})") from None
         # Others, such as facts.json, are no cases; one with tensors beside it is meant to be one.
-        if isinstance(manifest, dict) and ("calls" in manifest or path.with_suffix(".safetensors").is_file()):
+        if isinstance(manifest, dict) and ("calls" in manifest or tensors_file(path).is_file()):
             cases.append(read_case(path, manifest))
     if not cases:
         raise BadManifest(f"{folder}: no case in it (a NAME.json with calls)")
@@ -79,10 +79,10 @@ def read_case(path: Path, manifest: dict) -> Case:
         raise BadManifest(
             f"{path}: family is {manifest.get('family')!r}, expected one of {', '.join(FAMILIES)}"
         )
-    stored = path.with_suffix(".safetensors")
+    stored = tensors_file(path)
     try:
-        tensors = load_file(stored)
-    except (SafetensorError, OSError) as error:
+        tensors = read_tensors(stored)
+    except (SafetensorError, lzma.LZMAError, OSError) as error:
         raise BadManifest(f"{stored}: cannot be read as safetensors ({error})") from None
     if not isinstance(manifest.get("calls"), list) or not manifest["calls"]:
         raise BadManifest(f"{path}: calls is empty, missing or no list")

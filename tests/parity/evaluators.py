@@ -9,8 +9,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from eval.dpg_bench import __main__ as dpg_bench
 from eval.dpg_bench import score as dpg_score
+from eval.dpg_bench.recorded import read_answers
 from eval.geneval import recorded
 from eval.geneval.prompts import prompts
 from eval.geneval.score import summarize
@@ -74,7 +74,7 @@ def geneval(folder: Path) -> Differences:
 def dpg(folder: Path) -> Differences:
     """Per run the overall score, the items left out, each category and each prompt's pictures."""
     rows = dpg_score.read_rows(folder / "scoring_questions.csv")
-    answers = dpg_bench.read_answers(_one(folder, "scoring_answers.jsonl*"))
+    answers = read_answers(_one(folder, "scoring_answers.jsonl*"))
     for run in read_json(folder / "scoring_expected.json")["runs"]:
         given = {item: answers[item][: run["pic_num"]] for item in run["images"] if item in answers}
         scores, name = dpg_score.official(rows, given), run["name"]

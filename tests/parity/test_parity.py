@@ -10,22 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.parity import Unsupported, llamagen
+from tests.parity import FIXTURES, Unsupported, llamagen, read_tensors, tensors_file
 from tests.parity import __main__ as command
 
 ROOT = Path(__file__).resolve().parents[2]
-FIXTURES = ROOT.parent / "shared" / "parity"
-FOLDERS = [FIXTURES / name for name in ("llamagen", "janus", "open_magvit2") if (FIXTURES / name).is_dir()]
-
-needs_fixtures = pytest.mark.skipif(not FOLDERS, reason="the parity fixtures are not beside this checkout")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+SHARED = ROOT.parent / "shared" / "parity"
+FAMILIES = ("llamagen", "janus", "open_magvit2")
 
 
 def write_case(folder: Path, manifest: dict, tensors: dict[str, Tensor], name: str = "case") -> Path:
@@ -58,41 +51,43 @@ def run(*folders: Path) -> int:
 # ---- what was recorded ---------------------------------------------------------------------------
 
 
-@needs_fixtures
-def test_every_recorded_call_passes(capsys):
-    """The whole point: all calls that are not optional, in every case of LlamaGen and of both layouts of Janus."""
-    code = run(*FOLDERS)
+@pytest.mark.parity
+@pytest.mark.parametrize("fixtures", [FIXTURES, SHARED], ids=["shipped", "shared"])
+def test_every_recorded_call_passes(fixtures, capsys):
+    """All calls that are not optional, in every case: of this repository, and of the folder beside it."""
+    folders = [fixtures / family for family in FAMILIES]
+    if fixtures is SHARED and not SHARED.is_dir():
+        pytest.skip("more parity fixtures are not beside this checkout (../shared/parity)")
+    code = run(*folders)
     out = capsys.readouterr().out
     assert code == 0, out
     *lines, last = out.splitlines()
     skipped = [line for line in lines if line.endswith("skipped")]
     optional = sum(
         bool(call.get("optional"))
-        for folder in FOLDERS
+        for folder in folders
         for path in folder.glob("*.json")
         for call in json.loads(path.read_text()).get("calls", [])
     )
     assert len(skipped) <= optional and last.endswith(f" 0 failed, {len(skipped)} optional ones skipped")
 
 
-@needs_fixtures
+@pytest.mark.parity
 @pytest.mark.parametrize(
     "case, output, change",
     [
         ("llamagen/gpt_c2i_gqa", "outputs/gen_cfg4_interval8/tokens", 1),
         ("llamagen/gpt_c2i_gqa", "outputs/forward/logits", 1e-3),
-        ("llamagen/gpt_t2i_len12", "outputs/forward/loss_valid", 1e-3),
+        ("open_magvit2/ar_net2net_tiny", "outputs/encode/tokens_post", 1),
         ("llamagen/vq8_small", "outputs/encode/indices", 1),
         ("janus/t2i_tiny_hf", "outputs/train/grad/gen_embed.weight", 1e-3),
-        ("janus/t2i_tiny_deepseek", "outputs/greedy_cfg5/image_uint8", 2),
+        ("janus/t2i_tiny_hf", "outputs/greedy_cfg5/image_uint8", 2),
     ],
 )
 def test_one_changed_number_fails(case, output, change, tmp_path, capsys):
     """In the last value of an output, whatever its comparison: exit 1, and the line says which."""
     source = FIXTURES / f"{case}.json"
-    if not source.is_file():
-        pytest.skip(f"{case} is not here")
-    manifest, tensors = json.loads(source.read_text()), load_file(source.with_suffix(".safetensors"))
+    manifest, tensors = json.loads(source.read_text()), read_tensors(tensors_file(source))
     # Only the calls that the output belongs to and depends on, to be quick.
     wanted = output.split("/")[1]
     manifest["calls"] = [call for call in manifest["calls"] if call["id"] in (wanted, "forward")]
@@ -107,6 +102,7 @@ def test_one_changed_number_fails(case, output, change, tmp_path, capsys):
 # ---- the command itself --------------------------------------------------------------------------
 
 
+@pytest.mark.launch
 def test_a_case_by_hand(tmp_path, capsys):
     """As a user runs it: exit 0 and a line per call with its comparisons and largest difference."""
     folder = write_case(tmp_path / "mine", *top_2_of_3())
@@ -286,6 +282,7 @@ def test_recorded_outputs_reach_a_call_only_when_it_names_them(tmp_path):
 SCORES = ROOT.parent / "shared" / "eval"
 
 
+@pytest.mark.parity
 @pytest.mark.skipif(not SCORES.is_dir(), reason="the evaluator fixtures are not beside this checkout")
 @pytest.mark.parametrize("name", ["geneval", "dpg_bench", "class_conditional"])
 def test_official_scores_are_equal(name, capsys):
@@ -294,6 +291,7 @@ def test_official_scores_are_equal(name, capsys):
     assert equal == total and int(total) > 10
 
 
+@pytest.mark.parity
 @pytest.mark.skipif(not SCORES.is_dir(), reason="the evaluator fixtures are not beside this checkout")
 @pytest.mark.parametrize(
     "name, file", [("geneval", "scoring_summary.json"), ("dpg_bench", "scoring_expected.json")]

@@ -164,6 +164,7 @@ def test_a_resolved_recipe_loads_again(path, tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.launch
 def test_recipes_are_read_without_torch():
     """Importing the room is cheap; only checking a backbone's section imports its module, and so torch."""
     code = "import sys, mmtensorar.recipe; print('torch' in sys.modules)"

@@ -1,8 +1,10 @@
-"""Studies: a grid's mistakes, one arm from training to its row, intervals, and the page from stored rows alone."""
+"""Studies: mistakes in a grid, one arm from training to its row, intervals, pages from stored rows."""
 
 import json
 import os
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,30 +15,35 @@ from PIL import Image
 pytest.importorskip("deepspeed")
 
 from data_tools.sources import shapes
+from eval import intervals
 from mmtensorar.pipeline import Generator
 from mmtensorar.recipe import Recipe, RecipeError
 from study import (
     __main__,
     across,
+    commands,
     features,
     job,
     report,
+    runner,
+    scores,
     start,
     timing,
     worlds,
 )
 from study.features import quarters
 from study.grid import USUAL, Grid
+from study.results import missing, read
 from study.worlds import _classes, photographs
 from tests.helpers.models import window_logits
-from tests.training.test_train import bench  # noqa: F401
+from tests.helpers.runs import finish_ranks, fork_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = [("circles", "a red circle"), ("circles", "a blue circle"), ("squares", "a red square")]
 
 
 class World:
-    """The shards of the training test; a picture is right when its mean is above grey, whatever that shows."""
+    """The shards of the training test; a picture is right when its mean is above grey."""
 
     def __init__(self, folder: Path):
         self.shards = folder / "shards"
@@ -63,7 +70,20 @@ class World:
 
 
 @pytest.fixture
-def grid_file(bench, tmp_path, monkeypatch) -> Path:  # noqa: F811
+def forked_commands(monkeypatch) -> None:
+    """What the study starts as `python COMMAND` is forked instead."""
+
+    def run(words, *, stdout, **_) -> subprocess.CompletedProcess:
+        done = finish_ranks(fork_ranks(*words[1:]), timeout_s=240)
+        stdout.write(done.stdout + done.stderr)
+        stdout.flush()
+        return done
+
+    monkeypatch.setattr(commands, "subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
+
+
+@pytest.fixture
+def grid_file(bench, tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(worlds, "load", lambda name: World(bench))
     (tmp_path / "base").mkdir()
     for part, place in {"backbone": "janus", "image_tokenizer": "janus/vq"}.items():
@@ -111,11 +131,6 @@ def grid_file(bench, tmp_path, monkeypatch) -> Path:  # noqa: F811
         ("equal_time", "more", "arms has no 'more'"),
         ("samplings", {"greedy": {"temperature": -1}}, "samplings.greedy.temperature is -1"),
         (
-            "samplings",
-            {"greedy": {"stride": 4}, "sharp": {}},
-            "arms.k3: greedy has stride 4, the window is 3",
-        ),
-        (
             "arms",
             {"base": {"about": "", "settings": ["train.steps=1"]}, "plain": {"about": ""}},
             "arms.base: .*not trained",
@@ -131,12 +146,7 @@ def grid_file(bench, tmp_path, monkeypatch) -> Path:  # noqa: F811
             "arms.plain.num_seeds +expected an integer",
         ),
         ("arms", {"base": {"about": ""}, "plain": {}}, "arms.plain.about +missing"),
-        ("samplings", {"greedy": {"stride": 0}, "sharp": {}}, "samplings.greedy.stride is 0"),
-        (
-            "samplings",
-            {"greedy": {"stride": 2, "lookahead": 2}, "sharp": {}},
-            "samplings.greedy: stride and lookahead",
-        ),
+        ("samplings", {"greedy": {"lookahead": 0}, "sharp": {}}, "samplings.greedy.lookahead is 0"),
         ("base", None, "expected one of base and from_nothing"),
         (
             "from_nothing",
@@ -163,7 +173,8 @@ def test_the_grids_that_are_here_load(path):
     assert grid.control in grid.arms and (grid.base is None or (ROOT / grid.base).is_dir())
 
 
-def test_an_arm_is_trained_and_measured(bench, grid_file, tmp_path):  # noqa: F811
+@pytest.mark.launch
+def test_an_arm_is_trained_and_measured(bench, grid_file, forked_commands, tmp_path):
     """Rows are whole, and what they say of a model without drafts is its validation loss."""
     torch.set_num_threads(1)
     grid = Grid.load(grid_file)
@@ -207,10 +218,8 @@ def test_an_arm_is_trained_and_measured(bench, grid_file, tmp_path):  # noqa: F8
     assert number == 4 and probed["none nats"][0] == pytest.approx(expected.item(), rel=1e-3)
 
 
-def test_an_arm_is_checked_against_its_stored_score(bench, grid_file, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_an_arm_is_checked_against_its_stored_score(bench, grid_file, tmp_path, monkeypatch, capsys):
     """Trained anew; here by a job that draws what it is told to."""
-    from study import commands
-
     results = tmp_path / "results.jsonl"
     results.write_text(
         "".join(json.dumps(row(arm, 0, {"0": "10", "1": "11", "2": "10"})) + "\n" for arm in ("plain", "k3"))
@@ -242,7 +251,8 @@ def test_an_arm_is_checked_against_its_stored_score(bench, grid_file, tmp_path, 
     assert "no row of own, seed 0" in capsys.readouterr().err
 
 
-def test_steps_are_timed_in_turns(bench, grid_file, tmp_path):  # noqa: F811
+@pytest.mark.launch
+def test_steps_are_timed_in_turns(bench, grid_file, tmp_path):
     before = dict(os.environ)
     seconds = timing.steps_in_turns(Grid.load(grid_file), ["plain", "k3"], tmp_path, 3)
     assert {name: len(own) for name, own in seconds.items()} == {"plain": 3, "k3": 3} and min(
@@ -250,7 +260,9 @@ def test_steps_are_timed_in_turns(bench, grid_file, tmp_path):  # noqa: F811
     ) > 0
     assert os.environ == before
     # A slow second round is slow for both.
-    found = timing.beside_control(Grid.load(grid_file), {"plain": [1.0, 9.0, 1.0], "k3": [1.5, 13.5, 2.0]})
+    found = timing.relative_to_control(
+        Grid.load(grid_file), {"plain": [1.0, 9.0, 1.0], "k3": [1.5, 13.5, 2.0]}
+    )
     assert found == {
         "plain": {"seconds": 1.0, "over_control": 1.0},
         "k3": {"seconds": 2.0, "over_control": 1.5},
@@ -272,7 +284,8 @@ def grounds() -> tuple[list, list]:
     return drawn(40), drawn(20)
 
 
-def test_a_base_is_made_from_nothing(grid_file, tmp_path, monkeypatch):
+@pytest.mark.launch
+def test_a_base_is_made_from_nothing(grid_file, forked_commands, tmp_path, monkeypatch):
     """A world of classes from pictures to codes, an image tokenizer and a trained LlamaGen; nothing is made twice."""
     world = _classes.Classes("grounds", 16, ["dark", "bright"], grounds, num_prompts=3)
     monkeypatch.setattr(worlds, "load", lambda name: world)
@@ -473,10 +486,7 @@ def test_worlds_are_set_beside_each_other(grid_file, tmp_path, capsys):
         and (folder / "costs.png").is_file()
     )
     found = across.points(
-        [
-            across.load(path, __main__.read(folder / path.stem / "results.jsonl"))
-            for path in (grid_file, other)
-        ]
+        [across.load(path, read(folder / path.stem / "results.jsonl")) for path in (grid_file, other)]
     )
     assert [(point.arm, point.gain) for point in found] == [("k3", 0), ("own", 25), ("k3", 0), ("own", -25)]
     # Bits of the final token with own drafts, 1 and 1.5, minus the control's one nat.
@@ -500,7 +510,7 @@ def test_a_frechet_distance_is_set_over_the_controls_of_the_same_seed(grid_file)
         for arm, own in distances.items()
         for seed, value in enumerate(own)
     ]
-    known = report.Scores(Grid.load(grid_file), report.collect(rows), ["a", "a", "b"])
+    known = scores.Scores(Grid.load(grid_file), scores.collect(rows), ["a", "a", "b"])
     assert (
         known.ratio("base") == "2.00" and known.ratio("own") == "3.00"
     )  # four degrees of freedom are too few
@@ -508,7 +518,7 @@ def test_a_frechet_distance_is_set_over_the_controls_of_the_same_seed(grid_file)
         row("gone", seed, {"0": "1", "1": "1", "2": "1"}) | {"frechet": value}
         for seed, value in enumerate([1.0, 2.0, 4.0])
     ]
-    known = report.Scores(Grid.load(grid_file), report.collect(rows), ["a", "a", "b"])
+    known = scores.Scores(Grid.load(grid_file), scores.collect(rows), ["a", "a", "b"])
     # Logarithms base 2: 1, 1, 1; -1, 0, 1; 0, 0, 0: a variance of 2 over six degrees of freedom.
     half = 2.4469 * (2 / 6) ** 0.5
     for arm, exponent, number in (("base", 1, 3), ("k3", 0, 3), ("own", np.log2(3), 1)):
@@ -519,11 +529,13 @@ def test_a_frechet_distance_is_set_over_the_controls_of_the_same_seed(grid_file)
 
 
 def test_intervals_know_seeds_and_prompts():
-    """Prompts that differ widen an interval; seeds do where they differ by more than the chance of sampling."""
+    """Prompts that differ widen an interval; seeds do if they differ by more than the chance of sampling."""
     groups = ["a"] * 40 + ["b"] * 40
 
     def half(values: np.ndarray) -> float:
-        found = report.interval(values, groups, report.spreads([values] * 3, groups))["overall"]
+        found = intervals.over_seeds(values, groups, intervals.pooled_spreads([values] * 3, groups))[
+            "overall"
+        ]
         assert found.value == pytest.approx(0.5) and found.high - found.value == pytest.approx(
             found.value - found.low
         )
@@ -535,30 +547,32 @@ def test_intervals_know_seeds_and_prompts():
     )  # Student's t of 3 x 2 degrees of freedom
     assert half(np.tile([0.0, 1.0] * 40, (3, 1))) == pytest.approx(1.96 * (40 * 0.25 / 39 / 40 / 2) ** 0.5)
     few = np.repeat([[0.4], [0.6]], 80, axis=1)  # of two seeds of one arm nothing is known
-    assert report.interval(few, groups, report.spreads([few], groups))["overall"].high == pytest.approx(0.5)
+    assert intervals.over_seeds(few, groups, intervals.pooled_spreads([few], groups))[
+        "overall"
+    ].high == pytest.approx(0.5)
     with pytest.raises(ValueError, match="verdicts on 80 prompts; expected 79"):
-        report.interval(np.zeros((1, 80)), groups[1:], report.spreads([], groups[1:]))
+        intervals.over_seeds(np.zeros((1, 80)), groups[1:], intervals.pooled_spreads([], groups[1:]))
 
 
 @pytest.mark.parametrize(
     "seed_spread, prompt_spread", [(0.0, 0.15), (0.02, 0.15), (0.06, 0.15), (0.035, 0.35)]
 )
 def test_intervals_hold_what_they_say(seed_spread, prompt_spread):
-    """Over made-up studies of eight arms and three seeds with a known truth: some 95 % of intervals hold it."""
+    """Made-up studies of eight arms and three seeds with a known truth: some 95 % of intervals hold it."""
     rng, held, groups = np.random.default_rng(0), [], ["a"] * 30 + ["b"] * 30
     for _ in range(60):
         hard = rng.normal(0, prompt_spread, (8, 1, 60))
         levels = np.clip(0.5 + rng.normal(0, seed_spread, (8, 3, 1)) + hard, 0, 1)
         shares = rng.binomial(2, levels) / 2
-        spread = report.spreads(list(shares), groups)
-        found = [report.interval(values, groups, spread)["overall"] for values in shares]
+        spread = intervals.pooled_spreads(list(shares), groups)
+        found = [intervals.over_seeds(values, groups, spread)["overall"] for values in shares]
         held += [each.low <= 0.5 <= each.high for each in found]
     assert 0.92 <= np.mean(held) <= 0.99, np.mean(held)
 
 
 def test_a_run_takes_up_what_is_missing(grid_file, tmp_path, monkeypatch, capsys):
     """Arm after arm, those alone that lack a row and are not removed."""
-    monkeypatch.setattr(__main__, "places", lambda workers: [{}])
+    monkeypatch.setattr(runner, "worker_environments", lambda num_workers: [{}])
     results, asked = tmp_path / "results.jsonl", []
     results.write_text(json.dumps(row("base", 0, {"0": "1"})) + "\n")
 
@@ -573,8 +587,8 @@ def test_a_run_takes_up_what_is_missing(grid_file, tmp_path, monkeypatch, capsys
         def poll(self):
             return 0
 
-    monkeypatch.setattr(__main__.subprocess, "Popen", Job)
-    monkeypatch.setattr(__main__.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(runner.subprocess, "Popen", Job)
+    monkeypatch.setattr(runner.time, "sleep", lambda seconds: None)
     assert (
         __main__.main(
             ["run", str(grid_file), "--seeds", "1", "--out", str(tmp_path / "out"), "--results", str(results)]
@@ -582,24 +596,26 @@ def test_a_run_takes_up_what_is_missing(grid_file, tmp_path, monkeypatch, capsys
         == 0
     )
     assert asked == [("plain", 0), ("k3", 0), ("own", 0)]
-    assert [each["arm"] for each in __main__.read(results)] == ["base", "plain", "k3", "own"]
+    assert [each["arm"] for each in read(results)] == ["base", "plain", "k3", "own"]
     # A sampling without a row is missing, and rows of other settings are none of this grid.
-    rows, grid = __main__.read(results), Grid.load(grid_file)
-    assert __main__.missing(grid, rows, list(grid.arms), 1) == [(0, "k3")]
+    rows, grid = read(results), Grid.load(grid_file)
+    assert missing(grid, rows, list(grid.arms), 1) == [(0, "k3")]
     rows.append(row("k3", 0, {"0": "1"}, "greedy"))
-    assert __main__.missing(grid, rows, list(grid.arms), 1) == [(0, "k3")]
+    assert missing(grid, rows, list(grid.arms), 1) == [(0, "k3")]
     rows.append(row("k3", 0, {"0": "1"}, "sharp"))
     # `own` has one seed, and `sharp` is of the first seed alone.
-    assert __main__.missing(grid, rows, list(grid.arms), 2) == [(1, "base"), (1, "plain"), (1, "k3")]
+    assert missing(grid, rows, list(grid.arms), 2) == [(1, "base"), (1, "plain"), (1, "k3")]
     rows += [row("k3", 1, {"0": "1"}), row("k3", 1, {"0": "1"}, "greedy")]
-    assert __main__.missing(grid, rows, list(grid.arms), 2) == [(1, "base"), (1, "plain")]
+    assert missing(grid, rows, list(grid.arms), 2) == [(1, "base"), (1, "plain")]
     with pytest.raises(
         ValueError, match="arms.k3 was run with .*steps=3.*, the grid has .*steps=2.*another name"
     ):
-        __main__.missing(grid, [rows[-1] | {"settings": ["train.steps=3"]}], ["k3"], 2)
+        missing(grid, [rows[-1] | {"settings": ["train.steps=3"]}], ["k3"], 2)
     made_of = grid.made_of("k3", "greedy")
     assert made_of["train"]["steps"] == 2 and made_of["sampler"]["greedy_drafts"]
-    assert __main__.missing(grid, [rows[-1] | {"made_of": made_of}], ["k3"], 2)
+    assert missing(grid, [rows[-1] | {"made_of": made_of}], ["k3"], 2)
+    earlier = made_of | {"sampler": made_of["sampler"] | {"stride": 1}}  # a setting that was removed
+    assert missing(grid, [rows[-1] | {"made_of": earlier}], ["k3"], 2)
     for changed in (
         {"num_images": 9},
         {"sampler": made_of["sampler"] | {"top_k": 3}},
@@ -608,10 +624,10 @@ def test_a_run_takes_up_what_is_missing(grid_file, tmp_path, monkeypatch, capsys
         with pytest.raises(
             ValueError, match=f"arms.k3, sampling 'greedy', was run with another {next(iter(changed))} than"
         ):
-            __main__.missing(grid, [rows[-1] | {"made_of": made_of | changed}], ["k3"], 2)
+            missing(grid, [rows[-1] | {"made_of": made_of | changed}], ["k3"], 2)
     for named, problem in (
         ("nobody", "unknown nobody"),
-        ("gone", "gone cannot be run any more, what it sets is not in the code: it was worse"),
+        ("gone", "gone cannot be run any more, its setting was removed: it was worse"),
     ):
         for command in ("run", "time"):
             assert (

@@ -1,4 +1,4 @@
-"""The image tokenizer's trainer: its recipe is strict, and what it writes is an image tokenizer that loads."""
+"""The image tokenizer's trainer: its recipe is strict, and its output loads as an image tokenizer."""
 
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def test_mistakes_are_sentences(tmp_path, capsys):
 
 
 def test_crops_keep_to_the_grid_of_codes_and_find_the_foreground():
-    """One bright pixel in the last cell: nearly every crop of 16 holds it, and every crop starts on a multiple of 8."""
+    """One bright pixel in the last cell: nearly every crop of 16 has it, and starts on a multiple of 8."""
     pixels = torch.arange(64.0).expand(200, 1, 64, 64).clone()
     pixels[:, :, 60, 60] = 1e4
     weights = pixel_weights(pixels.expand(-1, 3, -1, -1) / 1e4, 3.0)
@@ -75,7 +75,7 @@ def test_the_recipe_is_validated():
 
 
 def test_patches_of_one_colour_share_their_features():
-    """Two pictures, patches of 2 pixels: grey but for compression noise and a white line. The grey ones become one."""
+    """Two pictures in patches of 2 pixels: grey, compression noise, a white line. Grey ones become one."""
     pixels = torch.zeros(2, 3, 4, 4)
     pixels[0, :, 0, 0] = 0.02  # noise
     pixels[1, :, 3, 2:] = 1.0

@@ -1,14 +1,13 @@
 """Training killed with SIGKILL at twenty random moments ends as if nothing had happened.
 
-The process that is killed is a fork of one that has imported everything, so that twenty starts cost seconds; run as a script
-this file is that process.
+The process that is killed is a fork of one that has imported everything, so that twenty starts cost
+seconds. Run as a module, this file is the process that forks and kills.
 """
 
 import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,10 +15,17 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mmtensorar import image_tokenizers
+from mmtensorar.recipe import Recipe
+from mmtensorar.training import run_log
+from tests.helpers.fakes import write_tiny_janus
+from tests.helpers.runs import NUM_CODES, SIDE, finish_ranks, fork_ranks
+from tests.helpers.shards import write_shards
+
 NUM_KILLS, STEPS = 20, 60
-ROOT = Path(__file__).resolve().parents[2]
 
 pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.launch
 
 
 def child(arguments: list[str], keys: Path) -> int:
@@ -60,8 +66,6 @@ def num_lines(path: Path) -> int:
 
 
 def main(recipe: str, folder: str, seed: str) -> None:
-    from mmtensorar import train  # noqa: F401  imported once, for all forks
-
     rng, run = random.Random(int(seed)), Path(folder)
     keys = run.with_suffix(".keys")
     arguments = [recipe, f"run.name={run.name}", "--resume"]
@@ -91,17 +95,6 @@ def main(recipe: str, folder: str, seed: str) -> None:
 
 def test_killed_at_twenty_random_moments_a_run_ends_as_if_nothing_had_happened(tmp_path):
     """The samples and losses of every step are those of a run that was left alone."""
-    from mmtensorar import image_tokenizers
-    from mmtensorar.recipe import Recipe
-    from mmtensorar.training import run_log
-    from tests.helpers.fakes import write_tiny_janus
-    from tests.training.test_train import (
-        NUM_CODES,
-        SIDE,
-        environment,
-        write_shards,
-    )
-
     write_tiny_janus(tmp_path / "janus", NUM_CODES, SIDE)
     recipe = {
         "run": {"name": "whole", "out": str(tmp_path / "runs")},
@@ -109,21 +102,15 @@ def test_killed_at_twenty_random_moments_a_run_ends_as_if_nothing_had_happened(t
         "image_tokenizer": {"name": "janus_vq", "path": str(tmp_path / "janus" / "vq")},
         "tensorar": {"window": 2, "num_heads": 2},
         "data": {"shards": str(tmp_path / "shards"), "batch_size": 3, "shuffle": 3},
-        "train": {"steps": STEPS, "save_every": 1, "keep_last": 1},
+        "train": {"steps": STEPS, "save_every": 1, "keep_last": 1, "precision": "fp32"},
     }
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     write_shards(tmp_path / "shards", image_tokenizers.load(Recipe.load(path, []).image_tokenizer))
 
     def harness(*arguments: str) -> dict:
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.training.test_kill", *arguments],
-            env=environment() | {"PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            cwd=ROOT,
-        )
+        started = fork_ranks("-m", "tests.training.test_kill", *arguments)
+        done = finish_ranks(started, timeout_s=300)
         assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
         return json.loads(done.stdout.splitlines()[-1])
 

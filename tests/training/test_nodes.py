@@ -1,10 +1,12 @@
-"""Several nodes, as processes on this machine: one is lost and the others go on; two hosts train through the launcher."""
+"""Several nodes, as processes on this machine.
+
+One is lost and the others continue; two hosts train through the launcher.
+"""
 
 import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,24 +15,12 @@ from pathlib import Path
 import pytest
 
 from mmtensorar.training import run_log
-from tests.training.test_train import (  # noqa: F401
-    ALIKE,
-    TRAIN,
-    bench,
-    close,
-    environment,
-    rows,
-    run,
-)
+from tests.helpers.fork_server import environment
+from tests.helpers.runs import ALIKE, TRAIN, assert_close, free_port, rows, run
 
 psutil = pytest.importorskip("psutil")
+pytestmark = pytest.mark.launch
 BIN = Path(sys.executable).parent
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def end(processes: list[subprocess.Popen]) -> None:
@@ -60,8 +50,8 @@ def wait_for(found, processes: list[subprocess.Popen], logs: list[Path], timeout
         time.sleep(0.05)
 
 
-def test_a_run_outlives_the_loss_of_a_node(bench, tmp_path):  # noqa: F811
-    """torchrun with one to two nodes: when one is killed, the other starts again from the last checkpoint, alone.
+def test_a_run_outlives_the_loss_of_a_node(bench, tmp_path):
+    """torchrun with one to two nodes: when one is killed, the other restarts from the last run state, alone.
 
     The losses are those of a run that one node did from the start.
     """
@@ -114,7 +104,7 @@ def test_a_run_outlives_the_loss_of_a_node(bench, tmp_path):  # noqa: F811
     alone = run(bench, "run.name=never_lost", "train.save_every=0", *settings[:3], *ALIKE)
     assert alone.returncode == 0, alone.stderr[-3000:]
     assert [row["step"] for row in rows(bench, "elastic")] == list(range(1, steps + 1))
-    close(rows(bench, "elastic")[:20], rows(bench, "never_lost")[:20])
+    assert_close(rows(bench, "elastic")[:20], rows(bench, "never_lost")[:20])
 
 
 def _namespaces_work() -> bool:
@@ -160,7 +150,7 @@ def two_hosts():
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
-def test_two_hosts_train_together_through_the_launcher(bench, two_hosts, tmp_path):  # noqa: F811
+def test_two_hosts_train_together_through_the_launcher(bench, two_hosts, tmp_path):
     """deepspeed with a hostfile, started on each host; nothing but the cable connects them."""
     (tmp_path / "hostfile").write_text("".join(f"{address} slots=1\n" for _, address in two_hosts))
     hosts, logs = [], []

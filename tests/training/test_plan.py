@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from mmtensorar.backbones import janus
 from mmtensorar.model import layers
@@ -15,10 +16,11 @@ RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
 # Parameters of language model, generation embeddings, aligner and head, counted on the released configurations.
+@pytest.mark.plan
 @pytest.mark.parametrize("size, expected", [("1b", 1_485_053_952), ("7b", 6_591_791_104)])
 def test_backbone_counts_are_the_released_models(size, expected):
     recipe = Recipe.load(RECIPES / f"janus_pro_{size}.yaml")
-    model = plan.shapes(recipe)
+    model = plan.meta_model(recipe)
     assert all(parameter.is_meta for parameter in model.parameters()), "a plan must not allocate the model"
     counts = plan.parameters(model)
     assert counts["backbone"] == expected
@@ -28,6 +30,7 @@ def test_backbone_counts_are_the_released_models(size, expected):
 
 
 # The released models' parameters, and the share that the paper says TensorAR adds (its class-conditional table).
+@pytest.mark.plan
 @pytest.mark.parametrize(
     "name, expected, most",
     [
@@ -57,12 +60,14 @@ def test_the_recipes_keep_to_the_papers_budget(name, expected, most, tmp_path, m
 
 
 def test_flops_of_a_factorised_head():
-    """Six per weight and place, of which the factorised blocks see three per token."""
-    plain = Recipe.load(RECIPES / "open_magvit2" / "b_256.yaml").plain()
-    model = plan.shapes(plain)
-    assert all(parameter.is_meta for parameter in model.parameters())
-    tokens, flops = plan.flops_per_step(plain, model)
-    assert flops / (6 * plan.parameters(model)["backbone"] * tokens) == pytest.approx(1.15, abs=0.1)
+    """Six per weight and token, of which the factorised blocks see three positions per token."""
+    plain = Recipe.load(
+        RECIPES / "open_magvit2" / "b_256.yaml",
+        ["tensorar.window=1", "tensorar.offset_weights=null", "train.activation_checkpointing=false"],
+    )
+    tokens, flops = plan.flops_per_step(plain, recomputed=False)
+    backbone = plan.parameters(plan.meta_model(plain))["backbone"]
+    assert flops / (6 * backbone * tokens) == pytest.approx(1.15, abs=0.1)
 
 
 def bytes_of(
@@ -96,6 +101,7 @@ def test_the_peak_is_of_the_backward_or_of_the_update():
     assert many.peak == many.held + 10**9 + many.buffers
 
 
+@pytest.mark.plan
 def test_activations_grow_with_the_batch_and_shrink_when_computed_again():
     def active(rows: int, *changes: str) -> int:
         return plan.activation_bytes(Recipe.load(RECIPES / "janus_pro_1b.yaml", changes), [rows])[rows]
@@ -111,31 +117,45 @@ def test_activations_grow_with_the_batch_and_shrink_when_computed_again():
     assert plan.activation_bytes(few, [40])[40] == pytest.approx(plan._activation_bytes(few, 40), rel=1e-3)
 
 
+def tiny(*changes: str) -> Recipe:
+    backbone = f"backbone.path={RECIPES / 'tiny/weights/base/backbone'}"
+    return Recipe.load(RECIPES / "tiny/tensorar.yaml", [backbone, *changes])
+
+
+@pytest.mark.plan
 def test_flops_of_a_step_are_near_six_per_weight_and_token():
-    """At window 1 nothing but the transformer counts: 6 N per token, plus attention, plus the prompt's tokens."""
-    recipe = Recipe.load(
-        RECIPES / "janus_pro_7b.yaml", ["tensorar.window=1", "train.activation_checkpointing=false"]
-    )
-    model = plan.shapes(recipe)
-    tokens, flops = plan.flops_per_step(recipe, model)
-    assert tokens == 128 * 576
-    assert flops / (6 * plan.parameters(model)["backbone"] * tokens) == pytest.approx(1, abs=0.1)
+    """At window 1 only the transformer counts: 6 N per token, attention, and the prompt's tokens."""
+    recipe = tiny("tensorar.window=1")
+    tokens, flops = plan.flops_per_step(recipe, prompt_len=1, recomputed=False)
+    model = plan.meta_model(recipe)
+    assert tokens == recipe.data.batch_size * model.backbone.num_tokens
+    tables = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding))
+    weights = plan.parameters(model)["backbone"] - tables
+    assert flops / (6 * weights * tokens) == pytest.approx(1.1, abs=0.1)
 
 
+def test_other_prompt_lengths_follow_exactly_from_three():
+    """The step log needs the FLOPs of every length of prompt, and a count takes a second."""
+    state = torch.get_rng_state()
+    flops = plan.SampleFlops(tiny(), recomputed=False)
+    for prompt_len in (3, 12, 20):
+        flops(prompt_len)
+    assert [flops(7), flops(31)] == [flops.count(7), flops.count(31)] and len(flops.counted) == 3
+    assert flops(7) < flops(12) < flops(31)
+    assert torch.equal(state, torch.get_rng_state()), "a count draws no random numbers"
+
+
+@pytest.mark.plan
 def test_what_is_computed_again_counts_again():
-    """Of the same step: the loss in chunks makes decoder and head a fourth time, and checkpoints the layers."""
+    """The loss in chunks computes decoder and head a fourth time, and checkpoints the layers."""
+    plain = ["tensorar.window=4", "tensorar.schedule=exponential"]
 
     def flops(*settings: str) -> int:
-        recipe = Recipe.load(RECIPES / "janus_pro_7b.yaml", ["tensorar.window=4", *settings])
-        return plan.flops_per_step(recipe, plan.shapes(recipe))[1]
+        return plan.flops_per_step(tiny(*plain, *settings))[1]
 
-    once, never = "train.loss_chunk_tokens=1000000000", "train.activation_checkpointing=false"
-    whole, chunked, again = (
-        flops(once, never),
-        flops(never),
-        flops(once, "train.activation_checkpointing=true"),
-    )
-    model = plan.shapes(Recipe.load(RECIPES / "janus_pro_7b.yaml", ["tensorar.window=4"]))
+    once, again = "train.loss_chunk_tokens=1000000000", "train.activation_checkpointing=true"
+    complete, chunked, checkpointed = flops(once), flops(), flops(once, again)
+    model = plan.meta_model(tiny(*plain))
     sizes = {
         name: sum(p.numel() for p in part.parameters() if p.ndim > 1)
         for name, part in (
@@ -144,30 +164,27 @@ def test_what_is_computed_again_counts_again():
             ("layers", model.backbone.language_model.layers),
         )
     }
-    tokens = 128 * 576
-    assert chunked - whole == pytest.approx(2 * tokens * (4 * sizes["head"] + 5 * sizes["decoder"]), rel=0.02)
-    assert (again - whole) / (2 * tokens * sizes["layers"]) == pytest.approx(
-        1.1, abs=0.1
-    )  # and attention, and the prompt
+    tokens = tiny().data.batch_size * model.backbone.num_tokens
+    assert chunked - complete == pytest.approx(
+        2 * tokens * (4 * sizes["head"] + 5 * sizes["decoder"]), rel=0.02
+    )
+    # Also attention and the prompt; torch stops before what nothing in the backward needs.
+    assert 0.9 < (checkpointed - complete) / (2 * tokens * sizes["layers"]) < 1.5
+    assert plan.flops_per_step(tiny(*plain, again), recomputed=False)[1] == complete
 
 
+@pytest.mark.plan
 def test_self_drafts_are_a_forward_more():
     """A third of a step that computes nothing again, but for the head over each window's first slot."""
-    settings = [
-        "tensorar.window=2",
-        "train.loss_chunk_tokens=1000000000",
-        "train.activation_checkpointing=false",
-    ]
-    recipes = [
-        Recipe.load(RECIPES / "janus_pro_7b.yaml", [*settings, f"tensorar.self_drafts={share}"])
-        for share in (0, 1)
-    ]
-    model = plan.shapes(recipes[0])
-    plain, drafted = (plan.flops_per_step(recipe, plan.shapes(recipe))[1] for recipe in recipes)
+    shares = [tiny(f"tensorar.self_drafts={share}") for share in (0, 1)]
+    plain, drafted = (plan.flops_per_step(recipe, recomputed=False)[1] for recipe in shares)
+    model = plan.meta_model(shares[0])
     head = sum(p.numel() for p in model.backbone.head.parameters() if p.ndim > 1)
-    assert drafted - plain == pytest.approx(plain / 3 - 2 * 128 * 576 * head, rel=1e-3)
+    tokens = shares[0].data.batch_size * model.backbone.num_tokens
+    assert drafted - plain == pytest.approx(plain / 3 - 2 * tokens * head, rel=0.03)
 
 
+@pytest.mark.plan
 def test_the_report_loads_no_weights(monkeypatch):
     """A plan must work where the model was never downloaded."""
     for name in ("fill", "locate"):
@@ -196,6 +213,7 @@ def test_an_average_takes_its_share():
     assert bytes_of(3, **{"train.ema_decay": 0.99}).optimizer == bytes_of(3).optimizer + 4 * 100
 
 
+@pytest.mark.plan
 def test_a_plan_leaves_nothing_behind():
     """Tables that layers keep were without values afterwards, and the next training of the process failed on them."""
     layers.rotary_table.cache_clear()

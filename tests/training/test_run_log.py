@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from mmtensorar.recipe import Recipe
-from mmtensorar.training import run_log
+from mmtensorar.training import run_log, stopwatch
 
 CPU = torch.device("cpu")
 
 
 def test_laps_of_a_name_add_up_and_start_anew():
-    watch = run_log.Stopwatch(CPU)
+    watch = stopwatch.Stopwatch(CPU)
     for _ in range(2):
         time.sleep(0.02)
         watch.lap("a")
@@ -27,7 +27,7 @@ def test_laps_of_a_name_add_up_and_start_anew():
 
 
 def test_a_matrix_product_has_a_rate():
-    assert run_log.matmul_rate(CPU, torch.float32) > 1e8
+    assert stopwatch.matmul_rate(CPU, torch.float32) > 1e8
 
 
 def test_numbers_lists_and_parts_become_events(tmp_path):
@@ -57,7 +57,7 @@ def test_numbers_lists_and_parts_become_events(tmp_path):
 
 def test_weights_and_biases_gets_each_number(monkeypatch, tmp_path):
     """Through DeepSpeed's monitor; a stand-in for the library takes down what it is told."""
-    deep = pytest.importorskip("mmtensorar.training.engine")
+    engines = pytest.importorskip("mmtensorar.training.engine")
     told = []
     wandb = ModuleType("wandb")
     wandb.__spec__ = SimpleNamespace()
@@ -65,16 +65,16 @@ def test_weights_and_biases_gets_each_number(monkeypatch, tmp_path):
     wandb.log = lambda data, step=None, commit=None: told.append((data, step))
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setattr("deepspeed.comm.get_rank", lambda *a, **k: 0)
-    write = deep.monitor(["tensorboard", "wandb"], tmp_path / "run", 0)
+    write = engines.monitor(["tensorboard", "wandb"], tmp_path / "run", 0)
     write([("loss", 1.5, 3), ("seconds/data", 0.1, 3)])
     assert told == [
         {"project": "mmtensorar", "group": "run", "entity": None},
         ({"loss": 1.5}, 3),
         ({"seconds/data": 0.1}, 3),
     ]
-    assert deep.monitor(["tensorboard"], tmp_path / "run", 0) is None
+    assert engines.monitor(["tensorboard"], tmp_path / "run", 0) is None
     monkeypatch.delitem(sys.modules, "wandb")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     recipe = Recipe.load(Path(__file__).parents[2] / "recipes/tiny/plain.yaml", ["train.monitors=[wandb]"])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="train.monitors wandb needs wandb: pip install wandb"):
-        deep.check(recipe, torch.device("cpu"))
+        engines.check(recipe, torch.device("cpu"))

@@ -1,6 +1,8 @@
 """Checkpoints being written: what stands when something fails, what is kept."""
 
 import json
+import signal
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +21,7 @@ def make(tmp_path, monkeypatch):
     """A Saver of one rank around one weight."""
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
-    monkeypatch.setattr(saving.deep, "together", lambda work, device: work())
+    monkeypatch.setattr(saving, "on_all_ranks", lambda work, device: work())
     weight = torch.nn.Parameter(torch.arange(4.0))
     optimizer = torch.optim.AdamW([weight])
     module = SimpleNamespace(named_parameters=lambda: [("weight", weight)], parameters=lambda: [weight])
@@ -75,17 +77,17 @@ def test_a_failure_is_told_and_the_next_checkpoint_stands(make, monkeypatch, cap
     monkeypatch.setattr(sharded_state, "write", lambda *a: (_ for _ in ()).throw(OSError("no space left")))
     saver.save(2, {}, None, CPU)  # begins to
     monkeypatch.setattr(sharded_state, "write", write)
-    saver.at_work.join()
+    saver.thread.join()
     assert saver.failure is not None, "which the training looks at every step"
     saver.look_back(CPU)
-    assert "could not be written (no space left); training goes on" in capsys.readouterr().out
+    assert "could not be written (no space left)" in capsys.readouterr().out
     saver.save(3, {}, None, CPU)
-    assert saver.at_work is None, "this one was waited for"
-    assert "the checkpoint of step 3 stands" in capsys.readouterr().out
+    assert saver.thread is None, "this one was waited for"
+    assert "run state of step 3 is complete" in capsys.readouterr().out
     assert sharded_state.latest(saver.folder)["step"] == 3
     monkeypatch.setattr(sharded_state, "write", lambda *a: (_ for _ in ()).throw(OSError("no space left")))
     saver.save(4, {}, None, CPU)
-    with pytest.raises(ValueError, match="a checkpoint could not be written .no space left"):
+    with pytest.raises(ValueError, match="could not be written .no space left"):
         saver.finish(CPU)
     assert sharded_state.latest(saver.folder)["step"] == 3
     monkeypatch.setattr(sharded_state, "write", write)
@@ -95,13 +97,35 @@ def test_a_failure_is_told_and_the_next_checkpoint_stands(make, monkeypatch, cap
 
 
 def test_a_run_folder_is_held_by_one_process(tmp_path):
-    first = processes.hold(tmp_path / "run")
-    with pytest.raises(
-        ValueError, match=r"run: another process trains in this folder \(process \d+ on .+\); stop it"
-    ):
-        processes.hold(tmp_path / "run")
-    first.close()
-    processes.hold(tmp_path / "run").close()
+    folder = tmp_path / "run"
+    with processes.RunFolderLock(folder):
+        with pytest.raises(ValueError, match=r"run: another process .+\(process \d+ on .+\); stop it, or leave"):
+            with processes.RunFolderLock(folder, otherwise="leave"):
+                pass
+    with processes.RunFolderLock(folder):
+        pass
+
+
+def test_a_child_does_not_keep_the_lock(tmp_path):
+    """Loader workers are forked; one that outlived its rank would keep the run folder locked."""
+    folder = tmp_path / "run"
+    with processes.RunFolderLock(folder) as lock:
+        processes.release_in_child()
+        assert lock._file.closed
+
+
+def test_signals_are_recorded_and_a_later_ctrl_c_quits(monkeypatch):
+    said = []
+    signals = processes.StopSignals(said.append)
+    assert not signals.requested and signals.exit_code == 128 + signal.SIGTERM
+    signals._handle(signal.SIGINT, None)
+    signals._handle(signal.SIGINT, None)  # the launcher's
+    assert signals.requested and signals.exit_code == 128 + signal.SIGINT and len(said) == 1
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 2)
+    signals._handle(signal.SIGTERM, None)
+    with pytest.raises(KeyboardInterrupt):
+        signals._handle(signal.SIGINT, None)
 
 
 def test_a_checkpoint_that_is_not_whole_says_what_to_do(make):

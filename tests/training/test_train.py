@@ -1,181 +1,49 @@
-"""The training entry, run as a user runs it: resuming is exact, ZeRO-3 equals plain training, errors are sentences."""
+"""The training entry: resuming is exact, ZeRO-3 equals plain training, errors are sentences."""
 
-import io
 import json
-import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
-import sys
-import time
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from mmtensorar import backbones, image_tokenizers
+from mmtensorar import backbones
 from mmtensorar.checkpoints import model_folder
 from mmtensorar.data import loader
+from mmtensorar.data.members import encode_codes
 from mmtensorar.data.sample_order import Order
-from mmtensorar.data.shards import (
-    Codes,
-    Manifest,
-    Sample,
-    encode_codes,
-    iterate_tar,
-    write_tar,
-)
+from mmtensorar.data.shards import Manifest, Sample, iterate_tar, write_tar
 from mmtensorar.recipe import Recipe
 from mmtensorar.training import run_log
 from tests.helpers.fakes import write_tiny_janus
-
-ROOT = Path(__file__).resolve().parents[2]
-TRAIN = ROOT / "mmtensorar" / "train.py"
-SIDE, NUM_CODES = 4, 32  # 4x4 tokens out of 32 codes
+from tests.helpers.runs import (
+    ALIKE,
+    NUM_CODES,
+    SIDE,
+    TRAIN,
+    assert_close,
+    cut,
+    endless,
+    finish,
+    finish_ranks,
+    fork_ranks,
+    launch,
+    numbers,
+    rows,
+    run,
+    signal_after_a_step,
+)
 
 pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.launch
 
-
-CAPTIONS = (("a red circle", "a blue square"), ("a green circle", "a red square"))
-
-
-def write_shards(folder: Path, image_tokenizer, captions_of_shards=CAPTIONS) -> None:
-    """Two shards of two samples: with batch 4 every step sees the whole set, however ranks share it."""
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    image = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(image, "JPEG")
-    shards = []
-    for number, captions in enumerate(captions_of_shards):
-        samples = []
-        for i, caption in enumerate(captions):
-            members = {"jpg": image.getvalue(), "txt": caption.encode(), "json": b"{}"}
-            shape, sizes = (1, int(np.prod(image_tokenizer.grid))), image_tokenizer.factor_sizes
-            drawn = [rng.integers(size, size=shape, dtype=np.uint16) for size in sizes]
-            members["codes.npy"] = encode_codes(np.stack(drawn, axis=-1))
-            samples.append(Sample(f"{number}{i}", members))
-        shards.append(write_tar(folder / f"{number:05d}.tar", samples))
-    codes = Codes(
-        image_tokenizer=image_tokenizer.name,
-        weight_hash=image_tokenizer.weight_hash,
-        grid=tuple(image_tokenizer.grid),
-        factor_sizes=tuple(image_tokenizer.factor_sizes),
-        crops=1,
-    )
-    image_size = image_tokenizer.image_size
-    Manifest(
-        shards=tuple(shards), num_samples=4, image_size=image_size, codes=codes, source="test", seed=0
-    ).write(folder)
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory) -> Path:
-    """A folder with a tiny backbone, shards and a recipe."""
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("train")
-    write_tiny_janus(folder / "janus", NUM_CODES, SIDE)
-    recipe = {
-        "run": {"name": "unnamed", "out": str(folder / "runs")},
-        "backbone": {"name": "janus", "path": str(folder / "janus")},
-        "image_tokenizer": {"name": "janus_vq", "path": str(folder / "janus" / "vq")},
-        "tensorar": {"window": 3, "num_heads": 2},
-        "data": {"shards": str(folder / "shards"), "batch_size": 4, "shuffle": 0, "uncond_rate": 0.5},
-        "optim": {"lr": 1e-2, "warmup_steps": 1},
-        "train": {"steps": 4, "grad_accum": 2, "log_every": 1, "save_every": 2},
-        "zero": {"stage": 0},
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    write_shards(
-        folder / "shards", image_tokenizers.load(Recipe.load(folder / "recipe.yaml", []).image_tokenizer)
-    )
-    return folder
-
-
-def environment() -> dict:
-    kept = {
-        k: v
-        for k, v in os.environ.items()
-        if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    }
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    # More threads than cores make gloo's ranks wait on each other.
-    return kept | {"PATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def start(bench: Path, *arguments: str, ranks: int = 1) -> subprocess.Popen:
-    """Start training in a process group of its own, which is what Ctrl-C in a terminal reaches."""
-    command = [sys.executable, str(TRAIN)]
-    if ranks > 1:
-        launcher = Path(sys.executable).with_name("deepspeed")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        command = [str(launcher), "--num_accelerators", str(ranks), "--master_port", str(port), str(TRAIN)]
-    return subprocess.Popen(
-        [*command, str(bench / "recipe.yaml"), *arguments],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=bench,
-        start_new_session=True,
-    )
-
-
-def finish(process: subprocess.Popen, *, timeout_s: int) -> subprocess.CompletedProcess:
-    """Wait until launcher, ranks and workers have all let go of the output; past the timeout, end them."""
-    try:
-        out, err = process.communicate(timeout=timeout_s)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-
-def run(bench: Path, *arguments: str, ranks: int = 1) -> subprocess.CompletedProcess:
-    return finish(start(bench, *arguments, ranks=ranks), timeout_s=240)
-
-
-def run_until(
-    number: int, bench: Path, name: str, *arguments: str, ranks: int = 1
-) -> subprocess.CompletedProcess:
-    """Start an endless run, send the signal to its process group after the first step and wait for its end."""
-    settings = [f"run.name={name}", "train.steps=100000", "train.save_every=0", *arguments]
-    process = start(bench, *settings, ranks=ranks)
-    deadline = time.monotonic() + 240
-    while process.poll() is None and time.monotonic() < deadline and not rows(bench, name):
-        time.sleep(0.1)
-    if rows(bench, name):
-        os.killpg(process.pid, number)
-    return finish(process, timeout_s=120)
-
-
-def cut(bench: Path, name: str, suffix: str = "cut", *, step: int = 2) -> str:
-    """A copy of a finished run, as if it had been stopped after a step; returns the copy's name."""
-    copy = bench / "runs" / f"{name}_{suffix}"
-    shutil.copytree(bench / "runs" / name, copy)
-    shutil.rmtree(copy / "model")
-    for folder in (copy / "checkpoints").glob("step_*"):
-        if folder.name > f"step_{step:06d}":
-            shutil.rmtree(folder)
-    (copy / "checkpoints" / "latest").write_text(f"step_{step:06d}")
-    return copy.name
-
-
-def rows(bench: Path, name: str) -> list[dict]:
-    return run_log.read_log(bench / "runs" / name / "log.jsonl")
-
-
-def numbers(row: dict) -> tuple:
-    """What must repeat exactly; speed and memory need not."""
-    return row["step"], row["loss"], row["loss_per_offset"], row["lr"], row["grad_norm"]
+EMA = "train.ema_decay=0.6"
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +54,7 @@ def whole_run(bench):
 
 
 def test_resumed_run_equals_uninterrupted_run(bench, whole_run):
-    """Stopped after step 2 and continued, steps 3 and 4 repeat bit for bit: data, noise, weights, moments, rate."""
+    """Stopped after step 2, steps 3 and 4 repeat bit for bit: data, noise, weights, moments, learning rate."""
     name = cut(bench, "whole")
     done = run(bench, f"run.name={name}", "--resume", "train.monitors=[csv]")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -288,32 +156,25 @@ def test_run_folder_is_complete(bench, whole_run):
     assert "save" in whole_run[2]["seconds"], "of the checkpoint after step 2"
     assert model_folder.check_files(folder / "model")["step"] == 4
     assert (folder / "recipe.yaml").is_file() and any((folder / "tensorboard").iterdir())
-    weights = load_file(folder / "model" / model_folder.CODEC).values()
-    assert not any(torch.equal(w, w.bfloat16().float()) for w in weights), (
-        "the master copy is saved, not its rounding"
-    )
+
+
+def test_bfloat16_on_two_ranks_saves_its_master_copy_and_resumes_exactly(bench):
+    """Two steps: where a CPU has no instructions for bfloat16, each takes seconds."""
+    settings = ["train.precision=bf16", "zero.stage=3", "train.steps=2", "train.save_every=1"]
+    done = run(bench, "run.name=bf16", *settings, ranks=2)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    weights = load_file(bench / "runs" / "bf16" / "model" / model_folder.CODEC).values()
+    assert not any(torch.equal(w, w.bfloat16().float()) for w in weights), "not the rounded copy"
+    name = cut(bench, "bf16", step=1)
+    done = run(bench, f"run.name={name}", *settings, "--resume", ranks=2)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert [numbers(row) for row in rows(bench, name)] == [numbers(row) for row in rows(bench, "bf16")]
 
 
 def test_finished_run_is_not_overwritten(bench, whole_run):
     done = run(bench, "run.name=whole")
     assert done.returncode == 2
     assert "holds a finished run" in done.stderr and "Traceback" not in done.stderr
-
-
-# Adam's first update is lr times the sign of the gradient: without a large eps it turns rounding noise in a gradient near
-# zero into a full step, and a comparison would be of noise.
-EMA = "train.ema_decay=0.6"
-ALIKE = ["optim.eps=0.01", "train.grad_accum=1"]
-
-
-def close(found: list[dict], expected: list[dict]) -> None:
-    """Equal up to bfloat16's rounding and the order of sums."""
-    for a, b in zip(found, expected, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4), (a, b)
-        assert a["loss_per_offset"] == pytest.approx(b["loss_per_offset"], rel=1e-4), (a, b)
-        # Adam hides a wrong factor on the gradient; the norm does not.
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=0.01), (a, b)
-        assert a["lr"] == b["lr"]
 
 
 @pytest.fixture(scope="module")
@@ -326,14 +187,14 @@ def two_ranks(bench):
 
 
 def test_zero_3_on_two_ranks_equals_one_rank(bench, two_ranks):
-    """Same samples, prompts dropped and noise per step, also in other micro batches; backbone and codec alike.
+    """Each step has the same samples, dropped prompts and noise, also in other micro batches.
 
-    Without ZeRO, DeepSpeed began with a step of zero gradients, so the first updates were a third too small; a step
-    changes the loss by about 0.1 %, and a tolerance of 1 % hid that.
+    Without ZeRO, DeepSpeed began with a step of zero gradients, so the first updates were a third too
+    small. A step changes the loss by about 0.1 %, and a tolerance of 1 % hid that.
     """
     one = run(bench, "run.name=one", *ALIKE, "train.grad_accum=2", "train.save_every=0", EMA)
     assert one.returncode == 0, one.stderr[-3000:]
-    close(rows(bench, "one"), two_ranks)
+    assert_close(rows(bench, "one"), two_ranks)
     assert (bench / "runs" / "two" / "samples" / "step_4.png").is_file()
     assert len(two_ranks[3]["revised_per_offset"]) == 2 and all(
         0 <= share <= 1 for share in two_ranks[3]["revised_per_offset"]
@@ -354,7 +215,7 @@ def test_the_other_zero_stages_compute_the_same(bench, two_ranks, stage):
     name = f"stage_{stage}"
     done = run(bench, f"run.name={name}", f"zero.stage={stage}", *ALIKE, ranks=2)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    close(rows(bench, name), two_ranks)
+    assert_close(rows(bench, name), two_ranks)
 
 
 def exported_alike(bench: Path, name: str) -> None:
@@ -371,7 +232,7 @@ def exported_alike(bench: Path, name: str) -> None:
 
 
 def test_a_run_goes_on_with_other_numbers_of_ranks_and_other_stages(bench, two_ranks):
-    """Two ranks under ZeRO-3, one under ZeRO-2 in two micro batches, two without ZeRO, one under ZeRO-1: as if never changed."""
+    """As if never changed: two ranks under ZeRO-3, one under ZeRO-2, two without ZeRO, one under ZeRO-1."""
     name = "two"
     ways = [(1, ["zero.stage=2", "train.grad_accum=2"]), (2, ["zero.stage=0"]), (1, ["zero.stage=1"])]
     for step, (ranks, settings) in enumerate(ways, 1):
@@ -389,7 +250,7 @@ def test_a_run_goes_on_with_other_numbers_of_ranks_and_other_stages(bench, two_r
         )
         assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
         assert f"after step {step}" in done.stdout
-        close(rows(bench, name), two_ranks)
+        assert_close(rows(bench, name), two_ranks)
     exported_alike(bench, name)
     for folder in ("model", "model_ema"):
         one, other = (
@@ -446,7 +307,7 @@ def test_damage_on_one_rank_stops_both(bench):
     folder = bench / "damaged"
     shutil.copytree(bench / "shards", folder)
     manifest = Manifest.read(folder)
-    place = Order([shard.num_samples for shard in manifest.shards], rows=4, seed=0, shuffle=0).place(
+    place = Order([shard.num_samples for shard in manifest.shards], rows=4, seed=0, shuffle=0).location(
         1
     )  # rank 1's first
     shard, damaged = manifest.shards[place.shard], place.sample
@@ -493,7 +354,7 @@ def test_a_skipped_sample_is_logged_with_its_shard_and_key_and_counted(bench, ho
         "error: 2 damaged samples were skipped by step ([456]), more than data.max_skipped 0.05", done.stderr
     )
     assert stopped and "Traceback" not in done.stderr, done.stderr[-2000:]  # in the second epoch
-    assert f"of an epoch of 12; the last checkpoint is of step {int(stopped[1]) - 1}" in done.stderr
+    assert f"of an epoch of 12; the last run state is of step {int(stopped[1]) - 1}" in done.stderr
 
 
 def test_the_validation_loss_does_not_depend_on_the_ranks(bench, holed):
@@ -508,7 +369,6 @@ def test_the_validation_loss_does_not_depend_on_the_ranks(bench, holed):
         f"data.validation={folder}",
         "data.validation_batch_size=2",
         "train.validate_every=2",
-        "train.precision=fp32",
     ]
     losses = []
     for ranks in (1, 2):
@@ -555,7 +415,7 @@ def test_the_control_is_a_switch(bench, monkeypatch):
 
     seen = []
     monkeypatch.setattr(module, "train", lambda recipe, **options: seen.append(recipe) or 0)
-    monkeypatch.setattr(module.deep, "stop_process_group", lambda: None)
+    monkeypatch.setattr(module, "stop_process_group", lambda: None)
     weights = "tensorar.offset_weights=[1, 0.5, 0.2]"
     for switch in ([], ["--plain"]):
         assert module.main([str(bench / "recipe.yaml"), weights, "run.name=mine", *switch]) == 0
@@ -604,7 +464,7 @@ def test_a_spike_of_the_gradient_stops_and_names_the_samples(bench):
     done = run(bench, "run.name=spike", "train.max_grad_norm=1e-3", "train.save_every=0")
     assert (
         done.returncode == 2
-        and "more than train.max_grad_norm 0.001; no checkpoint was saved yet" in done.stderr
+        and "more than train.max_grad_norm 0.001; no run state was saved yet" in done.stderr
     )
     told = json.loads((bench / "runs" / "spike" / "stopped.json").read_text())
     assert len(told["samples"]) == 4 and all(
@@ -615,10 +475,14 @@ def test_a_spike_of_the_gradient_stops_and_names_the_samples(bench):
 @pytest.mark.parametrize("code", [0, 2])
 def test_a_process_of_a_group_leaves_with_its_exit_code(code):
     """With the group's threads alive, an interpreter's own end may abort, which is another exit code."""
-    lines = "from mmtensorar import engine, processes; engine.start_process_group(0); print('said', end=''); processes.leave({})"
-    done = subprocess.run(
-        [sys.executable, "-c", lines.format(code)], capture_output=True, text=True, timeout=120
-    )
+    lines = """
+from mmtensorar import processes
+from mmtensorar.training import distributed
+distributed.start_process_group(0)
+print('said', end='')
+processes.exit_process({})
+"""
+    done = finish_ranks(fork_ranks("-c", lines.format(code)), timeout_s=120)
     assert (done.returncode, done.stdout.endswith("said")) == (code, True), done.stderr[-2000:]
 
 
@@ -637,7 +501,10 @@ def test_backbone_and_image_tokenizer_of_different_models_are_refused(bench):
 @pytest.fixture(scope="module")
 def terminated(bench):
     """A float32 run without ZeRO that SIGTERM stopped."""
-    return run_until(signal.SIGTERM, bench, "terminated", "train.precision=fp32", "optim.grad_clip=0.01")
+    recipe = bench / "recipe.yaml"
+    started = fork_ranks(TRAIN, recipe, *endless("terminated"), "optim.grad_clip=0.01", cwd=bench)
+    signal_after_a_step(signal.SIGTERM, started[0], bench, "terminated")
+    return finish_ranks(started, timeout_s=120)
 
 
 def stopped_well(bench: Path, name: str, done: subprocess.CompletedProcess) -> None:
@@ -655,7 +522,7 @@ def test_signal_saves_and_stops(bench, terminated):
 
 def test_float32_logs_the_norm_of_the_gradient(bench, terminated):
     """There DeepSpeed keeps no norm: ours is of the whole step's mean loss, before clipping."""
-    from mmtensorar.train import seed_for
+    from mmtensorar.seeds import seed_for
 
     recipe = Recipe.load(bench / "recipe.yaml", [])
     model = model_folder.initial_model(recipe).train()
@@ -668,8 +535,10 @@ def test_float32_logs_the_norm_of_the_gradient(bench, terminated):
 
 
 def test_ctrl_c_through_the_launcher_saves_and_stops(bench):
-    """Launcher, both ranks and their loader workers all receive it; the launcher passes it on as SIGTERM, and all end."""
-    done = run_until(signal.SIGINT, bench, "interrupted", "data.num_workers=1", ranks=2)
+    """Launcher, ranks and loader workers all receive it. The launcher sends it on as SIGTERM, and all end."""
+    process = launch(bench, *endless("interrupted"), "data.num_workers=1", ranks=2)
+    signal_after_a_step(signal.SIGINT, process, bench, "interrupted")
+    done = finish(process, timeout_s=120)
     stopped_well(bench, "interrupted", done)
     # The launcher prints a traceback of its own.
     assert f'File "{TRAIN}"' not in done.stderr, done.stderr[-3000:]

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval.geneval import suite
+from eval.geneval import suites
 from eval.geneval.ceiling import measure
 from mmtensorar.checkpoints import model_folder
 from mmtensorar.pipeline import Generator
@@ -31,6 +31,7 @@ def found(scene: Scene, image) -> bool:
     return all(o.color is None or colors[o.shape] == o.color for o in scene.objects)
 
 
+@pytest.mark.shipped
 def test_the_detector_confirms_what_was_drawn():
     confirmed = 0
     for index in range(1000):
@@ -40,11 +41,12 @@ def test_the_detector_confirms_what_was_drawn():
     assert confirmed >= 990
 
 
+@pytest.mark.shipped
 def test_the_shipped_base_is_whole_small_and_good_enough():
     """At most 8 MB; 95 % of pictures survive its image tokenizer; it generates."""
     loaded = model_folder.load(SHIPPED)  # compares every file with its sha256
     assert sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) <= 8e6
-    bounds = measure(suite.load("shapes"), loaded.image_tokenizer, num_images=200)
+    bounds = measure(suites.load("shapes"), loaded.image_tokenizer, num_images=200)
     assert bounds["ceiling"]["round_trip"]["overall"] >= 0.95
     (image,) = Generator(loaded).images(["a red circle"], [0])
     assert image.size == (64, 64) and len(image.getcolors(64 * 64)) > 1

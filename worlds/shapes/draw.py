@@ -1,16 +1,17 @@
-"""The embedded world `shapes`: coloured shapes on plain grounds, drawn from a caption grammar with GenEval's six skills.
+"""The embedded world `shapes`: coloured shapes on plain grounds, drawn from a caption grammar.
 
-It is a test bench: small enough to train on with two CPU cores, exact enough to be scored without a learned
-detector (`worlds/shapes/detect.py`). Scores on it are never GenEval scores.
+The grammar has GenEval's six skills. The world is a test bench: small enough to train on with
+two CPU cores, exact enough to be scored without a learned detector (`detect.py`). Scores on
+it are never GenEval scores.
 
-Every caption is `TEMPLATE % phrase`; per skill the phrase is
+Every caption is `TEMPLATE % phrase`; for each skill the phrase is
 
     single_object   a circle                       two_object   a circle and a star
     counting        three hearts (two to four)     colors       a red circle
     position        a circle left of a star        color_attr   a red circle and a blue star
 
-What a caption leaves open (colour, size, place, ground) is drawn at random. In a quarter of the position captions
-both shapes also have a colour ("a red circle left of a blue star").
+What a caption leaves open (colour, size, position, ground) is drawn at random. In a quarter of
+the position captions both shapes also have a colour ("a red circle left of a blue star").
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 SKILLS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-# How often each is drawn for training: twice as often where several shapes have to be right at once.
+# How often each is drawn for training: twice as often if several shapes must be right at once.
 SKILL_SHARES = (0.1, 0.2, 0.2, 0.1, 0.2, 0.2)
 RELATIONS = ("left of", "right of", "above", "below")
 TEMPLATES = ("a photo of %s", "%s", "a picture of %s", "an image of %s")
@@ -40,7 +41,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "white": (250, 250, 250),
 }
 
-# Muted and of middle brightness, so that black and white shapes stand out as well as the others.
+# Muted and of middle brightness, so that black and white shapes are as visible as the others.
 GROUNDS: tuple[tuple[int, int, int], ...] = (
     (140, 140, 140),
     (125, 140, 155),
@@ -86,7 +87,7 @@ class Object:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption says. relation puts objects[0] relative to objects[1]."""
+    """The meaning of a caption. relation: where objects[0] is relative to objects[1]."""
 
     skill: str
     caption: str
@@ -105,7 +106,7 @@ class Scene:
                 "exclude": [{"class": shape, "count": count + 1}],
                 "prompt": self.caption,
             }
-        # GenEval lists the object of reference first: a position points back at clause 0.
+        # GenEval lists the reference object first: a position refers to clause 0.
         objects = self.objects[::-1] if self.relation else self.objects
         for item in objects:
             clause: dict = {"class": item.shape, "count": 1}
@@ -123,7 +124,7 @@ def _phrase(item: Object) -> str:
 
 
 def sample_scene(rng: np.random.Generator, skill: str | None = None) -> Scene:
-    """Draw a scene. skill: one of SKILLS, or None for one at random with SKILL_SHARES.
+    """A random scene. skill: one of SKILLS, or None for a random one with SKILL_SHARES.
 
     Raises ValueError for an unknown skill.
     """
@@ -160,10 +161,17 @@ def sample_scene(rng: np.random.Generator, skill: str | None = None) -> Scene:
 
 @lru_cache(maxsize=1024)
 def coverage(shape: str, radius: float, x: float, y: float, size: int) -> np.ndarray:
-    """Share of each pixel that the shape covers, from 6x6 samples a pixel.
+    """Share of each pixel that a shape covers, from 6x6 samples a pixel.
 
-    radius, x, y: pixels; x, y is the centre. Returns [size, size] float32 in [0, 1], read-only because cached: the
-    world has few outlines, and only their places are many.
+    The result is cached: the world has few outlines at many positions.
+
+    Args:
+        shape: One of SHAPES.
+        radius: In pixels.
+        x, y: Centre in pixels.
+        size: Pixels a side of the result.
+
+    Returns [size, size] float32 in [0, 1], read-only.
     """
     samples = 6
     grid = (np.arange(size * samples) + 0.5) / samples
@@ -177,10 +185,11 @@ def coverage(shape: str, radius: float, x: float, y: float, size: int) -> np.nda
 def _place(
     rng: np.random.Generator, count: int, relation: str | None, size: int
 ) -> list[tuple[float, float, float]]:
-    """Centres and radii (x, y, radius) that neither touch each other nor the border; by rejection.
+    """Centres and radii (x, y, radius) of shapes that touch neither each other nor the border.
 
-    Centres lie on a lattice of 8 pixels, the pixels of one image code, and radii are a few whole pixels (at size 64),
-    so that a small model meets each outline often, and in one place only.
+    They are drawn by rejection. Centres are on a lattice of 8 pixels, the pixels of one image
+    code, and there are only a few radii in whole pixels (at size 64), so that a small model
+    sees each outline often, at the same offset from the lattice.
     """
     unit = size / 64
     radii = {1: (11, 13, 16, 18), 2: (9, 11, 13), 3: (9, 11), 4: (9,)}[count]
@@ -191,7 +200,7 @@ def _place(
             radius = radii[rng.integers(len(radii))] * unit
             first, last = -(-(margin + radius) // lattice), (size - margin - radius) // lattice
             x, y = rng.integers(int(first), int(last) + 1, 2) * lattice
-            # Separated along x or along y, so that boxes never meet either.
+            # Separated along x or along y, so that their boxes do not touch either.
             if all(max(abs(x - a), abs(y - b)) >= radius + r + gap for a, b, r in placed):
                 placed.append((x, y, radius))
             if len(placed) == count:
@@ -203,23 +212,23 @@ def _place(
             dx, dy = x - a, y - b
             along, across = (dx, dy) if relation in ("left of", "right of") else (dy, dx)
             wanted = -1 if relation in ("left of", "above") else 1
-            # Plainly in that direction: under GenEval's rule a diagonal would hold for two relations.
+            # Clearly in that direction: by GenEval's rule a diagonal would satisfy two relations.
             if along * wanted <= 0 or abs(across) > 0.45 * abs(along):
                 continue
         return placed
 
 
 def draw(scene: Scene, rng: np.random.Generator, size: int = 64) -> Image.Image:
-    """Draw a scene, anti-aliased, upright shapes that do not touch. size: pixels a side. Returns an RGB image."""
+    """An RGB picture of a scene: anti-aliased, upright shapes that do not touch. size: pixels a side."""
     pixels = np.full((size, size, 3), GROUNDS[rng.integers(len(GROUNDS))], np.float32)
     free = [name for name in COLORS if name not in {o.color for o in scene.objects}]
     shared = free[rng.integers(len(free))]
     for item, (x, y, radius) in zip(
         scene.objects, _place(rng, len(scene.objects), scene.relation, size), strict=True
     ):
-        # Counted things share a colour; otherwise each open colour is drawn on its own.
+        # Counted shapes share a colour; otherwise each open colour is drawn independently.
         name = item.color or (shared if scene.skill == "counting" else free[rng.integers(len(free))])
-        # Only the box around the shape is drawn on; (left, top) is its corner.
+        # Only the box around the shape changes; (left, top) is its corner.
         half = int(radius) + 2
         left, top = max(int(x) - half, 0), max(int(y) - half, 0)
         alpha = coverage(item.shape, radius, x - left, y - top, 2 * half + 1)[..., None]

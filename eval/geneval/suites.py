@@ -1,50 +1,49 @@
-"""Suites: a list of prompts in GenEval's form, the detector that looks at their images, and the scorer's settings.
+"""Suites: prompts in GenEval's form, the detector that looks at their images, and the scorer's settings.
 
-`shapes`: the embedded world of worlds/shapes/draw.py, the same number of prompts for each of its six skills. The
-prompt with draw number n of skill number s comes from default_rng([20_000, s, n]), a caption seen before in the skill
-is passed over, and the first few are always the same however many are asked for. Training pictures come from
-default_rng([seed, index]): data made with any --seed but 20000 and 30000 shares no draw with the suite or with the
-pictures behind its ceiling. The grammar is small, though: there are 32 captions of a single object, and training
-meets them all. The suite measures pictures for known words, not new words.
+`geneval`: GenEval's 553 prompts, detected by Mask2Former and CLIP.
 
-`geneval`: GenEval's 553 prompts, seen by Mask2Former and CLIP.
+`shapes`: the embedded world of worlds/shapes/draw.py, as many prompts for each of its six skills.
+The prompt with draw number n of skill number s comes from default_rng([20_000, s, n]); a caption
+that the skill has already is skipped. The first prompts are the same however many are asked for.
+Training pictures come from default_rng([seed, index]): data made with any --seed except 20000 and
+30000 shares no draw with the suite or with the pictures behind its ceiling. The grammar is small,
+though: a single object has 32 captions, and training contains them all. The suite measures
+pictures for known words, not for new words.
 """
 
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from PIL import Image
 
 from eval.geneval.prompts import CLASSES, prompts
 from eval.geneval.score import COLORS, RELATIONS, Settings
 from mmtensorar.files import read_json
 from worlds.shapes.detect import Detector, ShapesDetector
-from worlds.shapes.draw import (
-    SHAPES,
-    SKILLS,
-    draw,
-    sample_scene,
-)
+from worlds.shapes.draw import SHAPES, SKILLS
+from worlds.shapes.prompts import NUM_PROMPTS, correct_picture, skill_prompts
 
 NUM_IMAGES = 4  # per prompt, as GenEval
-PROMPT_SEED = 20_000
-PICTURE_SEED = 30_000
 MASK2FORMER, CLIP = "facebook/mask2former-swin-small-coco-instance", "openai"  # of suite geneval
 
 
 @dataclass(frozen=True)
 class Suite:
-    """prompts: metadata, grouped by skill. classes: what the detector knows. detector: gives it, loaded at the first call.
+    """Prompts, and what is needed to score pictures of them.
 
-    is_whole: a folder of pictures is expected to be of all its prompts, NUM_IMAGES of each, whoever made it.
-    picture: number -> metadata and a correct picture of the given size in pixels, where the suite can draw them;
-    consecutive numbers go round the skills.
+    Args:
+        name: of the suite.
+        prompts: metadata, grouped by skill.
+        classes: the detector's labels.
+        detector: returns the detector, loaded at the first call.
+        settings: the scorer's.
+        is_whole: a folder of pictures must hold all the prompts, NUM_IMAGES of each, whoever made it.
+        picture: (number, size in pixels) -> metadata and a correct picture, where the suite can draw
+            them; consecutive numbers go round the skills.
     """
 
     name: str
@@ -57,15 +56,18 @@ class Suite:
 
 
 class DetectorChoice(NamedTuple):
-    """What a learned detector is loaded from and runs on; None is the suite's own choice. The exact one needs none."""
+    """Where a learned detector is loaded from, and its device; None is the suite's default."""
 
     detector: str | None = None  # folder or Hugging Face id
     clip: str | None = None  # open_clip's tag, or a weights file
     device: str | None = None
 
 
+DEFAULT_DETECTOR = DetectorChoice()
+
+
 def add_detector(parser: argparse.ArgumentParser) -> None:
-    """Add the options of DetectorChoice but the device."""
+    """Add the options of DetectorChoice, without the device."""
     group = parser.add_argument_group("suite geneval")
     group.add_argument(
         "--detector", metavar="PATH", help=f"Mask2Former, a folder or hub id (default {MASK2FORMER})"
@@ -75,8 +77,13 @@ def add_detector(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load(name: str, num_prompts: int | None = None, choice: DetectorChoice = DetectorChoice()) -> Suite:
-    """A suite by name. num_prompts: per skill, None for the suite's own number.
+def load(name: str, num_prompts: int | None = None, choice: DetectorChoice = DEFAULT_DETECTOR) -> Suite:
+    """A suite by name.
+
+    Args:
+        name: one of SUITES.
+        num_prompts: per skill; None: as many as the suite has by default.
+        choice: of the detector.
 
     Raises ValueError for an unknown name or more prompts than the suite has.
     """
@@ -88,11 +95,11 @@ def load(name: str, num_prompts: int | None = None, choice: DetectorChoice = Det
 
 
 def shapes(num_prompts: int | None, choice: DetectorChoice) -> Suite:
-    chosen = [prompt for skill in SKILLS for prompt in _shapes_prompts(skill, num_prompts or 20)]
-    # The detector's scores are overlaps with a template, cut by itself, and no confidences: GenEval's stricter
-    # threshold for counting has no meaning for them.
+    chosen = [prompt for skill in SKILLS for prompt in skill_prompts(skill, num_prompts or NUM_PROMPTS)]
+    # The detector's scores are overlaps with a template, which it filters itself, and not confidences:
+    # GenEval's stricter threshold for counting has no meaning for them.
     settings = Settings(counting_threshold=Settings.threshold)
-    return Suite("shapes", tuple(chosen), SHAPES, cache(ShapesDetector), settings, picture=_shapes_picture)
+    return Suite("shapes", tuple(chosen), SHAPES, cache(ShapesDetector), settings, picture=correct_picture)
 
 
 def geneval(num_prompts: int | None, choice: DetectorChoice) -> Suite:
@@ -122,30 +129,8 @@ def geneval(num_prompts: int | None, choice: DetectorChoice) -> Suite:
 SUITES: dict[str, Callable[[int | None, DetectorChoice], Suite]] = {"shapes": shapes, "geneval": geneval}
 
 
-def _shapes_prompts(skill: str, num_prompts: int) -> list[dict]:
-    found: dict[str, dict] = {}
-    since_new = 0
-    for draw_number in count():
-        scene = sample_scene(np.random.default_rng([PROMPT_SEED, SKILLS.index(skill), draw_number]), skill)
-        since_new = since_new + 1 if scene.caption in found else 0
-        found.setdefault(scene.caption, scene.metadata)
-        if len(found) == num_prompts:
-            return list(found.values())
-        if since_new == 1000:
-            raise ValueError(
-                f"{num_prompts} prompts per skill asked for, but the shapes grammar has about {len(found)} captions "
-                f"for {skill}; ask for fewer prompts, or for more images of each"
-            )
-
-
-def _shapes_picture(number: int, size: int) -> tuple[dict, Image.Image]:
-    rng = np.random.default_rng([PICTURE_SEED, number])
-    scene = sample_scene(rng, SKILLS[number % len(SKILLS)])
-    return scene.metadata, draw(scene, rng, size)
-
-
 def read_metadata(path: Path, suite: Suite) -> dict:
-    """One prompt's metadata.jsonl. Raises ValueError, naming the file, unless it is a prompt that the suite can judge."""
+    """One prompt's metadata.jsonl. Raises ValueError naming the file when the suite cannot judge it."""
     metadata = read_json(path)
     problem = _problem(metadata, suite)
     if problem:
@@ -154,7 +139,7 @@ def read_metadata(path: Path, suite: Suite) -> dict:
 
 
 def _problem(metadata: dict, suite: Suite) -> str | None:
-    """What keeps a value from being a GenEval specification for this suite's detector; None when nothing does."""
+    """What makes a value invalid as a specification for this suite's detector; None when it is valid."""
     for key in ("tag", "prompt"):
         if not isinstance(metadata.get(key), str):
             return f"expected {key} to be text, got {metadata.get(key)!r}"
@@ -181,5 +166,5 @@ def _clause_problem(clause: object, index: int, suite: Suite) -> str | None:
     match clause["position"]:
         case [relation, target] if relation in RELATIONS and type(target) is int and 0 <= target < index:
             return None
-        case other:
-            return f"expected position as [relation, number of an earlier clause], got {other!r}"
+        case position:
+            return f"expected position as [relation, number of an earlier clause], got {position!r}"

@@ -1,0 +1,68 @@
+"""Types of command-line arguments: text -> value, or an ArgumentTypeError that says what is expected."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+from mmtensorar.data.shards import MAX_SIDE
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def whole(text: str) -> int:
+    """A whole number of at least 0."""
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
+    return int(text)
+
+
+def image_side(text: str) -> int:
+    """Pixels a side, up to MAX_SIDE."""
+    if (side := positive(text)) > MAX_SIDE:
+        raise argparse.ArgumentTypeError(f"expected at most {MAX_SIDE} pixels, got {text}")
+    return side
+
+
+def quality(text: str) -> int:
+    """1 to 100."""
+    if (value := positive(text)) > 100:
+        raise argparse.ArgumentTypeError(f"expected at most 100, got {text}")
+    return value
+
+
+def num_bytes(text: str) -> int:
+    """A number of bytes, with K, M or G for powers of 1,000."""
+    short = text.upper().removesuffix("B")
+    digits, unit = (short[:-1], short[-1]) if short[-1:] in ("K", "M", "G") else (short, "")
+    if not digits.isascii() or not digits.isdigit() or int(digits) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of bytes, such as 500M or 1G, got {text!r}")
+    return int(digits) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[unit]
+
+
+def fraction(text: str) -> float:
+    """A number between 0 and 1, both excluded."""
+    value = _number(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number between 0 and 1, got {text!r}")
+    return value
+
+
+def ratio(text: str) -> float:
+    """A finite number of at least 1."""
+    value = _number(text)
+    if not 1 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

@@ -1,0 +1,89 @@
+"""The encoders of make_shards.py: image codes and text features, added in the same pass."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mmtensorar.data.shards import Codes, Sample, TextFeatures
+
+
+class Encoder(NamedTuple):
+    """entries: field -> value, for the manifest. encode: see build_stages.add_codes."""
+
+    entries: dict[str, Codes | TextFeatures]
+    encode: Callable[[Iterable[Sample], Path], Iterator[Sample]]
+
+
+def load_encoders(options: argparse.Namespace, classes: tuple[str, ...] | None) -> Encoder | None:
+    """The encoders of --image-tokenizer and --text-encoder, one after the other.
+
+    None without both. classes: of the set. Raises ValueError when its captions are class
+    numbers and text features are asked for.
+    """
+    encoders = [load_image_tokenizer(options)] if options.image_tokenizer else []
+    if options.text_encoder:
+        if classes is not None:
+            raise ValueError(
+                f"--text-encoder: the captions are numbers of {len(classes)} classes, "
+                "which have no text features"
+            )
+        encoders.append(load_text_encoder(options))
+    if not encoders:
+        return None
+
+    def encode(samples: Iterable[Sample], path: Path) -> Iterator[Sample]:
+        for encoder in encoders:
+            samples = encoder.encode(samples, path)
+        return iter(samples)
+
+    return Encoder({key: value for encoder in encoders for key, value in encoder.entries.items()}, encode)
+
+
+def load_text_encoder(options: argparse.Namespace) -> Encoder:
+    """The text encoder of --text-encoder."""
+    from data_tools import encode_text  # imports torch
+    from mmtensorar import devices
+    from mmtensorar.captions.encoders import T5Features
+
+    encoder = T5Features(
+        options.text_encoder,
+        device=devices.pick(options.device),
+        num_slots=options.max_tokens,
+        dim=None,
+        cleaning=options.caption_cleaning,
+    )
+    expected = encode_text.features_of(encoder)
+    size = options.batch_size
+    return Encoder(
+        {"text_features": expected},
+        lambda samples, path: encode_text.encode_samples(samples, path, encoder, expected, batch_size=size),
+    )
+
+
+def load_image_tokenizer(options: argparse.Namespace) -> Encoder:
+    """The image tokenizer of --image-tokenizer.
+
+    Raises ValueError when pictures of --image-size do not fit it.
+    """
+    from data_tools import encode_codes  # imports torch
+    from mmtensorar import image_tokenizers
+
+    tokenizer_options = argparse.Namespace(
+        image_tokenizer=options.image_tokenizer,
+        name=options.name,
+        device=options.device,
+        image_size=options.tokenizer_size,
+    )
+    image_tokenizer, device = image_tokenizers.from_arguments(tokenizer_options)
+    codes = encode_codes.codes_of(image_tokenizer, crops=options.crops, precision=options.precision)
+    encode_codes.check_size(str(options.out), options.image_size, image_tokenizer.image_size, options.crops)
+    settings: dict[str, Any] = dict(
+        image_size=options.image_size, batch_size=options.batch_size, device=device
+    )
+    return Encoder(
+        {"codes": codes},
+        lambda samples, path: encode_codes.encode_samples(samples, path, image_tokenizer, codes, **settings),
+    )

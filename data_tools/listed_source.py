@@ -1,0 +1,141 @@
+"""List a source's items, choose their captions, and put them into the set's order."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from data_tools import storage
+from data_tools.sources import Item, Items, Layout, Source, known_sources
+from data_tools.sources._rows import parse_object
+from data_tools.storage import is_local, read_file
+from mmtensorar.data.url_cache import is_url
+from mmtensorar.seeds import generator_for
+
+
+class ListedSource(NamedTuple):
+    """The items of a set, in its order, with one caption each.
+
+    name: for the manifest. classes: names of the classes when captions are class numbers.
+    """
+
+    name: str
+    items: Items
+    classes: tuple[str, ...] | None = None
+
+
+def list_source(options: argparse.Namespace) -> ListedSource:
+    """List the source that the options of make_shards.py name."""
+    source, place = known_sources()[options.source], options.place
+    if not source.is_drawn and _is_same_folder(place, options.out):
+        raise ValueError(f"{place}: source and --out are the same folder; choose another --out")
+    listing = source.read(place, _layout(source, options))
+    digest = SourceDigest([place, str(options.image_root or "")])
+    stop_at_problem = options.on_error == "raise" and not options.dry_run
+
+    def chosen_items() -> Iterator[Item]:
+        for item in tqdm(listing.items, desc="listing", unit=" images", disable=None):
+            if item.problem and stop_at_problem:  # now, not when its part is made
+                raise ValueError(f"{item.problem}; to leave such samples out add --on-error skip")
+            for chosen in choose_captions(item, options.captions, options.seed):
+                digest.add(chosen)
+                yield chosen
+
+    items = Items(chosen_items())
+    if source.is_drawn:
+        return ListedSource(place, items[: options.limit], listing.classes)
+    name = f"{source.kind} {_place_name(place)} {digest.hexdigest()}"
+    return ListedSource(name, shuffle_items(items, options.seed)[: options.limit], listing.classes)
+
+
+def _is_same_folder(place: str, out: Path) -> bool:
+    return not is_url(place) and is_local(out) and Path(place).resolve() == out.resolve()
+
+
+def _layout(source: Source, options: argparse.Namespace) -> Layout:
+    names = [option.lstrip("-").replace("-", "_") for option in source.arguments]
+    return Layout(
+        image=options.image_column,
+        captions=tuple(options.caption_columns),
+        root=options.image_root,
+        split=options.split,
+        templates=tuple(options.class_template),
+        class_names=read_class_names(options.class_names) if options.class_names else None,
+        seed=options.seed,
+        image_size=options.image_size,
+        arguments={name: getattr(options, name) for name in names},
+    )
+
+
+def read_class_names(path: Path) -> dict[str, str]:
+    """A JSON object, folder name or class number -> class name.
+
+    Raises ValueError for anything else.
+    """
+    expected = 'an object such as {"n01440764": "tench"}'
+    names = parse_object(read_file(path), str(path), expected)
+    if not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{path}: expected {expected}")
+    return names
+
+
+class SourceDigest:
+    """Hash of everything that tells a changed source from the old one, except the pictures.
+
+    These are names, captions, metadata (with file sizes) and groups of the items, and the
+    places that are URLs: a folder may be moved, but another URL has other content.
+    """
+
+    def __init__(self, places: list[str]):
+        urls = [place if is_url(place) else "" for place in places]
+        self._digest = hashlib.sha256(json.dumps(urls).encode())
+
+    def add(self, item: Item) -> None:
+        fields = [item.key, item.captions, item.meta, item.group]
+        self._digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()[:16]
+
+
+def _place_name(place: str) -> str:
+    """Last part of a folder, file or URL; a dataset's name as it is."""
+    if is_url(place):
+        return storage.at(place).name
+    return Path(place).resolve().name if Path(place).exists() else place
+
+
+def choose_captions(item: Item, choice: str, seed: int) -> list[Item]:
+    """The item with its first caption or a random one; or once with each of its captions.
+
+    choice: first, random or each.
+    """
+    if item.problem or len(item.captions) == 1:
+        return [item]
+    if choice == "each":
+        return [item._replace(captions=(caption,)) for caption in item.captions]
+    index = int(generator_for(seed, item.key).integers(len(item.captions))) if choice == "random" else 0
+    return [item._replace(captions=(item.captions[index],))]
+
+
+def shuffle_items(items: Items, seed: int) -> Items:
+    """In random order. Items of one group stay together, shuffled among themselves."""
+    rng = np.random.default_rng(seed)
+    if len(items.groups) == 1:
+        return items.select(rng.permutation(len(items)))
+    members: list[list[int]] = [[] for _ in items.groups]
+    for index, group in enumerate(items.group_of):
+        members[group].append(index)
+    order = [
+        members[group][i]
+        for group in rng.permutation(len(members))
+        for i in rng.permutation(len(members[group]))
+    ]
+    return items.select(order)

@@ -1,0 +1,165 @@
+"""What several sources need: pictures below a folder, rows of a table, captions of classes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from data_tools import storage
+from data_tools.sources import Item, Layout
+from data_tools.storage import read_file
+from mmtensorar.data.members import decode_caption
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+def find_pictures(
+    root: Path, expected: tuple[str, ...] = ()
+) -> tuple[dict[Path, int | None], dict[Path, int | None]]:
+    """Every jpg, png and webp below a folder with its bytes, sorted; and the files of `expected`.
+
+    Hidden files are left out. The number of files with other suffixes is printed.
+
+    Args:
+        expected: Suffixes of the files that come second.
+
+    Raises ValueError when there is no picture.
+    """
+    files = storage.files(root)
+    pictures = {path: size for path, size in files.items() if path.suffix.lower() in SUFFIXES}
+    others = {path: size for path, size in files.items() if path.suffix.lower() in expected}
+    if not pictures:
+        raise ValueError(f"{root}: no {', '.join(SUFFIXES)} files in it")
+    if unused := [path for path in files if path not in pictures and path not in others]:
+        print(
+            f"note: left out {len(unused)} files that are not jpg, png or webp, such as {unused[0]}",
+            file=sys.stderr,
+        )
+    return pictures, others
+
+
+def parse_object(content: str | bytes, where: str, expected: str = "an object") -> dict[str, Any]:
+    """A JSON object. Raises ValueError, starting with `where`, for anything else."""
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: holds {type(value).__name__}; expected {expected}")
+    return value
+
+
+def captions_in(fields: Mapping[str, Any], columns: tuple[str, ...], where: str) -> tuple[str, ...]:
+    """The captions in some columns of a row.
+
+    A column may hold one text, a list of texts, or nothing. Raises ValueError when all
+    columns together have no caption, and for a column that holds anything else.
+    """
+    captions = []
+    for column in columns:
+        value = fields.get(column)
+        for text in value if isinstance(value, (list, tuple)) else [value]:
+            if text is None or text == "":
+                continue
+            if not isinstance(text, str):
+                raise ValueError(f"{where}: {column!r} holds {type(text).__name__}; expected a caption")
+            captions.append(decode_caption(text.encode(errors="surrogatepass"), where))
+    if not captions:
+        present = ", ".join(map(repr, fields)) or "nothing"
+        raise ValueError(f"{where}: no caption in {', '.join(map(repr, columns))}; found {present}")
+    return tuple(captions)
+
+
+# ---- tables ----------------------------------------------------------------------------------
+
+
+def table_file(place: str, layout: Layout) -> tuple[Path, Path]:
+    """A table's path, and the folder that the paths in it are relative to."""
+    path = storage.at(place)
+    if not path.is_file():
+        raise ValueError(
+            f"{path}: no such file{'' if storage.is_local(path) else ', or it cannot be reached'}"
+        )
+    return path, (layout.root or path.parent).resolve()
+
+
+def path_in(root: Path, name: Any, where: str) -> Path:
+    """The file of a name in a folder.
+
+    Raises ValueError when it lies outside the folder, or does not exist. In a store the
+    latter is not checked: one request a picture would take too long.
+    """
+    if not isinstance(name, str):
+        raise ValueError(f"{where}: the image is {type(name).__name__}; expected a path")
+    local = storage.is_local(root)
+    # Resolved, so that neither `..`, an absolute path nor a link leads out of the folder.
+    path = root if "\0" in name or (not local and "://" in name) else (root / name).resolve()
+    if not path.is_relative_to(root) or (not local and path == root):
+        raise ValueError(
+            f"{where}: image {name!r} lies outside {root}; --image-root names the folder of the pictures"
+        )
+    if local and not path.is_file():
+        raise ValueError(f"{where}: image {name!r} is not a file in {root}")
+    return path
+
+
+def row_item(key: str, fields: dict[str, Any], layout: Layout, root: Path, where: str, source: str) -> Item:
+    """The item of a row whose image is a path.
+
+    Args:
+        key: Of the item.
+        fields: Column -> value. Columns without a role are kept in meta.
+        layout: Names the columns.
+        root: Folder of the pictures.
+        where: File and row, for messages.
+        source: Kind of source, for meta.
+    """
+    meta: dict[str, Any] = {"source": source}
+    try:
+        if layout.image not in fields:
+            present = ", ".join(map(repr, fields)) or "nothing"
+            raise ValueError(f"{where}: expected an image in {layout.image!r}, found {present}")
+        path = path_in(root, fields[layout.image], where)
+        captions = captions_in(fields, layout.captions, where)
+    except ValueError as error:
+        return Item(key, bytes, (), meta, problem=str(error))
+    meta["name"] = fields[layout.image]
+    if storage.is_local(path):
+        meta["num_bytes"] = path.stat().st_size
+    others = {name: value for name, value in fields.items() if name not in (layout.image, *layout.captions)}
+    return Item(key, partial(read_file, path), captions, meta | ({"fields": others} if others else {}))
+
+
+def picture_in(value: Any, column: str, where: str, find: Callable[[str], Path]) -> bytes:
+    """The encoded picture in a cell: bytes, or Hugging Face's {"bytes", "path"}.
+
+    Args:
+        value: Of the cell.
+        column: Its column, for messages.
+        where: File and row, for messages.
+        find: A path in the cell -> the file. It raises ValueError for a file that is refused.
+    """
+    if isinstance(value, dict):
+        if value.get("bytes") is None and value.get("path"):
+            return read_file(find(value["path"]))
+        value = value.get("bytes")
+    if not isinstance(value, bytes):
+        raise ValueError(f"{where}: no bytes of a picture in {column!r}")
+    return value
+
+
+# ---- classes ---------------------------------------------------------------------------------
+
+
+def class_captions(name: str, layout: Layout) -> tuple[str, ...]:
+    """A class's captions by the templates; empty without templates.
+
+    name: folder or number of the class. Where the layout has no name for it, underscores
+    become spaces.
+    """
+    shown = (layout.class_names or {}).get(name, name.replace("_", " "))
+    return tuple(template.replace("{}", shown) for template in layout.templates)

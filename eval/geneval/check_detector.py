@@ -1,0 +1,34 @@
+"""Run a detector's self-test: python -m eval.geneval self-test [--detector PATH] [--clip PATH]"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from eval.geneval import self_test, suites
+from mmtensorar.cli import command
+
+
+@command
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.geneval self-test",
+        description="Drawn pictures through detector and colours.",
+        epilog="Example:\n  python -m eval.geneval self-test --device cuda",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    suites.add_detector(parser)
+    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU if there is one")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="also write the drawings there")
+    options = parser.parse_args(arguments)
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        for test in self_test.drawings():
+            test.image.save(options.out / f"{test.label.replace(' ', '_')}.png")
+    choice = suites.DetectorChoice(options.detector, options.clip, options.device)
+    detector = suites.load("geneval", None, choice).detector()
+    outcome = self_test.run(detector)
+    print(f"{detector.name}: {outcome['recognised']} of {outcome['drawings']} drawings recognised")
+    for label, best in outcome["found"].items():
+        print(f"  {label:<14} best: {best}")
+    return 0

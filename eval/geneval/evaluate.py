@@ -1,0 +1,259 @@
+"""Pictures to scores on a suite of GenEval-style prompts: options, generation, detection, verdicts, files.
+
+The command is `python -m eval.geneval`; `watch` calls the same functions for each saved step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from eval import harness, layout, report_table
+from eval.geneval import ceiling, report, suites
+from eval.geneval.score import by_class, judge, summarize
+from eval.geneval.suites import Suite
+from mmtensorar import files, ranks
+from worlds.shapes.detect import Detector
+
+# ---- pictures to verdicts ------------------------------------------------------------------------
+
+
+def score(
+    suite: Suite,
+    folder: Path,
+    *,
+    num_prompts: int | None,
+    num_images: int | None,
+    batch_size: int = 16,
+    allow_partial: bool = False,
+) -> tuple[list[dict], list[str]]:
+    """Judge every picture of a folder.
+
+    Args:
+        suite: the prompts, detector and scorer settings.
+        folder: pictures in the layout of eval/layout.py.
+        num_prompts, num_images: how many prompts, and pictures of each, there must be; None
+            takes the most that exist.
+        batch_size: pictures that are in memory, and detected, at a time.
+        allow_partial: return what is missing instead of raising.
+
+    Returns one result per picture, with the keys of the official scorer plus detections, and a
+    sentence for each picture or prompt that is missing, surplus or unreadable. Without
+    allow_partial such a problem raises ValueError.
+    """
+    pictures, problems = layout.survey(folder, num_prompts=num_prompts, num_images=num_images)
+    if problems and not allow_partial:
+        raise ValueError(layout.listed(folder, problems))
+    prompts = [suites.read_metadata(images[0].parent.parent / "metadata.jsonl", suite) for images in pictures]
+    if suite.is_whole:
+        problems += foreign_prompts(suite, prompts, pictures)
+        if problems and not allow_partial:
+            raise ValueError(layout.listed(folder, problems))
+    detector = suite.detector()
+    results = []
+    work = [(metadata, path) for metadata, images in zip(prompts, pictures, strict=True) for path in images]
+    with tqdm(total=len(work), unit="image", desc=f"scoring {folder}", file=sys.stderr) as bar:
+        for start in range(0, len(work), batch_size):
+            batch = work[start : start + batch_size]
+            results += _judged(suite, detector, folder, batch, problems)
+            bar.update(len(batch))
+    if problems and not allow_partial:
+        raise ValueError(layout.listed(folder, problems))
+    return results, problems
+
+
+def _judged(
+    suite: Suite,
+    detector: Detector,
+    folder: Path,
+    batch: Iterable[tuple[dict, Path]],
+    problems: list[str],
+) -> list[dict]:
+    """Results of one batch of (metadata, path); adds a problem for each picture that cannot be read."""
+    readable: list[tuple[dict, Path]] = []
+    images: list[Image.Image] = []
+    for metadata, path in batch:
+        try:
+            images.append(layout.open_image(path))
+            readable.append((metadata, path))
+        except ValueError as error:  # reported with all others, by `score`
+            problems.append(str(error).replace(f"{folder}{os.sep}", ""))
+    colored = [
+        [clause["class"] for clause in metadata["include"] if "color" in clause] for metadata, _ in readable
+    ]
+    results = []
+    detected = detector.detect_batch(images, colored)
+    for (metadata, path), detections in zip(readable, detected, strict=True):
+        verdict = judge(metadata, *by_class(detections), suite.settings)
+        results.append(
+            {
+                "filename": str(path.relative_to(folder)),
+                "tag": metadata["tag"],
+                "prompt": metadata["prompt"],
+                "correct": verdict.correct,
+                "reason": verdict.reason,
+                "metadata": json.dumps(metadata),
+                "detections": [asdict(detection) for detection in detections],
+            }
+        )
+    return results
+
+
+def foreign_prompts(suite: Suite, prompts: Sequence[dict], pictures: Sequence[Sequence[Path]]) -> list[str]:
+    """A sentence for each folder whose prompt the suite does not have, or has in fewer folders.
+
+    Prompts are compared by what they ask for, not by their text.
+    """
+    left = Counter(map(_demand, suite.prompts))
+    problems = []
+    for metadata, images in zip(prompts, pictures, strict=True):
+        left[_demand(metadata)] -= 1
+        if left[_demand(metadata)] < 0:
+            name = images[0].parent.parent.name
+            problems.append(
+                f"{name}/metadata.jsonl: not a prompt of suite {suite.name}, or one that other folders have"
+            )
+    return problems
+
+
+def _demand(metadata: dict) -> str:
+    return json.dumps([metadata["tag"], metadata["include"], metadata.get("exclude", [])], sort_keys=True)
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def write(
+    out: Path, folder: Path, suite: Suite, results: list[dict], problems: list[str], facts: dict
+) -> dict:
+    """Write results.jsonl, report.html and, last, summary.json; returns the summary.
+
+    Args:
+        out: where they go.
+        folder: where the pictures are.
+        suite: what they were scored on.
+        results, problems: as `score` returns them.
+        facts: further entries of the summary.
+    """
+    origin = harness.origin(folder)
+    summary = {
+        "suite": suite.name,
+        "detector": suite.detector().name,
+        "scorer": asdict(suite.settings),
+        "images": origin.pop("images"),
+        "partial": problems or None,
+        **origin,
+        **summarize((json.loads(result["metadata"]), result["correct"]) for result in results),
+        **facts,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    files.write_text(out / "results.jsonl", "".join(json.dumps(result) + "\n" for result in results))
+    files.write_text(out / "report.html", report.page(summary, results, folder))
+    return harness.write_summary(out, summary)
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options of the command. Raises ValueError for a number that is too small."""
+    parser = harness.make_parser(
+        "eval.geneval",
+        "Score a model, or pictures, on GenEval-style prompts.\n\n"
+        "Other commands: score (recorded detections), compare (models on the same prompts),\n"
+        "watch (the saved steps of a run), self-test and convert-detector (suite geneval's detector);\n"
+        "python -m eval.geneval.ceiling measures the bounds of suite shapes.",
+        example="--ckpt runs/NAME/model --suite shapes",
+    )
+    harness.add_options(
+        parser,
+        images="a folder of pictures in GenEval's layout; nothing is generated",
+        out="default: runs/eval/NAME of the model's run, or the pictures' folder",
+        num_images=f"per prompt (default {suites.NUM_IMAGES}, or as generated)",
+    )
+    parser.add_argument(
+        "--suite", default="geneval", help=f"one of {', '.join(suites.SUITES)} (default geneval)"
+    )
+    parser.add_argument("--num-prompts", type=int, metavar="N", help="per skill; default: all of the suite")
+    parser.add_argument(
+        "--num-bound-images",
+        type=int,
+        default=300,
+        metavar="N",
+        help="pictures drawn to measure ceiling and chance (default 300; 0: do not measure)",
+    )
+    suites.add_detector(parser)
+    parser.add_argument(
+        "--no-self-test",
+        action="store_true",
+        help="score even with a detector that fails `self-test`; the summary records it",
+    )
+    return harness.parse(parser, arguments, num_bound_images=0)
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Generate or take pictures, score them, write the files and print the table. Raises ValueError."""
+    if not harness.has_work(options):
+        return
+    choice = suites.DetectorChoice(options.detector, options.clip, options.device)
+    suite = suites.load(options.suite, options.num_prompts, choice)
+    num_skills = len({prompt["tag"] for prompt in suite.prompts})
+    if 0 < options.num_bound_images < num_skills:
+        raise ValueError(
+            f"--num-bound-images is {options.num_bound_images}; expected 0, or at least one per skill, "
+            f"{num_skills}"
+        )
+    tested = None
+    if ranks.is_first():
+        # A broken detector is reported before hours of generating.
+        tested = "left out" if options.no_self_test else suite.detector().self_test()
+    num_images = options.num_images or suites.NUM_IMAGES
+    pictures = harness.pictures(
+        options, suite.name, lambda generator: (suite.prompts, num_images), default_out=options.images
+    )
+    if pictures is None:
+        return
+    if options.images is None:
+        sizes = {"num_prompts": pictures.num_prompts, "num_images": pictures.num_images}
+    else:
+        sizes = expected_sizes(suite, pictures.folder, options)
+    results, problems = score(
+        suite,
+        pictures.folder,
+        **sizes,
+        batch_size=options.batch_size,
+        allow_partial=options.allow_partial,
+    )
+    bounds = {}
+    if suite.picture is not None and options.num_bound_images:
+        bounds = ceiling.measure(suite, pictures.image_tokenizer, num_images=options.num_bound_images)
+    num_expected = None if None in sizes.values() else sizes["num_prompts"] * sizes["num_images"]
+    facts = {"images_expected": num_expected, "self_test": tested, **bounds}
+    out = pictures.out
+    summary = write(out, pictures.folder, suite, results, problems, facts)
+    print(report_table.render({out.resolve().name: summary}))
+    print(f"\n{out / 'summary.json'}\n{out / 'report.html'}")
+
+
+def expected_sizes(suite: Suite, folder: Path, options: argparse.Namespace) -> dict[str, int | None]:
+    """How many prompts, and pictures of each, a given folder must hold.
+
+    The options decide, then the folder's generation.json, then the suite. None where nothing
+    tells: then as many as the most that exist.
+    """
+    record = layout.read_record(folder) if folder.is_dir() else {}
+    num_prompts, num_images = record.get("num_prompts"), record.get("num_images")
+    if suite.is_whole:
+        num_prompts, num_images = num_prompts or len(suite.prompts), num_images or suites.NUM_IMAGES
+    if options.num_prompts is not None:
+        num_prompts = len(suite.prompts)
+    return {"num_prompts": num_prompts, "num_images": options.num_images or num_images}

@@ -1,0 +1,81 @@
+"""Whether a run may start or resume in its run folder, and which settings may change
+when it resumes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mmtensorar.checkpoints import model_folder
+from mmtensorar.recipe import Recipe, fixed_on_resume
+from mmtensorar.training import run_state
+
+
+def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
+    """'key: old -> new' for each leaf in which two nested dictionaries differ."""
+    changes = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            changes += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            changes.append(f"{prefix}{key}: {a!r} -> {b!r}")
+    return changes
+
+
+def saved_recipe(folder: Path) -> Recipe:
+    """The recipe that a run folder was trained with last."""
+    return Recipe.load(folder / "recipe.yaml", [])
+
+
+def find_progress(recipe: Recipe, *, resume: bool) -> int | None:
+    """Step at which to continue the run in the run folder; None to start at the
+    beginning.
+
+    Raises ValueError when the folder holds a run and resume is False, or when it holds
+    a run of another recipe.
+    """
+    folder = recipe.run_dir
+    finished = is_finished(folder)
+    step = run_state.latest_step(folder / "checkpoints")
+    if not resume:
+        if finished:
+            raise ValueError(
+                f"{folder} holds a finished run: choose another run.name, delete the folder, or add --resume "
+                "to train on"
+            )
+        if step is not None:
+            raise ValueError(
+                f"{folder} holds a run stopped at step {step}: add --resume to continue it, or choose "
+                "another run.name"
+            )
+        return None
+    if step is None:
+        if finished:
+            raise ValueError(
+                f"cannot resume {folder}: it holds a finished model but no checkpoints/; choose another "
+                "run.name"
+            )
+        return None
+    changed = differences(fixed_on_resume(saved_recipe(folder)), fixed_on_resume(recipe))
+    if changed:
+        raise ValueError(f"cannot resume {folder}: the recipe changed ({'; '.join(changed)})")
+    return step
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run folder holds the model of a finished run."""
+    return (folder / "model" / model_folder.INDEX).is_file()
+
+
+def nothing_to_do(recipe: Recipe, progress: int) -> bool:
+    """Whether the run in the run folder has reached train.steps, and its model is of
+    that step.
+    """
+    folder, steps = recipe.run_dir, recipe.train.steps
+    assert steps is not None
+    return (
+        progress >= steps
+        and is_finished(folder)
+        and model_folder.read_index(folder / "model")["step"] == progress
+    )
