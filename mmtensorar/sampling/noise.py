@@ -9,17 +9,20 @@ windows.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 from mmtensorar.model.categorical import invert_cdf
 from mmtensorar.sampling import filters
-from mmtensorar.sampling.settings import FactorSettings
 
 # (logits [N, K, V], numbers [N, K] float64 in [0, 1)) -> tokens [N, K] int64, called
 # for one factor after the other.
 Draw = Callable[[Tensor, Tensor], Tensor]
+# One of SamplerSettings.per_factor: lists were replaced by the factor's own number. The
+# declared types still allow lists, hence Any.
+FactorSettings = Any
 Generators = Generator | Sequence[Generator] | None
 
 

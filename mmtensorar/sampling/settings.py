@@ -23,10 +23,6 @@ LOADING = ("device", "precision", "attn_implementation")
 # Settings that only earlier versions had, at the value that means what is done now.
 REMOVED = {"greedy": False, "stride": 1}
 
-# A SamplerSettings whose lists were replaced by the number of one factor. Its declared
-# types still allow lists, hence Any.
-FactorSettings = Any
-
 
 # ---- values --------------------------------------------------------------------------------------
 
@@ -69,24 +65,6 @@ def merge(settings: SamplerSettings, given: Mapping[str, Any]) -> SamplerSetting
 def without_removed(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """The settings in a record of an earlier version, for a comparison with today's."""
     return {name: value for name, value in recorded.items() if (name, value) not in REMOVED.items()}
-
-
-def per_factor(settings: SamplerSettings, num_factors: int) -> list[FactorSettings]:
-    """The settings of each factor of a code: a list gives each factor its own number.
-
-    Raises ValueError for a list that does not hold num_factors numbers.
-    """
-    lists = {name: value for name, value in settings if isinstance(value, list)}
-    for name, value in lists.items():
-        if len(value) != num_factors:
-            raise ValueError(
-                f"{name} has {len(value)} numbers ({', '.join(map(str, value))}); expected one number, "
-                f"or one per factor of a code, {num_factors}"
-            )
-    return [
-        settings.model_copy(update={name: value[factor] for name, value in lists.items()})
-        for factor in range(num_factors)
-    ]
 
 
 # ---- command options -----------------------------------------------------------------------------

@@ -18,8 +18,7 @@ from mmtensorar.model.tensorar import TensorAR
 from mmtensorar.model.windows import valid_slots
 from mmtensorar.recipe import SamplerSettings
 from mmtensorar.sampling import filters
-from mmtensorar.sampling.noise import Draw, Generators, draw_tokens, token_numbers
-from mmtensorar.sampling.settings import per_factor
+from mmtensorar.sampling.noise import Draw, FactorSettings, Generators, draw_tokens, token_numbers
 
 
 class DecodeState:
@@ -53,9 +52,9 @@ class DecodeState:
         self.device = next(model.parameters()).device
         self.condition = condition.to(self.device)
         self.batch = len(condition.values)
-        each_factor = per_factor(settings, self.num_factors)
-        self.draws = [draw or partial(draw_tokens, settings=factor) for factor in each_factor]
-        self.cfg_scales = [factor.cfg_scale for factor in each_factor]
+        factors: list[FactorSettings] = settings.per_factor(self.num_factors)
+        self.draws = [draw or partial(draw_tokens, settings=factor) for factor in factors]
+        self.cfg_scales = [factor.cfg_scale for factor in factors]
         # The unconditional rows are computed only where they count.
         self.guided = any(scale != 1 for scale in self.cfg_scales)
         numbers = token_numbers(self.num_tokens, self.window, self.num_factors, self.batch, generator)

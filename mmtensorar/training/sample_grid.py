@@ -11,7 +11,6 @@ from mmtensorar.image_tokenizers import to_images
 from mmtensorar.model.conditions import CaptionEncoder
 from mmtensorar.recipe import Recipe
 from mmtensorar.sampling.decode import decode
-from mmtensorar.sampling.settings import per_factor
 from mmtensorar.sampling.trace import revised_per_offset
 from mmtensorar.training.engine import gathered_model
 
@@ -23,7 +22,7 @@ def check(recipe: Recipe, num_factors: int) -> None:
     Called before training, so that neither the first sample grid nor whoever loads the
     finished model finds it first.
     """
-    per_factor(recipe.sampler, num_factors)
+    recipe.sampler.per_factor(num_factors)
 
 
 def sample(

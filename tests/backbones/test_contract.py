@@ -30,14 +30,14 @@ from mmtensorar.recipe import SamplerSettings, Section
 from mmtensorar.sampling.decode import decode
 from mmtensorar.sampling.noise import greedy
 from tests.helpers import fakes
-from tests.helpers.models import window_logits
-from tests.model.test_tensorar import (
+from tests.helpers.decoding import generators, recompute
+from tests.helpers.models import (
     noise,
     open_codec,
     random_codes,
+    window_logits,
     wrap,
 )
-from tests.sampling.test_decode import generators, recompute
 
 UNCOND = torch.tensor([False, True, False])
 

@@ -27,7 +27,6 @@ from mmtensorar.recipe import SamplerSettings
 from mmtensorar.sampling import filters
 from mmtensorar.sampling.decode import decode
 from mmtensorar.sampling.noise import draw_tokens
-from mmtensorar.sampling.settings import per_factor
 from tests.helpers.models import window_logits
 from tests.parity import Unsupported
 
@@ -192,7 +191,7 @@ class _Recorder:
     """Draws tokens, and keeps the guided logits of each factor."""
 
     def __init__(self, settings: SamplerSettings, num_factors: int):
-        self.settings = per_factor(settings, num_factors)
+        self.settings = settings.per_factor(num_factors)
         self.seen: list[list[Tensor]] = [[] for _ in self.settings]
         self.calls = 0
 

@@ -1,6 +1,8 @@
 """Sampling settings: declared once, and everything else is made from the declaration."""
 
 import argparse
+import ast
+from pathlib import Path
 from typing import Annotated
 
 import pytest
@@ -9,8 +11,7 @@ from pydantic import Field
 
 from mmtensorar.recipe import SamplerSettings
 from mmtensorar.sampling import settings
-from mmtensorar.sampling.settings import merge, per_factor
-from tests.test_imports import MODULES, imported
+from mmtensorar.sampling.settings import merge
 
 Share = Annotated[float, Ge(0), Le(1)]
 
@@ -25,6 +26,7 @@ def parse(*arguments: str) -> dict:
 def test_each_setting_has_an_option():
     """Without a value of its own: what is not given is the recipe's."""
     assert parse() == dict.fromkeys(SamplerSettings.model_fields)
+    assert all(field.description for field in SamplerSettings.model_fields.values())  # its help
     given = parse("--cfg-scale", "1.9,2", "--top-k", "3", "--no-greedy-drafts", "--lookahead", "4")
     assert {name: value for name, value in given.items() if value is not None} == {
         "cfg_scale": [1.9, 2.0],
@@ -43,7 +45,7 @@ def test_a_new_setting_is_one_field(monkeypatch):
     assert parse("--min-p", "0.1,0.2")["min_p"] == [0.1, 0.2]
     with pytest.raises(SystemExit):
         parse("--min-p", "2")
-    assert [each.min_p for each in per_factor(merge(More(), {"min_p": [0.1, 0.2]}), 2)] == [0.1, 0.2]
+    assert [each.min_p for each in merge(More(), {"min_p": [0.1, 0.2]}).per_factor(2)] == [0.1, 0.2]
     with pytest.raises(ValueError, match="min_p is -1"):
         merge(More(), {"min_p": -1})
 
@@ -99,21 +101,21 @@ def test_settings_out_of_range_are_refused(given, problem):
 def test_each_factor_has_its_own_settings():
     """Lists are one number per factor, single numbers are for all; a list of another length is refused."""
     both = SamplerSettings(temperature=[0.5, 2.0], top_k=3, top_p=[0.9, 1], greedy_drafts=True)
-    assert per_factor(both, 2) == [
+    assert both.per_factor(2) == [
         SamplerSettings(temperature=0.5, top_k=3, top_p=0.9, greedy_drafts=True),
         SamplerSettings(temperature=2.0, top_k=3, top_p=1, greedy_drafts=True),
     ]
     with pytest.raises(ValueError, match=r"temperature has 2 numbers \(0.5, 2.0\)"):
-        per_factor(both, 1)
+        both.per_factor(1)
 
 
 def test_settings_need_no_torch():
     """Commands report a mistyped option before torch is imported, which takes seconds."""
-    roots = {name.split(".")[0] for name in imported(MODULES["mmtensorar.sampling.settings"])}
-    assert roots == {"__future__", "argparse", "collections", "typing", "pydantic", "mmtensorar"}
-    for module in ("mmtensorar.sampling.settings", "mmtensorar.sampling"):
-        ours = {name for name in imported(MODULES[module]) if name.startswith("mmtensorar.")}
-        assert ours <= {"mmtensorar.recipe.SamplerSettings"}
+    tree = ast.parse(Path(settings.__file__).read_text(encoding="utf-8"))
+    modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    ours = {name for name in modules | names if name.startswith("mmtensorar")}
+    assert ours == {"mmtensorar.recipe"} and not any("torch" in name for name in modules | names)
 
 
 def test_records_of_earlier_versions_compare_equal():
