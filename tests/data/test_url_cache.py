@@ -420,8 +420,12 @@ def test_a_shard_that_cannot_be_had_is_named_by_its_url_or_skipped(tmp_path, ser
 def test_a_cache_too_small_for_the_lanes_is_refused_at_the_start(tmp_path, server, served):
     recipe = make_recipe(server.url, batch_size=4, cache=str(tmp_path / "cache"), cache_gb=5e-5)
     with pytest.raises(
-        ValueError, match="data.cache_gb is 5e-05, but this machine reads 4 of http.* at the same time: set it to"
+        ValueError,
+        match="data.cache_gb is 5e-05, but this machine reads 4 of http.* at the same time: set it to",
     ):
         checks.preflight(recipe, fake_tokenizer(), caption_encoder, world_size=1)
     recipe = make_recipe(server.url, batch_size=4, cache=str(tmp_path / "cache"), cache_gb=1)
-    assert checks.preflight(recipe, fake_tokenizer(), caption_encoder, world_size=1) == Manifest.read(served).fingerprint
+    assert (
+        checks.preflight(recipe, fake_tokenizer(), caption_encoder, world_size=1)
+        == Manifest.read(served).fingerprint
+    )
