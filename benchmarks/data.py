@@ -1,10 +1,18 @@
-"""Shards written and streamed, beside plain webdataset on the same samples: python benchmarks/data.py [--num-samples 20000]
+"""Measure how fast shards are written and streamed, compared with plain webdataset.
 
-Both sides take turns; the best of a few rounds each is compared, since the machine may be busy. Writing: the same encoded
-members through shards.write_tar (which also hashes the shard) and webdataset.ShardWriter. Codes and captions, shuffled and
-batched, by data.stream and by a plain webdataset pipeline, in this process; start is until the first batch. Pictures of 256
-pixels, as encode_codes.py reads them, by a plain webdataset pipeline, and by nothing but Pillow from a file each, each in one
-process a core. Memory: the most that a process which only streams codes has held.
+    python benchmarks/data.py
+    python benchmarks/data.py --num-samples 2000 --num-pictures 400
+
+Both sides read and write the same samples in turn, and the best of a few rounds counts,
+because the machine may be busy.
+
+- Writing: the same encoded members, by shards.write_tar (which also hashes the shard) and by
+  webdataset.ShardWriter.
+- Codes and captions, shuffled and batched, by loader.stream and by a plain webdataset
+  pipeline, in this process. "first batch" is the time from the start to the first batch.
+- Pictures of 256 pixels: as encode_codes.py reads them, by a plain webdataset pipeline, and by
+  Pillow alone from one file each; each in one process a core.
+- Memory: the peak of a process that only streams codes.
 """
 
 from __future__ import annotations
@@ -12,7 +20,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":  # Python puts a script's own folder here; imports start at the checkout
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import io
@@ -23,6 +32,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import islice
 from types import SimpleNamespace
 
@@ -42,8 +52,8 @@ LARGE = 256  # pixels a side
 ROUNDS = 3
 
 
-def samples(num: int) -> Iterator[Sample]:
-    """A noisy picture of 64 pixels, a caption of about 60 letters, 24 x 24 codes."""
+def small_samples(num: int) -> Iterator[Sample]:
+    """Noisy pictures of 64 pixels, captions of about 60 letters, 24 x 24 codes."""
     rng = np.random.default_rng(0)
     for number in range(num):
         picture = io.BytesIO()
@@ -54,23 +64,26 @@ def samples(num: int) -> Iterator[Sample]:
         yield Sample(f"{number:09d}", members)
 
 
-def write_ours(folder: Path, found: list[Sample], per_shard: int, image_size: int = 64) -> None:
+def write_ours(folder: Path, samples: list[Sample], per_shard: int, image_size: int = 64) -> None:
+    """A shard set of ours."""
     folder.mkdir()
-    starts = range(0, len(found), per_shard)
+    starts = range(0, len(samples), per_shard)
     shards = [
-        write_tar(folder / f"{n:05d}.tar", found[start : start + per_shard]) for n, start in enumerate(starts)
+        write_tar(folder / f"{n:05d}.tar", samples[start : start + per_shard])
+        for n, start in enumerate(starts)
     ]
     codes = Codes(
         image_tokenizer="noise", weight_hash="0" * 64, grid=(SIDE, SIDE), factor_sizes=(NUM_CODES,), crops=1
     )
-    settings = dict(num_samples=len(found), image_size=image_size, codes=codes, source="noise", seed=0)
+    settings = dict(num_samples=len(samples), image_size=image_size, codes=codes, source="noise", seed=0)
     Manifest(shards=tuple(shards), **settings).write(folder)
 
 
-def write_theirs(folder: Path, found: list[Sample], per_shard: int, image_size: int = 64) -> None:
+def write_theirs(folder: Path, samples: list[Sample], per_shard: int, image_size: int = 64) -> None:
+    """The same samples, written by webdataset."""
     folder.mkdir()
     with wds.ShardWriter(str(folder / "%05d.tar"), maxcount=per_shard, verbose=0) as sink:
-        for sample in found:
+        for sample in samples:
             sink.write({"__key__": sample.key, **sample.members})
 
 
@@ -104,7 +117,7 @@ def stream_theirs(folder: Path) -> Iterator:
 
 
 def streamed(stream: Callable[[], Iterator], num: int) -> tuple[float, float]:
-    """Seconds to the first batch, and samples a second after it."""
+    """Seconds to the first batch, and samples per second after it."""
     began = time.perf_counter()
     batches = stream()
     next(batches)
@@ -147,7 +160,7 @@ def pictures_plain(folder: Path, number: int, of: int) -> int:
 
 
 def large_samples(num: int) -> Iterator[Sample]:
-    """Smooth pictures with some noise, about as large in bytes as photographs."""
+    """Smooth pictures with some noise, of about as many bytes as photographs."""
     rng = np.random.default_rng(1)
     for number in range(num):
         smooth = Image.fromarray(rng.integers(0, 256, (9, 9, 3), np.uint8)).resize(
@@ -163,34 +176,33 @@ def large_samples(num: int) -> Iterator[Sample]:
 
 
 def compare_pictures(folder: Path, num: int) -> None:
-    found, of = list(large_samples(num)), os.cpu_count()
-    per_shard = num // (2 * of)
+    """Print the table of pictures per second."""
+    samples, num_processes = list(large_samples(num)), os.cpu_count() or 1
+    per_shard = num // (2 * num_processes)
     for name, write in (("ours", write_ours), ("theirs", write_theirs)):
-        write(folder / name, found, per_shard, LARGE)
+        write(folder / name, samples, per_shard, LARGE)
     (folder / "plain").mkdir()
-    for sample in found:
+    for sample in samples:
         (folder / "plain" / f"{sample.key}.jpg").write_bytes(sample.members["jpg"])
     readers = {"ours": pictures_ours, "theirs": pictures_theirs, "plain": pictures_plain}
     rates = dict.fromkeys(readers, 0.0)
-    with ProcessPoolExecutor(of) as pool:
-        for _ in range(ROUNDS + 1):  # the first one imports what each needs
+    with ProcessPoolExecutor(num_processes) as pool:
+        for _ in range(ROUNDS + 1):  # in the first round each process imports what it needs
             for name, read in readers.items():
                 began = time.perf_counter()
-                assert sum(pool.map(read, [folder / name] * of, range(of), [of] * of)) == num
+                folders, counts = [folder / name] * num_processes, [num_processes] * num_processes
+                assert sum(pool.map(read, folders, range(num_processes), counts)) == num
                 rates[name] = max(rates[name], num / (time.perf_counter() - began))
-    size = len(found[0].members["jpg"])
-    print(f"\n{num} pictures of {LARGE} pixels and {size} bytes, in {of} processes\n")
+    size = len(samples[0].members["jpg"])
+    print(f"\n{num} pictures of {LARGE} pixels and {size} bytes, in {num_processes} processes\n")
     print("| | pictures/s | ours / it |\n|---|---:|---:|")
-    for name, rate in {
-        "ours": rates["ours"],
-        "webdataset": rates["theirs"],
-        "Pillow alone": rates["plain"],
-    }.items():
-        print(f"| {name} | {rate:,.0f} | {rates['ours'] / rate:.2f} |")
+    names = {"ours": "ours", "webdataset": "theirs", "Pillow alone": "plain"}
+    for title, name in names.items():
+        print(f"| {title} | {rates[name]:,.0f} | {rates['ours'] / rates[name]:.2f} |")
 
 
 def peak_mib(stream: Callable[[Path], Iterator], folder: Path, num: int) -> float:
-    """Of a process that does nothing else."""
+    """Peak memory of a process that only streams."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_peak, stream, folder, num).result()
 
@@ -201,46 +213,57 @@ def _peak(stream: Callable[[Path], Iterator], folder: Path, num: int) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+WRITERS = {"ours": write_ours, "theirs": write_theirs}
+STREAMS = {"ours": stream_ours, "theirs": stream_theirs}
+
+
+def compare_writing(folder: Path, samples: list[Sample], per_shard: int) -> None:
+    """Print a row of the table; the sets stay in folder/ours0 and folder/theirs0."""
+    times: dict[str, list[float]] = {name: [] for name in WRITERS}
+    for turn in range(ROUNDS):
+        for name, write in WRITERS.items():
+            began = time.perf_counter()
+            write(folder / f"{name}{turn}", samples, per_shard)
+            times[name].append(time.perf_counter() - began)
+    ours, theirs = (len(samples) / min(times[name]) for name in times)
+    print(f"| written, samples/s | {ours:,.0f} | {theirs:,.0f} | {ours / theirs:.2f} |")
+
+
+def compare_streams(folder: Path, num: int) -> None:
+    """Print three rows of the table, from the sets of compare_writing."""
+    results: dict[str, list[tuple[float, float]]] = {name: [] for name in STREAMS}
+    for _ in range(ROUNDS):
+        for name, stream in STREAMS.items():
+            results[name].append(streamed(partial(stream, folder / f"{name}0"), num))
+    starts = [min(start for start, _ in rounds) for rounds in results.values()]
+    ours, theirs = (max(rate for _, rate in rounds) for rounds in results.values())
+    print(f"| codes streamed, samples/s | {ours:,.0f} | {theirs:,.0f} | {ours / theirs:.2f} |")
+    print(f"| first batch after, s | {starts[0]:.2f} | {starts[1]:.2f} | |")
+    ours, theirs = (peak_mib(stream, folder / f"{name}0", num) for name, stream in STREAMS.items())
+    print(f"| peak memory, MiB | {ours:,.0f} | {theirs:,.0f} | |")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--num-samples", type=int, default=20_000)
-    parser.add_argument("--num-pictures", type=int, default=6000, help="of 256 pixels")
-    parser.add_argument("--samples-per-shard", type=int, default=1000)
+    assert __doc__ is not None
+    description, _, epilog = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--num-samples", type=int, default=20_000, help="(default: 20000)")
+    parser.add_argument("--num-pictures", type=int, default=6000, help="of 256 pixels (default: 6000)")
+    parser.add_argument("--samples-per-shard", type=int, default=1000, help="(default: 1000)")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    found = list(samples(options.num_samples))
-    print(
-        f"{len(found)} samples of {sum(map(len, found[0].members.values()))} bytes, {options.samples_per_shard} a shard"
-    )
+    samples = list(small_samples(options.num_samples))
+    size = sum(map(len, samples[0].members.values()))
+    print(f"{len(samples)} samples of {size} bytes, {options.samples_per_shard} a shard")
     with tempfile.TemporaryDirectory() as temporary:
-        times: dict[str, list[float]] = {"ours": [], "theirs": []}
-        for turn in range(ROUNDS):
-            for name, write in (("ours", write_ours), ("theirs", write_theirs)):
-                began = time.perf_counter()
-                write(Path(temporary) / f"{name}{turn}", found, options.samples_per_shard)
-                times[name].append(time.perf_counter() - began)
-        ours, theirs = (len(found) / min(times[name]) for name in times)
+        folder = Path(temporary)
         print("\n| | ours | webdataset | ours / webdataset |\n|---|---:|---:|---:|")
-        print(f"| written, samples/s | {ours:,.0f} | {theirs:,.0f} | {ours / theirs:.2f} |")
-        rates: dict[str, list[tuple[float, float]]] = {"ours": [], "theirs": []}
-        for _ in range(ROUNDS):
-            for name, stream in (("ours", stream_ours), ("theirs", stream_theirs)):
-                folder = Path(temporary) / f"{name}0"
-                rates[name].append(streamed(lambda stream=stream, folder=folder: stream(folder), len(found)))
-        best = {
-            name: (min(start for start, _ in each), max(rate for _, rate in each))
-            for name, each in rates.items()
-        }
-        (ours_start, ours), (theirs_start, theirs) = best.values()
-        print(f"| codes streamed, samples/s | {ours:,.0f} | {theirs:,.0f} | {ours / theirs:.2f} |")
-        print(f"| first batch after, s | {ours_start:.2f} | {theirs_start:.2f} | |")
-        ours, theirs = (
-            peak_mib(stream, Path(temporary) / f"{name}0", len(found))
-            for name, stream in (("ours", stream_ours), ("theirs", stream_theirs))
-        )
-        print(f"| most memory, MiB | {ours:,.0f} | {theirs:,.0f} | |")
-        (Path(temporary) / "large").mkdir()
-        compare_pictures(Path(temporary) / "large", options.num_pictures)
+        compare_writing(folder, samples, options.samples_per_shard)
+        compare_streams(folder, len(samples))
+        (folder / "large").mkdir()
+        compare_pictures(folder / "large", options.num_pictures)
 
 
 if __name__ == "__main__":

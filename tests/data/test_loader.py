@@ -256,7 +256,9 @@ def test_fewer_shards_than_readers_are_noted(folder, capsys):
     """webdataset would give some ranks nothing, in silence; here they begin at other places of the same shards."""
     checks.preflight(make_recipe(folder, num_workers=2), fake_tokenizer(), caption_encoder, world_size=2)
     assert not capsys.readouterr().out
-    checks.preflight(make_recipe(folder, batch_size=16, num_workers=3), fake_tokenizer(), caption_encoder, world_size=2)
+    checks.preflight(
+        make_recipe(folder, batch_size=16, num_workers=3), fake_tokenizer(), caption_encoder, world_size=2
+    )
     assert "has 4 shards for 6 readers" in capsys.readouterr().out
 
 
@@ -368,7 +370,10 @@ def test_preflight_looks_at_every_set(three, tmp_path):
     recipe = with_sets(make_recipe(three[0], batch_size=8), {str(folder): 1.0 for folder in three})
     one = checks.preflight(recipe, fake_tokenizer(), caption_encoder, world_size=2)
     assert one != checks.preflight(
-        with_sets(recipe, {str(folder): 1.0 for folder in three[:2]}), fake_tokenizer(), caption_encoder, world_size=2
+        with_sets(recipe, {str(folder): 1.0 for folder in three[:2]}),
+        fake_tokenizer(),
+        caption_encoder,
+        world_size=2,
     )
     other = write_set(tmp_path / "other", [3, 3])
     manifest = Manifest.read(other)
@@ -376,7 +381,10 @@ def test_preflight_looks_at_every_set(three, tmp_path):
     manifest.model_copy(update={"codes": codes}).write(other)
     with pytest.raises(ValueError, match=f"image tokenizer weights: {other} was encoded with"):
         checks.preflight(
-            with_sets(recipe, {str(three[0]): 1.0, str(other): 1.0}), fake_tokenizer(), caption_encoder, world_size=2
+            with_sets(recipe, {str(three[0]): 1.0, str(other): 1.0}),
+            fake_tokenizer(),
+            caption_encoder,
+            world_size=2,
         )
 
 

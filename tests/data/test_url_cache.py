@@ -209,7 +209,7 @@ def test_a_shard_in_use_is_never_removed(tmp_path, server):
     small = cache(tmp_path, 150_000)
     with small.local_path(server.url, one) as path:
         with pytest.raises(
-            ValueError, match="no room for its 100000 bytes: the 150000 of data.cache_gb are in use"
+            ValueError, match="no room for its 100000 bytes: the 150000 bytes of data.cache_gb are in use"
         ):
             fetch(small, server, two)
         assert path.read_bytes() == server.files["00000.tar"]
@@ -425,8 +425,12 @@ def test_a_shard_that_cannot_be_had_is_named_by_its_url_or_skipped(tmp_path, ser
 def test_a_cache_too_small_for_the_lanes_is_refused_at_the_start(tmp_path, server, served):
     recipe = make_recipe(server.url, batch_size=4, cache=str(tmp_path / "cache"), cache_gb=5e-5)
     with pytest.raises(
-        ValueError, match="data.cache_gb is 5e-05, but at the same time 4 of http.* are read here: set it to"
+        ValueError,
+        match="data.cache_gb is 5e-05, but this machine reads 4 of http.* at the same time: set it to",
     ):
         checks.preflight(recipe, fake_tokenizer(), caption_encoder, world_size=1)
     recipe = make_recipe(server.url, batch_size=4, cache=str(tmp_path / "cache"), cache_gb=1)
-    assert checks.preflight(recipe, fake_tokenizer(), caption_encoder, world_size=1) == Manifest.read(served).fingerprint
+    assert (
+        checks.preflight(recipe, fake_tokenizer(), caption_encoder, world_size=1)
+        == Manifest.read(served).fingerprint
+    )
