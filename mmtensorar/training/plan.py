@@ -271,15 +271,16 @@ class SampleFlops:
         return self.counted.get(prompt_len) or self._interpolated(prompt_len)
 
     def count(self, prompt_len: int) -> int:
-        """Count on tensors without values."""
+        """Count on tensors without values. The global random numbers stay as they are."""
         from torch._subclasses.fake_tensor import FakeTensorMode
 
-        model = meta_model(self.recipe)
+        with torch.random.fork_rng(devices=[]):
+            model = meta_model(self.recipe)
         model.backbone.activation_checkpointing = self.checkpointing
         model.train()
         counter = FlopCounterMode(display=False)
         try:
-            with FakeTensorMode(allow_non_fake_inputs=True):
+            with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True):
                 model.to_empty(device="cpu")
                 # As plain matrix products: fused kernels recompute, each in its own
                 # way.

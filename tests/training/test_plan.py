@@ -11,6 +11,7 @@ from mmtensorar.model import layers
 from mmtensorar.recipe import Recipe
 from mmtensorar.recipe.__main__ import main
 from mmtensorar.training import plan
+from tests.helpers.fakes import write_tiny_janus
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
@@ -117,13 +118,17 @@ def test_activations_grow_with_the_batch_and_shrink_when_computed_again():
     assert plan.activation_bytes(few, [40])[40] == pytest.approx(plan._activation_bytes(few, 40), rel=1e-3)
 
 
-def tiny(*changes: str) -> Recipe:
-    backbone = f"backbone.path={RECIPES / 'tiny/weights/base/backbone'}"
-    return Recipe.load(RECIPES / "tiny/tensorar.yaml", [backbone, *changes])
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Recipes of a model of a few layers, whose FLOPs are counted in less than a second."""
+    folder = tmp_path_factory.mktemp("plan")
+    write_tiny_janus(folder / "janus", num_codes=256, side=8, width=64)
+    common = [f"backbone.path={folder / 'janus'}", "tensorar.num_heads=2"]
+    return lambda *changes: Recipe.load(RECIPES / "tiny/tensorar.yaml", [*common, *changes])
 
 
 @pytest.mark.plan
-def test_flops_of_a_step_are_near_six_per_weight_and_token():
+def test_flops_of_a_step_are_near_six_per_weight_and_token(tiny):
     """At window 1 only the transformer counts: 6 N per token, attention, and the prompt's tokens."""
     recipe = tiny("tensorar.window=1")
     tokens, flops = plan.flops_per_step(recipe, prompt_len=1, recomputed=False)
@@ -134,7 +139,7 @@ def test_flops_of_a_step_are_near_six_per_weight_and_token():
     assert flops / (6 * weights * tokens) == pytest.approx(1.1, abs=0.1)
 
 
-def test_other_prompt_lengths_follow_exactly_from_three():
+def test_other_prompt_lengths_follow_exactly_from_three(tiny):
     """The step log needs the FLOPs of every length of prompt, and a count takes a second."""
     state = torch.get_rng_state()
     flops = plan.SampleFlops(tiny(), recomputed=False)
@@ -146,7 +151,7 @@ def test_other_prompt_lengths_follow_exactly_from_three():
 
 
 @pytest.mark.plan
-def test_what_is_computed_again_counts_again():
+def test_what_is_computed_again_counts_again(tiny):
     """The loss in chunks computes decoder and head a fourth time, and checkpoints the layers."""
     plain = ["tensorar.window=4", "tensorar.schedule=exponential"]
 
@@ -166,15 +171,15 @@ def test_what_is_computed_again_counts_again():
     }
     tokens = tiny().data.batch_size * model.backbone.num_tokens
     assert chunked - complete == pytest.approx(
-        2 * tokens * (4 * sizes["head"] + 5 * sizes["decoder"]), rel=0.02
+        2 * tokens * (4 * sizes["head"] + 5 * sizes["decoder"]), rel=0.06
     )
-    # Also attention and the prompt; torch stops before what nothing in the backward needs.
-    assert 0.9 < (checkpointed - complete) / (2 * tokens * sizes["layers"]) < 1.5
+    # Also attention, nearly as much as the weights of so narrow layers, and the prompt.
+    assert 1 < (checkpointed - complete) / (2 * tokens * sizes["layers"]) < 2.2
     assert plan.flops_per_step(tiny(*plain, again), recomputed=False)[1] == complete
 
 
 @pytest.mark.plan
-def test_self_drafts_are_a_forward_more():
+def test_self_drafts_are_a_forward_more(tiny):
     """A third of a step that computes nothing again, but for the head over each window's first slot."""
     shares = [tiny(f"tensorar.self_drafts={share}") for share in (0, 1)]
     plain, drafted = (plan.flops_per_step(recipe, recomputed=False)[1] for recipe in shares)
