@@ -16,7 +16,8 @@ from tests.helpers.fakes import write_tiny_janus
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
-# Parameters of language model, generation embeddings, aligner and head, counted on the released configurations.
+# Parameters of language model, generation embeddings, aligner and head, counted on the
+# released configurations.
 @pytest.mark.parametrize("size, expected", [("1b", 1_485_053_952), ("7b", 6_591_791_104)])
 def test_backbone_counts_are_the_released_models(size, expected):
     recipe = Recipe.load(RECIPES / f"janus_pro_{size}.yaml")
@@ -29,7 +30,8 @@ def test_backbone_counts_are_the_released_models(size, expected):
     assert counts["trainable"] == counts["backbone"] + counts["tensorar"]
 
 
-# The released models' parameters, and the share that the paper says TensorAR adds (its class-conditional table).
+# The released models' parameters, and the share that the paper says TensorAR adds (its
+# class-conditional table).
 @pytest.mark.parametrize(
     "name, expected, most",
     [
