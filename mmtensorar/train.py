@@ -117,9 +117,7 @@ def prepare(recipe: Recipe, stack: ExitStack, *, resume: bool, local_rank: int) 
     image_tokenizer = image_tokenizers.load(recipe.image_tokenizer)
     sample_grid.check(recipe, len(image_tokenizer.factor_sizes))
     caption_encoder = backbones.caption_encoder(recipe.backbone)
-    fingerprints["shards"] = checks.preflight(
-        recipe, image_tokenizer, caption_encoder, world_size=world_size
-    )
+    fingerprints["shards"] = checks.preflight(recipe, image_tokenizer, caption_encoder, world_size=world_size)
     engine = engines.start(recipe, world_size, device)
     runs.check_fit(recipe, image_tokenizer, engine.module)
     runs.print_model(recipe, engine.module)
