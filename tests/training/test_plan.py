@@ -16,13 +16,9 @@ from tests.helpers.fakes import write_tiny_janus
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
-<<<<<<< HEAD
-# Parameters of language model, generation embeddings, aligner and head, counted on the released configurations.
-@pytest.mark.plan
-=======
 # Parameters of language model, generation embeddings, aligner and head, counted on the
 # released configurations.
->>>>>>> w-training
+@pytest.mark.plan
 @pytest.mark.parametrize("size, expected", [("1b", 1_485_053_952), ("7b", 6_591_791_104)])
 def test_backbone_counts_are_the_released_models(size, expected):
     recipe = Recipe.load(RECIPES / f"janus_pro_{size}.yaml")
@@ -35,13 +31,9 @@ def test_backbone_counts_are_the_released_models(size, expected):
     assert counts["trainable"] == counts["backbone"] + counts["tensorar"]
 
 
-<<<<<<< HEAD
-# The released models' parameters, and the share that the paper says TensorAR adds (its class-conditional table).
-@pytest.mark.plan
-=======
 # The released models' parameters, and the share that the paper says TensorAR adds (its
 # class-conditional table).
->>>>>>> w-training
+@pytest.mark.plan
 @pytest.mark.parametrize(
     "name, expected, most",
     [
