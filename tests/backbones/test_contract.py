@@ -21,14 +21,15 @@ from mmtensorar.recipe import SamplerSettings, Section
 from mmtensorar.sampling.decode import decode
 from mmtensorar.sampling.noise import greedy
 from tests.helpers import fakes
-from tests.helpers.models import window_logits
-from tests.model.test_tensorar import (
+from tests.helpers.models import (
+    generators,
     noise,
     open_codec,
     random_codes,
+    recompute,
+    window_logits,
     wrap,
 )
-from tests.sampling.test_decode import generators, recompute
 
 UNCOND = torch.tensor([False, True, False])
 

@@ -24,8 +24,7 @@ from mmtensorar.sampling.decode import decode
 from mmtensorar.sampling.noise import greedy
 from mmtensorar.training import plan
 from tests.helpers.fakes import llamagen_condition, tiny_llamagen
-from tests.helpers.models import window_logits
-from tests.model.test_tensorar import wrap
+from tests.helpers.models import window_logits, wrap
 
 CONDITIONS = ("class", "text")
 GUIDED = SamplerSettings(cfg_scale=2.0)
@@ -59,8 +58,7 @@ def test_what_stands_in_the_padding_is_never_seen():
 
     def logits(condition: Condition, uncond: Tensor) -> Tensor:
         return window_logits(
-            model,
-            model.hidden(codes[:, :-1, None], valid, condition, uncond), codes[:, :, None, :0]
+            model, model.hidden(codes[:, :-1, None], valid, condition, uncond), codes[:, :, None, :0]
         )
 
     before = logits(condition, everything)

@@ -24,8 +24,7 @@ from mmtensorar.recipe import SamplerSettings
 from mmtensorar.sampling.decode import decode
 from mmtensorar.sampling.noise import greedy
 from tests.helpers.fakes import class_condition, tiny_lfq, tiny_open_magvit2
-from tests.helpers.models import window_logits
-from tests.model.test_tensorar import noise, open_codec, wrap
+from tests.helpers.models import noise, open_codec, window_logits, wrap
 
 UNCOND = torch.tensor([False, True, False])
 

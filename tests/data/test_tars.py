@@ -14,7 +14,10 @@ from mmtensorar.data.shards import Sample
 
 def pairs(path: Path) -> list[tuple[str, bytes]]:
     with tars.TarReader(path) as file:
-        return [(member.name, tars.read_content(file, member, path)) for member in tars.iterate_members(file, path)]
+        return [
+            (member.name, tars.read_content(file, member, path))
+            for member in tars.iterate_members(file, path)
+        ]
 
 
 def write(path: Path, entries: dict[str, bytes], **options) -> Path:

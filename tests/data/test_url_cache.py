@@ -19,7 +19,7 @@ from mmtensorar.data import checks, loader, url_cache
 from mmtensorar.data.shards import Manifest, Shard
 from mmtensorar.data.url_cache import Cache
 from mmtensorar.recipe import Data, Run, Train
-from tests.data.test_loader import (
+from tests.helpers.loading import (
     caption_encoder,
     fake_tokenizer,
     make_recipe,
@@ -429,4 +429,7 @@ def test_a_cache_too_small_for_the_lanes_is_refused_at_the_start(tmp_path, serve
     ):
         checks.preflight(recipe, fake_tokenizer(), caption_encoder, world_size=1)
     recipe = make_recipe(server.url, batch_size=4, cache=str(tmp_path / "cache"), cache_gb=1)
-    assert checks.preflight(recipe, fake_tokenizer(), caption_encoder, world_size=1) == Manifest.read(served).fingerprint
+    assert (
+        checks.preflight(recipe, fake_tokenizer(), caption_encoder, world_size=1)
+        == Manifest.read(served).fingerprint
+    )

@@ -235,6 +235,4 @@ def test_datasets_reads_the_shards(whole, tmp_path, monkeypatch):
     assert len(found) == len(ours)
     for row, sample in zip(found, ours, strict=True):
         assert row["__key__"] == sample.key and row["txt"].encode() == sample.members["txt"]
-        assert np.array_equal(
-            np.asarray(row["jpg"]), np.asarray(decode_picture(sample.members["jpg"], ""))
-        )
+        assert np.array_equal(np.asarray(row["jpg"]), np.asarray(decode_picture(sample.members["jpg"], "")))

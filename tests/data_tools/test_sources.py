@@ -636,7 +636,7 @@ def test_options_that_make_no_sense_are_refused(tmp_path, capsys, arguments, exp
 
 # ---- a new source ----------------------------------------------------------------------------
 
-PLUG_IN = '''
+PLUG_IN = """
 import io
 from functools import partial
 
@@ -659,7 +659,7 @@ def read(place: str, layout: Layout) -> Listing:
 
 
 SOURCE = Source("--squares", "squares of a color", read, arguments={"--num-squares": {"type": int, "default": 3}})
-'''
+"""
 
 
 def test_a_source_is_one_file(tmp_path, monkeypatch, capsys):

@@ -14,8 +14,7 @@ from mmtensorar.model.drafts import FixedSchedule
 from mmtensorar.model.loss import LossSettings, resolve_offset_weights
 from mmtensorar.model.windows import slide
 from tests.helpers.fakes import FakeBackbone, fake_condition
-from tests.helpers.models import window_logits
-from tests.model.test_tensorar import (
+from tests.helpers.models import (
     BACKBONES,
     BATCH,
     UNCOND,
@@ -23,6 +22,7 @@ from tests.model.test_tensorar import (
     noise,
     open_codec,
     random_codes,
+    window_logits,
     wrap,
 )
 
@@ -184,7 +184,7 @@ LIGER = """
 import torch
 from mmtensorar.model.loss import LossSettings
 from tests.helpers.fakes import fake_condition, tiny_janus, tiny_llamagen, llamagen_condition
-from tests.model.test_tensorar import UNCOND, noise, open_codec, random_codes, wrap
+from tests.helpers.models import UNCOND, noise, open_codec, random_codes, wrap
 
 torch.manual_seed(0)
 for backbone, condition in ((tiny_janus(), fake_condition()), (tiny_llamagen(), None)):

@@ -10,21 +10,23 @@ from torch import Tensor
 from mmtensorar.model import drafts
 from mmtensorar.model.codec import WindowDecoder, WindowEncoder
 from mmtensorar.model.drafts import FixedSchedule
-from mmtensorar.model.loss import LossSettings, resolve_offset_weights
+from mmtensorar.model.loss import LossSettings
 from mmtensorar.model.tensorar import TensorAR
 from mmtensorar.model.windows import slide
-from tests.helpers.fakes import FakeBackbone, fake_condition, tiny_janus
-from tests.helpers.models import window_logits
+from tests.helpers.fakes import FakeBackbone, fake_condition
+from tests.helpers.models import (
+    BACKBONES,
+    BATCH,
+    UNCOND,
+    gradients,
+    noise,
+    open_codec,
+    random_codes,
+    window_logits,
+    wrap,
+)
 
-BACKBONES = {
-    "one_factor": lambda: FakeBackbone((11,)),
-    "two_factors": lambda: FakeBackbone((5, 7)),
-    "janus": tiny_janus,
-}
-BATCH = 3
 ROOT = Path(__file__).resolve().parents[2]
-UNCOND = torch.tensor([False, True, False])
-LINEAR = FixedSchedule("linear")
 
 
 @pytest.fixture(autouse=True)
@@ -36,35 +38,6 @@ def seed():
 @pytest.fixture(params=BACKBONES)
 def backbone(request):
     return BACKBONES[request.param]()
-
-
-def wrap(backbone, window: int, *, depth: int = 1, schedule=LINEAR, weights=None, **options) -> TensorAR:
-    """A TensorAR with a fresh codec around the backbone itself, not a copy."""
-    codec = [None, None]
-    if window > 1:
-        shape = {"num_heads": 2, "depth": depth}
-        codec = [WindowEncoder(backbone.dim, window, **shape), WindowDecoder(backbone.dim, window, **shape)]
-    return TensorAR(
-        backbone, *codec, schedule, offset_weights=resolve_offset_weights(weights, window), **options
-    )
-
-
-@torch.no_grad()
-def open_codec(model: TensorAR) -> TensorAR:
-    """Move the projections off zero, as training does, so that the codec takes part."""
-    for part in (model.encoder, model.decoder):
-        part.layers[-1].output.weight.normal_(std=0.5)
-    return model
-
-
-def random_codes(backbone) -> Tensor:
-    """[B, T, F]."""
-    shape = (BATCH, backbone.num_tokens)
-    return torch.stack([torch.randint(size, shape) for size in backbone.factor_sizes], dim=-1)
-
-
-def noise(seed: int = 7) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def constant_rate(rate: float):
@@ -179,12 +152,6 @@ def test_clean_drafts_do_leak(backbone):
     model = open_codec(wrap(backbone, 3, schedule=FixedSchedule("none")))
     # Token 4 is at offset 2 of window 2, which row 3 has seen.
     assert rows_that_change(model, 4) == list(range(3, backbone.num_tokens))
-
-
-def gradients(model: TensorAR, codes: Tensor) -> dict[str, Tensor | None]:
-    model.zero_grad()
-    model(codes, fake_condition(), UNCOND, noise()).loss.backward()
-    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
 
 
 # ---- gradients -----------------------------------------------------------------------------------

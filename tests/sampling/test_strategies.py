@@ -8,7 +8,7 @@ from mmtensorar.sampling.decode import decode
 from mmtensorar.sampling.noise import greedy
 from mmtensorar.sampling.strategies import STRATEGIES, strategy
 from tests.helpers.fakes import fake_condition
-from tests.sampling.test_decode import PLAIN, generators, make
+from tests.helpers.models import PLAIN, generators, make
 
 
 @pytest.fixture(autouse=True)

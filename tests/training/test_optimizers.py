@@ -6,7 +6,7 @@ import torch
 from mmtensorar.recipe import Optim
 from mmtensorar.training import optimizers
 from tests.helpers.fakes import FakeBackbone
-from tests.model.test_tensorar import wrap
+from tests.helpers.models import wrap
 
 
 @pytest.mark.parametrize("window", [1, 3])

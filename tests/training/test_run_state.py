@@ -99,7 +99,9 @@ def test_a_failure_is_told_and_the_next_checkpoint_stands(make, monkeypatch, cap
 def test_a_run_folder_is_held_by_one_process(tmp_path):
     folder = tmp_path / "run"
     with processes.RunFolderLock(folder):
-        with pytest.raises(ValueError, match=r"run: another process .+\(process \d+ on .+\); stop it, or leave"):
+        with pytest.raises(
+            ValueError, match=r"run: another process .+\(process \d+ on .+\); stop it, or leave"
+        ):
             with processes.RunFolderLock(folder, otherwise="leave"):
                 pass
     with processes.RunFolderLock(folder):
