@@ -10,7 +10,7 @@ from pydantic import Field
 from mmtensorar.recipe import SamplerSettings
 from mmtensorar.sampling import settings
 from mmtensorar.sampling.settings import merge, per_factor
-from tests.test_imports import MODULES, imported
+from tests.helpers.imports import MODULES, imported
 
 Share = Annotated[float, Ge(0), Le(1)]
 
