@@ -27,7 +27,7 @@ LONG_FILES = (
     "tests/fuzz/test_fuzz.py",
     "tests/study/test_study.py",
     "tests/training/test_plan.py",
-    "tests/model/test_tensorar.py",
+    "tests/model/test_loss.py",
     "tests/parity/test_parity.py",
 )
 

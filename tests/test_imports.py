@@ -4,13 +4,9 @@ A room is a package or a single module. `ALLOWED` maps a room to the rooms that 
 reaches through others is then bounded too, since the list itself has no circle (a test below).
 """
 
-import ast
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-TOP = ("mmtensorar", "data_tools", "worlds", "eval", "study")
+from tests.helpers.imports import MODULES, imported
 
 GROUND = {
     "mmtensorar.files",
@@ -52,30 +48,6 @@ ALLOWED: dict[str, set[str]] = {
 }
 # Entry points stand above all rooms of the package: commands, which any room's library never imports.
 ENTRIES = {"train", "generate", "convert", "export", "merge", "cli", "__main__"}
-
-
-def modules() -> dict[str, Path]:
-    """Dotted name -> file of every module of the product."""
-    found = {}
-    for top in TOP:
-        for path in sorted((ROOT / top).rglob("*.py")):
-            parts = path.relative_to(ROOT).with_suffix("").parts
-            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
-
-
-MODULES = modules()
-
-
-def imported(path: Path) -> set[str]:
-    """Every absolute name that a file imports, anywhere in it."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
 
 
 def module_of(name: str) -> str | None:

@@ -99,7 +99,7 @@ def test_no_place_is_a_command(tmp_path, place, monkeypatch, capsys):
     """Wherever a recipe or an option names shards or sources."""
     from data_tools import check_shards, encode_codes, inspect_shards, make_shards
     from mmtensorar.data import loader
-    from tests.data.test_loader import make_recipe
+    from tests.helpers.loading import make_recipe
 
     monkeypatch.chdir(tmp_path)
     mark = tmp_path / "mark"

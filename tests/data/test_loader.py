@@ -1,6 +1,5 @@
 """The loader: what a rank receives is a pure function of (recipe, rank, world size), and damage is a sentence."""
 
-import io
 import json
 from itertools import islice
 from pathlib import Path
@@ -9,61 +8,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from mmtensorar.captions.encoders import ClassNumbers
 from mmtensorar.data import checks, loader, shard_mixture
 from mmtensorar.data.members import encode_codes
-from mmtensorar.data.shards import Codes, Manifest, Sample, iterate_tar, sample_starts, write_tar
-from mmtensorar.model.conditions import Condition
-from mmtensorar.recipe import Data, Run, Train
-
-GRID, NUM_CODES = (1, 2), 1000
-
-
-def write_set(folder: Path, counts: list[int], crops: int = 1, first: int = 0) -> Path:
-    """Shards in which sample i, from first on, has the caption "i" and the codes [i, i]; crop a of several has [i, a]."""
-    folder.mkdir()
-    image = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(image, "JPEG")
-    shards, index = [], first
-    for number, count in enumerate(counts):
-        samples = []
-        for _ in range(count):
-            members = {"jpg": image.getvalue(), "txt": str(index).encode(), "json": b"{}"}
-            codes = [[index, crop if crops > 1 else index] for crop in range(crops)]
-            members["codes.npy"] = encode_codes(np.array(codes, np.uint16)[..., None])
-            samples.append(Sample(f"{index:09d}", members))
-            index += 1
-        shards.append(write_tar(folder / f"{number:05d}.tar", samples))
-    codes = Codes(
-        image_tokenizer="fake", weight_hash="a" * 64, grid=GRID, factor_sizes=(NUM_CODES,), crops=crops
-    )
-    Manifest(
-        shards=tuple(shards), num_samples=index - first, image_size=8, codes=codes, source="test", seed=0
-    ).write(folder)
-    return folder
+from mmtensorar.data.shards import Manifest, Sample, iterate_tar, sample_starts, write_tar
+from mmtensorar.recipe import Train
+from tests.helpers.loading import NUM_CODES, caption_encoder, fake_tokenizer, make_recipe, write_set
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return write_set(tmp_path_factory.mktemp("data") / "set", [5, 7, 6, 4])
-
-
-def make_recipe(folder: Path, *, batch_size=4, grad_accum=1, seed=3, **settings) -> SimpleNamespace:
-    """The sections that the loader and the checks read."""
-    settings = {"shuffle": 4, "uncond_rate": 0.5} | settings
-    return SimpleNamespace(
-        run=Run(name="test", seed=seed),
-        data=Data(shards=str(folder), batch_size=batch_size, **settings),
-        train=Train(steps=1, grad_accum=grad_accum),
-        backbone=SimpleNamespace(name="fake"),
-    )
-
-
-def caption_encoder(captions: list[str]) -> Condition:
-    values = torch.tensor([[int(caption)] for caption in captions])
-    return Condition(values, torch.ones_like(values, dtype=torch.bool))
 
 
 def take(recipe, count: int, *, rank=0, world_size=1, skip=0) -> list[tuple[list[int], list[bool]]]:
@@ -202,17 +158,6 @@ def test_a_crop_is_drawn_anew_each_time_and_a_resumed_run_draws_the_same(tmp_pat
 
 
 # ---- what a user can get wrong ---------------------------------------------------------------
-
-
-def fake_tokenizer(**other) -> SimpleNamespace:
-    parts = {
-        "name": "fake",
-        "weight_hash": "a" * 64,
-        "grid": GRID,
-        "factor_sizes": (NUM_CODES,),
-        "image_size": 8,
-    }
-    return SimpleNamespace(**parts | other)
 
 
 def test_preflight_accepts_what_fits(folder):

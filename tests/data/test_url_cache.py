@@ -19,7 +19,7 @@ from mmtensorar.data import checks, loader, url_cache
 from mmtensorar.data.shards import Manifest, Shard
 from mmtensorar.data.url_cache import Cache
 from mmtensorar.recipe import Data, Run, Train
-from tests.data.test_loader import (
+from tests.helpers.loading import (
     caption_encoder,
     fake_tokenizer,
     make_recipe,

@@ -75,6 +75,7 @@ def arrow_table(kind: str):
     return pyarrow.table({"image": image, "caption": text, "width": [20] * len(COLORS)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["path", "bytes", "struct"])
 def test_parquet(tmp_path, files, kind):
     import pyarrow.parquet

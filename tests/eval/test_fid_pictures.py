@@ -108,6 +108,7 @@ def test_foreign_files_are_refused(tmp_path):
             sources.reference_statistics(tmp_path / "odd.npz")
 
 
+@pytest.mark.slow
 def test_a_damaged_archive_is_a_sentence_wherever_it_is_damaged(tmp_path):
     """Also within deflated content, whose error is zlib's, and for an array that is no archive."""
     np.savez_compressed(
@@ -161,6 +162,7 @@ def test_pictures_of_two_sizes_and_damaged_ones_are_named(tmp_path):
 # ---- the network ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_three_tensors_of_adm(weights):
     """Pool as torch-fidelity gives it; logits without bias; spatial from the 1x1 branch of Mixed_6d."""
     network = inception.Inception.load(weights, torch.device("cpu"))

@@ -204,6 +204,7 @@ print("equal")
 """
 
 
+@pytest.mark.launch
 def test_ligers_loss_is_ours():
     """The kernel itself, in Triton's interpreter, so that no GPU is needed: the same losses and gradients."""
     pytest.importorskip("liger_kernel")

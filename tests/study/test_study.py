@@ -367,6 +367,7 @@ def test_pictures_of_the_shapes_world_are_judged_by_their_prompt(tmp_path):
         ], item.captions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["digits", "photographs"])
 def test_the_worlds_that_are_here_have_pictures_of_every_class(name, monkeypatch):
     pytest.importorskip("skimage")
@@ -412,6 +413,7 @@ def row(arm: str, seed: int, verdicts: dict[str, str], sampling: str = USUAL, **
     }
 
 
+@pytest.mark.slow
 def test_the_page_is_made_from_stored_rows_alone(grid_file, tmp_path):
     pytest.importorskip("matplotlib")
     rows = []
@@ -554,6 +556,7 @@ def test_intervals_know_seeds_and_prompts():
         intervals.over_seeds(np.zeros((1, 80)), groups[1:], intervals.pooled_spreads([], groups[1:]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "seed_spread, prompt_spread", [(0.0, 0.15), (0.02, 0.15), (0.06, 0.15), (0.035, 0.35)]
 )
