@@ -16,9 +16,9 @@ import time
 from pathlib import Path
 
 from mmtensorar.checkpoints import sharded_state
+from mmtensorar.checkpoints.export import export
 from mmtensorar.checkpoints.model_folder import INDEX, read_index
 from mmtensorar.checkpoints.sharded_state import step_of
-from mmtensorar.export import export
 from mmtensorar.recipe import Recipe
 from mmtensorar.training.run_log import read_log
 
