@@ -24,10 +24,10 @@ from pathlib import Path
 
 from eval.geneval.evaluate import evaluate, parse
 from mmtensorar.checkpoints import sharded_state
+from mmtensorar.checkpoints.export import export
 from mmtensorar.checkpoints.model_folder import INDEX, read_index
 from mmtensorar.checkpoints.sharded_state import step_of
 from mmtensorar.cli import command
-from mmtensorar.export import export
 from mmtensorar.files import read_json
 from mmtensorar.recipe import Recipe
 from mmtensorar.training.run_log import read_log

@@ -10,7 +10,7 @@ import torch
 
 from mmtensorar import processes
 from mmtensorar.checkpoints import sharded_state
-from mmtensorar.export import find
+from mmtensorar.checkpoints.export import find
 
 saving = pytest.importorskip("mmtensorar.training.run_state")
 CPU = torch.device("cpu")
