@@ -156,7 +156,7 @@ def test_each_model_says_what_it_takes(ckpt, class_ckpt, tmp_path, capsys, kind,
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        (["--ckpt", "nowhere", "--prompt", "a"], "no checkpoint at nowhere"),
+        (["--ckpt", "nowhere", "--prompt", "a"], "nowhere"),
         (["--ckpt", "nowhere"], "no prompts: give --prompt"),
         (["--ckpt", "nowhere", "--prompts-file", "none.txt"], "none.txt"),
         (["--ckpt", "nowhere", "--prompt", "a", "--seed", "-1"], "seed is -1"),

@@ -75,7 +75,6 @@ def is_entry(module: str) -> bool:
     return parts[-1] == "__main__" or (parts[0] == "mmtensorar" and len(parts) == 2 and parts[1] in ENTRIES)
 
 
-@pytest.mark.xfail(strict=True, reason="five edges of the old layout are left")
 def test_every_import_is_on_the_list():
     refused = []
     for module, targets in edges().items():
@@ -91,7 +90,6 @@ def test_every_import_is_on_the_list():
     assert not refused, "\n".join(sorted(refused))
 
 
-@pytest.mark.xfail(strict=True, reason="image tokenizers reach convert")
 def test_no_circle_of_imports():
     """What a module reaches through any number of imports never includes itself."""
     graph = edges()

@@ -58,7 +58,11 @@ def write_roundtrips(
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
     parser = argparse.ArgumentParser(
-        prog="python -m mmtensorar.image_tokenizers", description="Try an image tokenizer on its own."
+        prog="python -m mmtensorar.image_tokenizers",
+        description="Try an image tokenizer on its own.",
+        epilog="example:\n  python -m mmtensorar.image_tokenizers roundtrip "
+        "--tokenizer recipes/tiny/weights/base/image_tokenizer a.png --out out/",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
     roundtrip = commands.add_parser(

@@ -250,7 +250,8 @@ class SampleFlops:
         on many ranks one chunk may hold it).
         """
         recipe = _without_4_bits(recipe)
-        model = meta_model(recipe)
+        with torch.random.fork_rng(devices=[]):
+            model = meta_model(recipe)
         K, T = model.window, model.backbone.num_tokens
         in_chunks = recipe.data.batch_size // recipe.train.grad_accum * T > max(
             1, recipe.train.loss_chunk_tokens // K

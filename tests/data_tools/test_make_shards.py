@@ -355,7 +355,9 @@ class FakeImageTokenizer:
 
 def encode(folder: Path, image_tokenizer, monkeypatch, *arguments: str) -> int:
     monkeypatch.setattr(
-        image_tokenizers, "from_arguments", lambda options: (image_tokenizer, torch.device("cpu"))
+        encode_codes,
+        "image_tokenizer_from_arguments",
+        lambda options: (image_tokenizer, torch.device("cpu")),
     )
     options = ["--image-tokenizer", "unused", "--batch-size", "2"]
     return encode_codes.main([str(folder), *options, *arguments])

@@ -286,7 +286,7 @@ def test_images_of_unknown_origin_are_not_mixed_in(ckpt, images, capsys):
 
 def test_an_absent_checkpoint_is_an_error(tmp_path, capsys):
     assert run("--ckpt", tmp_path / "none") == 2
-    assert "error: no checkpoint at" in capsys.readouterr().err
+    assert "error: no model folder at" in capsys.readouterr().err
 
 
 # ---- ceiling, table, gallery ---------------------------------------------------------------------

@@ -51,9 +51,23 @@ def make_recipe(folder: Path, *, batch_size=4, grad_accum=1, seed=3, **settings)
     )
 
 
-def caption_encoder(captions: list[str]) -> Condition:
-    values = torch.tensor([[int(caption)] for caption in captions])
-    return Condition(values, torch.ones_like(values, dtype=torch.bool))
+class NumberEncoder:
+    """A CaptionEncoder for captions that are numbers, as a text-conditional backbone would have one."""
+
+    kind, num_classes = "tokens", None
+
+    def __call__(self, captions: list[str]) -> Condition:
+        values = torch.tensor([[int(caption)] for caption in captions])
+        return Condition(values, torch.ones_like(values, dtype=torch.bool))
+
+    def to(self, device: torch.device) -> None:
+        """Nothing to compute."""
+
+    def identity(self) -> None:
+        """No text features."""
+
+
+caption_encoder = NumberEncoder()
 
 
 def fake_tokenizer(**other) -> SimpleNamespace:

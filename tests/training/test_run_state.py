@@ -165,8 +165,8 @@ def test_without_the_file_latest_the_newest_checkpoint_counts(make):
         and find(saver.folder.parent, "9").name == "step_000009"
     )
     for step, problem in (
-        ("best", "none is the best"),
-        ("8", "no checkpoint of step 8; there are latest, 9, 10"),
+        ("best", "no best step"),
+        ("8", "no saved state of step 8; available: latest, 9, 10"),
     ):
         with pytest.raises(ValueError, match=problem):
             find(saver.folder.parent, step)
