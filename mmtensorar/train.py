@@ -7,8 +7,8 @@ The run folder (run.out/run.name) receives recipe.yaml (resolved), log.jsonl,
 tensorboard/, samples/, checkpoints/ (the run state, for resuming) and model/ (the model
 folder, for generation).
 
-This file reads downward: prepare, then one_step and after_step until the last step,
-then finish. What each of them uses is in mmtensorar/training/.
+Read this file downward: prepare, then one_step and after_step until the last step,
+then finish. The functions that they call are in mmtensorar/training/.
 """
 
 from __future__ import annotations
@@ -36,10 +36,7 @@ from mmtensorar.data import checks, loader
 from mmtensorar.processes import StopSignals, exit_process
 from mmtensorar.recipe import Recipe
 from mmtensorar.seeds import seed_for
-from mmtensorar.training import engine as engines
 from mmtensorar.training import engine_private, run_state, sample_grid
-from mmtensorar.training import resume as resuming
-from mmtensorar.training import run as runs
 from mmtensorar.training.distributed import (
     barrier,
     gather_lists,
@@ -50,8 +47,28 @@ from mmtensorar.training.distributed import (
     stop_process_group,
 )
 from mmtensorar.training.ema import Average
+from mmtensorar.training.engine import (
+    check_machine,
+    learning_rates,
+    micro_batch_size,
+    norm_after_step,
+    norm_before_step,
+    start,
+)
 from mmtensorar.training.plan import SampleFlops
-from mmtensorar.training.run import TrainingRun
+from mmtensorar.training.resume import find_progress, nothing_to_do
+from mmtensorar.training.run import (
+    TrainingRun,
+    check_fit,
+    export,
+    lock_run_folder,
+    measure_rate,
+    open_log,
+    print_changes,
+    print_model,
+    settings_without_effect,
+    with_steps,
+)
 from mmtensorar.training.step_message import StepMessage
 from mmtensorar.training.stopwatch import Stopwatch, peak_memory_gib
 from mmtensorar.training.validation import validate
@@ -69,7 +86,8 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> int:
 
     Raises:
         ValueError: the recipe, its files or the run folder do not allow the run.
-        FloatingPointError: loss or gradient is not finite, or beyond its bound.
+        FloatingPointError: the loss or the gradient is not finite, or the gradient is
+            above train.max_grad_norm.
     """
     with ExitStack() as stack:
         run = prepare(recipe, stack, resume=resume, local_rank=local_rank)
@@ -84,43 +102,44 @@ def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> int:
 
 
 def prepare(recipe: Recipe, stack: ExitStack, *, resume: bool, local_rank: int) -> TrainingRun | None:
-    """Join the ranks, check everything, build or load all that a run needs; None when
-    it is finished already.
+    """Join the ranks, check everything, and build or load what a run needs.
 
-    stack: what must be released when training ends, in whatever way. What can fail is
-    checked first, and nothing is written before it has passed.
+    Returns None when the run is finished already. Nothing is written before all checks
+    have passed.
+
+    stack: receives what must be released when training ends, also after an error.
     """
     # Recipe, ranks, signals.
     resume = resume or recipe.train.resume == "auto"
-    recipe = runs.with_steps(model_folder.starting(recipe))
+    recipe = with_steps(model_folder.starting(recipe))
     folder = recipe.run_dir
     rank, world_size, device = start_process_group(local_rank)
     signals = StopSignals(announce=print_on_first)
     signals.install()
 
     # The machine and the run folder.
-    on_all_ranks(lambda: engines.check(recipe, device), device)
-    engines.micro_batch_size(recipe, world_size)
-    for note in runs.settings_without_effect(recipe):
+    on_all_ranks(lambda: check_machine(recipe, device), device)
+    micro_batch_size(recipe, world_size)
+    for note in settings_without_effect(recipe):
         print_on_first(note)
-    progress = resuming.find_progress(recipe, resume=resume)
+    progress = find_progress(recipe, resume=resume)
     barrier()  # no rank writes to the run folder before all have looked at it
-    runs.lock_run_folder(recipe, stack, device)
+    lock_run_folder(recipe, stack, device)
     fingerprints = {"start": model_folder.start_fingerprint(recipe)}
     if progress is not None:
         run_state.check_recorded(folder / "checkpoints", fingerprints)
-        if resuming.nothing_to_do(recipe, progress):
+        if nothing_to_do(recipe, progress):
             print_on_first(f"{folder} is already at step {progress} of {recipe.train.steps}: nothing to do")
             return None
 
     # Image tokenizer, shards, model.
     image_tokenizer = image_tokenizers.load(recipe.image_tokenizer)
-    sample_grid.check(recipe, len(image_tokenizer.factor_sizes))
+    sample_grid.check(recipe.sampler, len(image_tokenizer.factor_sizes))
     caption_encoder = backbones.caption_encoder(recipe.backbone)
     fingerprints["shards"] = checks.preflight(recipe, image_tokenizer, caption_encoder, world_size=world_size)
-    engine = engines.start(recipe, world_size, device)
-    runs.check_fit(recipe, image_tokenizer, engine.module)
-    runs.print_model(recipe, engine.module)
+    engine = start(recipe, world_size, device)
+    check_fit(recipe, image_tokenizer, engine.module)
+    print_model(recipe, engine.module)
 
     # What the run state holds.
     decay = recipe.train.ema_decay
@@ -129,7 +148,7 @@ def prepare(recipe: Recipe, stack: ExitStack, *, resume: bool, local_rank: int) 
     if progress is not None:
         start_step = run_state.resume(engine, folder / "checkpoints", fingerprints, average)
         num_skipped = run_state.latest_state(folder / "checkpoints").get("num_skipped", 0)
-        runs.print_changes(recipe, start_step)
+        print_changes(recipe, start_step)
     saver = run_state.Saver(
         engine,
         folder / "checkpoints",
@@ -152,11 +171,11 @@ def prepare(recipe: Recipe, stack: ExitStack, *, resume: bool, local_rank: int) 
         ),
         average=average,
         saver=saver,
-        log=runs.open_log(recipe, start_step, device),
+        log=open_log(recipe, start_step, device),
         flops=SampleFlops(recipe, recomputed=False) if rank == 0 else None,
-        matmul_rate=runs.measure_rate(recipe, world_size, device),
+        matmul_rate=measure_rate(recipe.train.precision, world_size, device),
         watch=Stopwatch(device),
-        epoch_samples=loader.epoch_samples(recipe),
+        epoch_samples=loader.epoch_samples(recipe.data),
         step=start_step,
         num_skipped=num_skipped,
     )  # fmt: skip
@@ -166,7 +185,7 @@ def prepare(recipe: Recipe, stack: ExitStack, *, resume: bool, local_rank: int) 
 
 
 class StepResult(NamedTuple):
-    """What one step leaves for log and checks."""
+    """The numbers of one step, for the log and the checks after it."""
 
     message: StepMessage
     lr: float
@@ -182,7 +201,7 @@ def one_step(run: TrainingRun) -> StepResult:
     recipe, device, watch = run.recipe, run.device, run.watch
     run.step += 1
     torch.manual_seed(seed_for(recipe.run.seed, run.rank, run.step))
-    lr, tensorar_lr = engines.learning_rates(run.engine)
+    lr, tensorar_lr = learning_rates(run.engine)
     total, message, norm = None, None, None
     prompt_len, names, skipped = 0, [], []
     for micro in range(recipe.train.grad_accum):
@@ -193,9 +212,9 @@ def one_step(run: TrainingRun) -> StepResult:
         names += batch.names
         skipped += batch.skipped
 
-        # Noise is drawn for the step's whole batch, by position in the run, so that
-        # neither resuming nor the number of ranks nor of micro batches changes a
-        # sample's noise.
+        # Noise is drawn for the step's whole batch, under a seed that depends on the
+        # step only. So a sample's noise is the same after resuming, and for any number
+        # of ranks and micro batches.
         generator = torch.Generator(device).manual_seed(seed_for(recipe.run.seed, run.step))
         first_row = (micro * run.world_size + run.rank) * len(batch.codes)
         output = run.engine(
@@ -216,19 +235,19 @@ def one_step(run: TrainingRun) -> StepResult:
         watch.lap("forward")
         run.engine.backward(output.loss)
         watch.lap("backward")
-        norm = engines.norm_before_step(run.engine) if is_last else None
+        norm = norm_before_step(run.engine) if is_last else None
         if norm is None or math.isfinite(norm):  # else `check_gradient` stops the run
             run.engine.step()
         watch.lap("step")
     assert message is not None
     if run.average is not None:
         run.average.update(run.step)
-    grad_norm = engines.norm_after_step(run.engine) if norm is None else norm
+    grad_norm = norm_after_step(run.engine) if norm is None else norm
     return StepResult(message, lr, tensorar_lr, grad_norm, prompt_len, names, skipped)
 
 
 def exchange(run: TrainingRun, losses: torch.Tensor, num_skipped: int) -> StepMessage:
-    """The ranks' message of this step.
+    """Average this step's losses over the ranks, and exchange what each rank reports.
 
     losses: loss, then loss per offset [K + 1], means of this rank.
     """
@@ -245,9 +264,7 @@ def exchange(run: TrainingRun, losses: torch.Tensor, num_skipped: int) -> StepMe
 
 
 def after_step(run: TrainingRun, result: StepResult) -> None:
-    """Checks, validation, sample grid, log line and run state, as the recipe asks for
-    them.
-    """
+    """Check the step, and validate, sample, log and save when the recipe asks for it."""
     recipe, watch = run.recipe, run.watch
     run.stopped = result.message.stop_requested
     if result.message.save_failed:
@@ -287,14 +304,14 @@ def after_step(run: TrainingRun, result: StepResult) -> None:
 
 
 def is_due(run: TrainingRun, every: int) -> bool:
-    """Whether something is due that happens at every so many steps; 0 is never."""
+    """Whether this step is a multiple of `every`. 0 means never."""
     return every > 0 and run.step % every == 0
 
 
 def count_skipped(run: TrainingRun, skipped: list[str]) -> None:
     """Print, record and count the damaged samples of all ranks.
 
-    Raises ValueError, on every rank, when they are more than data.max_skipped allows.
+    Raises ValueError, on every rank, when there are more than data.max_skipped allows.
     """
     for sentence in gather_lists(skipped):
         run.num_skipped += 1
@@ -311,9 +328,7 @@ def count_skipped(run: TrainingRun, skipped: list[str]) -> None:
 
 
 def check_gradient(run: TrainingRun, result: StepResult) -> None:
-    """Stop the run when the gradient's norm is not finite, or beyond
-    train.max_grad_norm.
-    """
+    """Stop the run when the gradient's norm is not finite or above train.max_grad_norm."""
     norm, bound = result.grad_norm, run.recipe.train.max_grad_norm
     if not math.isfinite(norm):
         run.fail(f"the gradient is not finite at step {run.step}: all ranks stop", result.names)
@@ -356,20 +371,18 @@ def log_row(run: TrainingRun, result: StepResult, seconds: dict[str, float]) -> 
 
 
 def finish(run: TrainingRun) -> int:
-    """Write the model folder of a finished run, and end; returns the process's exit
-    code.
-    """
+    """Write the model folder if the run is finished; return the process's exit code."""
     run.saver.finish(run.device)
     if run.log is not None:
         run.log.close()
     if run.step >= run.num_steps:
-        # A stopped run gets no model/: its presence says that the run is finished. Not
-        # part of the last step, so that a run which was killed between its last run
-        # state and this line gets it when it resumes.
+        # Only a finished run gets model/; is_finished looks for it. This is not part of
+        # the last step, so that a run which was killed after its last run state was
+        # saved gets its model/ when it resumes.
         if run.average is not None:
             with run.average.in_place():
-                runs.export(run, run.folder / "model_ema")
-        runs.export(run, run.folder / "model")
+                export(run, run.folder / "model_ema")
+        export(run, run.folder / "model")
         barrier()
         print_on_first(f"finished {run.step} steps; the model is in {run.folder / 'model'}")
         return 0
@@ -378,7 +391,7 @@ def finish(run: TrainingRun) -> int:
         f"stopped by a signal after step {run.step}; saved to {run.folder / 'checkpoints'}. Add --resume to "
         "continue"
     )
-    # torchrun takes any code but 0 for a failure, and starts the ranks again.
+    # torchrun treats any other code as a failure, and starts the ranks again.
     return 0 if "TORCHELASTIC_RUN_ID" in os.environ else run.signals.exit_code
 
 
@@ -414,7 +427,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("stopped at once; the last run state is kept", file=sys.stderr, flush=True)
         return 130
     except (ValueError, FloatingPointError) as error:
-        # These are raised on every rank alike; one of them prints it.
+        # Every rank raises the same error; only the first prints it.
         if ranks.is_first():
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2

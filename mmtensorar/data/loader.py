@@ -50,7 +50,7 @@ from mmtensorar.data.shards import Manifest
 from mmtensorar.data.url_cache import Cache
 from mmtensorar.model.conditions import CaptionEncoder, Condition
 from mmtensorar.processes import release_in_child
-from mmtensorar.recipe import Recipe
+from mmtensorar.recipe import Data, Recipe
 
 DRAWS = 2  # separates the random numbers of a position from those of sample_order.py
 
@@ -58,15 +58,15 @@ DRAWS = 2  # separates the random numbers of a position from those of sample_ord
 # ---- how long an epoch is --------------------------------------------------------------------
 
 
-def epoch_samples(recipe: Recipe) -> int:
+def epoch_samples(data: Data) -> int:
     """Samples of all training sets together."""
-    return sum(manifest.num_samples for manifest in read_manifests(recipe.data).values())
+    return sum(manifest.num_samples for manifest in read_manifests(data).values())
 
 
 def steps_of(recipe: Recipe) -> int:
     """Optimizer steps in the recipe's train.epochs, which must be set."""
     assert recipe.train.epochs is not None
-    return max(1, int(recipe.train.epochs * epoch_samples(recipe) / recipe.data.batch_size))
+    return max(1, int(recipe.train.epochs * epoch_samples(recipe.data) / recipe.data.batch_size))
 
 
 # ---- stages ----------------------------------------------------------------------------------

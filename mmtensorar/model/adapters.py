@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
 
@@ -85,16 +86,23 @@ def _freeze(model: nn.Module, pattern: str) -> None:
         model.get_parameter(name).requires_grad_(False)
 
 
-def counts(model: nn.Module) -> list[Counts]:
-    """Numbers of trained and of all parameters, by part."""
+def _shape(parameter: Tensor) -> torch.Size:
+    return parameter.shape
+
+
+def counts(model: nn.Module, shape_of: Callable[[Tensor], torch.Size] = _shape) -> list[Counts]:
+    """Numbers of trained and of all parameters, by part.
+
+    shape_of: gives a parameter's complete shape; under ZeRO-3 each rank holds a share of it.
+    """
     sums: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             part = "adapters"
         else:
             part = ".".join(name.split(".")[: 2 if name.startswith("backbone.") else 1])
-        # Under ZeRO-3 a parameter holds one rank's share; in 4 bits two numbers share a byte.
-        number = getattr(parameter, "ds_numel", parameter.numel())
+        number = shape_of(parameter).numel()
+        # In 4 bits two numbers share a byte.
         if type(parameter).__name__ == "Params4bit" and parameter.dtype == torch.uint8:
             number *= 2
         trained_and_total = sums.setdefault(part, [0, 0])
@@ -103,9 +111,9 @@ def counts(model: nn.Module) -> list[Counts]:
     return [Counts(part, *numbers) for part, numbers in sums.items()]
 
 
-def table(model: nn.Module) -> str:
-    """The counts as lines of text."""
-    rows = counts(model)
+def table(model: nn.Module, shape_of: Callable[[Tensor], torch.Size] = _shape) -> str:
+    """The counts as lines of text. shape_of: see `counts`."""
+    rows = counts(model, shape_of)
     rows.append(Counts("in all", sum(row.trained for row in rows), sum(row.total for row in rows)))
     return "\n".join(f"  {row.part:<28} {row.trained:>15,} of {row.total:>15,} trained" for row in rows)
 

@@ -1,8 +1,7 @@
-"""The DeepSpeed engine: its settings, its start around the model, and what training
-asks of it.
+"""The DeepSpeed engine: its settings, how it is started, and what training reads from it.
 
-Only this file and engine_private.py import DeepSpeed. What DeepSpeed does not document
-is in engine_private.py.
+Only this file and engine_private.py import DeepSpeed. Code that uses undocumented
+attributes of DeepSpeed is in engine_private.py.
 """
 
 from __future__ import annotations
@@ -40,9 +39,10 @@ from mmtensorar.training.run_log import Event
 # ---- before the start ----------------------------------------------------------------------------
 
 
-def check(recipe: Recipe, device: torch.device) -> None:
-    """Raise ValueError when the recipe needs something that this machine lacks; before
-    anything is loaded.
+def check_machine(recipe: Recipe, device: torch.device) -> None:
+    """Raise ValueError when the recipe needs something that this machine lacks.
+
+    It loads nothing.
     """
     if recipe.train.loss_kernel == "liger" and not loss.has_liger():
         raise ValueError("train.loss_kernel liger needs liger-kernel: pip install 'mmtensorar[liger]'")
@@ -86,8 +86,8 @@ def settings(recipe: Recipe, world_size: int) -> dict:
         "gradient_clipping": recipe.optim.grad_clip,
         "bf16": {"enabled": recipe.train.precision == "bf16"},
         "zero_optimization": zero,
-        # The optimizer is the recipe's, also with offloading: DeepSpeed would replace
-        # it by its own.
+        # Use the recipe's optimizer also with offloading, where DeepSpeed would replace
+        # it with its own.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,  # run_log.py prints
@@ -98,10 +98,9 @@ def settings(recipe: Recipe, world_size: int) -> dict:
 
 
 def start(recipe: Recipe, world_size: int, device: torch.device) -> Any:
-    """Build the model, spread it over the ranks and return the DeepSpeed engine around
-    it.
+    """Build the model, spread it over the ranks and wrap it in a DeepSpeed engine.
 
-    The process group exists already (distributed.start_process_group). Raises
+    The process group must exist (distributed.start_process_group). Raises
     ValueError, on every rank, when the model's files are missing or do not fit the
     recipe.
     """
@@ -134,8 +133,7 @@ def start(recipe: Recipe, world_size: int, device: torch.device) -> Any:
 
 
 def partitioned_model(recipe: Recipe, config: dict, device: torch.device) -> nn.Module:
-    """The initial model under ZeRO-3: its parameters are cut over the ranks and never
-    complete on any of them.
+    """The initial model under ZeRO-3. No rank ever holds all of its parameters.
 
     Rank 0 reads one tensor after the other from the files; each is broadcast and cut.
     So a rank holds one module plus its own share, and rank 0 also a memory-mapped file.
@@ -178,7 +176,8 @@ def partitioned_model(recipe: Recipe, config: dict, device: torch.device) -> nn.
             module._parameters[leaf] = filled[id(parameter)]
         if parameters:
             deepspeed.zero.Init(module=module, config_dict_or_path=config, dtype=dtype)
-            # The shares that stay lie between complete tensors that were freed.
+            # The complete tensors are freed now, but the memory between the shares that
+            # stay would not be returned to the system by itself.
             give_memory_back()
     return model
 
@@ -187,10 +186,9 @@ def partitioned_model(recipe: Recipe, config: dict, device: torch.device) -> nn.
 
 
 def norm_before_step(engine: Any) -> float | None:
-    """Norm of the gradients, summed over the ranks, before the update; in float32
-    without ZeRO.
+    """Norm of the summed gradients before the update, in float32 training without ZeRO.
 
-    DeepSpeed keeps no norm there. Elsewhere None: `norm_after_step` has it.
+    There DeepSpeed keeps no norm. None in all other cases; use `norm_after_step` then.
     """
     if engine.bfloat16_enabled() or engine.zero_optimization_stage():
         return None
@@ -199,15 +197,14 @@ def norm_before_step(engine: Any) -> float | None:
 
 
 def norm_after_step(engine: Any) -> float:
-    """Norm of the gradients of the last update, before clipping, as DeepSpeed measured
-    it.
-    """
+    """Norm of the gradients of the last update before clipping, measured by DeepSpeed."""
     return float(engine.get_global_grad_norm() or 0.0)
 
 
 def learning_rates(engine: Any) -> tuple[float, float]:
-    """Rates of the next update: the backbone's and the codec's, whose parameter groups
-    come last.
+    """Learning rates of the next update: of the backbone and of the codec.
+
+    The codec's parameter groups come last.
     """
     rates = engine.get_lr()
     return rates[0], rates[-1]

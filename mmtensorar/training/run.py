@@ -1,6 +1,4 @@
-"""A live training run: what train.py's loop works with, and how each part of it is set
-up.
-"""
+"""A training run: the state that train.py's loop works on, and how its parts are set up."""
 
 from __future__ import annotations
 
@@ -19,10 +17,10 @@ from mmtensorar.model import adapters
 from mmtensorar.model.conditions import CaptionEncoder
 from mmtensorar.processes import RunFolderLock, StopSignals
 from mmtensorar.recipe import Recipe
-from mmtensorar.training import engine as engines
-from mmtensorar.training import run_state
+from mmtensorar.training import engine_private, run_state
 from mmtensorar.training.distributed import barrier, gather_lists, on_all_ranks, print_on_first
 from mmtensorar.training.ema import Average
+from mmtensorar.training.engine import full_state_dict, monitor
 from mmtensorar.training.plan import SampleFlops
 from mmtensorar.training.resume import differences, saved_recipe
 from mmtensorar.training.run_log import STOPPED, StepLog
@@ -117,7 +115,7 @@ def num_steps(recipe: Recipe) -> int:
 
 
 def settings_without_effect(recipe: Recipe) -> list[str]:
-    """A note for each setting that will have no effect, or not the usual one."""
+    """A note for each setting without effect, or with an unusual one."""
     notes = []
     if recipe.optim.warmup_steps >= num_steps(recipe):
         notes.append(
@@ -133,8 +131,9 @@ def settings_without_effect(recipe: Recipe) -> list[str]:
 
 
 def lock_run_folder(recipe: Recipe, stack: ExitStack, device: torch.device) -> None:
-    """Lock the run folder until the stack is closed; every rank calls it, rank 0 holds
-    the lock.
+    """Lock the run folder until the stack is closed.
+
+    Every rank calls it; rank 0 holds the lock.
     """
     # After an elastic restart the lock of a rank 0 that died may linger; wait for it.
     timeout_s = LOCK_TIMEOUT_S if recipe.train.resume == "auto" else 0
@@ -152,16 +151,14 @@ def check_fit(recipe: Recipe, image_tokenizer: Any, model: Any) -> None:
 
 
 def print_model(recipe: Recipe, model: Any) -> None:
-    """On rank 0, print what is trained, and by which implementation of attention."""
-    print_on_first(adapters.table(model))
+    """On rank 0, print the trained parameters and the implementation of attention."""
+    print_on_first(adapters.table(model, shape_of=engine_private.full_shape))
     backbone: Any = recipe.backbone
     print_on_first(f"attention: {backbone.attn_implementation}")
 
 
 def print_changes(recipe: Recipe, start_step: int) -> None:
-    """On rank 0, print that a run continues and which settings have changed since it
-    was saved.
-    """
+    """On rank 0, print that the run resumes, and which settings have changed."""
     print_on_first(f"continuing {recipe.run_dir} after step {start_step}")
     if ranks.is_first():
         before = saved_recipe(recipe.run_dir).model_dump(mode="json")
@@ -175,8 +172,8 @@ def open_log(recipe: Recipe, start_step: int, device: torch.device) -> StepLog |
     It saves the recipe in the run folder. Every rank calls it.
     """
     first, folder = ranks.is_first(), recipe.run_dir
-    monitor = on_all_ranks(
-        lambda: engines.monitor(recipe.train.monitors, folder, start_step) if first else None, device
+    record_events = on_all_ranks(
+        lambda: monitor(recipe.train.monitors, folder, start_step) if first else None, device
     )
     if not first:
         return None
@@ -188,18 +185,19 @@ def open_log(recipe: Recipe, start_step: int, device: torch.device) -> StepLog |
         start_step=start_step,
         log_every=recipe.train.log_every,
         curves="tensorboard" in recipe.train.monitors,
-        monitor=monitor,
+        monitor=record_events,
     )
 
 
-def measure_rate(recipe: Recipe, world_size: int, device: torch.device) -> float:
-    """FLOP/s of a matrix product on all ranks together, in the precision of training;
-    prints it.
+def measure_rate(precision: str, world_size: int, device: torch.device) -> float:
+    """Measure and print the FLOP/s of a matrix product on all ranks together.
 
-    Prints a warning when that is bfloat16 and this CPU is much faster in float32.
+    Prints a warning when a CPU is much slower in bfloat16 than in float32.
+
+    precision: train.precision.
     """
     barrier()  # ranks that share a machine share its rate
-    half = recipe.train.precision == "bf16"
+    half = precision == "bf16"
     rate = matmul_rate(device, torch.bfloat16 if half else torch.float32)
     if half and (warning := slow_bfloat16(device, rate)):
         print_on_first(warning)
@@ -217,7 +215,7 @@ def export(run: TrainingRun, folder: Path) -> None:
     """
     recipe, step = run.recipe, run.step
     with_adapters = recipe.train.parts in adapters.WITH_ADAPTERS
-    state_dict = engines.full_state_dict(run.engine, trained_only=with_adapters)
+    state_dict = full_state_dict(run.engine, trained_only=with_adapters)
     if state_dict is not None and with_adapters:
         model_folder.save_adapters(folder, recipe, state_dict, step=step)
     elif state_dict is not None:

@@ -9,30 +9,29 @@ from PIL import Image
 
 from mmtensorar.image_tokenizers import to_images
 from mmtensorar.model.conditions import CaptionEncoder
-from mmtensorar.recipe import Recipe
+from mmtensorar.recipe import Recipe, SamplerSettings
 from mmtensorar.sampling.decode import decode
 from mmtensorar.sampling.trace import revised_per_offset
 from mmtensorar.training.engine import gathered_model
 
 
-def check(recipe: Recipe, num_factors: int) -> None:
-    """Raise ValueError when a list of the section sampler does not have one number per
-    factor.
+def check(sampler: SamplerSettings, num_factors: int) -> None:
+    """Raise ValueError when a list in sampler does not have one number per factor.
 
-    Called before training, so that neither the first sample grid nor whoever loads the
-    finished model finds it first.
+    Called before training. Otherwise the error would appear only at the first sample
+    grid, or when somebody loads the finished model.
     """
-    recipe.sampler.per_factor(num_factors)
+    sampler.per_factor(num_factors)
 
 
 def sample(
     engine: Any, recipe: Recipe, caption_encoder: CaptionEncoder, image_tokenizer: Any
 ) -> tuple[Image.Image, list[float]]:
-    """One image per prompt, as one picture, and the share of tokens revised per offset.
+    """Sample one image per prompt; return them as one grid, and the revised shares.
 
-    The noise is the same at every call. Every rank must call it, and samples the same
-    images: under ZeRO-3 each layer's weights are gathered from all ranks, so rank 0
-    alone would wait forever.
+    The shares are those of `trace.revised_per_offset`. The noise is the same at every
+    call. Every rank must call it and samples the same images: under ZeRO-3 each layer's
+    weights are gathered from all ranks, so rank 0 alone would wait forever.
     """
     condition = caption_encoder(list(recipe.train.sample_prompts)).to(engine.device)
     generator = torch.Generator(engine.device).manual_seed(recipe.run.seed)
@@ -45,9 +44,7 @@ def sample(
 
 
 def image_grid(images: list[Image.Image]) -> Image.Image:
-    """Images of one size -> one image, row by row, as nearly square as their number
-    allows.
-    """
+    """Images of one size -> one grid of them, row by row, nearly square."""
     num, (width, height) = len(images), images[0].size
     columns = int(num**0.5)
     columns += columns * columns < num

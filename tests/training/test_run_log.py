@@ -77,4 +77,4 @@ def test_weights_and_biases_gets_each_number(monkeypatch, tmp_path):
     recipe = Recipe.load(Path(__file__).parents[2] / "recipes/tiny/plain.yaml", ["train.monitors=[wandb]"])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="train.monitors wandb needs wandb: pip install wandb"):
-        engines.check(recipe, torch.device("cpu"))
+        engines.check_machine(recipe, torch.device("cpu"))
