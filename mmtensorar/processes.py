@@ -1,5 +1,4 @@
-"""Process helpers: stop signals, the run-folder lock, a clean exit under a launcher,
-returning freed memory.
+"""Process helpers: stop signals, run-folder lock, clean exit under a launcher, memory.
 
 Imports nothing of ours.
 """
@@ -21,23 +20,22 @@ from typing import NoReturn, TextIO
 
 import torch
 
-CHECKPOINT_THREAD = "checkpoint"  # name of the thread that writes a run state in the background
+SAVER_THREAD = "run state"  # name of the thread that writes a run state in the background
 
 
 # ---- end of a process ----------------------------------------------------------------------------
 
 
 def exit_process(code: int) -> NoReturn:
-    """End this process with an exit code, after its output was flushed and its last run
-    state written.
+    """Wait until the last run state is written, then end this process with an exit code.
 
-    After an error the process group is left as it is: to destroy it could wait for a
-    rank that has ended already, and an interpreter that ends while the group's threads
-    run may abort ("terminate called without an active exception") with another exit
-    code.
+    After an error in a process group, the process ends by os._exit. Destroying the
+    process group could wait for a rank that has ended already. A normal exit while the
+    group's threads run may abort ("terminate called without an active exception") with
+    another exit code.
     """
     for thread in threading.enumerate():
-        if thread.name == CHECKPOINT_THREAD:
+        if thread.name == SAVER_THREAD:
             thread.join()  # a run state from before the error is worth keeping
     if code and torch.distributed.is_initialized():
         sys.stdout.flush()
@@ -47,12 +45,11 @@ def exit_process(code: int) -> NoReturn:
 
 
 class StopSignals:
-    """SIGINT and SIGTERM as a request to stop after the step in progress.
+    """Handles SIGINT and SIGTERM as a request to stop after the step in progress.
 
     The handler only records the signal, so that the step ends on every rank before
-    anything is saved. A second Ctrl-C more than a second after the first raises
-    KeyboardInterrupt: launchers pass a Ctrl-C on as further signals, so only a later
-    one is meant by a person.
+    anything is saved. A second Ctrl-C raises KeyboardInterrupt if it comes more than a
+    second after the first. Earlier ones are copies that launchers send.
     """
 
     def __init__(self, announce: Callable[[str], None] = print):
@@ -68,16 +65,14 @@ class StopSignals:
 
     @property
     def exit_code(self) -> int:
-        """128 + the number of the signal, as shells have it; of SIGTERM when only
-        another rank received one.
-        """
+        """128 + the signal's number, as in shells; SIGTERM if another rank received it."""
         return 128 + (self.received or signal.SIGTERM)
 
     def install(self) -> None:
         """Handle both signals from now on.
 
-        The handlers stay until the process ends, so that a launcher's repeated signal
-        cannot kill a rank that has just finished saving.
+        They stay installed until the process ends. So a launcher's second signal cannot
+        kill a rank that has just finished saving.
         """
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
@@ -103,8 +98,8 @@ class RunFolderLock:
         with RunFolderLock(folder): ...
 
     The lock is on FOLDER/lock, which holds the owner's process id and host. The
-    operating system frees it when the process ends, however it ends. On a file system
-    without locks nothing is locked.
+    operating system releases it when the process ends, even after a crash. On a file
+    system without locks nothing is locked.
     """
 
     def __init__(self, folder: Path, *, timeout_s: float = 0, otherwise: str = "choose another run.name"):
@@ -159,9 +154,7 @@ class RunFolderLock:
 
 
 def release_in_child() -> None:
-    """In a forked child: close the parent's lock files, so that the locks end with the
-    parent.
-    """
+    """In a forked child: close the parent's lock files, so that it does not keep them locked."""
     for file in _locked:
         file.close()
     _locked.clear()
@@ -171,8 +164,6 @@ def release_in_child() -> None:
 
 
 def give_memory_back() -> None:
-    """Return freed memory to the operating system where the C library can (glibc);
-    others keep it for reuse.
-    """
+    """Return freed memory to the operating system; has an effect with glibc only."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,6 +1,4 @@
-"""Measure activation memory by running the model on fake tensors, which have shapes and
-no values.
-"""
+"""Measure activation memory by running the model on fake tensors (shapes, no values)."""
 
 from __future__ import annotations
 
@@ -14,8 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Peak(TorchDispatchMode):
-    """Inside this with statement, counts the bytes of tensors that are created and
-    still in use.
+    """Counts the bytes of the tensors that are created inside this with statement.
 
     live: bytes in use now. peak: the most so far.
     """
@@ -55,11 +52,11 @@ class Peak(TorchDispatchMode):
 
 
 def of_a_step(model: nn.Module, loss_of: Callable[[nn.Module], Tensor]) -> int:
-    """The most bytes that forward and backward hold at once, besides weights and
-    gradients.
+    """Peak bytes of forward and backward, without weights and gradients.
 
-    model: on the meta device; its tensors are of no use afterwards. loss_of: creates
-    inputs and runs the model.
+    Args:
+        model: on the meta device; its tensors cannot be used afterwards.
+        loss_of: creates inputs and runs the model.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 

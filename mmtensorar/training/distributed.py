@@ -1,8 +1,7 @@
-"""The ranks of a run: process group, collectives, and work whose failure must reach
-every rank.
+"""The ranks of a run: process group, collectives, and errors that must reach every rank.
 
-Which rank a process is, launchers say in the environment: mmtensorar/ranks.py. Needs no
-DeepSpeed.
+mmtensorar/ranks.py reads from the environment which rank a process is. This file needs
+no DeepSpeed.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from mmtensorar import ranks
 
-# Limit of one collective operation: DeepSpeed's default and its variable.
+# Limit of one collective operation: DeepSpeed's environment variable and its default.
 TIMEOUT = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", "10")))
 
 Result = TypeVar("Result")
@@ -27,9 +26,10 @@ Result = TypeVar("Result")
 def start_process_group(local_rank: int) -> tuple[int, int, torch.device]:
     """Join the ranks; returns (rank, world size, this rank's device).
 
-    NCCL on GPUs, gloo on CPUs. Without a launcher the process is a world of one. Also
-    limits the threads of ranks that share a machine's cores. local_rank: as the
-    launcher gives it on the command line, for launchers that do not set LOCAL_RANK.
+    NCCL on GPUs, gloo on CPUs. Without a launcher the world size is 1. Also limits the
+    threads of ranks that share a machine's cores.
+
+    local_rank: the launcher's --local_rank, for launchers that do not set LOCAL_RANK.
     """
     defaults = {
         "RANK": "0",
@@ -52,8 +52,8 @@ def start_process_group(local_rank: int) -> tuple[int, int, torch.device]:
         torch.set_num_threads(ranks.cores_per_rank())
     if not torch.distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        # Bound to its device from the start, as DeepSpeed does it; a world of one has
-        # nobody to connect to.
+        # Bound to its device from the start, as DeepSpeed does; a single rank needs no
+        # connection.
         bound = device if device.type == "cuda" and ranks.world_size() > 1 else None
         torch.distributed.init_process_group(backend, timeout=TIMEOUT, device_id=bound)
     return torch.distributed.get_rank(), torch.distributed.get_world_size(), device

@@ -1,8 +1,7 @@
-"""An exponential moving average of the weights that are trained.
+"""An exponential moving average of the trained weights.
 
-It is kept over whatever pieces of the float32 weights a rank has, so it is spread over
-the ranks as they are and needs no communication: the average of the pieces is a piece
-of the average.
+Each rank averages the parts of the float32 weights that it holds. So the average is
+spread over the ranks like the weights, and needs no communication.
 """
 
 from __future__ import annotations
@@ -15,9 +14,7 @@ from torch import Tensor
 
 
 class Average:
-    """The moving average of a rank's weights; `averages` has one tensor for each of
-    them.
-    """
+    """The moving average of a rank's weights: `averages[i]` is that of `weights[i]`."""
 
     def __init__(self, weights: Sequence[Tensor], decay: float):
         """
@@ -50,7 +47,7 @@ class Average:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        # In place, since DeepSpeed's pieces are views of larger tensors.
+        # In place, since under DeepSpeed the weights are views of larger tensors.
         for average, weight in zip(self.averages, self.weights, strict=True):
             kept = weight.clone()
             weight.copy_(average)

@@ -1,18 +1,17 @@
 """Every undocumented attribute of DeepSpeed that this project uses.
 
-Tried with DeepSpeed 0.19.8.
+Tested with DeepSpeed 0.19.8. pyproject.toml caps DeepSpeed below the first minor
+version that was not tested. When a new version breaks something here,
+tests/training/test_matrix.py fails: it trains, saves and resumes every allowed pair of
+ZeRO stage, trained part, precision, optimizer and offloading, and compares the losses
+bit for bit.
 
-pyproject.toml caps DeepSpeed below the first minor version that was not tried. When a
-new version breaks something here, tests/training/test_matrix.py shows it: it trains,
-saves and resumes every allowed pair of ZeRO stage, trained part, precision, optimizer
-and offloading, and compares the losses bit for bit.
+Terms: a rank's optimizer works on **flat tensors** in float32. Without ZeRO, a flat
+tensor is a whole parameter or its float32 master copy. Under ZeRO it holds **pieces**
+(parts of parameters, see checkpoints/sharded_state.py), one after the other.
 
-Words: a rank's optimizer works on **flat tensors** in float32. Without ZeRO each is a
-whole parameter or its float32 master copy; under ZeRO each holds pieces of many
-parameters, one after the other.
-
-DeepSpeed is imported inside functions, so that what reads a live engine can be
-imported, and tested, without it.
+DeepSpeed is imported inside functions, so that this module can be imported and tested
+without it.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ def adopt_process_group(device: torch.device) -> None:
 
     `deepspeed.ops.__compatible_ops__` says which operators DeepSpeed may compile. On a
     CPU it would compile one for shared-memory collectives and fail where there is no
-    C++ compiler; gloo does the same work. If the name goes, that compilation is
-    attempted again.
+    C++ compiler; gloo does the same work. If a new version of DeepSpeed drops the name,
+    it compiles again.
     """
     import deepspeed
     import deepspeed.ops
@@ -51,16 +50,16 @@ def skip_allreduce(engine: Any) -> None:
     """For one rank without ZeRO: do not sum the gradients over ranks.
 
     DeepSpeed would copy all gradients back and forth for a sum over one rank, 5 % of a
-    step of 60 M parameters. If `enable_backward_allreduce` goes, only this time is
-    lost.
+    step of 60 M parameters. If a new version drops `enable_backward_allreduce`, only this
+    time is lost.
     """
     engine.enable_backward_allreduce = False
 
 
 def undo_first_step(engine: Any) -> None:
-    """In bfloat16 without ZeRO: take back the step that DeepSpeed makes at its start.
+    """In bfloat16 without ZeRO: undo the step that DeepSpeed makes at its start.
 
-    There it creates the moments by a step with zero gradients, which decays the weights
+    That step creates the moments from zero gradients, which decays the weights
     and puts the bias correction one step ahead. Cleared, torch creates them anew at the
     first real step. If this breaks, the first updates are about a third too small (a
     test compares one rank with two under ZeRO-3).
@@ -118,8 +117,7 @@ def flat_tensors(engine: Any) -> list[Tensor]:
 
 
 def pieces_of(engine: Any) -> list[Piece]:
-    """Which stretch of which parameter each part of the flat tensors is; padding
-    belongs to none.
+    """The pieces of parameters in this rank's flat tensors; padding is in no piece.
 
     If DeepSpeed changes how it cuts parameters, saved runs resume with wrong weights on
     other numbers of ranks (a test resumes on other numbers of ranks and stages).
@@ -169,8 +167,9 @@ def base_optimizer(engine: Any) -> torch.optim.Optimizer:
 
 @contextmanager
 def loading_flat_tensors(engine: Any) -> Iterator[Sequence[Tensor]]:
-    """The flat tensors, to be written inside this with statement; at its end the
-    model's weights follow them.
+    """The flat tensors, to be changed inside this with statement.
+
+    At its end the model's weights are updated from them.
 
     If this breaks, a resumed run computes its first step with its initial weights.
     """
@@ -217,9 +216,7 @@ def set_step(engine: Any, step: int) -> None:
 
 
 def monitor_of(settings: dict) -> Any:
-    """DeepSpeed's monitor for the settings of its configuration's sections `wandb` and
-    `csv_monitor`.
-    """
+    """DeepSpeed's monitor. settings: its configuration's sections wandb and csv_monitor."""
     from deepspeed.monitor.config import get_monitor_config
     from deepspeed.monitor.monitor import MonitorMaster
 
@@ -229,7 +226,7 @@ def monitor_of(settings: dict) -> Any:
 def skip_csv_headers(monitor: Any, names: Sequence[str]) -> None:
     """Do not write the header of CSV files that exist.
 
-    If `filenames` goes, resumed files have two headers.
+    If a new version drops `filenames`, resumed files have two headers.
     """
     if monitor.csv_monitor is not None:
         monitor.csv_monitor.filenames += names

@@ -1,6 +1,4 @@
-"""Optimizers by name, the parameter groups that each setting applies to, and the
-learning-rate schedule.
-"""
+"""Optimizers by name, parameter groups, and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -16,8 +14,9 @@ from mmtensorar.training import engine_private
 
 
 def groups(model: nn.Module, optim: Optim) -> list[dict]:
-    """Parameter groups of everything that is trained: the codec's at tensorar_lr come
-    last, the others at lr.
+    """Parameter groups of all trained parameters.
+
+    The codec's groups come last and have tensorar_lr; the others have lr.
 
     Norms, biases and embeddings have no weight decay: pulling them towards zero does
     not make a model simpler.
@@ -44,9 +43,7 @@ def groups(model: nn.Module, optim: Optim) -> list[dict]:
 
 
 def check(optim: Optim, device: torch.device) -> None:
-    """Raise ValueError when the optimizer that optim.name asks for is not available on
-    this machine.
-    """
+    """Raise ValueError when this machine cannot run the optimizer of optim.name."""
     if optim.name.startswith("paged") and device.type != "cuda":
         raise ValueError(
             f"optim.name is {optim.name}, which pages between GPU and host memory, and there is no GPU"
@@ -79,7 +76,7 @@ def build(
         assert cpu_adam is not None
         try:
             return cpu_adam(groups, adamw_mode=True, **common)
-        except Exception as error:  # any: it is compiled at first use, by whatever compiler the machine has
+        except Exception as error:  # any: the machine's compiler compiles it at first use
             reason = " ".join(str(error).split())[:300]
             raise ValueError(
                 f"optim.name cpu_adam: DeepSpeed could not compile it on this machine ({reason}); use adamw"
@@ -95,8 +92,7 @@ def build(
 
 
 def learning_rate_factor(step: int, *, steps: int, warmup_steps: int, final_lr_ratio: float) -> float:
-    """Factor on a group's learning rate at a step counted from 0: linear warm-up, then
-    a cosine.
+    """Factor on a group's learning rate: linear warm-up, then a cosine.
 
     Args:
         step: the step, 0 is the first.
@@ -111,9 +107,7 @@ def learning_rate_factor(step: int, *, steps: int, warmup_steps: int, final_lr_r
 
 
 def schedule(optimizer: torch.optim.Optimizer, optim: Optim, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """torch's scheduler of `learning_rate_factor` for an optimizer and a run of `steps`
-    steps.
-    """
+    """torch's scheduler with `learning_rate_factor`, for a run of `steps` steps."""
     return torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: learning_rate_factor(

@@ -9,13 +9,13 @@ of optimizer state (float32 copy, two moments); stage 1 shares the 12 over the r
 stage 2 the gradients too, stage 3 all. Activations: measured on tensors without values.
 
 FLOPs: counted by `torch.utils.flop_counter` in a forward and backward pass on tensors
-without values: matrix products, 2 per multiplication and addition. Attention counts
-with its complete matrix; kernels that skip the part above the diagonal do half of that.
+without values. It counts matrix products, with 2 FLOPs for one multiplication and
+addition. Attention counts as a complete matrix; kernels that skip the part above the
+diagonal do half of that.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Iterable
 from fractions import Fraction
@@ -38,11 +38,11 @@ NUM_GPUS = (1, 2, 8, 64)
 # Bytes of a parameter in 4 bits: a scale of 8 bits for 64 numbers, one of 32 bits for
 # 256 scales.
 FOUR_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
-# Beyond this number of samples activations are taken to grow linearly; of the first
-# samples the loss is larger than the rest.
+# Activations are measured at these two numbers of samples, and extrapolated linearly
+# beyond. With fewer samples the loss dominates, so the growth is not linear.
 FEWER_ROWS, MANY_ROWS = 24, 32
-# A typical caption with the prompt template, where its length is free: the plan cannot
-# know yours.
+# Assumed prompt length (a typical caption with the prompt template) for backbones whose
+# prompts have no fixed length.
 PROMPT_TOKENS = 32
 
 # ---- model ---------------------------------------------------------------------------------------
@@ -65,8 +65,8 @@ def meta_model(recipe: Recipe) -> tensorar.TensorAR:
 def parameters(model) -> dict[str, int]:
     """Counts of parameters.
 
-    backbone (adapters included), tensorar (the codec), trainable (of both), four_bit
-    (of the backbone's, those held in 4 bits).
+    Keys: backbone (adapters included), tensorar (the codec), trainable (of both),
+    four_bit (those of the backbone that are held in 4 bits).
     """
     counts = {"backbone": 0, "tensorar": 0, "trainable": 0, "four_bit": 0}
     for name, parameter in model.named_parameters():
@@ -80,17 +80,18 @@ def parameters(model) -> dict[str, int]:
 
 
 class Memory(NamedTuple):
-    """Bytes on each GPU, without what PyTorch and CUDA take for themselves (about 1
-    GiB) and lose to fragmentation.
+    """Bytes on each GPU, without fragmentation and PyTorch's and CUDA's own memory.
+
+    That is about 1 GiB.
     """
 
     weights: float
     gradients: float  # kept between micro batches
     optimizer: float  # moments, float32 weights and their average
     buffers: float  # ZeRO's, for weights that are gathered and gradients that are reduced
-    activations: float  # the most that forward and backward hold besides
-    update: float  # the most that the optimizer's step holds besides
-    host: float  # per GPU in host memory, of what is offloaded or written in the background
+    activations: float  # peak of what forward and backward add
+    update: float  # peak of what the optimizer's step adds
+    host: float  # host memory per GPU, for what is offloaded or saved in the background
 
     @property
     def held(self) -> float:
@@ -135,7 +136,7 @@ def memory(recipe: Recipe, counts: dict[str, int], largest: int, activations: fl
     optimizer = trained * states / state_ranks if on_gpu else 0
     update = 0.0
     if on_gpu:
-        # Gradients in float32, of what is updated at a time.
+        # Float32 gradients of the parameters that are updated at a time.
         group = min(trained, int(extra.get("sub_group_size", 1e9))) if stage == 3 else trained
         update = (4 if half or stage else 0) * group / state_ranks
         update += 0 if kept else trained * weight / gradient_ranks
@@ -154,7 +155,7 @@ def memory(recipe: Recipe, counts: dict[str, int], largest: int, activations: fl
 def _buffers(recipe: Recipe, counts: dict[str, int], largest: int, num_gpus: int, *, gathers: bool) -> float:
     """Bytes of ZeRO's buffers; see `memory`.
 
-    gathers: whether stage 3 gathers weights from other places.
+    gathers: whether stage 3 gathers weights, from other ranks or from the host.
     """
     stage, extra = recipe.zero.stage, recipe.zero.extra
     weight = 2 if recipe.train.precision == "bf16" else 4
@@ -177,10 +178,10 @@ def _buffers(recipe: Recipe, counts: dict[str, int], largest: int, num_gpus: int
 def activation_bytes(recipe: Recipe, numbers: Iterable[int]) -> dict[int, int]:
     """The most bytes that forward and backward hold besides weights and gradients.
 
-    numbers: of samples in a micro batch; the result has an entry for each. Measured by
-    running them on tensors without values, so whatever the model does is counted; takes
-    some seconds. Matrices in 4 bits count as complete ones, which their forward makes
-    of them.
+    Measured by running both on tensors without values, which takes some seconds. 4-bit
+    matrices count as 16-bit or 32-bit ones, because their forward unpacks them.
+
+    numbers: sizes of a micro batch, in samples; the result has one entry for each.
     """
     numbers = set(numbers)
     ends = (FEWER_ROWS, MANY_ROWS) if any(number > MANY_ROWS for number in numbers) else ()
@@ -209,9 +210,7 @@ def _activation_bytes(recipe: Recipe, rows: int) -> int:
 
 
 def _without_4_bits(recipe: Recipe) -> Recipe:
-    """The recipe with plain low-rank adapters for train.parts qlora: 4-bit kernels do
-    not run without values.
-    """
+    """The recipe with lora instead of qlora: 4-bit kernels need tensors with values."""
     return _changed(recipe, parts="lora") if recipe.train.parts == "qlora" else recipe
 
 
@@ -222,13 +221,13 @@ def _changed(recipe: Recipe, **train: object) -> Recipe:
 
 def example_inputs(model, rows: int, prompt_len: int | None = None) -> tuple[Tensor, Condition, Tensor]:
     """Codes, condition and uncond of `rows` samples; their values do not matter."""
-    backbone, places = model.backbone, prompt_len or prompt_tokens(model)
+    backbone, prompt_len = model.backbone, prompt_len or prompt_tokens(model)
     codes = torch.zeros(rows, backbone.num_tokens, len(backbone.factor_sizes), dtype=torch.long)
-    return codes, backbone.example_condition(rows, places), torch.zeros(rows, dtype=torch.bool)
+    return codes, backbone.example_condition(rows, prompt_len), torch.zeros(rows, dtype=torch.bool)
 
 
 def prompt_tokens(model) -> int:
-    """Places of a prompt: the backbone's own number where it is fixed."""
+    """Tokens of a prompt: the backbone's prefix_len if it is fixed, else PROMPT_TOKENS."""
     return model.backbone.prefix_len or PROMPT_TOKENS
 
 
@@ -243,11 +242,11 @@ class SampleFlops:
     """
 
     def __init__(self, recipe: Recipe, *, recomputed: bool):
-        """recomputed: whether what the backward computes again counts again.
+        """recomputed: whether to count what the backward computes a second time.
 
         These are the layers with train.activation_checkpointing, and decoder and head
-        where the loss is made in chunks (as it is on one rank; with a small micro batch
-        on many ranks one chunk may hold it).
+        when the loss is computed in chunks. Chunks are counted as on one rank. On many
+        ranks with a small micro batch, one chunk may be enough.
         """
         recipe = _without_4_bits(recipe)
         with torch.random.fork_rng(devices=[]):
@@ -256,7 +255,8 @@ class SampleFlops:
         in_chunks = recipe.data.batch_size // recipe.train.grad_accum * T > max(
             1, recipe.train.loss_chunk_tokens // K
         )
-        # One sample stands for the whole batch, so its loss is cut when the batch's is.
+        # One sample is counted for the whole batch, so its loss is in chunks when the
+        # batch's loss is.
         chunk = K * math.ceil(T / 2) if recomputed and in_chunks else K * T
         self.recipe = _changed(recipe, loss_chunk_tokens=chunk)
         self.checkpointing: layers.Checkpointing = (
@@ -374,12 +374,14 @@ def _memory_lines(recipe: Recipe, model, counts: dict[str, int], activations: bo
         )
     if activations:
         notes.append(
-            "peak: weights, gradients and optimizer, and the larger of buffers with activations, and update"
+            "peak = weights + gradients + optimizer + the larger of (buffers + activations) and update"
         )
     if recipe.zero.stage == 3 and recipe.train.sample_every:
         weights = (counts["backbone"] + counts["tensorar"]) * (2 if recipe.train.precision == "bf16" else 4)
-        notes.append(f"train.sample_every gathers all weights on each GPU meanwhile: {_gib(weights)} more")
-    notes.append("and about 1 GiB for CUDA, and what fragmentation takes")
+        notes.append(
+            f"while sampling (train.sample_every), each GPU gathers all weights: {_gib(weights)} more"
+        )
+    notes.append("not included: about 1 GiB for CUDA, and fragmentation")
     return lines + [f"             ({note})" for note in notes]
 
 
@@ -414,21 +416,3 @@ def _gib(num_bytes: float) -> str:
 
 def _row(name: str, cells: list[str | None]) -> str:
     return f"  {name:<21}" + "".join(f"{cell or '-':>10}" for cell in cells)
-
-
-# ---- command -------------------------------------------------------------------------------------
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """`mmtensorar plan`, which turns errors into a sentence."""
-    parser = argparse.ArgumentParser(
-        prog="mmtensorar plan",
-        description="Print parameters, memory and FLOPs of a recipe; loads no weights.",
-        epilog="example:\n  mmtensorar plan recipes/janus_pro_7b.yaml zero.stage=2",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("recipe", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example zero.stage=2")
-    options = parser.parse_args(arguments)
-    print(report(Recipe.load(options.recipe, options.overrides)))
-    return 0

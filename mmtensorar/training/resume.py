@@ -1,6 +1,4 @@
-"""Whether a run may start or resume in its run folder, and which settings may change
-when it resumes.
-"""
+"""Whether a run may start or resume in its run folder, with these settings."""
 
 from __future__ import annotations
 
@@ -24,13 +22,12 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
 
 
 def saved_recipe(folder: Path) -> Recipe:
-    """The recipe that a run folder was trained with last."""
+    """The recipe of the latest training in a run folder."""
     return Recipe.load(folder / "recipe.yaml", [])
 
 
 def find_progress(recipe: Recipe, *, resume: bool) -> int | None:
-    """Step at which to continue the run in the run folder; None to start at the
-    beginning.
+    """Step after which the run in the run folder resumes; None to start a new run.
 
     Raises ValueError when the folder holds a run and resume is False, or when it holds
     a run of another recipe.
@@ -69,9 +66,7 @@ def is_finished(folder: Path) -> bool:
 
 
 def nothing_to_do(recipe: Recipe, progress: int) -> bool:
-    """Whether the run in the run folder has reached train.steps, and its model is of
-    that step.
-    """
+    """Whether the run has reached train.steps and its model folder is of that step."""
     folder, steps = recipe.run_dir, recipe.train.steps
     assert steps is not None
     return (

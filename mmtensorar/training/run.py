@@ -72,7 +72,7 @@ class TrainingRun:
         return self.stopped or self.step == self.num_steps
 
     def last_saved(self) -> str:
-        """'the last run state is of step N', once the write in progress has ended.
+        """Wait for the write in progress, and return 'the last run state is of step N'.
 
         Every rank calls it.
         """

@@ -1,6 +1,4 @@
-"""The step log of a run: one terminal line, one JSON line and TensorBoard curves per
-step, and sample grids.
-"""
+"""The step log of a run: terminal lines, JSON lines, TensorBoard curves, sample grids."""
 
 from __future__ import annotations
 
@@ -19,10 +17,10 @@ Event = tuple[str, float, int]  # name, value, step
 
 
 def read_log(path: str | Path) -> list[dict]:
-    """Rows of a log.jsonl, none when the file is missing.
+    """Rows of a log.jsonl; an empty list when the file is missing.
 
-    A torn last line (the run was killed while it wrote) is left out. Raises ValueError,
-    naming the line, when another one is not JSON.
+    An incomplete last line, of a run that was killed while it wrote, is left out.
+    Raises ValueError, naming the line, when any other line is not JSON.
     """
     path = Path(path)
     if not path.is_file():
@@ -95,14 +93,24 @@ class StepLog:
     def step(self, row: dict) -> None:
         """Record one optimizer step.
 
-        Always in a row: step (int, the first is 1), loss (nats per token),
-        loss_per_offset (list, offset 0 first), lr, grad_norm (before clipping),
-        tokens_per_s (image tokens, all ranks), memory_gib (peak of rank 0), and of rank
-        0's time: seconds (data, forward, backward, step; also validation, sample, and
-        save of the run state before), data_share, and mfu: the model's FLOPs, without
-        recomputed ones, over those of a matrix product in the same time.
-        Sometimes in a row: num_skipped (damaged samples so far), validation_loss,
-        validation_loss_per_offset, validation_accuracy_per_offset, revised_per_offset.
+        Args:
+            row: its keys are
+                step: int, the first is 1.
+                loss: nats per token.
+                loss_per_offset: list, offset 0 first.
+                lr, and tensorar_lr when optim.tensorar_lr is set.
+                grad_norm: before clipping.
+                seconds: rank 0's time for data, forward, backward and step; also for
+                    validation, sample and save (of the previous run state).
+                data_share: of that time.
+                tokens_per_s: image tokens of all ranks.
+                mfu: the model's FLOPs, without recomputed ones, divided by those of a
+                    matrix product in the same time.
+                memory_gib: peak of rank 0.
+                num_skipped: damaged samples so far, with data.on_error skip.
+                validation_loss, validation_loss_per_offset,
+                    validation_accuracy_per_offset: after a validation.
+                revised_per_offset: after a sample grid.
         """
         # JSON has no NaN or infinity; such a value becomes null rather than an
         # unreadable line.
@@ -124,9 +132,7 @@ class StepLog:
             file.write(json.dumps({"step": step, "problem": problem}) + "\n")
 
     def stopped(self, step: int, reason: str, samples: list[str]) -> None:
-        """Record in stopped.json why a run stopped before its end, and at which
-        samples.
-        """
+        """Record in stopped.json why a run failed, and the samples of that step."""
         content = {"step": step, "reason": reason, "samples": samples}
         write_text(self.folder / STOPPED, json.dumps(content, indent=1) + "\n")
 

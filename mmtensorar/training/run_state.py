@@ -1,8 +1,7 @@
-"""The run state, from which a run resumes: written by all ranks, read by the same
-number of ranks or another.
+"""The run state, from which a run resumes, on the same number of ranks or another.
 
-A run state is a folder runs/NAME/checkpoints/step_XXXXXX; its files are those of
-checkpoints/sharded_state.py.
+All ranks write it. It is a folder runs/NAME/checkpoints/step_XXXXXX; its files are
+described in checkpoints/sharded_state.py.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from mmtensorar.checkpoints import sharded_state
 from mmtensorar.files import sha256, write_text
-from mmtensorar.processes import CHECKPOINT_THREAD
+from mmtensorar.processes import SAVER_THREAD
 from mmtensorar.training import engine_private
 from mmtensorar.training.distributed import on_all_ranks
 from mmtensorar.training.ema import Average
@@ -32,8 +31,9 @@ PATIENCE_S = 900  # seconds that rank 0 waits for the next file of another rank
 
 
 class Saver:
-    """Writes run states to folder/step_XXXXXX, and the file folder/latest, which names
-    the last complete one.
+    """Writes run states to folder/step_XXXXXX.
+
+    The file folder/latest names the last complete one.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Saver:
             fingerprints: of the run's inputs: {"shards": Manifest.fingerprint, "start":
                 model_folder.start_fingerprint}.
             keep_last: number of the newest run states that are kept.
-            keep_best: keep the one with the least validation loss too; the file
+            keep_best: also keep the one with the lowest validation loss; the file
                 folder/best names it.
             background: copy the state to host memory and write it while training
                 continues.
@@ -80,7 +80,7 @@ class Saver:
         Raises ValueError, on every rank, when it cannot be written either.
 
         Args:
-            step: steps done.
+            step: number of finished steps.
             counted: what else is recorded in state.json: num_skipped, validation_loss,
                 validation.
             average: the moving average of the weights, if the run has one.
@@ -94,7 +94,7 @@ class Saver:
             shutil.rmtree(target, ignore_errors=True)  # left by a run that was killed while it wrote
             target.mkdir(parents=True)
 
-        def look() -> None:
+        def check_visible() -> None:
             if not target.is_dir():
                 raise ValueError(
                     f"rank {rank} does not see {target}, which rank 0 has made: run.out must be a folder "
@@ -102,7 +102,7 @@ class Saver:
                 )
 
         on_all_ranks(lambda: prepare() if rank == 0 else None, device)
-        on_all_ranks(look, device)
+        on_all_ranks(check_visible, device)
         state = _state(self.engine, average)
         recorded: dict[str, object] = {
             "format": sharded_state.FORMAT,
@@ -115,7 +115,7 @@ class Saver:
         }
         if self.background and failed_before is None:
             arguments = (rank, target, sharded_state.copied(state) if rank < self.num_files else [], recorded)
-            self.thread = threading.Thread(target=self._write, args=arguments, name=CHECKPOINT_THREAD)
+            self.thread = threading.Thread(target=self._write, args=arguments, name=SAVER_THREAD)
             self.thread.start()
             return
         self._write(rank, target, state, recorded)
@@ -153,9 +153,7 @@ class Saver:
         on_all_ranks(report, device)
 
     def wait(self) -> None:
-        """Wait for this rank's write in progress; for this rank alone, and without
-        looking at its result.
-        """
+        """Wait for this rank's write in progress, without looking at its result."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
@@ -172,16 +170,17 @@ class Saver:
                 (target / f"rank_{rank:05d}.failed").touch()
 
     def _complete(self, target: Path, recorded: dict) -> None:
-        """On rank 0: wait for the other ranks' files, make this run state the latest,
-        delete what is not kept.
+        """On rank 0: wait for the other ranks' files, then make this run state the latest.
+
+        Deletes the run states that are not kept.
 
         Raises OSError when another rank failed, or wrote nothing for PATIENCE_S
         seconds.
         """
         pause_s, waited_s, missing = 0.001, 0.0, sharded_state.missing(target, self.num_files)
         while missing:
-            # Ranks meet in the file system: in a thread, messages would mix with those
-            # of training.
+            # Ranks exchange nothing but files here: collectives of this thread would mix
+            # with those of training.
             if failed := sorted(path.stem for path in target.glob("*.failed")):
                 raise OSError(f"{failed[0]} could not write its files")
             if waited_s > PATIENCE_S:
@@ -197,8 +196,9 @@ class Saver:
             self._tidy(recorded["step"])
 
     def _tidy(self, step: int) -> None:
-        """Delete what is not kept; also run states of later steps, from which a run was
-        set back.
+        """Delete the run states that are not kept, also those of later steps.
+
+        Later steps exist when a run was set back to an earlier one.
         """
         complete: dict[Path, dict] = {}  # oldest first
         for path in sorted(
@@ -217,16 +217,16 @@ class Saver:
             (self.folder / "best").unlink(missing_ok=True)
         for path in self.folder.glob("step_*"):
             if path not in kept and path.is_dir():
-                # Renamed first, so that nobody takes half a folder for a run state.
+                # Renamed first, so that a half-deleted folder never looks like a run state.
                 doomed = path.with_name(f"deleted_{path.name}")
                 path.rename(doomed)
                 shutil.rmtree(doomed, ignore_errors=True)
-        for path in self.folder.glob("deleted_*"):  # left by a run that was killed meanwhile
+        for path in self.folder.glob("deleted_*"):  # left by a run that was killed here
             shutil.rmtree(path, ignore_errors=True)
 
     @staticmethod
     def _best(complete: Mapping[Path, dict]) -> Path | None:
-        """The run state with the least validation loss, None when no loss is known."""
+        """The run state with the lowest validation loss, None when no loss is known."""
         if not complete:
             return None
         # A run may resume with another validation set; losses of different sets cannot
@@ -241,8 +241,9 @@ class Saver:
 
 
 def _state(engine: Any, average: Average | None) -> sharded_state.State:
-    """The live tensors of this rank's run state: for each flat tensor its master copy,
-    moments and average.
+    """The tensors of this rank's run state: master copy, moments and average of each flat tensor.
+
+    They are not copied.
     """
     moments, state = engine_private.base_optimizer(engine).state, []
     for number, flat in enumerate(engine_private.flat_tensors(engine)):
@@ -284,8 +285,7 @@ def check_recorded(folder: Path, expected: Mapping[str, object]) -> dict:
 
 
 def resume(engine: Any, folder: Path, fingerprints: Mapping[str, str], average: Average | None = None) -> int:
-    """Load the run state that `latest` names into the engine and the average; returns
-    its step.
+    """Load the latest run state into the engine and the average; return its step.
 
     The number of ranks and the ZeRO stage may differ from those that wrote it. Raises
     ValueError, on every rank, when it is damaged, or was written from other shards or
@@ -328,16 +328,13 @@ def _check_files(folder: Path, target: Path, recorded: dict, rank: int, world_si
 
 
 def _load_moments(optimizer: Any, flat: Tensor, values: Mapping[str, Any]) -> None:
-    """Put what was saved for a flat tensor, besides its master copy and average, into
-    the optimizer's state.
-    """
+    """Put the saved moments of a flat tensor into the optimizer's state."""
     moments = optimizer.state.get(flat, {})
     is_paged = getattr(optimizer, "is_paged", False)
     for key, value in values.items():
         is_tensor = isinstance(value, Tensor)
         if key not in moments and is_paged and is_tensor and value.shape == flat.shape:
-            # bitsandbytes' own buffer; otherwise all moments would stay on the GPU from
-            # now on.
+            # A buffer of bitsandbytes; with any other, all moments would stay on the GPU.
             moments[key] = optimizer.get_state_buffer(flat, dtype=value.dtype)
         if is_tensor and isinstance(moments.get(key), Tensor) and moments[key].shape == value.shape:
             moments[key].copy_(value)  # in place: DeepSpeed and bitsandbytes keep references to some

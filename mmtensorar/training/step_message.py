@@ -1,4 +1,4 @@
-"""What the ranks exchange once per step."""
+"""The message that the ranks exchange once per step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class StepMessage:
-    """The mean over ranks of a step's losses, and what any rank reports.
+    """The mean over ranks of a step's losses, and events that any rank reports.
 
     One tensor holds all of it, so that a step needs one collective. It is exchanged
     before the update, so that a loss which is not finite never reaches the weights.

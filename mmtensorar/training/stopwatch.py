@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 MATRIX_SIDES = {"cuda": (8192,), "cpu": (256, 1024)}
-LONG_S = 0.1  # a product that takes longer is large enough to be measured
+LONG_S = 0.1  # a product that takes longer is large enough for a measurement
 
 
 class Stopwatch:
@@ -72,12 +72,12 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def slow_bfloat16(device: torch.device, bf16_rate: float) -> str | None:
-    """A warning when a CPU multiplies matrices in bfloat16 at less than half of
-    float32's rate.
+    """A warning when a CPU is less than half as fast in bfloat16 as in float32.
 
     CPUs without AVX-512 bf16 instructions are up to 70 times slower in bfloat16.
-    bf16_rate: FLOP/s of `matmul_rate`. None on a GPU, and where bfloat16 is fast
-    enough.
+    Returns None on a GPU, and where bfloat16 is fast enough.
+
+    bf16_rate: `matmul_rate` in bfloat16.
     """
     if device.type != "cpu":
         return None

@@ -16,18 +16,16 @@ from mmtensorar.training.distributed import mean_over_ranks, on_all_ranks
 def validate(
     engine: Any, recipe: Recipe, caption_encoder: CaptionEncoder, rank: int, world_size: int
 ) -> dict:
-    """Loss and accuracy of each offset over all of data.validation; every rank calls
-    it.
+    """Loss and accuracy of each offset over all of data.validation.
 
-    The result is the same for any number of ranks, up to rounding, and its noise at
-    every call. Returns the keys validation_... of a row of the step log. Raises
-    ValueError, on every rank, naming a sample that is damaged.
+    Every rank calls it. The noise is the same at every call, and the result is the same
+    for any number of ranks, up to rounding. Returns the keys validation_... of a row of
+    the step log. Raises ValueError, on every rank, naming a damaged sample.
     """
     totals, device = None, engine.device
     engine.eval()
     batches = loader.validation_batches(recipe, caption_encoder, rank=rank, world_size=world_size)
-    # All ranks have the same number of batches; one that only fills up counts 0
-    # samples.
+    # All ranks have the same number of batches; surplus batches count 0 samples.
     while (item := on_all_ranks(lambda: next(batches, None), device)) is not None:
         number, num_samples, batch = item
         generator = torch.Generator(device).manual_seed(seed_for(0, number))
