@@ -1,13 +1,13 @@
 """Recipes: one strict YAML file holds every setting of a run.
 
     schema.py       every setting: type, bounds, default, description, whether it may change on resume
-    rules.py        what must fit together across sections, one function per rule
+    rules.py        checks across sections, one function per rule
     files.py        YAML, `extends`, `key=value` on top
     names.py        backbones, image tokenizers and noise schedules, listed where they are defined
     recipe.py       Recipe: load, check, save, and the plain control
     errors.py       all problems at once, with the nearest known key
-    section.py      what a section is made of
-    strict_yaml.py  YAML whose keys are text, each given once
+    section.py      the base class of sections, and how a setting is declared
+    strict_yaml.py  YAML without duplicate keys
     docs.py         docs/recipe.md
 
 This room imports nothing else of the project. `python -m mmtensorar.recipe RECIPE.yaml` is the command.

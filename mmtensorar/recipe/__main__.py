@@ -1,11 +1,11 @@
-"""Check a recipe and print it resolved, or print what its run takes.
+"""Check a recipe and print it resolved, or print its plan: parameters, memory and FLOPs.
 
     python -m mmtensorar.recipe RECIPE.yaml [key=value ...]           check it and print it resolved
     python -m mmtensorar.recipe RECIPE.yaml [key=value ...] --plan    parameters, memory and FLOPs
     python -m mmtensorar.recipe --docs                                docs/recipe.md
 
-`mmtensorar plan RECIPE.yaml` is the second one. The recipe of study.train_image_tokenizer is
-checked and printed too.
+`mmtensorar plan RECIPE.yaml` does the same as `--plan`. The recipe of study.train_image_tokenizer
+can be checked and printed too.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import sys
 from mmtensorar.cli import command
 from mmtensorar.recipe import Recipe, RecipeError, Section, read_recipe, read_settings
 
-# Commands of the checkout whose recipes have other settings: module -> class.
+# Other commands of the checkout that have recipes: module -> class of the recipe.
 OTHER_RECIPES = {"study.train_image_tokenizer": "ImageTokenizerRecipe"}
 
 
 def read_any_recipe(path: str, overrides: list[str]) -> Section:
-    """A recipe of training, or of another command whose settings the file has. Raises RecipeError."""
+    """A recipe of training or of another command, recognised by its keys. Raises RecipeError."""
     keys = read_settings(path).keys()
     if not keys & Recipe.model_fields.keys():
         for module, name in OTHER_RECIPES.items():
@@ -32,9 +32,10 @@ def read_any_recipe(path: str, overrides: list[str]) -> Section:
     return Recipe.load(path, overrides)
 
 
-def parser_for(description: str, example: str) -> argparse.ArgumentParser:
+def parser_for(prog: str, description: str, example: str) -> argparse.ArgumentParser:
     """A parser of RECIPE key=value ..., whose help ends with an example."""
     parser = argparse.ArgumentParser(
+        prog=prog,
         description=description,
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -49,7 +50,7 @@ def print_plan(path: str, overrides: list[str]) -> None:
     recipe = read_any_recipe(path, overrides)
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"{path}: a recipe of {type(recipe).__module__}; only training has a plan")
-    # Imports torch and the model code, which a check alone can do without.
+    # Imported here, since a mere check needs neither torch nor the model code.
     from mmtensorar.training import plan
 
     print(plan.report(recipe))
@@ -58,6 +59,7 @@ def print_plan(path: str, overrides: list[str]) -> None:
 @command
 def main(arguments: list[str] | None = None) -> int:
     parser = parser_for(
+        "python -m mmtensorar.recipe",
         "Check a recipe and print it resolved.",
         "python -m mmtensorar.recipe recipes/janus_pro_7b.yaml train.steps=100 --plan",
     )
@@ -83,6 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
 def plan(arguments: list[str] | None = None) -> int:
     """`mmtensorar plan RECIPE [key=value ...]`."""
     parser = parser_for(
+        "mmtensorar plan",
         "Print parameters, memory and FLOPs of a recipe; loads no weights.",
         "mmtensorar plan recipes/janus_pro_1b.yaml zero.stage=3",
     )

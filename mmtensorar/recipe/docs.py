@@ -52,7 +52,7 @@ def page(recipe: type[Section] = Recipe) -> str:
 
 
 def _section(key: str, section: type[Section]) -> str:
-    """What a section is, and a table of its settings."""
+    """A section's docstring, and a table of its settings."""
     rows = ["| key | type | default | on resume | what it does |", "|---|---|---|---|---|"]
     for name, field in section.model_fields.items():
         cells = (

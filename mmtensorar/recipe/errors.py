@@ -1,4 +1,4 @@
-"""Messages for a wrong recipe: every problem at once, each with its key and the nearest known one."""
+"""Error messages for recipes: all problems at once, each with its key and the nearest known key."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class RecipeError(ValueError):
 
 
 class Problems(ValueError):
-    """What a validator raises that sees several settings at once: a list of Problem."""
+    """Raised by a validator that checks several settings at once; holds a list of Problem."""
 
     def __init__(self, problems: Iterable[Problem]):
         self.problems = list(problems)
@@ -83,7 +83,7 @@ def problems_of(
 
 
 def _of_validator(error: ValueError, path: str) -> list[Problem]:
-    """The problems in what a validator of ours raised for the section or setting at `path`."""
+    """The problems in an error that one of our validators raised for the setting at `path`."""
     if isinstance(error, Problems):
         return [(".".join(filter(None, (path, key))), text) for key, text in error.problems]
     return [(path, str(text)) for text in error.args]
@@ -92,13 +92,13 @@ def _of_validator(error: ValueError, path: str) -> list[Problem]:
 def _locate(
     model: type[BaseModel], location: tuple[str | int, ...]
 ) -> tuple[type[BaseModel], FieldInfo | None, list[str]]:
-    """(section, setting, key path) of a pydantic location in or at a setting.
+    """(section, setting, key path) of a pydantic error location.
 
-    The setting is None for an unknown key; the section is then where the key was expected.
+    For an unknown key the setting is None, and the section is the one that lacks the key.
     """
     field, keys, is_name = None, [], False
     for part in location:
-        if is_name:  # the free name of a section in a dictionary of sections
+        if is_name:  # a user-chosen key of a dictionary of sections
             keys.append(str(part))
             is_name = False
             continue
@@ -115,14 +115,14 @@ def _locate(
 
 
 def _unknown_key(path: str, prefix: tuple[str, ...], model: type[BaseModel], section: type[BaseModel]) -> str:
-    """What is wrong with a key that no section has: it was removed, or what it may have meant."""
+    """The message for an unknown key: why it was removed, or the nearest known key."""
     if issubclass(section, Section) and (old := section.removed_settings.get(path.rpartition(".")[2])):
         return f"this setting was removed, since {old.reason}"
     known = [".".join([*prefix, *keys]) for keys in _keys(model)]
     siblings = [key for key in known if key.rpartition(".")[0] == path.rpartition(".")[0]]
-    # By the last part alone: with a section's name in front, any two of its keys resemble each other.
+    # Only the last part is compared: with the section's name in front, all its keys look alike.
     near = _nearest_leaf(path, siblings) or _nearest_leaf(path, known)
-    if near and not siblings:  # inside one of a dictionary of sections
+    if near and not siblings:  # the key is in a dictionary of sections
         near = f"{path.rpartition('.')[0]}.{near.rpartition('.')[2]}"
     return f"unknown key; did you mean {near}?" if near else f"unknown key; known here: {', '.join(siblings)}"
 
@@ -137,7 +137,7 @@ def _keys(model: type[BaseModel]) -> Iterator[tuple[str, ...]]:
 
 
 def _sections_in(kind: Any) -> list[type[Section]]:
-    """The sections of a type: itself, or those of `Section | None` and `dict[str, Section]`."""
+    """The sections in a type: itself, or that in `Section | None` or `dict[str, Section]`."""
     kinds = (kind, *get_args(kind))
     return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)]
 

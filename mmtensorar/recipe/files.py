@@ -24,7 +24,7 @@ from mmtensorar.recipe.strict_yaml import Loader
 
 AnySection = TypeVar("AnySection", bound=Section)
 File = tuple[Path, dict]
-"""(path of a recipe file, the settings that this file itself states)."""
+"""(path of a recipe file, the settings in that file, without those it extends)."""
 
 
 def read_recipe(model: type[AnySection], path: str | Path, overrides: Sequence[str] = ()) -> AnySection:
@@ -69,7 +69,7 @@ def validate(model: type[AnySection], settings: dict) -> tuple[AnySection | None
         if key in settings:
             section, invalid = named_section(key, settings[key])
             problems += invalid
-            # A stand-in, so that the other sections are checked all the same.
+            # With an empty section in place of an invalid one, the others are still checked.
             settings[key] = section or Section()
     try:
         recipe = model.model_validate(settings)
@@ -87,9 +87,9 @@ def read_settings(path: str | Path) -> dict:
 
 
 def read_files(path: Path, extended_by: tuple[Path, ...] = ()) -> list[File]:
-    """A recipe file and all files that it extends, the last base first.
+    """A recipe file and all files that it extends, base first.
 
-    extended_by: the files through which this one is extended, to find one that extends itself.
+    extended_by: the files that led here by `extends`, to detect a file that extends itself.
     """
     if path.resolve() in [user.resolve() for user in extended_by]:
         raise RecipeError(f"{path}: extends itself through {' -> '.join(user.name for user in extended_by)}")
@@ -126,11 +126,11 @@ def merge(files: list[File]) -> dict:
 def _merged(base: dict, top: dict) -> dict:
     merged = dict(base)
     for key, value in top.items():
-        # The keys of `shards` are folders, so it is one value.
-        both = isinstance(value, dict) and isinstance(base.get(key), dict) and key != "shards"
-        if both and key in PACKAGES and value.get("name", base[key].get("name")) != base[key].get("name"):
-            both = False  # the settings of another module mean nothing to this one
-        merged[key] = _merged(base[key], value) if both else value
+        # The keys of `shards` are folders, not settings, so it is replaced as a whole.
+        by_key = isinstance(value, dict) and isinstance(base.get(key), dict) and key != "shards"
+        if by_key and key in PACKAGES and value.get("name", base[key].get("name")) != base[key].get("name"):
+            by_key = False  # another module has other settings
+        merged[key] = _merged(base[key], value) if by_key else value
     return merged
 
 
@@ -141,7 +141,7 @@ def _neighbour(path: Path) -> str:
 
 
 def _stated_in(key: str, files: list[File]) -> str:
-    """' (in FILE)' for a setting that comes from a base of the last file, else ''."""
+    """' (in FILE)' for a setting from an extended file, '' for one in the recipe itself."""
     absent = object()
     for path, settings in reversed(files):
         value: object = settings

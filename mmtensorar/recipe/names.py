@@ -1,9 +1,8 @@
-"""Names that a recipe may use because a file or a table of another room has them.
+"""Names of backbones, image tokenizers and noise schedules, looked up where they are defined.
 
-A backbone or an image tokenizer is a file in its folder, with a `Config` for its section; a noise
+A backbone or an image tokenizer is a file in its folder, with a `Config` for its section. A noise
 schedule is an entry of `SCHEDULES` in mmtensorar/model/drafts.py. So adding one changes nothing
-here. This room imports none of them when it is imported itself: only checking such a name imports
-the module (and with it torch).
+here. Their modules (and with them torch) are imported only when a name is checked.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ PACKAGES = {"backbone": "mmtensorar.backbones", "image_tokenizer": "mmtensorar.i
 
 
 def known_names(key: str) -> list[str]:
-    """Names that `KEY: {name: ...}` may have: the modules in its package. key: of PACKAGES."""
+    """Valid names in `KEY: {name: ...}`: the modules in its package. key: one of PACKAGES."""
     folder = Path(__file__).parents[1] / PACKAGES[key].rpartition(".")[2]
     return sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
 
 
 def known_schedules() -> list[str]:
-    """Names of noise schedules that tensorar.schedule may have."""
+    """Valid names for tensorar.schedule."""
     return list(importlib.import_module("mmtensorar.model.drafts").SCHEDULES)
 
 

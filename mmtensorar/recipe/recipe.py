@@ -62,7 +62,7 @@ class Recipe(RecipeSections):
 def fixed_on_resume(recipe: Section) -> dict:
     """The settings that a resumed run must share with the run it resumes, nested as in the recipe.
 
-    Left out are the settings declared with `on_resume=True`: none of them alters a past step.
+    Settings declared with `on_resume=True` are left out: they do not affect finished steps.
     """
     values, fixed = recipe.model_dump(mode="json"), {}
     for name, field in type(recipe).model_fields.items():

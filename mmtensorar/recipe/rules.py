@@ -1,7 +1,7 @@
 """Rules between settings of several sections: one function each, listed in RULES.
 
-A rule yields (key, sentence) for what does not fit together: what was found, and the nearest
-setting that works. Rules see a recipe whose sections are valid each by itself.
+A rule yields (key, sentence) for settings that do not fit together. The sentence names the value
+and the nearest setting that works. When rules run, each section is already valid by itself.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def extra_moves_nothing_that_cannot_be_saved(recipe: RecipeSections) -> Iterator
 
 
 def _offloaded(recipe: RecipeSections) -> dict[str, str]:
-    """DeepSpeed's key -> what our own setting for it says."""
+    """DeepSpeed's key -> the value of our setting for it."""
     return {"offload_optimizer": recipe.zero.offload_optimizer, "offload_param": recipe.zero.offload_params}
 
 
@@ -167,5 +167,5 @@ RULES: tuple[Rule, ...] = (
 
 
 def broken_rules(recipe: RecipeSections) -> list[Problem]:
-    """What does not fit together in a recipe."""
+    """The problems that the rules find in a recipe."""
     return [problem for rule in RULES for problem in rule(recipe)]

@@ -95,7 +95,7 @@ class TensorARSettings(Section):
 
 
 class Data(Section):
-    """What is trained on. A folder may also be a URL (http, https, s3, gs, hf); its shards are downloaded
+    """The training data. A folder may also be a URL (http, https, s3, gs, hf); its shards are downloaded
     to `cache`.
     """
 

@@ -1,8 +1,8 @@
-"""What a section of a recipe is made of: strict groups of settings, each declared once, on its field.
+"""Sections: strict groups of settings, each declared once.
 
-A setting's type, bounds, default, description and whether it may change on resume stand together
-in one `setting(...)`. The reader (files.py), the messages (errors.py), the resume check
-(recipe.py) and docs/recipe.md (docs.py) all take them from there.
+One `setting(...)` declares bounds, default, description, and whether the setting may change on
+resume. The reader (files.py), the error messages (errors.py), the resume check (recipe.py) and
+docs/recipe.md (docs.py) read this declaration.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def setting(default: Any = ..., *, description: str, on_resume: bool = False, **
 
 
 def may_change_on_resume(field: FieldInfo) -> bool:
-    """What `setting(on_resume=...)` declared; False for a plain pydantic field."""
+    """Whether the field was declared with `setting(on_resume=True)`."""
     extra = field.json_schema_extra
     return isinstance(extra, dict) and extra.get("on_resume") is True
 
 
 class Removed(NamedTuple):
-    """A setting of earlier versions. A saved recipe that holds it still loads at the neutral value."""
+    """A setting of earlier versions. A saved recipe that has it at its neutral value still loads."""
 
     neutral: Any
     reason: str

@@ -1,4 +1,4 @@
-"""YAML as recipes are written in: keys are text, each given once, and 2e-5 is a number."""
+"""The YAML of recipes: keys are text, no key occurs twice, and 2e-5 is a number."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import yaml
 
 
 class Loader(yaml.SafeLoader):
-    """YAML whose keys are text, each given once. Plain YAML keeps the last of two equal keys, silently."""
+    """Refuses keys that are not text, and equal keys, of which plain YAML silently keeps the last."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
         seen = set()
@@ -26,10 +26,10 @@ class Loader(yaml.SafeLoader):
 
 
 class Dumper(yaml.SafeDumper):
-    """Writes what Loader reads back unchanged."""
+    """Writes YAML that Loader reads back unchanged."""
 
 
-# PyYAML reads 2e-5 as text, because it has no point.
+# PyYAML reads 2e-5 as text, because it has no decimal point.
 for _yaml_class in (Loader, Dumper):
     _yaml_class.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
