@@ -23,6 +23,8 @@ from mmtensorar.sampling.strategies import strategy_for
 
 
 class Decoded(NamedTuple):
+    """The result of `decode`."""
+
     codes: Tensor  # [B, T, F] int64
     # [B, T, K, F] int64: trace[:, t] is the window of step t, 0 past the last token.
     trace: Tensor | None
@@ -49,8 +51,8 @@ def decode(
         settings: how tokens are drawn. A list gives each factor of a code its own
             number. With cfg_scale 1 for every factor no unconditional rows are
             computed.
-        draw: draws the tokens instead of the settings' temperature, top_k, top_p and
-            greedy_drafts: (logits [N, K, V] after guidance, numbers [N, K] in [0, 1))
+        draw: replaces the settings' temperature, top_k, top_p and greedy_drafts:
+            (logits [N, K, V] after guidance, numbers [N, K] in [0, 1))
             -> tokens [N, K]. It is called for one factor after the other.
         strategy: a name of STRATEGIES; None chooses by the settings.
         generator: one for the batch; or one per row, which makes a row independent of

@@ -20,8 +20,8 @@ from mmtensorar.sampling import filters
 # (logits [N, K, V], numbers [N, K] float64 in [0, 1)) -> tokens [N, K] int64, called
 # for one factor after the other.
 Draw = Callable[[Tensor, Tensor], Tensor]
-# One of SamplerSettings.per_factor: lists were replaced by the factor's own number. The
-# declared types still allow lists, hence Any.
+# An element of SamplerSettings.per_factor, where every list is replaced by one number.
+# Any, since the declared types still allow lists.
 FactorSettings = Any
 Generators = Generator | Sequence[Generator] | None
 
@@ -31,9 +31,8 @@ def token_numbers(
 ) -> Tensor:
     """One number in [0, 1) for each slot and factor of each step: [B, T, F, K] float64.
 
-    The numbers of the final tokens (offset 0) are drawn first. They are then the same
-    whatever the window, so that models of different windows are compared on equal
-    numbers.
+    The numbers of the final tokens (offset 0) are drawn first. So they are the same for
+    any window, and models with different windows are compared on equal numbers.
 
     Args:
         generator: one for the batch; or one per row, which makes a row independent of
@@ -70,5 +69,5 @@ def draw_tokens(logits: Tensor, numbers: Tensor, settings: FactorSettings) -> Te
 
 
 def greedy(logits: Tensor, numbers: Tensor) -> Tensor:
-    """The likeliest token everywhere, whatever the numbers: a `draw` for `decode`."""
+    """The likeliest tokens; the numbers are not used. A `draw` for `decode`."""
     return logits.argmax(-1)

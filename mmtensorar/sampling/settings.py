@@ -1,4 +1,4 @@
-"""What is made from the declaration of the sampling settings: command options, merging.
+"""Command options and merging of the sampling settings.
 
 `mmtensorar.recipe.SamplerSettings` declares each setting once: name, type, bounds,
 default and description. Everything here reads its fields, so a new setting is one new
@@ -20,15 +20,15 @@ from mmtensorar.recipe import SamplerSettings
 SAMPLING = tuple(SamplerSettings.model_fields)
 LOADING = ("device", "precision", "attn_implementation")
 
-# Settings that only earlier versions had, at the value that means what is done now.
-REMOVED = {"greedy": False, "stride": 1}
+# Settings of earlier versions, at the value that has no effect.
+REMOVED = {"greedy": False, **{name: old.neutral for name, old in SamplerSettings.removed_settings.items()}}
 
 
 # ---- values --------------------------------------------------------------------------------------
 
 
 def problems(given: Mapping[str, Any]) -> list[str]:
-    """What is wrong with some sampling settings: "NAME is VALUE; ..." for each."""
+    """The problems of sampling settings, each as "NAME is VALUE; ..."."""
     try:
         SamplerSettings.model_validate(dict(given))
     except ValidationError as error:
@@ -37,12 +37,12 @@ def problems(given: Mapping[str, Any]) -> list[str]:
 
 
 def _sentences(invalid: ValidationError, given: Mapping[str, Any]) -> Iterator[str]:
-    # A setting that is a number or a list gives pydantic errors for both forms. Those
-    # of the form that was given come first here.
+    # For a setting that may be a number or a list, pydantic reports errors of both
+    # forms. Those of the form that was given come first here.
     other_form = ("float_type", "int_type", "list_type")
     reported = set()
     for error in sorted(invalid.errors(), key=lambda error: error["type"] in other_form):
-        if not error["loc"]:  # of several settings together
+        if not error["loc"]:  # an error of several settings together
             yield error["msg"]
         elif (name := str(error["loc"][0])) not in reported:
             reported.add(name)
@@ -63,7 +63,7 @@ def merge(settings: SamplerSettings, given: Mapping[str, Any]) -> SamplerSetting
 
 
 def without_removed(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in a record of an earlier version, for a comparison with today's."""
+    """Recorded settings without removed ones, for a comparison with current settings."""
     return {name: value for name, value in recorded.items() if (name, value) not in REMOVED.items()}
 
 
@@ -77,7 +77,7 @@ def add_generation(parser: argparse.ArgumentParser, *, needs: str = "") -> None:
     `given_settings` and `merge`.
 
     Args:
-        needs: text behind the groups' titles, such as ", with --ckpt".
+        needs: text after the groups' titles, such as ", with --ckpt".
     """
     group = parser.add_argument_group(
         f"sampling{needs}",

@@ -1,6 +1,6 @@
-"""What decoding keeps between steps: the model, its cache, and how each token is drawn.
+"""The state of decoding between steps: the model, its cache, and how tokens are drawn.
 
-Refinement happens in the window, never in past keys: the cache only grows, except that
+Drafts are revised in the window, never in the cache. The cache only grows, except that
 `rewind` drops the steps that lookahead guessed wrong.
 Shapes: B batch, R rows (B, or 2B with guidance), P prefix, T image tokens, K window, F
 factors, V vocabulary, D width; m consecutive steps.
@@ -26,9 +26,8 @@ class DecodeState:
 
     A strategy calls `prefill` once. From then on `predict` turns hidden states into
     windows, and `feed` turns the windows of some steps into the hidden states of the
-    steps after them. A window depends on its step, the rows fed before it and its own
-    random numbers alone, so equal inputs give equal windows in whatever order they are
-    computed.
+    steps after them. A window depends only on its step, the rows fed before it and its
+    own random numbers. So the order of computation does not change it.
 
     Args: see `decode`.
 
@@ -55,7 +54,7 @@ class DecodeState:
         factors: list[FactorSettings] = settings.per_factor(self.num_factors)
         self.draws = [draw or partial(draw_tokens, settings=factor) for factor in factors]
         self.cfg_scales = [factor.cfg_scale for factor in factors]
-        # The unconditional rows are computed only where they count.
+        # The unconditional rows are computed only if some factor uses them.
         self.guided = any(scale != 1 for scale in self.cfg_scales)
         numbers = token_numbers(self.num_tokens, self.window, self.num_factors, self.batch, generator)
         self.numbers_BTFK = numbers.to(self.device)
@@ -118,7 +117,7 @@ class DecodeState:
         return self.model.backbone(embeds, self.mask_RS[:, : self.prefix_len + stop], self.cache)
 
     def rewind(self, step: int) -> None:
-        """Drop what was fed from this step on from the cache."""
+        """Drop from the cache what was fed from this step on."""
         for layer in self.cache.layers:
             layer.crop(self.prefix_len + step)
 

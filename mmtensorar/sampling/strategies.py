@@ -2,7 +2,7 @@
 
 To add one, write one function here. A strategy is a generator function of a
 `DecodeState`. It yields the windows of the steps in order, [B, n, K, F] each time, as
-soon as they are final; `decode` puts them together and reports progress.
+soon as they are final; `decode` concatenates them and reports progress.
 `@strategy(NAME, when=...)` makes it known: `decode` takes the last one whose `when`
 accepts the sampling settings, or the one that its caller names.
 Shapes: B batch, T image tokens, K window, F factors, m consecutive steps.
@@ -23,6 +23,8 @@ Run = Callable[[DecodeState], Iterator[Tensor]]
 
 
 class Strategy(NamedTuple):
+    """A registered strategy."""
+
     run: Run
     when: Callable[[SamplerSettings], bool]  # whether these settings ask for it
 
@@ -70,8 +72,8 @@ def with_lookahead(state: DecodeState) -> Iterator[Tensor]:
     """Feed several steps per pass, the later ones guessed; keep what the pass confirms.
 
     Every step has its own random numbers, so the image is that of `one_at_a_time`, up
-    to rounding, in fewer passes. Of a batch, the steps that all its images confirm are
-    kept.
+    to rounding, in fewer passes. In a batch, only the steps that are confirmed in all
+    images are kept.
     """
     exact = state.predict(state.prefill(), 0)  # the window of step t
     yield exact
@@ -81,7 +83,7 @@ def with_lookahead(state: DecodeState) -> Iterator[Tensor]:
         steps = min(state.settings.lookahead, last - t)
         fed = torch.cat([exact, guesses[:, : steps - 1]], dim=1)
         while fed.shape[1] < steps:
-            fed = torch.cat([fed, _moved_on(fed[:, -1:])], dim=1)
+            fed = torch.cat([fed, _shifted(fed[:, -1:])], dim=1)
         fed = state.mask_invalid(fed, t)
         predicted = state.predict(state.feed(fed, t), t + 1)  # of steps t + 1 to t + m
         confirmed = _count_equal(fed[:, 1:], predicted[:, :-1])
@@ -91,8 +93,8 @@ def with_lookahead(state: DecodeState) -> Iterator[Tensor]:
         state.rewind(t)
 
 
-def _moved_on(window: Tensor) -> Tensor:
-    """Guess the next step's window [B, 1, K, F]: these drafts, the last one twice."""
+def _shifted(window: Tensor) -> Tensor:
+    """Guess the next step's window [B, 1, K, F]: the same drafts one offset lower, the last one twice."""
     return torch.cat([window[:, :, 1:], window[:, :, -1:]], dim=2)
 
 

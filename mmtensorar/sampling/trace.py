@@ -13,10 +13,10 @@ from mmtensorar.model.windows import valid_slots
 
 
 def revised_per_offset(trace: Tensor) -> list[float]:
-    """For each offset but the last, the share of tokens that changed since the last step.
+    """For each offset but the last, the share of tokens that changed since the step before.
 
-    trace: [B, T, K, F]. Returns K - 1 shares; a token counts as different when any
-    factor is.
+    trace: [B, T, K, F]. Returns K - 1 shares. A token has changed when any of its
+    factors has.
     """
     # The same tokens, one step later at one offset less.
     later, earlier = trace[:, 1:, :-1], trace[:, :-1, 1:]
