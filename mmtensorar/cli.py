@@ -1,4 +1,4 @@
-"""`mmtensorar VERB`: every command under one name, and the one place where errors become a sentence.
+"""`mmtensorar VERB`: all commands under one name, and the handling of their errors.
 
     mmtensorar generate --ckpt recipes/tiny/weights/base --prompt "a red circle" --out out/
     mmtensorar VERB --help
@@ -18,13 +18,13 @@ from typing import NamedTuple, Protocol
 
 
 class Main(Protocol):
-    """A command: takes its arguments (None: those of the process) and returns the exit code."""
+    """A command: takes arguments (None: sys.argv) and returns the exit code."""
 
     def __call__(self, arguments: list[str] | None = None) -> int: ...
 
 
 class Verb(NamedTuple):
-    """Where a command is, and what it does in one line."""
+    """A command's module and function, and one line of help."""
 
     module: str
     about: str
@@ -55,13 +55,14 @@ VERBS: dict[str, Verb] = {
     "eval fid": Verb("eval.fid.__main__", "FID, Inception score, precision and recall"),
     "study": Verb("study.__main__", "grids of small runs"),
 }
-CHECKOUT_ONLY = ("data_tools", "eval", "study")  # not installed: poor names in site-packages
+CHECKOUT_ONLY = ("data_tools", "eval", "study")  # not installed: their names are too general
 
 
 def command(main: Main) -> Main:
-    """Make a command's `main` end in a sentence: ValueError and OSError exit with 2, Ctrl-C with 130.
+    """Decorate a command's `main`, so that errors are printed as one sentence.
 
-    Any other exception is a bug of ours, and keeps its traceback.
+    ValueError and OSError give exit code 2, Ctrl-C gives 130. Any other exception is a bug of ours, and
+    keeps its traceback.
     """
 
     @functools.wraps(main)
@@ -120,7 +121,7 @@ def load(name: str) -> Main:
 
 
 def unknown_verb(words: list[str]) -> str:
-    """What to print for words that start with no verb: the nearest verb, or which ones there are."""
+    """The message for words that do not start with a verb: the nearest verb, or a list of all."""
     given = " ".join(word for word in words[:2] if not word.startswith("-"))
     known = [name for name in VERBS if name.split()[0] == words[0]]  # after "shards" alone
     near = None if given == words[0] and known else nearest_verb(given) or nearest_verb(words[0])

@@ -1,4 +1,4 @@
-"""Released weights to a model folder of this project, and back into the layout they came in.
+"""Convert released weights to a model folder of this project, and back to their authors' layout.
 
     python -m mmtensorar.convert SRC DST [--image-tokenizer PATH] [--image-size PIXELS] [--kind KIND]
     python -m mmtensorar.convert --original CKPT DST [--base PATH] [--drop-tensorar]
@@ -6,17 +6,18 @@
 SRC is a file or folder as its authors published it, or a Hugging Face id (of one file: OWNER/NAME/FILE). Its
 kind is recognised from its tensors. A backbone becomes a model folder of window 1, for `generate --ckpt DST`
 and `train.init_from`; an image tokenizer becomes a folder for `image_tokenizer.path`. Janus and Open-MAGVIT2
-hold their image tokenizer; LlamaGen's is a file of its own. Numbers keep their stored dtype. source.json has
+contain their image tokenizer; LlamaGen's is a separate file. Numbers keep their stored dtype. source.json has
 the SHA-256 of every file that was read.
 
 --original writes a trained model of window 1 as its authors' code reads it:
     llamagen       a .pt file, {"model": tensors}, which its sampling scripts read
     open_magvit2   a .ckpt file, {"state_dict": tensors}, with the image tokenizer inside
-    janus          a folder in the layout of the Janus that training began from (--base, else its recipe's
-                   backbone.path). That one gives the parts that we do not load: vision tower, its aligner
-                   and lm_head.
-An image tokenizer's folder can be written back too (llamagen_vq, open_magvit2_lfq). Open-MAGVIT2's is written
-as the raw weights even where the averaged ones are in use, since a folder of ours holds one of the two.
+    janus          a folder in the layout of the Janus that training began from (--base; default: the
+                   recipe's backbone.path). The parts that we do not load (vision tower, its aligner and
+                   lm_head) are copied from there.
+An image tokenizer's folder can be written back too (llamagen_vq, open_magvit2_lfq). Our folder of an
+Open-MAGVIT2 tokenizer holds either raw or averaged weights; both are written under the names of the raw
+ones.
 
 Neither direction holds more than about one weights file in memory (but PyTorch files older than version 1.6
 are read completely). DST appears when it is complete, and is never replaced.
@@ -55,8 +56,10 @@ def parser() -> argparse.ArgumentParser:
     add("target", metavar="DST", type=Path, help="what to write; it must not exist")
     add = parser.add_argument_group("to a model folder").add_argument
     add("--kind", choices=kinds(), help="what SRC is, if its tensors do not show it")
-    add("--image-tokenizer", metavar="PATH", help="that of the backbone, if SRC holds none (LlamaGen)")
-    add("--image-size", metavar="PIXELS", type=int, help="pixels a side, if a LlamaGen file does not say it")
+    add(
+        "--image-tokenizer", metavar="PATH", help="the backbone's image tokenizer, if SRC has none (LlamaGen)"
+    )
+    add("--image-size", metavar="PIXELS", type=int, help="pixels a side, if a LlamaGen file does not show it")
     add("--text-tokenizer", metavar="PATH", help="Janus: a folder with tokenizer.json, if SRC has none")
     add("--text-encoder", metavar="PATH", help="LlamaGen, text: its T5 (default google/flan-t5-xl)")
     add("--caption-cleaning", help="LlamaGen, text: original (default), lower or none")
@@ -65,7 +68,11 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--base", metavar="PATH", help="Janus: the original, for parts we do not load (default: the recipe's)"
     )
-    add("--drop-tensorar", action="store_true", help="of a window above 1, write the backbone alone")
+    add(
+        "--drop-tensorar",
+        action="store_true",
+        help="write only the backbone of a model with a window above 1",
+    )
     return parser
 
 

@@ -1,4 +1,4 @@
-"""The device that a command's --device names."""
+"""Choose the device: that of a command's --device, else a GPU if there is one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def pick(name: str | None) -> torch.device:
-    """The device of a name; None is the GPU if there is one, else the CPU.
+    """The device with this name. None: the GPU if there is one, else the CPU.
 
     Raises ValueError when the name is not a device, or is a GPU that does not exist.
     """

@@ -2,8 +2,7 @@
 
     python -m mmtensorar.export runs/NAME [--step 2000 | latest | best] [--average] --out FOLDER
 
-A finished run has written runs/NAME/model itself. This is for earlier steps, and for runs that are not
-finished.
+A finished run has already written runs/NAME/model. Use this for earlier steps and for unfinished runs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, hashed, and read with errors that name them. Imports nothing of ours.
+"""Files: atomic writes, SHA-256, JSON, and errors that name the file. Imports nothing of ours.
 
 Paths are `pathlib.Path`; `write_text` and `move` also take a UPath of an object store.
 """
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-MAX_LINE = 2**24  # characters; a compressed file may hold lines without end
+MAX_LINE = 2**24  # characters; a small compressed file may expand to an endless line
 
 
 def sha256(path: Path, progress: Callable[[int], Any] = lambda num_bytes: None) -> str:
@@ -37,7 +37,7 @@ def sha256(path: Path, progress: Callable[[int], Any] = lambda num_bytes: None) 
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary file to write, which replaces `path` when the block ends without an error.
 
-    Each writer gets a name of its own, so that two writers of one path (a task and its retry) never mix.
+    The temporary name is unique, so that two writers of one path (a task and its retry) never mix.
     The content is flushed to disk before the rename, so that a power cut leaves no empty file.
     """
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -52,7 +52,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_path(path: Path) -> Iterator[Path]:
-    """A temporary file or folder to write, renamed to `path` when the block ends, removed when it fails.
+    """A temporary file or folder, renamed to `path` when the block ends and removed when it fails.
 
     Raises ValueError when `path` exists.
     """
@@ -101,7 +101,7 @@ def remove(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """A file that holds one JSON object. Raises ValueError, naming it, when it is missing or damaged."""
+    """The JSON object in a file. Raises ValueError, naming the file, when it is missing or damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -116,7 +116,7 @@ def read_json(path: Path) -> dict:
 def read_json_lines(path: Path) -> Iterator[tuple[str, dict]]:
     """("FILE line N", object) of each line of a .jsonl or .jsonl.gz file.
 
-    Raises ValueError naming file and line of what is damaged, and for an empty file.
+    Raises ValueError for a damaged line, naming file and line, and for an empty file.
     """
     number = 0
     opener = gzip.open if path.suffix == ".gz" else open
@@ -142,7 +142,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def write_json_lines(path: Path, rows: Iterable[dict]) -> None:
-    """Write one JSON object a line, atomically, also when `rows` raises."""
+    """Write one JSON object a line, atomically: nothing is written when `rows` raises."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for row in rows:

@@ -1,11 +1,11 @@
-"""Captions, or class numbers, to images, with a model folder.
+"""Generate images from captions or class numbers, with a model folder.
 
     python -m mmtensorar.generate --ckpt FOLDER --prompt "a red circle" --num-images 4 --out out/
     python -m mmtensorar.generate --ckpt FOLDER --class 207 360 --num-images 4 --out out/
 
 Image j of a prompt has seed --seed + j. The output folder receives {number}_{seed}.png
-and one line per image in prompts.jsonl. A folder that holds images already is added to;
-nothing in it is replaced. --trace also writes, for each image, every window
+and one line per image in prompts.jsonl. If the folder holds images already, new ones are
+added and none is replaced. --trace also writes, for each image, every window
 (.windows.safetensors) and the image after each revision, first to final, in one strip
 (.revisions.png).
 """
@@ -38,8 +38,8 @@ Prompt = str | int  # a caption, or a class number
 def read_prompts(options: argparse.Namespace) -> list[str] | list[int]:
     """The class numbers of --class, or the prompts of --prompt and --prompts-file.
 
-    Empty lines are skipped. Raises ValueError when there are none, or prompts and class
-    numbers.
+    Empty lines are skipped. Raises ValueError when nothing is given, or both prompts and
+    class numbers.
     """
     prompts = list(options.prompt)
     if options.classes:
@@ -57,8 +57,8 @@ def read_prompts(options: argparse.Namespace) -> list[str] | list[int]:
     return prompts
 
 
-def record_of(prompt: Prompt, seed: int) -> dict[str, Prompt]:
-    """What prompts.jsonl and the image files say about where an image comes from."""
+def origin_of(prompt: Prompt, seed: int) -> dict[str, Prompt]:
+    """Prompt or class, and seed of an image, as recorded in prompts.jsonl and in its file."""
     return {"prompt" if isinstance(prompt, str) else "class": prompt, "seed": seed}
 
 
@@ -105,7 +105,7 @@ def write_images(generator: Generator, prompts: Sequence[Prompt], options: argpa
             for row, image in enumerate(generator.pictures(decoded.codes)):
                 prompt, seed = batch[row]
                 path = out / f"{first + start + row:05d}_{seed}.png"
-                origin = record_of(prompt, seed)
+                origin = origin_of(prompt, seed)
                 save_png(image, path, **origin)
                 if decoded.trace is not None:
                     write_trace(generator, decoded.trace[row], path, origin)
@@ -120,7 +120,7 @@ def write_trace(generator: Generator, windows: Tensor, path: Path, origin: dict[
 
     Args:
         path: the image file.
-        origin: see `record_of`; it goes into both files.
+        origin: see `origin_of`; both files record it.
     """
     metadata = {key: str(value) for key, value in origin.items()}
     metadata["windows"] = "[T, K, F]; windows[t, j] is token t + j at step t"

@@ -19,7 +19,7 @@ def merge(source: Path, target: Path) -> None:
     if not (source / model_folder.ADAPTERS).is_file():
         raise ValueError(f"{source} has no {model_folder.ADAPTERS}: it holds all weights already")
     loaded = model_folder.load(source)
-    # The run's recipe says how they were trained. These weights are like those of any other model folder.
+    # The merged model has no adapters, so its recipe must not name any.
     train = loaded.recipe.train.model_copy(update={"parts": "all", "freeze": []})
     recipe = loaded.recipe.model_copy(update={"train": train})
     model_folder.save(target, loaded.model, recipe, step=index["step"])

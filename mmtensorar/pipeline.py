@@ -86,7 +86,7 @@ class Generator:
         )
 
     def runs_as(self) -> dict[str, str]:
-        """What images may depend on besides settings: device, precision, attention."""
+        """Device, precision and attention, on which images may depend besides the settings."""
         attention = self.recipe.backbone.model_dump()["attn_implementation"]
         return {"device": self.device.type, "precision": self.precision, "attn_implementation": attention}
 
@@ -98,9 +98,9 @@ class Generator:
         return merge(self.recipe.sampler, given)
 
     def check(self, prompts: Sequence[str | int]) -> None:
-        """Raise ValueError for prompts that the model does not take.
+        """Raise ValueError for prompts of the wrong kind.
 
-        A model takes either captions or numbers of its classes.
+        A model takes either captions or class numbers.
         """
         if self.caption_encoder.kind == "class":
             # Shards and evaluation suites write class 207 as "207".
@@ -138,8 +138,8 @@ class Generator:
             keep_trace: return the windows of all steps too.
             progress: called with (final tokens, T) whenever more tokens are final.
 
-        Raises ValueError for another number of seeds than prompts, prompts of the wrong
-        kind, and a batch that does not fit into the GPU's memory.
+        Raises ValueError when the numbers of seeds and prompts differ, for prompts of the
+        wrong kind, and when the batch does not fit into the GPU's memory.
         """
         if len(prompts) != len(seeds) or not prompts:
             raise ValueError(

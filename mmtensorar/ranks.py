@@ -1,5 +1,6 @@
-"""Which of several processes this one is, as launchers (torchrun, deepspeed) say in the
-environment.
+"""Rank and world size, from the environment variables that launchers set.
+
+The launchers are torchrun and deepspeed.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def local_rank() -> int | None:
 def local_world_size() -> int:
     """Number of processes on this machine.
 
-    torchrun and DeepSpeed's launcher name it differently.
+    torchrun and DeepSpeed's launcher use different variables.
     """
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 
@@ -39,7 +40,7 @@ def local_world_size() -> int:
 def cores_per_rank() -> int:
     """CPU cores for each process of this machine, at least 1.
 
-    Ranks that each take all cores wait for each other: two ranks on two cores ran at
-    1,000 to 3,100 tokens/s that way, one process at 5,500.
+    If every rank uses all cores, the ranks slow each other down: on two cores, two such
+    ranks trained at 1,000 to 3,100 tokens/s together, and one process alone at 5,500.
     """
     return max(1, (os.cpu_count() or 1) // local_world_size())

@@ -1,6 +1,4 @@
-"""Seeds made from names and numbers, so that neighbours are unrelated and order never
-matters.
-"""
+"""Seeds made by hashing names and numbers, so that similar inputs give unrelated seeds."""
 
 from __future__ import annotations
 
@@ -16,13 +14,14 @@ def seed_for(*parts: int | str) -> int:
 
 
 def image_seed(seed: int, prompt_index: int, image_index: int) -> int:
-    """The 63-bit seed of one picture; models compared under one seed share their random
-    numbers.
+    """The 63-bit seed of one picture.
+
+    It does not depend on the model, so compared models get the same random numbers.
     """
     state = np.random.SeedSequence((seed, prompt_index, image_index)).generate_state(1, np.uint64)
     return int(state[0] >> np.uint64(1))
 
 
 def generator_for(seed: int, key: str) -> np.random.Generator:
-    """Random numbers of one item, whatever its place among others."""
+    """Random numbers of one item; they do not depend on the order of the items."""
     return np.random.default_rng([seed, int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")])

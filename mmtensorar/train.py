@@ -401,6 +401,7 @@ def finish(run: TrainingRun) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit code: 2 after an error, 130 after a second Ctrl-C."""
     parser = argparse.ArgumentParser(
+        prog="python mmtensorar/train.py",
         description="Train a model from a recipe.",
         epilog="examples:\n"
         "  python mmtensorar/train.py recipes/tiny/tensorar.yaml train.precision=fp32 train.steps=20\n"
