@@ -1,8 +1,8 @@
-"""Released weights to model folders, and back into the layout they came in.
+"""Convert released weights to model folders, and back to their authors' layout.
 
-What differs between models is in their files (mmtensorar/model/protocols.py has the list); this file is the
-loop over them. Neither direction holds more than about one weights file in memory, except for PyTorch files
-older than version 1.6, which are read completely.
+Everything that differs between models is in their own files (mmtensorar/model/protocols.py lists it).
+Neither direction holds more than about one weights file in memory, except for PyTorch files older than
+version 1.6, which are read completely.
 """
 
 from __future__ import annotations
@@ -48,13 +48,12 @@ def convert(
     Args:
         path: file, folder or hub id of the released weights.
         folder: to write; it must not exist.
-        kind: what the weights are, where their tensors do not show it.
-        image_tokenizer: path of the backbone's image tokenizer, where it has a file of its own.
-        image_size: pixels a side, where the files do not say.
+        kind: kind of the weights, if their tensors do not show it.
+        image_tokenizer: path of the backbone's image tokenizer, if it is a separate file.
+        image_size: pixels a side, if the files do not show it.
         settings: of the backbone's section: text_tokenizer, text_encoder, caption_cleaning.
 
-    Returns a sentence on what was made. Raises ValueError when a file is not what it should be, or folder
-    exists.
+    Returns a sentence about the result. Raises ValueError when a file is of the wrong kind, or folder exists.
     """
     source = find(path, kind)
     if source.is_image_tokenizer:
@@ -169,10 +168,11 @@ def original(folder: Path, target: Path, *, base: str | None = None, drop_tensor
     Args:
         folder: the model folder, or the folder of an image tokenizer.
         target: file or folder to write; it must not exist.
-        base: for Janus, the released model that training began from; None follows the recipes.
+        base: for Janus, the released model that training began from. None: follow backbone.path through the
+            recipes of model folders.
         drop_tensorar: write the backbone of a model whose window is above 1, without its codec.
 
-    Returns a sentence on what was made. Raises ValueError when that is not possible or target exists.
+    Returns a sentence about the result. Raises ValueError when it cannot be written or target exists.
     """
     if not (folder / model_folder.INDEX).is_file() and (folder / "config.json").is_file():
         return _write_image_tokenizer(folder, target)
@@ -180,13 +180,13 @@ def original(folder: Path, target: Path, *, base: str | None = None, drop_tensor
     recipe = model_folder.saved_recipe(folder)
     window = recipe.tensorar.window
     lost = (
-        f"the window encoder and decoder of window {window}, and with them all revising: what is left "
-        "predicts one token at a time, with weights that were trained to work with them"
+        f"the window encoder and decoder (window {window}), and with them the ability to revise. The "
+        "backbone alone predicts one token at a time, with weights that were trained to work with them"
     )
     if window > 1 and not drop_tensorar:
         raise ValueError(
-            f"{folder} has tensorar.window {window}, and the original layout has no place for it; "
-            f"--drop-tensorar writes the backbone alone, and loses {lost}"
+            f"{folder} has tensorar.window {window}, which the original layout cannot store; "
+            f"--drop-tensorar writes the backbone alone. This loses {lost}"
         )
     weights: LazyWeights = backbones.lazy_weights(recipe.backbone)
     weights.check()
@@ -216,7 +216,7 @@ def _write_image_tokenizer(folder: Path, target: Path) -> str:
 
 
 def _base_of(folder: Path) -> str:
-    """backbone.path of a model folder's recipe, followed to the released model where training began."""
+    """The released model where training began: backbone.path, followed through recipes of model folders."""
     seen = set()
     while folder not in seen:
         seen.add(folder)

@@ -1,4 +1,4 @@
-"""A run's saved state, or the average of its weights, to a model folder, without ranks or DeepSpeed."""
+"""Make a model folder of a run state or of its averaged weights, without ranks or DeepSpeed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mmtensorar.recipe import Recipe
 
 
 def find(run: Path, step: str) -> Path:
-    """The folder of a run's state at a step number, at `latest` or at `best`.
+    """The folder of a run state: of a step number, `latest` or `best`.
 
     Raises ValueError when there is none.
     """
@@ -63,7 +63,7 @@ def export(run: Path, step: str, out: Path, *, average: bool = False) -> int:
     if recipe.train.parts in adapters.WITH_ADAPTERS:
         model_folder.save_adapters(out, recipe, state_dict, step=recorded["step"])
         return recorded["step"]
-    if state_dict.keys() != model.state_dict().keys():  # some are frozen: take them as training saw them
+    if state_dict.keys() != model.state_dict().keys():  # add frozen parameters, rounded as in training
         initial = model_folder.initial_model(recipe)
         if recipe.train.precision == "bf16":
             for parameter in initial.parameters():

@@ -4,16 +4,15 @@ FOLDER/
   recipe.yaml            the resolved recipe of the run
   backbone/              config.json, model.safetensors, text tokenizer files
   tensorar.safetensors   weights of the window encoder and decoder; absent at window 1
-  adapters.safetensors   after training with adapters: then backbone/ has no weights, and
-  base.json              says where they are, and their fingerprint
-  image_tokenizer/       config.json, model.safetensors; absent where a conversion got none
+  adapters.safetensors   after training with adapters; backbone/ then has no weights
+  base.json              with adapters: path and fingerprint of the backbone's weights
+  image_tokenizer/       config.json, model.safetensors; absent if a conversion was given none
   source.json            of converted released weights: kind and SHA-256 of the files they came from
   checkpoint.json        format version, step, SHA-256 of each file; written last
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from mmtensorar import backbones, image_tokenizers
 from mmtensorar.checkpoints.released import meta_parameters
-from mmtensorar.files import sha256
+from mmtensorar.files import fingerprint, read_json, sha256
 from mmtensorar.model import adapters, attention, tensorar
 from mmtensorar.model.loss import LossSettings
 from mmtensorar.model.tensorar import TensorAR
@@ -45,7 +44,7 @@ ADAPTERS, BASE = "adapters.safetensors", "base.json"
 class Loaded(NamedTuple):
     """What a model folder holds. The model is in eval mode on the device that was asked for.
 
-    image_tokenizer: None in a converted release that came without one.
+    image_tokenizer: None if the released weights were converted without one.
     """
 
     model: TensorAR
@@ -67,7 +66,7 @@ def build(recipe: Recipe, *, weights: bool = True, device: str = "cpu") -> Tenso
 
 
 def _around(recipe: Recipe, backbone: backbones.Backbone) -> TensorAR:
-    # A seed of its own, so that the codec does not depend on how the backbone was made.
+    # Seeded here, so that the codec does not depend on how the backbone was made.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.run.seed)
         return tensorar.build(backbone, recipe.tensorar, loss=LossSettings.of(recipe.train))
@@ -85,7 +84,7 @@ def starting(recipe: Recipe) -> Recipe:
     """The recipe with backbone.path pointing to the weights that its run starts from.
 
     With train.init_from that is the backbone of the model folder. So the recipe's backbone settings are
-    checked against these weights, and the original is no longer needed. Raises ValueError when
+    checked against these weights, and the original backbone is not needed any more. Raises ValueError when
     train.init_from is not a model folder, or holds another kind of backbone.
     """
     if recipe.train.init_from is None:
@@ -121,7 +120,7 @@ def initial_model(recipe: Recipe) -> TensorAR:
 
 
 def initial_values(recipe: Recipe) -> Callable[[str], Tensor]:
-    """A function: name of a tensor of `skeleton` -> its value in the model a run starts from.
+    """A function from the name of a tensor of `skeleton` to its value at the start of a run.
 
     Call it once for each name. Only the codec is in memory; the backbone's tensors are read from the files
     when they are asked for. Raises ValueError like `initial_model`.
@@ -149,7 +148,7 @@ def initial_values(recipe: Recipe) -> Callable[[str], Tensor]:
 
 
 def _take_codec(model: TensorAR, recipe: Recipe) -> None:
-    """Load the codec in train.init_from, if there is one and it fits."""
+    """Load the codec from train.init_from into model, if there is one and it fits."""
     if (
         recipe.train.init_from is None
         or model.window == 1
@@ -162,7 +161,7 @@ def _take_codec(model: TensorAR, recipe: Recipe) -> None:
     same_heads = saved_recipe(folder).tensorar.num_heads == recipe.tensorar.num_heads
     if same_heads and {k: v.shape for k, v in codec.items()} == {k: v.shape for k, v in fresh.items()}:
         model.load_state_dict(codec, strict=False)
-    elif is_first():  # without ZeRO-3 every rank comes here
+    elif is_first():  # without ZeRO-3 every rank runs this
         print(
             f"note: the codec in {folder} has another shape or number of heads than the recipe's, "
             "so a fresh one is trained"
@@ -177,31 +176,14 @@ def model_to_train(recipe: Recipe) -> TensorAR:
 
 
 def start_fingerprint(recipe: Recipe) -> str:
-    """SHA-256 over the files that a run starts from, so that a run is not resumed on other weights.
-
-    Of each file, only name, size, and first and last MiB are hashed: enough to distinguish trainings, and
-    fast at any size. A hub id is hashed itself.
-    """
-    return _fingerprint(Path(recipe.train.init_from or _path(recipe)))
+    """`files.fingerprint` of the weights that a run starts from. A run resumes only on the same weights."""
+    return fingerprint(Path(recipe.train.init_from or _path(recipe)))
 
 
 def _path(recipe: Recipe) -> str:
     """backbone.path: every backbone's section has one."""
     section: Any = recipe.backbone
     return section.path
-
-
-def _fingerprint(folder: Path) -> str:
-    files = [folder] if folder.is_file() else sorted(path for path in folder.rglob("*") if path.is_file())
-    digest = hashlib.sha256(b"" if files else str(folder).encode())
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder)} {size}\n".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(2**20))
-            file.seek(max(0, size - 2**20))
-            digest.update(file.read())
-    return digest.hexdigest()
 
 
 def codec_state(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -236,7 +218,7 @@ def save_state_dict(
     """
     _check_free(Path(folder))
     # The model is built only because it can write its tensors under the released names. On the meta device it
-    # takes the given tensors as its own: a second copy in float32 would not fit into memory with 7B.
+    # adopts the given tensors; with 7B a second copy in float32 would not fit into memory.
     model = build(recipe, weights=False, device="meta")
     _check_names(model.state_dict(), state_dict, "the gathered state dict")
     model.load_state_dict(dict(state_dict), strict=True, assign=True)
@@ -262,7 +244,7 @@ def save_adapters(
         path = _path(recipe)
         base = {
             "path": str(Path(path).resolve()) if Path(path).exists() else path,
-            "fingerprint": _fingerprint(Path(path)),
+            "fingerprint": fingerprint(Path(path)),
         }
         (partial / BASE).write_text(json.dumps(base) + "\n", encoding="utf-8")
         write_index(partial, step)
@@ -325,13 +307,9 @@ def read_index(folder: str | Path) -> dict:
         elif (Path(folder) / "checkpoints").is_dir():
             hint = f"; to make one of an unfinished run: python -m mmtensorar.export {folder} --out FOLDER"
         raise ValueError(f"no model folder at {folder}: expected {INDEX}{hint}")
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise ValueError(f"{path}: not JSON") from None
-    version = index.get("format") if isinstance(index, dict) else None
-    if version != FORMAT:
-        raise ValueError(f"{path}: model folder format {version!r}, expected {FORMAT}")
+    index = read_json(path)
+    if index.get("format") != FORMAT:
+        raise ValueError(f"{path}: model folder format {index.get('format')!r}, expected {FORMAT}")
     if not isinstance(index.get("sha256"), dict) or not isinstance(index.get("step"), int):
         raise ValueError(f"{path}: expected a step and the sha256 of each file; the folder is damaged")
     return index
@@ -358,7 +336,7 @@ def check_files(folder: str | Path) -> dict:
 def saved_recipe(folder: str | Path, *, attn_implementation: attention.Implementation = "sdpa") -> Recipe:
     """The recipe in a model folder, its backbone and image tokenizer pointing into the folder.
 
-    attn_implementation: replaces the recipe's, which was chosen for the machine that trained.
+    attn_implementation: replaces the recipe's, which was chosen for training.
     """
     folder = Path(folder)
     recipe = Recipe.load(folder / "recipe.yaml", [])
@@ -376,22 +354,15 @@ def saved_recipe(folder: str | Path, *, attn_implementation: attention.Implement
 
 
 def recorded_backbone_path(folder: Path) -> str:
-    """backbone.path as the run had it: the weights that training started from."""
+    """backbone.path in the saved recipe: the weights that training started from."""
     return _path(Recipe.load(folder / "recipe.yaml"))
 
 
 def read_base(folder: Path) -> dict[str, str]:
     """base.json of a model folder of adapters. Raises ValueError when it is damaged."""
     path = folder / BASE
-    try:
-        base = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        base = None
-    if (
-        not isinstance(base, dict)
-        or set(base) != {"path", "fingerprint"}
-        or not all(isinstance(value, str) for value in base.values())
-    ):
+    base = read_json(path)
+    if set(base) != {"path", "fingerprint"} or not all(isinstance(value, str) for value in base.values()):
         raise ValueError(
             f"{path}: expected the path and the fingerprint of the backbone; the folder is damaged"
         )
@@ -420,8 +391,8 @@ def load(
     index = check_files(folder)
     recipe = saved_recipe(folder, attn_implementation=attn_implementation)
     model = _load_model(folder, recipe)
-    # Only parameters change dtype: rotary frequencies and the like are float32 buffers, and rounding them to
-    # bfloat16 would move every position.
+    # Only parameters change dtype. Buffers such as rotary frequencies stay in float32, since rounding them
+    # to bfloat16 would move every position.
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model.to(device).eval()
@@ -435,7 +406,7 @@ def load(
 def _load_model(folder: Path, recipe: Recipe) -> TensorAR:
     """The model of a folder in float32 on the CPU, adapters folded in. recipe: see `saved_recipe`."""
     has_adapters = (folder / ADAPTERS).is_file()
-    if has_adapters and _fingerprint(Path(_path(recipe))) != read_base(folder)["fingerprint"]:
+    if has_adapters and fingerprint(Path(_path(recipe))) != read_base(folder)["fingerprint"]:
         raise ValueError(
             f"model folder {folder}: its adapters were trained on other weights than those now in "
             f"{_path(recipe)}"

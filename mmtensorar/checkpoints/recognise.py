@@ -15,7 +15,7 @@ from mmtensorar.checkpoints.released import ReleasedWeights, locate, read_config
 from mmtensorar.model.protocols import BackboneFile, ImageTokenizer, ImageTokenizerFile
 from mmtensorar.recipe import known_names
 
-WRAPPERS = ("ema", "model", "module", "state_dict")  # of all kinds; only names are read here
+WRAPPERS = ("ema", "model", "module", "state_dict")  # those of all kinds; only tensor names are read here
 
 
 class Source(NamedTuple):
@@ -46,7 +46,7 @@ def find(path: str, kind: str | None = None, *, key: str = "SRC", option: str = 
 
     Args:
         path: see `released.locate`.
-        kind: what it is, where the caller knows.
+        kind: its kind, if the caller knows it.
         key: what the path is called in error messages.
         option: the option that names the kind, for error messages.
 
@@ -68,18 +68,18 @@ def find(path: str, kind: str | None = None, *, key: str = "SRC", option: str = 
     return Source(kind, located, tensors)
 
 
-def _files() -> dict[str, BackboneFile | ImageTokenizerFile]:
-    """Kind -> the file that defines it; backbones first, since they may hold an image tokenizer too."""
-    found: dict[str, BackboneFile | ImageTokenizerFile] = {}
-    found |= {name: backbones.file(name) for name in known_names("backbone")}
-    return found | {name: image_tokenizers.file(name) for name in known_names("image_tokenizer")}
+def _definitions() -> dict[str, BackboneFile | ImageTokenizerFile]:
+    """Kind -> the module that defines it; backbones first, since they may contain an image tokenizer."""
+    definitions: dict[str, BackboneFile | ImageTokenizerFile] = {}
+    definitions |= {name: backbones.file(name) for name in known_names("backbone")}
+    return definitions | {name: image_tokenizers.file(name) for name in known_names("image_tokenizer")}
 
 
 def _kind_by_config(path: Path, key: str) -> str | None:
     """By model_type; None for a file, or where config.json is missing or has another meaning."""
     if not path.is_dir():
         return None
-    kind_of = {model_type: name for name, file in _files().items() for model_type in file.MODEL_TYPES}
+    kind_of = {model_type: name for name, file in _definitions().items() for model_type in file.MODEL_TYPES}
     try:
         return kind_of[read_config(path, *kind_of, key=key)["model_type"]]
     except ValueError:
@@ -87,14 +87,14 @@ def _kind_by_config(path: Path, key: str) -> str | None:
 
 
 def _kind_by_tensors(tensors: ReleasedWeights) -> str | None:
-    for name, file in _files().items():
+    for name, file in _definitions().items():
         if any(signature in tensors.shapes for signature in file.SIGNATURES):
             return name
     return None
 
 
 def image_tokenizer_at(path: str, *, option: str = "--kind") -> Source:
-    """The image tokenizer at a path or Hugging Face id, in a file of its own or in a backbone's.
+    """The image tokenizer at a path or Hugging Face id, in a separate file or inside a backbone's.
 
     Raises ValueError like `find`.
     """
@@ -117,13 +117,13 @@ def image_tokenizer_inside(source: Source) -> Source | None:
 def image_tokenizer_from_arguments(options: argparse.Namespace) -> tuple[ImageTokenizer, torch.device]:
     """The image tokenizer that the options of `image_tokenizers.add_arguments` name, and its device.
 
-    Raises ValueError or OSError when there is no such model or device, or the image size is another one.
+    Raises ValueError or OSError when there is no such model or device, or its image size differs.
     """
     device = devices.pick(options.device)
     path, image_size = options.image_tokenizer, options.image_size
     name = options.name or image_tokenizer_at(path, option="--name").kind
     settings = {"name": name, "path": path}
-    # A name that nobody knows is an error of `section`, which lists the known ones.
+    # An unknown name is reported by `section` below, which lists the known ones.
     if image_size is not None and name in known_names("image_tokenizer"):
         if image_tokenizers.takes_image_size(name):
             settings["image_size"] = image_size

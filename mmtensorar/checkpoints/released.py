@@ -1,4 +1,4 @@
-"""Released weights: find the authors' files, read their config.json, copy their tensors, write such files.
+"""Released weights: find, read and write the authors' files (config.json and tensors).
 
 Weights are safetensors or PyTorch files (.pt, .pth, .ckpt, .bin). PyTorch files are read with
 weights_only, so nothing in a downloaded file can run code.
@@ -41,7 +41,7 @@ TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 WEIGHTS_SUFFIXES = (*TORCH_SUFFIXES, ".safetensors")
 SHARD_BYTES = 2 * 10**9
 
-Sizes = TypeVar("Sizes", bound=BaseModel)  # what a config.json says of a model
+Sizes = TypeVar("Sizes", bound=BaseModel)  # the settings in a config.json
 
 
 def locate(path: str, *, key: str, weights: bool = True) -> Path:
@@ -67,7 +67,7 @@ def locate(path: str, *, key: str, weights: bool = True) -> Path:
 
 
 def _fetch(path: str, key: str, weights: bool) -> Path:
-    """Download a file or folder of the hub. Lists the repository first, to download no useless file."""
+    """Download a file or folder of the hub, and of a folder only the files that are needed."""
     is_file = Path(path).suffix in WEIGHTS_SUFFIXES
     # Anything that cannot be a hub id was meant as a local path.
     if path.count("/") != 1 + is_file or path.startswith((".", "/", "~")):
@@ -78,7 +78,7 @@ def _fetch(path: str, key: str, weights: bool) -> Path:
             return Path(hf_hub_download(repository, name))
         try:
             names = list_repo_files(path) if weights else None
-        except Exception as error:  # any, the network library has its own: use what was downloaded before
+        except Exception as error:  # any: without network, use what was downloaded before
             if isinstance(error, (RepositoryNotFoundError, HFValidationError)):
                 raise
             return Path(snapshot_download(path, local_files_only=True))
@@ -181,8 +181,8 @@ def hub_config(kind: type, settings: dict[str, Any], folder: Path):
 def saved_config(architecture: type[Sizes], source: Path, model_type: str) -> Sizes | None:
     """The config.json that this package saved in a folder or next to a file, as an architecture.
 
-    None when there is no config.json, or when it has another model_type: official files come without one,
-    or with one of another meaning. Raises ValueError naming the file when it is not JSON, or a setting is
+    None when there is no config.json, or when it has another model_type: official files have none, or one
+    with another meaning. Raises ValueError naming the file when it is not JSON, or a setting is
     wrong.
     """
     folder = source if source.is_dir() else source.parent
@@ -200,8 +200,8 @@ def saved_config(architecture: type[Sizes], source: Path, model_type: str) -> Si
 class ReleasedWeights:
     """The tensors of a file or folder by name. A value is read only when it is asked for.
 
-    path: the file or folder. shapes: name -> shape. others: what else a PyTorch file holds next to its state
-    dict (steps, args), by its key.
+    path: the file or folder. shapes: name -> shape. others: other entries of a PyTorch file, next to the
+    state dict, such as steps or args.
     """
 
     def __init__(self, path: Path, wrappers: Sequence[str] = (), *, optional: bool = False):
@@ -501,10 +501,10 @@ def _read_torch(path: Path, wrappers: Sequence[str]) -> tuple[dict[str, Tensor],
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     try:
-        # Training checkpoints hold their command line as a Namespace: a plain record, which runs nothing.
+        # Files that the authors' training saved hold its options as a Namespace, a plain record.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    # An unpickler that meets a text file may also stumble over its bytes.
+    # For a file that is not a pickle, the unpickler raises errors of many kinds.
     except (
         pickle.UnpicklingError,
         RuntimeError,

@@ -5,9 +5,9 @@
       rank_00000.json          which parts of which parameters they hold, and the file's SHA-256
       state.json               the step, the number of ranks and other counters of the run; written last
 
-A rank's optimizer works on flat tensors. Each is a concatenation of pieces: parts of several parameters. How
-parameters are cut depends on the number of ranks and on the ZeRO stage. The files record it, so that ranks
-that are cut differently find the values of their pieces.
+A rank's optimizer works on flat tensors. Each is a concatenation of pieces: parts of several parameters.
+Where parameters are cut depends on the number of ranks and on the ZeRO stage. The files record the pieces,
+so that a run with other cuts finds its values.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Piece(NamedTuple):
     number: int  # of values
 
 
-# For each flat tensor of a rank, key -> value. A tensor in the shape of the flat tensor has one number for
-# each number of it; other values (a count of steps, a table) belong to the flat tensor as a whole.
+# For each flat tensor of a rank, key -> value. A value of the flat tensor's shape has one number per weight.
+# Other values (a step count, a table) belong to the flat tensor as a whole.
 State = list[dict[str, Any]]
 
 
@@ -63,7 +63,7 @@ def copied(state: State) -> State:
 def write(
     folder: Path, rank: int, pieces: Sequence[Piece], shapes: Sequence[torch.Size], state: State
 ) -> None:
-    """One rank's two files. shapes: of the flat tensors."""
+    """Write one rank's two files. shapes: of the flat tensors."""
     tensors, numbers, seen = {}, {}, set()
     for flat, values in enumerate(state):
         for key, value in values.items():
@@ -93,7 +93,7 @@ def missing(folder: Path, num_ranks: int) -> list[int]:
 
 
 def digests(folder: Path, num_ranks: int) -> dict[str, str]:
-    """File name -> SHA-256. Those of tensors are as each rank recorded them.
+    """File name -> SHA-256. For files of tensors it is the one that their rank recorded.
 
     Raises ValueError when a rank's record is damaged.
     """
@@ -159,7 +159,7 @@ def read(
 
 
 def _read_unchanged(path: Path, layout: dict, flats: Collection[int], only: str | None) -> State:
-    """The state in one rank's files, which is cut as the reading rank is."""
+    """The state in one rank's files, whose pieces are those of the reading rank."""
     state: State = [{} for _ in layout["sizes"]]
     with _opened(path) as file:
         for name in file.keys():
@@ -177,7 +177,7 @@ def _read_unchanged(path: Path, layout: dict, flats: Collection[int], only: str 
 def _read_recut(
     folder: Path, layouts: list[dict], pieces: Sequence[Piece], sizes: list[int], only: str | None
 ) -> State:
-    """The values of these pieces, out of the pieces of all ranks that wrote."""
+    """The values of these pieces, put together from the pieces in all ranks' files."""
     saved_pieces: dict[str, list[tuple[int, Piece]]] = {}
     for saved_rank, layout in enumerate(layouts):
         for piece in map(Piece._make, layout["pieces"]):
@@ -200,7 +200,7 @@ def _read_recut(
                 _put(state[piece.flat], values, at, number, sizes[piece.flat])
             if num_filled != piece.number:
                 raise ValueError(f"{folder}: it holds {num_filled} of {piece.number} numbers of {piece.name}")
-    # A flat tensor may be nothing but padding: it counts steps all the same.
+    # A flat tensor of padding only has no piece, but needs the same keys.
     known = _values_by_key(folder / _name(0), layouts[0], only)
     known |= {key: value for values in state for key, value in values.items()}
     for key, value in known.items():
@@ -233,7 +233,7 @@ def _put(flat_values: dict[str, Any], values: dict[str, Any], at: int, number: i
 
 
 def _values_by_key(path: Path, layout: dict, only: str | None) -> dict[str, Any]:
-    """Key -> an example of its values in a file. Tensors of a flat tensor's size are empty here."""
+    """Key -> an example of its values in a file; for a tensor of a flat tensor's size, an empty one."""
     examples = {name.partition("/")[2]: value for name, value in layout["numbers"].items()}
     with _opened(path) as file:
         for name in file.keys():
@@ -279,7 +279,7 @@ def latest(folder: Path) -> dict:
     Raises ValueError when it is not complete.
     """
     if not (folder / "latest").is_file():
-        # Lost in a copy, or not written because the run was killed. Steps with state.json are complete.
+        # It was lost in a copy, or the run was killed before. Steps with state.json are complete.
         return recorded(max((path.parent for path in folder.glob(f"step_*/{STATE}")), key=step_of))
     name = (folder / "latest").read_text(encoding="utf-8").strip()
     if not (folder / name / STATE).is_file():
