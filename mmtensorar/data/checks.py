@@ -81,7 +81,7 @@ def _check_codes(folder: str, manifest: Manifest, image_tokenizer) -> None:
 
 
 def _check_classes(folder: str, manifest: Manifest, caption_encoder: CaptionEncoder, backbone: str) -> None:
-    """Raise ValueError when the captions are class numbers that the backbone does not take."""
+    """Raise ValueError when the captions are class numbers and do not fit the backbone."""
     if (classes := manifest.classes) is None:
         return
     if caption_encoder.kind != "class":
@@ -108,8 +108,8 @@ def _check_features(folder: str, manifest: Manifest, caption_encoder: CaptionEnc
         "most tokens of a caption": (cached.max_tokens, wanted.max_tokens),
         "caption cleaning": (cached.cleaning, wanted.cleaning),
     }
-    # Training on cached features needs no text encoder. Only if the encoder is on this
-    # machine can its weights be compared; otherwise its name must do.
+    # Training on cached features needs no text encoder. If the encoder is on this machine, its
+    # weights are compared, else only its name.
     if wanted.weight_hash is None:
         pairs["text encoder"] = (cached.text_encoder, wanted.text_encoder)
     elif wanted.weight_hash != cached.weight_hash:
@@ -155,7 +155,7 @@ def _check_cache(
 def _note_few_shards(
     data: Data, manifests: Mapping[str, Manifest], *, grad_accum: int, world_size: int
 ) -> None:
-    """Print a note when several workers share a shard, each reading another part of it."""
+    """Print a note when several workers read different parts of one shard."""
     num_workers = world_size * len(worker_rows(data.batch_size, grad_accum, 0, world_size, data.num_workers))
     num_shards = sum(len(manifest.shards) for manifest in manifests.values())
     if num_shards < num_workers and ranks.is_first():

@@ -1,4 +1,4 @@
-"""Shards -> training batches, as a list of small stages.
+"""Training batches from shards, in small stages.
 
     positions -> stored samples (shard_mixture.py, sample_order.py) -> decoded -> micro batch -> condition
 
@@ -74,12 +74,12 @@ def steps_of(recipe: Recipe) -> int:
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """Everything that the stream of one worker of one rank depends on.
+    """The settings of one worker of one rank; they determine its whole stream.
 
     sets: folder, manifest and rows of each shard set. row_ranges: for each micro batch of a
     step, first and stop of this worker's rows in the global batch. use_features: read text
-    features. skip_errors: the next good sample replaces a damaged one. middle_crop: of several
-    crops take the middle one instead of a random one.
+    features. skip_errors: replace a damaged sample by the next undamaged one. middle_crop: take
+    the middle crop instead of a random one.
     """
 
     sets: tuple[tuple[str, Manifest, int], ...]
@@ -171,13 +171,13 @@ def decode_samples(positions: Iterable[int], settings: WorkerSettings) -> Iterat
                     raise
                 skipped = skipped or str(error)
         else:
-            raise ValueError(f"{skipped}; and the set has no good sample that could replace it")
+            raise ValueError(f"{skipped}; and no undamaged sample of the set can replace it")
 
 
 def _decode_sample(
     stored: StoredSample, settings: WorkerSettings, crop: float, uncond: bool
 ) -> DecodedSample:
-    """crop: in [0, 1), says which of the sample's crops is taken."""
+    """Decode a sample. crop: in [0, 1), selects one of its crops."""
     members, manifest = stored.sample.members, stored.shard_set.manifest
     for extension in settings.extensions:
         if extension not in members:
@@ -205,7 +205,7 @@ def collate(rows: list[DecodedSample]) -> RawBatch:
 
 
 def merge_parts(parts: list[RawBatch]) -> RawBatch:
-    """One micro batch from the parts that a rank's workers made of it."""
+    """One micro batch from its parts, which a rank's workers have read."""
     codes, captions, uncond, features, names, skipped = zip(*parts, strict=True)
     return RawBatch(
         np.concatenate(codes),
@@ -233,7 +233,7 @@ def add_condition(batch: RawBatch, caption_encoder: CaptionEncoder, num_slots: i
 
 
 class WorkerError(NamedTuple):
-    """An error's sentence. An exception would leave the worker wrapped in a traceback."""
+    """The message of an error in a worker. A DataLoader would wrap an exception in a traceback."""
 
     sentence: str
 
@@ -310,7 +310,7 @@ def stream(
         num_workers=len(workers) if data.num_workers else 0,
         collate_fn=_as_is,
         worker_init_fn=_begin_worker,
-        generator=torch.Generator(),  # its own: the loader would draw from torch's global one
+        generator=torch.Generator(),  # otherwise the loader would draw from torch's global one
     )
     parts: list[RawBatch] = []
     for part in loader:  # the DataLoader asks its workers in turn
@@ -318,7 +318,7 @@ def stream(
             raise ValueError(part.sentence)
         parts.append(part)
         if len(parts) == len(workers):
-            # Captions are encoded here, so that workers need no text tokenizer and none of its threads.
+            # Captions are encoded here, so that workers need no text tokenizer with its threads.
             yield add_condition(merge_parts(parts), caption_encoder, num_slots)
             parts = []
 
@@ -397,8 +397,8 @@ def _as_is(item: Any) -> Any:
 
 def _begin_worker(worker: int) -> None:
     release_in_child()
-    # Ctrl-C reaches every process of the terminal; the training loop decides what it means.
-    # DeepSpeed's launcher answers it with SIGTERM to the whole tree, and a worker that died of
-    # that would end the rank before it could save.
+    # A worker ignores both signals; the training loop handles them. Ctrl-C reaches every process
+    # of the terminal, and DeepSpeed's launcher then sends SIGTERM to all of them. A worker that
+    # died would end the rank before it could save.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Content of a sample's members: captions, codes and text features. Pictures: `pictures.py`.
+"""Encode and decode a sample's members: captions, codes, text features. Pictures: `pictures.py`.
 
 Letters: A crops, T image tokens, F factors, P tokens of a caption, C width of a feature.
 """
@@ -57,7 +57,7 @@ def decode_features(content: bytes, where: str) -> np.ndarray:
 
 
 def check_codes(codes: np.ndarray, expected: Codes, where: str) -> None:
-    """Raise ValueError unless codes [A, T, F] have the shape and range that the manifest announces."""
+    """Raise ValueError unless codes [A, T, F] have the shape and range in the manifest."""
     shape = (expected.crops, expected.grid[0] * expected.grid[1], len(expected.factor_sizes))
     if codes.shape != shape:
         raise ValueError(f"{where}: codes.npy has shape {list(codes.shape)}, the manifest says {list(shape)}")

@@ -1,39 +1,20 @@
-"""Pictures: open, turn upright, and cut to a square. Everybody opens pictures here."""
+"""Pictures: decode, turn upright, and cut to a square."""
 
 from __future__ import annotations
 
 import io
 import warnings
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from mmtensorar.data.shards import EXTENSIONS, IMAGE_EXTENSIONS, Sample
+from mmtensorar.data.shards import IMAGE_EXTENSIONS, Sample
 
 MAX_PIXELS = 89_000_000  # just under the number at which Pillow starts to warn
 FORMATS = ("JPEG", "PNG", "WEBP")
-MAX_BYTES = EXTENSIONS["jpg"]
 
 # Pillow warns about damaged metadata, one line a picture; pixels and errors are not affected.
 warnings.filterwarnings("ignore", module=r"PIL\.")
-
-
-def open_picture(path: Path) -> Image.Image:
-    """The picture in a file as RGB, turned upright.
-
-    Raises ValueError, naming the file, when it is missing or decode_picture refuses it.
-    """
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
-    if len(content) > MAX_BYTES:
-        raise ValueError(f"{path}: more than the {MAX_BYTES} bytes allowed")
-    return decode_picture(content, str(path), upright=True)
 
 
 def decode_picture(content: bytes, where: str, *, upright: bool = False) -> Image.Image:
@@ -56,7 +37,7 @@ def decode_picture(content: bytes, where: str, *, upright: bool = False) -> Imag
             return _as_rgb(image)
     except MemoryError:
         raise ValueError(f"{where}: unreadable image (more than fits into memory)") from None
-    # Pillow reports damage in many ways, depending on the format.
+    # Pillow raises many kinds of errors for damage, depending on the format.
     except Exception as error:
         reason = "not a JPEG, PNG or WEBP" if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(f"{where}: unreadable image ({reason})") from error
@@ -126,7 +107,7 @@ def center_square(
     """The centre square of a picture, scaled to image_size pixels a side.
 
     The picture is halved while its shorter side is at least twice image_size, then resized
-    with bicubic weights, up if need be. The pictures that ADM and LlamaGen were trained on
+    with bicubic weights, enlarged if necessary. The pictures that ADM and LlamaGen were trained on
     were made like this (center_crop_arr).
 
     Args:

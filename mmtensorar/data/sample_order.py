@@ -1,15 +1,14 @@
-"""The order of samples in training: pure arithmetic on (seed, position).
+"""The order of samples in training, computed from seed and position only.
 
 It is the same for any number of ranks and workers. A global batch has B rows. The shards of
-an epoch are permuted and laid end to end; that line of N samples is cut into B equal lanes,
-and the t-th batch of the epoch takes the t-th sample of every lane. So a row of the batch
-reads one lane, from one shard to the next, in order, and only the worker that has the row
-reads that lane: reading is sequential and no sample is read twice, however the rows are
-divided among workers. Within a lane, blocks of a few samples are permuted.
+an epoch are permuted and concatenated. This line of N samples is cut into B equal lanes, and
+the t-th batch of the epoch takes the t-th sample of every lane. So each row of the batch
+reads one lane in order, shard after shard, and only the worker with that row reads the lane.
+Reading is sequential, and no sample is read twice, for any division of rows among workers.
+Within a lane, blocks of a few samples are permuted.
 
 A position counts samples over all epochs: batch i holds positions i * B to (i + 1) * B - 1.
-An epoch need not end with a batch. The number of finished batches is all that a run needs to
-resume.
+An epoch may end inside a batch. To resume, a run needs only the number of finished batches.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Each set owns fixed rows of the global batch, as many as its weight gives it, spread evenly
 over the batch. Within its rows a set has its own order (sample_order.py) and its own epochs,
-so that the sample at a position is still pure arithmetic.
+so the sample at a position is still computed from seed and position only.
 
 A row of the batch reads one lane of its set. When a sample cannot be read, the next good one
 of the lane may replace it. Which one that is depends on the position and the data alone.
@@ -125,7 +125,7 @@ class ShardSet:
 
     @contextmanager
     def local_path(self, shard: Shard) -> Iterator[Path]:
-        """The path of a shard on this machine, downloaded before if need be."""
+        """The path of a shard on this machine; one at a URL is downloaded first."""
         if is_url(self.folder):
             with self.cache.local_path(self.folder, shard) as path:
                 yield path
@@ -148,7 +148,7 @@ def shard_sets(
     ordered = []
     for number, (folder, manifest, rows) in enumerate(sets):
         counts = [shard.num_samples for shard in manifest.shards]
-        # Another seed for each set: two sets of equal shards must not run in step.
+        # Each set has its own seed, so that two sets of equal shards get different orders.
         order = Order(counts, rows=rows, seed=seed + (number << 32), shuffle=shuffle * rows // batch_size)
         ordered.append(ShardSet(folder, manifest, rows, order, cache))
     return tuple(ordered)
@@ -187,20 +187,20 @@ class LaneReader:
         self.owners = spread_rows([shard_set.rows for shard_set in self.sets])
 
     def candidates(self, position: int) -> Iterator[StoredSample | ValueError]:
-        """The position's sample, or why it cannot be read; then its replacements in order.
+        """The position's sample, or the error of reading it; then its replacements in order.
 
-        These are the other samples of the block, so that usually nothing more is read; then
+        Replacements are the other samples of the block (which are in memory already), then
         the rest of the lane, then the other lanes of the set.
         """
         step, row = divmod(position, len(self.owners))
         number, row_of_set = self.owners[row]
         shard_set = self.sets[number]
         block, index = shard_set.order.block(step * shard_set.rows + row_of_set)
-        held = self._blocks.get(row)
-        if held is None or held[0] != block:
-            held = self._blocks[row] = block, self._read_block(shard_set, block)
-        yield from held[1][index:]
-        yield from held[1][:index]
+        cached = self._blocks.get(row)
+        if cached is None or cached[0] != block:
+            cached = self._blocks[row] = block, self._read_block(shard_set, block)
+        yield from cached[1][index:]
+        yield from cached[1][:index]
         for lane in range(block.lane, block.lane + shard_set.rows):
             for later in count(block.number + 1 if lane == block.lane else 0):
                 samples = self._read_block(
@@ -258,7 +258,7 @@ class LaneReader:
     def _find_starts(
         self, shard_set: ShardSet, shard: Shard, path: Path
     ) -> tuple[np.ndarray, ValueError | None]:
-        """Offsets of the intact samples, and why their number is not the manifest's, if so."""
+        """Offsets of the intact samples; and an error if their number is not the manifest's."""
         key = (shard_set.folder, shard.name)
         if key not in self._starts:
             starts, damage = intact_starts(path)

@@ -11,9 +11,8 @@ members of a tar with one key:
 class number, and the manifest names the classes. `manifest.json` lists the shards and says
 what is in them. It is written last, so a folder with a manifest is complete.
 
-The files may come from anywhere: nothing is unpickled, nothing is extracted to disk, sizes
-are checked against bounds before they are used, and damage is a ValueError that names shard
-and key.
+Shards are not trusted: nothing is unpickled, nothing is extracted to disk, sizes are checked
+against bounds before they are used, and damage raises a ValueError that names shard and key.
 """
 
 from __future__ import annotations
@@ -119,7 +118,7 @@ def sample_starts(path: Path) -> np.ndarray:
 
 
 def intact_starts(path: Path) -> tuple[np.ndarray, ValueError | None]:
-    """sample_starts up to the first damage, and that damage if there is any.
+    """Like sample_starts, but up to the first damage; also returns that damage, or None.
 
     The last sample in front of the damage may lack members.
     """
@@ -205,7 +204,7 @@ class TextFeatures(_Record):
     """The t5.npy members: [at most max_tokens, width].
 
     text_encoder, weight_hash: what made them. cleaning: how captions were cleaned before, see
-    mmtensorar.captions.encoders.Cleaning; none is the caption as written.
+    mmtensorar.captions.cleaning.Cleaning; none is the caption as written.
     """
 
     text_encoder: str
@@ -244,7 +243,7 @@ class Manifest(_Record):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over names and contents of the shards: sets with equal ones train alike."""
+        """SHA-256 over names and contents of the shards."""
         content = json.dumps([[shard.name, shard.num_samples, shard.sha256] for shard in self.shards])
         return hashlib.sha256(content.encode()).hexdigest()
 

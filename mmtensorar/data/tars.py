@@ -1,6 +1,6 @@
-"""Read tars by their headers, so that any sample can be read without those before it.
+"""Read tars by their headers, so that a sample can be read without the samples before it.
 
-Nothing from outside is trusted: names, kinds and sizes of members are checked before a byte
+Tars are not trusted: names, kinds and sizes of members are checked before a byte
 of content is read, and nothing is extracted. We do not use tarfile, because it cannot start
 in the middle of an archive and takes a broken header for the end of the archive.
 """

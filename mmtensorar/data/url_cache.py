@@ -79,7 +79,7 @@ class Unreachable(ValueError):
 
 
 class Refused(Unreachable):
-    """The answer would be the same at another attempt."""
+    """Another attempt would give the same answer."""
 
 
 class Cache:
@@ -148,7 +148,7 @@ class Cache:
                     self._download(url, shard.sha256, path)
 
     def size(self, url: str, shard: Shard) -> int | None:
-        """Bytes of a shard, None when the server does not say. Raises ValueError like local_path."""
+        """Bytes of a shard, None if the server does not send it. Raises ValueError like local_path."""
         url = f"{url.rstrip('/')}/{shard.name}"
         sizes: list[int | None] = []
 
@@ -182,9 +182,9 @@ class Cache:
         )
 
     def _continue(self, url: str, partial: Path, wanted: Path) -> None:
-        """Over one connection append what the partial file lacks.
+        """Append the missing bytes to the partial file, over one connection.
 
-        The file begins again when the server cannot resume.
+        If the server cannot resume, the file starts again.
         """
         total, start, chunks = _open_url(url, _size(partial), self.timeout_s)
         if total is not None:
@@ -239,7 +239,7 @@ class Cache:
             )
         deadline = time.monotonic() + self.timeout_s
         while True:
-            with self._locked("cache", fcntl.LOCK_EX):  # nobody else counts meanwhile
+            with self._locked("cache", fcntl.LOCK_EX):  # one process counts at a time
                 if self._evict(num_bytes, wanted.stem):
                     wanted.write_text(str(num_bytes))
                     return
@@ -250,15 +250,15 @@ class Cache:
                 )
             time.sleep(0.05)
 
-    def _evict(self, num_bytes: int, own_name: str) -> bool:
-        """Remove unused shards until num_bytes fit beside the rest. Returns whether they fit.
+    def _evict(self, num_bytes: int, new_name: str) -> bool:
+        """Remove unused shards until num_bytes fit. Returns whether they fit.
 
-        own_name: of the shard that the room is for, which does not count.
+        new_name: the shard that needs the space; its files do not count.
         """
         sizes: dict[str, int] = {}
         ages: list[tuple[float, str]] = []
         for path in self.folder.iterdir():
-            if path.suffix not in (".tar", ".part", ".want") or path.stem == own_name:
+            if path.suffix not in (".tar", ".part", ".want") or path.stem == new_name:
                 continue
             try:
                 status = path.stat()
@@ -320,7 +320,7 @@ def _open_url(url: str, start: int, timeout_s: float) -> Answer:
 
 
 def _open_http(url: str, start: int, timeout_s: float) -> Answer:
-    # The standard library's timeouts hold for each read, and it needs no event loop in forked workers.
+    # urllib: its timeout holds for each read, and it needs no event loop in forked workers.
     headers = {"User-Agent": "mmtensorar"} | ({"Range": f"bytes={start}-"} if start else {})
     try:
         response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout_s)
@@ -358,7 +358,7 @@ def _open_store(url: str, start: int) -> Answer:
 def _chunks(stream: Any, length: int | None) -> Generator[bytes, None, None]:
     """The bytes of a stream, at most `length`. Raises OSError when the stream ends before that."""
     num_bytes = 0
-    # read1 gives what a socket has; read would throw away what came before a stall.
+    # read1 returns what a socket has received; read would lose it when the connection stalls.
     read = getattr(stream, "read1", stream.read)
     with stream:
         while chunk := read(CHUNK if length is None else min(CHUNK, length - num_bytes)):
