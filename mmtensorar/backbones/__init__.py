@@ -1,8 +1,8 @@
-"""Backbones: plain next-token image models, cut at the seams that TensorAR needs.
+"""Backbones: plain next-token image models, divided into the parts that TensorAR needs.
 
-A backbone knows nothing of TensorAR, data or training. One file each; the recipe's
-`backbone: {name: ...}` picks it, and that file's Config validates the section. What a file
-defines: mmtensorar/model/protocols.py.
+A backbone does not depend on TensorAR, data or training. There is one file per backbone. The
+recipe's `backbone: {name: ...}` selects it, and the file's Config validates the section.
+mmtensorar/model/protocols.py lists what a file defines.
 """
 
 from __future__ import annotations
@@ -51,5 +51,5 @@ def lazy_weights(section: Section) -> LazyWeights:
 
 
 def caption_encoder(section: Section) -> CaptionEncoder:
-    """The function that turns captions into this backbone's Condition; it can be sent to loader workers."""
+    """The function that turns captions into this backbone's Condition. It can be pickled."""
     return _file_of(section).caption_encoder(section)

@@ -1,4 +1,4 @@
-"""What backbones in our own code share: our layers, the authors' tensor names, a config.json."""
+"""Base of the backbones in our own code: layers, the authors' tensor names, config.json."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ Model = TypeVar("Model", bound=PublishedBackbone)
 
 @contextmanager
 def plan_hint(path: str, unset: list[str], *, wanted: bool) -> Iterator[None]:
-    """Add to a ValueError which settings let a plan do without the model's file.
+    """Add a hint to a ValueError: with which settings a plan needs no model file.
 
     Args:
         path: backbone.path, which may not exist.

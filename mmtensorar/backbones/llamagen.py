@@ -43,7 +43,7 @@ MODEL_TYPE = "llamagen"
 SIGNATURES = ("tok_embeddings.weight",)
 MODEL_TYPES = (MODEL_TYPE,)
 IMAGE_TOKENIZER = "llamagen_vq"
-IMAGE_TOKENIZER_PREFIXES = ()  # it has a file of its own
+IMAGE_TOKENIZER_PREFIXES = ()  # it is a separate file
 
 # Our names -> the official ones; the others are the same.
 KEYS = {
@@ -72,7 +72,7 @@ PIXELS_PER_TOKEN = 16  # a side, with the VQ-16 tokenizer that all released mode
 class Config(BackboneConfig):
     """The recipe's `backbone` section.
 
-    size, condition and image_size say what the path should hold, and are checked against it. A file shows its
+    size, condition and image_size describe the model at path, and are checked against it. A file shows its
     image size only by its official name or its saved arguments; otherwise image_size is required. A plan
     without the file needs all three.
     """
@@ -146,7 +146,7 @@ class Architecture(BaseModel):
         return self.dim // self.num_heads
 
 
-# ---- the seams -----------------------------------------------------------------------------------
+# ---- the parts -----------------------------------------------------------------------------------
 
 
 class LlamaGenEmbed(nn.Module):
@@ -185,7 +185,7 @@ class TextPrefix(nn.Module):
 
     def __init__(self, config: Architecture):
         super().__init__()
-        # Never trained, it stays at its random start: a buffer that has to come from the released file.
+        # It is never trained and keeps its random start, so it must come from the released file.
         start = torch.randn(config.prefix_len, config.caption_dim) / config.caption_dim**0.5
         self.register_buffer("null_caption", start)
         self.fc1 = nn.Linear(config.caption_dim, config.dim, bias=False)
@@ -280,7 +280,7 @@ class LlamaGenBackbone(PublishedBackbone):
         table = layers.rotary_table(
             config.prefix_len, config.num_tokens, config.head_dim, config.rope_base, embeds.device
         )[start:stop]
-        # A class is one place and never padded. To read that from a mask on the GPU would wait for the GPU.
+        # A class is one position and never padded. Reading that from the mask would wait for the GPU.
         padding = mask if config.condition == "text" else None
         pattern = attention.pattern(padding, stop - start, stop, self.attn_implementation, embeds.device)
         return self.norm(self.run_layers(embeds, table, pattern, cache))
@@ -318,7 +318,7 @@ def write_original(
     image_tokenizer: ImageTokenizer | None,
     base: Callable[[], str],
 ) -> str:
-    """See BackboneFile: a PyTorch file. The image tokenizer has a file of its own."""
+    """See BackboneFile: a PyTorch file. The image tokenizer is a separate file."""
     write_torch(target, {"model": _published.tensors_of(weights)})
     return 'LlamaGen (a dictionary with the key "model", which the original sampling scripts read)'
 

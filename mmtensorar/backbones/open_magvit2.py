@@ -105,7 +105,7 @@ class Architecture(Section):
 
     @property
     def prefix_len(self) -> int:
-        """One place: the class."""
+        """One position: the class."""
         return 1
 
     @property
@@ -179,7 +179,7 @@ class ClassEmbedding(nn.Module):
 
 
 class OpenMagvit2Prefix(nn.Module):
-    """Class numbers [B, 1] -> one place. The last row of the table is the null class."""
+    """Class numbers [B, 1] -> one position. The last row of the table is the null class."""
 
     def __init__(self, config: Architecture):
         super().__init__()
@@ -270,7 +270,7 @@ class OpenMagvit2Backbone(PublishedBackbone):
         self.init_weights(*self.head.heads)
 
     def forward(self, embeds: Tensor, mask: Tensor, cache: kv_cache.KVCache | None = None) -> Tensor:
-        """See Backbone. A class is one place in every row, so nothing is padded and mask is all True."""
+        """See Backbone. A class is one position in every row, so nothing is padded and mask is all True."""
         start = 0 if cache is None else cache.length
         stop = start + embeds.shape[1]
         assert mask.shape[1] == stop <= self.num_tokens + 1

@@ -1,7 +1,7 @@
 """The caption cleaning that LlamaGen's text-conditional models were trained with.
 
-It takes the steps of FoundationVision/LlamaGen at ce98ec4 in its order, in expressions of our own, and
-needs the packages ftfy and beautifulsoup4.
+It follows the steps of FoundationVision/LlamaGen at ce98ec4, in the same order, with regular expressions of
+our own. It needs the packages ftfy and beautifulsoup4.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import urllib.parse
 from collections.abc import Sequence
 from typing import Literal
 
-# original: `clean`, twice, as the original does. lower: lower case without surrounding white space, which is
-# what the original does when its cleaning is off. none: as written.
+# original: `clean` twice, as in the original code. lower: lower case without surrounding white space, as in
+# the original code when its cleaning is off. none: as written.
 Cleaning = Literal["original", "lower", "none"]
 
 # T5 reads 120 tokens, a few hundred characters. Some patterns below take time quadratic in the length.

@@ -105,13 +105,13 @@ class T5Features:
                 f"the backbone was trained with {self.dim}"
             )
         text_tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(folder)
-        # The file's own setting wins over the argument of a call, and may be left.
+        # Set here, since the setting in the file, which may be "left", overrides a call's argument.
         text_tokenizer.padding_side = text_tokenizer.truncation_side = "right"
         return encoder.eval().requires_grad_(False).to(device), text_tokenizer
 
 
 class ClassNumbers:
-    """Class numbers (207, or "207", which is what such a sample's caption holds) -> Condition."""
+    """Class numbers (207, or "207" as in the captions of shards) -> Condition."""
 
     kind: ConditionKind = "class"
 
@@ -138,9 +138,9 @@ class ClassNumbers:
 
 
 def left_pad(features: Sequence[Tensor], num_slots: int) -> Condition:
-    """B features [tokens, C] -> values [B, P, C] of num_slots places, zeros first, and their mask.
+    """B features [tokens, C] -> values [B, P, C] with P = num_slots, zeros first, and their mask.
 
-    LlamaGen has the caption's end next to the image tokens.
+    In LlamaGen the caption's end is next to the image tokens.
     """
     values = torch.zeros(len(features), num_slots, features[0].shape[1])
     mask = torch.zeros(len(features), num_slots, dtype=torch.bool)
@@ -151,7 +151,7 @@ def left_pad(features: Sequence[Tensor], num_slots: int) -> Condition:
 
 
 def encoder_hash(path: str, *, key: str = "backbone.text_encoder") -> str:
-    """SHA-256 over the tensors of a T5's encoder: the same in any file layout, with a decoder or without."""
+    """SHA-256 over the encoder's tensors of a T5: the same in any file layout, with or without a decoder."""
     weights = ReleasedWeights(locate(path, key=key))
     # embed_tokens repeats shared.weight, in those files that hold it.
     of_encoder = re.compile(r"shared\.weight|encoder\.(?!embed_tokens).+")

@@ -1,7 +1,7 @@
 """Image tokenizers: pixels to discrete codes and back. Frozen, in eval mode, float32, without gradients.
 
-One file each; the recipe's `image_tokenizer: {name: ...}` picks it, and that file's Config
-validates the section. What a file defines: mmtensorar/model/protocols.py.
+There is one file per image tokenizer. The recipe's `image_tokenizer: {name: ...}` selects it, and
+the file's Config validates the section. mmtensorar/model/protocols.py lists what a file defines.
 Shapes: B batch, H W pixels, T image tokens (raster order), F factors.
 """
 
@@ -116,7 +116,7 @@ class Frozen(nn.Module):
 def full_precision(features: Tensor) -> torch.autocast:
     """No autocast while the nearest code is looked up.
 
-    In bf16 43 % of a small tokenizer's codes became others; with this, 2 %.
+    In bf16, 43 % of a small tokenizer's codes changed; with this context, 2 %.
     """
     return torch.autocast(features.device.type, enabled=False)
 
@@ -160,7 +160,7 @@ def round_trip(
 
 
 def takes_image_size(name: str) -> bool:
-    """Whether the files of an image tokenizer may leave its image size open, so that a section gives it."""
+    """Whether this image tokenizer's section has a setting image_size."""
     return "image_size" in file(name).Config.model_fields
 
 

@@ -1,4 +1,4 @@
-"""Try an image tokenizer on its own.
+"""Test an image tokenizer alone.
 
     python -m mmtensorar.image_tokenizers roundtrip --tokenizer FOLDER_OR_FILE a.png [b.jpg] --out out/
 
@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     """The command's options."""
     parser = argparse.ArgumentParser(
         prog="python -m mmtensorar.image_tokenizers",
-        description="Try an image tokenizer on its own.",
+        description="Test an image tokenizer alone.",
         epilog="example:\n  python -m mmtensorar.image_tokenizers roundtrip "
         "--tokenizer recipes/tiny/weights/base/image_tokenizer a.png --out out/",
         formatter_class=argparse.RawDescriptionHelpFormatter,

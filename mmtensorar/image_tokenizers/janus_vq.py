@@ -27,7 +27,7 @@ from mmtensorar.checkpoints.released import (
 from mmtensorar.image_tokenizers import Frozen, full_precision, llamagen_vq, shrink
 from mmtensorar.recipe import Section
 
-SIGNATURES = ()  # a file of its own always comes with config.json
+SIGNATURES = ()  # a separate VQ model always has a config.json
 MODEL_TYPES = ("janus_vqgan",)
 ORIGINAL_KEY = None  # its authors publish it inside Janus only
 # Prefix of the VQ model's tensors in a complete Janus, in transformers' layout.
@@ -120,7 +120,7 @@ def load(section: Config) -> JanusVQ:
 
 
 def _deepseek_config(settings: dict, source: ReleasedWeights) -> JanusVQVAEConfig:
-    """The VQ model is LlamaGen's. DeepSeek has its sizes in code, so here they are read from the tensors."""
+    """The VQ model's configuration. DeepSeek's config.json lacks its sizes, so the tensors give them."""
     inside = {
         name.removeprefix(janus_deepseek.VQ): shape
         for name, shape in source.shapes.items()

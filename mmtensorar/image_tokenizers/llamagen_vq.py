@@ -105,7 +105,7 @@ class ResBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """One head over all places of the grid."""
+    """One head over all positions of the grid."""
 
     def __init__(self, channels: int):
         super().__init__()

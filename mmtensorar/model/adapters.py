@@ -218,7 +218,7 @@ def fold(model: nn.Module, train: Train, lora: Lora, adapters: dict[str, Tensor]
 
 
 def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put another module in place of the one of this name."""
+    """Replace the module of this name."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, new)
 
@@ -266,7 +266,7 @@ def _quantise(model: nn.Module, names: list[str], compute_dtype: torch.dtype) ->
 
 
 def _rounded(weight: Tensor) -> Tensor:
-    """A matrix after NF4 and back."""
+    """A matrix rounded to NF4, in its old dtype."""
     functional = bitsandbytes_for("train.parts qlora").functional
     packed, quant_state = functional.quantize_4bit(
         weight.contiguous(), quant_type="nf4", compress_statistics=True

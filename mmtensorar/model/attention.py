@@ -1,4 +1,4 @@
-"""Causal attention with left padding: one function for all backbones of our own.
+"""Causal attention with left padding, for the backbones in our own code.
 
     sdpa               PyTorch's fused kernels, the default
     flash_attention_2  the flash-attn package, on CUDA in bf16 or fp16

@@ -1,4 +1,4 @@
-"""One token from a categorical distribution and one random number, by inverting the distribution function."""
+"""Sampling from a categorical distribution with one random number per token (inverse of the CDF)."""
 
 import torch
 from torch import Tensor

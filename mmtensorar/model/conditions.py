@@ -1,4 +1,4 @@
-"""What a prompt becomes on its way into the model.
+"""Conditions and prefixes: the forms that a prompt takes on its way into the model.
 
 Shapes: B batch, P prefix, C width of a text feature, D width.
 """
@@ -34,7 +34,7 @@ class Prefix(NamedTuple):
 
 
 class FeatureIdentity(NamedTuple):
-    """What the text features of a caption depend on. Shards record the same of cached features."""
+    """The settings that text features depend on. Shards record them for cached features."""
 
     width: int | None  # C; None: any
     max_tokens: int  # longer captions are cut
@@ -54,9 +54,9 @@ class CaptionEncoder(Protocol):
         ...
 
     def to(self, device: torch.device) -> None:
-        """Compute on this device, where there is something to compute. The result stays on the CPU."""
+        """Compute on this device, if the encoder computes anything. The result stays on the CPU."""
         ...
 
     def identity(self) -> FeatureIdentity | None:
-        """For kind features, what they depend on. Reads the encoder's weights where they are local."""
+        """For kind features, see FeatureIdentity. Reads the encoder's weights if they are local."""
         ...

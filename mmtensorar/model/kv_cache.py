@@ -1,4 +1,4 @@
-"""The key-value cache of our own backbones.
+"""The key-value cache of the backbones in our own code.
 
 Shapes: B batch, G key/value heads, S new positions, C width of a head.
 """

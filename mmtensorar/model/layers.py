@@ -1,6 +1,6 @@
-"""Transformer layers of our own backbones, under the parameter names of the official checkpoints.
+"""Transformer layers of LlamaGen and Open-MAGVIT2, under the parameter names of their released weights.
 
-LlamaGen and Open-MAGVIT2 both consist of them: RMS norms, rotary positions on a grid, SwiGLU.
+Both have the same parts: RMS norms, rotary positions on a grid, SwiGLU.
 Shapes: B batch, P prefix, S positions, T image tokens, D width, O output width, V vocabulary,
 H query heads, G key/value heads, C width of a head.
 """
@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from mmtensorar.model import attention
 from mmtensorar.model.kv_cache import KVCache, LayerCache
 
-# `few_rows_linear` multiplies in its own way for at most MAX_ROWS rows and a weight of at least
-# MIN_WEIGHT numbers.
+# `few_rows_linear` differs from a plain product for at most MAX_ROWS rows and a weight of at
+# least MIN_WEIGHT numbers.
 MAX_ROWS, MIN_WEIGHT = 64, 2**19
 
 Checkpointing = bool | Literal["selective"]
@@ -155,7 +155,7 @@ class OutputMap(nn.Linear):
 
 
 def use_fast_linear(model: nn.Module) -> None:
-    """Make every plain nn.Linear of a foreign model compute `few_rows_linear`, in place.
+    """Make every plain nn.Linear of another library's model compute `few_rows_linear`, in place.
 
     The modules keep their weights and names; subclasses of nn.Linear are left alone.
     """
@@ -165,7 +165,7 @@ def use_fast_linear(model: nn.Module) -> None:
 
 
 def use_output_map(linear: nn.Linear) -> OutputMap:
-    """Turn a foreign model's last linear map into an OutputMap, in place; it keeps its weights."""
+    """Turn the last linear map of another library's model into an OutputMap, in place, with its weights."""
     assert type(linear) in (nn.Linear, Linear)
     linear.__class__ = OutputMap
     return cast(OutputMap, linear)

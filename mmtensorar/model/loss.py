@@ -1,9 +1,9 @@
-"""The loss of the predicted windows, all of it: weights, chunks, kernels and what is reported.
+"""The loss of the predicted windows: offset weights, chunks, kernels, and the reported numbers.
 
     L = sum_j offset_weights[j] * mean_{b, t} CE(logits[b, t, j], codes[b, t + j])
 
 The mean is over the valid slots. Each offset's cross entropy is also reported alone.
-Heads give logits only; this file chooses how the cross entropy of them is computed:
+Heads give logits only; this file chooses how their cross entropy is computed:
 
     in chunks   logits of a chunk, then cross entropy; the backward computes them again
     liger       Liger's kernel, which fuses the head's last linear map with the cross entropy
@@ -80,7 +80,7 @@ class LossOutput(NamedTuple):
 
 
 def resolve_offset_weights(spec: Sequence[float] | str | None, window: int) -> list[float]:
-    """The K weights of the loss: a list of K numbers, a name, or None for 1 then 0.1 per draft.
+    """The K weights of the loss, from a list of K numbers, a name, or None (1, then 0.1 per draft).
 
     Names: uniform (1, 1, ...), first_only (1, 0, ...), geometric (1, 1/2, 1/4, ...).
     Raises ValueError for another name, another count, or weights that are negative,
@@ -144,8 +144,8 @@ def window_loss(
         settings=settings,
         training=training,
     )
-    # T is fixed, so each offset counts the same number of tokens on every rank: the local mean
-    # is the global one.
+    # T is fixed, so every rank averages over equally many tokens per offset, and the mean over
+    # ranks of these means is the global mean.
     goal_K, loss_K, right_K = sums_3K / (len(hidden) * valid.sum(0))
     weights_K = torch.tensor(tuple(offset_weights), device=loss_K.device)
     return LossOutput((weights_K * goal_K).sum(), loss_K.detach(), None if training else right_K.detach())

@@ -1,4 +1,4 @@
-"""What the rest of the package asks of a backbone and of an image tokenizer.
+"""The complete interfaces of backbones and image tokenizers.
 
 A file in `mmtensorar/backbones` or `mmtensorar/image_tokenizers` follows two protocols: one for the
 file itself (`BackboneFile`, `ImageTokenizerFile`) and one for the module that its `load` returns
@@ -19,8 +19,6 @@ from mmtensorar.model.conditions import CaptionEncoder, Condition, ConditionKind
 from mmtensorar.model.layers import Checkpointing
 from mmtensorar.recipe import Section
 
-# ---- backbones -----------------------------------------------------------------------------------
-
 # ---- heads and caches ----------------------------------------------------------------------------
 
 
@@ -29,7 +27,7 @@ class Head(Protocol):
     """An nn.Module that turns hidden states into logits, one factor after the other.
 
     It computes head(hidden, prev) = output_maps[f](states(hidden, prev)). The loss uses the
-    two halves to put a kernel of its own in place of the last product (`model.loss`).
+    two halves to replace the last product with another kernel (see `model.loss`).
     """
 
     @property
@@ -130,10 +128,8 @@ class BackboneFile(Protocol):
     Config: type[BackboneConfig]  # validates the recipe's `backbone` section
     SIGNATURES: tuple[str, ...]  # tensors that only this backbone's released files have
     MODEL_TYPES: tuple[str, ...]  # model_type in config.json of its released folders and of ours
-    IMAGE_TOKENIZER: (
-        str  # file in mmtensorar/image_tokenizers of the image tokenizer that it was trained with
-    )
-    IMAGE_TOKENIZER_PREFIXES: tuple[str, ...]  # of that one's tensors in a released file; () if not in it
+    IMAGE_TOKENIZER: str  # file in mmtensorar/image_tokenizers that it was trained with
+    IMAGE_TOKENIZER_PREFIXES: tuple[str, ...]  # of its tensors in the backbone's released file; () if absent
 
     load: Callable[..., Any]
     lazy_weights: Callable[..., Any]
@@ -171,7 +167,7 @@ class BackboneConfig(Section):
 
 
 class ImageTokenizer(Protocol):
-    """Pixels to codes and back: an nn.Module, frozen, in eval mode, float32, with these parts."""
+    """Pixels to codes and back: a frozen nn.Module in eval mode and float32, with these parts."""
 
     name: str  # the file's
     weight_hash: str  # SHA-256 over names and float32 values: the same weights in any file layout
@@ -196,7 +192,7 @@ class ImageTokenizer(Protocol):
         ...
 
     def misfit(self, backbone: Backbone) -> str | None:
-        """Why this is not the image tokenizer of a backbone with the same codes, or None if it may be."""
+        """Why this image tokenizer does not belong to a backbone with equal code shapes; None if it may."""
         ...
 
     def official_tensors(self) -> dict[str, Tensor]:

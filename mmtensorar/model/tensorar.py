@@ -90,14 +90,14 @@ class TensorAR(nn.Module):
             condition: B rows.
             uncond: [B] bool; True rows are trained without their prompt.
             generator: draws the noise; None draws from the global one.
-            rows: the place of these rows in a larger batch, see `drafts.redraw`.
+            rows: the position of these rows in a larger batch, see `drafts.redraw`.
         """
         windows_BTKF, valid_TK = slide(codes, self.window)
         # The last window is predicted only, never fed back.
         clean_BSKF, valid_SK = windows_BTKF[:, :-1], valid_TK[:-1]
 
         def own_drafts(redrawn_BSK: Tensor) -> Tensor:
-            # Made without the redrawn slots: sampling never shows the model their uniform noise.
+            # Without the redrawn slots, since in sampling the model never sees uniform noise.
             seen_BSK = valid_SK & ~redrawn_BSK
             return self.own_drafts(clean_BSKF, seen_BSK, condition, uncond, generator, rows)
 
