@@ -322,9 +322,7 @@ def test_damage_on_one_rank_stops_both(bench):
     shutil.copytree(bench / "shards", folder)
     manifest = Manifest.read(folder)
     # The first sample of rank 1.
-    place = Order([shard.num_samples for shard in manifest.shards], rows=4, seed=0, shuffle=0).location(
-        1
-    )
+    place = Order([shard.num_samples for shard in manifest.shards], rows=4, seed=0, shuffle=0).location(1)
     shard, damaged = manifest.shards[place.shard], place.sample
     samples = list(iterate_tar(folder / shard.name))
     samples[damaged].members["codes.npy"] = encode_codes(np.full((1, SIDE * SIDE, 1), NUM_CODES, np.uint16))
