@@ -7,5 +7,6 @@ NEEDS = {"test_fid.py": "scipy", "test_fid_pictures.py": "torch_fidelity"}
 collect_ignore = [name for name, package in NEEDS.items() if find_spec(package) is None]
 
 
-def pytest_report_header() -> list[str]:
-    return [f"tests/eval/{name} is left out: {NEEDS[name]} is not installed" for name in collect_ignore]
+def pytest_terminal_summary(terminalreporter) -> None:
+    for name in collect_ignore:
+        terminalreporter.write_line(f"SKIPPED tests/eval/{name}: {NEEDS[name]} is not installed")
