@@ -162,13 +162,15 @@ def prepare(recipe: Recipe, stack: ExitStack, *, resume: bool, local_rank: int) 
     # Batches, log.
     skip = start_step * recipe.train.grad_accum
     return TrainingRun(
-        recipe, rank, world_size, device, signals,
+        recipe,
+        rank,
+        world_size,
+        device,
+        signals,
         engine=engine,
         image_tokenizer=image_tokenizer,
         caption_encoder=caption_encoder,
-        batches=loader.stream(
-            recipe, caption_encoder, rank=rank, world_size=world_size, skip_batches=skip
-        ),
+        batches=loader.stream(recipe, caption_encoder, rank=rank, world_size=world_size, skip_batches=skip),
         average=average,
         saver=saver,
         log=open_log(recipe, start_step, device),
@@ -178,7 +180,7 @@ def prepare(recipe: Recipe, stack: ExitStack, *, resume: bool, local_rank: int) 
         epoch_samples=loader.epoch_samples(recipe.data),
         step=start_step,
         num_skipped=num_skipped,
-    )  # fmt: skip
+    )
 
 
 # ---- one step ------------------------------------------------------------------------------------

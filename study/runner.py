@@ -24,7 +24,10 @@ POLL_S = 1
 
 
 def folder_lock(out: Path) -> RunFolderLock:
-    """Only one process at a time works in a study's folder; entering raises ValueError when another one does."""
+    """Only one process at a time works in a study's folder.
+
+    Entering raises ValueError when another process works there.
+    """
     return RunFolderLock(out, otherwise="choose another --out")
 
 

@@ -1,4 +1,4 @@
-"""The generate command: a seed means one image, the trace is read right, mistakes are sentences."""
+"""The generate command: a seed gives one image, the trace is read correctly, mistakes are one sentence."""
 
 import json
 
@@ -108,7 +108,7 @@ def test_command_line_writes_images_trace_and_record(ckpt, generator, tmp_path, 
 
 
 def test_classes_from_the_command_line_and_from_python(class_ckpt, tmp_path):
-    """--class takes several numbers and may be repeated; files and record name the class."""
+    """--class takes several numbers and may be repeated; file names and the record contain the class."""
     command = ["--ckpt", str(class_ckpt), "--device", "cpu", "--out", str(tmp_path), "--trace"]
     assert generate.main([*command, "--class", "3", "6", "--class", "0"]) == 0
     rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]

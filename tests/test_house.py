@@ -1,4 +1,6 @@
-"""The project's own rules that no linter checks: function lengths, README, links and commands in the docs."""
+"""The project's own rules that no linter checks: function lengths, README, links and commands in
+the docs.
+"""
 
 import ast
 import contextlib
@@ -19,7 +21,7 @@ MOST_LINES = 80
 
 @pytest.mark.parametrize("folder", PRODUCT)
 def test_functions_fit_on_a_screen(folder):
-    """A function over 80 lines has two things to say."""
+    """A function over 80 lines does two things."""
     long = []
     for path in sorted((ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -39,7 +41,7 @@ def test_links_lead_somewhere(page):
 
 
 def commands(page: Path) -> list[str]:
-    """The commands of a page's code blocks, lines that end in a backslash joined, comments dropped."""
+    """The commands of a page's code blocks: lines that end in a backslash are joined, comments dropped."""
     found = []
     for block in re.findall(r"^```(?:bash|sh)?\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S):
         for line in block.replace("\\\n", " ").splitlines():
@@ -51,7 +53,7 @@ def commands(page: Path) -> list[str]:
 
 @pytest.mark.parametrize("command", sorted({c for page in PAGES for c in commands(page)}))
 def test_commands_in_the_docs_have_their_options(command):
-    """Each `mmtensorar VERB --option` in the docs is a verb, and an option that its help knows."""
+    """In every `mmtensorar VERB --option` in the docs the verb exists, and its help has the option."""
     words = command.split()
     verb = next((" ".join(words[:n]) for n in (2, 1) if " ".join(words[:n]) in cli.VERBS), None)
     assert verb, command

@@ -1,7 +1,7 @@
-"""Who may import whom: an allow-list of rooms, read from the source with `ast`, lazy imports included.
+"""Allowed imports between rooms, read from the source with `ast`, lazy imports included.
 
-A room is a package or a single module. `ALLOWED` maps a room to the rooms that it may import; what a room
-reaches through others is then bounded too, since the list itself has no circle (a test below).
+A room is a package or a single module. `ALLOWED` maps a room to the rooms that it may import. This
+also bounds what a room reaches through others, since the list itself has no circle (a test below).
 """
 
 import pytest
@@ -19,7 +19,8 @@ RELEASED = {"mmtensorar.checkpoints.released", "mmtensorar.checkpoints.janus_dee
 MODELS = {"mmtensorar.recipe", "mmtensorar.model", "mmtensorar.captions", "mmtensorar.backbones"} | RELEASED
 PIPELINE = {"mmtensorar.pipeline", "mmtensorar.sampling", "mmtensorar.cli"} | MODELS | GROUND
 
-# A room may import itself and what stands here. Rooms named in full win over the packages they are in.
+# A room may import itself and the rooms listed here. Rooms named in full win over the packages that
+# contain them.
 ALLOWED: dict[str, set[str]] = {
     **{room: set() for room in GROUND},
     "mmtensorar": set(),
@@ -46,12 +47,12 @@ ALLOWED: dict[str, set[str]] = {
     "eval": {"mmtensorar", "worlds", "data_tools"},
     "study": {"mmtensorar", "worlds", "data_tools", "eval"},
 }
-# Entry points stand above all rooms of the package: commands, which any room's library never imports.
+# Entry points stand above all rooms of the package: commands, which no room's library imports.
 ENTRIES = {"train", "generate", "convert", "export", "merge", "cli", "__main__"}
 
 
 def module_of(name: str) -> str | None:
-    """The module of ours that an imported name is or is in, None for others' modules."""
+    """Our module that an imported name is or is in; None for other people's modules."""
     while name and name not in MODULES:
         name = name.rpartition(".")[0]
     return name or None
@@ -91,7 +92,7 @@ def test_every_import_is_on_the_list():
 
 
 def test_no_circle_of_imports():
-    """What a module reaches through any number of imports never includes itself."""
+    """No module reaches itself through any number of imports."""
     graph = edges()
     for start in graph:
         reached, todo = set(), list(graph[start])
@@ -109,7 +110,7 @@ def test_only_the_engine_imports_deepspeed(module):
 
 
 def test_scoring_knows_no_model():
-    """Scores can be computed, and checked, where neither torch nor a model is."""
+    """Scores can be computed and checked where neither torch nor a model is installed."""
     for name in (
         "geneval.score",
         "geneval.recorded",

@@ -1,9 +1,10 @@
-"""Every recipe of this repository loads, plans, and takes one real training step on small stand-ins.
+"""Every recipe of this repository loads, plans, and takes one real training step on small
+stand-ins.
 
-The stand-ins are in a folder under the paths and hub ids that the recipes name, in the layout of the
-released files: official .pt and .ckpt files, folders, shards. So a recipe runs unchanged, and one that
-names a file of another size, codes of another image tokenizer or a prompt that its backbone does not
-take fails here.
+The stand-ins are in a folder under the paths and hub ids that the recipes name, in the layout of
+the released files: official .pt and .ckpt files, folders, shards. So a recipe runs unchanged. It
+fails here if it names a file of another size, codes of another image tokenizer or a prompt that its
+backbone does not accept.
 """
 
 import importlib.util
@@ -28,10 +29,10 @@ from tests.helpers.fakes import tiny_llamagen, write_tiny_janus
 ROOT = Path(__file__).resolve().parents[1]
 # The recipe.yaml of a model folder is the record of a run.
 FILES = [path for path in sorted((ROOT / "recipes").rglob("*.yaml")) if "weights" not in path.parts]
-IMAGE_TOKENIZER = ROOT / "recipes/tiny/image_tokenizer.yaml"  # of study.train_image_tokenizer
+IMAGE_TOKENIZER = ROOT / "recipes/tiny/image_tokenizer.yaml"  # for study.train_image_tokenizer
 RECIPES = [path for path in FILES if path != IMAGE_TOKENIZER]
 LARGE = [path for path in RECIPES if path.parent.name != "tiny"]
-SCALE = 4  # the stand-ins' grids of codes are this much smaller
+SCALE = 4  # the stand-ins' grids of codes are smaller by this factor
 
 
 def name_of(path: Path) -> str:
@@ -56,7 +57,7 @@ def difference(a: Recipe, b: Recipe) -> set[str]:
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
 def test_every_recipe_loads(path):
-    """In whatever folder it is, and without its model or shards."""
+    """Recipes in every folder load, without their models and shards."""
     assert isinstance(Recipe.load(path), Recipe)
 
 
@@ -74,7 +75,7 @@ def test_a_header_has_command_hardware_and_expectation(path):
 
 
 def test_every_row_of_the_papers_tables_has_a_recipe():
-    """And of its ablations, of which exponential, K = 4 and depth 1 are LlamaGen-B's own recipe."""
+    """So has every row of its ablations; exponential, K = 4 and depth 1 are LlamaGen-B's own recipe."""
     rows = ["janus_pro_7b", "open_magvit2/b_256", "open_magvit2/l_256"]
     rows += [
         f"llamagen/{name}" for name in ("b_256", "l_256", "xl_384", "xxl_384", "t2i_xl_256", "t2i_xl_512")
@@ -104,7 +105,7 @@ def test_no_file_repeats_what_it_extends_and_no_two_runs_share_a_folder():
         *bases, (_, stated) = files.read_files(path)
         if bases:
             base = leaves(files.merge(bases))
-            # The section of another module starts from nothing, so it may happen to repeat a value.
+            # A section for another module starts from nothing, so it may happen to repeat a value.
             replaced = {key for key in PACKAGES if "name" in stated.get(key, {})}
             repeated = {key for key, value in leaves(stated).items() if base.get(key) == value}
             assert not {key for key in repeated if key.partition(".")[0] not in replaced}, path
@@ -115,7 +116,9 @@ def test_no_file_repeats_what_it_extends_and_no_two_runs_share_a_folder():
 @pytest.mark.plan
 @pytest.mark.parametrize("path", LARGE, ids=name_of)
 def test_it_plans_without_any_file(path, tmp_path, monkeypatch):
-    """The real sizes: a window or number of heads that the real backbone does not take fails here."""
+    """Uses the real sizes: a window or a number of heads that the real backbone does not accept
+    fails here.
+    """
     monkeypatch.chdir(tmp_path)
     recipe = Recipe.load(path)
     text = plan.report(recipe, activations=False)
@@ -148,7 +151,7 @@ def standins(tmp_path_factory, t5_folder) -> Path:
 
 
 def shrink_released(patch: pytest.MonkeyPatch) -> None:
-    """Replace the tables of released sizes by narrow models; each size still has a width of its own."""
+    """Replace the tables of released sizes by narrow models; every size still has its own width."""
     sizes = {size: (4 * heads, 2, 2) for size, (_, _, heads) in llamagen.SIZES.items()}
     patch.setattr(llamagen, "SIZES", sizes)
     patch.setattr(llamagen, "PIXELS_PER_TOKEN", SCALE * llamagen.PIXELS_PER_TOKEN)
@@ -171,7 +174,7 @@ def write_standin(section: Section, target: Path) -> None:
     elif "recipes/tiny" in str(target):
         target.symlink_to(ROOT / section.path)
     elif section.name in ("janus", "janus_vq"):
-        write_tiny_janus(target, width=64)  # 4-bit matrices need that
+        write_tiny_janus(target, width=64)  # 4-bit matrices need this width
     elif section.name == "llamagen":
         torch.save({"model": llamagen_state(target.name), "steps": 1}, target)
     elif section.name == "llamagen_vq":
@@ -189,7 +192,7 @@ def write_standin(section: Section, target: Path) -> None:
 
 
 def llamagen_state(name: str) -> dict:
-    """The tensors of the official file of that name."""
+    """The tensors of the official file with that name."""
     kind, size, image_size = re.fullmatch(r"(c2i|t2i)_(B|L|XL|XXL|3B)_(?:stage\d_)?(\d+)\.pt", name).groups()
     dim, num_layers, num_heads = llamagen.SIZES[size]
     heads = dict(num_layers=num_layers, num_heads=num_heads, num_kv_heads=num_heads)
@@ -202,7 +205,7 @@ def llamagen_state(name: str) -> dict:
 
 @pytest.fixture(scope="module")
 def one_process():
-    """A process group of one rank. What training sets for the whole process is restored afterwards."""
+    """A process group of one rank. Process-wide settings of training are restored afterwards."""
     pytest.importorskip("deepspeed")
     from mmtensorar.training import distributed
 
@@ -228,7 +231,7 @@ def shrunken(path: Path, out: Path, *changes: str) -> Recipe:
         # Where a CPU has no instructions for bfloat16, it is 70 times slower than float32.
         overrides.append("train.precision=fp32")
     if image_size := getattr(recipe.image_tokenizer, "image_size", None):
-        # The small image tokenizer has 2 pixels a code.
+        # The small image tokenizer has 2 pixels per code.
         overrides.append(f"image_tokenizer.image_size={image_size * 2 // (SCALE * 16)}")
     if importlib.util.find_spec("ftfy") is None and hasattr(recipe.backbone, "caption_cleaning"):
         overrides.append("backbone.caption_cleaning=lower")

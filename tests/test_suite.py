@@ -19,7 +19,10 @@ def imported(path: Path) -> set[str]:
 
 
 def test_no_test_module_imports_another():
-    """Else fixtures are built anew in each, and a file cannot be moved. Helpers live in tests/helpers."""
+    """Otherwise fixtures are built again in every module, and a file cannot be moved.
+
+    Helpers live in tests/helpers.
+    """
     found = {
         (path.name, name)
         for path in TESTS.rglob("test_*.py")
@@ -30,7 +33,7 @@ def test_no_test_module_imports_another():
 
 
 def test_make_check_leaves_out_what_is_marked():
-    """A marker that make check does not know would put its tests into the fast tier."""
+    """A marker unknown to make check would put its tests into the fast tier."""
     settings = tomllib.loads((TESTS.parent / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
     assert {marker.partition(":")[0] for marker in settings["markers"]} == REASONS
     (fast,) = [

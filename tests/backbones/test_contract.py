@@ -1,6 +1,8 @@
-"""The contracts: every file in backbones/ and image_tokenizers/, found by listing, passes the same tests.
+"""Contracts: every file in backbones/ and image_tokenizers/, found by listing, passes the same
+tests.
 
-A new file needs a tiny model in TINY_BACKBONES or TINY_IMAGE_TOKENIZERS below; until then it fails here.
+A new file needs a tiny model in TINY_BACKBONES or TINY_IMAGE_TOKENIZERS below; until it has one it
+fails here.
 """
 
 import copy
@@ -43,7 +45,9 @@ UNCOND = torch.tensor([False, True, False])
 
 
 class Tiny(NamedTuple):
-    """A backbone with random weights and prompts for it, three rows that differ (in length too, where it can)."""
+    """A backbone with random weights, and three different prompts for it, of different lengths
+    where possible.
+    """
 
     backbone: nn.Module
     condition: Condition
@@ -73,7 +77,7 @@ def files(folder: str) -> list[str]:
 
 
 def variants() -> list:
-    """One parameter per variant, or for a file without a tiny model the file alone, which then fails."""
+    """One parameter per variant. A file without a tiny model gives one parameter, which then fails."""
     return [
         pytest.param((name, variant), id=f"{name}-{variant}" if variant else name)
         for name in files("backbones")
@@ -105,7 +109,7 @@ def image_tokenizer(request) -> nn.Module:
 
 
 def is_a(value, kind) -> bool:
-    """Whether a value is of an annotated type, as far as protocols here use them."""
+    """Whether a value has an annotated type, for the annotations that our protocols use."""
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any:
         return True
@@ -123,7 +127,9 @@ def is_a(value, kind) -> bool:
 
 
 def check_protocol(subject, protocol: type) -> None:
-    """Every attribute that the protocol annotates, of its type, and every method that it defines."""
+    """Every attribute that the protocol annotates exists with its type, and so does every method
+    that it defines.
+    """
     hints = get_type_hints(protocol)
     assert hints, "a protocol without attributes would prove nothing"
     for name, kind in hints.items():
@@ -139,7 +145,7 @@ def check_protocol(subject, protocol: type) -> None:
 
 @pytest.mark.parametrize("name", files("backbones"))
 def test_a_backbone_file_has_the_names_of_the_protocol(name):
-    """And its Config has what every backbone's section has, with a default that runs everywhere."""
+    """Its Config has the fields of every backbone's section, with a default that works on every machine."""
     file = importlib.import_module(f"mmtensorar.backbones.{name}")
     check_protocol(file, BackboneFile)
     fields = file.Config.model_fields
@@ -160,7 +166,7 @@ def test_an_image_tokenizer_file_has_the_names_of_the_protocol(name):
 
 @pytest.mark.parametrize("attribute", ["SIGNATURES", "MODEL_TYPES"])
 def test_no_two_files_claim_the_same_release(attribute):
-    """Else conversion would recognise one as the other."""
+    """Otherwise conversion would recognise one release as the other."""
     claims = [
         claim
         for folder in ("backbones", "image_tokenizers")
@@ -175,7 +181,9 @@ def test_no_two_files_claim_the_same_release(attribute):
 
 @torch.no_grad()
 def test_a_backbone_has_the_parts_of_the_protocol(tiny):
-    """Attributes of the right kinds, and modules that take and give the shapes that the protocol says."""
+    """Attributes have the right types, and modules accept and return the shapes that the protocol
+    documents.
+    """
     backbone, condition = tiny
     assert isinstance(backbone, nn.Module)
     check_protocol(backbone, Backbone)
@@ -200,7 +208,7 @@ def test_a_backbone_has_the_parts_of_the_protocol(tiny):
 
 @torch.no_grad()
 def test_the_example_condition_is_one_that_the_prefix_takes(tiny):
-    """Plans run the model on it: of the kind that the backbone declares, and of its length."""
+    """Plans run the model on it: it has the kind that the backbone declares, and its length."""
     backbone = tiny.backbone
     example = backbone.example_condition(3, 5)
     assert example.values.dtype == tiny.condition.values.dtype
@@ -210,14 +218,16 @@ def test_the_example_condition_is_one_that_the_prefix_takes(tiny):
 
 
 def test_what_a_backbone_declares_is_usable(tiny):
-    """Adapter targets are linear maps, the sampler settings are known ones."""
+    """Adapter targets are linear layers, and the sampler settings exist."""
     linear = [name for name, part in tiny.backbone.named_modules() if isinstance(part, nn.Linear)]
     assert any(re.fullmatch(tiny.backbone.lora_targets, name) for name in linear)
     SamplerSettings(**tiny.backbone.default_sampling)
 
 
 def test_a_backbone_is_itself_after_a_round_trip(tiny, tmp_path):
-    """Through `save_pretrained` and `load`; and its tensors one by one, for what does not fit into memory."""
+    """Through `save_pretrained` and `load`; tensor by tensor too, for models that do not fit into
+    memory.
+    """
     backbone = tiny.backbone
     backbone.save_pretrained(tmp_path)
     file = importlib.import_module(f"mmtensorar.backbones.{backbone.name}")
@@ -238,19 +248,22 @@ def test_a_backbone_is_itself_after_a_round_trip(tiny, tmp_path):
 
 @torch.no_grad()
 def test_fresh_heads_change_nothing_at_offset_0(tiny):
-    """Attaching TensorAR at K = 4 leaves the model that was released: the same hidden states, and logits of every factor."""
+    """Attaching TensorAR at K = 4 leaves the released model unchanged: the same hidden states, and
+    the same logits of every factor.
+    """
     backbone, condition = tiny
     plain, fresh = wrap(backbone, 1).eval(), wrap(copy.deepcopy(backbone), 4).eval()
     codes = random_codes(backbone)
     windows, valid = slide(codes[:, :-1], 4)
-    windows[:, :, 1:] = windows.flip(0)[:, :, 1:]  # drafts that are wrong
+    windows[:, :, 1:] = windows.flip(0)[:, :, 1:]  # wrong drafts
     expected = plain.hidden(codes[:, :-1, None], valid[:, :1], condition, UNCOND)
     hidden = fresh.hidden(windows, valid, condition, UNCOND)
     assert torch.equal(hidden, expected)
     for factor in range(len(backbone.factor_sizes)):
         prev = codes[:, :, None, :factor]
         logits = window_logits(fresh, hidden, prev.expand(-1, -1, 4, -1))
-        # Within rounding, for some processors multiply four rows in another order than one.
+        # Equal up to rounding, because some processors multiply four rows in another order than one
+        # row.
         torch.testing.assert_close(
             logits[:, :, 0], window_logits(plain, expected, prev)[:, :, 0], rtol=1e-5, atol=1e-6
         )
@@ -264,7 +277,7 @@ def test_fresh_heads_change_nothing_at_offset_0(tiny):
 @pytest.mark.parametrize("cfg_scale", [1.0, 3.0])
 @pytest.mark.parametrize("window", [1, 4])
 def test_cached_decoding_equals_recomputation(tiny, window, cfg_scale):
-    """Every window of every step: the cache, its places and its mask are exact."""
+    """Compares every window of every step: the cache, its positions and its mask are exact."""
     model = wrap(tiny.backbone, window).eval()
     if window > 1:
         open_codec(model)
@@ -279,7 +292,7 @@ def test_cached_decoding_equals_recomputation(tiny, window, cfg_scale):
 
 @torch.no_grad()
 def test_several_rows_after_a_cache(tiny):
-    """Rows may follow a cache together, and see each other causally."""
+    """Several rows may follow a cache together, and attend to each other causally."""
     backbone = tiny.backbone.eval()
     prefix = backbone.prefix(tiny.condition, UNCOND)
     P, T = prefix.mask.shape[1], backbone.num_tokens
@@ -287,7 +300,7 @@ def test_several_rows_after_a_cache(tiny):
     mask = torch.cat([prefix.mask, torch.ones(3, T - 1, dtype=torch.bool)], dim=1)
     cache = backbone.new_cache(P + T - 1)
     parts = [backbone(rows[:, a:b], mask[:, :b], cache) for a, b in ((0, P), (P, P + 4), (P + 4, P + T - 1))]
-    # Padded rows reach nobody, and are each implementation's own affair.
+    # No other row attends to padded rows, and their values are up to the implementation.
     found, expected = torch.cat(parts, dim=1)[mask], backbone(rows, mask)[mask]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
@@ -295,7 +308,7 @@ def test_several_rows_after_a_cache(tiny):
 @pytest.mark.parametrize("draw", [greedy, None], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("window, cfg_scale", [(1, 1.0), (3, 3.0)])
 def test_a_prompt_gives_the_image_it_has_alone(tiny, window, cfg_scale, draw):
-    """Prompts of unequal length in one batch: neither neighbours nor padding leave a mark."""
+    """Prompts of unequal length in one batch: neither neighbours nor padding change an image."""
     model, condition = wrap(tiny.backbone, window).eval(), tiny.condition
     if window > 1:
         open_codec(model)
@@ -309,7 +322,7 @@ def test_a_prompt_gives_the_image_it_has_alone(tiny, window, cfg_scale, draw):
 
 
 def test_every_trainable_parameter_gets_a_gradient(tiny):
-    """One without is dead weight, and under ZeRO a rank that waits."""
+    """A parameter without a gradient is never trained, and under ZeRO it makes a rank wait."""
     model = open_codec(wrap(tiny.backbone, 3))
     model(random_codes(tiny.backbone), tiny.condition, UNCOND, noise()).loss.backward()
     trainable = [(name, p.grad) for name, p in model.named_parameters() if p.requires_grad]
@@ -318,7 +331,7 @@ def test_every_trainable_parameter_gets_a_gradient(tiny):
 
 @pytest.mark.parametrize("encoder", [ClassNumbers(5), T5Features("x", num_slots=4, dim=6, cleaning="none")])
 def test_a_caption_encoder_has_the_parts_of_the_protocol(encoder):
-    """Data and generation ask these, whatever the class."""
+    """Data and generation use these parts, whatever the class."""
     check_protocol(encoder, CaptionEncoder)
     encoder.to(torch.device("cpu"))
     assert (encoder.identity() is None) == (encoder.kind != "features")
@@ -341,7 +354,10 @@ def test_an_image_tokenizer_is_frozen_and_in_eval_mode(image_tokenizer):
 
 
 def test_pixels_become_codes_and_codes_pixels(image_tokenizer):
-    """Shapes, ranges, no gradients; a picture has the codes it has alone; another size is refused."""
+    """Checks shapes and ranges.
+
+    There are no gradients, a picture has the same codes in any batch, and another size is refused.
+    """
     size, (down, across) = image_tokenizer.image_size, image_tokenizer.grid
     pixels = torch.rand(2, 3, size, size) * 2 - 1
     codes = image_tokenizer.encode(pixels)
@@ -358,7 +374,10 @@ def test_pixels_become_codes_and_codes_pixels(image_tokenizer):
 
 
 def test_an_image_tokenizer_is_itself_after_a_round_trip(image_tokenizer, tmp_path):
-    """Shards record the weight hash, which a file must not change; in half the bytes where that loses nothing."""
+    """Shards record the weight hash, which saving must not change.
+
+    The file has half the bytes where that loses nothing.
+    """
     module = importlib.import_module(f"mmtensorar.image_tokenizers.{image_tokenizer.name}")
     section = module.Config(name=image_tokenizer.name, path=str(tmp_path))
     image_tokenizer.save_pretrained(tmp_path)

@@ -1,6 +1,7 @@
 """Janus: its prompts, and files that fit or are refused by name.
 
-That it computes what the original does is shown by test_parity.py; test_contract.py has what all backbones do.
+test_parity.py shows that it computes what the original computes; test_contract.py tests what all
+backbones do.
 """
 
 import json
@@ -23,7 +24,7 @@ from tests.helpers.fakes import tiny_janus
 from tests.parity import FIXTURES, read_tensors, tensors_file
 
 CASE = FIXTURES / "janus" / "t2i_tiny_hf.json"
-# The same weights under DeepSeek's names; too large to come with the repository as well.
+# The same weights under DeepSeek's names; both files would be too large for the repository.
 DEEPSEEK = Path(__file__).resolve().parents[3] / "shared/parity/janus/t2i_tiny_deepseek.safetensors"
 
 
@@ -52,7 +53,7 @@ def vq(folder):
 
 
 def prompts(*rows: Tensor, pad: int = 3) -> Condition:
-    """Prompts padded left to the longest."""
+    """Prompts padded left to the length of the longest."""
     P = max(map(len, rows))
     values = torch.stack([functional.pad(row, (P - len(row), 0), value=pad) for row in rows])
     mask = torch.stack([torch.arange(P) >= P - len(row) for row in rows])
@@ -63,7 +64,10 @@ def prompts(*rows: Tensor, pad: int = 3) -> Condition:
 
 
 def test_unconditional_prompt():
-    """First and last token stay, the rest becomes pad and is attended to; padding of the batch stays masked."""
+    """The first and last tokens stay.
+
+    All tokens between become pad, which is attended to; padding of the batch stays masked.
+    """
     backbone = tiny_janus()
     pad, everything = backbone.prefix.pad_id, torch.ones(2, dtype=torch.bool)
     padded = backbone.prefix(
@@ -82,7 +86,7 @@ def test_sizes_come_from_the_config(folder, vq):
 
 
 def test_vq_whole_and_alone_are_one_tokenizer(vq, tmp_path):
-    """Shards record the weight hash, so it must not depend on the file the weights came from."""
+    """Shards record the weight hash, so it must not depend on the file that the weights came from."""
     vq.save_pretrained(tmp_path)
     alone = image_tokenizers.load(janus_vq.Config(name="janus_vq", path=str(tmp_path)))
     assert alone.weight_hash == vq.weight_hash
@@ -106,7 +110,10 @@ def load(folder: Path) -> janus.JanusBackbone:
 
 
 def edit(folder: Path, **changes: Tensor | None) -> None:
-    """Replace tensors of model.safetensors, or drop those given as None; the names' points are written __."""
+    """Replace tensors of model.safetensors, or drop those given as None.
+
+    Write the points of a name as __.
+    """
     tensors = load_file(folder / "model.safetensors")
     for name, value in changes.items():
         name = name.replace("__", ".")
@@ -116,7 +123,7 @@ def edit(folder: Path, **changes: Tensor | None) -> None:
 
 
 def test_round_trip_is_exact(saved):
-    """What was trained is what is sampled from, bit for bit."""
+    """Sampling uses exactly the trained weights, bit for bit."""
     torch.manual_seed(0)
     made, loaded = tiny_janus().state_dict(), load(saved).state_dict()
     assert made.keys() == loaded.keys()
@@ -124,7 +131,7 @@ def test_round_trip_is_exact(saved):
 
 
 def test_only_the_generation_path_is_saved(saved):
-    """No vision tower, VQ model or lm_head: a quarter of the 1B that nothing here uses."""
+    """Vision tower, VQ model and lm_head are not saved: a quarter of the 1B, which nothing here uses."""
     names = load_file(saved / "model.safetensors").keys()
     parts = {".".join(name.split(".")[:2]) for name in names}
     assert parts == {
@@ -145,7 +152,7 @@ def test_a_missing_tensor_is_named(saved):
 
 @pytest.mark.parametrize("name", ["model.language_model.layers.7.mlp.up_proj.weight", "banana"])
 def test_a_tensor_that_the_configuration_has_no_place_for_is_named(saved, name):
-    """A model of more layers than its config tells of used to load as one of fewer."""
+    """A model with more layers than its config states used to load as a smaller model."""
     path = saved / "model.safetensors"
     save_file(load_file(path) | {name: torch.zeros(2)}, path, {"format": "pt"})
     with pytest.raises(ValueError, match=f"unexpected.*{name}"):
@@ -153,7 +160,7 @@ def test_a_tensor_that_the_configuration_has_no_place_for_is_named(saved, name):
 
 
 def test_a_tensor_of_another_shape_is_named_with_its_file(saved):
-    """copy_ would broadcast a row over the whole table."""
+    """copy_ would broadcast one row over the whole table."""
     edit(saved, model__generation_embeddings__weight=torch.zeros(1, 8))
     with pytest.raises(
         ValueError,
@@ -164,7 +171,7 @@ def test_a_tensor_of_another_shape_is_named_with_its_file(saved):
 
 @pytest.mark.parametrize("model_type", ["llama", None])
 def test_another_model_type_is_refused(saved, model_type):
-    """A language model has tensors of the same names."""
+    """A language model has tensors with the same names."""
     settings = json.loads((saved / "config.json").read_text()) | {"model_type": model_type}
     (saved / "config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=rf"config\.json: model_type is {model_type!r}, expected 'janus'"):
@@ -205,7 +212,9 @@ def deepseek_folder(reference, tmp_path) -> Path:
 
 
 def test_both_layouts_are_one_model(deepseek_folder, folder, vq, tmp_path):
-    """Weights, sizes and weight hash are equal, so shards encoded with one fit a recipe with the other."""
+    """Weights, sizes and weight hash are equal, so shards encoded with one layout fit a recipe with
+    the other.
+    """
     deepseek, hub = load(deepseek_folder), load(folder)
     assert all(torch.equal(value, hub.state_dict()[name]) for name, value in deepseek.state_dict().items())
     assert (deepseek.num_tokens, deepseek.dim, deepseek.factor_sizes) == (
@@ -231,14 +240,17 @@ def test_a_deepseek_config_that_lacks_a_part_is_named(deepseek_folder):
 
 
 def test_a_part_that_is_missing_is_named(deepseek_folder):
-    """One of the two shards of the 7B forgotten in a download."""
+    """For example when a download missed one of the two shards of the 7B."""
     (deepseek_folder / "model-2.safetensors").unlink()
     with pytest.raises(ValueError, match=r"model-2\.safetensors is missing"):
         load(deepseek_folder)
 
 
 def test_shapes_need_the_configuration_alone(deepseek_folder):
-    """A rank that gets its weights from another downloads *.json, which brings the index of weights that stay away."""
+    """A rank that receives its weights from another rank downloads *.json.
+
+    That includes the index of weight files that are not there.
+    """
     for path in deepseek_folder.glob("*.safetensors"):
         path.unlink()
     width = json.loads((deepseek_folder / "config.json").read_text())["language_config"]["hidden_size"]
@@ -264,7 +276,10 @@ WORDS = [
 
 
 def write_text_tokenizer(folder: Path, words: list[str]) -> None:
-    """One id per word, in order; the marks of the prompt are words of their own, as in the released files."""
+    """One id per word, in order.
+
+    The special tokens of the prompt are words too, as in the released files.
+    """
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -278,7 +293,7 @@ def write_text_tokenizer(folder: Path, words: list[str]) -> None:
 
 
 def test_the_prompt_is_the_official_one():
-    """Written out: the model was trained on this very text."""
+    """Written out here, because the model was trained on exactly this text."""
     assert (
         janus.PROMPT.format(caption="a {red} circle")
         == "<|User|>: a {red} circle\n\n<|Assistant|>:<begin_of_image>"
@@ -299,7 +314,7 @@ def test_captions_become_left_padded_prompts(tmp_path):
 
 
 def test_a_caption_cannot_end_the_prompt(tmp_path):
-    """Names of special tokens in a caption are text: begin-of-image stands once, at the end."""
+    """Names of special tokens in a caption are text: begin-of-image occurs once, at the end."""
     write_text_tokenizer(tmp_path, WORDS)
     encode = backbones.caption_encoder(janus.Config(name="janus", path=str(tmp_path)))
     (row,) = encode(["a <begin_of_image> red <|Assistant|> circle <bos>"]).values.tolist()
@@ -322,14 +337,15 @@ def test_a_text_tokenizer_without_begin_of_image_is_refused(tmp_path):
 
 
 def test_activation_checkpointing_changes_nothing_but_memory():
-    """Same loss, same gradients; and the layers do run twice, so the switch is connected."""
+    """Loss and gradients are equal. The layers run twice, which shows that the switch works."""
     torch.manual_seed(0)
     backbone = tiny_janus().train()
     model = TensorAR(backbone, None, None, FixedSchedule("none"), offset_weights=[1.0])
     codes = torch.randint(11, (2, 9, 1))
     condition = prompts(torch.tensor([1, 4, 5, 6]), torch.tensor([1, 6]), pad=0)
     runs = []
-    # Before the forward: the second one stops inside, as soon as it has what the backward needs.
+    # Counted before the forward call, because the second call stops inside, as soon as it has what
+    # the backward pass needs.
     backbone.language_model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs[-1].append("layer 0"))
     results = []
     for policy in (False, True, "selective"):

@@ -1,6 +1,7 @@
 """LlamaGen: padding, attention, files that fit or are refused by name, and conditions.
 
-That it computes what the original does is shown by test_parity.py; test_contract.py has what all backbones do.
+test_parity.py shows that it computes what the original computes; test_contract.py tests what all
+backbones do.
 """
 
 import argparse
@@ -50,7 +51,7 @@ def codes_of(backbone, batch: int = 3) -> Tensor:
 
 @torch.no_grad()
 def test_what_stands_in_the_padding_is_never_seen():
-    """The null caption has numbers in every slot; under a short caption's mask only the last of them count."""
+    """The null caption has values in every slot. Under a short caption's mask only its last slots count."""
     backbone = tiny_llamagen("text")
     condition, everything = llamagen_condition(backbone), torch.ones(3, dtype=torch.bool)
     model, codes = wrap(backbone, 1), codes_of(backbone)
@@ -92,7 +93,9 @@ def test_activation_checkpointing_changes_nothing_but_memory(backbone):
 
 
 def stand_in_flash_attn() -> SimpleNamespace:
-    """The two functions of the flash-attn package that we call, as its documentation defines them, without a GPU."""
+    """The two functions of the flash-attn package that we call, as its documentation defines them,
+    without a GPU.
+    """
 
     def one(query, key, value):  # [S, H, C], [N, G, C]; causal, aligned at the last key
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
@@ -119,10 +122,12 @@ def stand_in_flash_attn() -> SimpleNamespace:
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("num_queries", [7, 3, 1])
 def test_all_implementations_agree(monkeypatch, num_queries, padded):
-    """A whole sequence, a few rows after a cache and one; padded rows too, and keys that are zero vectors."""
+    """Tested on a whole sequence, a few rows after a cache, and one row; also with padded rows and
+    zero keys.
+    """
     monkeypatch.setitem(sys.modules, "flash_attn", stand_in_flash_attn())
     query, key, value = torch.randn(3, 4, num_queries, 8), torch.randn(3, 2, 7, 8), torch.randn(3, 2, 7, 8)
-    key[:, :, :2] = 0  # what the rotary table makes of a prefix
+    key[:, :, :2] = 0  # keys of a prefix are zero after the rotary table
     mask = torch.arange(7) >= torch.tensor([0, 2, 6])[:, None] if padded else None
 
     def run(name: str, dtype: torch.dtype) -> Tensor:
@@ -135,12 +140,15 @@ def test_all_implementations_agree(monkeypatch, num_queries, padded):
     for name in ("eager", "sdpa", "flash_attention_2"):
         torch.testing.assert_close(run(name, torch.bfloat16).float(), exact, atol=0.02, rtol=0.02)
     if padded and num_queries == 7:
-        # A padded row sees itself alone.
+        # A padded row attends only to itself.
         torch.testing.assert_close(exact[2, :, :6], value.repeat_interleave(2, 1)[2, :, :6])
 
 
 def test_flash_attention_is_refused_where_it_cannot_run(monkeypatch):
-    """At the start, not at the first step; and never in float32, which its kernels do not know."""
+    """The error comes at the start, not at the first step.
+
+    float32 is always refused, because the kernels do not support it.
+    """
     section = llamagen.Config(name="llamagen", path="x", attn_implementation="flash_attention_2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(
@@ -181,13 +189,13 @@ def equal(a, b) -> bool:
 
 @pytest.fixture
 def released(monkeypatch):
-    """A tiny model in the place of the released B, at 256 pixels: what a file alone cannot tell."""
+    """A tiny model in place of the released B, at 256 pixels, which cannot be read from a file alone."""
     monkeypatch.setitem(llamagen.SIZES, "B", (16, 2, 2))
     return {condition: tiny_llamagen(condition, num_tokens=256, num_kv_heads=2) for condition in CONDITIONS}
 
 
 def test_round_trip_is_exact(backbone, tmp_path):
-    """What was trained is what is sampled from, the null caption included."""
+    """Sampling uses exactly the trained weights, including the null caption."""
     backbone.save_pretrained(tmp_path)
     found = load(tmp_path)
     assert equal(found, backbone) and found.config == backbone.config
@@ -197,7 +205,10 @@ def test_round_trip_is_exact(backbone, tmp_path):
 
 
 def test_the_null_caption_is_saved_and_keeps_its_precision(tmp_path):
-    """It is no parameter: lost, or rounded to bf16 with the weights, every guided image would change."""
+    """It is not a parameter.
+
+    If it were lost, or rounded to bf16 with the weights, every guided image would change.
+    """
     backbone = tiny_llamagen("text")
     assert "prefix.null_caption" not in dict(backbone.named_parameters())
     exact = backbone.prefix.null_caption.clone()
@@ -226,7 +237,9 @@ def test_the_null_caption_is_saved_and_keeps_its_precision(tmp_path):
     ids=["model", "module", "state_dict", "bare", "freqs_cis"],
 )
 def test_official_pt_files_load(released, condition, wrap_up, tmp_path):
-    """Width, depth, classes and caption slots come from the tensors, the rest from what was released."""
+    """Width, depth, classes and caption slots come from the tensors, everything else from the
+    released model.
+    """
     path = tmp_path / "weights.pt"
     torch.save(wrap_up(official_state(released[condition])), path)
     found = load(path, size="B", condition=condition, image_size=256)
@@ -236,7 +249,7 @@ def test_official_pt_files_load(released, condition, wrap_up, tmp_path):
 
 
 def test_a_wrong_file_is_refused_by_name(released, tmp_path):
-    """Each in one sentence with the tensors, and before a single value is copied."""
+    """Every error is one sentence that names the tensors, and comes before any value is copied."""
     path = tmp_path / "c2i.pt"
 
     def refused(problem: str, settings: dict | None = None, **changes: Tensor | None) -> None:
@@ -268,7 +281,10 @@ def test_a_wrong_file_is_refused_by_name(released, tmp_path):
 
 @pytest.mark.parametrize("evidence", ["name", "args", "config"])
 def test_a_256_pixel_checkpoint_under_a_384_pixel_recipe_is_refused(released, evidence, tmp_path):
-    """All tensors fit, since positions are computed: only the name, the saved arguments or config.json can tell."""
+    """All tensors fit, because positions are computed.
+
+    Only the name, the saved arguments or config.json show the size.
+    """
     state = official_state(released["class"])
     path = tmp_path / ("c2i_B_256.pt" if evidence == "name" else "mine.pt")
     if evidence == "config":
@@ -283,7 +299,7 @@ def test_a_256_pixel_checkpoint_under_a_384_pixel_recipe_is_refused(released, ev
 
 
 def test_a_pt_file_cannot_run_code(tmp_path):
-    """weights_only: a pickle that calls something is refused, not executed."""
+    """weights_only: a pickle that calls a function is refused, not executed."""
 
     class Trap:
         def __reduce__(self):
@@ -324,7 +340,10 @@ def test_a_broken_config_is_named(tmp_path):
     ],
 )
 def test_released_sizes_and_the_papers_budget(size, condition, parameters, budget):
-    """Counted on the meta device; the paper gives the share that TensorAR may add at depth 1 for four of them."""
+    """Counted on the meta device.
+
+    For four of the sizes the paper gives the percentage that TensorAR adds at depth 1.
+    """
     recipe = Recipe.model_construct(
         backbone=llamagen.Config(
             name="llamagen", path="not-here.pt", size=size, condition=condition, image_size=256
@@ -354,14 +373,14 @@ def test_class_numbers_are_the_captions_of_a_class_conditional_model(tmp_path):
 
 
 def test_left_pad():
-    """The caption's end stands next to the image tokens; the padding is zeros."""
+    """The end of the caption is next to the image tokens; the padding is zeros."""
     condition = encoders.left_pad([torch.tensor([[1.0], [2], [3], [4]]), torch.tensor([[5.0], [6]])], 4)
     assert condition.values[..., 0].tolist() == [[1, 2, 3, 4], [0, 0, 5, 6]]
     assert condition.mask.int().tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
 
 
 def test_the_text_encoder_goes_where_the_model_is(t5_folder, monkeypatch):
-    """With --device cpu on a machine with a GPU it went to the GPU."""
+    """With --device cpu on a machine with a GPU, it once ran on the GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     encode = encoders.T5Features(
         str(t5_folder), num_slots=5, dim=6, cleaning="lower", device=torch.device("cpu")
@@ -372,7 +391,10 @@ def test_the_text_encoder_goes_where_the_model_is(t5_folder, monkeypatch):
 
 
 def test_captions_become_left_padded_features(t5_folder, tmp_path):
-    """Each caption has its own words and the end token, whatever its neighbours; what is too long is cut."""
+    """Every caption has its own words and the end token, whatever its neighbours are.
+
+    Longer captions are truncated.
+    """
     from transformers import T5EncoderModel
 
     tiny_llamagen("text").save_pretrained(tmp_path)
@@ -400,7 +422,10 @@ def test_a_text_encoder_of_another_width_is_refused(t5_folder, tmp_path):
 
 
 def test_captions_of_another_shape_are_refused():
-    """Features of cached shards may come from another encoder: the matrix would fail with a riddle, or not at all."""
+    """Features of cached shards may come from another encoder.
+
+    The matrix product would fail with an unclear error, or not at all.
+    """
     backbone = tiny_llamagen("text")
     short = Condition(torch.zeros(2, 4, 6), torch.ones(2, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"captions are \[4, 6\] features, the backbone expects \[5, 6\]"):
@@ -420,14 +445,16 @@ def test_captions_of_another_shape_are_refused():
     ],
 )
 def test_cleaning(caption, expected):
-    """By hand from the description of the original's steps."""
+    """The expected texts were worked out by hand, from the description of the original's steps."""
     pytest.importorskip("ftfy")
     pytest.importorskip("bs4")
     assert cleaning.prepare(caption, "original") == expected
 
 
 def test_cleaning_a_long_caption_ends():
-    """Patterns that look ahead took minutes for the 64 KiB that a caption may have, while all ranks waited."""
+    """Patterns with lookahead took minutes for the 64 KiB that a caption may have, while all ranks
+    waited.
+    """
     pytest.importorskip("ftfy")
     long = "a.a." * 16000
     assert cleaning.prepare(long, "original") == cleaning.prepare(
@@ -450,7 +477,7 @@ def test_cleaning_says_which_package_it_needs(monkeypatch):
 @pytest.mark.launch
 @pytest.mark.parametrize("condition", ["class", "text"])
 def test_two_ranks_train_under_zero_3(condition, t5_folder, tmp_path):
-    """From shards to a model folder that loads; the null caption, a buffer, is still exact after a step."""
+    """From shards to a model folder that loads. The null caption, a buffer, is still exact after a step."""
     pytest.importorskip("deepspeed")
     from mmtensorar import image_tokenizers
     from mmtensorar.checkpoints import model_folder

@@ -1,6 +1,7 @@
-"""A backbone, and an image tokenizer, is one new file: everything else takes it with no other edit.
+"""A backbone or an image tokenizer is one new file: everything else accepts it without another
+edit.
 
-The new file is put into a copy of the package that is made of links, and used in a process of its own.
+The new file is put into a copy of the package made of links, and used in its own process.
 """
 
 import os
@@ -182,7 +183,7 @@ def load(section):
     return image_tokenizer
 """
 
-# In the other process: release, recognise, convert, recipe, plan, generate, back.
+# In the other process: release, recognise, convert, recipe, plan, generate, convert back.
 USE = """
 import sys
 from pathlib import Path
@@ -232,7 +233,7 @@ assert convert.main([str(work / "vq.pt"), str(work / "vq")]) == 0, "an image tok
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory) -> Path:
-    """A folder with a copy of the package, made of links, that has one more file in two of its rooms."""
+    """A folder with a copy of the package, made of links, with one more file in two of its subpackages."""
     root = tmp_path_factory.mktemp("package")
     source, copy = Path(mmtensorar.__file__).parent, root / "mmtensorar"
     copy.mkdir()
@@ -249,7 +250,9 @@ def package(tmp_path_factory) -> Path:
 
 
 def test_one_file_is_enough(package, tmp_path):
-    """Released files of it are recognised and converted; recipe, plan, loss and the way back follow."""
+    """Its released files are recognised and converted; recipe, plan, loss and the conversion back
+    work too.
+    """
     environment = os.environ | {"PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", USE, str(tmp_path)]
     ran = subprocess.run(command, cwd=package, env=environment, capture_output=True, text=True)

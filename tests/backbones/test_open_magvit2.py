@@ -1,6 +1,7 @@
 """Open-MAGVIT2: two factors in bf16 and under ZeRO-3, and its files.
 
-That it computes what the original does is shown by test_parity.py; test_contract.py has what all backbones do.
+test_parity.py shows that it computes what the original computes; test_contract.py tests what all
+backbones do.
 """
 
 import json
@@ -43,7 +44,9 @@ def random_codes(batch: int = 3, num_tokens: int = 9, sizes: tuple[int, ...] = (
 
 
 def test_the_factorised_attention_is_the_spatial_one():
-    """Written out for two places, it is causal attention with the first two rows of the places' rotary table."""
+    """For two positions it equals causal attention with the first two rows of the positions' rotary
+    table.
+    """
     factor = open_magvit2.FactorAttention(32, 2)
     spatial = layers.SelfAttention(32, 2, 2)
     spatial.load_state_dict(factor.state_dict())
@@ -55,7 +58,7 @@ def test_the_factorised_attention_is_the_spatial_one():
 
 
 def test_sdpa_and_eager_agree():
-    """Also at the class, whose query and key are zero vectors."""
+    """Also at the class token, whose query and key are zero vectors."""
     backbone, x, mask = tiny_open_magvit2().eval(), torch.randn(2, 6, 32), torch.ones(2, 6, dtype=torch.bool)
     results = []
     for backbone.attn_implementation in ("sdpa", "eager"):
@@ -78,7 +81,7 @@ def test_bits_by_hand():
 
 
 def test_chunked_loss_equals_whole_loss():
-    """Two factors, K = 4, chunks that cut a batch row: same loss, same gradients."""
+    """Two factors, K = 4, and chunks that split a batch row: loss and gradients are equal."""
     backbone, codes, condition = tiny_open_magvit2(), random_codes(), class_condition(0, 3, 4)
     codec = open_codec(wrap(backbone, 4))
     results = []
@@ -103,7 +106,7 @@ def test_chunked_loss_equals_whole_loss():
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["bf16 weights", "autocast"])
 def test_bf16_trains_and_is_near_fp32(autocast):
-    """The original fails here: its rotation gives float32 back, and attention sees two dtypes."""
+    """The original fails here: its rotation returns float32, and attention receives two dtypes."""
     model = wrap(tiny_open_magvit2(), 3)
     codes, condition = random_codes(), class_condition(0, 3, 4)
     whole = model(codes, condition, UNCOND, noise()).loss
@@ -114,7 +117,8 @@ def test_bf16_trains_and_is_near_fp32(autocast):
         output = model(codes, condition, UNCOND, noise())
     output.loss.backward()
     assert output.loss.item() == pytest.approx(whole.item(), rel=0.02)
-    # A fresh codec passes no gradient through its zero projection, yet every gradient there is has to be finite.
+    # A fresh codec passes no gradient through its zero projection, but every gradient that exists
+    # must be finite.
     gradients = {name: p.grad for name, p in model.named_parameters()}
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients.values())
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -136,11 +140,14 @@ def test_bf16_logits_are_near_fp32():
     backbone.bfloat16()
     for half, expected in zip(logits(), whole, strict=True):
         error = (half - expected).norm() / expected.norm()
-        assert 0 < error < 0.05  # 0.03 here; 2^-8 per rounding, and random weights amplify it
+        assert 0 < error < 0.05  # 0.03 here: 2^-8 per rounding, amplified by random weights
 
 
 def test_activation_checkpointing_changes_nothing_but_memory():
-    """Same loss and gradients, with dropout on; and the layers do run twice, so the switch is connected."""
+    """Loss and gradients are equal, with dropout on.
+
+    The layers run twice, which shows that the switch works.
+    """
     backbone = tiny_open_magvit2().train()
     for block in backbone.layers:
         block.dropout = 0.1
@@ -188,7 +195,7 @@ def magvit_bench(tmp_path_factory) -> Path:
         "run": {"name": "unnamed", "out": str(folder / "runs")},
         "backbone": {"name": "open_magvit2", "path": str(folder / "ar")},
         "image_tokenizer": {"name": "open_magvit2_lfq", "path": str(folder / "lfq")},
-        # Without noise, so that ranks draw nothing.
+        # Without noise, so that ranks draw no random numbers.
         "tensorar": {"window": 3, "num_heads": 2, "schedule": "none"},
         "data": {"shards": str(folder / "shards"), "batch_size": 4, "shuffle": 0, "uncond_rate": 0},
         # With a small eps Adam turns rounding noise in gradients near zero into full steps.
@@ -199,7 +206,8 @@ def magvit_bench(tmp_path_factory) -> Path:
             "save_every": 0,
             "precision": "fp32",
             "activation_checkpointing": True,
-            # Few: the head, and the table it shares, runs many times a step, and again in the backward.
+            # Few steps, because the head, and the table that it shares, runs many times per step
+            # and again in the backward pass.
             "loss_chunk_tokens": 12,
         },
         "sampler": {"cfg_scale": [1.9, 2.0], "temperature": [1.1, 1.0]},
@@ -211,7 +219,9 @@ def magvit_bench(tmp_path_factory) -> Path:
 
 @pytest.mark.launch
 def test_zero_3_on_two_ranks_equals_one_rank(magvit_bench):
-    """Where the head uses the embedding's table, ZeRO-3 has to gather it there too, and sum both gradients."""
+    """Where the head uses the embedding's table, ZeRO-3 must gather it there too, and sum both
+    gradients.
+    """
     from tests.helpers.runs import rows, run
 
     one = run(magvit_bench, "run.name=one")
@@ -247,7 +257,9 @@ def load(path: Path, **settings) -> open_magvit2.OpenMagvit2Backbone:
 
 
 def pickled(saved: Path, **changes: Tensor | None) -> Path:
-    """The saved model as an official file: Lightning's pickle with the image tokenizer inside, beside config.json."""
+    """The saved model as an official file: Lightning's pickle with the image tokenizer inside, next
+    to config.json.
+    """
     state = load_file(saved / "model.safetensors")
     state |= {"first_stage_model.encoder.conv_in.weight": torch.zeros(1)} | changes
     (saved / "model.safetensors").unlink()
@@ -267,14 +279,18 @@ def test_round_trip_is_exact(saved):
 
 
 def test_a_parameter_has_one_owner(saved):
-    """The head looks the first factor up in the embedding's table: one parameter, saved once, trained by both."""
+    """The head looks the first factor up in the embedding's table: one parameter, saved once,
+    trained by both.
+    """
     backbone = load(saved)
     assert backbone.head.shared[0] is backbone.embed.pre_emb
     assert not [name for name in backbone.head.state_dict() if "pre_emb" in name]
 
 
 def test_wrong_files_are_refused_by_name(saved):
-    """What is missing and what is too much, the first ten of each and the count; then the shapes."""
+    """The error lists missing and unexpected tensors, the first ten of each with the count, and
+    then wrong shapes.
+    """
     name = "transformer.spatial_blocks.1.ffn_norm.weight"
     state = load_file(saved / "model.safetensors")
     extra = {f"transformer.more.{i}": torch.zeros(1) for i in range(12)}
@@ -319,7 +335,7 @@ def test_a_wrong_pickle_is_refused_by_name(saved, tmp_path):
 
 
 def test_an_official_file_of_no_known_width_is_refused(saved):
-    """Without config.json the width tells B, L and XL apart; then everything has to fit."""
+    """Without config.json the width distinguishes B, L and XL; then everything has to fit."""
     path = pickled(saved)
     (path / "config.json").unlink()
     with pytest.raises(
@@ -372,7 +388,7 @@ def load_lfq(path: Path, **settings) -> open_magvit2_lfq.LFQ:
 def official(
     folder: Path, raw: open_magvit2_lfq.LFQ, ema: open_magvit2_lfq.LFQ | None, prefix: str = ""
 ) -> Path:
-    """A tokenizer checkpoint as training leaves it, or (with a prefix) one inside an AR checkpoint."""
+    """A tokenizer checkpoint as training saves it, or (with a prefix) the same inside an AR checkpoint."""
     raw.save_pretrained(folder)
     (folder / "model.safetensors").unlink()
     state = {prefix + name: value for name, value in raw.state_dict().items()}
@@ -387,7 +403,10 @@ def official(
 
 
 def test_averaged_weights_are_preferred_and_a_setting(tmp_path):
-    """Beside raw weights they win unless told otherwise; what was saved knows which they are."""
+    """When raw weights exist too, the averaged ones are used by default.
+
+    A saved tokenizer records which ones it has.
+    """
     raw, ema = tiny_lfq(), tiny_lfq()
     path = official(tmp_path / "official", raw, ema)
     assert (
@@ -413,7 +432,7 @@ def test_the_tokenizer_inside_an_ar_checkpoint(tmp_path):
 
 
 def test_codes_are_the_signs_of_the_decoders_input():
-    """All codes there are, there and back."""
+    """The test covers all codes, in both directions."""
     codes = torch.cartesian_prod(torch.arange(4), torch.arange(8)).unflatten(0, (2, 16))
     assert torch.equal(latents_to_codes(codes_to_latents(codes, (2, 3), (4, 4)), (2, 3)), codes)
 

@@ -1,4 +1,8 @@
-"""Conversion: released files become folders that draw the same and go back bit for bit; wrong ones are named."""
+"""Conversion: released files become folders that generate the same tokens and convert back bit for
+bit.
+
+Wrong files are named.
+"""
 
 import hashlib
 import json
@@ -37,7 +41,7 @@ from tests.helpers.fakes import (
 
 @pytest.fixture(autouse=True)
 def released(monkeypatch):
-    """Tiny models in the place of released ones, whose sizes a file alone does not tell."""
+    """Tiny models in place of the released ones, whose sizes cannot be read from a file alone."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     monkeypatch.setitem(llamagen.SIZES, "B", (16, 2, 2))
@@ -53,7 +57,7 @@ def run(*arguments) -> int:
 
 
 def refused(capsys, *arguments) -> str:
-    """What a conversion that fails says: one sentence, exit code 2, and nothing made."""
+    """The error of a conversion that fails: one sentence, exit code 2, and nothing is written."""
     capsys.readouterr()
     assert run(*arguments) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -89,7 +93,7 @@ def state(path: Path, *keys: str) -> dict[str, Tensor]:
 
 
 def write_vq(path: Path, codebook_size: int = 11, levels: int = 5) -> llamagen_vq.LlamaGenVQ:
-    """A LlamaGen VQ file: average weights and raw ones, and the record of used codes."""
+    """A LlamaGen VQ file: averaged weights, raw weights, and the usage record of the codes."""
     sizes = dict(codebook_size=codebook_size, code_dim=4, ch=32, num_res_blocks=1, z_channels=8)
     mult = dict(encoder_ch_mult=[1] * levels, decoder_ch_mult=[1] * levels)
     vq = llamagen_vq.LlamaGenVQ(llamagen_vq.VQModel(llamagen_vq.Architecture(**sizes, **mult)), 64)
@@ -111,7 +115,7 @@ def write_llamagen(
 
 
 def write_open_magvit2(path: Path, inside: bool = True) -> None:
-    """An Open-MAGVIT2 file as Lightning leaves it."""
+    """An Open-MAGVIT2 file as Lightning saves it."""
     tensors = {open_magvit2.official_name(n): v for n, v in tiny_open_magvit2(side=4).state_dict().items()}
     if inside:
         lfq = open_magvit2_lfq.LFQ(open_magvit2_lfq.RELEASED[2])
@@ -120,7 +124,9 @@ def write_open_magvit2(path: Path, inside: bool = True) -> None:
 
 
 def write_deepseek(hub: Path, folder: Path) -> dict[str, Tensor]:
-    """The Janus of a folder in transformers' layout, in DeepSeek's, as two .bin files with an index."""
+    """Convert the Janus of a folder from transformers' layout to DeepSeek's: two .bin files with an
+    index.
+    """
     source = load_file(hub / "model.safetensors")
     section = janus.Config(name="janus", path=str(hub))
     back = {
@@ -163,7 +169,7 @@ def write_deepseek(hub: Path, folder: Path) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory) -> Path:
-    """A whole tiny Janus in transformers' layout."""
+    """A complete tiny Janus in transformers' layout."""
     folder = tmp_path_factory.mktemp("hub") / "janus"
     write_tiny_janus(folder)
     return folder
@@ -174,7 +180,7 @@ def hub(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("condition", ["class", "text"])
 def test_llamagen_there_and_back(condition, tmp_path):
-    """The folder draws what the file draws, remembers where it came from, and goes back bit for bit."""
+    """The folder generates what the file generates, records its source, and converts back bit for bit."""
     source, vq_file, folder = tmp_path / "gpt.pt", tmp_path / "vq.pt", tmp_path / "out" / "model"
     write_llamagen(source, condition)
     vq = write_vq(vq_file)
@@ -201,14 +207,15 @@ def test_llamagen_there_and_back(condition, tmp_path):
     del expected[llamagen_vq.USAGE]
     assert equal(state(tmp_path / "vq_back.pt", "model"), expected)
     assert not [path for path in tmp_path.rglob("*") if path.suffix == ".partial"]
-    # A run that starts from the folder asks for its size, not for one of which no tensor has the shape.
+    # A run that starts from the folder is refused for its image size, not for the shape of a
+    # tensor.
     settings = [f"train.init_from={folder}", "backbone.image_size=128"]
     with pytest.raises(ValueError, match="image_size is 128, but .*backbone is for 64 pixels"):
         model_folder.initial_model(Recipe.load(folder / "recipe.yaml", settings))
 
 
 def test_open_magvit2_there_and_back(tmp_path):
-    """One file holds backbone and image tokenizer; so does what is written back."""
+    """One file holds backbone and image tokenizer, and so does the file that is written back."""
     source, folder = tmp_path / "ar.ckpt", tmp_path / "model"
     write_open_magvit2(source)
     assert run(source, folder) == 0
@@ -225,14 +232,14 @@ def test_open_magvit2_there_and_back(tmp_path):
     settings = [f"train.init_from={folder}", "tensorar.window=3", "tensorar.num_heads=2"]
     started = model_folder.initial_model(Recipe.load(folder / "recipe.yaml", settings))
     assert started.window == 3 and equal(started.backbone.state_dict(), direct.state_dict())
-    # The tokenizer alone, from the same file and back.
+    # The image tokenizer alone, from the same file and back.
     assert run(source, tmp_path / "lfq", "--kind", "open_magvit2_lfq") == 0
     assert run("--original", tmp_path / "lfq", tmp_path / "lfq.ckpt") == 0
     assert equal(state(tmp_path / "lfq.ckpt", "state_dict"), dict(inside.state_dict()))
 
 
 def test_image_tokenizers_alone(hub, tmp_path):
-    """Told from their tensors; the folder is one that image_tokenizers.load takes."""
+    """Image tokenizers are recognised by their tensors; image_tokenizers.load accepts the folder."""
     lfq = open_magvit2_lfq.LFQ(open_magvit2_lfq.RELEASED[2])
     torch.save({"state_dict": lfq.state_dict() | {"loss.logvar": torch.zeros(1)}}, tmp_path / "lfq.ckpt")
     vq = write_vq(tmp_path / "vq.pt")
@@ -254,10 +261,12 @@ def test_image_tokenizers_alone(hub, tmp_path):
 
 
 def test_numbers_stay_as_they_are_stored_and_files_come_in_shards(monkeypatch, tmp_path):
-    """A bf16 model is not blown up to float32, and no more than a shard of it is in memory."""
+    """A bf16 model is not expanded to float32, and at most one shard of it is in memory."""
     monkeypatch.setattr(weights, "SHARD_BYTES", 2000)
     write_llamagen(tmp_path / "c2i_B_64.pt", dtype=torch.bfloat16)
-    assert run(tmp_path / "c2i_B_64.pt", tmp_path / "model") == 0  # the official name tells the image size
+    assert (
+        run(tmp_path / "c2i_B_64.pt", tmp_path / "model") == 0
+    )  # the image size follows from the official name
     files = sorted((tmp_path / "model" / "backbone").glob("*.safetensors"))
     assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
     assert all(sum(v.nbytes for v in load_file(file).values()) <= 2000 for file in files)
@@ -281,7 +290,7 @@ def test_without_an_image_tokenizer_there_are_codes_but_no_images(tmp_path, caps
 
 
 def with_transformers(folder: Path, condition, tokens: int) -> Tensor:
-    """Greedy image tokens by transformers alone, at guidance 5."""
+    """Greedy image tokens from transformers alone, at guidance 5."""
     from transformers import JanusForConditionalGeneration
 
     model = JanusForConditionalGeneration.from_pretrained(folder).eval()
@@ -301,7 +310,7 @@ def with_transformers(folder: Path, condition, tokens: int) -> Tensor:
 
 
 def trained(folder: Path, target: Path, dtype=torch.float32) -> TensorAR:
-    """The checkpoint of a folder after some training, saved as train.py does it."""
+    """The checkpoint of a folder after some training, saved as train.py saves it."""
     loaded = model_folder.load(folder)
     with torch.no_grad():
         for parameter in loaded.model.parameters():
@@ -313,7 +322,10 @@ def trained(folder: Path, target: Path, dtype=torch.float32) -> TensorAR:
 
 
 def test_janus_goes_back_to_transformers(hub, tmp_path):
-    """Plain transformers draws the trained model's tokens; what was not trained is the original's, bit for bit."""
+    """Plain transformers generates the trained model's tokens.
+
+    Parts that were not trained equal the original bit for bit.
+    """
     assert run(hub, tmp_path / "model") == 0
     loaded = model_folder.load(tmp_path / "model")
     direct = backbones.load(janus.Config(name="janus", path=str(hub)))
@@ -338,7 +350,7 @@ def test_janus_goes_back_to_transformers(hub, tmp_path):
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_a_bf16_janus_stays_bf16_where_that_loses_nothing(hub, exact, tmp_path):
-    """Else its config says float32: transformers would round what was trained back to bf16."""
+    """Otherwise its config says float32: transformers would round the trained weights back to bf16."""
     half = tmp_path / "half"
     shutil.copytree(hub, half)
     tensors = {name: value.bfloat16() for name, value in load_file(hub / "model.safetensors").items()}
@@ -359,7 +371,7 @@ def test_a_bf16_janus_stays_bf16_where_that_loses_nothing(hub, exact, tmp_path):
 
 
 def test_both_layouts_of_janus_give_one_checkpoint(hub, tmp_path):
-    """And each goes back into its own."""
+    """Converting back restores the layout of the source."""
     tensors = write_deepseek(hub, tmp_path / "deepseek")
     assert run(hub, tmp_path / "a") == run(tmp_path / "deepseek", tmp_path / "b") == 0
     for part in ("backbone", "image_tokenizer"):
@@ -379,7 +391,8 @@ def test_generate_takes_the_folder(hub, tmp_path):
     options = ["--ckpt", str(tmp_path / "model"), "--prompt", "a red circle", "--out", str(tmp_path / "out")]
     assert generate.main(options) == 0
     assert len(list((tmp_path / "out").glob("*.png"))) == 1
-    # Our own parts are sources too: a backbone that holds no image tokenizer, and one beside it.
+    # Our own parts can be converted too: a backbone without an image tokenizer, or with one given
+    # separately.
     parts = tmp_path / "model"
     assert run(parts / "backbone", tmp_path / "again", "--image-tokenizer", parts / "image_tokenizer") == 0
     assert equal(
@@ -390,10 +403,12 @@ def test_generate_takes_the_folder(hub, tmp_path):
 
 
 def test_what_janus_needs_to_go_back(hub, tmp_path, capsys):
-    """The vision tower is in no checkpoint, so the original must be there, and be what the model began as."""
+    """No checkpoint holds the vision tower, so the original must be available, with the weights
+    that the model started from.
+    """
     shutil.copytree(hub, tmp_path / "moved")
     assert run(tmp_path / "moved", tmp_path / "model") == 0
-    # Trained from the converted folder's backbone: the way back leads through its recipe.
+    # Trained from the converted folder's backbone: its recipe leads back to the original.
     recipe = Recipe.load(tmp_path / "model" / "recipe.yaml")
     section = recipe.backbone.model_copy(update={"path": str(tmp_path / "model" / "backbone")})
     model = model_folder.load(tmp_path / "model").model
@@ -457,7 +472,9 @@ def test_wrong_files_are_refused_by_name(tmp_path, capsys):
 
 
 def test_an_image_tokenizer_of_another_backbone_is_refused(hub, tmp_path, capsys):
-    """By the number of codes, by the size of the codebook, and where both agree by the official name."""
+    """The mismatch shows in the number of codes or the size of the codebook, and where both agree
+    in the official name.
+    """
     write_llamagen(tmp_path / "gpt.pt")
     write_vq(tmp_path / "vq_ds16_c2i.pt", levels=4)
     write_vq(tmp_path / "large.pt", codebook_size=12)
@@ -472,7 +489,7 @@ def test_an_image_tokenizer_of_another_backbone_is_refused(hub, tmp_path, capsys
     assert "makes 64 codes an image out of 11, the backbone predicts 16 codes an image out of 11" in error
     assert "makes 16 codes an image out of 12" in given(tmp_path / "large.pt")
     assert "for text-conditional models, the backbone is class-" in given(tmp_path / "vq_ds16_t2i.pt")
-    # The folder that the file becomes remembers it.
+    # The folder that the file is converted to records the name.
     assert run(tmp_path / "vq_ds16_t2i.pt", tmp_path / "vq", "--image-size", 64) == 0
     assert "for text-conditional models, the backbone is class-" in given(tmp_path / "vq")
     assert "gpt.pt is a llamagen backbone" in given(tmp_path / "gpt.pt")
@@ -527,7 +544,7 @@ def test_an_existing_target_is_never_replaced(tmp_path, capsys):
     error = refused(capsys, tmp_path / "gpt.pt", tmp_path / "model", "--image-size", 64)
     assert "model exists already; give another name, or remove it" in error
     (tmp_path / "model").rmdir()
-    # What a killed run left is no hindrance.
+    # Files left by a killed run do not matter.
     (tmp_path / "model.partial").mkdir()
     (tmp_path / "model.partial" / "half").touch()
     assert run(tmp_path / "gpt.pt", tmp_path / "model", "--image-size", 64) == 0

@@ -41,7 +41,7 @@ def make(bench, window: int, *, num_heads: int = 2, **train) -> Recipe:
 
 @pytest.fixture(scope="module")
 def saved(bench):
-    """A window-3 checkpoint whose codec is not the fresh one, and the weights it must hold."""
+    """A window-3 checkpoint with a codec that is not fresh, and the weights that it must hold."""
     recipe = make(bench, 3)
     model = model_folder.initial_model(recipe)
     with torch.no_grad():
@@ -105,7 +105,7 @@ def test_init_from_takes_the_codec_only_when_it_fits(bench, saved):
 
 
 def test_init_from_needs_nothing_else(bench, saved):
-    """It asked for the original's files too, and compared names and shapes with those only."""
+    """It once needed the original's files too, and compared names and shapes only with those."""
     recipe = make(bench, 3, init_from=str(bench / "model"))
     gone = recipe.model_copy(
         update={"backbone": recipe.backbone.model_copy(update={"path": str(bench / "gone")})}
@@ -120,7 +120,7 @@ def test_init_from_needs_nothing_else(bench, saved):
 
 
 def test_init_from_a_damaged_folder_is_refused(bench, saved, tmp_path):
-    """Otherwise a training run of days would start from spoilt weights."""
+    """Otherwise a training run of days would start from damaged weights."""
     shutil.copytree(bench / "model", tmp_path / "model")
     damage(tmp_path / "model" / "backbone" / "model.safetensors")
     with pytest.raises(ValueError, match=r"backbone/model\.safetensors is damaged"):
@@ -128,7 +128,10 @@ def test_init_from_a_damaged_folder_is_refused(bench, saved, tmp_path):
 
 
 def test_attention_is_chosen_where_the_model_is_loaded(bench, saved, monkeypatch):
-    """Not by the recipe, which another machine trained; and flash-attn in float32 is refused before the weights are read."""
+    """It is not chosen by the recipe, which was made on another machine.
+
+    flash-attn in float32 is refused before the weights are read.
+    """
     eager = model_folder.load(bench / "model", attn_implementation="eager")
     assert eager.recipe.backbone.attn_implementation == "eager"
     assert eager.model.backbone.language_model.config._attn_implementation == "eager"
@@ -190,7 +193,11 @@ def test_loading_needs_no_deepspeed():
     "settings", [{}, {"parts": "lora"}, {"init_from": "saved"}, {"freeze": [r"layers\.0"]}]
 )
 def test_a_model_read_tensor_by_tensor_is_the_whole_one(bench, saved, settings):
-    """As ZeRO-3 reads it: no values in the modules, each from the files when it is asked for; buffers that no file has are there."""
+    """This is how ZeRO-3 reads a model.
+
+    The modules have no values; every tensor is read from the files when it is needed; buffers that
+    no file has exist.
+    """
     if "init_from" in settings:
         settings = {"init_from": str(bench / "model")}
     recipe = make(bench, 3, **settings)

@@ -1,4 +1,4 @@
-"""Finding the files of released models: what is fetched, from where, and what is refused."""
+"""Finding the files of released models: what is downloaded, from where, and what is refused."""
 
 import json
 
@@ -14,7 +14,7 @@ from tests.helpers.fakes import tiny_llamagen
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub whose repositories are folders; it keeps a list of what was asked of it."""
+    """A hub whose repositories are folders. It records all requests."""
     asked = []
 
     def list_repo_files(repo):
@@ -31,7 +31,7 @@ def hub(tmp_path, monkeypatch):
 
     for function in (list_repo_files, snapshot_download, hf_hub_download):
         monkeypatch.setattr(released, function.__name__, function)
-    monkeypatch.chdir(tmp_path / "..")  # else the ids would be folders here
+    monkeypatch.chdir(tmp_path / "..")  # otherwise the ids would be folders in the current folder
     return asked
 
 
@@ -71,7 +71,7 @@ def test_only_what_is_needed_of_a_repository_is_fetched(files, patterns, tmp_pat
 
 
 def test_a_repository_of_many_files_is_not_fetched(tmp_path, hub):
-    """It was downloaded whole, tens of GB, and then refused."""
+    """It was once downloaded completely, tens of GB, and then refused."""
     repository(tmp_path, "owner/name", "c2i_B_256.pt", "c2i_L_256.pt")
     with pytest.raises(
         ValueError, match=r"SRC: owner/name has c2i_B_256\.pt, c2i_L_256\.pt; .* owner/name/c2i_B_256\.pt"
@@ -101,7 +101,7 @@ def test_without_network_what_was_fetched_before_will_do(tmp_path, hub, monkeypa
 
 @pytest.mark.parametrize("path", ["owner/name", "owner/name/gpt.safetensors"])
 def test_llamagen_takes_a_repository_or_a_file_of_one(path, tmp_path, hub):
-    """As the other backbones do; a config.json of ours beside the file counts."""
+    """The other backbones accept both too. Our config.json next to the file is used."""
     backbone = tiny_llamagen(num_tokens=16)
     folder = repository(tmp_path, "owner/name")
     backbone.save_pretrained(folder)
@@ -112,7 +112,7 @@ def test_llamagen_takes_a_repository_or_a_file_of_one(path, tmp_path, hub):
 
 
 def test_a_damaged_config_is_not_taken_for_none(tmp_path):
-    """It was passed over, and the sizes guessed from the tensors."""
+    """It was once ignored, and the sizes were guessed from the tensors."""
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json: not JSON"):
         released.saved_config(llamagen.Architecture, tmp_path, "llamagen")

@@ -14,7 +14,9 @@ PARAMETERS = {"a": 70, "b": 5, "c": 1, "d": 33}
 
 
 def cut(num_ranks: int, seed: int) -> list[tuple[list[Piece], list[torch.Size]]]:
-    """For each rank its pieces and the shapes of its flat tensors: stretches in any order, with padding between."""
+    """For every rank its pieces and the shapes of its flat tensors: the pieces are in any order,
+    with padding between them.
+    """
     rng, found = random.Random(seed), []
     stretches = []
     for name, size in PARAMETERS.items():
@@ -71,7 +73,7 @@ def test_any_cut_is_read_from_any_other(tmp_path, seed):
                 for held, shape in zip(state, shapes, strict=True):
                     assert held["master"].shape == held["exp_avg"].shape == shape, "also where all is padding"
                     assert held["step"].item() == 7 and held["count"] == 3
-                for flat in range(len(shapes)):  # one at a time, as under NVMe
+                for flat in range(len(shapes)):  # one flat tensor at a time, as with offloading to NVMe
                     alone = sharded_state.read(
                         tmp_path / str(number), rank, num_ranks, saved_ranks, layout, shapes, flats=[flat]
                     )
@@ -123,7 +125,9 @@ def test_a_copy_does_not_follow_the_weights():
 
 
 def test_copies_that_all_ranks_hold_are_read_once(tmp_path):
-    """Without ZeRO every rank holds all: rank 0's file serves any number of ranks, also for moments in 8 bits."""
+    """Without ZeRO every rank holds everything: rank 0's file serves any number of ranks, also for
+    8-bit moments.
+    """
     layout, shapes = [Piece("a", 0, 0, 0, 70)], [torch.Size([70])]
     state = [{"master": torch.randn(70), "state1": torch.randint(9, (70,), dtype=torch.uint8)}]
     sharded_state.write(tmp_path, 0, layout, shapes, state)
@@ -135,7 +139,7 @@ def test_copies_that_all_ranks_hold_are_read_once(tmp_path):
 
 
 def test_nothing_that_is_read_keeps_the_file(tmp_path):
-    """A file that is mapped cannot be deleted on some network file systems, and its space is not freed on others."""
+    """Some network file systems cannot delete a mapped file, and others do not free its space."""
     write(tmp_path / "one", cut(1, 0))
     for cut_to in (cut(1, 0), cut(2, 0)):
         held = sharded_state.read(tmp_path / "one", 0, len(cut_to), 1, *cut_to[0])

@@ -1,4 +1,6 @@
-"""Files that would do harm, given to every reader: nothing in them is run, nothing lands outside."""
+"""Harmful files, given to every reader: nothing in them is executed, and nothing is written outside
+the set.
+"""
 
 import io
 import os
@@ -15,7 +17,7 @@ from tests.fuzz import fuzz
 
 
 class Payload:
-    """Unpickled, it makes a folder."""
+    """Unpickling it makes a folder."""
 
     def __init__(self, mark: Path):
         self.mark = mark
@@ -46,7 +48,7 @@ MEMBERS = {
 
 
 def with_member(folder: Path, name: str, content: bytes) -> None:
-    """Put a member into the first sample of a good set, in place of one of its name."""
+    """Put a member into the first sample of a good set, in place of one of its members."""
     path = folder / "00000.tar"
     with tarfile.open(path) as tar:
         found = [(member, tar.extractfile(member).read()) for member in tar]
@@ -64,7 +66,7 @@ def with_member(folder: Path, name: str, content: bytes) -> None:
 
 
 def readers() -> list:
-    """All readers; the fast tier has the training loader alone."""
+    """All readers. Only the training loader is in the fast tier."""
     slow = {name: [] if name == "training" else [pytest.mark.slow] for name in fuzz.READERS}
     return [pytest.param(name, marks=marks) for name, marks in slow.items()]
 
@@ -76,7 +78,7 @@ def test_it_is_refused_and_does_nothing(tmp_path, monkeypatch, name, reader):
     folder.parent.mkdir(parents=True)
     fuzz.write_good(folder)
     content = MEMBERS[name](mark)
-    if content[:2] == b"\x80\x04":  # it would do harm
+    if content[:2] == b"\x80\x04":  # shows that this payload works
         pickle.loads(content)
         mark.rmdir()
     with_member(folder, name, content)
@@ -86,7 +88,7 @@ def test_it_is_refused_and_does_nothing(tmp_path, monkeypatch, name, reader):
         found, told = fuzz.READERS[reader](folder)
     except ValueError as error:
         assert str(folder) in str(error) and "\n" not in str(error)
-    else:  # it skips the sample, or what it does not read anyway, and gives the others
+    else:  # the reader skips the sample, or ignores the member, and returns all other samples
         assert len(found) + told >= whole
     assert not mark.exists() and {path for path in tmp_path.rglob("*")} == before
     assert not Path("/tmp/escaped.txt").exists()
@@ -96,7 +98,7 @@ def test_it_is_refused_and_does_nothing(tmp_path, monkeypatch, name, reader):
     "place", ["pipe:touch {mark}", "pipe:touch {mark} |.tar", "file://{mark}", "ftp://host/set"]
 )
 def test_no_place_is_a_command(tmp_path, place, monkeypatch, capsys):
-    """Wherever a recipe or an option names shards or sources."""
+    """The same holds wherever a recipe or an option names shards or sources."""
     from data_tools import check_shards, encode_codes, inspect_shards, make_shards
     from mmtensorar.data import loader
     from tests.helpers.loading import make_recipe

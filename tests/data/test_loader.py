@@ -1,4 +1,6 @@
-"""The loader: what a rank receives is a pure function of (recipe, rank, world size), and damage is a sentence."""
+"""The loader: the batches of a rank depend only on recipe, rank and world size, and damage is one
+sentence.
+"""
 
 import json
 from itertools import islice
@@ -23,7 +25,10 @@ def folder(tmp_path_factory) -> Path:
 
 
 def take(recipe, count: int, *, rank=0, world_size=1, skip=0) -> list[tuple[list[int], list[bool]]]:
-    """The next batches as ([sample numbers], [uncond]); codes and captions must be of the same samples."""
+    """The next batches as ([sample numbers], [uncond]).
+
+    Codes and captions must belong to the same samples.
+    """
     batches = []
     stream = loader.stream(recipe, caption_encoder, rank=rank, world_size=world_size, skip_batches=skip)
     for codes, condition, uncond, *_ in islice(stream, count):
@@ -39,9 +44,11 @@ def numbers(batches) -> list[int]:
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_skipping_equals_having_read(folder, num_workers):
-    """A resumed run goes on with exactly the batches it would have seen: in an epoch, at its end, epochs later."""
+    """A resumed run reads exactly the batches it would have read: inside an epoch, at its end, and
+    epochs later.
+    """
     recipe = make_recipe(folder, num_workers=num_workers)
-    whole = take(recipe, 20)  # 80 rows of a set of 22
+    whole = take(recipe, 20)  # 80 rows from a set of 22 samples
     for skip in (1, 5, 14) if num_workers == 0 else (5,):
         assert take(recipe, 20 - skip, skip=skip) == whole[skip:]
 
@@ -61,7 +68,7 @@ def test_the_seed_changes_the_order_and_the_coins(folder):
 
 
 def test_without_shuffle_buffer_a_lane_is_read_in_its_order(folder):
-    """A batch of one row is one lane: the shards one after another."""
+    """A batch of one row is one lane, which reads the shards one after another."""
     seen = numbers(take(make_recipe(folder, batch_size=1, shuffle=0), 22))
     starts = {0: 5, 5: 7, 12: 6, 18: 4}
     while seen:
@@ -79,7 +86,7 @@ def many(tmp_path_factory) -> Path:
 def global_batches(
     folder: Path, world_size: int, num_workers: int, steps: int, *, skip: int = 0, grad_accum: int = 1
 ) -> list:
-    """Per step the samples and coins of all ranks, in the order of the global batch."""
+    """The samples and random draws of all ranks per step, in the order of the global batch."""
     recipe = make_recipe(folder, batch_size=16, num_workers=num_workers, shuffle=48, grad_accum=grad_accum)
     ranks = [
         take(recipe, steps * grad_accum, rank=rank, world_size=world_size, skip=skip * grad_accum)
@@ -97,7 +104,7 @@ def global_batches(
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
 def test_the_order_is_the_same_for_any_number_of_ranks_and_readers(many, world_size, num_workers):
-    steps = 15  # past two ends of an epoch, neither with a batch
+    steps = 15  # past the ends of two epochs, neither at the end of a batch
     assert global_batches(many, world_size, num_workers, steps) == global_batches(many, 1, 0, steps)
 
 
@@ -107,7 +114,7 @@ def test_the_order_is_the_same_for_any_accumulation(many, grad_accum):
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(many):
-    """2 ranks, then 1, then 4: no sample is lost or seen twice."""
+    """2 ranks, then 1, then 4: no sample is lost or read twice."""
     whole = global_batches(many, 1, 0, 14)
     parts = (
         global_batches(many, 2, 1, 5)
@@ -130,12 +137,11 @@ def test_the_uncond_rate_is_the_share_of_rows_without_prompt(folder):
 
 
 def test_ranks_share_the_shards_and_the_batch(tmp_path):
-    """In an epoch no two ranks see the same sample, and together they see all."""
+    """In an epoch no two ranks read the same sample, and together they read all samples."""
     folder = write_set(tmp_path / "set", [3] * 8)
     recipe = make_recipe(folder, batch_size=12, grad_accum=2)
-    parts = [
-        numbers(take(recipe, 4, rank=rank, world_size=2)) for rank in (0, 1)
-    ]  # 4 batches of 12 / (2 * 2)
+    # 4 batches of 12 / (2 * 2) rows.
+    parts = [numbers(take(recipe, 4, rank=rank, world_size=2)) for rank in (0, 1)]
     assert not set(parts[0]) & set(parts[1])
     assert sorted(parts[0] + parts[1]) == list(range(24))
 
@@ -186,7 +192,7 @@ def test_preflight_names_both_sides_of_a_mismatch(folder, other, sentence):
     ],
 )
 def test_classes_are_for_a_backbone_of_as_many_classes(tmp_path, encoder, sentence):
-    """A text-conditional model would be trained on the captions 0, 1 and 2, without a word."""
+    """A text-conditional model would be trained on the captions 0, 1 and 2 without an error."""
     folder = write_set(tmp_path / "set", [2])
     Manifest.read(folder).model_copy(update={"classes": ("cat", "dog", "owl")}).write(folder)
     recipe = make_recipe(folder)
@@ -198,7 +204,10 @@ def test_classes_are_for_a_backbone_of_as_many_classes(tmp_path, encoder, senten
 
 
 def test_fewer_shards_than_readers_are_noted(folder, capsys):
-    """webdataset would give some ranks nothing, in silence; here they begin at other places of the same shards."""
+    """webdataset would silently give some ranks nothing.
+
+    Here the ranks begin at different positions of the same shards.
+    """
     checks.preflight(make_recipe(folder, num_workers=2), fake_tokenizer(), caption_encoder, world_size=2)
     assert not capsys.readouterr().out
     checks.preflight(
@@ -217,7 +226,7 @@ def test_shards_without_codes_are_refused(tmp_path):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_damage_is_one_sentence_naming_shard_and_key(tmp_path, num_workers):
-    """Also out of a worker process, whose exceptions arrive wrapped in a traceback."""
+    """This also holds for damage in a worker process, whose exceptions arrive wrapped in a traceback."""
     folder = write_set(tmp_path / "set", [2, 2])
     for path in folder.glob("*.tar"):
         path.write_bytes(path.read_bytes()[:-10000])
@@ -227,7 +236,7 @@ def test_damage_is_one_sentence_naming_shard_and_key(tmp_path, num_workers):
 
 
 def test_a_code_outside_the_codebook_is_refused(tmp_path):
-    """On a GPU it would end in an assertion of the embedding kernel, far from its cause."""
+    """On a GPU it would fail in an assertion of the embedding kernel, far from its cause."""
     folder = write_set(tmp_path / "set", [1])
     codes = np.array([[[1], [1000]]], np.uint16)
     write_tar(folder / "00000.tar", [Sample("bad", {"txt": b"0", "codes.npy": encode_codes(codes)})])
@@ -256,8 +265,10 @@ def with_sets(recipe: SimpleNamespace, weights: dict[str, float]) -> SimpleNames
 def three(tmp_path_factory) -> list[Path]:
     """Sets of 30, 20 and 7 samples, numbered from 0, 100 and 200."""
     root = tmp_path_factory.mktemp("three")
-    return [write_set(root / name, counts, first=first) for name, counts, first in
-            (("a", [10, 20], 0), ("b", [5, 5, 10], 100), ("c", [3, 4], 200))]  # fmt: skip
+    return [
+        write_set(root / name, counts, first=first)
+        for name, counts, first in (("a", [10, 20], 0), ("b", [5, 5, 10], 100), ("c", [3, 4], 200))
+    ]
 
 
 def test_each_set_owns_rows_by_its_weight_and_has_epochs_of_its_own(three):
@@ -337,7 +348,7 @@ def test_preflight_looks_at_every_set(three, tmp_path):
 
 
 def damage(folder: Path, shard: str, keys: set[str], change) -> None:
-    """Change the members of some samples; the manifest keeps its numbers."""
+    """Change the members of some samples; the manifest keeps its counts."""
     samples = [
         Sample(sample.key, change(dict(sample.members))) if sample.key in keys else sample
         for sample in iterate_tar(folder / shard)
@@ -356,13 +367,17 @@ def with_wrong_code(members: dict) -> dict:
 
 @pytest.fixture
 def damaged(tmp_path) -> Path:
-    """40 samples in 4 shards; 3 and 25 have bad members, and the third shard is cut, which loses its last samples."""
+    """40 samples in 4 shards.
+
+    Samples 3 and 25 have bad members, and the third shard is truncated, which loses its last
+    samples.
+    """
     folder = write_set(tmp_path / "set", [10, 10, 10, 10])
     damage(folder, "00000.tar", {"000000003"}, without_caption)
     damage(folder, "00002.tar", {"000000021"}, with_wrong_code)
     content = (folder / "00002.tar").read_bytes()
     starts = sample_starts(folder / "00002.tar")
-    (folder / "00002.tar").write_bytes(content[: int(starts[7]) + 700])  # in the middle of the eighth
+    (folder / "00002.tar").write_bytes(content[: int(starts[7]) + 700])  # in the middle of the eighth sample
     return folder
 
 
@@ -378,7 +393,7 @@ def skipping(folder: Path, steps: int, *, rank=0, world_size=1, skip=0, num_work
 
 
 def test_a_damaged_sample_is_told_and_another_takes_its_place(damaged):
-    batches = skipping(damaged, 5)  # an epoch
+    batches = skipping(damaged, 5)  # one epoch
     seen = numbers([(batch, None) for batch, _ in batches])
     assert len(seen) == 40 and set(seen) == set(range(40)) - BAD
     sentences = [sentence for _, skipped in batches for sentence in skipped]
@@ -406,7 +421,7 @@ def test_what_takes_a_place_does_not_depend_on_ranks_readers_or_resuming(damaged
 def test_a_missing_shard_is_skipped_sample_by_sample(damaged):
     (damaged / "00001.tar").unlink()
     with pytest.raises(ValueError, match="the shard is missing"):
-        skipping(damaged, 1)  # before training
+        skipping(damaged, 1)  # reported before training starts
     (damaged / "00001.tar").write_bytes(b"")
     batches = skipping(damaged, 5)
     assert sum(len(skipped) for _, skipped in batches) == len(BAD) + 10
@@ -444,7 +459,7 @@ def test_validation_sees_every_sample_once_and_all_ranks_as_many_batches(many, w
 
 @pytest.mark.parametrize(("crops", "middle"), [(1, 0), (2, 0), (5, 4), (10, 4)])
 def test_validation_takes_the_middle_crop(tmp_path, crops, middle):
-    """As encode_codes writes them: four corners, the middle, and then the mirror images."""
+    """encode_codes writes crops in this order: four corners, the centre, and then their mirror images."""
     write_set(tmp_path / "set", [4, 3], crops=crops)
     recipe = make_recipe(tmp_path / "set")
     recipe.data = recipe.data.model_copy(

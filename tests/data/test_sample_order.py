@@ -1,4 +1,6 @@
-"""The order of samples: every sample once an epoch, blocks bounded, and nothing but seed and position decides."""
+"""The order of samples depends only on seed and position: each sample comes once per epoch, and
+blocks are bounded.
+"""
 
 import time
 import tracemalloc
@@ -32,7 +34,9 @@ def test_every_epoch_holds_every_sample_once(counts, rows, shuffle):
 
 @pytest.mark.parametrize(("counts", "rows", "shuffle"), CASES)
 def test_a_block_is_read_along_its_shards(counts, rows, shuffle):
-    """So reading is sequential: a shard of a block comes once, its samples rising, and the next block goes on behind it."""
+    """Reading is sequential: each shard of a block comes once, with rising samples, and the next
+    block starts where it ended.
+    """
     order = Order(counts, rows=rows, seed=1, shuffle=shuffle)
     lanes: dict[int, list[Location]] = {}
     for position in range(order.total):
@@ -71,7 +75,11 @@ def test_nothing_to_order_is_refused():
 
 
 def test_a_job_of_1024_ranks_and_8_readers_each():
-    """100,000 shards: each reader has rows, together they have every sample of an epoch once, planned in no time."""
+    """100,000 shards.
+
+    Every reader has rows, the readers together read each sample once per epoch, and planning takes
+    little time.
+    """
     tracemalloc.start()
     began = time.process_time()
     counts = np.random.default_rng(0).integers(900, 1100, 100_000)
@@ -85,7 +93,8 @@ def test_a_job_of_1024_ranks_and_8_readers_each():
             assert stop - first == 2
             rows[first:stop] += 1
     assert (rows == 1).all()
-    # Lanes are cut from one line without a gap, and are alike to a sample: no reader runs dry before another.
+    # Lanes are cut from one line without a gap, and their lengths differ by at most one sample, so
+    # no reader runs out before the others.
     bounds = np.array([order._bounds(Block(0, lane, 0))[0] for lane in range(batch_size)] + [order.total])
     lengths = np.diff(bounds)
     assert bounds[0] == 0 and lengths.sum() == counts.sum() and lengths.max() - lengths.min() <= 1

@@ -1,4 +1,7 @@
-"""Shards may come from anywhere: equal input gives equal bytes, and damage or malice is a sentence, never a crash."""
+"""Shards may come from anywhere.
+
+Equal input gives equal bytes; damaged or hostile input is one sentence, never a crash.
+"""
 
 import io
 import json
@@ -26,7 +29,10 @@ SAMPLES = [Sample("a", {"txt": b"one", "json": b"{}"}), Sample("b", {"txt": b"tw
 
 
 def write_members(path, members: list[tuple[str, bytes]], **attributes):
-    """A tar as anybody could make it. attributes: fields of each TarInfo, such as type and linkname."""
+    """A tar as anybody could make it.
+
+    attributes: fields of each TarInfo, such as type and linkname.
+    """
     with tarfile.open(path, "w") as tar:
         for name, content in members:
             info = tarfile.TarInfo(name)
@@ -59,10 +65,10 @@ def test_equal_samples_give_equal_bytes(tmp_path):
 
 
 def test_every_cut_is_noticed(tmp_path):
-    """tarfile takes a tar that ends between two members for a whole one: samples would be lost in silence."""
+    """tarfile accepts a tar that ends between two members as complete: samples would be lost silently."""
     whole = write_tar(tmp_path / "whole.tar", SAMPLES)
     content = (tmp_path / whole.name).read_bytes()
-    end = 6 * 512  # three members of one header and one block each
+    end = 6 * 512  # three members, with one header and one block each
     for length in (0, 1, 511, 512, 700, 1024, 1536, 2048, end - 512, end, end + 512, end + 1023):
         path = tmp_path / "cut.tar"
         path.write_bytes(content[:length])
@@ -109,7 +115,7 @@ def test_only_plain_files_are_read(tmp_path, kind):
 
 
 def test_a_compressed_tar_is_refused(tmp_path):
-    """Its size says nothing about what it unpacks to."""
+    """The size of a compressed tar does not show how much it unpacks to."""
     with tarfile.open(tmp_path / "x.tar", "w:gz"):
         pass
     assert "damaged" in sentence(tmp_path / "x.tar")
@@ -183,7 +189,7 @@ def test_random_damage_to_codes_is_always_a_sentence():
 
 
 def test_features_round_trip_and_are_checked():
-    """A feature that is not finite would end in a loss that is not, far from its cause."""
+    """A feature that is not finite would give a loss that is not finite, far from its cause."""
     features = np.arange(6, dtype=np.float16).reshape(3, 2)
     assert np.array_equal(decode_features(encode_features(features), "here"), features)
     for wrong in (npy(features.astype(np.float32)), npy(features[None]), b""):
@@ -210,7 +216,7 @@ def picture(mode="RGB", size=(4, 3), kind="PNG", **options) -> bytes:
 
 
 def test_transparent_parts_become_white():
-    """A bare conversion would show whatever colour lies under them, mostly black."""
+    """A bare conversion would show the colour under the transparent parts, which is mostly black."""
     image = decode_picture(picture("RGBA"), "here")
     assert image.mode == "RGB" and image.getpixel((0, 0)) == (255, 255, 255)
 
@@ -261,8 +267,17 @@ def test_manifest_round_trip_and_its_json(tmp_path):
     assert Manifest.read(tmp_path) == manifest
     written = json.loads((tmp_path / "manifest.json").read_text())
     assert list(written) == [
-        "format", "shards", "num_samples", "image_size", "codes", "text_features", "classes", "source", "seed", "made"
-    ]  # fmt: skip
+        "format",
+        "shards",
+        "num_samples",
+        "image_size",
+        "codes",
+        "text_features",
+        "classes",
+        "source",
+        "seed",
+        "made",
+    ]
     assert written["format"] == 1 and written["codes"] is None
     assert list(written["shards"][0]) == ["name", "num_samples", "sha256"]
 
@@ -310,7 +325,7 @@ def test_a_manifest_that_is_no_manifest(tmp_path, content):
 
 
 def test_a_set_is_replaced_as_a_whole(tmp_path):
-    """Until the commit the old set stays; after it no shard of the old set is left."""
+    """Until the commit the old set stays; after the commit no shard of the old set is left."""
     old = make_manifest(tmp_path, "00000.tar", "00001.tar")
     old.write(tmp_path)
     staging = Staging(tmp_path, "new")
@@ -323,7 +338,9 @@ def test_a_set_is_replaced_as_a_whole(tmp_path):
 
 @pytest.mark.parametrize("calls", range(1, 7))
 def test_a_commit_cut_off_anywhere_is_finished_later(tmp_path, monkeypatch, calls):
-    """Killed between any two renames, the folder has the old set, the new one, or no manifest; never a mixture."""
+    """After a kill between any two renames, the folder has the old set, the new set, or no
+    manifest, but never a mixture.
+    """
     import os
 
     old = make_manifest(tmp_path, "00000.tar", "00001.tar")
@@ -354,7 +371,7 @@ def test_a_commit_cut_off_anywhere_is_finished_later(tmp_path, monkeypatch, call
 def test_staged_shards_are_found_again_for_the_same_purpose_only(tmp_path):
     staging = Staging(tmp_path, {"seed": 1})
     shard = write_tar(staging.path / "00000.tar", SAMPLES)
-    assert not staging.finished("00000.tar")  # it is not said yet that it is whole
+    assert not staging.finished("00000.tar")  # it is not recorded as complete yet
     staging.record(shard)
     assert Staging(tmp_path, {"seed": 1}).finished("00000.tar") == shard
     assert not Staging(tmp_path, {"seed": 2}).finished("00000.tar")
@@ -362,7 +379,10 @@ def test_staged_shards_are_found_again_for_the_same_purpose_only(tmp_path):
 
 
 def test_a_square_is_the_centre_scaled_as_in_training():
-    """Halved by means of four pixels while that is possible; grey levels that one can check by eye."""
+    """The picture is halved by means of four pixels while possible.
+
+    The grey levels can be checked by eye.
+    """
     stripes = np.zeros((4, 8, 3), np.uint8)
     stripes[:, 2:4], stripes[:, 4:6] = 100, 200  # the centre's left and right half
     stripes[::2, 2:6] += 40

@@ -1,4 +1,6 @@
-"""Tars by their headers: as tarfile reads them, damage found where it is, hostile members never opened."""
+"""Reading tars by their headers: the result equals tarfile's, damage is located, hostile members
+are never opened.
+"""
 
 import io
 import struct
@@ -24,7 +26,10 @@ def write(path: Path, entries: dict[str, bytes], **options) -> Path:
     with tarfile.open(path, "w", **options) as tar:
         for number, (name, content) in enumerate(entries.items()):
             info = tarfile.TarInfo(name)
-            info.size, info.mtime = len(content), 1700000000.25 + number  # which needs an extended header
+            info.size, info.mtime = (
+                len(content),
+                1700000000.25 + number,
+            )  # a fraction of a second needs an extended header
             tar.addfile(info, io.BytesIO(content))
     return path
 
@@ -34,7 +39,7 @@ ENTRIES = {"a.txt": b"one", "a.jpg": b"x" * 512, "b.txt": b"", "c.json": b"y" * 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_all_forms_of_tar_are_read(tmp_path, form):
-    """Those of webdataset's writer have an extended header before each member."""
+    """webdataset's writer puts an extended header before each member."""
     long = "n" * (90 if form == tarfile.USTAR_FORMAT else 300) + ".txt"
     entries = ENTRIES | {long: b"z"}
     assert pairs(write(tmp_path / "a.tar", entries, format=form)) == list(entries.items())
@@ -105,7 +110,9 @@ def header(name: bytes, size: int, kind: bytes = b"0") -> bytes:
 
 
 def test_sizes_are_not_believed(tmp_path):
-    """A member larger than its file, and an extended header of gigabytes, end before anything is allocated."""
+    """A member larger than its file, or an extended header of gigabytes, is refused before anything
+    is allocated.
+    """
     path = tmp_path / "a.tar"
     path.write_bytes(header(b"a.txt", 2**32) + bytes(1024))
     with pytest.raises(tars.Damage, match="reaches beyond the end"):
@@ -113,7 +120,9 @@ def test_sizes_are_not_believed(tmp_path):
     path.write_bytes(header(b"x", 2**32, b"x") + bytes(1024))
     with pytest.raises(tars.Damage, match="an extended header of 4294967296 bytes"):
         pairs(path)
-    path.write_bytes(header(b"a.txt", -512) + bytes(1536))  # int() reads a sign too: this one would never end
+    path.write_bytes(
+        header(b"a.txt", -512) + bytes(1536)
+    )  # int() accepts a sign: this tar would be read for ever
     with pytest.raises(tars.Damage, match="expected a member's header"):
         pairs(path)
     record = b"22 size=99999999999999\n"

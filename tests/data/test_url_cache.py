@@ -1,4 +1,7 @@
-"""Shards over HTTP from a server that fails, stalls, truncates and lies; and the cache's bound with several processes."""
+"""Shards over HTTP from a server that fails, stalls, truncates and sends wrong bytes.
+
+Also the size limit of the cache, with several processes.
+"""
 
 import hashlib
 import io
@@ -30,7 +33,11 @@ pytestmark = pytest.mark.server
 
 
 class Server(ThreadingHTTPServer):
-    """files: path -> content. trouble: per path a list of what goes wrong, one a request, then nothing does."""
+    """A server for files, with planned failures.
+
+    files: path -> content. trouble: path -> list of failures, one per request. After them requests
+    succeed.
+    """
 
     daemon_threads = True
 
@@ -48,47 +55,63 @@ class Server(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
-    def do_GET(self):  # noqa: N802
+    def do_GET(self):
         name = self.path.removeprefix("/set/")
         self.server.requests.append((name, self.headers.get("Range")))
         trouble = self.server.trouble.get(name, [])
         now = trouble.pop(0) if trouble else None
         self.close_connection = True
-        if name not in self.server.files or isinstance(now, int):
-            return self.send_error(now if isinstance(now, int) else 404)
-        content, start = self.server.files[name], 0
+        if isinstance(now, int):
+            self.send_error(now)
+        elif name not in self.server.files:
+            self.send_error(404)
+        else:
+            self.send_content(self.server.files[name], now)
+
+    def send_content(self, content: bytes, now: str | None) -> None:
+        """Answer with the content from the start that the request asks for. now: what goes wrong."""
         if now == "lie":
             content = content[::-1]
-        if (wanted := self.headers.get("Range")) and now != "no range":
-            start = int(wanted.removeprefix("bytes=").rstrip("-"))
-            if start >= len(content):
-                return self.send_error(416)
+        wanted = self.headers.get("Range") if now != "no range" else None
+        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
+        if wanted and start >= len(content):
+            self.send_error(416)
+            return
         self.send_response(206 if start else 200)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         if now == "endless":
             self.end_headers()
-            while True:
-                try:
-                    self.wfile.write(bytes(2**16))
-                except OSError:
-                    return None
-        self.send_header("Content-Length", str(len(content) - start))
-        self.end_headers()
-        body = content[start:]
+            self.send_zeros()
+        else:
+            self.send_header("Content-Length", str(len(content) - start))
+            self.end_headers()
+            self.send_body(content[start:], now)
+
+    def send_zeros(self) -> None:
+        """Send zeros until the client closes the connection."""
+        while self.write(bytes(2**16)):
+            pass
+
+    def send_body(self, body: bytes, now: str | None) -> None:
         if now in ("cut", "stall", "slow"):
             self.wfile.write(body[: len(body) // 2])
             self.wfile.flush()
-            if now == "stall":
-                time.sleep(2)
-            if now != "slow":
-                return None
-            time.sleep(1.5)
             body = body[len(body) // 2 :]
+        if now == "stall":
+            time.sleep(2)
+        if now == "slow":
+            time.sleep(1.5)
+        if now not in ("cut", "stall"):
+            self.write(body)
+
+    def write(self, body: bytes) -> bool:
+        """Send bytes; False when the client has closed the connection."""
         try:
             self.wfile.write(body)
         except OSError:
-            pass
+            return False
+        return True
 
     def log_message(self, *_):
         pass
@@ -190,7 +213,7 @@ def test_a_server_without_ranges_begins_again(tmp_path, server):
 def test_the_bound_is_kept_and_the_longest_unused_goes(tmp_path, server):
     shards = [put(server, f"{number:05d}.tar", 100_000, seed=number) for number in range(5)]
     small = cache(tmp_path, 350_000)
-    for number in (0, 1, 2, 0, 3):  # 1 was used before 0 and 2 were
+    for number in (0, 1, 2, 0, 3):  # shard 1 was used before 0 and 2
         fetch(small, server, shards[number])
         assert sum(stored(tmp_path).values()) <= 350_000
         time.sleep(0.01)
@@ -322,7 +345,10 @@ def test_secrets_are_not_shown(tmp_path, server):
 
 
 def test_a_store_that_does_not_answer_is_tried_again_and_then_named(tmp_path, monkeypatch):
-    """What its library raises is no OSError; without credentials there is nothing to try again."""
+    """The library's error is not an OSError.
+
+    The test sets credentials, because without them nothing is tried again.
+    """
     store = pytest.importorskip("s3fs").S3FileSystem
     store.clear_instance_cache()
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -335,20 +361,22 @@ def test_a_store_that_does_not_answer_is_tried_again_and_then_named(tmp_path, mo
 
 
 def test_a_download_that_fails_keeps_no_room(tmp_path, server):
-    """A note of how much room it wants used to stay for ever, and nothing else fitted beside it."""
+    """A file that reserves room used to stay for ever after a failed download, and nothing else
+    fitted into the cache.
+    """
     one, two = put(server, "00000.tar", 60_000), put(server, "00001.tar", 60_000)
     server.trouble["00000.tar"] = ["lie", 404]
     small = cache(tmp_path, 100_000)
     with pytest.raises(ValueError):
         fetch(small, server, one)
     fetch(small, server, two)
-    (tmp_path / "orphan.want").write_text("90000")  # of a process that was killed
+    (tmp_path / "orphan.want").write_text("90000")  # left by a process that was killed
     os.utime(tmp_path / "orphan.want", (1, 1))
     fetch(cache(tmp_path, 100_000), server, one)
 
 
 def test_a_shard_that_cannot_be_had_is_asked_for_once(tmp_path, server, served):
-    """Each of its samples used to ask again, and each time for all that follow it."""
+    """Every sample of the shard used to ask again, and so did all samples after it."""
     manifest = Manifest.parse_bytes(server.files["manifest.json"], "x")
     name = manifest.shards[0].name
     server.files[name] = server.files[name][:-1] + b"x"
@@ -359,7 +387,9 @@ def test_a_shard_that_cannot_be_had_is_asked_for_once(tmp_path, server, served):
 
 
 def test_object_stores_go_through_fsspec(tmp_path, monkeypatch):
-    """fsspec's store in memory stands for them: resuming, truncation and a missing file work alike."""
+    """fsspec's in-memory store stands for them: resuming, truncation and a missing file work the
+    same way.
+    """
     import fsspec
 
     content = np.random.default_rng(0).bytes(3_000_000)

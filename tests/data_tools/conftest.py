@@ -1,4 +1,4 @@
-"""Folders of pictures to make shards of."""
+"""Folders of pictures to make shards from."""
 
 from pathlib import Path
 

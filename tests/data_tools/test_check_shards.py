@@ -1,4 +1,4 @@
-"""Checking, repairing and looking at shard sets; and that ordinary WebDataset readers read them."""
+"""Checking, repairing and inspecting shard sets; ordinary WebDataset readers can read them."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ def whole(tmp_path_factory) -> Path:
 
 
 def rewrite(folder: Path, name: str, change) -> None:
-    """Change the samples of a shard, hash and number with them."""
+    """Change the samples of a shard, and update its hash and count."""
     written = write_tar(folder / name, change(list(iterate_tar(folder / name))))
     manifest = Manifest.read(folder)
     changed = tuple(written if shard.name == name else shard for shard in manifest.shards)
@@ -53,7 +53,9 @@ def rewrite(folder: Path, name: str, change) -> None:
 
 @pytest.fixture
 def damaged(tmp_path, whole) -> Path:
-    """Of each kind one: a bad caption, a key that is in another shard, an equal picture, a cut tar."""
+    """One damage of every kind: a bad caption, a key that another shard has, a duplicate picture, a
+    truncated tar.
+    """
     folder = tmp_path / "set"
     shutil.copytree(whole, folder)
     first = next(iter(iterate_tar(folder / "00000.tar")))
@@ -74,8 +76,12 @@ def test_a_report_lists_every_problem_with_shard_and_key(tmp_path, damaged, caps
     assert check(damaged, "--report", tmp_path / "report.json", workers=workers) == 2
     found = json.loads((tmp_path / "report.json").read_text())
     assert {k: found[k] for k in ("ok", "shards", "samples", "read", "good")} == {
-        "ok": False, "shards": 4, "samples": 13, "read": 11, "good": 9
-    }  # fmt: skip
+        "ok": False,
+        "shards": 4,
+        "samples": 13,
+        "read": 11,
+        "good": 9,
+    }
     told = [(each["shard"], each["key"]) for each in found["problems"]]
     assert (
         ("00000.tar", "000000001") in told

@@ -1,4 +1,4 @@
-"""Encoding pictures: over ranks, in crops, in bf16."""
+"""Encoding pictures: over several ranks, in crops, in bf16."""
 
 import os
 import shutil
@@ -104,7 +104,7 @@ def test_two_ranks_go_on_where_one_stopped_and_end_with_the_same_bytes(tmp_path,
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_codes_written_in_one_pass_are_those_added_afterwards(tmp_path, plain, vq, monkeypatch, workers):
-    """Also when the pass is cut off while it encodes."""
+    """The same holds when the pass is interrupted while it encodes."""
     expected = copy(plain, tmp_path / "expected")
     assert encode(expected, vq) == 0
     arguments = [
@@ -143,11 +143,11 @@ def test_codes_written_in_one_pass_are_those_added_afterwards(tmp_path, plain, v
         for folder in (tmp_path / "set", expected)
     )
     assert tars == others and Manifest.read(tmp_path / "set").codes == Manifest.read(expected).codes
-    assert make_shards.main(arguments) == 0 and len(calls) == 6  # it is there
+    assert make_shards.main(arguments) == 0 and len(calls) == 6  # the set exists, so nothing is encoded
 
 
 def test_codes_and_text_features_in_one_pass(tmp_path, plain, vq):
-    """The bytes of three commands by one."""
+    """One command writes the same bytes as three commands."""
     from data_tools import encode_text
     from tests.helpers.fakes import write_tiny_t5
 
@@ -246,7 +246,9 @@ def test_bf16_is_recorded_and_looks_codes_up_in_full_precision(tmp_path, plain, 
 
 
 def test_llamagens_nearest_code_is_found_in_full_precision_under_autocast():
-    """1,000 rows so near to each other that bf16 cannot tell them apart; each is nearest to itself."""
+    """1,000 rows so close to each other that bf16 cannot distinguish them; the nearest code of
+    every row is the row itself.
+    """
     torch.manual_seed(0)
     rows = torch.nn.functional.normalize(1 + 1e-2 * torch.randn(1000, 8), dim=-1)
     codebook = llamagen_vq.Codebook(

@@ -1,4 +1,4 @@
-"""Text features in shards: what training reads from them is what the text encoder would have said."""
+"""Text features in shards: training reads from them what the text encoder would have computed."""
 
 import io
 import json
@@ -28,7 +28,7 @@ CAPTIONS = [
     "red red",
     "a " * 9,
     "a circle",
-]  # five tokens at most, the end included
+]  # five tokens at most, including the end token
 LENGTHS = [4, 2, 3, 3, 5, 3]
 CODES = Codes(image_tokenizer="fake", weight_hash="a" * 64, grid=(3, 3), factor_sizes=(11,), crops=1)
 
@@ -42,7 +42,7 @@ def t5(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory) -> Path:
-    """A text-conditional LlamaGen of 5 slots of 6 numbers."""
+    """A text-conditional LlamaGen with 5 slots of 6 numbers."""
     folder = tmp_path_factory.mktemp("backbone")
     tiny_llamagen("text").save_pretrained(folder)
     return folder
@@ -133,7 +133,7 @@ def test_only_the_real_tokens_are_stored_and_their_bytes_are_told(folder, t5, ca
     for caption, row in zip(CAPTIONS, features, strict=True):
         np.testing.assert_allclose(row, reference.features([caption])[0], atol=2e-3)
     assert [{k: v for k, v in sample.items() if k != "t5.npy"} for sample in members(folder)] == before
-    # A header and a block each: such features fill no second block.
+    # A header and a block per sample: features this small do not need a second block.
     assert (
         f"{6 * 1024} bytes in the shards, 1024 a caption: 1.02e+09 bytes (1.02 GB) per million captions"
         in printed
@@ -145,7 +145,7 @@ def test_only_the_real_tokens_are_stored_and_their_bytes_are_told(folder, t5, ca
 def test_encoding_twice_does_nothing_and_another_cleaning_replaces(folder, t5, capsys, monkeypatch):
     assert encode(folder, t5) == 0
     before = content(folder)
-    monkeypatch.setattr(encoders.T5Features, "_load", None)  # not even the encoder is read
+    monkeypatch.setattr(encoders.T5Features, "_load", None)  # not even the encoder is loaded
     assert encode(folder, t5) == 0 and content(folder) == before
     assert "reusing" in capsys.readouterr().out
     monkeypatch.undo()
@@ -174,7 +174,7 @@ def test_interrupted_encoding_goes_on_and_leaves_a_whole_set_meanwhile(folder, t
 
 
 def test_the_hash_is_of_the_encoder_in_any_layout(t5, tmp_path):
-    """Released files hold T5's decoder too, and some of them the embeddings twice."""
+    """Released files also hold T5's decoder, and some of them hold the embeddings twice."""
     state = load_file(t5 / "model.safetensors")
     twice = state["shared.weight"].clone()
     more = {"decoder.final_layer_norm.weight": torch.ones(6), "encoder.embed_tokens.weight": twice}
@@ -190,7 +190,10 @@ def test_the_hash_is_of_the_encoder_in_any_layout(t5, tmp_path):
 
 @pytest.mark.parametrize("skip", [0, 3])
 def test_live_and_cached_give_the_same_batches(folder, t5, backbone, skip):
-    """Up to the rounding to float16: order, codes, coins, places and padding are equal."""
+    """Features are equal up to the rounding to float16.
+
+    Order, codes, random draws, positions and padding are equal.
+    """
     assert encode(folder, t5) == 0
     batches = []
     for text_features in ("live", "cached"):
@@ -283,7 +286,7 @@ def test_mistakes_are_sentences(folder, t5, tmp_path, capsys):
 
 
 def test_features_that_float16_cannot_hold_are_refused(folder, t5, tmp_path, capsys):
-    """Infinite ones would end training at a loss that is not finite, days later."""
+    """Infinite features would end training days later, with a loss that is not finite."""
     state = load_file(t5 / "model.safetensors")
     state["encoder.final_layer_norm.weight"] *= 1e6
     loud = tmp_path / "loud"

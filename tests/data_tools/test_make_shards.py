@@ -1,4 +1,4 @@
-"""The command lines from pictures to codes: reproducible, resumable, and one sentence for whatever a user gets wrong."""
+"""The commands from pictures to codes: reproducible, resumable, and one sentence for every user error."""
 
 import io
 import json
@@ -59,7 +59,7 @@ def fails(capsys, code: int) -> str:
 
 @pytest.fixture
 def pictures(tmp_path) -> Path:
-    """A folder of three captioned pictures, in two sizes and one below another."""
+    """A folder of three captioned pictures in two sizes, one of them in a subfolder."""
     folder = tmp_path / "pictures"
     (folder / "more").mkdir(parents=True)
     for name, size, color in (
@@ -77,7 +77,7 @@ def pictures(tmp_path) -> Path:
 
 @pytest.mark.launch
 def test_the_same_seed_gives_the_same_bytes_with_one_and_two_workers(tmp_path):
-    """Run as a user runs it, from another folder."""
+    """The command runs as a user runs it, from another folder."""
     for workers in ("1", "2"):
         command = [
             sys.executable,
@@ -105,7 +105,9 @@ def test_the_same_seed_gives_the_same_bytes_with_one_and_two_workers(tmp_path):
 
 @pytest.mark.launch
 def test_the_tool_starts_without_torch():
-    """Worker processes import it again where processes are spawned; torch alone would cost seconds each."""
+    """Worker processes import the tool again where processes are spawned; importing torch alone
+    would cost seconds per process.
+    """
     command = (
         "import sys; sys.path[0] = '.'; import data_tools.make_shards; assert 'torch' not in sys.modules"
     )
@@ -287,7 +289,9 @@ def test_an_error_in_a_worker_process_is_a_sentence_too(tmp_path, pictures):
 
 @pytest.fixture
 def classes(tmp_path) -> Path:
-    """Three classes of one, two and one picture; a hidden folder, and a picture beside the classes."""
+    """Three classes of one, two and one picture, a hidden folder, and a picture outside the class
+    folders.
+    """
     folder = tmp_path / "classes"
     for name in ("n02/a.JPEG", "n10/a.png", "n10/deep/b.png", "cat/c.webp", ".cache/x.png", "readme.png"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -296,7 +300,10 @@ def classes(tmp_path) -> Path:
 
 
 def test_sorted_sub_folders_give_the_class_numbers(tmp_path, classes, capsys):
-    """As in torchvision's ImageFolder, which LlamaGen's models were trained with; the manifest keeps the names."""
+    """The order is that of torchvision's ImageFolder, with which LlamaGen's models were trained.
+
+    The manifest stores the names.
+    """
     assert make(tmp_path / "set", "--class-folder", classes, "--image-size", 16) == 0
     assert "in 3 classes" in capsys.readouterr().out
     manifest = Manifest.read(tmp_path / "set")
@@ -336,7 +343,7 @@ def test_a_caption_that_is_no_class_number_is_listed(tmp_path, classes, capsys):
 
 
 class FakeImageTokenizer:
-    """The mean red of each quarter of a 16-pixel picture, as one of 32 codes."""
+    """The mean red of every quarter of a 16-pixel picture, as one of 32 codes."""
 
     name, image_size, grid, factor_sizes = "fake", 16, (2, 2), (32,)
 
@@ -423,7 +430,9 @@ def test_what_does_not_fit_the_tokenizer_is_refused(tmp_path, monkeypatch, capsy
 
 
 def ramp_set(folder: Path, size: int) -> Path:
-    """Three pictures whose red rises from left to right, so that every crop and its mirror image differ."""
+    """Three pictures whose red rises from left to right, so that every crop differs from its mirror
+    image.
+    """
     folder.mkdir()
     for name, offset in (("a", 0), ("b", 5), ("c", 10)):
         pixels = np.tile(np.arange(size, dtype=np.uint8) * 10 + offset, (size, 1))
@@ -433,7 +442,9 @@ def ramp_set(folder: Path, size: int) -> Path:
 
 
 def test_ten_crops_are_corners_and_centre_and_their_mirror_images():
-    """By hand on a picture of 5 pixels a side cut to 2; a value is 10 times the row plus the column."""
+    """Computed by hand: a picture of 5 x 5 pixels is cut to 2 x 2. A value is 10 times the row plus
+    the column.
+    """
     pixels = (torch.arange(5)[:, None] * 10 + torch.arange(5)).expand(3, 5, 5)
     crops = encode_codes.crops_of(pixels, 2, 10)
     assert crops.shape == (10, 3, 2, 2)
@@ -443,7 +454,7 @@ def test_ten_crops_are_corners_and_centre_and_their_mirror_images():
 
 
 def test_ten_crops_are_cached_per_picture(tmp_path, monkeypatch, capsys):
-    """Each row of codes.npy is what encoding that crop alone gives, whatever the batch."""
+    """A row of codes.npy equals the codes of encoding that crop alone, for any batch size."""
     assert make(tmp_path / "set", "--folder", ramp_set(tmp_path / "in", 18), "--image-size", 18) == 0
     assert encode(tmp_path / "set", FakeImageTokenizer(), monkeypatch, "--crops", "10") == 0
     assert Manifest.read(tmp_path / "set").codes.crops == 10
@@ -470,7 +481,10 @@ def test_crops_need_larger_pictures_and_one_crop_the_exact_size(tmp_path, monkey
 
 
 def test_round_trip_with_the_janus_tokenizer_and_the_loader(tmp_path):
-    """make_shards -> encode_codes -> data.stream: codes that decode to pixels, beside their own captions."""
+    """make_shards -> encode_codes -> data.stream.
+
+    The codes decode to the pixels, and every sample has its own caption.
+    """
     from transformers.models.janus.configuration_janus import JanusVQVAEConfig
     from transformers.models.janus.modeling_janus import JanusVQVAE
 
@@ -520,7 +534,7 @@ def test_round_trip_with_the_janus_tokenizer_and_the_loader(tmp_path):
 
 
 def rewrite(folder: Path, change, *, hashed: bool = True) -> None:
-    """Apply `change(samples)` to the first shard; with `hashed`, the manifest goes along with it."""
+    """Apply `change(samples)` to the first shard; with `hashed`, also update the manifest."""
     manifest = Manifest.read(folder)
     first = manifest.shards[0]
     written = write_tar(folder / first.name, change(list(iterate_tar(folder / first.name))))
@@ -590,14 +604,13 @@ def test_every_problem_is_listed_not_only_the_first(tmp_path, capsys):
     done = capsys.readouterr()
     assert done.err.count("error: ") == 5 and done.err.count("sha256") == 2
     assert "sample 000000000: the caption is empty" in done.err and "00001.tar: damaged or cut" in done.err
-    assert (
-        "sample 000000003: no txt member" in done.err and "5 problems" in done.out
-    )  # the tar is cut in that sample
+    # The tar is truncated in the last sample that is named.
+    assert "sample 000000003: no txt member" in done.err and "5 problems" in done.out
 
 
 @pytest.mark.launch
 def test_hostile_and_missing_sets_are_one_sentence_from_the_command_line(tmp_path):
-    """A member that leaves its folder, and a folder that is not a set."""
+    """One set has a member whose name leaves the folder; one folder is not a set."""
     assert shapes(tmp_path / "set") == 0
     with tarfile.open(tmp_path / "set" / "00000.tar", "w") as tar:
         tar.addfile(tarfile.TarInfo("../../a.txt"))

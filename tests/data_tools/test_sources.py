@@ -1,4 +1,4 @@
-"""Any source to shards: each gives the same pictures with their own captions, and what is wrong in one is named."""
+"""Every source gives the same pictures with their own captions, and problems in a source are named."""
 
 import csv
 import io
@@ -43,7 +43,10 @@ def test_a_folder_with_json_captions(tmp_path, files):
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv"])
 def test_a_table(tmp_path, files, suffix):
-    """With a spreadsheet's byte order mark, a quoted comma and an empty line; other columns are kept."""
+    """The table has a spreadsheet's byte order mark, a quoted comma and an empty line.
+
+    Other columns are kept.
+    """
     path = files / f"list.{suffix}"
     with path.open("w", encoding="utf-8-sig", newline="") as file:
         writer = csv.writer(file, delimiter="\t" if suffix == "tsv" else ",")
@@ -141,7 +144,9 @@ def test_a_dataset_of_labels_takes_a_template(tmp_path, files, capsys):
 
 
 def test_tars_of_others(tmp_path, capsys):
-    """With ./ before names, folders, a pickle that is never opened, captions in txt, in json and made of a class number."""
+    """The names begin with ./, there are folders and a pickle that is never opened, and captions
+    are in txt, in json, or made from a class number.
+    """
     members = {"./": b"", "./a/": b""}
     for number, color in enumerate(COLORS):
         members[f"./a/{number}.PNG" if number % 2 else f"./a/{number}.png"] = picture(color)
@@ -162,8 +167,11 @@ def test_tars_of_others(tmp_path, capsys):
 
 
 def test_class_members_of_tars_keep_their_numbers(tmp_path, capsys):
-    members = {f"{number}.{kind}": value for number, color in enumerate(COLORS) for kind, value in
-               (("png", picture(color)), ("cls", str(number).encode()))}  # fmt: skip
+    members = {
+        f"{number}.{kind}": value
+        for number, color in enumerate(COLORS)
+        for kind, value in (("png", picture(color)), ("cls", str(number).encode()))
+    }
     write_tar(tmp_path / "theirs.tar", members)
     assert "add --class-names" in fails(capsys, make(tmp_path / "set", "--tars", tmp_path / "theirs.tar"))
     (tmp_path / "names.json").write_text(
@@ -178,7 +186,7 @@ def test_class_members_of_tars_keep_their_numbers(tmp_path, capsys):
 
 
 def test_our_own_shards_can_be_sharded_again(tmp_path):
-    """Pictures that have the size already stay as they are, byte for byte."""
+    """Pictures that already have the right size stay as they are, byte for byte."""
     assert make(tmp_path / "one", "--synthesize", "shapes", "--num-samples", 7) == 0
     arguments = ("--tars", tmp_path / "one", "--format", "keep", "--samples-per-shard", 3)
     assert make(tmp_path / "two", *arguments) == 0
@@ -310,7 +318,7 @@ def test_class_names_become_captions(tmp_path):
 
 @pytest.fixture
 def mixed(tmp_path) -> Path:
-    """Six good pictures and one of each kind that an option leaves out."""
+    """Six good pictures, and one of every kind that an option leaves out."""
     folder = tmp_path / "mixed"
     folder.mkdir()
     for color in COLORS:
@@ -368,7 +376,7 @@ def test_what_is_left_out_is_counted_and_listed(tmp_path, mixed, capsys):
     "size", [("--samples-per-shard", 2), ("--bytes-per-shard", "10K"), ("--samples-per-shard", 100)]
 )
 def test_the_bytes_do_not_depend_on_the_workers_or_on_interruptions(tmp_path, mixed, monkeypatch, size):
-    """Every stage is cut off once."""
+    """Every stage is interrupted once."""
     arguments = ("--folder", mixed, *FILTERS, *size, "--validation-share", 0.4)
     assert make(tmp_path / "one", *arguments) == 0
     command = [
@@ -403,7 +411,9 @@ def test_the_bytes_do_not_depend_on_the_workers_or_on_interruptions(tmp_path, mi
 
 
 def test_a_validation_split_takes_nothing_twice_and_does_not_move(tmp_path):
-    """The side of a picture depends on the picture alone, not on its caption, the seed, the order or the number of samples."""
+    """Whether a picture is in the validation split depends on the picture alone, not on its
+    caption, the seed, the order or the number of samples.
+    """
     for count, seed in ((60, 0), (90, 0), (60, 1)):
         folder = tmp_path / f"in{count}"
         folder.mkdir(exist_ok=True)
@@ -422,7 +432,7 @@ def test_a_validation_split_takes_nothing_twice_and_does_not_move(tmp_path):
 
 @pytest.mark.parametrize("kind", ["csv", "parquet", "tars"])
 def test_a_picture_with_several_captions_is_on_one_side(tmp_path, kind):
-    """COCO's layout: one row per caption. Split by the row, most pictures would be in both sets."""
+    """COCO's layout has one row per caption. If rows were split, most pictures would be in both sets."""
     import pyarrow.parquet
 
     rows = [
@@ -449,7 +459,10 @@ def test_a_picture_with_several_captions_is_on_one_side(tmp_path, kind):
 
 
 def test_our_own_set_again_keeps_what_it_knows(tmp_path, files):
-    """Classes, sizes before cropping, names; and not the tars of a work that was not finished, or the set itself."""
+    """The new set keeps classes, sizes before cropping, and names.
+
+    Tars of an unfinished run are not read, and a set is not made from itself.
+    """
     for color in COLORS:
         (files / color).mkdir()
         (files / f"{color}.png").rename(files / color / "1.png")
@@ -457,7 +470,9 @@ def test_our_own_set_again_keeps_what_it_knows(tmp_path, files):
     unfinished = tmp_path / "set" / ".unfinished-x"
     unfinished.mkdir()
     (unfinished / "00000.tar").write_bytes((tmp_path / "set" / "00000.tar").read_bytes())
-    assert make(tmp_path / "again", "--tars", tmp_path / "set", "--min-side", 20) == 0  # 20 before, 16 now
+    assert (
+        make(tmp_path / "again", "--tars", tmp_path / "set", "--min-side", 20) == 0
+    )  # the pictures were 20 pixels wide before cropping, and are 16 now
     assert Manifest.read(tmp_path / "again").classes == Manifest.read(tmp_path / "set").classes
     of = {sample.members["txt"]: json.loads(sample.members["json"]) for sample in made(tmp_path / "set")}
     assert {
@@ -481,7 +496,7 @@ def test_a_split_that_leaves_one_side_empty_writes_neither(tmp_path, captioned, 
 
 
 def test_pictures_that_would_take_all_memory(tmp_path, capsys):
-    """A line of 30,000 pixels, scaled as a whole to 384 at its shorter side, has 11 million columns."""
+    """A picture of 30,000 x 1 pixels, scaled to 384 at its shorter side, has 11 million columns."""
     folder = tmp_path / "in"
     folder.mkdir()
     for number, size in enumerate([(1, 30_000), (30_000, 1), (3, 200)]):
@@ -503,7 +518,7 @@ def test_pictures_with_16_bits_and_with_broken_exif(tmp_path):
     Image.new("RGB", (16, 16), "red").save(content_, "JPEG", exif=exif)
     good = content_.getvalue()
     rng = np.random.default_rng(0)
-    for number in range(200):  # of the EXIF block
+    for number in range(200):  # broken in the EXIF block
         broken = bytearray(good)
         broken[int(rng.integers(30, 60))] = int(rng.integers(256))
         (folder / f"{number}.jpg").write_bytes(bytes(broken))
@@ -544,7 +559,9 @@ def test_duplicates_by_picture_or_by_sample(tmp_path, captioned):
 
 
 def test_a_row_group_too_large_to_hold_is_refused(tmp_path, monkeypatch, capsys):
-    """pyarrow puts a million rows into one unless told otherwise, and a worker holds the pictures of one."""
+    """pyarrow writes a million rows into one row group by default, and a worker holds all pictures
+    of a row group.
+    """
     import pyarrow.parquet
 
     from data_tools.sources import parquet
@@ -580,7 +597,7 @@ def test_shards_hold_as_many_bytes_as_asked_for(tmp_path):
     sizes = [
         (tmp_path / "set" / shard.name).stat().st_size for shard in Manifest.read(tmp_path / "set").shards
     ]
-    assert len(sizes) > 2 and all(size <= 20_000 + 10_240 for size in sizes)  # a tar's end is padded
+    assert len(sizes) > 2 and all(size <= 20_000 + 10_240 for size in sizes)  # tars are padded at the end
     assert all(size > 10_000 for size in sizes[:-1])
     assert make(tmp_path / "other", *arguments) == 0
     assert made(tmp_path / "set") == made(tmp_path / "other")
@@ -659,12 +676,16 @@ def read(place: str, layout: Layout) -> Listing:
     return Listing(items(place, layout))
 
 
-SOURCE = Source("--squares", "squares of a color", read, arguments={"--num-squares": {"type": int, "default": 3}})
+ARGUMENTS = {"--num-squares": {"type": int, "default": 3}}
+SOURCE = Source("--squares", "squares of a color", read, arguments=ARGUMENTS)
 """
 
 
 def test_a_source_is_one_file(tmp_path, monkeypatch, capsys):
-    """Its option, its own arguments and their rule come and go with the file; the set is as of any source."""
+    """Its option, its arguments and their check exist only while the file does.
+
+    The set is made like that of any other source.
+    """
     folder = tmp_path / "plug_ins"
     folder.mkdir()
     monkeypatch.setattr(sources, "__path__", [*sources.__path__, str(folder)])
@@ -693,7 +714,7 @@ def test_a_source_is_one_file(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def banner(tmp_path) -> Path:
-    """Red, lime and blue side by side, three times as wide as high."""
+    """Red, lime and blue next to each other, three times as wide as high."""
     folder = tmp_path / "banner"
     folder.mkdir()
     image = Image.new("RGB", (96, 32), "red")

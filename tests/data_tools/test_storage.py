@@ -1,4 +1,5 @@
-"""Shards made from URLs, into URLs, and on Ray: the same content as from a disk, on a disk, in processes.
+"""Shards made from URLs, into URLs, and on Ray have the same content as local shards made by
+processes.
 
 The object store is moto's S3 server on this machine.
 """
@@ -44,14 +45,15 @@ def server():
     with pytest.MonkeyPatch.context() as patch:
         for name, value in CODES.items():
             patch.setenv(name, value)
-        patch.setenv("AWS_ENDPOINT_URL", "http://%s:%d" % server.get_host_and_port())
+        host, port = server.get_host_and_port()
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
         yield
     server.stop()
 
 
 @pytest.fixture
 def store(server, request):
-    """A bucket of the test's own."""
+    """A bucket that only one test uses."""
     import s3fs
 
     name = f"bucket-{abs(hash(request.node.nodeid))}"
@@ -64,7 +66,7 @@ def at(place) -> dict[str, bytes]:
 
 
 def tars_of(found: dict[str, bytes]) -> dict[str, bytes]:
-    """All but the manifest, which names the source."""
+    """All files except the manifest, which names the source."""
     return {name: value for name, value in found.items() if name.endswith(".tar")}
 
 
@@ -227,7 +229,7 @@ def test_a_set_in_a_store_has_the_content_of_one_on_a_disk(tmp_path, captioned, 
         ("" if name.startswith("set/") else "../") + name.removeprefix("set/"): value
         for name, value in at(store).items()
     }
-    assert found == expected  # and nothing unfinished is left
+    assert found == expected  # no unfinished files are left
 
 
 def test_training_reads_what_was_made_in_a_store(tmp_path, captioned, store):
@@ -345,7 +347,7 @@ def test_a_task_whose_worker_dies_is_tried_again(tmp_path, ray):
 
 
 def test_a_cluster_that_is_not_there(tmp_path, captioned):
-    """In a process of its own: the other tests' Ray runs in this one."""
+    """Runs in its own process, because the Ray of the other tests runs in this one."""
     import subprocess
     import sys
 

@@ -1,4 +1,6 @@
-"""DPG-Bench: official numbers with all their quirks, and corrected ones, on tables worked out by hand."""
+"""DPG-Bench: official numbers with all their quirks, and corrected numbers, on tables worked out by
+hand.
+"""
 
 import json
 from pathlib import Path
@@ -20,24 +22,24 @@ def question(item: str, number: int, parents: str = "0", category: str = "entity
 
 
 def said(*pictures: str) -> list[dict[int, str]]:
-    """One text per picture, y or n per question from 1."""
+    """Answers: one text per picture, with y or n for every question, starting at question 1."""
     return [
         {i: "yes" if letter == "y" else "no" for i, letter in enumerate(picture, 1)} for picture in pictures
     ]
 
 
-SKIPPED = question("first", 1)  # by the official mode
+SKIPPED = question("first", 1)  # skipped in the official mode
 
 
 def test_a_question_counts_while_its_parents_do():
-    """Down the table: 2 falls with 1, 3 with 2; the share of the picture is 1 of 4."""
+    """Down the table: 2 fails with 1, and 3 with 2; the picture scores 1 of 4."""
     rows = [SKIPPED, question("a", 1), question("a", 2, "1"), question("a", 3, "2"), question("a", 4)]
     assert official(rows, {"a": said("nyyy", "yyyy")}).per_prompt == {"a": [0.25, 1.0]}
     assert official(rows, {"a": said("nyyy", "yyyy")}).overall == 62.5
 
 
 def test_a_parent_further_down_counts_late():
-    """The official scorer has not zeroed it yet; the corrected one looks at all ancestors."""
+    """The official scorer has not zeroed that parent yet; the corrected scorer looks at all ancestors."""
     rows = [SKIPPED, question("a", 1, "2"), question("a", 2, "3"), question("a", 3)]
     assert official(rows, {"a": said("yyn")}).per_prompt == {"a": [1 / 3]}
     assert corrected(rows[1:], {"a": said("yyn")}).per_prompt == {"a": [0.0]}
@@ -46,7 +48,7 @@ def test_a_parent_further_down_counts_late():
 
 
 def test_a_missing_parent_drops_the_prompt_when_it_is_reached():
-    """After a parent that is 0 it is not; so whether a prompt fails depends on the answers."""
+    """It is not reached after a parent that is 0. So whether a prompt fails depends on the answers."""
     rows = [SKIPPED, question("a", 1), question("a", 2, "1,9"), question("b", 1)]
     answers = {"a": said("yy"), "b": said("y")}
     assert official(rows, answers).failed == ["a"] and official(rows, answers).overall == 100
@@ -67,7 +69,7 @@ def test_the_first_row_is_skipped_and_a_later_block_replaces_an_earlier_one():
     scores = official(rows, {"a": said("ny"), "b": said("yn")})
     assert scores.per_prompt == {"a": [1.0], "b": [1.0]}
     everything = corrected(rows, {"a": said("ny"), "b": said("yn"), "c": said("y")})
-    # Question 1 of b stands there twice.
+    # Question 1 of b occurs twice in the table.
     assert everything.per_prompt == {"a": [0.5], "b": [2 / 3], "c": [1.0]}
 
 
@@ -115,7 +117,7 @@ ROWS = "a,t,,1,0,x,y,entity - whole (cat),Is there a cat?\n" * 2
 
 
 def test_both_modes_are_printed_with_the_table_and_the_judge(tmp_path, capsys):
-    """The table's id is what git prints for the file."""
+    """The id of the table is the id that git prints for the file."""
     arguments = write(tmp_path, ROWS, {"item_id": "a", "image": 0, "answers": {"1": "yes"}})
     assert command.main([*arguments, "--judge", "a friend", "--out", str(tmp_path / "out.json")]) == 0
     printed = capsys.readouterr().out

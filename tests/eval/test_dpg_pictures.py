@@ -21,7 +21,9 @@ HEADER = (
 
 
 class Reader(judges.Judge):
-    """Answers yes if the question names the colour of the picture's first pixel; counts the questions."""
+    """Answers yes if the question names the colour of the picture's first pixel, and counts the
+    questions.
+    """
 
     name = "reader"
 
@@ -47,7 +49,7 @@ def judge(monkeypatch):
 
 @pytest.fixture
 def bench(tmp_path) -> Path:
-    """Items a and 7; of each: is it red, and if so, is it white?"""
+    """Items a and 7, both with the questions: is it red, and if so, is it white?"""
     folder = tmp_path / "dpg_bench"
     (folder / "prompts").mkdir(parents=True)
     table = HEADER
@@ -73,7 +75,10 @@ def run(bench: Path, *arguments) -> int:
 
 
 def test_grids_are_read_as_they_are_written(grids):
-    """Top left, top right, bottom left, bottom right; of fewer samples the first."""
+    """The order is top left, top right, bottom left, bottom right.
+
+    With fewer samples the first ones are read.
+    """
     (item, other), problems = pictures.survey(grids, ["7", "a"], num_samples=4, single=False)
     assert (item.id, other.id, problems) == ("7", "a", [])
     assert [sample.getpixel((3, 3)) for sample in item.samples(4)] == [
@@ -89,11 +94,12 @@ def test_from_grids_to_both_scores(bench, grids, judge, tmp_path, capsys):
     assert printed.index("official: DPG-Bench score") < printed.index("corrected: DPG-Bench score")
     assert "judge: reader" in printed and "NOT the official table" in printed
     summary = json.loads((out / "summary.json").read_text())
-    # The first question of the table, of item a, is skipped by the official mode; its child names it.
+    # The first question of the table (item a) is skipped in the official mode, but its child names
+    # it.
     assert summary["official"]["failed"] == ["a"] and summary["official"]["dpg_score"] == 25
     assert summary["corrected"]["dpg_score"] == 37.5 and summary["items_found"] == 2
     assert summary["answers_given"] == {"yes": 7, "no": 9}
-    # What was asked can be scored again, by the other command.
+    # The other command can score the recorded answers again.
     arguments = [
         "score",
         "--answers",
@@ -107,7 +113,7 @@ def test_from_grids_to_both_scores(bench, grids, judge, tmp_path, capsys):
 
 
 def test_an_interrupted_run_asks_nothing_twice(bench, grids, judge, tmp_path):
-    """Also when it was killed in the middle of a line; equal pictures are one picture."""
+    """Also when it was killed in the middle of a line. Equal pictures count as one picture."""
     out = tmp_path / "out"
     assert run(bench, "--images", grids, "--out", out) == 0
     assert judge.asked == 4 * 2, "of eight samples, four are different"
@@ -151,7 +157,7 @@ def odd(folder: Path) -> str:
 
 @pytest.mark.parametrize("damage", [missing, extra, twice, corrupt, odd])
 def test_what_is_not_as_it_should_be_is_an_error(damage, bench, grids, judge, tmp_path, capsys):
-    """--allow-partial scores the rest, marked."""
+    """With --allow-partial the rest is scored, and the score is marked."""
     sentence = damage(grids)
     out = tmp_path / "out"
     assert run(bench, "--images", grids, "--out", out) == 2
@@ -163,7 +169,9 @@ def test_what_is_not_as_it_should_be_is_an_error(damage, bench, grids, judge, tm
 
 
 def test_a_checkpoint(bench, ckpt, judge, tmp_path, capsys):
-    """Generated, asked, and handed on as the official script's grids; a second run makes nothing."""
+    """Pictures are generated, questions asked, and grids of the official script written; a second
+    run makes nothing.
+    """
     out = tmp_path / "out"
     assert run(bench, "--ckpt", ckpt, "--out", out) == 0
     assert "8 images made" in capsys.readouterr().out
@@ -220,7 +228,9 @@ def tiny(tmp_path_factory) -> judges.Judge:
 
 
 def test_a_batch_of_questions_is_answered_as_each_alone(tiny):
-    """Padding to the longest changes nothing; the answer depends on the picture or on the question."""
+    """Padding to the longest question changes nothing; the answer depends on the picture or on the
+    question.
+    """
     questions = ["is there a circle ?", "red ?", "is the circle red or is there a blue circle ?"]
     found = {}
     for color in (*COLORS, "black"):
@@ -245,7 +255,7 @@ def test_answers_of_chat_models():
 
 
 def test_the_cache_tells_pictures_apart():
-    """By pixels and size, not by file."""
+    """The key of the cache is made of pixels and size, not of the file."""
     one = Image.new("RGB", (2, 8))
     assert answers.image_hash(one) == answers.image_hash(one.copy())
     assert answers.image_hash(one) != answers.image_hash(Image.new("RGB", (8, 2)))

@@ -1,14 +1,12 @@
-"""Metrics on features: values one can work out on paper."""
+"""Metrics on features: values worked out on paper."""
 
 import json
 
 import numpy as np
 import pytest
 
-pytest.importorskip("scipy")
-
-from eval.fid import __main__ as command  # noqa: E402
-from eval.fid import score  # noqa: E402
+from eval.fid import __main__ as command
+from eval.fid import score
 
 
 def distance(one: np.ndarray, other: np.ndarray) -> float:
@@ -16,7 +14,7 @@ def distance(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def test_frechet_distance_by_hand():
-    """Equal sets 0; shifted by d |d|^2; twice as wide, per dimension (2 s - s)^2."""
+    """Equal sets: 0. Shifted by d: |d|^2. Twice as wide: (2 s - s)^2 per dimension."""
     points = np.random.default_rng(0).normal(size=(500, 3))
     assert distance(points, points) == pytest.approx(0, abs=1e-9)
     assert distance(points, points + [3, 4, 0]) == pytest.approx(25)
@@ -28,7 +26,7 @@ def test_frechet_distance_by_hand():
 
 
 def test_fewer_images_than_dimensions():
-    """The covariances are singular; the distance is still a number, and that of a set to itself 0."""
+    """The covariances are singular. The distance is still a number, and a set has distance 0 to itself."""
     points = np.random.default_rng(0).normal(size=(5, 20)).astype(np.float32)
     assert distance(points, points) == pytest.approx(0, abs=1e-4)
     with pytest.raises(ValueError, match="two or more images"):
@@ -38,7 +36,7 @@ def test_fewer_images_than_dimensions():
 
 
 def test_inception_score_by_hand():
-    """Sure of V classes alike: V. Undecided: 1. A short last split counts like the others."""
+    """Certain, and V classes equally often: V. Undecided: 1. A short last split counts like the others."""
     sure = np.eye(4, dtype=np.float32) * 1000
     assert score.inception_score(sure) == pytest.approx(4)
     assert score.inception_score(np.zeros((5, 4), np.float32)) == pytest.approx(1)
@@ -47,7 +45,9 @@ def test_inception_score_by_hand():
 
 
 def test_precision_and_recall_by_hand(monkeypatch):
-    """On a line, one neighbour: the reference's balls reach 1 far, the samples' 4."""
+    """Points on a line, one neighbour: the balls of the reference have radius 1, those of the
+    samples radius 4.
+    """
     reference = np.array([[0.0], [1], [10], [11]])
     samples = np.array([[0.5], [4.5], [20], [24]])
     assert score.precision_recall(reference, samples, neighbours=1) == (0.25, 0.5)
@@ -73,7 +73,7 @@ def test_the_command_computes_what_the_arrays_allow(tmp_path, capsys):
 
 
 def test_mistakes_are_sentences(tmp_path, capsys):
-    """Among them an array that only a pickle could hold."""
+    """One of the mistakes is an array that only a pickle could hold."""
     whole = np.ones((5, 2), np.float32)
     np.savez(tmp_path / "object.npz", ref_pool=np.array([{}], object))
     np.savez(tmp_path / "int.npz", ref_pool=whole.astype(int))

@@ -6,23 +6,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch_fidelity import metric_fid, metric_prc
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-pytest.importorskip("torch_fidelity")
-
-from torch_fidelity import metric_fid, metric_prc  # noqa: E402
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # noqa: E402
-
-from eval import layout  # noqa: E402
-from eval.fid import __main__ as command  # noqa: E402
-from eval.fid import features, inception, recorded, score, sources  # noqa: E402
-from mmtensorar import files  # noqa: E402
+from eval import layout
+from eval.fid import __main__ as command
+from eval.fid import features, inception, recorded, score, sources
+from mmtensorar import files
 
 WIDTH = 5
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A file as torch-fidelity's, with random weights."""
+    """A file like torch-fidelity's, with random weights."""
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "load", lambda *args, **kwargs: {})
@@ -34,7 +31,7 @@ def weights(tmp_path_factory):
 
 
 def noise(num: int, side: int = 16, seed: int = 0) -> np.ndarray:
-    """[num, side, side, 3] uint8; no two pictures alike."""
+    """Pictures of shape [num, side, side, 3], uint8, all different."""
     rng = np.random.default_rng(seed)
     ground = rng.integers(0, 256, (num, 1, 1, 3))
     return (ground + rng.integers(-60, 60, (num, side, side, 3))).clip(0, 255).astype(np.uint8)
@@ -63,7 +60,7 @@ def test_a_folder_and_an_npz_give_the_same_pictures(tmp_path, size):
 
 
 def test_generated_pictures_go_round_the_prompts(tmp_path):
-    """A split of the Inception score holds all classes."""
+    """So a split of the Inception score holds all classes."""
     for prompt in range(3):
         for image in range(2):
             path = layout.image_path(tmp_path, prompt, image)
@@ -110,7 +107,9 @@ def test_foreign_files_are_refused(tmp_path):
 
 @pytest.mark.slow
 def test_a_damaged_archive_is_a_sentence_wherever_it_is_damaged(tmp_path):
-    """Also within deflated content, whose error is zlib's, and for an array that is no archive."""
+    """Also inside deflated content, where zlib raises the error, and for an array that is not an
+    archive.
+    """
     np.savez_compressed(
         tmp_path / "whole.npz", arr_0=noise(30), mu=np.zeros(2048), sigma=np.zeros((2048, 2048))
     )
@@ -137,7 +136,7 @@ def test_a_damaged_archive_is_a_sentence_wherever_it_is_damaged(tmp_path):
 
 
 def test_an_interrupted_generation_is_not_taken_for_a_whole_one(tmp_path):
-    """Its record tells how many pictures there must be."""
+    """The record states how many pictures there must be."""
     for prompt in range(2):
         path = layout.image_path(tmp_path, prompt, 0)
         path.parent.mkdir(parents=True)
@@ -164,7 +163,7 @@ def test_pictures_of_two_sizes_and_damaged_ones_are_named(tmp_path):
 
 @pytest.mark.slow
 def test_the_three_tensors_of_adm(weights):
-    """Pool as torch-fidelity gives it; logits without bias; spatial from the 1x1 branch of Mixed_6d."""
+    """Pool as torch-fidelity computes it; logits without bias; spatial from the 1x1 branch of Mixed_6d."""
     network = inception.Inception.load(weights, torch.device("cpu"))
     pictures = noise(3, side=40)
     found = network(pictures)
@@ -192,7 +191,7 @@ def test_weights_of_something_else_are_refused(tmp_path, weights):
 
 
 def test_metrics_are_those_of_torch_fidelity():
-    """Where it has them: FID, precision and recall."""
+    """Compares the metrics that torch-fidelity has: FID, precision and recall."""
     rng = np.random.default_rng(0)
     one, other = (
         rng.normal(size=(60, 8)).astype(np.float32),
@@ -211,7 +210,7 @@ def test_metrics_are_those_of_torch_fidelity():
 
 
 def test_an_interrupted_run_goes_on(tmp_path):
-    """What was computed is not computed again; other pictures, or another network, are."""
+    """Features that were computed are not computed again, except for other pictures or another network."""
     calls = []
 
     def network(batch):
@@ -236,7 +235,7 @@ def test_an_interrupted_run_goes_on(tmp_path):
 
 @pytest.fixture
 def narrow(monkeypatch):
-    """The network's first few channels: the matrix root of all 2,048 takes half a minute."""
+    """Only the network's first channels: the matrix root of all 2,048 takes half a minute."""
     whole = inception.Inception.__call__
 
     def few(self, batch):
@@ -246,7 +245,7 @@ def narrow(monkeypatch):
 
 
 def test_from_pictures_to_the_summary(tmp_path, weights, narrow, monkeypatch, capsys):
-    """The statistics in the reference's file are used, if any; the same pictures are at distance 0."""
+    """If the reference's file holds statistics, they are used. The same pictures have distance 0."""
     pictures = noise(6)
     folder = write_folder(tmp_path / "mine", pictures)
     network = inception.Inception.load(weights, torch.device("cpu"))
@@ -275,7 +274,7 @@ def test_from_pictures_to_the_summary(tmp_path, weights, narrow, monkeypatch, ca
 
 
 def test_a_class_conditional_checkpoint(tmp_path, class_ckpt, ckpt, weights, narrow, capsys):
-    """As many pictures of each class; a second run makes none and finds the same."""
+    """Every class has equally many pictures. A second run makes none, and computes the same."""
     folder = write_folder(tmp_path / "ref", noise(5))
     out = tmp_path / "out"
     arguments = [

@@ -24,7 +24,9 @@ NUM_IMAGES = 2
 
 
 def draw_folder(folder: Path, *, wrong: int = 0) -> Path:
-    """Two prompts per skill, two correct pictures each; in the first `wrong` prompts one is empty."""
+    """Two prompts per skill with two correct pictures; in the first `wrong` prompts one picture is
+    empty.
+    """
     for index in range(2 * len(SKILLS)):
         rng = np.random.default_rng(index)
         scene = sample_scene(rng, SKILLS[index // 2])
@@ -152,7 +154,9 @@ def ask_for_a_bench(folder: Path) -> str:
     "damage", [remove_image, remove_prompt, cut_image, write_text_as_image, remove_metadata, ask_for_a_bench]
 )
 def test_damage_is_an_error_that_names_the_file(images, capsys, damage):
-    """The official scorer ignores missing pictures, which raises the score of a run that failed half-way."""
+    """The official scorer ignores missing pictures, which raises the score of a run that failed
+    half-way.
+    """
     named = damage(images)
     assert run("--images", images) == 2
     error = capsys.readouterr().err.splitlines()[-1]
@@ -172,7 +176,7 @@ def test_fewer_images_than_asked_for_is_an_error(images, capsys):
 
 
 def test_a_number_that_two_files_have_is_an_error(images, capsys):
-    """One of them was passed over in silence."""
+    """One of the two files was once ignored silently."""
     shutil.copy(layout.image_path(images, 1, 0), images / "00001" / "samples" / "0.png")
     shutil.copytree(images / "00002", images / "2")
     assert run("--images", images) == 2
@@ -213,7 +217,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_generation_resumes_and_refuses_other_settings(ckpt, tmp_path, capsys):
-    """Images that went missing are made again as they were; a folder of other settings is left alone."""
+    """Missing images are made again exactly; a folder with other settings is not changed."""
     command = (
         "--ckpt",
         ckpt,
@@ -249,7 +253,7 @@ def test_generation_resumes_and_refuses_other_settings(ckpt, tmp_path, capsys):
 
 
 def test_ranks_make_all_images_together(ckpt, tmp_path, monkeypatch):
-    """The first one scores, and waits for the others' images until then."""
+    """The first rank scores, and waits for the images of the other ranks before that."""
     command = (
         "--ckpt",
         ckpt,
@@ -371,7 +375,9 @@ def test_gallery_without_enough_images_is_an_error(scored, tmp_path, capsys):
 
 
 def test_the_report_shows_bars_and_pictures_and_nothing_of_it_can_run(scored, tmp_path):
-    """Names and reasons come from files of others: they are text on the page, whatever they say."""
+    """Names and reasons come from other people's files: on the page they are only text, whatever
+    they contain.
+    """
     text = (scored["worse"] / "report.html").read_text()
     for skill in (*SKILLS, "overall"):
         assert f"<td>{skill}<td" in text
@@ -397,7 +403,7 @@ def test_boxes_are_drawn_where_they_are():
 
 
 def save_checkpoint(run_dir: Path, model, step: int) -> None:
-    """As training leaves one, without training."""
+    """Save a checkpoint as training does, without training."""
     folder = run_dir / "checkpoints" / f"step_{step:06d}"
     folder.mkdir(parents=True)
     named = [(name, parameter.detach()) for name, parameter in model.named_parameters()]

@@ -1,4 +1,4 @@
-"""GenEval's prompts by their recipe, and scores of recorded detections."""
+"""GenEval's prompts made from their recipe, and scores of recorded detections."""
 
 import gzip
 import hashlib
@@ -16,7 +16,9 @@ CASES = Path(__file__).resolve().parents[3] / "shared" / "eval" / "geneval" / "s
 
 
 def test_the_prompts_are_the_official_ones_byte_for_byte():
-    """The hashes are of evaluation_metadata.jsonl and generation_prompts.txt of the original repository."""
+    """The hashes are those of evaluation_metadata.jsonl and generation_prompts.txt of the original
+    repository.
+    """
     metadata = "".join(json.dumps(prompt) + "\n" for prompt in prompts())
     assert (
         hashlib.sha256(metadata.encode()).hexdigest()

@@ -1,6 +1,6 @@
 """GenEval's verdict on cases worked out by hand.
 
-That it equals the official scorer's on 1,500 recorded images is shown by test_parity.py.
+test_parity.py shows that it equals the official scorer's verdict on 1,500 recorded images.
 """
 
 import numpy as np
@@ -21,7 +21,7 @@ def box(x: float, y: float, score: float = 0.95, side: float = 10) -> list[float
 
 
 def test_the_threshold_is_strict_and_in_float32():
-    """float32(0.3) as a double is above 0.3, but must not pass; the next float32 must."""
+    """float32(0.3) as a double is above 0.3, but must not pass; the next float32 must pass."""
     metadata = prompt("single_object", {"class": "star", "count": 1})
     assert (
         judge(metadata, {"star": [box(0, 0, 0.30000001192092896)]}, {}).reason == "expected star>=1, found 0"
@@ -63,18 +63,20 @@ def test_among_equal_scores_the_later_row_comes_first():
         (100, 50, "right of"),
         (50, 0, "above"),
         (50, 100, "below"),
-        # 50 apart on both axes; sizes sum to 20, so 48 are left: 48 / 70.7 = 0.68, above 0.5 on both.
+        # 50 apart on both axes; sizes sum to 20, so 48 are left: 48 / 70.7 = 0.68, above 0.5 on
+        # both.
         (0, 0, "left of and above"),
-        # 2 apart, and 0.1 * 20 = 2 do not count: no relation.
+        # 2 apart, and distances up to 0.1 * 20 = 2 do not count: no relation.
         (48, 50, ""),
-        # 3 apart: 1 is left, 1 / 3 = 0.33 by the unshrunk length, so still none.
+        # 3 apart: 1 is left, and 1 / 3 = 0.33 by the unshrunk length, so there is no relation
+        # either.
         (47, 50, ""),
         (45, 50, "left of"),  # 3 / 5 = 0.6
         (50, 50, ""),  # equal centres
     ],
 )
 def test_position_by_hand(x, y, relations):
-    """Both boxes are 10 x 10, the target's corner is at (50, 50)."""
+    """Both boxes are 10 x 10; the target's corner is at (50, 50)."""
     detections = {"star": [box(50, 50)], "ring": [box(x, y)]}
     target = {"class": "star", "count": 1}
     for relation in ("left of", "right of", "above", "below"):
@@ -96,7 +98,9 @@ def test_a_failed_target_is_named():
 
 
 def test_suppression_and_the_cut_before_it():
-    """Two equal boxes and a far one: suppression leaves two, but max_objects 2 drops the far one before."""
+    """Two equal boxes and a distant one: suppression leaves two, but max_objects 2 drops the
+    distant one before that.
+    """
     metadata = prompt("two_object", {"class": "star", "count": 2})
     stars = {"star": [box(0, 0, 0.9), box(0, 0, 0.8), box(50, 0, 0.7)]}
     assert judge(metadata, stars, {}).kept == {"star": 3}
@@ -127,24 +131,28 @@ def test_wilson():
 
 
 def test_equal_images_of_a_prompt_widen_the_interval():
-    """Four copies of one verdict say as much as one image: design effect 4 and one prompt's worth, at most.
+    """Four copies of one verdict hold as much information as one image: a design effect of at most
+    4.
 
-    10 prompts, half right, each four times: the clusters' variance is 10/9 * 10 * 4 / 40^2 = 1/36, the
-    independent one
-    1/4 / 40 = 1/160; their ratio 4.44 is cut to 4.
+    10 prompts, half right, each four times: the variance of the clusters is 10/9 * 10 * 4 / 40^2 =
+    1/36, and the independent variance is 1/4 / 40 = 1/160. Their ratio 4.44 is cut to 4.
     """
     copies = [[True] * 4] * 5 + [[False] * 4] * 5
     assert design_effect([copies]) == 4
     mixed = [[True, False, True, False]] * 10  # prompts all alike: never below 1
     assert design_effect([mixed]) == 1
-    assert design_effect([[[True] * 4] * 10]) == 4  # nothing to estimate it from: the cautious end
+    assert (
+        design_effect([[[True] * 4] * 10]) == 4
+    )  # nothing to estimate it from, so it takes the largest value
     results = [({"tag": "colors", "prompt": i}, v) for i, verdicts in enumerate(copies) for v in verdicts]
     skill = summarize(results)["skills"]["colors"]
     assert skill["interval"] == list(wilson(5, 10))
 
 
 def test_overall_is_the_mean_of_skills():
-    """8 images of one skill, 2 of the other: (1 + 0) / 2, not 8 / 10; not certain, though both are extreme."""
+    """8 images of one skill, 2 of the other: (1 + 0) / 2, not 8 / 10. The interval is not empty,
+    though both scores are extreme.
+    """
     results = [({"tag": "a", "prompt": i}, True) for i in range(8)] + [
         ({"tag": "b", "prompt": i}, False) for i in range(2)
     ]
@@ -162,7 +170,10 @@ def test_no_images_have_no_score():
 
 
 def test_the_bootstrap_agrees_with_the_interval():
-    """Also where a prompt's images are alike; all skills share one seed, or overall would not narrow."""
+    """Also where the images of a prompt are alike.
+
+    All skills share one seed, otherwise the interval of overall would be too narrow.
+    """
     rng = np.random.default_rng(0)
     results = []
     for skill in ("counting", "colors"):

@@ -1,4 +1,6 @@
-"""A new evaluator is one folder: options, generation, resuming and the summary come from eval/harness.py."""
+"""A new evaluator is one folder: options, generation, resuming and the summary come from
+eval/harness.py.
+"""
 
 import importlib
 import json
@@ -53,7 +55,7 @@ def main(arguments=None):
 
 @pytest.fixture
 def brightness(tmp_path, monkeypatch):
-    """The evaluator's main, its folder added to the package and taken away again."""
+    """The evaluator's main; its folder is added to the package, and removed afterwards."""
     folder = tmp_path / "evaluators" / "brightness"
     folder.mkdir(parents=True)
     (folder / "__init__.py").write_text("")
@@ -66,7 +68,7 @@ def brightness(tmp_path, monkeypatch):
 
 @pytest.fixture
 def images(tmp_path) -> Path:
-    """One white and one black picture for each of two prompts."""
+    """One white and one black picture for both of two prompts."""
     for prompt in range(2):
         for number, value in enumerate((255, 0)):
             path = layout.image_path(tmp_path / "images", prompt, number)
@@ -113,7 +115,7 @@ def test_a_new_evaluator_allows_partial_pictures(brightness, images, tmp_path):
 
 
 def test_a_new_evaluator_generates_and_resumes(brightness, tmp_path, capsys):
-    """Existing pictures are kept, a missing one is made again as it was, other settings are refused."""
+    """Existing pictures are kept, a missing picture is made again exactly, other settings are refused."""
     out = tmp_path / "out"
     arguments = ["--ckpt", str(CKPT), "--out", str(out), "--device", "cpu", "--seed", "7"]
     assert brightness(arguments) == 0

@@ -22,7 +22,10 @@ def logits_of(*probabilities) -> torch.Tensor:
 
 
 def test_the_score_is_the_class_times_the_mean_inside_the_mask():
-    """Two queries, two classes and none: four instances. A query's mask serves both its classes."""
+    """Two queries, two classes and "no object" give four instances.
+
+    The mask of a query is used for both classes.
+    """
     classes = logits_of([0.6, 0.3, 0.1], [0.2, 0.2, 0.6])
     masks = torch.full((2, 4, 4), -HOT)
     masks[0, 1:3, 1:4] = HOT
@@ -46,7 +49,7 @@ def test_an_empty_mask_gives_zeros():
 
 
 def test_padding_is_cut_off_before_the_mask_gets_the_pictures_size():
-    """The right half of the padded input is padding: what the model sees there is nowhere in the picture."""
+    """The right half of the padded input is padding: detections there are nowhere in the picture."""
     masks = torch.full((1, 4, 8), -HOT)
     masks[0, :, 4:] = HOT
     found = instances(logits_of([0.9, 0.1]), masks, (32, 64), (32, 30), (100, 94))
@@ -64,7 +67,7 @@ def test_only_the_likeliest_hundred_pairs_are_instances():
 
 
 def test_pictures_are_fitted_padded_and_normalised():
-    """Sizes as mmcv's: 512 x 512 -> 800 x 800; a long one is bound by 1333; padding is grey 128."""
+    """Sizes as mmcv's: 512 x 512 -> 800 x 800; a long picture is limited to 1333; padding is grey 128."""
     assert (
         fitted(512, 512) == (800, 800)
         and fitted(1000, 500) == (667, 1333)
@@ -80,7 +83,7 @@ def test_pictures_are_fitted_padded_and_normalised():
 
 
 def test_nonsense_is_noticed():
-    """A broken kernel once gave people scores for it."""
+    """A broken kernel once gave scores for nonsense, and people used them."""
     parts = torch.zeros(3, dtype=torch.int64), torch.zeros(3, 4)
     masks = torch.zeros(3, 2, 2, dtype=torch.bool)
     assert nonsense(Instances(*parts, torch.tensor([0.1, 0.2, 0.3]), masks)) is None
@@ -112,7 +115,7 @@ def classifier():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A Mask2Former of 80 classes and 100 queries, random."""
+    """A Mask2Former of 80 classes and 100 queries, with random weights."""
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
     torch.manual_seed(0)
@@ -142,7 +145,7 @@ def folder(tmp_path_factory):
 
 
 def test_the_pipeline_runs_from_pictures_to_scores(folder, classifier, tmp_path, monkeypatch, capsys):
-    """Suite geneval on pictures of two prompts: each has a verdict, and the summary names the models."""
+    """Suite geneval on pictures of two prompts: both get a verdict, and the summary names the models."""
     from eval.geneval import __main__ as command
     from eval.geneval.colors import ColorClassifier
     from eval.geneval.prompts import prompts
@@ -152,7 +155,7 @@ def test_the_pipeline_runs_from_pictures_to_scores(folder, classifier, tmp_path,
     monkeypatch.setattr(mask2former, "SHORTEST", 64)  # a tiny model needs no large picture
     monkeypatch.setattr(ColorClassifier, "load", lambda pretrained, device: classifier)
     rng = np.random.default_rng(0)
-    for number, index in enumerate((0, 300)):  # of the tags single_object and colors
+    for number, index in enumerate((0, 300)):  # prompts with the tags single_object and colors
         for image in range(2):
             path = image_path(tmp_path / "images", number, image)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -194,7 +197,7 @@ def test_the_pipeline_runs_from_pictures_to_scores(folder, classifier, tmp_path,
 
 
 class Seeing:
-    """A detector for self_test: sees prepared objects, by the number of the picture in the batch."""
+    """A detector for self_test: it returns prepared objects, by the number of the picture in the batch."""
 
     name, device = "seeing", torch.device("cpu")
 
@@ -225,7 +228,7 @@ def test_what_no_working_detector_does_is_refused():
 
 
 def test_the_drawings_show_something():
-    """Three different pictures, with the colours that are asked for in the middle of the object."""
+    """Three different pictures, with the requested colours in the middle of the object."""
     tests = self_test.drawings()
     assert len({test.image.tobytes() for test in tests}) == 3 and all(
         test.image.size == (512, 512) for test in tests
@@ -235,7 +238,7 @@ def test_the_drawings_show_something():
 
 
 def test_a_device_that_computes_otherwise_is_noticed(folder, classifier, monkeypatch):
-    """Here the CPU against itself, with weights that change on the way."""
+    """The device is the CPU itself here, with weights that change on the way."""
     monkeypatch.setattr(mask2former, "SHORTEST", 64)
     names = [str(number) for number in range(80)]
     detector = mask2former.Mask2FormerDetector.load(str(folder), names, classifier, torch.device("cpu"))
@@ -304,7 +307,7 @@ def as_mmdet(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         name = name.replace(".self_attn_layer_norm.", ".norms.1." if decoder else ".norms.0.")
         name = name.replace(".final_layer_norm.", ".norms.2." if decoder else ".norms.1.")
         name = name.replace(".self_attn.", ".attentions.1.attn." if decoder else ".attentions.0.")
-        if ".downsample." in name:  # [..., place column by column, C] -> [..., C, place row by row]
+        if ".downsample." in name:  # [..., position column by column, C] -> [..., C, position row by row]
             value = value.unflatten(-1, (4, -1))[..., [0, 2, 1, 3], :].transpose(-1, -2).flatten(-2)
         if part := re.search(r"\.([qkv])_proj\.", name):
             whole = (
@@ -351,12 +354,12 @@ def test_mmdet_weights_become_the_same_model(folder, mmdet_file, tmp_path):
 
 
 def test_patches_are_merged_as_by_unfolding():
-    """mmdet unfolds 2 x 2 places; transformers' module with the converted weights gives the same."""
+    """mmdet unfolds 2 x 2 positions; transformers' module with the converted weights computes the same."""
     from transformers.models.swin.modeling_swin import SwinPatchMerging
 
     torch.manual_seed(0)
     picture, norm, weight = torch.randn(1, 6, 4, 8), torch.randn(2, 24), torch.randn(12, 24)  # C = 6
-    unfolded = torch.nn.functional.unfold(picture, 2, stride=2).transpose(1, 2)  # [1, places, C * 4]
+    unfolded = torch.nn.functional.unfold(picture, 2, stride=2).transpose(1, 2)  # [1, positions, C * 4]
     theirs = torch.nn.functional.layer_norm(unfolded, (24,), *norm) @ weight.T
     merging = SwinPatchMerging(6)
     names = ("norm.weight", "norm.bias", "reduction.weight")
@@ -394,7 +397,9 @@ def test_files_that_are_no_mmdet_mask2former_are_refused(mmdet_file, tmp_path, c
 
 
 def test_a_folder_of_other_prompts_is_not_the_suite(tmp_path):
-    """One easy prompt again and again, or another one's, is told; another wording of a prompt is not."""
+    """A folder that repeats one easy prompt, or has another prompt, is reported; a prompt in other
+    words is not.
+    """
     from eval.geneval import suites
     from eval.geneval.evaluate import foreign_prompts
 

@@ -98,7 +98,7 @@ def remove(content: bytes, rng: Rng) -> bytes:
 
 
 def shuffle_blocks(content: bytes, rng: Rng) -> bytes:
-    """Swap, zero or double tar blocks."""
+    """Swap, zero or duplicate tar blocks."""
     blocks = [content[start : start + 512] for start in range(0, len(content), 512)]
     one, two = rng.integers(0, len(blocks), 2)
     choice = rng.integers(3)
@@ -122,7 +122,7 @@ def _with_checksum(header: bytearray) -> bytes:
 
 
 def change_header(content: bytes, rng: Rng) -> bytes:
-    """Change size, kind, name or checksum in one header. Usually its checksum is right again."""
+    """Change size, type, name or checksum in one header. Usually the checksum is corrected afterwards."""
     start = int(rng.choice(_headers(content)))
     header = bytearray(content[start : start + 512])
     choice = rng.integers(4)
@@ -163,7 +163,9 @@ def change_header(content: bytes, rng: Rng) -> bytes:
 
 
 def extended_header(content: bytes, rng: Rng) -> bytes:
-    """Put a pax or GNU header before a member: a long name, a huge size, broken records, or hundreds."""
+    """Put a pax or GNU header before a member: a long name, a huge size, broken records, or
+    hundreds of headers.
+    """
     start = int(rng.choice(_headers(content)))
     records = (
         b"30 path=../../../../etc/passw\n",
@@ -283,7 +285,7 @@ def other_members(samples: list[Sample], rng: Rng) -> list[Sample]:
 
 
 def other_samples(samples: list[Sample], rng: Rng) -> list[Sample]:
-    """Swap, double or remove samples, or give one the members of another."""
+    """Swap, duplicate or remove samples, or give one sample the members of another."""
     one, two = rng.integers(0, len(samples), 2)
     changed = list(samples)
     choice = rng.integers(4)
@@ -345,7 +347,7 @@ def _write_unchecked(path: Path, samples: list[Sample]) -> None:
 
 
 class Damage(NamedTuple):
-    """What was done to which file.
+    """The damage and the file that was damaged.
 
     left: number of samples that a reader without the manifest can know of.
     """

@@ -1,10 +1,10 @@
 """Damage good shards in many ways and check that every reader reports it: `python -m tests.fuzz`.
 
-Each case takes a good set, changes one of its files (bits, lengths, tar headers, names, arrays,
-pictures, captions, the manifest) and lets each reader read it. A reader must return every
-sample, or name the damaged file in one sentence (a ValueError), or, if it skips, count what is
-missing. Anything else is a failure: another exception, a process that dies, hangs or takes a
-lot of memory, and samples that are lost silently. Case i of a seed is always the same.
+A case takes a good set, changes one of its files (bits, lengths, tar headers, names, arrays,
+pictures, captions, the manifest) and lets every reader read it. A reader must return every sample,
+or name the damaged file in one sentence (a ValueError), or, if it skips, count what is missing.
+Anything else is a failure: another exception, a process that dies, hangs or takes a lot of memory,
+and samples that are lost silently. Case i of a seed is always the same.
 """
 
 from __future__ import annotations
@@ -32,14 +32,19 @@ BAD = ("crash", "hang", "memory", "silent loss")
 
 
 class Verdict(NamedTuple):
-    """kind: refused, unharmed, changed, skipped, or one of BAD. detail: the sentence, or what went wrong."""
+    """kind: refused, unharmed, changed, skipped, or one of BAD. detail: the sentence, or what went
+    wrong.
+    """
 
     kind: str
     detail: str = ""
 
 
 def judge(read: Reader, folder: Path, expected: int, is_changed: bool) -> Verdict:
-    """What a reader does with a damaged folder. expected: number of samples that it must account for."""
+    """The verdict on a reader with a damaged folder.
+
+    expected: number of samples that it must account for.
+    """
     try:
         names, num_missing = read(folder)
     except ValueError as error:
@@ -63,7 +68,7 @@ def judge(read: Reader, folder: Path, expected: int, is_changed: bool) -> Verdic
 
 
 def run_case(good: Path, work: Path, seed: int, case: int, readers: dict[str, Reader]) -> list[tuple]:
-    """(reader, what was done, verdict) of each reader on one case."""
+    """(reader, damage, verdict) for every reader on one case."""
     rng = np.random.default_rng([seed, case])
     folder = work / "set"
     shutil.rmtree(folder, ignore_errors=True)
@@ -73,7 +78,7 @@ def run_case(good: Path, work: Path, seed: int, case: int, readers: dict[str, Re
     verdicts = []
     for name, read in readers.items():
         expected = _announced(folder)
-        if "--tars" in name:  # tars alone do not say how many samples there were
+        if "--tars" in name:  # without the manifest, tars do not show how many samples there were
             expected = min(done.left, NUM_SHARDS * PER_SHARD)
         verdicts.append((name, done.what, judge(read, folder, expected, changed)))
     return verdicts
@@ -97,7 +102,7 @@ def serve(pipe, good: Path, work: Path, seed: int, readers: dict[str, Reader]) -
     while (case := pipe.recv()) is not None:
         try:
             pipe.send(run_case(good, work, seed, case, readers))
-        except Exception:  # a bug of the fuzzer, which must be seen too
+        except Exception:  # a bug of the fuzzer, which must be reported too
             pipe.send(Verdict("crash", f"of the fuzzer itself: {traceback.format_exc()}"))
 
 

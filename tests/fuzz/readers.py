@@ -27,7 +27,7 @@ def read_check(folder: Path) -> Result:
     for shard in manifest.shards:
         checked = check_shard(folder, shard, manifest)
         if checked.problems:
-            missing += PER_SHARD  # the report says that the shard is bad, and how
+            missing += PER_SHARD  # the report names the bad shard and the problem
         keys += [read.key for read in checked.read]
     return keys, missing
 

@@ -1,4 +1,4 @@
-"""The fuzzer: what it must find with readers that are wrong, and that ours give it nothing to find."""
+"""The fuzzer finds failures in readers that are wrong, and finds none in ours."""
 
 import os
 import signal
@@ -16,13 +16,13 @@ def test_our_readers_give_every_sample_or_a_sentence():
     counts, failures, tried = fuzz.fuzz(7, cases=range(200))
     assert not failures
     assert tried == 200 and sum(counts.values()) == tried * len(fuzz.READERS)
-    for name in fuzz.READERS:  # not all damage is of one kind
+    for name in fuzz.READERS:  # not all damage has the same effect
         assert counts[name, "refused"] > 10
     assert counts["training, skip", "skipped"] > 20
 
 
 def of_good_shards(folder):
-    """Reads as it should, but ends a damaged shard without a word."""
+    """A reader that reads correctly, but ends a damaged shard silently."""
     manifest = Manifest.read(folder)
     found = []
     for shard in manifest.shards:
@@ -68,7 +68,7 @@ def greedy(folder):
 def test_wrong_readers_are_found(reader, kind, tmp_path):
     _, failures, tried = fuzz.fuzz(0, cases=range(8), readers={"wrong": reader}, limit_s=0.5, keep=tmp_path)
     assert tried == 8 and any(kind in failure for failure in failures)
-    assert any(tmp_path.iterdir())  # the set that it failed at, to look into
+    assert any(tmp_path.iterdir())  # the set on which the reader failed, for inspection
 
 
 def test_a_case_is_always_the_same(tmp_path):

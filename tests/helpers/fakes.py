@@ -1,4 +1,4 @@
-"""Tiny random models, for tests that need no released one."""
+"""Tiny random models, for tests that need no released model."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ class FakeCache:
 
 
 class FakePrefix(nn.Module):
-    """Prompt ids -> embeddings; an uncond row keeps its length and loses its words."""
+    """Prompt ids -> embeddings. An uncond row keeps its length, but all its words become the same."""
 
     def __init__(self, dim: int, num_words: int):
         super().__init__()
@@ -56,7 +56,7 @@ class FakeEmbed(nn.Module):
 
 
 class FakeHead(nn.Module):
-    """Factor f sees the hidden state and the factors before it."""
+    """The input of factor f is the hidden state and the factors before f."""
 
     def __init__(self, dim: int, factor_sizes: tuple[int, ...]):
         super().__init__()
@@ -77,7 +77,10 @@ class FakeHead(nn.Module):
 
 
 class FakeBackbone(nn.Module):
-    """One causal attention layer. factor_sizes of length 1 or more; 2 is the factorised variant."""
+    """One causal attention layer.
+
+    factor_sizes: one size per factor, at least one; two give the factorised variant.
+    """
 
     def __init__(
         self, factor_sizes: tuple[int, ...] = (11,), num_tokens: int = 6, dim: int = 16, num_words: int = 9
@@ -100,7 +103,7 @@ class FakeBackbone(nn.Module):
         self.calls.append((B, S))
         start = 0 if cache is None else cache.length
         assert mask.shape == (B, start + S)
-        # Left padding must not shift the places of real tokens.
+        # Left padding must not shift the positions of real tokens.
         places = (mask.long().cumsum(1) - 1).clamp(min=0)[:, start:]
         x = embeds + self.places(places)
         q, k, v = self.qkv(x).chunk(3, dim=-1)
@@ -108,7 +111,8 @@ class FakeBackbone(nn.Module):
             k, v = cache.append(k, v)
         causal = torch.arange(start + S)[None] <= torch.arange(start, start + S)[:, None]
         visible = causal & mask[:, None, :]
-        # A padded row sees nothing; let it see itself rather than return NaN.
+        # A padded row attends to nothing. It attends to itself here, so that it does not become
+        # NaN.
         visible = visible | (torch.arange(start + S)[None] == torch.arange(start, start + S)[:, None])
         scores = (q @ k.transpose(1, 2) * D**-0.5).masked_fill(~visible, float("-inf"))
         return self.norm(x + scores.softmax(-1) @ v)
@@ -122,18 +126,20 @@ def fake_condition(batch: int = 3, length: int = 5) -> Condition:
 
 
 def tiny_janus(num_codes: int = 11, side: int = 3):
-    """A real Janus, random: width 16, side * side image tokens; it takes the words of fake_condition."""
+    """A real Janus with random weights: width 16, side * side image tokens. It accepts fake_condition."""
     from mmtensorar.backbones import janus
 
     text = dict(
         vocab_size=12, hidden_size=16, intermediate_size=24, max_position_embeddings=64, pad_token_id=PAD
     )
-    # The range is large enough that the likeliest token is not a matter of rounding.
+    # The range is so large that rounding does not change the most likely token.
     return janus.build(_janus_config(num_codes, side, initializer_range=0.3, **text))
 
 
 def write_tiny_janus(folder: Path, num_codes: int = 32, side: int = 4, width: int = 32) -> None:
-    """A random Janus with a word-level text tokenizer, in the released layout; its VQ model in folder/vq."""
+    """A random Janus with a word-level text tokenizer, in the released layout; its VQ model in
+    folder/vq.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import JanusForConditionalGeneration, PreTrainedTokenizerFast
 
@@ -178,7 +184,7 @@ def write_tiny_janus(folder: Path, num_codes: int = 32, side: int = 4, width: in
 
 
 def _janus_config(num_codes: int, side: int, *, hidden_size: int, **text):
-    """Two layers and two heads; text: the rest of the language model's settings."""
+    """Two layers and two heads. text: the other settings of the language model."""
     from transformers import JanusConfig
 
     heads = dict(num_attention_heads=2, num_key_value_heads=2)
@@ -207,7 +213,7 @@ def _janus_config(num_codes: int, side: int, *, hidden_size: int, **text):
 
 
 def tiny_janus_vq():
-    """Janus's VQ model as transformers has it, random: pictures of 6 pixels, 3 x 3 codes of 11."""
+    """Janus's VQ model as in transformers, with random weights: pictures of 6 pixels, 3 x 3 codes of 11."""
     from mmtensorar.image_tokenizers import janus_vq
 
     text = dict(vocab_size=12, intermediate_size=24)
@@ -215,7 +221,7 @@ def tiny_janus_vq():
 
 
 def tiny_llamagen_vq():
-    """LlamaGen's tokenizer, random: pictures of 8 pixels, 4 x 4 codes of 16."""
+    """LlamaGen's image tokenizer with random weights: pictures of 8 pixels, 4 x 4 codes of 16."""
     from mmtensorar.image_tokenizers import llamagen_vq
 
     sizes = dict(codebook_size=16, code_dim=4, ch=32, num_res_blocks=1, z_channels=8)
@@ -224,7 +230,9 @@ def tiny_llamagen_vq():
 
 
 def tiny_lfq(**changes):
-    """Open-MAGVIT2's tokenizer, random: pictures of 6 pixels, 3 x 3 codes of 2 + 3 bits."""
+    """Open-MAGVIT2's image tokenizer with random weights: pictures of 6 pixels, 3 x 3 codes of 2 +
+    3 bits.
+    """
     from mmtensorar.image_tokenizers import open_magvit2_lfq
 
     sizes = dict(ch=32, ch_mult=(1, 1), num_res_blocks=1, factorized_bits=(2, 3), image_size=6) | changes
@@ -232,7 +240,9 @@ def tiny_lfq(**changes):
 
 
 def tiny_llamagen(condition: str = "class", **changes):
-    """A real LlamaGen, random: width 16, 9 image tokens; its captions have 5 slots of 6 numbers."""
+    """A real LlamaGen with random weights: width 16, 9 image tokens; its captions have 5 slots of 6
+    numbers.
+    """
     from mmtensorar.backbones import llamagen
 
     sizes = dict(dim=16, num_layers=2, num_heads=2, num_kv_heads=1, ffn_dim=24, vocab_size=11, num_tokens=9)
@@ -243,7 +253,8 @@ def tiny_llamagen(condition: str = "class", **changes):
     with torch.no_grad():
         for parameter in backbone.parameters():
             if parameter.ndim > 1:
-                # Large enough that the likeliest token is not a matter of rounding; the head starts at zero.
+                # So large that rounding does not change the most likely token; the head starts at
+                # zero.
                 parameter.normal_(std=0.5)
     return backbone
 
@@ -279,7 +290,7 @@ def llamagen_condition(backbone, batch: int = 3) -> Condition:
 
 
 def tiny_open_magvit2(side: int = 3):
-    """A real Open-MAGVIT2, random: width 32, side * side tokens of 2 + 3 bits, 5 classes."""
+    """A real Open-MAGVIT2 with random weights: width 32, side * side tokens of 2 + 3 bits, 5 classes."""
     from mmtensorar.backbones import open_magvit2
 
     config = open_magvit2.Architecture(
@@ -295,7 +306,7 @@ def tiny_open_magvit2(side: int = 3):
     backbone = open_magvit2.OpenMagvit2Backbone(config)
     with torch.no_grad():
         for parameter in backbone.parameters():
-            # Large enough that the likeliest token is not a matter of rounding; norms stay about 1.
+            # So large that rounding does not change the most likely token; norms stay about 1.
             parameter.copy_(torch.randn(parameter.shape) * 0.3 + (parameter.ndim == 1))
     return backbone
 
@@ -306,7 +317,9 @@ def class_condition(*classes: int) -> Condition:
 
 
 def write_tiny_vlm(folder: Path) -> None:
-    """A random LLaVA, in Hugging Face's layout, that answers one of five words about 8 x 8 pictures."""
+    """A random LLaVA in Hugging Face's layout, which answers questions about 8 x 8 pictures with
+    one of five words.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
         CLIPImageProcessor,
@@ -372,7 +385,7 @@ def write_tiny_vlm(folder: Path) -> None:
             vision_feature_layer=-2,
         )
     )
-    with torch.no_grad():  # nothing but the first words can be said
+    with torch.no_grad():  # only the first words can be generated
         model.lm_head.weight[[0, 1, 2, 4, *range(10, len(words))]] = 0
         model.lm_head.weight[5:10] *= 10
     model.save_pretrained(folder)

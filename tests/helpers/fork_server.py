@@ -1,11 +1,12 @@
 """A process that has imported everything and forks one child for each run that a test asks for.
 
-Importing torch, transformers, deepspeed and this package takes about 10 seconds. A fork of a process
-that has done it starts in a tenth of a second. The server itself starts no thread and no process group,
-so a child is as good as a fresh process.
+Importing torch, transformers, deepspeed and this package takes about 10 seconds. A fork of a
+process that has imported them starts in a tenth of a second. The server itself starts no thread and
+no process group, so a child is as good as a fresh process.
 
-Run as a module, this file is the server: it reads one JSON request a line from standard input and
-answers each with one JSON line on standard output. When its input ends, it kills the runs that are left.
+Run as a module, this file is the server: it reads one JSON request per line from standard input,
+and answers every request with one JSON line on standard output. When its input ends, it kills the
+runs that are left.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """The environment of a run on CPU: this process's own without what launchers set, plus `changes`."""
+    """The environment of a run on CPU: this process's own without the variables of launchers, plus
+    `changes`.
+    """
     kept = {name: value for name, value in os.environ.items() if name not in OF_LAUNCHERS}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     # With more threads than cores, the ranks of gloo wait for each other.
@@ -39,7 +42,7 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 class Run:
-    """A forked run. pid: its process, which leads a process group of its own."""
+    """A forked run. pid: its process, which leads its own process group."""
 
     def __init__(self, server: ForkServer, command: list[str], pid: int, out: Path, err: Path):
         self.args, self.pid, self.returncode = command, pid, None
@@ -61,7 +64,7 @@ class Run:
         return code
 
     def kill(self) -> None:
-        """Kill the run with all processes of its group, if any are left, and collect it."""
+        """Kill all processes of the run's group that are left, and collect the run."""
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self.wait(60)
@@ -140,7 +143,7 @@ class ForkServer:
 
 @functools.cache
 def shared() -> ForkServer:
-    """The one server of this test process, started at its first use; conftest.py closes it at the end."""
+    """The one server of this test process. It starts at its first use; conftest.py closes it at the end."""
     return ForkServer()
 
 
@@ -153,7 +156,7 @@ def close_shared() -> None:
 # ---- the server's side ---------------------------------------------------------------------------
 
 
-# What runs import, also late: inside functions, or through transformers' lazy modules.
+# Imports of the runs, including late ones: inside functions, or through transformers' lazy modules.
 IMPORTS = (
     "deepspeed",
     "torch.utils.tensorboard",
@@ -168,12 +171,12 @@ IMPORTS = (
 
 def import_everything() -> None:
     for name in IMPORTS:
-        with suppress(ImportError):  # an extra that is not installed; who needs it fails later
+        with suppress(ImportError):  # an extra that is not installed; runs that need it fail later
             importlib.import_module(name)
 
 
 def become(request: dict) -> None:
-    """In the child: turn into the run that was asked for, and end as it ends."""
+    """In the child: become the requested run, and end as it ends."""
     os.setsid()
     redirect = {0: (os.devnull, os.O_RDONLY)}
     for number, key in ((1, "out"), (2, "err")):
@@ -208,7 +211,7 @@ def exit_code(pid: int) -> int | None:
 def serve() -> None:
     import_everything()
     running, codes = set(), {}
-    # Bytes, read without a buffer of Python's: a child must not inherit half a request.
+    # Reads bytes without Python's buffer: a child must not inherit half a request.
     requests = os.fdopen(os.dup(0), "rb", buffering=0)
     while line := requests.readline():
         request = json.loads(line)

@@ -1,4 +1,4 @@
-"""What the product's modules import, read from the source without importing them."""
+"""The imports of the product's modules, read from the source without importing them."""
 
 import ast
 from pathlib import Path

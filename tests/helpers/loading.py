@@ -17,7 +17,10 @@ GRID, NUM_CODES = (1, 2), 1000
 
 
 def write_set(folder: Path, counts: list[int], crops: int = 1, first: int = 0) -> Path:
-    """Shards in which sample i, from first on, has the caption "i" and the codes [i, i]; crop a of several has [i, a]."""
+    """Write shards in which sample i has the caption "i" and the codes [i, i].
+
+    Numbers start at `first`. With several crops, crop a of sample i has the codes [i, a].
+    """
     folder.mkdir()
     image = io.BytesIO()
     Image.new("RGB", (8, 8)).save(image, "JPEG")
@@ -61,7 +64,7 @@ class NumberEncoder:
         return Condition(values, torch.ones_like(values, dtype=torch.bool))
 
     def to(self, device: torch.device) -> None:
-        """Nothing to compute."""
+        """Nothing to move."""
 
     def identity(self) -> None:
         """No text features."""

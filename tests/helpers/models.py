@@ -1,4 +1,4 @@
-"""Small models for tests, and what tests ask of a TensorAR that the product does not."""
+"""Small models for tests, and functions of a TensorAR that only tests need."""
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ LINEAR = FixedSchedule("linear")
 
 
 def wrap(backbone, window: int, *, depth: int = 1, schedule=LINEAR, weights=None, **options) -> TensorAR:
-    """A TensorAR with a fresh codec around the backbone itself, not a copy."""
+    """A TensorAR with a fresh codec around the backbone itself, not around a copy."""
     codec = [None, None]
     if window > 1:
         shape = {"num_heads": 2, "depth": depth}
@@ -32,14 +32,14 @@ def wrap(backbone, window: int, *, depth: int = 1, schedule=LINEAR, weights=None
 
 @torch.no_grad()
 def open_codec(model: TensorAR) -> TensorAR:
-    """Move the projections off zero, as training does, so that the codec takes part."""
+    """Move the projections away from zero, as training does, so that the codec has an effect."""
     for part in (model.encoder, model.decoder):
         part.layers[-1].output.weight.normal_(std=0.5)
     return model
 
 
 def random_codes(backbone) -> Tensor:
-    """[B, T, F]."""
+    """Random codes of shape [B, T, F]."""
     shape = (BATCH, backbone.num_tokens)
     return torch.stack([torch.randint(size, shape) for size in backbone.factor_sizes], dim=-1)
 

@@ -1,7 +1,7 @@
-"""Training runs as a user starts them, and what they leave in their run folders.
+"""Training runs as a user starts them, and the contents of their run folders.
 
-A `bench` is a folder with recipe.yaml, the models it names, and shards (see conftest.py); its runs lie
-in bench/runs. Runs are forked (see fork_server.py) unless a test is about a launcher.
+A `bench` is a folder with recipe.yaml, the models that it names, and shards (see conftest.py); its
+runs are in bench/runs. Runs are forked (see fork_server.py) unless a test is about a launcher.
 """
 
 from __future__ import annotations
@@ -29,13 +29,16 @@ from tests.helpers.shards import write_shards
 
 TRAIN = ROOT / "mmtensorar" / "train.py"
 SIDE, NUM_CODES = 4, 32  # 4x4 tokens out of 32 codes
-# Adam's first update is lr times the sign of the gradient. Without a large eps it turns rounding noise
-# in a gradient near zero into a full step, and a comparison would be of noise.
+# Adam's first update is lr times the sign of the gradient. Without a large eps, rounding noise in a
+# gradient near zero becomes a full step, and a comparison would only compare noise.
 ALIKE = ("optim.eps=0.01", "train.grad_accum=1")
 
 
 def write_bench(folder: Path) -> Path:
-    """A tiny Janus, its image tokenizer, shards, and a recipe of 4 steps in float32; returns the folder."""
+    """Write a tiny Janus, its image tokenizer, shards, and a recipe of 4 steps in float32.
+
+    Returns the folder.
+    """
     write_tiny_janus(folder / "janus", NUM_CODES, SIDE)
     recipe = {
         "run": {"name": "unnamed", "out": str(folder / "runs")},
@@ -62,7 +65,7 @@ def free_port() -> int:
 
 
 def fork_ranks(*command: object, ranks: int = 1, cwd: Path = ROOT, **variables: str) -> list[fork_server.Run]:
-    """Fork `python COMMAND`, once for each rank; several ranks form a gloo group, as under a launcher."""
+    """Fork `python COMMAND` once for each rank; several ranks form a gloo group, as under a launcher."""
     server = fork_server.shared()
     if ranks == 1:
         return [server.start(*command, env=environment(**variables), cwd=cwd)]
@@ -81,7 +84,10 @@ def fork_ranks(*command: object, ranks: int = 1, cwd: Path = ROOT, **variables: 
 
 
 def finish_ranks(started: list[fork_server.Run], *, timeout_s: float) -> subprocess.CompletedProcess:
-    """Wait for all ranks. Raises AssertionError when their exit codes differ: each must end by itself."""
+    """Wait for all ranks.
+
+    Raises AssertionError when their exit codes differ: every rank must end by itself.
+    """
     try:
         done = [run.communicate(timeout_s=timeout_s) for run in started]
     finally:
@@ -101,7 +107,7 @@ def run(bench: Path, *arguments: str, ranks: int = 1) -> subprocess.CompletedPro
 def launch(bench: Path, *arguments: str, ranks: int) -> subprocess.Popen:
     """Train through the deepspeed launcher.
 
-    It gets a process group of its own, which is what Ctrl-C in a terminal reaches.
+    It gets its own process group, which is what Ctrl-C in a terminal reaches.
     """
     launcher = Path(sys.executable).with_name("deepspeed")
     words = [str(launcher), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
@@ -117,7 +123,7 @@ def launch(bench: Path, *arguments: str, ranks: int) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen, *, timeout_s: int) -> subprocess.CompletedProcess:
-    """Wait until launcher, ranks and workers have all let go of the output; past the timeout, end them."""
+    """Wait until launcher, ranks and workers have all closed the output; past the timeout, end them."""
     try:
         out, err = process.communicate(timeout=timeout_s)
     finally:
@@ -141,7 +147,7 @@ def signal_after_a_step(number: int, process, bench: Path, name: str) -> None:
 
 
 def cut(bench: Path, name: str, suffix: str = "cut", *, step: int = 2) -> str:
-    """A copy of a finished run, as if it had been stopped after a step; returns the copy's name."""
+    """Copy a finished run, as if it had been stopped after a step. Returns the copy's name."""
     copy = bench / "runs" / f"{name}_{suffix}"
     shutil.copytree(bench / "runs" / name, copy)
     shutil.rmtree(copy / "model")
@@ -158,12 +164,12 @@ def rows(bench: Path, name: str) -> list[dict]:
 
 
 def numbers(row: dict) -> tuple:
-    """What must repeat exactly; speed and memory need not."""
+    """The numbers that must repeat exactly; speed and memory need not."""
     return row["step"], row["loss"], row["loss_per_offset"], row["lr"], row["grad_norm"]
 
 
 def assert_close(found: list[dict], expected: list[dict]) -> None:
-    """Rows are equal up to the order of sums."""
+    """Assert that rows are equal up to the order of sums."""
     for a, b in zip(found, expected, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4), (a, b)
         assert a["loss_per_offset"] == pytest.approx(b["loss_per_offset"], rel=1e-4), (a, b)

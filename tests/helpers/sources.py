@@ -1,4 +1,4 @@
-"""Sources of pictures of one colour each, and the sets of shards made of them."""
+"""Sources of one-colour pictures, and the sets of shards made from them."""
 
 import io
 import json
@@ -50,7 +50,7 @@ def picture(color: str, size: tuple[int, int] = (20, 20), kind: str = "PNG") -> 
 
 
 def assert_right(out: Path, colors=COLORS) -> None:
-    """Every picture once, with the caption that names its colour."""
+    """Assert that every picture occurs once, with the caption that names its colour."""
     found = made(out)
     assert sorted(sample.members["txt"].decode() for sample in found) == sorted(
         f"a {color} picture" for color in colors

@@ -1,4 +1,6 @@
-"""Image tokenizers on their own: pixels and pictures are inverse, and the round trip is a picture and a number."""
+"""Image tokenizers alone: pixels and pictures convert back exactly, and the round trip gives a
+picture and its PSNR.
+"""
 
 import math
 
@@ -14,7 +16,7 @@ from mmtensorar.image_tokenizers import llamagen_vq, to_images, to_pixels
 
 @pytest.fixture(scope="module")
 def vq(tmp_path_factory):
-    """A random LlamaGen VQ of 8-pixel pictures, 4 x 4 codes."""
+    """A random LlamaGen VQ for 8-pixel pictures, with 4 x 4 codes."""
     folder = tmp_path_factory.mktemp("vq") / "llamagen"
     small = dict(
         codebook_size=16, code_dim=4, ch=32, encoder_ch_mult=[1, 1], decoder_ch_mult=[1, 1], num_res_blocks=1
@@ -43,7 +45,9 @@ def test_pixels_and_pictures_are_inverse():
 
 
 def test_psnr_by_hand():
-    """Off by 51 = 255 / 5 everywhere: 20 log10(5); in one of three channels: 10 log10(3) more."""
+    """Every value wrong by 51 = 255 / 5 gives 20 log10(5); if only one of three channels is wrong,
+    10 log10(3) more.
+    """
     black, grey, blue = (Image.new("RGB", (2, 2), color) for color in ("black", (51, 51, 51), (0, 0, 51)))
     assert command.psnr(black, grey) == pytest.approx(20 * math.log10(5))
     assert command.psnr(black, blue) == pytest.approx(20 * math.log10(5) + 10 * math.log10(3))

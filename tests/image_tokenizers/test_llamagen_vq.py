@@ -1,4 +1,6 @@
-"""LlamaGen's image tokenizers: official files load, wrong ones are refused, and codes survive the way through files."""
+"""LlamaGen's image tokenizers: official files load, wrong files are refused, and codes survive
+saving and loading.
+"""
 
 import json
 from pathlib import Path
@@ -32,7 +34,9 @@ def test_sizes(vq):
 
 
 def test_codes_are_the_nearest_rows(vq):
-    """A picture of codes, seen through the codebook alone: every row finds itself, however long it is stored."""
+    """A picture made of codebook rows is quantised: the nearest row of every row is itself,
+    whatever its stored length.
+    """
     with torch.no_grad():
         codes = torch.arange(16).view(1, 4, 4)
         features = vq.model.quantize(codes)
@@ -43,7 +47,10 @@ def test_codes_are_the_nearest_rows(vq):
 
 @pytest.mark.parametrize("released", ["VQ-16", "VQ-8"])
 def test_released_sizes(released):
-    """The official parameter counts, and the architecture found again in nothing but the tensors' shapes."""
+    """The official parameter counts.
+
+    The architecture is recognised from the shapes of the tensors alone.
+    """
     levels, parameters = {"VQ-16": ([1, 1, 2, 2, 4], 71_883_403), "VQ-8": ([1, 2, 2, 4], 70_109_835)}[
         released
     ]
@@ -58,7 +65,9 @@ def test_released_sizes(released):
 
 @pytest.mark.parametrize("wrapper", ["ema", "model", "state_dict", None])
 def test_official_files_load(vq, wrapper, tmp_path):
-    """Under any of their keys, ema before model, with the usage record, which nothing depends on."""
+    """Files load under any of their keys, ema before model, and with the usage record, which
+    nothing depends on.
+    """
     state = state_of(vq) | {llamagen_vq.USAGE: torch.zeros(65536)}
     other = {name: torch.zeros_like(value) for name, value in state.items()}
     content = (

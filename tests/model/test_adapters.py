@@ -1,4 +1,4 @@
-"""train.parts: all, heads, LoRA and QLoRA each train what they should, and load to the same outputs."""
+"""train.parts: all, heads, lora and qlora train only their own parameters, and load to the same outputs."""
 
 import json
 import shutil
@@ -59,13 +59,13 @@ def batch(recipe: Recipe, model):
 
 
 def losses(model, inputs) -> torch.Tensor:
-    # In train mode: for inference on a CPU bitsandbytes rounds NF4's scales once more.
+    # In train mode, because for inference on a CPU bitsandbytes rounds the NF4 scales once more.
     with torch.no_grad():
         return model.train()(*inputs, torch.Generator().manual_seed(2)).loss_per_offset
 
 
 def stepped(recipe: Recipe):
-    """A model after three large steps, its state before, and a batch."""
+    """A model after three large steps, its state before them, and a batch."""
     model = model_folder.model_to_train(recipe).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     inputs = batch(recipe, model)

@@ -1,4 +1,4 @@
-"""The key-value cache: one allocation, and views of it."""
+"""The key-value cache: it is allocated once, and returns views."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def test_a_cache_keeps_what_was_appended_in_one_place():
 
 
 def test_cropped_positions_are_overwritten():
-    """Lookahead decoding forgets its wrong guesses, and then appends the right ones."""
+    """Lookahead decoding drops its wrong guesses, and then appends the right ones."""
     cache = KVCache(2, 4)
     for layer in cache.layers:
         layer.append(torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 3, 2))

@@ -1,4 +1,4 @@
-"""Layers of our own backbones: the product for a few rows equals the plain one."""
+"""Layers of our own backbones: the matrix product for few rows equals the plain product."""
 
 import pytest
 import torch
@@ -21,7 +21,9 @@ def seed():
     "shape", [(1, 1, 24), (2, 1, 24), (5, 1, 4, 24), (MAX_ROWS, 1, 24), (99, 1, 24), (2, 3, 24)]
 )
 def test_a_product_of_few_rows_is_the_plain_one(monkeypatch, shape, bias):
-    """For one position per row, with and without window slots, and where the plain product is used."""
+    """Tested with one position per row, with and without window slots, and where the plain product
+    is used.
+    """
     monkeypatch.setattr(layers, "MIN_WEIGHT", 1)
     torch.set_num_threads(2)
     linear, x = Linear(24, 7, bias=bias), torch.randn(shape)
@@ -31,16 +33,16 @@ def test_a_product_of_few_rows_is_the_plain_one(monkeypatch, shape, bias):
 
 
 def test_a_linear_map_has_gradients():
-    """With gradients the plain product is used."""
+    """When gradients are needed, the plain product is used."""
     linear, x = Linear(24, 7), torch.randn(2, 1, 24)
     linear(x).sum().backward()
     torch.testing.assert_close(linear.weight.grad, x.sum((0, 1)).expand(7, -1))
 
 
 def test_a_model_with_fast_linear_maps_keeps_its_weights():
-    """Names and tensors stay, and subclasses of nn.Linear are left alone."""
+    """Names and tensors do not change, and subclasses of nn.Linear are not replaced."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 2, bias=False)), nn.LayerNorm(2))
-    model.append(nn.MultiheadAttention(4, 1))  # has a subclass of nn.Linear
+    model.append(nn.MultiheadAttention(4, 1))  # contains a subclass of nn.Linear
     before = model.state_dict()
     use_fast_linear(model)
     assert type(model[0]) is type(model[1][0]) is Linear and type(model[3].out_proj) is not Linear
@@ -51,7 +53,7 @@ def test_a_model_with_fast_linear_maps_keeps_its_weights():
 
 
 def test_an_output_map_runs_the_kernel_that_it_is_given():
-    """It passes its own weight and bias: under ZeRO-3 nobody else can read them."""
+    """The layer passes its own weight and bias: under ZeRO-3 no other module can read them."""
     plain = nn.Linear(4, 3)
     weight, x = plain.weight, torch.randn(2, 5, 4)
     output_map = use_output_map(plain)

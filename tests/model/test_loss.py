@@ -1,4 +1,4 @@
-"""The loss: the sum it claims to be, in chunks or by Liger's kernel."""
+"""The loss equals the sum that it is defined as, in chunks and with Liger's kernel."""
 
 import copy
 import os
@@ -44,7 +44,10 @@ def backbone(request):
 
 
 def test_loss_per_offset_is_a_mean_over_valid_slots(backbone):
-    """Offset j has T - j targets: computed token by token from the logits, and weighted afterwards."""
+    """Offset j has T - j targets.
+
+    The expected loss is computed token by token from the logits, and weighted afterwards.
+    """
     K, T = 3, backbone.num_tokens
     model = open_codec(wrap(backbone, K, weights=[1, 0.5, 0.25], schedule=FixedSchedule("none")))
     codes = random_codes(backbone)
@@ -70,7 +73,10 @@ def test_loss_per_offset_is_a_mean_over_valid_slots(backbone):
 
 
 def test_accuracy_counts_the_tokens_whose_likeliest_code_is_right(backbone):
-    """In every factor, given the true earlier ones; in eval mode, for it takes time."""
+    """A token is right when every factor is right, given the true earlier factors.
+
+    Computed in eval mode only, because it takes time.
+    """
     K, T = 3, backbone.num_tokens
     model = open_codec(wrap(backbone, K, schedule=FixedSchedule("none"))).eval()
     codes = random_codes(backbone)
@@ -88,7 +94,10 @@ def test_accuracy_counts_the_tokens_whose_likeliest_code_is_right(backbone):
 
 @pytest.mark.parametrize("chunk_tokens, most_rows", [(7, 6), (1, 3)])
 def test_chunks_change_memory_and_nothing_else(backbone, chunk_tokens, most_rows):
-    """Chunks bound the largest tensor of a step. They hold at least K rows, and no remainder is lost."""
+    """Chunks bound the largest tensor of a step.
+
+    A chunk holds at least K rows, and no remainder is lost.
+    """
     whole = open_codec(wrap(backbone, 3))
     parts = copy.deepcopy(whole)
     parts.loss_settings = LossSettings(chunk_tokens=chunk_tokens)
@@ -106,7 +115,10 @@ def test_chunks_change_memory_and_nothing_else(backbone, chunk_tokens, most_rows
 
 
 def test_label_smoothing_and_z_loss(backbone):
-    """torch's own smoothing, and log(Z)^2 by hand; loss per offset and validation stay cross entropy."""
+    """Compared with torch's own label smoothing, and with log(Z)^2 computed here.
+
+    The loss per offset and the validation loss stay plain cross entropy.
+    """
     codes, condition, K = random_codes(backbone), fake_condition(), 2
     plain = open_codec(wrap(backbone, K, weights=[1, 0.5], schedule=FixedSchedule("none")))
     other = copy.deepcopy(plain)
@@ -142,12 +154,12 @@ def test_label_smoothing_and_z_loss(backbone):
     ],
 )
 def test_offset_weights(spec, weights):
-    """What each form means at K = 3."""
+    """The weights that every form gives at K = 3."""
     assert resolve_offset_weights(spec, 3) == weights
 
 
 def test_offset_weights_of_window_1():
-    """One offset, and every form is plain training."""
+    """With one offset every form is plain training."""
     for spec in (None, "uniform", "first_only", "geometric"):
         assert resolve_offset_weights(spec, 1) == [1]
 
@@ -169,7 +181,7 @@ def test_offset_weights_that_cannot_train_are_refused(spec, problem):
 
 
 def test_first_only_weights_leave_the_drafts_out():
-    """The loss is then offset 0's, while every offset is still reported."""
+    """The loss is then that of offset 0, but every offset is still reported."""
     output = open_codec(wrap(FakeBackbone(), 3, weights="first_only"))(
         torch.zeros(BATCH, 6, 1, dtype=torch.int64), fake_condition(), UNCOND, noise()
     )
@@ -206,7 +218,7 @@ print("equal")
 
 @pytest.mark.launch
 def test_ligers_loss_is_ours():
-    """The kernel itself, in Triton's interpreter, so that no GPU is needed: the same losses and gradients."""
+    """Runs the real kernel in Triton's interpreter, which needs no GPU. Losses and gradients are equal."""
     pytest.importorskip("liger_kernel")
     done = subprocess.run(
         [sys.executable, "-c", LIGER],

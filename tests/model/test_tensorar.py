@@ -1,4 +1,4 @@
-"""The model: fresh heads change nothing, windows leak nothing, the loss is the sum it claims to be."""
+"""The model: fresh heads change nothing, windows leak nothing, the loss is the sum it is defined as."""
 
 from pathlib import Path
 
@@ -56,7 +56,9 @@ def constant_rate(rate: float):
 
 @pytest.mark.parametrize("window, depth", [(2, 1), (3, 1), (4, 1), (3, 2)])
 def test_fresh_heads_change_nothing(backbone, window, depth):
-    """Training starts exactly at the released model: offset 0 gives its logits bit for bit, noise or not."""
+    """Training starts exactly at the released model: offset 0 gives its logits bit for bit, with or
+    without noise.
+    """
     plain, model = wrap(backbone, 1), wrap(backbone, window, depth=depth)
     codes = random_codes(backbone)
     windows, valid = slide(codes[:, :-1], window)
@@ -73,7 +75,10 @@ def test_fresh_heads_change_nothing(backbone, window, depth):
 
 
 def test_window_1_is_next_token_training(backbone):
-    """K = 1 is the control of every comparison: the plain cross entropy, computed here without our code."""
+    """K = 1 is the control of every comparison.
+
+    Its loss is the plain cross entropy, computed here without our code.
+    """
     codes, condition = random_codes(backbone), fake_condition()
     loss = wrap(backbone, 1)(codes, condition, UNCOND, noise()).loss
     prefix = backbone.prefix(condition, UNCOND)
@@ -90,7 +95,7 @@ def test_window_1_is_next_token_training(backbone):
 
 
 def test_slots_past_the_end_have_no_influence():
-    """They hold zeros, and code 0 is a real token: the mask alone keeps it out."""
+    """These slots hold zeros, and code 0 is a real token: only the mask keeps them out."""
     model = open_codec(wrap(FakeBackbone(), 3))
     windows, valid = (
         torch.ones(1, 2, 3, 1, dtype=torch.int64),
@@ -102,7 +107,7 @@ def test_slots_past_the_end_have_no_influence():
 
 
 def test_the_order_in_a_window_matters():
-    """Without offset positions the encoder would see a bag of drafts."""
+    """Without offset positions the encoder would see the drafts as an unordered set."""
     model = open_codec(wrap(FakeBackbone(), 3))
     everything = torch.ones(1, 3, dtype=torch.bool)
     one, two = (model.encode(torch.tensor(w).view(1, 1, 3, 1), everything) for w in ([1, 2, 3], [1, 3, 2]))
@@ -113,7 +118,7 @@ def test_the_order_in_a_window_matters():
 
 
 def rows_that_change(model: TensorAR, token: int) -> list[int]:
-    """Rows whose hidden state or logits, in a training step, differ when one token does."""
+    """Rows whose hidden state or logits, in a training step, differ when one token differs."""
     backbone = model.backbone
     codes = random_codes(backbone)
     changed = codes.clone()
@@ -139,7 +144,7 @@ def rows_that_change(model: TensorAR, token: int) -> list[int]:
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_drafts_that_are_pure_noise_leak_nothing(backbone, depth):
-    """Row t predicts tokens t, t+1, ...; with rate 1 it has seen the truth of tokens before t only."""
+    """Row t predicts tokens t, t+1, ... With rate 1 its only true inputs are tokens before t."""
     for token in range(backbone.num_tokens - 1):
         model = open_codec(wrap(backbone, 3, depth=depth, schedule=constant_rate(1.0)))
         assert rows_that_change(model, token) == list(range(token + 1, backbone.num_tokens)), token
@@ -148,9 +153,11 @@ def test_drafts_that_are_pure_noise_leak_nothing(backbone, depth):
 
 
 def test_clean_drafts_do_leak(backbone):
-    """The test above can fail: with rate 0, row t is shown tokens t and t+1 and could copy them."""
+    """Shows that the test above can fail: with rate 0, row t receives tokens t and t+1 and could
+    copy them.
+    """
     model = open_codec(wrap(backbone, 3, schedule=FixedSchedule("none")))
-    # Token 4 is at offset 2 of window 2, which row 3 has seen.
+    # Token 4 is at offset 2 of window 2, which is an input of row 3.
     assert rows_that_change(model, 4) == list(range(3, backbone.num_tokens))
 
 
@@ -159,10 +166,10 @@ def test_clean_drafts_do_leak(backbone):
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_every_parameter_gets_a_gradient(backbone, depth):
-    """A parameter without one is dead weight, and under ZeRO a rank that waits.
+    """A parameter without a gradient is never trained, and under ZeRO it makes a rank wait.
 
-    At the zero start the layers behind the projections get a tensor of zeros; once those
-    have moved, every gradient has something in it.
+    At the zero start the layers behind the projections receive a tensor of zeros. After the
+    projections have moved, every gradient is nonzero.
     """
     model = wrap(backbone, 3, depth=depth)
     codes = random_codes(backbone)
@@ -176,7 +183,7 @@ def test_every_parameter_gets_a_gradient(backbone, depth):
 
 
 def test_zero_start_survives_no_reset():
-    """ZeRO-3 empties a weight as its module is built, so the zeros must come from the constructor."""
+    """ZeRO-3 empties a weight while its module is built, so the zeros must come from the constructor."""
     for part in (WindowEncoder(8, 2, num_heads=2, depth=2), WindowDecoder(8, 2, num_heads=2, depth=2)):
         assert part.layers[0].output.weight.any() and not part.layers[1].output.weight.any()
         with torch.no_grad():
@@ -186,7 +193,7 @@ def test_zero_start_survives_no_reset():
 
 
 def test_codec_stays_inside_the_papers_budget():
-    """About 8.6 D^2 parameters for the pair at depth 1."""
+    """Encoder and decoder together have about 8.6 D^2 parameters at depth 1."""
     D = 64
     pair = [WindowEncoder(D, 4), WindowDecoder(D, 4)]
     assert 8 * D**2 <= sum(p.numel() for part in pair for p in part.parameters()) <= 8.6 * D**2
@@ -196,7 +203,7 @@ def test_codec_stays_inside_the_papers_budget():
 
 
 def test_sizes_that_do_not_fit_are_refused():
-    """Each names the recipe's key."""
+    """The error names the key of the recipe."""
     with pytest.raises(ValueError, match="tensorar.window is 7; expected 1 to 6"):
         wrap(FakeBackbone(num_tokens=6), 7)
     with pytest.raises(ValueError, match="train.loss_chunk_tokens is 0"):
@@ -210,7 +217,7 @@ def test_sizes_that_do_not_fit_are_refused():
 
 
 def test_noise_follows_the_generator_alone():
-    """The same generator gives the same loss whatever the global generator is at."""
+    """The same generator gives the same loss, whatever the state of the global generator."""
     model, codes = open_codec(wrap(FakeBackbone(), 3)), torch.zeros(BATCH, 6, 1, dtype=torch.int64)
     losses = []
     for seed in (1, 1, 2):
@@ -225,7 +232,7 @@ def test_noise_follows_the_generator_alone():
 def inputs_of(
     model: TensorAR, codes: Tensor, rows=None, seed: int = 7, training: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """The last windows and valid slots that a forward encodes."""
+    """The windows and valid slots of the last forward pass that encodes."""
     seen = []
     encode = model.encode
     model.encode = lambda windows, valid: seen.append((windows, valid)) or encode(windows, valid)
@@ -239,9 +246,9 @@ def inputs_of(
 
 @pytest.mark.parametrize("name", ["one_factor", "two_factors"])
 def test_self_drafts_are_what_the_model_samples(name):
-    """With rate 1 every draft is the model's own, here of a model that always predicts one token.
+    """With rate 1 every draft is sampled from the model, which here always predicts one token.
 
-    Offset 0 stays true. A batch that is cut gives the same drafts.
+    Offset 0 stays true. A batch that is split gives the same drafts.
     """
     backbone = BACKBONES[name]()
     model = open_codec(
@@ -259,7 +266,8 @@ def test_self_drafts_are_what_the_model_samples(name):
     )
     windows, _ = inputs_of(model, codes)
     assert torch.equal(windows[:, :, 0], clean[:, :, 0])
-    # The coin of a slot does not depend on its token, so a draft is not right more often than the model.
+    # Whether a slot is redrawn does not depend on its token, so drafts are right no more often than
+    # the model.
     assert (windows[:, :, 1:] == predicted).all() and (clean[:, :, 1:] != predicted).any()
     validated, _ = inputs_of(model, codes, training=False)
     assert torch.equal(validated, windows), "validation would measure inputs that the model never sees"

@@ -1,4 +1,4 @@
-"""Windows and noise: the index arithmetic by eye, the schedules by formula, the noise by counting."""
+"""Windows and noise: indices checked by eye, schedules against formulas, noise by counting."""
 
 import math
 
@@ -12,7 +12,7 @@ NAMES = ["linear", "sine", "sqrt", "exponential", "none", "full"]
 
 
 def fixed(rates: list[float], batch: int, tokens: int) -> torch.Tensor:
-    """[B, T, K] with one rate per offset."""
+    """Codes of shape [B, T, K], and a schedule with one fixed rate per offset."""
     return torch.tensor(rates).expand(batch, tokens, len(rates))
 
 
@@ -24,14 +24,14 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def test_slide_by_hand():
-    """Row t holds tokens t, t+1, t+2 and zeros past the end: all of training hangs on this order."""
+    """Row t holds tokens t, t+1, t+2, and zeros past the end. All of training depends on this order."""
     windows, valid = slide(torch.tensor([[[5], [6], [7], [8]]]), 3)
     assert windows[0, :, :, 0].tolist() == [[5, 6, 7], [6, 7, 8], [7, 8, 0], [8, 0, 0]]
     assert valid.int().tolist() == [[1, 1, 1], [1, 1, 1], [1, 1, 0], [1, 0, 0]]
 
 
 def test_factors_of_a_token_stay_together():
-    """Two factors travel as one token, each in its own column."""
+    """Two factors move as one token, and stay in their own columns."""
     windows, _ = slide(torch.tensor([[[1, 10], [2, 20], [3, 30]]]), 2)
     assert windows[0].tolist() == [[[1, 10], [2, 20]], [[2, 20], [3, 30]], [[3, 30], [0, 0]]]
 
@@ -45,13 +45,13 @@ def test_window_1_is_the_sequence_itself():
 
 
 def test_window_as_long_as_the_image():
-    """The largest window allowed: only its first row is whole."""
+    """The largest window allowed: only its first row is complete."""
     assert valid_slots(3, 3).int().tolist() == [[1, 1, 1], [1, 1, 0], [1, 0, 0]]
 
 
 @pytest.mark.parametrize("window", [0, -1, 5])
 def test_window_outside_the_image_is_refused(window):
-    """Indexing would clamp and train on repeated tokens without a word."""
+    """Indexing would clamp, and train on repeated tokens without an error."""
     with pytest.raises(ValueError, match=f"window is {window}; expected 1 to 4"):
         slide(torch.zeros(1, 4, 1, dtype=torch.int64), window)
 
@@ -71,19 +71,19 @@ def test_window_outside_the_image_is_refused(window):
     ],
 )
 def test_formulas_at_window_4(name, rates):
-    """The formulas as documented, with u = offset / 4; a slip here is a silent change of method."""
+    """The documented formulas, with u = offset / 4. A mistake here would silently change the method."""
     assert FixedSchedule(name).rates(4).tolist() == pytest.approx(rates, abs=1e-6)
 
 
 def test_every_schedule_is_listed_here():
-    """A new schedule has to come with its formula above."""
+    """A new schedule needs a formula in the test above."""
     assert list(SCHEDULES) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("window", [1, 2, 4, 16])
 def test_rates_start_at_exactly_0_and_grow(name, window):
-    """Offset 0 is the final token and stays true; later drafts are noisier, and rate 1 is for `full` only."""
+    """Offset 0 is the final token and stays true; later drafts are noisier. Only `full` reaches rate 1."""
     rates = FixedSchedule(name).rates(window)
     assert rates[0] == 0
     steps = rates.diff()
@@ -95,7 +95,7 @@ def test_rates_start_at_exactly_0_and_grow(name, window):
 
 
 def test_rates_cover_every_row():
-    """A schedule answers for the whole batch, in float32."""
+    """A schedule returns a rate for every row of the batch, in float32."""
     rates = FixedSchedule("linear")((2, 3, 4))
     assert rates.shape == (2, 3, 4) and rates.dtype == torch.float32
     assert torch.equal(rates[1, 2], torch.tensor([0, 0.25, 0.5, 0.75]))
@@ -113,7 +113,9 @@ def test_unknown_schedule_is_refused_with_the_known_ones():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_share_of_changed_tokens_follows_the_schedule(name):
-    """A redraw may hit the same token, so rate * (1 - 1/V) of them change; 5 sigma around it, per offset."""
+    """A redraw may pick the same token, so rate * (1 - 1/V) of the tokens change; per offset,
+    within 5 sigma.
+    """
     N, K, V = 20_000, 4, 5
     windows = torch.full((1, N, K, 1), 3)
     rates = FixedSchedule(name)((1, N, K))
@@ -125,7 +127,9 @@ def test_share_of_changed_tokens_follows_the_schedule(name):
 
 
 def test_redraws_are_uniform_over_the_codebook():
-    """Every token of the codebook, the first and the last too, and the old one no less than others."""
+    """Every token of the codebook is drawn equally often, including the first, the last and the old
+    token.
+    """
     N, V = 20_000, 5
     noisy = input_windows(torch.full((1, N, 1, 1), 3), fixed([1.0], 1, N), (V,), generator=seeded())
     share = torch.bincount(noisy.flatten(), minlength=V) / N
@@ -134,9 +138,11 @@ def test_redraws_are_uniform_over_the_codebook():
 
 
 def test_one_coin_covers_both_factors():
-    """Half-redrawn tokens would be tokens that no image tokenizer ever made next to their other half.
+    """With one factor redrawn, a token would combine two halves that the image tokenizer never
+    produced together.
 
-    In codebooks this large a redraw practically always changes a factor, so both change or neither does.
+    In codebooks this large a redraw practically always changes a factor, so both change or neither
+    does.
     """
     V = 2**40
     windows = torch.zeros(1, 2000, 1, 2, dtype=torch.int64)
@@ -155,7 +161,7 @@ def test_each_factor_stays_in_its_own_codebook():
 
 
 def test_coins_differ_between_rows_places_and_offsets():
-    """Coins shared along any of these would noise whole windows, rows or batches together."""
+    """Random numbers shared along any of these would noise whole windows, rows or batches together."""
     V = 2**40
     noisy = input_windows(
         torch.zeros(8, 8, 8, 1, dtype=torch.int64),
@@ -169,7 +175,7 @@ def test_coins_differ_between_rows_places_and_offsets():
 
 
 def test_rate_0_never_and_rate_1_always():
-    """The ends are exact, not only likely: offset 0 must be true in each of billions of tokens."""
+    """Both ends are exact, not only likely: offset 0 must be true in each of billions of tokens."""
     V = 2**40
     windows = torch.full((4, 1000, 2, 1), 3)
     noisy = input_windows(windows, fixed([0.0, 1.0], 4, 1000), (V,), generator=seeded())
@@ -188,7 +194,7 @@ def test_a_schedule_may_be_a_rate_per_offset():
 
 
 def test_same_generator_seed_same_noise():
-    """Resuming a run and comparing two runs rest on this."""
+    """Resuming a run and comparing two runs depend on this."""
     windows = torch.zeros(2, 50, 3, 1, dtype=torch.int64)
     first, again, other = (
         input_windows(windows, torch.full((2, 50, 3), 0.5), (9,), generator=seeded(seed))

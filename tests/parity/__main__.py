@@ -1,6 +1,7 @@
-"""Run every call of every fixture and compare; see tests/parity/__init__.py.
+"""Run every call of every fixture and compare the outputs; see tests/parity/__init__.py.
 
-Exit 0: all calls passed (optional ones may be skipped) and all scores are equal. 1: one is not. 2: what cannot be run.
+Exit codes: 0, all calls passed (optional ones may be skipped) and all scores are equal; 1, a call
+failed or a score differs; 2, something cannot be run.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ class Case(NamedTuple):
 
 
 class Result(NamedTuple):
-    """One output beside its record. difference: largest absolute one, nan where there is no number for it."""
+    """One output compared with its record.
+
+    difference: the largest absolute difference, nan where it cannot be computed.
+    """
 
     output: str
     comparison: str
@@ -55,7 +59,7 @@ class Result(NamedTuple):
 
 
 def read_cases(folder: Path) -> list[Case]:
-    """The cases of a folder, each checked as far as can be without running it. Raises BadManifest."""
+    """The cases of a folder, checked as far as is possible without running them. Raises BadManifest."""
     if not folder.is_dir():
         raise BadManifest(f"{folder}: no such folder")
     cases = []
@@ -64,7 +68,8 @@ def read_cases(folder: Path) -> list[Case]:
             manifest = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, OSError) as error:
             raise BadManifest(f"{path}: cannot be read as JSON ({error})") from None
-        # Others, such as facts.json, are no cases; one with tensors beside it is meant to be one.
+        # Other files, such as facts.json, are not cases. A file with tensors next to it must be a
+        # case.
         if isinstance(manifest, dict) and ("calls" in manifest or tensors_file(path).is_file()):
             cases.append(read_case(path, manifest))
     if not cases:
@@ -87,20 +92,29 @@ def read_case(path: Path, manifest: dict) -> Case:
     if not isinstance(manifest.get("calls"), list) or not manifest["calls"]:
         raise BadManifest(f"{path}: calls is empty, missing or no list")
     for number, call in enumerate(manifest["calls"]):
-        if not (isinstance(call, dict) and isinstance(call.get("id"), str)):
-            raise BadManifest(f"{path}: call {number} has no id")
-        if not (isinstance(call.get("outputs"), dict) and call["outputs"]):
-            raise BadManifest(f"{path}: call {call['id']} has no outputs to compare")
-        for name, rule in call["outputs"].items():
-            check_rule(rule, f"{path}: call {call['id']}: {name}")
-            if not list(matching(name, tensors)):
-                raise BadManifest(f"{path}: call {call['id']}: {name} is not in {stored.name}")
-        if not isinstance(call.get("inputs", []), (list, dict)):
-            raise BadManifest(f"{path}: call {call['id']}: inputs is {call['inputs']!r}, expected names")
-        for name in call.get("inputs", ()):
-            if name not in tensors:
-                raise BadManifest(f"{path}: call {call['id']}: {name} is not in {stored.name}")
+        check_call(call, number, path, tensors)
     return Case(path, manifest, tensors)
+
+
+def check_call(call: object, number: int, path: Path, tensors: dict[str, Tensor]) -> None:
+    """Check one call of a manifest: its id, and that its inputs and outputs are recorded.
+
+    number: the place of the call in the manifest's list. Raises BadManifest.
+    """
+    if not (isinstance(call, dict) and isinstance(call.get("id"), str)):
+        raise BadManifest(f"{path}: call {number} has no id")
+    where, stored = f"{path}: call {call['id']}", tensors_file(path).name
+    if not (isinstance(call.get("outputs"), dict) and call["outputs"]):
+        raise BadManifest(f"{where} has no outputs to compare")
+    for name, rule in call["outputs"].items():
+        check_rule(rule, f"{where}: {name}")
+        if not list(matching(name, tensors)):
+            raise BadManifest(f"{where}: {name} is not in {stored}")
+    if not isinstance(call.get("inputs", []), (list, dict)):
+        raise BadManifest(f"{where}: inputs is {call['inputs']!r}, expected names")
+    for name in call.get("inputs", ()):
+        if name not in tensors:
+            raise BadManifest(f"{where}: {name} is not in {stored}")
 
 
 def check_rule(rule: object, where: str) -> None:
@@ -114,7 +128,9 @@ def check_rule(rule: object, where: str) -> None:
 
 
 def matching(name: str, tensors: dict[str, Tensor]) -> Iterator[str]:
-    """Recorded tensors that an output's name means: itself, or with a trailing * all that begin so."""
+    """Recorded tensors that an output's name stands for: the tensor itself, or with a trailing *
+    all that begin with it.
+    """
     if name.endswith("*"):
         yield from (stored for stored in sorted(tensors) if stored.startswith(name[:-1]))
     elif name in tensors:
@@ -125,7 +141,7 @@ def matching(name: str, tensors: dict[str, Tensor]) -> Iterator[str]:
 
 
 def build(case: Case):
-    """(adapter, subject) of a case. Raises BadManifest."""
+    """The adapter and the subject of a case. Raises BadManifest."""
     adapter = importlib.import_module(f"tests.parity.{case.manifest['family']}")
     weights = {
         name.removeprefix("weights/"): value.float() if value.is_floating_point() else value
@@ -141,7 +157,7 @@ def build(case: Case):
 
 
 def inputs_of(case: Case, call: dict) -> dict[str, Tensor]:
-    """All inputs, and the recorded outputs that the call's arguments name in words or as they are."""
+    """All inputs, and the recorded outputs that the call's arguments name, in a sentence or alone."""
     named = set(re.findall(r"outputs/[\w/.]+", json.dumps(call.get("args", {}))))
     return {
         name: value for name, value in case.tensors.items() if name.startswith("inputs/") or name in named
@@ -157,7 +173,7 @@ def compare(output: str, found: Tensor | None, expected: Tensor, rule: dict) -> 
             output, comparison, math.nan, f"shape {list(found.shape)}, recorded {list(expected.shape)}"
         )
     found, expected = found.detach().double(), expected.double()
-    # Equal infinities differ by nothing; a nan is never within any limit.
+    # Equal infinities have no difference; a nan is never within a limit.
     difference = torch.where(found == expected, 0, (found - expected).abs())
     largest = difference.max().item() if difference.numel() else 0.0
     limit = {
@@ -165,7 +181,8 @@ def compare(output: str, found: Tensor | None, expected: Tensor, rule: dict) -> 
         "allclose": lambda: rule["atol"] + rule["rtol"] * expected.abs(),
         "max_abs_diff": lambda: torch.full_like(expected, rule["max"]),
     }[comparison]()
-    # Beside an infinite record the relative limit is infinite too, and would let any number pass.
+    # Compared with an infinite record the relative limit would be infinite too, and every number
+    # would pass.
     limit = torch.where(expected.isfinite(), limit, 0)
     outside = int((~(difference <= limit)).sum())
     return Result(
@@ -174,7 +191,7 @@ def compare(output: str, found: Tensor | None, expected: Tensor, rule: dict) -> 
 
 
 def run_call(case: Case, adapter, subject, call: dict) -> list[Result] | None:
-    """The call's comparisons; None when it is optional and our implementation does not expose it."""
+    """The comparisons of a call; None when it is optional and our implementation does not expose it."""
     recorded = [
         (name, rule) for pattern, rule in call["outputs"].items() for name in matching(pattern, case.tensors)
     ]
@@ -184,9 +201,8 @@ def run_call(case: Case, adapter, subject, call: dict) -> list[Result] | None:
         if call.get("optional"):
             return None
         found, problem = {}, f"not supported: {reason}"
-    except (
-        Exception
-    ) as error:  # whatever our code did wrong is this call's failure, and the others still count
+    except Exception as error:
+        # Whatever error our code raises, it is the failure of this call; the other calls still run.
         found, problem = {}, f"{type(error).__name__}: {error}"
     else:
         return [compare(name, found.get(name), case.tensors[name], rule) for name, rule in recorded]
@@ -215,13 +231,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if cases:
         print(
-            f"{counts['pass']} calls passed, {counts['FAIL']} failed, {counts['skipped']} optional ones skipped"
+            f"{counts['pass']} calls passed, {counts['FAIL']} failed, "
+            f"{counts['skipped']} optional ones skipped"
         )
     return 1 if counts["FAIL"] or unequal else 0
 
 
 def compare_scores(folder: Path, read) -> int:
-    """Print how many values of an evaluator's folder are equal, and those that are not; returns the number of these."""
+    """Print how many values of an evaluator's folder are equal, and every value that is not.
+
+    Returns the number of unequal values.
+    """
     try:
         found = list(read(folder))
     except (ValueError, OSError, KeyError, TypeError) as error:
@@ -236,7 +256,7 @@ def compare_scores(folder: Path, read) -> int:
 
 
 def report(name: str, results: list[Result] | None) -> str:
-    """Print a call's line, and one per output that failed; returns the verdict."""
+    """Print the line of a call, and one line per output that failed. Returns the verdict."""
     if results is None:
         print(f"{name:<50} {'optional, not exposed':<30} {'':>10}  skipped")
         return "skipped"

@@ -1,7 +1,9 @@
-"""Metrics on features: features.npz beside expected.json {"expected": {name: {value, rel_tol or abs_tol}}}.
+"""Metrics on features: features.npz and expected.json {"expected": {name: {value, rel_tol or
+abs_tol}}}.
 
-A name says the metric and on what: fid, sfid, inception_score, precision or recall, then nothing (reference against
-samples), _reversed, _ref_with_itself, _first_A_ref_B_sample, _sample_is_A_ref_then_B_sample or _split_N.
+A name begins with the metric: fid, sfid, inception_score, precision or recall. Then it says on
+what: nothing (reference against samples), _reversed, _ref_with_itself, _first_A_ref_B_sample,
+_sample_is_A_ref_then_B_sample or _split_N.
 """
 
 from __future__ import annotations
@@ -29,7 +31,10 @@ def matches(folder: Path) -> bool:
 
 
 def check(folder: Path) -> Iterator[tuple[str, str | None]]:
-    """(what, how it differs) of every expected value. Raises ValueError for a folder that cannot be read."""
+    """Yields every expected value's name and its difference or None.
+
+    Raises ValueError for a folder that cannot be read.
+    """
     with np.load(folder / "features.npz", allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
     for name, rule in read_json(folder / "expected.json")["expected"].items():

@@ -1,6 +1,8 @@
-"""Folders of evaluator fixtures: official verdicts and scores beside what our scoring functions make of the same input.
+"""Folders of evaluator fixtures: official verdicts and scores, compared with ours on the same
+input.
 
-What a folder is, its files tell. Each reader yields (what was compared, how it differs or None) for every value.
+The files of a folder show its kind. Every reader yields (name, difference or None) for every value
+that it compares.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ def _equal(what: str, found, expected) -> tuple[str, str | None]:
 
 
 def geneval(folder: Path) -> Differences:
-    """A verdict per case; the prompts and the summary where they are there."""
+    """Compares the verdict of every case; also the prompts and the summary where they exist."""
     metadata = folder / "evaluation_metadata.jsonl"
     if metadata.is_file():
         official = [row for _, row in files.read_json_lines(metadata)]
@@ -72,7 +74,9 @@ def geneval(folder: Path) -> Differences:
 
 
 def dpg(folder: Path) -> Differences:
-    """Per run the overall score, the items left out, each category and each prompt's pictures."""
+    """Compares for every run the overall score, the items left out, every category and the pictures
+    of every prompt.
+    """
     rows = dpg_score.read_rows(folder / "scoring_questions.csv")
     answers = read_answers(_one(folder, "scoring_answers.jsonl*"))
     for run in read_json(folder / "scoring_expected.json")["runs"]:

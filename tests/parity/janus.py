@@ -34,12 +34,14 @@ class Subject(NamedTuple):
 
 
 def load(manifest: dict, weights: dict[str, Tensor]) -> Subject:
-    """Through the files that a user would have: .bin in DeepSeek's layout, safetensors in that of transformers."""
+    """Loads from the files that a user would have: .bin in DeepSeek's layout, safetensors in
+    transformers' layout.
+    """
     layout, pad_id = manifest["weight_layout"], manifest["special_ids"]["pad"]
     if layout not in ("hf", "deepseek"):
         raise ValueError(f"weight_layout is {layout!r}, expected hf or deepseek")
     settings = json.loads(json.dumps(manifest["config"][layout]))
-    # The text tokenizer tells it where there is one.
+    # The text tokenizer determines it where there is a text tokenizer.
     settings["text_config" if layout == "hf" else "language_config"].setdefault("pad_token_id", pad_id)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(settings))
@@ -112,7 +114,9 @@ def uncond_ids(subject: Subject, prompts: Tensor) -> Tensor:
 
 
 def gradients(model: TensorAR, prompts: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-    """The loss, and the gradient of every parameter under DeepSeek's name, which both layouts' records have."""
+    """The loss, and the gradient of every parameter under DeepSeek's name, which the records of
+    both layouts use.
+    """
     model.zero_grad()
     mask = torch.ones(prompts.shape, dtype=torch.bool)
     loss = model(tokens[..., None], Condition(prompts, mask), torch.zeros(len(tokens), dtype=torch.bool)).loss

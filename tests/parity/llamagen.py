@@ -59,7 +59,7 @@ def run(subject: Subject, call: dict, inputs: dict[str, Tensor]) -> dict[str, Te
 
 
 def named(text: str, inputs: dict[str, Tensor]) -> Tensor:
-    """The tensor that an argument names, whatever words stand around it."""
+    """The tensor that an argument names, whatever other words the argument has."""
     return inputs[re.search(r"(?:inputs|outputs)/[\w/.]+", text)[0].rstrip(".")]
 
 
@@ -67,7 +67,7 @@ def named(text: str, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def load_gpt(config: dict, weights: dict[str, Tensor]) -> TensorAR:
-    """Through the files that a user would have: config.json and safetensors under the official names."""
+    """Loads from the files that a user would have: config.json and safetensors under the official names."""
     if (model_type := config["model_type"]) not in ("c2i", "t2i"):
         raise ValueError(f"model_type is {model_type!r}, expected c2i or t2i")
     architecture = llamagen.Architecture(
@@ -106,7 +106,7 @@ def teacher_forced(subject: Subject, inputs: dict[str, Tensor], *, padded: bool)
     args = subject.args["forward"]
     mask, values = None, named(args["cond"], inputs)
     if padded and args.get("attn_mask"):
-        # The last image token sees all that is real of the caption.
+        # The last image token attends to all real slots of the caption.
         mask = named(args["attn_mask"], inputs)[:, 0, -1, : values.shape[1]]
     return named(args["idx"], inputs)[..., None], condition_of(values, mask)
 
@@ -135,7 +135,7 @@ def forward(subject: Subject, inputs: dict[str, Tensor], *, uncond: bool, padded
 
 
 def residual_stream(subject: Subject, what: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Which positions were recorded is told in words only."""
+    """The fixture says only in a sentence which positions were recorded."""
     span = re.search(r"positions (\d+)\.\.(\d+)", what)
     if span is None and "all positions" not in what:
         raise Unsupported("which positions were recorded")
@@ -149,7 +149,7 @@ def residual_stream(subject: Subject, what: str, inputs: dict[str, Tensor]) -> d
         def keep(_, args, output, key=key) -> None:
             if key == "layer_0":
                 found.setdefault("embedded", args[0][:, places])
-            # The loss runs the model once more; the first run is the one to keep.
+            # The loss runs the model once more; the first run is kept.
             found.setdefault(key, output[:, places])
 
         hooks.append(module.register_forward_hook(keep))
@@ -169,9 +169,9 @@ def generated(model: TensorAR, args: dict, inputs: dict[str, Tensor]) -> dict[st
     if args["sample_logits"]:
         raise Unsupported("random draws, whose generator is the original's")
     mask = named(args["emb_masks"], inputs) if args.get("emb_masks") else None
-    # The original takes 1 and less for no guidance.
+    # The original treats scales of 1 and less as no guidance.
     settings = SamplerSettings(cfg_scale=max(args["cfg_scale"], 1.0))
-    # It guides token 0 and then those up to the interval, counted from the one after it.
+    # It guides token 0 and then the tokens up to the interval, counted from token 1.
     num_guided = None if args["cfg_interval"] < 0 else args["cfg_interval"] + 2
     guided, raw = [], []
 
@@ -183,7 +183,8 @@ def generated(model: TensorAR, args: dict, inputs: dict[str, Tensor]) -> dict[st
         raw.append(logits[:, 0, 0])
         if settings.cfg_scale == 1 or num_guided is None or len(raw) <= num_guided:
             return None
-        # What a hook returns replaces the output. Equal rows make guidance give the conditional logits.
+        # The return value of a hook replaces the output. Equal rows make guidance give the
+        # conditional logits.
         return logits.chunk(2)[0].repeat(2, 1, 1, 1)
 
     hook = model.backbone.head.register_forward_hook(keep_raw)
@@ -201,7 +202,7 @@ def generated(model: TensorAR, args: dict, inputs: dict[str, Tensor]) -> dict[st
 
 
 def filtered(args: dict, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    # The original takes a temperature of 0 for a very small one; ours has greedy decoding for that.
+    # The original treats a temperature of 0 as a very small one; ours has greedy decoding for that.
     probs = filters.probabilities(
         named(args["logits"], inputs),
         temperature=max(args["temperature"], 1e-5),
@@ -216,7 +217,7 @@ def filtered(args: dict, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_vq(config: dict, weights: dict[str, Tensor]) -> llamagen_vq.VQModel:
-    """Through a .pt file, as the released tokenizers are."""
+    """Loads from a .pt file, as the released tokenizers are."""
     names = {"codebook_embed_dim": "code_dim", "codebook_l2_norm": "l2_norm"}
     fields = llamagen_vq.Architecture.model_fields
     known = {names.get(key, key): value for key, value in config.items() if names.get(key, key) in fields}
@@ -245,7 +246,7 @@ def run_vq(subject: Subject, name: str, inputs: dict[str, Tensor]) -> dict[str, 
         finally:
             model.quantize.l2_norm = model.config.l2_norm
         return {"indices": found["indices"], "quant": found["quant"], "decode_codes_image": pictures[:1]}
-    # train_losses among others: the tokenizer is frozen, so it has no losses.
+    # For example train_losses: the tokenizer is frozen, so it has no losses.
     raise Unsupported(f"a call {name} of a tokenizer")
 
 

@@ -1,6 +1,8 @@
-"""Open-MAGVIT2: rebuilds the model of a fixture through the loaders of the package, and runs the fixture's calls.
+"""Open-MAGVIT2: rebuilds the model of a fixture through the loaders of the package, and runs its
+calls.
 
-Weights pass through an official-looking checkpoint file, so the loaders' renaming takes part.
+The weights go through a file in the official format, so that the loaders' renaming is tested too.
+
 Shapes: B batch, T tokens, F factors, V codebook size, Z bits, h w latent grid.
 """
 
@@ -33,7 +35,7 @@ from tests.parity import Unsupported
 
 @dataclass
 class Subject:
-    """What a fixture's weights became. lfq: one tokenizer per kind of weights, raw and ema."""
+    """The models built from a fixture's weights. lfq: one tokenizer per kind of weights, raw and ema."""
 
     bits: tuple[int, ...]
     model: TensorAR | None = None
@@ -54,7 +56,8 @@ def load(manifest: dict, weights: dict[str, Tensor]) -> Subject:
         return subject
     if "ddconfig" in config:
         bits = tuple(config["factorized_bits"])
-        # Pictures of any size are encoded below; the configuration's resolution is not always theirs.
+        # Pictures of any size are encoded below, and their size can differ from the configuration's
+        # resolution.
         lfq_settings = _lfq_settings(config["ddconfig"], bits, 1)
         return Subject(
             bits, lfq={kind: _load_lfq(weights, lfq_settings, ema=kind == "ema") for kind in ("raw", "ema")}
@@ -63,7 +66,7 @@ def load(manifest: dict, weights: dict[str, Tensor]) -> Subject:
 
 
 def run(subject: Subject, call: dict, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All outputs of a call, under their full names. Raises Unsupported for a call that is not known here."""
+    """All outputs of a call, under their full names. Raises Unsupported for an unknown call."""
     args = call.get("args", {})
     inputs = {name.removeprefix("inputs/"): value for name, value in inputs.items()}
     if "cfg_scale" in args:
@@ -126,7 +129,7 @@ def _load_lfq(
 
 
 class _checkpoint(TemporaryDirectory):
-    """A folder, for a while, with the weights as Lightning pickles them and the sizes as our config.json."""
+    """A temporary folder with the weights as Lightning pickles them and the sizes as our config.json."""
 
     def __init__(self, weights: dict[str, Tensor], model_type: str, config):
         super().__init__()
@@ -169,7 +172,7 @@ def _teacher_forced(subject: Subject, inputs: dict[str, Tensor]) -> dict[str, Te
 
 
 def _train(subject: Subject, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The loss and gradients of TensorAR's own forward at window 1."""
+    """The loss and gradients of TensorAR's own forward pass at window 1."""
     model, codes = subject.model, _codes(inputs)
     model.zero_grad()
     loss = model(codes, _condition(inputs["class_ids"]), torch.zeros(len(codes), dtype=torch.bool)).loss
@@ -188,7 +191,7 @@ def _train(subject: Subject, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class _Recorder:
-    """Draws tokens, and keeps the guided logits of each factor."""
+    """Draws tokens, and keeps the guided logits of every factor."""
 
     def __init__(self, settings: SamplerSettings, num_factors: int):
         self.settings = settings.per_factor(num_factors)
@@ -205,7 +208,8 @@ class _Recorder:
 def _generate(subject: Subject, args: dict, class_ids: Tensor) -> dict[str, Tensor]:
     backbone = subject.model.backbone
     scales = args["cfg_scale"]
-    # In the original a scale below 1 switches guidance off; here 0 would be the unconditional picture.
+    # In the original a scale below 1 switches guidance off; here 0 would give the unconditional
+    # picture.
     if scales is None or max(scales if isinstance(scales, list) else [scales]) <= 1:
         scales = 1.0
     settings = SamplerSettings(cfg_scale=scales, **_filters(args))
@@ -218,7 +222,7 @@ def _generate(subject: Subject, args: dict, class_ids: Tensor) -> dict[str, Tens
         outputs[f"step_logits_{name}"] = torch.stack(recorder.seen[factor][:steps], dim=1)
     if subject.lfq is not None:
         outputs["image"] = subject.lfq["raw"].decode(codes)
-        # Truncated, as the original does.
+        # Truncated, as in the original.
         outputs["image_uint8"] = (255 * (outputs["image"] + 1) / 2).clamp(0, 255).byte().permute(0, 2, 3, 1)
     return outputs
 
@@ -239,7 +243,7 @@ def _quantised(latents: Tensor, bits: tuple[int, ...]) -> dict[str, Tensor]:
     codes = latents_to_codes(latents, bits)
     signs = codes_to_latents(codes, bits, tuple(latents.shape[-2:]))
     return {
-        # Straight-through values are these up to rounding.
+        # Straight-through values are equal to these up to rounding.
         "quantized": signs,
         "codes": signs,
         "index_pre": codes[..., 0],

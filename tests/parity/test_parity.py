@@ -1,4 +1,4 @@
-"""The parity command: it passes on what the original recorded, and cannot be made to pass on anything else."""
+"""The parity command passes on the original's records, and fails on anything else."""
 
 import json
 import re
@@ -29,7 +29,7 @@ def write_case(folder: Path, manifest: dict, tensors: dict[str, Tensor], name: s
 
 
 def top_2_of_3() -> tuple[dict, dict[str, Tensor]]:
-    """A case one can work out by hand: of probabilities .5, .3, .2 the two likeliest stay."""
+    """A case that can be worked out by hand: of the probabilities .5, .3, .2 the two largest stay."""
     close = {"compare": "allclose", "atol": 1e-6, "rtol": 1e-6}
     call = {
         "id": "s0",
@@ -54,7 +54,9 @@ def run(*folders: Path) -> int:
 @pytest.mark.parity
 @pytest.mark.parametrize("fixtures", [FIXTURES, SHARED], ids=["shipped", "shared"])
 def test_every_recorded_call_passes(fixtures, capsys):
-    """All calls that are not optional, in every case: of this repository, and of the folder beside it."""
+    """All calls that are not optional, in every case of this repository and of the shared folder
+    next to it.
+    """
     folders = [fixtures / family for family in FAMILIES]
     if fixtures is SHARED and not SHARED.is_dir():
         pytest.skip("more parity fixtures are not beside this checkout (../shared/parity)")
@@ -85,10 +87,13 @@ def test_every_recorded_call_passes(fixtures, capsys):
     ],
 )
 def test_one_changed_number_fails(case, output, change, tmp_path, capsys):
-    """In the last value of an output, whatever its comparison: exit 1, and the line says which."""
+    """The last value of an output is changed, for every kind of comparison.
+
+    The command exits with 1, and a line names the output.
+    """
     source = FIXTURES / f"{case}.json"
     manifest, tensors = json.loads(source.read_text()), read_tensors(tensors_file(source))
-    # Only the calls that the output belongs to and depends on, to be quick.
+    # To be quick, only the calls that the output belongs to and depends on are run.
     wanted = output.split("/")[1]
     manifest["calls"] = [call for call in manifest["calls"] if call["id"] in (wanted, "forward")]
     last = tensors[output].flatten()
@@ -104,7 +109,9 @@ def test_one_changed_number_fails(case, output, change, tmp_path, capsys):
 
 @pytest.mark.launch
 def test_a_case_by_hand(tmp_path, capsys):
-    """As a user runs it: exit 0 and a line per call with its comparisons and largest difference."""
+    """Run as a user runs it: exit code 0, and a line per call with its comparisons and largest
+    difference.
+    """
     folder = write_case(tmp_path / "mine", *top_2_of_3())
     (folder / "facts.json").write_text(json.dumps({"about": "no calls, so no case"}))
     words = [sys.executable, "-m", "tests.parity", str(folder)]
@@ -126,7 +133,7 @@ def test_a_case_by_hand(tmp_path, capsys):
     ],
 )
 def test_a_difference_fails(output, value, problem, tmp_path, capsys):
-    """A record of nan or infinity is no wildcard."""
+    """A record of nan or infinity does not match other values."""
     manifest, tensors = top_2_of_3()
     tensors[output] = torch.tensor(value)
     assert run(write_case(tmp_path / "mine", manifest, tensors)) == 1
@@ -147,7 +154,7 @@ def test_equal_infinities_are_equal():
 
 
 def test_only_optional_calls_may_be_left_out(tmp_path, capsys, monkeypatch):
-    """Skipped is not passed, and what is not optional fails."""
+    """A skipped call is not counted as passed, and a call that is not optional fails."""
     manifest, tensors = top_2_of_3()
 
     def refuse(subject, call, inputs):
@@ -193,7 +200,7 @@ def test_what_the_adapter_does_not_return_or_raises_fails(tmp_path, capsys, monk
     ],
 )
 def test_a_manifest_that_cannot_be_run(change, problem, tmp_path, capsys):
-    """Exit 2 and one sentence, before anything is said to pass."""
+    """Exit code 2 and one sentence, before anything is reported as passed."""
     import re
 
     manifest, tensors = top_2_of_3()
@@ -246,7 +253,9 @@ def test_files_that_are_not_there(tmp_path, capsys):
 
 
 def test_every_member_of_a_star_is_compared(tmp_path, capsys, monkeypatch):
-    """outputs/x/* stands for all recorded names that begin so; one missing or wrong fails the call."""
+    """outputs/x/* stands for all recorded names that begin with outputs/x/; one missing or wrong
+    tensor fails the call.
+    """
     manifest, tensors = top_2_of_3()
     manifest["calls"][0]["outputs"] = {"outputs/s0/*": {"compare": "max_abs_diff", "max": 0.5}}
     tensors = {
@@ -269,7 +278,7 @@ def test_every_member_of_a_star_is_compared(tmp_path, capsys, monkeypatch):
 
 
 def test_recorded_outputs_reach_a_call_only_when_it_names_them(tmp_path):
-    """A decoder is given the recorded codes; nobody is given the answer."""
+    """A decoder receives the recorded codes; no call receives its own answer."""
     manifest, tensors = top_2_of_3()
     (case,) = command.read_cases(write_case(tmp_path / "mine", manifest, tensors))
     assert command.inputs_of(case, manifest["calls"][0]).keys() == {"inputs/logits"}
@@ -307,7 +316,7 @@ def test_another_official_score_would_be_noticed(name, file, tmp_path, capsys):
 
 
 def test_metrics_on_features_are_compared(tmp_path, capsys):
-    """Equal sets: no distance, everything inside; a metric that is not known cannot be run."""
+    """Equal sets have no distance, and all points inside. An unknown metric cannot be run."""
     pytest.importorskip("scipy")
     points = np.arange(10, dtype=np.float32)[:, None] ** 2
     np.savez(tmp_path / "features.npz", ref_pool=points, sample_pool=points)

@@ -41,7 +41,7 @@ def test_main_prints_the_page_of_settings(capsys):
 
 
 def test_the_recipe_of_the_image_tokenizer_is_checked_and_printed_too(capsys):
-    """It used to be refused with a list of keys that a recipe of the other kind has."""
+    """It used to be refused, with a list of the keys that a recipe of the other kind has."""
     assert __main__.main([str(IMAGE_TOKENIZER), "steps=700"]) == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     assert (printed["steps"], printed["num_embeddings"], printed["embed_dim"]) == (700, 1024, 8)

@@ -1,4 +1,4 @@
-"""Recipe files: what they extend, what the command line changes, and what is saved loads again."""
+"""Recipe files: what they extend, what the command line changes, and a saved recipe loads again."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def problems(path: Path, *overrides: str) -> list[str]:
-    """The lines of the report, the first one naming the file."""
+    """The lines of the report, of which the first names the file."""
     with pytest.raises(RecipeError) as caught:
         Recipe.load(path, overrides)
     return str(caught.value).splitlines()
@@ -69,7 +69,7 @@ def test_command_line_values_are_yaml(path):
     assert recipe.tensorar.offset_weights == [1, 0.5, 0.1, 0]
     assert recipe.train.sample_prompts == ["a red circle", "one, two"]
     assert recipe.train.init_from is None and recipe.run.seed == 1000
-    # Nothing checks what goes to DeepSpeed, so the text "1e9" would get there.
+    # DeepSpeed's section is not checked, so the text "1e9" would reach DeepSpeed.
     assert recipe.zero.extra == {"sub_group_size": 1_000_000_000}
     assert recipe.run.name == "1e9"
 
@@ -92,7 +92,7 @@ def test_an_override_that_cannot_be_applied_is_one_problem(path, override, key):
 
 
 def test_extends_merges_sections_and_replaces_lists(path):
-    """A variant states its differences only; a list is one value and is not appended to."""
+    """A variant states only its differences; a list is one value and is not appended to."""
     (path.parent / "deep").mkdir()
     middle, top = path.with_name("middle.yaml"), path.parent / "deep" / "top.yaml"
     middle.write_text(
@@ -106,7 +106,9 @@ def test_extends_merges_sections_and_replaces_lists(path):
 
 
 def test_another_backbone_takes_no_settings_of_the_one_it_replaces(path):
-    """Open-MAGVIT2 on top of a LlamaGen recipe: image_size means nothing to it, and would be an error."""
+    """Open-MAGVIT2 extends a LlamaGen recipe: it has no image_size, so keeping that setting would
+    be an error.
+    """
     top, changed = path.with_name("top.yaml"), path.with_name("changed.yaml")
     llamagen = "{name: llamagen, path: a.pt, image_size: 256}"
     path.write_text(path.read_text().replace("{name: janus, path: models/janus}", llamagen))
@@ -118,7 +120,9 @@ def test_another_backbone_takes_no_settings_of_the_one_it_replaces(path):
 
 
 def test_a_problem_in_a_base_is_reported_with_its_file(path):
-    """Of a chain of three files the report names the one to edit, also for a rule across sections."""
+    """In a chain of three files the report names the file to edit, also for a rule about several
+    sections.
+    """
     (path.parent / "deep").mkdir()
     middle, top = path.with_name("middle.yaml"), path.parent / "deep" / "top.yaml"
     middle.write_text("extends: minimal.yaml\ntensorar: {windw: 3}\ntrain: {steps: 0}\nbackbone: {pth: x}\n")
@@ -166,7 +170,10 @@ def test_a_resolved_recipe_loads_again(path, tmp_path):
 
 @pytest.mark.launch
 def test_recipes_are_read_without_torch():
-    """Importing the room is cheap; only checking a backbone's section imports its module, and so torch."""
+    """Importing the recipe package is cheap.
+
+    Only checking a backbone's section imports its module, and so torch.
+    """
     code = "import sys, mmtensorar.recipe; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr

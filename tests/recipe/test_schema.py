@@ -33,7 +33,9 @@ def test_all_problems_at_once_with_the_nearest_key(path):
 
 
 def test_problems_in_named_sections_come_with_the_others(path):
-    """backbone and image_tokenizer are checked by other classes, in the same report."""
+    """backbone and image_tokenizer are checked by other classes, but their problems are in the same
+    report.
+    """
     report = problems(path, "backbone.pth=x", "image_tokenizer.name=janus_qv", "train.steps=0")
     assert report.keys() == {"backbone.pth", "image_tokenizer.name", "train.steps"}
     assert "did you mean backbone.path?" in report["backbone.pth"]
@@ -44,14 +46,14 @@ def test_problems_in_named_sections_come_with_the_others(path):
 @pytest.mark.parametrize(
     "override, key, text",
     [
-        ("window=3", "window", "did you mean tensorar.window?"),  # right key, section forgotten
+        ("window=3", "window", "did you mean tensorar.window?"),  # right key, but the section is missing
         ("data.lr=1", "data.lr", "did you mean optim.lr?"),
         ("optim.xyz=1", "optim.xyz", "known here: optim.name, optim.lr, optim.tensorar_lr"),
         ("backbone.name=lamagen", "backbone.name", "did you mean llamagen?"),
         ("backbone=janus", "backbone", "got 'janus'"),
         ("backbone.path=", "backbone.path", "expected text, not empty, got None"),
         ("train.steps=1.5", "train.steps", "expected an integer >= 1 or null, got 1.5"),
-        ("train.steps=true", "train.steps", "got True"),  # which pydantic takes for 1
+        ("train.steps=true", "train.steps", "got True"),  # pydantic accepts it as 1
         ("train.precision=fp16", "train.precision", "expected 'bf16' or 'fp32', got 'fp16'"),
         ("data.uncond_rate=2", "data.uncond_rate", "expected a number >= 0 and <= 1, got 2"),
         ("optim.lr=.inf", "optim.lr", "expected a number > 0, got inf"),
@@ -75,7 +77,9 @@ def test_problems_in_named_sections_come_with_the_others(path):
     ],
 )
 def test_one_mistake_is_one_problem(path, override, key, text):
-    """What was found, what was expected, where; however many errors pydantic makes of it."""
+    """The problem states what was found, what was expected and where, however many errors pydantic
+    gives for it.
+    """
     report = problems(path, override)
     assert report.keys() == {key} and text in report[key]
 
@@ -97,7 +101,7 @@ def test_settings_do_not_change_after_validation(path):
 
 
 def test_noise_named_as_in_the_paper_is_noise_alone(path):
-    """Self-drafts are a default only of the schedule that they were measured with."""
+    """Self-drafts are on by default only for the schedule that they were measured with."""
     shares = {
         given: Recipe.load(path, [*given]).tensorar.self_drafts
         for given in (
@@ -113,13 +117,13 @@ def test_noise_named_as_in_the_paper_is_noise_alone(path):
 
 
 def test_a_new_noise_schedule_is_one_entry_of_its_table(path, monkeypatch):
-    """The recipe lists no names of its own."""
+    """The recipe has no list of names of its own."""
     monkeypatch.setitem(drafts.SCHEDULES, "cubic", lambda u: u**3)
     assert Recipe.load(path, ["tensorar.schedule=cubic"]).tensorar.schedule == "cubic"
 
 
 def test_sampler_settings_are_split_per_factor(path):
-    """A code of two factors may have two temperatures; one number is for both."""
+    """Codes of two factors may have two temperatures; one number is for both."""
     sampler = SamplerSettings(temperature=[1.1, 1.0], cfg_scale=2.0, top_k=[0, 5], greedy_drafts=True)
     first, second = sampler.per_factor(2)
     assert (first.temperature, second.temperature) == (1.1, 1.0)
@@ -132,7 +136,9 @@ def test_sampler_settings_are_split_per_factor(path):
 
 
 def test_saved_recipes_with_removed_settings_load(path):
-    """Model folders and run folders of earlier versions hold them, nearly always without an effect."""
+    """Model folders and run folders of earlier versions hold these settings, nearly always without
+    an effect.
+    """
     saved = ["tensorar.max_stride=1", "sampler.stride=1", "zero.nvme_path=null"]
     assert Recipe.load(path, saved) == Recipe.load(path)
 
@@ -218,7 +224,7 @@ def test_the_other_halves_of_the_rules(path, key, overrides):
 
 
 def test_broken_rules_come_together(path):
-    """These checks see the whole recipe; the first one used to hide the others."""
+    """These rules check the whole recipe; the first broken rule used to hide the others."""
     report = problems(
         path,
         "tensorar.offset_weights=[1, 0.5]",

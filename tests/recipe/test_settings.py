@@ -20,7 +20,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs" / "recipe.md"
 
 
 class TrainWithOneMore(Train):
-    """What schema.py would be with two more lines in Train."""
+    """Train as it would be with two more lines in schema.py."""
 
     patience: int = setting(5, ge=1, description="steps without gain before a run ends", on_resume=True)
     dither: float = setting(0.0, le=1, description="noise on the pictures")
@@ -31,7 +31,9 @@ class RecipeWithOneMore(Recipe):
 
 
 def test_adding_a_setting_touches_one_place(path):
-    """Read, bounded, suggested, documented and compared on resume, from its declaration alone."""
+    """The setting is read, bounded, suggested, documented and compared on resume, from its
+    declaration alone.
+    """
     recipe = read_recipe(RecipeWithOneMore, path, ["train.patience=2", "train.dither=0.5"])
     assert (recipe.train.patience, recipe.train.dither) == (2, 0.5)
     with pytest.raises(RecipeError, match="expected an integer >= 1, got 0"):
@@ -45,7 +47,7 @@ def test_adding_a_setting_touches_one_place(path):
 
 
 def test_the_page_of_settings_is_made_from_the_schema():
-    """When this fails: python -m mmtensorar.recipe --docs > docs/recipe.md"""
+    """When this fails, run: python -m mmtensorar.recipe --docs > docs/recipe.md"""
     assert DOCS.read_text(encoding="utf-8") == docs.page()
 
 

@@ -1,4 +1,4 @@
-"""Decoding: the cache changes nothing, neighbours change nothing, a seed means one image."""
+"""Decoding: cache and batch neighbours do not change the result, and a seed gives one image."""
 
 import copy
 
@@ -23,7 +23,7 @@ def seed():
 
 
 def rows(condition: Condition, start: int, stop: int) -> Condition:
-    """Some rows of a batch, without the padding that only the others needed."""
+    """Some rows of a batch, without the padding that only the other rows needed."""
     mask = condition.mask[start:stop]
     first = int(mask.any(0).int().argmax())
     return Condition(condition.values[start:stop, first:], mask[:, first:])
@@ -34,9 +34,11 @@ def rows(condition: Condition, start: int, stop: int) -> Condition:
 
 @pytest.mark.parametrize("cfg_scale", [1.0, 3.0])
 @pytest.mark.parametrize("window", [1, 3])
-@pytest.mark.parametrize("name", ["one_factor", "two_factors"])  # test_contract.py has the real ones
+@pytest.mark.parametrize("name", ["one_factor", "two_factors"])  # test_contract.py tests the real backbones
 def test_cached_decode_equals_recomputation(name, window, cfg_scale):
-    """Every window of every step, with prompts of unequal length: cache, positions and mask are exact."""
+    """Compares every window of every step, with prompts of unequal length: cache, positions and
+    mask are exact.
+    """
     model, condition = make(name, window), fake_condition()
     settings = SamplerSettings(cfg_scale=cfg_scale)
     decoded = decode(model, condition, settings, draw=greedy, keep_trace=True)
@@ -59,7 +61,7 @@ def test_guidance_changes_the_image(name):
 @pytest.mark.parametrize("draw", [greedy, None], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("window, cfg_scale", [(1, 1.0), (3, 3.0)])
 def test_a_prompt_gives_the_image_it_has_alone(window, cfg_scale, draw):
-    """Padding, batch and neighbours leave no mark on a real backbone: tokens are equal."""
+    """On a real backbone, padding, batch size and neighbours change no token."""
     model, condition = make("janus", window), fake_condition()
     settings = SamplerSettings(cfg_scale=cfg_scale, temperature=0.9, top_k=8)
 
@@ -73,7 +75,9 @@ def test_a_prompt_gives_the_image_it_has_alone(window, cfg_scale, draw):
 
 
 def test_a_generator_per_row_belongs_to_its_row():
-    """A seed means one image whoever its neighbours are: other seeds, other prompts, another order."""
+    """A seed gives one image whatever its neighbours are: with other seeds, other prompts, or in
+    another order.
+    """
     model, condition = make("two_factors", 3), fake_condition()
     first = decode(model, condition, PLAIN, generator=generators(1, 2, 3)).codes
     assert torch.equal(first, decode(model, condition, PLAIN, generator=generators(1, 2, 3)).codes)
@@ -85,7 +89,7 @@ def test_a_generator_per_row_belongs_to_its_row():
 
 
 def test_one_generator_for_the_batch_and_none():
-    """Rows of one generator differ from each other; without one the global seed rules."""
+    """Rows that share one generator differ from each other. Without a generator the global seed is used."""
     model = make("one_factor", 3)
     same = Condition(torch.ones(4, 2, dtype=torch.int64), torch.ones(4, 2, dtype=torch.bool))
     codes = decode(model, same, PLAIN, generator=torch.Generator().manual_seed(0)).codes
@@ -101,7 +105,9 @@ def test_one_generator_for_the_batch_and_none():
 
 @pytest.mark.parametrize("name, window", [("one_factor", 1), ("one_factor", 6), ("two_factors", 3)])
 def test_the_trace_holds_the_image(name, window):
-    """Offset 0 of step t is token t, for good; slots past the image are 0; every code is in its codebook."""
+    """Offset 0 of step t is the final token t; slots past the image are 0; every code is in its
+    codebook.
+    """
     model = make(name, window)
     decoded = decode(model, fake_condition(), PLAIN, keep_trace=True)
     T, sizes = model.backbone.num_tokens, model.backbone.factor_sizes
@@ -115,7 +121,10 @@ def test_the_trace_holds_the_image(name, window):
 @pytest.mark.parametrize("window", [1, 3])
 @pytest.mark.parametrize("cfg_scale, batch_rows", [(1.0, 3), (2.0, 6)])
 def test_one_backbone_step_per_token(window, cfg_scale, batch_rows):
-    """T steps for any K, each of one row after the prompt; guidance doubles the rows, scale 1 does not."""
+    """T steps for any K, and every step after the prompt has one position per row.
+
+    Guidance doubles the rows, except at scale 1.
+    """
     model, done = make("one_factor", window), []
     settings = SamplerSettings(cfg_scale=cfg_scale)
     decode(model, fake_condition(), settings, progress=lambda t, total: done.append((t, total)))
@@ -124,7 +133,7 @@ def test_one_backbone_step_per_token(window, cfg_scale, batch_rows):
 
 
 def test_drafts_are_fed_back():
-    """A draft must reach the next step, or there is nothing to refine: other drafts give another image."""
+    """A draft must reach the next step, or nothing could be refined: other drafts give another image."""
     model = make("one_factor", 3)
 
     def no_drafts(logits: Tensor, uniform: Tensor) -> Tensor:
@@ -137,10 +146,13 @@ def test_drafts_are_fed_back():
 
 
 def test_a_fresh_codec_generates_the_plain_models_image():
-    """Zero-initialised heads change no offset-0 logits, so before training a window has no effect."""
+    """Zero-initialised heads do not change the logits of offset 0, so before training a window has
+    no effect.
+    """
     plain = wrap(FakeBackbone(), 1).eval()
     fresh = wrap(copy.deepcopy(plain.backbone), 3).eval()
-    # The sampled ones too: final tokens have random numbers of their own, the same for every window.
+    # This also holds for sampling: final tokens have their own random numbers, the same for every
+    # window.
     for draw in (greedy, None):
         images = [
             decode(model, fake_condition(), PLAIN, draw=draw, generator=generators(1, 2, 3)).codes
@@ -162,7 +174,9 @@ def test_one_number_is_that_number_for_every_factor():
 
 
 def test_a_factors_guidance_is_its_own():
-    """The first factor of the first token does not depend on the second's scale; the second does."""
+    """The first factor of the first token does not depend on the second factor's scale; the second
+    factor does.
+    """
     model = make("two_factors", 1)
     seen = {}
     for scales in ([4.0, 1.0], [4.0, 6.0], [1.0, 6.0]):

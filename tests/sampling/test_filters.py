@@ -1,4 +1,4 @@
-"""Filters by hand, and the tokens that random numbers draw from what they leave."""
+"""Filters computed by hand, and the tokens that random numbers pick from the filtered distribution."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from mmtensorar.sampling.noise import draw_tokens, greedy, token_numbers
 
 
 def logits_of(*probabilities: float) -> Tensor:
-    """[1, 1, V]."""
+    """Logits of shape [1, 1, V]."""
     return torch.tensor(probabilities).log()[None, None]
 
 
@@ -26,25 +26,28 @@ def shares(settings: dict, *probabilities: float) -> list[float]:
         ({"temperature": 0.5}, [25 / 38, 9 / 38, 4 / 38]),  # squared
         ({"top_k": 2}, [5 / 8, 3 / 8, 0]),
         ({"top_k": 1}, [1, 0, 0]),
-        ({"top_k": 9}, [0.5, 0.3, 0.2]),  # more than there are
-        ({"top_p": 0.4}, [1, 0, 0]),  # the first always stays
-        ({"top_p": 0.6}, [5 / 8, 3 / 8, 0]),  # the one that crosses stays
+        ({"top_k": 9}, [0.5, 0.3, 0.2]),  # more than there are tokens
+        ({"top_p": 0.4}, [1, 0, 0]),  # the first token always stays
+        ({"top_p": 0.6}, [5 / 8, 3 / 8, 0]),  # the token that crosses top_p stays
         ({"top_p": 0.9}, [0.5, 0.3, 0.2]),
         ({"top_k": 2, "top_p": 0.6}, [1, 0, 0]),  # top_p counts what top_k left: 5/8 is enough
-        ({"temperature": 0.5, "top_p": 0.6}, [1, 0, 0]),  # and what temperature made of it: 25/38
+        (
+            {"temperature": 0.5, "top_p": 0.6},
+            [1, 0, 0],
+        ),  # and top_p sees the probabilities after temperature: 25/38
     ],
 )
 def test_filters_by_hand(settings, expected):
     """Temperature, then top_k, then top_p, on probabilities 0.5, 0.3, 0.2.
 
-    top_p once raised a TypeError at its first use: torch's stable sort takes dim by name only.
+    top_p once raised a TypeError at its first use: torch's stable sort accepts dim by name only.
     """
     assert shares(settings, 0.5, 0.3, 0.2) == pytest.approx(expected, abs=1e-6)
     assert shares(settings, 0.2, 0.5, 0.3) == pytest.approx([expected[2], expected[0], expected[1]], abs=1e-6)
 
 
 def test_ties_at_the_edge_of_top_k_all_stay():
-    """As in the original samplers, which compare values.
+    """The original samplers compare values too.
 
     Choosing by index favoured low code numbers among equals.
     """
@@ -63,20 +66,22 @@ def test_guidance_by_hand():
     "number, token", [(0.0, 0), (0.49, 0), (0.51, 1), (0.79, 1), (0.81, 2), (1 - 2**-53, 2)]
 )
 def test_a_number_picks_the_slice_it_falls_in(number, token):
-    """Slices [0, .5), [.5, .8), [.8, 1)."""
+    """The slices are [0, .5), [.5, .8), [.8, 1)."""
     numbers = torch.tensor([[number]], dtype=torch.float64)
     assert draw_tokens(logits_of(0.5, 0.3, 0.2), numbers, SamplerSettings()).item() == token
 
 
 @pytest.mark.parametrize("number, token", [(0.0, 1), (1 - 2**-53, 2)])
 def test_an_empty_slice_is_never_picked(number, token):
-    """Tokens filtered out at both ends of the codebook stay out for the smallest and the largest number."""
+    """Tokens filtered out at both ends of the codebook are not picked, for the smallest and the
+    largest number.
+    """
     numbers = torch.tensor([[number]], dtype=torch.float64)
     assert draw_tokens(logits_of(0.1, 0.4, 0.3, 0.2), numbers, SamplerSettings(top_k=2)).item() == token
 
 
 def test_greedy_drafts_are_greedy_at_drafts_only():
-    """Offset 0 is drawn, here from the last slice; offsets 1 and 2 take the likeliest."""
+    """Offset 0 is drawn, here from the last slice; offsets 1 and 2 take the most likely token."""
     logits = logits_of(0.5, 0.3, 0.2).expand(1, 3, 3)
     high = torch.full((1, 3), 0.99, dtype=torch.float64)
     assert draw_tokens(logits, high, SamplerSettings()).tolist() == [[2, 2, 2]]

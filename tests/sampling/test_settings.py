@@ -1,4 +1,4 @@
-"""Sampling settings: declared once, and everything else is made from the declaration."""
+"""Sampling settings are declared once; options, checks and records are derived from the declaration."""
 
 import argparse
 import ast
@@ -24,9 +24,11 @@ def parse(*arguments: str) -> dict:
 
 
 def test_each_setting_has_an_option():
-    """Without a value of its own: what is not given is the recipe's."""
+    """Options have no default of their own: a setting that is not given comes from the recipe."""
     assert parse() == dict.fromkeys(SamplerSettings.model_fields)
-    assert all(field.description for field in SamplerSettings.model_fields.values())  # its help
+    assert all(
+        field.description for field in SamplerSettings.model_fields.values()
+    )  # becomes the option's help
     given = parse("--cfg-scale", "1.9,2", "--top-k", "3", "--no-greedy-drafts", "--lookahead", "4")
     assert {name: value for name, value in given.items() if value is not None} == {
         "cfg_scale": [1.9, 2.0],
@@ -62,7 +64,7 @@ def test_a_new_setting_is_one_field(monkeypatch):
     ],
 )
 def test_an_invalid_option_is_reported_at_once(arguments, capsys):
-    """Not after the model was loaded."""
+    """The error comes before the model is loaded, not after."""
     with pytest.raises(SystemExit) as ended:
         parse(*arguments)
     assert ended.value.code == 2
@@ -99,7 +101,9 @@ def test_settings_out_of_range_are_refused(given, problem):
 
 
 def test_each_factor_has_its_own_settings():
-    """Lists are one number per factor, single numbers are for all; a list of another length is refused."""
+    """A list has one number per factor, a single number is for all factors; a list of another
+    length is refused.
+    """
     both = SamplerSettings(temperature=[0.5, 2.0], top_k=3, top_p=[0.9, 1], greedy_drafts=True)
     assert both.per_factor(2) == [
         SamplerSettings(temperature=0.5, top_k=3, top_p=0.9, greedy_drafts=True),
@@ -110,7 +114,7 @@ def test_each_factor_has_its_own_settings():
 
 
 def test_settings_need_no_torch():
-    """Commands report a mistyped option before torch is imported, which takes seconds."""
+    """Commands report a mistyped option before they import torch, which takes seconds."""
     tree = ast.parse(Path(settings.__file__).read_text(encoding="utf-8"))
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
@@ -119,7 +123,9 @@ def test_settings_need_no_torch():
 
 
 def test_records_of_earlier_versions_compare_equal():
-    """An evaluation that an earlier version started resumes: its record names settings that were removed."""
+    """An evaluation that an earlier version started can resume, although its record names removed
+    settings.
+    """
     today = SamplerSettings(top_k=20).model_dump(mode="json")
     assert settings.without_removed(today | {"greedy": False, "stride": 1}) == settings.without_removed(today)
     assert settings.without_removed(today | {"stride": 2}) != settings.without_removed(today)

@@ -1,4 +1,6 @@
-"""Strategies: lookahead gives the image of one step at a time, and a new strategy is one function."""
+"""Strategies: lookahead gives the image of the plain one-token strategy, and a new strategy is one
+function.
+"""
 
 import pytest
 import torch
@@ -21,7 +23,9 @@ def seed():
 @pytest.mark.parametrize("window, cfg_scale", [(1, 1.0), (3, 3.0)])
 @pytest.mark.parametrize("name", ["one_factor", "two_factors", "janus"])
 def test_lookahead_gives_the_image_of_one_step_at_a_time(name, window, cfg_scale, draw):
-    """Every window of it, however many guesses are fed at once; a pass is never wasted."""
+    """Every window is equal, for any number of guesses per pass, and every pass yields at least one
+    token.
+    """
     model = make(name, window)
 
     def traced(lookahead: int):
@@ -49,13 +53,13 @@ def test_lookahead_saves_passes_where_guesses_are_right():
 
 
 def test_a_new_strategy_is_one_function():
-    """Register it, use it through `decode` by its name or by its settings, remove it."""
+    """Register a strategy, use it through `decode` by its name and by its settings, then remove it."""
     model, ran = make("two_factors", 3), []
     expected = decode(model, fake_condition(), PLAIN, generator=generators(1, 2, 3), keep_trace=True)
 
     @strategy("twice", when=lambda settings: settings.greedy_drafts)
     def twice(state):
-        """Predicts each window twice, which changes nothing: a step's random numbers are its own."""
+        """Predicts every window twice. This changes nothing, because a step has its own random numbers."""
         ran.append(state.num_tokens)
         hidden = state.prefill()
         for step in range(state.num_tokens):

@@ -6,7 +6,7 @@ from mmtensorar.sampling.trace import revised_per_offset, revisions
 
 
 def test_revised_tokens_are_counted_by_offset():
-    """Two tokens of three are drafted before they are final; the last window has a slot past the end."""
+    """Two of three tokens are drafted before they are final; the last window has a slot past the end."""
     trace = torch.tensor([[[1, 2], [2, 3], [4, 0]], [[1, 5], [6, 7], [8, 0]]])[
         ..., None
     ]  # [B=2, T=3, K=2, F=1]
@@ -16,7 +16,10 @@ def test_revised_tokens_are_counted_by_offset():
 
 
 def test_revisions_of_windows_written_by_hand():
-    """4 tokens, K = 3. Token p of step t is written 10 t + p, which shows the step that it comes from."""
+    """4 tokens, K = 3.
+
+    Token p of step t is written as 10 t + p, which shows the step that it comes from.
+    """
     T, K = 4, 3
     rows = [[10 * t + t + j if t + j < T else 0 for j in range(K)] for t in range(T)]
     trace = torch.tensor([rows])[..., None]

@@ -1,4 +1,4 @@
-"""Studies: mistakes in a grid, one arm from training to its row, intervals, pages from stored rows."""
+"""Studies: mistakes in a grid, one arm from training to its row, intervals, pages made from stored rows."""
 
 import json
 import os
@@ -71,7 +71,7 @@ class World:
 
 @pytest.fixture
 def forked_commands(monkeypatch) -> None:
-    """What the study starts as `python COMMAND` is forked instead."""
+    """Commands that the study starts as `python COMMAND` are forked instead."""
 
     def run(words, *, stdout, **_) -> subprocess.CompletedProcess:
         done = finish_ranks(fork_ranks(*words[1:]), timeout_s=240)
@@ -175,7 +175,7 @@ def test_the_grids_that_are_here_load(path):
 
 @pytest.mark.launch
 def test_an_arm_is_trained_and_measured(bench, grid_file, forked_commands, tmp_path):
-    """Rows are whole, and what they say of a model without drafts is its validation loss."""
+    """Rows are complete, and the probe of a model without drafts equals its validation loss."""
     torch.set_num_threads(1)
     grid = Grid.load(grid_file)
     folder, took = job.train(grid, "k3", 5, tmp_path)
@@ -199,7 +199,7 @@ def test_an_arm_is_trained_and_measured(bench, grid_file, forked_commands, tmp_p
     probed = rows[0]["probe"]
     assert probed["draft_error"][0] == 0 and all(0 < error <= 1 for error in probed["draft_error"][1:])
     assert json.loads(json.dumps(rows)) == [json.loads(json.dumps(row)) for row in rows]
-    # By hand: nats of the final prediction when no draft is in view.
+    # Computed here: the nats of the final prediction when no draft is visible.
     generator = Generator.load(folder)
     from mmtensorar.data import loader
     from mmtensorar.model.windows import slide
@@ -219,7 +219,7 @@ def test_an_arm_is_trained_and_measured(bench, grid_file, forked_commands, tmp_p
 
 
 def test_an_arm_is_checked_against_its_stored_score(bench, grid_file, tmp_path, monkeypatch, capsys):
-    """Trained anew; here by a job that draws what it is told to."""
+    """The arm is trained again; here the job is a stand-in with prepared pictures."""
     results = tmp_path / "results.jsonl"
     results.write_text(
         "".join(json.dumps(row(arm, 0, {"0": "10", "1": "11", "2": "10"})) + "\n" for arm in ("plain", "k3"))
@@ -259,7 +259,7 @@ def test_steps_are_timed_in_turns(bench, grid_file, tmp_path):
         map(min, seconds.values())
     ) > 0
     assert os.environ == before
-    # A slow second round is slow for both.
+    # A slow second round is slow for both arms.
     found = timing.relative_to_control(
         Grid.load(grid_file), {"plain": [1.0, 9.0, 1.0], "k3": [1.5, 13.5, 2.0]}
     )
@@ -286,7 +286,10 @@ def grounds() -> tuple[list, list]:
 
 @pytest.mark.launch
 def test_a_base_is_made_from_nothing(grid_file, forked_commands, tmp_path, monkeypatch):
-    """A world of classes from pictures to codes, an image tokenizer and a trained LlamaGen; nothing is made twice."""
+    """From the pictures of a world of classes to codes, an image tokenizer and a trained LlamaGen.
+
+    Nothing is made twice.
+    """
     world = _classes.Classes("grounds", 16, ["dark", "bright"], grounds, num_prompts=3)
     monkeypatch.setattr(worlds, "load", lambda name: world)
     monkeypatch.setattr(features, "STEPS", 60)
@@ -437,9 +440,11 @@ def test_the_page_is_made_from_stored_rows_alone(grid_file, tmp_path):
     )
     assert "| 3 | 1.50 | 1.50 |" in page
     line = next(line for line in page.splitlines() if line.startswith("| `k3` | +"))
-    # Of circles one prompt gains half of its pictures in every seed, of squares the only prompt loses half.
+    # With circles, one prompt gains half of its pictures in every seed; with squares, the only
+    # prompt loses half.
     assert line == "| `k3` | +25.0 [-24.0 +74.0] | -50.0 [-50.0 -50.0] |"
-    # Greedy drafts gain a half of a picture in one of three prompts, the only one of its group.
+    # Greedy drafts gain half of the pictures of one prompt out of three; it is the only prompt of
+    # its group.
     assert (
         "| `k3` | greedy | 3 | 75.0 [75.0 75.0] | +25.0 [+25.0 +25.0] | 0.500 ±0.000 |" in page
         and (tmp_path / "scores.png").is_file()
@@ -448,7 +453,7 @@ def test_the_page_is_made_from_stored_rows_alone(grid_file, tmp_path):
         "| `gone`: what was tried (removed: it was worse) | 1 | 50.0 [" in page
         and "| `gone` | greedy | 1 |" in page
     )
-    # Beside an arm that had more time, too.
+    # Also compared with an arm that trained longer.
     content = yaml.safe_load(grid_file.read_text())
     content["arms"]["long"] = {"about": "control, longer", "settings": ["tensorar.window=1", "train.steps=6"]}
     grid_file.write_text(yaml.safe_dump(content | {"equal_time": "long"}, sort_keys=False))
@@ -464,7 +469,7 @@ def test_the_page_is_made_from_stored_rows_alone(grid_file, tmp_path):
 
 
 def test_worlds_are_set_beside_each_other(grid_file, tmp_path, capsys):
-    """Gains and gaps of arms that both have, from the stored rows alone."""
+    """Gains and gaps of the arms that both worlds have, from the stored rows alone."""
     pytest.importorskip("matplotlib")
     other = grid_file.with_name("other.yaml")
     other.write_text(grid_file.read_text())
@@ -505,7 +510,9 @@ def test_worlds_are_set_beside_each_other(grid_file, tmp_path, capsys):
 
 
 def test_a_frechet_distance_is_set_over_the_controls_of_the_same_seed(grid_file):
-    """Its logarithms' spread over seeds is pooled over the arms; of one arm it would be hardly known."""
+    """The spread of the logarithms over seeds is pooled over the arms, because one arm gives too
+    few values.
+    """
     distances = {"plain": [1.0, 2.0, 4.0], "base": [2.0, 4.0, 8.0], "k3": [0.5, 2.0, 8.0], "own": [3.0]}
     rows = [
         row(arm, seed, {"0": "1", "1": "1", "2": "1"}) | {"frechet": value}
@@ -513,9 +520,8 @@ def test_a_frechet_distance_is_set_over_the_controls_of_the_same_seed(grid_file)
         for seed, value in enumerate(own)
     ]
     known = scores.Scores(Grid.load(grid_file), scores.collect(rows), ["a", "a", "b"])
-    assert (
-        known.ratio("base") == "2.00" and known.ratio("own") == "3.00"
-    )  # four degrees of freedom are too few
+    # Four degrees of freedom are too few.
+    assert known.ratio("base") == "2.00" and known.ratio("own") == "3.00"
     rows += [
         row("gone", seed, {"0": "1", "1": "1", "2": "1"}) | {"frechet": value}
         for seed, value in enumerate([1.0, 2.0, 4.0])
@@ -531,7 +537,10 @@ def test_a_frechet_distance_is_set_over_the_controls_of_the_same_seed(grid_file)
 
 
 def test_intervals_know_seeds_and_prompts():
-    """Prompts that differ widen an interval; seeds do if they differ by more than the chance of sampling."""
+    """Prompts that differ widen an interval.
+
+    Seeds widen it if they differ by more than the chance of sampling.
+    """
     groups = ["a"] * 40 + ["b"] * 40
 
     def half(values: np.ndarray) -> float:
@@ -544,11 +553,12 @@ def test_intervals_know_seeds_and_prompts():
         return found.high - found.value
 
     assert half(np.full((3, 80), 0.5)) == 0
+    # Student's t of 3 x 2 degrees of freedom.
     assert half(np.repeat([[0.4], [0.5], [0.6]], 80, axis=1)) == pytest.approx(
         2.4469 * 0.1 / 3**0.5, rel=1e-4
-    )  # Student's t of 3 x 2 degrees of freedom
+    )
     assert half(np.tile([0.0, 1.0] * 40, (3, 1))) == pytest.approx(1.96 * (40 * 0.25 / 39 / 40 / 2) ** 0.5)
-    few = np.repeat([[0.4], [0.6]], 80, axis=1)  # of two seeds of one arm nothing is known
+    few = np.repeat([[0.4], [0.6]], 80, axis=1)  # two seeds of one arm show nothing about the spread
     assert intervals.over_seeds(few, groups, intervals.pooled_spreads([few], groups))[
         "overall"
     ].high == pytest.approx(0.5)
@@ -561,7 +571,9 @@ def test_intervals_know_seeds_and_prompts():
     "seed_spread, prompt_spread", [(0.0, 0.15), (0.02, 0.15), (0.06, 0.15), (0.035, 0.35)]
 )
 def test_intervals_hold_what_they_say(seed_spread, prompt_spread):
-    """Made-up studies of eight arms and three seeds with a known truth: some 95 % of intervals hold it."""
+    """Simulated studies of eight arms and three seeds with a known truth: about 95 % of the
+    intervals contain it.
+    """
     rng, held, groups = np.random.default_rng(0), [], ["a"] * 30 + ["b"] * 30
     for _ in range(60):
         hard = rng.normal(0, prompt_spread, (8, 1, 60))
@@ -574,7 +586,7 @@ def test_intervals_hold_what_they_say(seed_spread, prompt_spread):
 
 
 def test_a_run_takes_up_what_is_missing(grid_file, tmp_path, monkeypatch, capsys):
-    """Arm after arm, those alone that lack a row and are not removed."""
+    """Arms run in order, and only those that lack a row and are not removed."""
     monkeypatch.setattr(runner, "worker_environments", lambda num_workers: [{}])
     results, asked = tmp_path / "results.jsonl", []
     results.write_text(json.dumps(row("base", 0, {"0": "1"})) + "\n")
@@ -600,13 +612,14 @@ def test_a_run_takes_up_what_is_missing(grid_file, tmp_path, monkeypatch, capsys
     )
     assert asked == [("plain", 0), ("k3", 0), ("own", 0)]
     assert [each["arm"] for each in read(results)] == ["base", "plain", "k3", "own"]
-    # A sampling without a row is missing, and rows of other settings are none of this grid.
+    # Sampler settings without a row are missing, and rows of other settings do not belong to this
+    # grid.
     rows, grid = read(results), Grid.load(grid_file)
     assert missing(grid, rows, list(grid.arms), 1) == [(0, "k3")]
     rows.append(row("k3", 0, {"0": "1"}, "greedy"))
     assert missing(grid, rows, list(grid.arms), 1) == [(0, "k3")]
     rows.append(row("k3", 0, {"0": "1"}, "sharp"))
-    # `own` has one seed, and `sharp` is of the first seed alone.
+    # `own` has one seed, and `sharp` uses the first seed only.
     assert missing(grid, rows, list(grid.arms), 2) == [(1, "base"), (1, "plain"), (1, "k3")]
     rows += [row("k3", 1, {"0": "1"}), row("k3", 1, {"0": "1"}, "greedy")]
     assert missing(grid, rows, list(grid.arms), 2) == [(1, "base"), (1, "plain")]
@@ -652,7 +665,7 @@ def test_a_run_takes_up_what_is_missing(grid_file, tmp_path, monkeypatch, capsys
         == 0
     )
     assert "own, seed 0\nbase, seed 1" in capsys.readouterr().out and not (tmp_path / "none.jsonl").exists()
-    # Rows of another base are not mixed with this one's.
+    # Rows of another base are not mixed with the rows of this base.
     results.write_text(json.dumps(row("plain", 0, {"0": "1"}) | {"base": "another"}) + "\n")
     assert (
         __main__.main(["run", str(grid_file), "--out", str(tmp_path / "other"), "--results", str(results)])

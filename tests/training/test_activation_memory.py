@@ -1,4 +1,4 @@
-"""Bytes of tensors without values: what a computation holds at once."""
+"""activation_memory: the peak bytes of a computation, measured on tensors without values."""
 
 import torch
 from torch import nn
@@ -33,7 +33,10 @@ def test_what_was_given_does_not_count():
 
 
 def test_a_step_is_told_without_its_memory():
-    """A chain of maps keeps each input; the gradients themselves are not counted, nor is anything computed."""
+    """Measuring a step needs no memory for it: the model is on the meta device, so nothing is
+    computed. A chain of layers keeps the input of every layer for the backward pass. The gradients
+    of the parameters are not counted.
+    """
     with torch.device("meta"):
         model = nn.Sequential(
             *(nn.Sequential(nn.Linear(4096, 4096, bias=False), nn.ReLU()) for _ in range(10))
@@ -41,5 +44,6 @@ def test_a_step_is_told_without_its_memory():
     rows = 4096
     found = activation_memory.of_a_step(model, lambda model: model(torch.zeros(rows, 4096)).sum())
     one = rows * 4096 * 4
-    # An output of each ReLU and the input are kept; the backward holds a few more for a while.
+    # The input and the output of every ReLU are kept; the backward pass holds a few more for a
+    # while.
     assert 11 * one <= found <= 15 * one

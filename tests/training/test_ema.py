@@ -1,4 +1,4 @@
-"""The moving average: by hand, in and out of place, saved and loaded."""
+"""The moving average of the weights: its values, and swapping it in and out in place."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def test_it_is_the_average_by_hand():
 
 
 def test_views_of_the_weights_see_the_average_and_then_the_weights_again():
-    """DeepSpeed's pieces are views of one flat tensor: the swap has to be in place."""
+    """DeepSpeed's partitions are views of one flat tensor, so the swap has to be in place."""
     flat = torch.arange(6.0)
     view, average = flat[2:4], Average([flat], 0.9)
     flat.add_(10)

@@ -1,4 +1,6 @@
-"""Every ZeRO stage, parts, precision, optimiser and offloading that a recipe may ask for trains, saves and resumes."""
+"""Every allowed combination of ZeRO stage, parts, precision, optimiser and offloading trains, saves
+and resumes.
+"""
 
 import itertools
 import json
@@ -20,7 +22,7 @@ from tests.helpers.runs import finish_ranks, fork_ranks
 pytestmark = pytest.mark.launch
 
 STAGES, PARTS, PRECISIONS = (0, 1, 2, 3), ("all", "heads", "lora", "qlora"), ("bf16", "fp32")
-# Paged optimisers page between a GPU and its host.
+# The paged optimisers are missing: they page between a GPU and its host.
 OPTIMIZERS = (("adamw", "none"), ("adamw_8bit", "none"), ("adamw", "cpu"), ("cpu_adam", "cpu"))
 
 
@@ -48,16 +50,17 @@ def step(engine) -> float:
 
 
 def go_through(folder: Path, stage: int, parts: str) -> None:
-    """Try the precisions, optimisers and offloading that a recipe allows.
+    """Try all precisions, optimisers and offloading settings that a recipe allows.
 
-    Raises AssertionError with the settings that went wrong.
+    Raises AssertionError with the settings that failed.
     """
     from mmtensorar.training import engine as engines
     from mmtensorar.training import run_state
 
     cpu, allowed = torch.device("cpu"), 0
     for precision, (optimizer, offload) in itertools.product(PRECISIONS, OPTIMIZERS):
-        # To save time: 8-bit moments are the same in fp32, and all optimisers are tried on all parameters.
+        # To save time, 8-bit moments are not repeated in fp32, and optimisers other than plain
+        # AdamW are tried only with parts=all.
         if precision == "fp32" and optimizer == "adamw_8bit":
             continue
         if parts != "all" and (optimizer, offload) != ("adamw", "none"):
@@ -86,7 +89,9 @@ def go_through(folder: Path, stage: int, parts: str) -> None:
 
 
 def main(folder: Path) -> None:
-    """In a process of its own: DeepSpeed does not bear a second process group after the first is gone."""
+    """Run the matrix in its own process: DeepSpeed fails on a second process group after the first
+    has ended.
+    """
     from mmtensorar.training import distributed
 
     distributed.start_process_group(0)
@@ -97,7 +102,7 @@ def main(folder: Path) -> None:
         try:
             go_through(folder, stage, parts)
             found[f"{stage} {parts}"] = None
-        except Exception:  # any: it is one test's failure, and the others are told too
+        except Exception:  # any error fails only its own test; the others still run
             found[f"{stage} {parts}"] = traceback.format_exc()
     (folder / "found.json").write_text(json.dumps(found))
     distributed.stop_process_group()

@@ -1,6 +1,6 @@
-"""Several nodes, as processes on this machine.
+"""Training on several nodes, which are processes on this machine.
 
-One is lost and the others continue; two hosts train through the launcher.
+When one node is lost, the other continues. Two hosts train together through the launcher.
 """
 
 import json
@@ -24,7 +24,7 @@ BIN = Path(sys.executable).parent
 
 
 def end(processes: list[subprocess.Popen]) -> None:
-    """Kill processes and all they started, at once."""
+    """Kill processes and everything they started, all at once."""
     tree = []
     for process in processes:
         if process.poll() is None:
@@ -51,12 +51,12 @@ def wait_for(found, processes: list[subprocess.Popen], logs: list[Path], timeout
 
 
 def test_a_run_outlives_the_loss_of_a_node(bench, tmp_path):
-    """torchrun with one to two nodes: when one is killed, the other restarts from the last run state, alone.
-
-    The losses are those of a run that one node did from the start.
+    """torchrun with one to two nodes: when one node is killed, the other restarts alone from the
+    last run state. The losses equal those of a run on one node.
     """
     steps, folder = 120, bench / "runs" / "elastic"
-    # Drafts of the model's own would carry a rounding on: a token near a tie is drawn otherwise.
+    # Drafts sampled from the model would amplify rounding: a token near a tie would be drawn
+    # differently.
     settings = [
         "zero.stage=2",
         f"train.steps={steps}",
@@ -88,7 +88,7 @@ def test_a_run_outlives_the_loss_of_a_node(bench, tmp_path):
                     command, env=environment(), stdout=log.open("w"), stderr=subprocess.STDOUT, cwd=bench
                 )
             )
-            time.sleep(1)  # the first keeps the meeting place
+            time.sleep(1)  # the first node keeps the rendezvous
         wait_for(lambda: latest.is_file() and latest.read_text() >= "step_000003", nodes, logs, 120)
         saved = json.loads((folder / "checkpoints" / latest.read_text() / "state.json").read_text())
         assert saved["world_size"] == 2
@@ -127,7 +127,7 @@ def _namespaces_work() -> bool:
 
 @pytest.fixture
 def two_hosts():
-    """Two network namespaces with an address each and a cable between them."""
+    """Two network namespaces, each with its own address, connected by a virtual cable."""
     if not _namespaces_work():
         pytest.skip("network namespaces need root and iproute2")
     names = [f"mmtensorar_{os.getpid()}_{host}" for host in "ab"]
@@ -151,10 +151,10 @@ def two_hosts():
 
 
 def test_two_hosts_train_together_through_the_launcher(bench, two_hosts, tmp_path):
-    """deepspeed with a hostfile, started on each host; nothing but the cable connects them."""
+    """deepspeed with a hostfile is started on both hosts; only the cable connects them."""
     (tmp_path / "hostfile").write_text("".join(f"{address} slots=1\n" for _, address in two_hosts))
     hosts, logs = [], []
-    # The launcher keeps a few ports past this one to itself.
+    # The launcher reserves a few ports after this one.
     port = str(free_port())
     try:
         for number, (name, _) in enumerate(two_hosts):

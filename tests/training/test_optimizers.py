@@ -1,4 +1,4 @@
-"""Optimisers: who gets which rate and decay, and what is refused."""
+"""Optimisers: the learning rate and weight decay of every parameter group, and refused settings."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_frozen_parameters_are_in_none():
 
 
 def test_eight_bit_moments_take_the_steps_of_whole_ones():
-    """On a weight large enough for bitsandbytes to quantise."""
+    """The weight is large enough for bitsandbytes to quantise its moments."""
     pytest.importorskip("bitsandbytes")
     results = []
     for name in ("adamw", "adamw_8bit"):

@@ -1,4 +1,4 @@
-"""The plan counts the released models without their weights."""
+"""The plan counts the parameters of the released models without their weights."""
 
 import re
 from pathlib import Path
@@ -16,8 +16,8 @@ from tests.helpers.fakes import write_tiny_janus
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
-# Parameters of language model, generation embeddings, aligner and head, counted on the
-# released configurations.
+# Parameters of language model, generation embeddings, aligner and head, counted on the released
+# configurations.
 @pytest.mark.plan
 @pytest.mark.parametrize("size, expected", [("1b", 1_485_053_952), ("7b", 6_591_791_104)])
 def test_backbone_counts_are_the_released_models(size, expected):
@@ -26,13 +26,14 @@ def test_backbone_counts_are_the_released_models(size, expected):
     assert all(parameter.is_meta for parameter in model.parameters()), "a plan must not allocate the model"
     counts = plan.parameters(model)
     assert counts["backbone"] == expected
-    # Two attention-sized modules: 8 D^2 and a little, about the paper's 8.6 D^2.
+    # Two attention-sized modules have a little more than 8 D^2 parameters, about the paper's 8.6
+    # D^2.
     assert 8 <= counts["tensorar"] / model.backbone.dim**2 <= 8.6
     assert counts["trainable"] == counts["backbone"] + counts["tensorar"]
 
 
-# The released models' parameters, and the share that the paper says TensorAR adds (its
-# class-conditional table).
+# Parameters of the released models, and the percentage that TensorAR adds according to the paper
+# (its class-conditional table).
 @pytest.mark.plan
 @pytest.mark.parametrize(
     "name, expected, most",
@@ -47,7 +48,7 @@ def test_backbone_counts_are_the_released_models(size, expected):
     ],
 )
 def test_the_recipes_keep_to_the_papers_budget(name, expected, most, tmp_path, monkeypatch, capsys):
-    """As a user reads it, at depth 1, and with no file of the model here."""
+    """Read from the printed plan at depth 1, without any file of the model on this machine."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(plan, "activation_bytes", lambda recipe, numbers: {})
     assert main([str(RECIPES / f"{name}.yaml"), "--plan"]) == 0
@@ -63,7 +64,9 @@ def test_the_recipes_keep_to_the_papers_budget(name, expected, most, tmp_path, m
 
 
 def test_flops_of_a_factorised_head():
-    """Six per weight and token, of which the factorised blocks see three positions per token."""
+    """Six FLOPs per weight and token; the weights of the factorised blocks see three positions per
+    token.
+    """
     plain = Recipe.load(
         RECIPES / "open_magvit2" / "b_256.yaml",
         ["tensorar.window=1", "tensorar.offset_weights=null", "train.activation_checkpointing=false"],
@@ -76,7 +79,7 @@ def test_flops_of_a_factorised_head():
 def bytes_of(
     stage: int, trained: int = 800, precision: str = "bf16", num_gpus: int = 8, **settings
 ) -> plan.Memory:
-    """What 800 parameters take, of which some are trained in two micro batches."""
+    """Bytes for 800 parameters, some of them trained, with two micro-batches per step."""
     changes = [f"zero.stage={stage}", f"train.precision={precision}", "train.grad_accum=2"]
     recipe = Recipe.load(
         RECIPES / "janus_pro_7b.yaml", changes + [f"{key}={value}" for key, value in settings.items()]
@@ -86,7 +89,10 @@ def bytes_of(
 
 
 def test_zero_memory_on_paper():
-    """16 bytes a parameter, of which stage 1 shares 12, stage 2 14 and stage 3 all 16."""
+    """16 bytes per parameter.
+
+    Stage 1 shares 12 of them between the ranks, stage 2 14, stage 3 all 16.
+    """
     assert [bytes_of(stage).held for stage in range(4)] == [16 * 800, 4 * 800 + 1200, 2 * 800 + 1400, 1600]
     assert bytes_of(0, trained=0).held == 1600, "frozen weights have no state"
     assert bytes_of(0, precision="fp32").held == 16 * 800
@@ -113,7 +119,7 @@ def test_activations_grow_with_the_batch_and_shrink_when_computed_again():
         active(2, f"train.activation_checkpointing={policy}") for policy in ("false", "selective", "true")
     )
     assert again < 0.6 * selected < 0.6 * kept
-    # Beyond some samples it is a line, which is drawn on.
+    # From some batch size on, memory is linear in the batch size, and the plan extrapolates it.
     few = Recipe.load(
         RECIPES / "tiny/tensorar.yaml", [f"backbone.path={RECIPES / 'tiny/weights/base/backbone'}"]
     )
@@ -122,7 +128,7 @@ def test_activations_grow_with_the_batch_and_shrink_when_computed_again():
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """Recipes of a model of a few layers, whose FLOPs are counted in less than a second."""
+    """Recipes for a model with a few layers, whose FLOPs are counted in less than a second."""
     folder = tmp_path_factory.mktemp("plan")
     write_tiny_janus(folder / "janus", num_codes=256, side=8, width=64)
     common = [f"backbone.path={folder / 'janus'}", "tensorar.num_heads=2"]
@@ -131,7 +137,9 @@ def tiny(tmp_path_factory):
 
 @pytest.mark.plan
 def test_flops_of_a_step_are_near_six_per_weight_and_token(tiny):
-    """At window 1 only the transformer counts: 6 N per token, attention, and the prompt's tokens."""
+    """At window 1 the FLOPs are 6 N per token for the transformer, plus attention and the tokens of
+    the prompt.
+    """
     recipe = tiny("tensorar.window=1")
     tokens, flops = plan.flops_per_step(recipe, prompt_len=1, recomputed=False)
     model = plan.meta_model(recipe)
@@ -142,7 +150,10 @@ def test_flops_of_a_step_are_near_six_per_weight_and_token(tiny):
 
 
 def test_other_prompt_lengths_follow_exactly_from_three(tiny):
-    """The step log needs the FLOPs of every length of prompt, and a count takes a second."""
+    """The step log needs the FLOPs for every prompt length, but counting one length takes a second.
+
+    Lengths that were not counted follow exactly from three that were.
+    """
     state = torch.get_rng_state()
     flops = plan.SampleFlops(tiny(), recomputed=False)
     for prompt_len in (3, 12, 20):
@@ -154,7 +165,9 @@ def test_other_prompt_lengths_follow_exactly_from_three(tiny):
 
 @pytest.mark.plan
 def test_what_is_computed_again_counts_again(tiny):
-    """The loss in chunks computes decoder and head a fourth time, and checkpoints the layers."""
+    """The loss in chunks computes decoder and head a fourth time; activation checkpointing does the
+    same to the layers.
+    """
     plain = ["tensorar.window=4", "tensorar.schedule=exponential"]
 
     def flops(*settings: str) -> int:
@@ -175,14 +188,17 @@ def test_what_is_computed_again_counts_again(tiny):
     assert chunked - complete == pytest.approx(
         2 * tokens * (4 * sizes["head"] + 5 * sizes["decoder"]), rel=0.06
     )
-    # Also attention, nearly as much as the weights of so narrow layers, and the prompt.
+    # The tolerance covers attention, which costs nearly as much as the weights of such narrow
+    # layers, and the prompt.
     assert 1 < (checkpointed - complete) / (2 * tokens * sizes["layers"]) < 2.2
     assert plan.flops_per_step(tiny(*plain, again), recomputed=False)[1] == complete
 
 
 @pytest.mark.plan
 def test_self_drafts_are_a_forward_more(tiny):
-    """A third of a step that computes nothing again, but for the head over each window's first slot."""
+    """Self-drafts add one forward pass: a third of a step that recomputes nothing, except for the
+    head, which runs over the first slot of every window only.
+    """
     shares = [tiny(f"tensorar.self_drafts={share}") for share in (0, 1)]
     plain, drafted = (plan.flops_per_step(recipe, recomputed=False)[1] for recipe in shares)
     model = plan.meta_model(shares[0])
@@ -193,7 +209,7 @@ def test_self_drafts_are_a_forward_more(tiny):
 
 @pytest.mark.plan
 def test_the_report_loads_no_weights(monkeypatch):
-    """A plan must work where the model was never downloaded."""
+    """A plan must also work where the model was never downloaded."""
     for name in ("fill", "locate"):
         monkeypatch.setattr(janus, name, lambda *a, **k: pytest.fail("files were read"))
     text = plan.report(Recipe.load(RECIPES / "janus_pro_7b.yaml"), activations=False)
@@ -201,7 +217,9 @@ def test_the_report_loads_no_weights(monkeypatch):
 
 
 def test_what_a_plan_without_files_needs_is_said(tmp_path, monkeypatch, capsys):
-    """Released sizes are known here; which of them a missing file would be is not."""
+    """The released sizes are known, but a missing file does not show which size it is: the recipe
+    must set it.
+    """
     monkeypatch.chdir(tmp_path)
     for name, unsaid in (("llamagen", ["size", "image_size"]), ("open_magvit2", ["size"])):
         path, keys = f"models/{name}.ckpt", ", ".join(f"backbone.{key}" for key in unsaid)
@@ -222,7 +240,9 @@ def test_an_average_takes_its_share():
 
 @pytest.mark.plan
 def test_a_plan_leaves_nothing_behind():
-    """Tables that layers keep were without values afterwards, and the next training of the process failed on them."""
+    """Planning once left tables of the layers without values, and the next training in the same
+    process failed on them.
+    """
     layers.rotary_table.cache_clear()
     recipe = Recipe.load(RECIPES / "llamagen/b_256.yaml")
     plan.activation_bytes(recipe, [1])

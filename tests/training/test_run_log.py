@@ -1,4 +1,4 @@
-"""The clock and the step log's numbers."""
+"""The stopwatch, and the numbers of the step log."""
 
 import sys
 import time
@@ -56,7 +56,10 @@ def test_numbers_lists_and_parts_become_events(tmp_path):
 
 
 def test_weights_and_biases_gets_each_number(monkeypatch, tmp_path):
-    """Through DeepSpeed's monitor; a stand-in for the library takes down what it is told."""
+    """Numbers reach Weights & Biases through DeepSpeed's monitor.
+
+    A stand-in for the library records the calls.
+    """
     engines = pytest.importorskip("mmtensorar.training.engine")
     told = []
     wandb = ModuleType("wandb")

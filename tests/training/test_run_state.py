@@ -1,4 +1,4 @@
-"""Checkpoints being written: what stands when something fails, what is kept."""
+"""Writing checkpoints: which ones are kept, and which remain usable after a failure."""
 
 import json
 import signal
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def make(tmp_path, monkeypatch):
-    """A Saver of one rank around one weight."""
+    """A factory for a Saver with one rank and one weight."""
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
     monkeypatch.setattr(saving, "on_all_ranks", lambda work, device: work())
@@ -53,7 +53,10 @@ def test_the_newest_and_the_best_stay(make, background):
 
 
 def test_a_run_set_back_forgets_what_came_later(make):
-    """As a damaged checkpoint's message advises: the abandoned one is neither newest nor best."""
+    """The message about a damaged checkpoint advises to set the run back.
+
+    The abandoned checkpoint then counts neither as the newest nor as the best.
+    """
     saver = make()
     for step, loss in ((1, 3.0), (2, 1.0)):
         saver.save(step, {"validation_loss": loss}, None, CPU)
@@ -75,7 +78,7 @@ def test_a_failure_is_told_and_the_next_checkpoint_stands(make, monkeypatch, cap
     saver.save(1, {}, None, CPU)
     saver.finish(CPU)
     monkeypatch.setattr(sharded_state, "write", lambda *a: (_ for _ in ()).throw(OSError("no space left")))
-    saver.save(2, {}, None, CPU)  # begins to
+    saver.save(2, {}, None, CPU)  # starts to write, and fails in the background
     monkeypatch.setattr(sharded_state, "write", write)
     saver.thread.join()
     assert saver.failure is not None, "which the training looks at every step"
@@ -91,7 +94,7 @@ def test_a_failure_is_told_and_the_next_checkpoint_stands(make, monkeypatch, cap
         saver.finish(CPU)
     assert sharded_state.latest(saver.folder)["step"] == 3
     monkeypatch.setattr(sharded_state, "write", write)
-    saver.save(4, {}, None, CPU)  # what was left of the one that failed does no harm
+    saver.save(4, {}, None, CPU)  # the remains of the failed attempt do no harm
     saver.finish(CPU)
     assert sharded_state.latest(saver.folder)["step"] == 4
 
@@ -109,7 +112,7 @@ def test_a_run_folder_is_held_by_one_process(tmp_path):
 
 
 def test_a_child_does_not_keep_the_lock(tmp_path):
-    """Loader workers are forked; one that outlived its rank would keep the run folder locked."""
+    """Loader workers are forked. A worker that outlived its rank would keep the run folder locked."""
     folder = tmp_path / "run"
     with processes.RunFolderLock(folder) as lock:
         processes.release_in_child()
@@ -121,7 +124,7 @@ def test_signals_are_recorded_and_a_later_ctrl_c_quits(monkeypatch):
     signals = processes.StopSignals(said.append)
     assert not signals.requested and signals.exit_code == 128 + signal.SIGTERM
     signals._handle(signal.SIGINT, None)
-    signals._handle(signal.SIGINT, None)  # the launcher's
+    signals._handle(signal.SIGINT, None)  # sent on by the launcher
     assert signals.requested and signals.exit_code == 128 + signal.SIGINT and len(said) == 1
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 2)
@@ -153,7 +156,9 @@ def test_rank_0_does_not_wait_for_ever(make, monkeypatch):
 
 
 def test_without_the_file_latest_the_newest_checkpoint_counts(make):
-    """It was lost in a copy once: the run began anew and deleted what was there."""
+    """A copy of a run once lost the file `latest`: the run started from scratch and deleted its
+    checkpoints.
+    """
     saver = make()
     assert saving.latest_step(saver.folder) is None
     for step in (9, 10):

@@ -1,4 +1,4 @@
-"""The message of a step: what is packed on each rank is unpacked from the mean of all."""
+"""The message of a step: every rank packs its values, and all ranks unpack the mean over the ranks."""
 
 import torch
 

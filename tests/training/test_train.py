@@ -1,4 +1,4 @@
-"""The training entry: resuming is exact, ZeRO-3 equals plain training, errors are sentences."""
+"""The training command: resuming is exact, ZeRO-3 equals plain training, errors are one sentence."""
 
 import json
 import re
@@ -54,7 +54,9 @@ def whole_run(bench):
 
 
 def test_resumed_run_equals_uninterrupted_run(bench, whole_run):
-    """Stopped after step 2, steps 3 and 4 repeat bit for bit: data, noise, weights, moments, learning rate."""
+    """After a stop at step 2, steps 3 and 4 repeat bit for bit: data, noise, weights, moments and
+    learning rate.
+    """
     name = cut(bench, "whole")
     done = run(bench, f"run.name={name}", "--resume", "train.monitors=[csv]")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -67,7 +69,7 @@ def test_resumed_run_equals_uninterrupted_run(bench, whole_run):
 
 
 def test_a_run_goes_on_at_a_lower_rate(bench, whole_run):
-    """What a run that stopped at a spike is advised to do; what changes is said."""
+    """A run that stopped at a spike prints this advice. Resuming prints every setting that changed."""
     name = cut(bench, "whole", "slower")
     done = run(
         bench,
@@ -88,7 +90,7 @@ def test_a_run_goes_on_at_a_lower_rate(bench, whole_run):
 
 
 def test_other_shards_do_not_continue_a_run(bench, whole_run):
-    """The folder may be the same and its content not."""
+    """The folder can have the same path but other content."""
     name = cut(bench, "whole", "other_shards")
     state = bench / "runs" / name / "checkpoints" / "step_000002" / "state.json"
     state.write_text(json.dumps(json.loads(state.read_text()) | {"shards": "0123"}))
@@ -97,7 +99,7 @@ def test_other_shards_do_not_continue_a_run(bench, whole_run):
 
 
 def test_other_starting_weights_do_not_continue_a_run(bench, whole_run):
-    """A finished fine-tune was reused though the weights it started from had been replaced."""
+    """Once a fine-tune resumed although the weights it had started from had been replaced."""
     name = cut(bench, "whole", "other_start")
     janus = bench / "janus_retrained"
     shutil.copytree(bench / "janus", janus)
@@ -112,7 +114,7 @@ def test_other_starting_weights_do_not_continue_a_run(bench, whole_run):
 
 
 def test_a_damaged_checkpoint_is_one_sentence(bench, whole_run):
-    """One bit of a weight, say, which would load all the same."""
+    """For example one flipped bit of a weight, which would still load."""
     name = cut(bench, "whole", "damaged")
     folder = bench / "runs" / name / "checkpoints" / "step_000002"
     path = next(folder.glob("*.safetensors"))
@@ -127,7 +129,7 @@ def test_a_damaged_checkpoint_is_one_sentence(bench, whole_run):
 
 
 def test_a_run_killed_before_its_model_was_written_gets_it(bench, whole_run):
-    """The last checkpoint stands, model/ does not: resuming writes it without a further step."""
+    """The last checkpoint exists but model/ does not: resuming writes it without another step."""
     copy = bench / "runs" / "unwritten"
     shutil.copytree(bench / "runs" / "whole", copy)
     shutil.rmtree(copy / "model")
@@ -159,7 +161,7 @@ def test_run_folder_is_complete(bench, whole_run):
 
 
 def test_bfloat16_on_two_ranks_saves_its_master_copy_and_resumes_exactly(bench):
-    """Two steps: where a CPU has no instructions for bfloat16, each takes seconds."""
+    """Only two steps: on a CPU without bfloat16 instructions a step takes seconds."""
     settings = ["train.precision=bf16", "zero.stage=3", "train.steps=2", "train.save_every=1"]
     done = run(bench, "run.name=bf16", *settings, ranks=2)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
@@ -187,10 +189,11 @@ def two_ranks(bench):
 
 
 def test_zero_3_on_two_ranks_equals_one_rank(bench, two_ranks):
-    """Each step has the same samples, dropped prompts and noise, also in other micro batches.
+    """Every step has the same samples, dropped prompts and noise, also with another micro-batch
+    size.
 
-    Without ZeRO, DeepSpeed began with a step of zero gradients, so the first updates were a third too
-    small. A step changes the loss by about 0.1 %, and a tolerance of 1 % hid that.
+    Without ZeRO, DeepSpeed began with a step of zero gradients, so the first updates were a third
+    too small. A step changes the loss by about 0.1 %, and a tolerance of 1 % hid that.
     """
     one = run(bench, "run.name=one", *ALIKE, "train.grad_accum=2", "train.save_every=0", EMA)
     assert one.returncode == 0, one.stderr[-3000:]
@@ -200,7 +203,7 @@ def test_zero_3_on_two_ranks_equals_one_rank(bench, two_ranks):
         0 <= share <= 1 for share in two_ranks[3]["revised_per_offset"]
     )
     assert model_folder.check_files(bench / "runs" / "two" / "model")["step"] == 4
-    # The average kept in pieces is the average of the whole, and not the model.
+    # The average kept in partitions equals the average of the whole, and differs from the model.
     alone, pieces = (
         model_folder.load(bench / "runs" / name / "model_ema").model.state_dict() for name in ("one", "two")
     )
@@ -219,7 +222,9 @@ def test_the_other_zero_stages_compute_the_same(bench, two_ranks, stage):
 
 
 def exported_alike(bench: Path, name: str) -> None:
-    """Models made of a checkpoint's files, whoever wrote them, are those that the run itself wrote."""
+    """Models exported from a checkpoint equal those that the run wrote, whichever rank and stage
+    wrote it.
+    """
     from mmtensorar.export import main
 
     folder = bench / "runs" / name
@@ -232,7 +237,11 @@ def exported_alike(bench: Path, name: str) -> None:
 
 
 def test_a_run_goes_on_with_other_numbers_of_ranks_and_other_stages(bench, two_ranks):
-    """As if never changed: two ranks under ZeRO-3, one under ZeRO-2, two without ZeRO, one under ZeRO-1."""
+    """The run uses two ranks under ZeRO-3, one under ZeRO-2, two without ZeRO, and one under
+    ZeRO-1.
+
+    Its losses and models equal those of a run that never changed, up to rounding.
+    """
     name = "two"
     ways = [(1, ["zero.stage=2", "train.grad_accum=2"]), (2, ["zero.stage=0"]), (1, ["zero.stage=1"])]
     for step, (ranks, settings) in enumerate(ways, 1):
@@ -261,7 +270,9 @@ def test_a_run_goes_on_with_other_numbers_of_ranks_and_other_stages(bench, two_r
 
 
 def test_resumed_zero_3_on_two_ranks_equals_uninterrupted_run(bench, two_ranks):
-    """Each rank finds its own share of weights and moments, and its own place in the data."""
+    """Every rank restores its own share of the weights and moments, and its own position in the
+    data.
+    """
     name = cut(bench, "two")
     done = run(bench, f"run.name={name}", "zero.stage=3", *ALIKE, EMA, "--resume", ranks=2)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
@@ -303,13 +314,15 @@ def test_adapters_under_zero_3_resume_exactly_and_load(bench):
 
 
 def test_damage_on_one_rank_stops_both(bench):
-    """Only rank 1 reads the damaged sample: rank 0 must hear of it, and is the one that says so."""
+    """Only rank 1 reads the damaged sample.
+
+    Rank 0 must learn of it, and is the rank that prints the error.
+    """
     folder = bench / "damaged"
     shutil.copytree(bench / "shards", folder)
     manifest = Manifest.read(folder)
-    place = Order([shard.num_samples for shard in manifest.shards], rows=4, seed=0, shuffle=0).location(
-        1
-    )  # rank 1's first
+    # The first sample of rank 1.
+    place = Order([shard.num_samples for shard in manifest.shards], rows=4, seed=0, shuffle=0).location(1)
     shard, damaged = manifest.shards[place.shard], place.sample
     samples = list(iterate_tar(folder / shard.name))
     samples[damaged].members["codes.npy"] = encode_codes(np.full((1, SIDE * SIDE, 1), NUM_CODES, np.uint16))
@@ -323,7 +336,7 @@ def test_damage_on_one_rank_stops_both(bench):
 
 @pytest.fixture(scope="module")
 def holed(bench) -> Path:
-    """Three good sets' worth of samples, of which one has no caption and another a code that is none."""
+    """A set of 12 samples, of which one has no caption."""
     folder = bench / "holed"
     shutil.copytree(bench / "shards", folder)
     manifest = Manifest.read(folder)
@@ -336,7 +349,10 @@ def holed(bench) -> Path:
 
 
 def test_a_skipped_sample_is_logged_with_its_shard_and_key_and_counted(bench, holed):
-    """Also over a resumption; and past data.max_skipped the run stops, with everything before saved."""
+    """Also across a resumption.
+
+    Past data.max_skipped the run stops, and all steps before are saved.
+    """
     settings = [f"data.shards={holed}", "data.on_error=skip", "train.save_every=1", "train.keep_last=9"]
     done = run(bench, "run.name=skips", *settings, "data.max_skipped=0.2", "train.steps=3")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -358,7 +374,9 @@ def test_a_skipped_sample_is_logged_with_its_shard_and_key_and_counted(bench, ho
 
 
 def test_the_validation_loss_does_not_depend_on_the_ranks(bench, holed):
-    """Five samples in batches of two: on two ranks one of the four batches is there only to keep step."""
+    """Five samples in batches of two: on two ranks, one of the four batches only keeps the ranks in
+    step.
+    """
     folder = bench / "validation"
     shutil.copytree(bench / "shards", folder)
     manifest = Manifest.read(folder)
@@ -382,10 +400,8 @@ def test_the_validation_loss_does_not_depend_on_the_ranks(bench, holed):
         )
         assert done.returncode == 0, done.stderr[-3000:]
         found = rows(bench, f"validated{ranks}")
-        assert [row["step"] for row in found if "validation_loss" in row] == [
-            2,
-            3,
-        ]  # 3.9 epochs of 4 samples, 4 a step
+        # 3.9 epochs of 4 samples, with 4 samples per step.
+        assert [row["step"] for row in found if "validation_loss" in row] == [2, 3]
         losses.append([[row["validation_loss"], *row["validation_loss_per_offset"]] for row in found[1:]])
         assert all(0 <= share <= 1 for share in found[1]["validation_accuracy_per_offset"])
         assert "validation loss" in done.stdout
@@ -394,7 +410,10 @@ def test_the_validation_loss_does_not_depend_on_the_ranks(bench, holed):
 
 
 def test_the_best_checkpoint_by_validation_loss_stays(bench, holed):
-    """Of four, only the last and the best; at this rate the loss goes up and down."""
+    """Of four checkpoints only the last and the best stay.
+
+    At this learning rate the loss goes up and down.
+    """
     settings = [
         f"data.validation={bench / 'shards'}",
         "train.validate_every=1",
@@ -410,7 +429,7 @@ def test_the_best_checkpoint_by_validation_loss_stays(bench, holed):
 
 
 def test_the_control_is_a_switch(bench, monkeypatch):
-    """--plain: the same recipe without TensorAR, in a run folder of its own."""
+    """--plain trains the same recipe without TensorAR, in its own run folder."""
     from mmtensorar import train as module
 
     seen = []
@@ -437,7 +456,10 @@ def test_two_sets_train_together(bench, holed):
 
 
 def test_non_finite_loss_on_one_rank_stops_both(bench):
-    """One caption's word is NaN: that rank's loss is known to all before the update, and nothing is saved."""
+    """The embedding of one caption's word is NaN.
+
+    All ranks learn of the loss before the update, and nothing is saved.
+    """
     folder = bench / "nan"
     shutil.copytree(bench / "janus", folder)
     weights = load_file(folder / "model.safetensors")
@@ -474,7 +496,9 @@ def test_a_spike_of_the_gradient_stops_and_names_the_samples(bench):
 
 @pytest.mark.parametrize("code", [0, 2])
 def test_a_process_of_a_group_leaves_with_its_exit_code(code):
-    """With the group's threads alive, an interpreter's own end may abort, which is another exit code."""
+    """While threads of the process group run, the normal end of the interpreter may abort, which
+    gives another exit code.
+    """
     lines = """
 from mmtensorar import processes
 from mmtensorar.training import distributed
@@ -487,7 +511,7 @@ processes.exit_process({})
 
 
 def test_backbone_and_image_tokenizer_of_different_models_are_refused(bench):
-    """The shards fit the image tokenizer, so nothing before the model is built can see the mistake."""
+    """The shards fit the image tokenizer, so the mistake can only be seen once the model is built."""
     write_tiny_janus(bench / "other", num_codes=NUM_CODES + 1, side=SIDE)
     done = run(bench, "run.name=other", f"backbone.path={bench / 'other'}")
     assert done.returncode == 2
@@ -500,7 +524,7 @@ def test_backbone_and_image_tokenizer_of_different_models_are_refused(bench):
 
 @pytest.fixture(scope="module")
 def terminated(bench):
-    """A float32 run without ZeRO that SIGTERM stopped."""
+    """A float32 run without ZeRO, stopped by SIGTERM."""
     recipe = bench / "recipe.yaml"
     started = fork_ranks(TRAIN, recipe, *endless("terminated"), "optim.grad_clip=0.01", cwd=bench)
     signal_after_a_step(signal.SIGTERM, started[0], bench, "terminated")
@@ -515,13 +539,16 @@ def stopped_well(bench: Path, name: str, done: subprocess.CompletedProcess) -> N
 
 
 def test_signal_saves_and_stops(bench, terminated):
-    """SIGTERM ends the step, saves and says how to go on."""
+    """SIGTERM ends the step, saves the run state and prints how to resume."""
     assert terminated.returncode == 128 + signal.SIGTERM, terminated.stderr[-3000:]
     stopped_well(bench, "terminated", terminated)
 
 
 def test_float32_logs_the_norm_of_the_gradient(bench, terminated):
-    """There DeepSpeed keeps no norm: ours is of the whole step's mean loss, before clipping."""
+    """Without ZeRO and in float32 DeepSpeed keeps no norm.
+
+    We log the norm of the gradient of the whole step's mean loss, before clipping.
+    """
     from mmtensorar.seeds import seed_for
 
     recipe = Recipe.load(bench / "recipe.yaml", [])
@@ -535,10 +562,13 @@ def test_float32_logs_the_norm_of_the_gradient(bench, terminated):
 
 
 def test_ctrl_c_through_the_launcher_saves_and_stops(bench):
-    """Launcher, ranks and loader workers all receive it. The launcher sends it on as SIGTERM, and all end."""
+    """Launcher, ranks and loader workers all receive SIGINT.
+
+    The launcher forwards it as SIGTERM, and all processes end.
+    """
     process = launch(bench, *endless("interrupted"), "data.num_workers=1", ranks=2)
     signal_after_a_step(signal.SIGINT, process, bench, "interrupted")
     done = finish(process, timeout_s=120)
     stopped_well(bench, "interrupted", done)
-    # The launcher prints a traceback of its own.
+    # The launcher prints its own traceback.
     assert f'File "{TRAIN}"' not in done.stderr, done.stderr[-3000:]

@@ -43,7 +43,7 @@ def test_the_detector_confirms_what_was_drawn():
 
 @pytest.mark.shipped
 def test_the_shipped_base_is_whole_small_and_good_enough():
-    """At most 8 MB; 95 % of pictures survive its image tokenizer; it generates."""
+    """It has at most 8 MB; 95 % of the pictures survive its image tokenizer; it generates."""
     loaded = model_folder.load(SHIPPED)  # compares every file with its sha256
     assert sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) <= 8e6
     bounds = measure(suites.load("shapes"), loaded.image_tokenizer, num_images=200)
@@ -68,7 +68,7 @@ def test_an_empty_ground_has_no_objects():
 
 
 def test_metadata_speaks_geneval():
-    """Position clauses point back at the object of reference, which comes first."""
+    """The clause for a position refers to the reference object, which comes first."""
     scene = Scene("position", "a circle left of a star", (Object("circle"), Object("star")), "left of")
     assert scene.metadata["include"] == [
         {"class": "star", "count": 1},
