@@ -42,7 +42,7 @@ def list_source(options: argparse.Namespace) -> ListedSource:
 
     def chosen_items() -> Iterator[Item]:
         for item in tqdm(listing.items, desc="listing", unit=" images", disable=None):
-            if item.problem and stop_at_problem:  # now, not when its part is made
+            if item.problem and stop_at_problem:  # reported now, not hours later when its part is made
                 raise ValueError(f"{item.problem}; to leave such samples out add --on-error skip")
             for chosen in choose_captions(item, options.captions, options.seed):
                 digest.add(chosen)
@@ -87,14 +87,14 @@ def read_class_names(path: Path) -> dict[str, str]:
 
 
 class SourceDigest:
-    """Hash of everything that tells a changed source from the old one, except the pictures.
+    """A hash that changes when the source does. It does not read the pictures.
 
-    These are names, captions, metadata (with file sizes) and groups of the items, and the
-    places that are URLs: a folder may be moved, but another URL has other content.
+    It covers names, captions, metadata (with file sizes) and groups of the items, and the
+    locations that are URLs: a folder may be moved, but another URL has other content.
     """
 
-    def __init__(self, places: list[str]):
-        urls = [place if is_url(place) else "" for place in places]
+    def __init__(self, locations: list[str]):
+        urls = [location if is_url(location) else "" for location in locations]
         self._digest = hashlib.sha256(json.dumps(urls).encode())
 
     def add(self, item: Item) -> None:
@@ -113,9 +113,9 @@ def _place_name(place: str) -> str:
 
 
 def choose_captions(item: Item, choice: str, seed: int) -> list[Item]:
-    """The item with its first caption or a random one; or once with each of its captions.
+    """The item with one caption, or a copy of the item for each caption.
 
-    choice: first, random or each.
+    choice: first or random (one caption), or each (one copy per caption).
     """
     if item.problem or len(item.captions) == 1:
         return [item]
@@ -126,7 +126,7 @@ def choose_captions(item: Item, choice: str, seed: int) -> list[Item]:
 
 
 def shuffle_items(items: Items, seed: int) -> Items:
-    """In random order. Items of one group stay together, shuffled among themselves."""
+    """The items in random order. Items of one group stay together, in random order within the group."""
     rng = np.random.default_rng(seed)
     if len(items.groups) == 1:
         return items.select(rng.permutation(len(items)))

@@ -1,4 +1,4 @@
-"""The options of make_shards.py, in groups, and the rules about which go together."""
+"""The options of make_shards.py, in groups, and the rules about which may be combined."""
 
 from __future__ import annotations
 
@@ -143,14 +143,14 @@ def _add_pictures(parser: argparse.ArgumentParser) -> None:
         "--crop",
         choices=["center", "random", "pad", "stretch"],
         default="center",
-        help="a square from the middle or from a random place, or the whole picture on white or stretched "
-        "(default: center)",
+        help="a square from the middle or from a random position, or the whole picture, on white or "
+        "stretched (default: center)",
     )
     group.add_argument(
         "--format",
         choices=["jpg", "png", "webp", "keep"],
         default="jpg",
-        help="keep: pictures that have the size already stay as they are (default: jpg)",
+        help="keep: pictures that already have the size stay unchanged (default: jpg)",
     )
     group.add_argument("--quality", type=quality, default=95, help="of jpg and webp, to 100 (default: 95)")
 
@@ -162,9 +162,12 @@ def _add_encoders(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="add codes as encode_codes.py would: folder, file or hub id",
     )
-    group.add_argument("--name", help="kind of image tokenizer, if its tensors do not tell")
+    group.add_argument("--name", help="kind of image tokenizer, if its tensors do not show it")
     group.add_argument(
-        "--tokenizer-size", type=positive, metavar="PIXELS", help="the image tokenizer's, if it does not tell"
+        "--tokenizer-size",
+        type=positive,
+        metavar="PIXELS",
+        help="the image tokenizer's, if its files do not say",
     )
     group.add_argument(
         "--crops", type=int, choices=[1, 2, 5, 10], default=1, help="codes per image, see encode_codes.py"
@@ -245,7 +248,7 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
 
 # ---- rules -----------------------------------------------------------------------------------
 
-# (options, default of an option, sources) -> what is wrong, None when nothing is
+# (options, default of an option, sources) -> the problem, or None
 Rule = Callable[[argparse.Namespace, Callable[[str], Any], Sources], str | None]
 
 

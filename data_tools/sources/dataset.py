@@ -38,7 +38,7 @@ def read(place: str, layout: Layout) -> Listing:
 def load_split(place: str, split: str) -> Any:
     """The split, with its pictures left encoded.
 
-    Code that comes with a dataset is never run: the library has no way to.
+    Code that comes with a dataset is never run: the library no longer can.
     """
     try:
         import datasets

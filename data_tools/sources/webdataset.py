@@ -23,9 +23,10 @@ PICTURES = tuple(sorted(suffix[1:] for suffix in SUFFIXES))
 def read(place: str, layout: Layout) -> Listing:
     """The samples of a tar, or of all tars below a folder, in their order.
 
-    The caption is the txt member, or the keys of the json member, or the class number in the
-    cls member (or made from its name). Other members are not read; their number is printed.
-    Of a set with one of our manifests the json members are kept, and its class names used.
+    The caption is in the txt member, or under the caption keys of the json member, or it is the
+    class number in the cls member (or made from the class name). Other members are not read;
+    their number is printed. If the folder has a manifest of ours, json members are kept and its
+    class names are used.
 
     Raises ValueError for a damaged or compressed tar.
     """
