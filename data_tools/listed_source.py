@@ -33,11 +33,11 @@ class ListedSource(NamedTuple):
 
 def list_source(options: argparse.Namespace) -> ListedSource:
     """List the source that the options of make_shards.py name."""
-    source, place = known_sources()[options.source], options.place
-    if not source.is_drawn and _is_same_folder(place, options.out):
-        raise ValueError(f"{place}: source and --out are the same folder; choose another --out")
-    listing = source.read(place, _layout(source, options))
-    digest = SourceDigest([place, str(options.image_root or "")])
+    source, location = known_sources()[options.source], options.location
+    if not source.is_drawn and _is_same_folder(location, options.out):
+        raise ValueError(f"{location}: source and --out are the same folder; choose another --out")
+    listing = source.read(location, _layout(source, options))
+    digest = SourceDigest([location, str(options.image_root or "")])
     stop_at_problem = options.on_error == "raise" and not options.dry_run
 
     def chosen_items() -> Iterator[Item]:
@@ -50,13 +50,13 @@ def list_source(options: argparse.Namespace) -> ListedSource:
 
     items = Items(chosen_items())
     if source.is_drawn:
-        return ListedSource(place, items[: options.limit], listing.classes)
-    name = f"{source.kind} {_place_name(place)} {digest.hexdigest()}"
+        return ListedSource(location, items[: options.limit], listing.classes)
+    name = f"{source.kind} {_location_name(location)} {digest.hexdigest()}"
     return ListedSource(name, shuffle_items(items, options.seed)[: options.limit], listing.classes)
 
 
-def _is_same_folder(place: str, out: Path) -> bool:
-    return not is_url(place) and is_local(out) and Path(place).resolve() == out.resolve()
+def _is_same_folder(location: str, out: Path) -> bool:
+    return not is_url(location) and is_local(out) and Path(location).resolve() == out.resolve()
 
 
 def _layout(source: Source, options: argparse.Namespace) -> Layout:
@@ -105,11 +105,11 @@ class SourceDigest:
         return self._digest.hexdigest()[:16]
 
 
-def _place_name(place: str) -> str:
+def _location_name(location: str) -> str:
     """Last part of a folder, file or URL; a dataset's name as it is."""
-    if is_url(place):
-        return storage.at(place).name
-    return Path(place).resolve().name if Path(place).exists() else place
+    if is_url(location):
+        return storage.at(location).name
+    return Path(location).resolve().name if Path(location).exists() else location
 
 
 def choose_captions(item: Item, choice: str, seed: int) -> list[Item]:
@@ -133,9 +133,9 @@ def shuffle_items(items: Items, seed: int) -> Items:
     members: list[list[int]] = [[] for _ in items.groups]
     for index, group in enumerate(items.group_of):
         members[group].append(index)
-    order = [
+    shuffled = [
         members[group][i]
         for group in rng.permutation(len(members))
         for i in rng.permutation(len(members[group]))
     ]
-    return items.select(order)
+    return items.select(shuffled)

@@ -19,7 +19,7 @@ Sources = Mapping[str, Source]
 def parse(arguments: list[str] | None, *, description: str, epilog: str) -> argparse.Namespace:
     """Parse a command line.
 
-    Adds to the options: source, the kind of source, and place, the value of its option.
+    Adds to the options: source, the kind of source, and location, the value of its option.
     """
     sources = known_sources()
     parser = argparse.ArgumentParser(
@@ -38,7 +38,7 @@ def parse(arguments: list[str] | None, *, description: str, epilog: str) -> argp
     _add_work(parser)
     options = parser.parse_args(arguments)
     options.source = next(kind for kind in sources if getattr(options, kind) is not None)
-    options.place = getattr(options, options.source)
+    options.location = getattr(options, options.source)
     for rule in RULES:
         if problem := rule(options, parser.get_default, sources):
             parser.error(problem)
@@ -55,7 +55,7 @@ def _add_sources(parser: argparse.ArgumentParser, sources: Sources) -> None:
     exclusive = group.add_mutually_exclusive_group(required=True)
     for source in sources.values():
         if source.choices is None:
-            exclusive.add_argument(source.option, metavar="PLACE", help=source.help)
+            exclusive.add_argument(source.option, metavar="LOCATION", help=source.help)
         else:
             exclusive.add_argument(source.option, choices=source.choices, help=source.help)
 
@@ -204,7 +204,7 @@ def _add_sets(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=storage.folder_to_write,
         required=True,
-        metavar="PLACE",
+        metavar="LOCATION",
         help="shard folder to make, or its URL (s3, gs, hf)",
     )
     group.add_argument(

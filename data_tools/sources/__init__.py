@@ -5,7 +5,7 @@ Files whose names begin with an underscore are helpers; `_rows.py` has what seve
 
     from data_tools.sources import Item, Layout, Listing, Source
 
-    def read(place: str, layout: Layout) -> Listing:
+    def read(location: str, layout: Layout) -> Listing:
         return Listing(Item(key, picture, (caption,), {"source": "mine"}) for ...)
 
     SOURCE = Source("--mine", "what the help says", read)

@@ -77,9 +77,9 @@ def captions_in(fields: Mapping[str, Any], columns: tuple[str, ...], where: str)
 # ---- tables ----------------------------------------------------------------------------------
 
 
-def table_file(place: str, layout: Layout) -> tuple[Path, Path]:
+def table_file(location: str, layout: Layout) -> tuple[Path, Path]:
     """A table's path, and the folder that the paths in it are relative to."""
-    path = storage.at(place)
+    path = storage.at(location)
     if not path.is_file():
         raise ValueError(
             f"{path}: no such file{'' if storage.is_local(path) else ', or it cannot be reached'}"

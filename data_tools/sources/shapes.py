@@ -13,8 +13,8 @@ from data_tools.sources import Item, Layout, Listing, Source
 from worlds.shapes import draw
 
 
-def read(place: str, layout: Layout) -> Listing:
-    """--num-samples scenes. place: the world's name."""
+def read(location: str, layout: Layout) -> Listing:
+    """--num-samples scenes. location: the world's name."""
     return Listing(items(layout.arguments["num_samples"], seed=layout.seed, size=layout.image_size))
 
 
