@@ -1,1 +1,1 @@
-"""Timings beside other implementations; run from a checkout."""
+"""Timings compared with other implementations; run from a checkout."""

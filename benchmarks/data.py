@@ -11,7 +11,7 @@ because the machine may be busy.
 - Codes and captions, shuffled and batched, by loader.stream and by a plain webdataset
   pipeline, in this process. "first batch" is the time from the start to the first batch.
 - Pictures of 256 pixels: as encode_codes.py reads them, by a plain webdataset pipeline, and by
-  Pillow alone from one file each; each in one process a core.
+  Pillow alone from one file per picture; each reader runs in one process per core.
 - Memory: the peak of a process that only streams codes.
 """
 

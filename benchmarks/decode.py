@@ -161,7 +161,7 @@ def janus_pair(sizes: Sizes) -> Pair:
         options = {"generation_mode": "image", "guidance_scale": cfg_scale}
         return reference.generate(condition.values, attention_mask=mask, **options)
 
-    # Its generate always computes the unconditional rows. So must ours: no scale is 1.
+    # Its generate always computes the unconditional rows. Ours does when the scale is not 1.
     side = Side(reference.model.language_model, generate)
     return Pair(backbone, side, conditions, [(1, 5.0), (8, 5.0)])
 

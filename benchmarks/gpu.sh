@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a CUDA card does with this code, in one table and within 8 minutes:
+# Speed and memory of this code on a CUDA card, in one table and within 8 minutes:
 #   bash benchmarks/gpu.sh [--size 1b|7b|tiny]
 # Parity in bfloat16, memory of the loss, training steps and decoding of a random Janus-Pro,
 # with each attention implementation that is installed.

@@ -2,10 +2,10 @@
 
     python benchmarks/loading.py [--gib 1] [--ranks 2]
 
-Writes a random LlamaGen of that size (bfloat16, safetensors in four files) to a temporary
-folder, starts the ranks and measures for each how far its resident memory rises, from
+It writes a random LlamaGen of --gib GiB (bfloat16, safetensors in four files) to a temporary
+folder, starts the ranks and measures how far the resident memory of each rank rises, from
 before it opens the files until its share of the weights is complete. The bound is 1.3
-times its share plus one of the files. For comparison, in the same run: one process that
+times its share plus one of the files. For comparison, the same run measures one process that
 loads the complete model.
 """
 

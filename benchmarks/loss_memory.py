@@ -130,7 +130,7 @@ def measure_run(work: Callable[[], object]) -> Measured:
 
 
 def measure(window: int, sizes: Sizes) -> tuple[dict[str, Measured], float]:
-    """The best memory and time of each loss, and how far their gradients differ.
+    """The lowest memory and time of each loss, and how far their gradients differ.
 
     The difference is the largest one, relative to the largest gradient of the same tensor.
     """

@@ -1,10 +1,10 @@
 """The memory that a plan predicts, compared with what training uses: python benchmarks/plan.py
 
-For two sizes of a Janus with random weights and several ways to train it, each in its own
-process on the CPU: what `mmtensorar plan RECIPE` computes for one GPU, and the peak of the
-process's resident memory in the third step, above what it was before the model was built.
-ZeRO's buckets are small here: memory that is allocated but never touched is not resident on
-a CPU, where one rank fills little of them.
+It trains two sizes of a Janus with random weights in several ways, each in its own process on
+the CPU. It prints what `mmtensorar plan RECIPE` computes for one GPU, and how far the resident
+memory of the process rises in the third step, above what it was before the model was built.
+ZeRO's buckets are small here, because one rank fills little of them, and memory that is
+allocated but never touched is not resident on a CPU.
 """
 
 from __future__ import annotations
@@ -61,15 +61,11 @@ def recipe(folder: Path, way: dict[str, Any]):
     return Recipe.model_validate(settings | way | {"train": {"steps": 100} | way.get("train", {})})
 
 
-def memory_of_process(key: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) * 1024
-
-
 def measured(folder: Path, way: dict[str, Any]) -> int:
     """Peak bytes of the third step, above the start."""
     import torch
 
+    from benchmarks.loading import memory_of_process
     from mmtensorar.training import distributed, plan
     from mmtensorar.training import engine as engines
 

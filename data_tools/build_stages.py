@@ -1,10 +1,10 @@
-"""A shard set is made in two stages, so that work can be interrupted anywhere.
+"""A shard set is made in two stages, so that work can be interrupted at any time.
 
-First the items, in their order, are cut into parts of equal numbers. Each part becomes a tar,
-and a record of what was kept, and what was left out and why. Then the records alone decide
-which samples go where: duplicates are left out, a validation split is set aside, and shards
-get their samples. A shard that is exactly one part is that part, renamed. The result is the
-same for any number of workers.
+First the items, in their order, are cut into parts with equal numbers of items. Each part
+becomes a tar, and a record of what was kept, and of what was left out and why. Then the records
+alone decide which shard gets which samples: duplicates are left out, and a validation split is
+set aside. A shard that is exactly one part is that part, renamed. The result is the same for
+any number of workers.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Kept(NamedTuple):
 
 
 class LeftOut(NamedTuple):
-    """An item that is not in the set. name: of the item in its source."""
+    """An item that is not in the set. name: the item's name in its source."""
 
     number: int
     name: str
@@ -73,8 +73,8 @@ class LeftOut(NamedTuple):
 class Part(NamedTuple):
     """The record of one part.
 
-    sha256: of the tar, None when nothing was kept. coded: the samples have their codes and
-    text features already.
+    sha256: of the tar; None when nothing was kept. coded: whether the samples already have
+    their codes and text features.
     """
 
     name: str
@@ -116,11 +116,11 @@ def make_part(
     """Write one part.
 
     Args:
-        folder: On disk, or a UPath.
-        name: Of the part.
+        folder: Folder of the parts, on disk or a UPath.
+        name: Name of the part.
         first: Number of its first item in the set; keys are counted from it.
-        items: Of the part.
-        settings: For the samples.
+        items: Items of the part.
+        settings: How samples are made.
         skip_errors: Leave damaged items out instead of raising ValueError, which names the item.
     """
     digests: list[tuple[int, str, str]] = []
@@ -220,7 +220,7 @@ def is_validation(picture: str, share: float) -> bool:
 
 
 class Selection(NamedTuple):
-    """Some samples of a part, by their indices in it. is_whole: all of them."""
+    """Some samples of a part, by their indices in it. is_whole: whether these are all of them."""
 
     part: str
     indices: tuple[int, ...]
@@ -230,7 +230,7 @@ class Selection(NamedTuple):
 def distribute(
     parts: Iterable[Part], takes: Callable[[int], bool], *, max_samples: int, max_bytes: int = 0
 ) -> Iterator[list[Selection]]:
-    """What each shard is made of: samples in order, as many as fit.
+    """The samples of each shard, in order, as many as fit.
 
     Args:
         parts: All parts of the set.

@@ -59,7 +59,7 @@ DROPPED = "dropped.jsonl"
 
 
 class Problem(NamedTuple):
-    """key: None when the problem is the shard's, not one sample's. text: names shard and key."""
+    """One problem. key: of the sample; None when the whole shard has it. text: names shard and key."""
 
     shard: str
     key: str | None
@@ -86,7 +86,7 @@ class CheckedShard(NamedTuple):
 
 
 class Duplicate(NamedTuple):
-    """A sample whose picture occurred before. same_as: key of the first sample with it."""
+    """A sample whose picture occurred before. same_as: key of the first sample with that picture."""
 
     shard: str
     sample: GoodRead
@@ -153,7 +153,7 @@ def _check_presence(sample: Sample, where: str, member: str, name: str, expected
 
 
 def check_class(caption: str, where: str, classes: tuple[str, ...] | None) -> None:
-    """Raise ValueError when the set has classes, and the caption is not a number of one."""
+    """Raise ValueError when the set has classes, and the caption is not the number of a class."""
     if classes is None:
         return
     if not (caption.isdecimal() and len(caption) < 20 and int(caption) < len(classes)):
@@ -303,8 +303,8 @@ def repair(
         folder, manifest: Of the checked set.
         checked: The result of `check`.
         out: Folder of the new set.
-        drop_duplicates: Of equal pictures keep the first.
-        workers: Processes.
+        drop_duplicates: Whether to keep only the first of equal pictures.
+        workers: Number of processes.
 
     Raises ValueError when `out` is not empty, or no sample is good.
     """
@@ -329,7 +329,7 @@ def repair(
     ]
     write_text(out / DROPPED, "".join(line + "\n" for line in lines))
     num_samples = sum(shard.num_samples for shard in shards)
-    # made: make_shards.py would no longer make this set.
+    # made is None: make_shards.py would no longer make this set.
     staging.commit(manifest.model_copy(update={"shards": shards, "num_samples": num_samples, "made": None}))
     print(
         f"{out}: {num_samples} of {manifest.num_samples} samples; "
@@ -386,7 +386,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--repair", type=Path, metavar="OUT", help="write the good samples to a new shard folder"
     )
     parser.add_argument(
-        "--drop-duplicates", action="store_true", help="with --repair: of equal pictures keep the first"
+        "--drop-duplicates", action="store_true", help="with --repair: keep only the first of equal pictures"
     )
     options = parser.parse_args(arguments)
     if options.drop_duplicates and options.repair is None:
@@ -410,13 +410,12 @@ def main(arguments: list[str] | None = None) -> int:
     if options.report is not None:
         write_text(options.report, json.dumps(report(folder, manifest, checked), indent=1) + "\n")
     if options.repair is not None:
-        drop_duplicates = options.drop_duplicates
         repair(
             folder,
             manifest,
             checked,
             options.repair,
-            drop_duplicates=drop_duplicates,
+            drop_duplicates=options.drop_duplicates,
             workers=options.workers,
         )
         return 0

@@ -20,8 +20,9 @@ def show(source: ListedSource, samples: SampleSettings, settings: SetSettings, o
     """Print how many of the first items would be kept, why not, and what the set would be.
 
     Args:
-        source: Whose items are tried.
-        samples, settings: Of the set.
+        source: The source whose items are tried.
+        samples: How samples are made.
+        settings: How the set is made.
         out: Folder of the set.
     """
     tried = source.items[:NUM_TRIED]

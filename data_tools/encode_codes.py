@@ -52,8 +52,8 @@ def crops_of(pixels: Tensor, size: int, num: int) -> Tensor:
 
     Args:
         pixels: [3, H, H].
-        size: Of a crop.
-        num: 1, 2, 5 or 10.
+        size: Side of a crop in pixels.
+        num: Number of crops: 1, 2, 5 or 10.
 
     Returns [num, 3, size, size].
     """
@@ -73,11 +73,11 @@ def pictures(
     """Batches of samples with their pictures. The next batch is decoded in the background.
 
     Args:
-        samples: Of the shard.
-        path: Of the shard, for messages.
-        image_size: That the pictures must have.
+        samples: Samples of a shard.
+        path: The shard's path, for messages.
+        image_size: Side in pixels that the pictures must have.
         batch_size: Samples at a time.
-        threads: None is one a core; Pillow decodes without holding Python's lock.
+        threads: None: one per core. Pillow decodes without holding Python's lock.
 
     Raises ValueError naming a damaged sample.
     """
@@ -111,11 +111,11 @@ def encode_samples(
     """Samples, each with its codes as the last member.
 
     Args:
-        samples: Of the shard.
-        path: Of the shard, for messages.
+        samples: Samples of a shard.
+        path: The shard's path, for messages.
         image_tokenizer: An ImageTokenizer on `device`.
         expected: The manifest's entry, see codes_of.
-        image_size: Of the pictures.
+        image_size: Side of the pictures in pixels.
         batch_size: About how many crops are encoded at a time.
         device: Where they are encoded.
     """
@@ -188,9 +188,9 @@ def check_size(name: str, image_size: int, tokenizer_size: int, crops: int) -> N
     """Raise ValueError unless the crops can be cut from the pictures.
 
     Args:
-        name: Of the set, for messages.
-        image_size: Of its pictures.
-        tokenizer_size: Of the pictures that the image tokenizer takes.
+        name: Name of the set, for messages.
+        image_size: Side of its pictures in pixels.
+        tokenizer_size: Side of the pictures that the image tokenizer takes.
         crops: Number of crops.
     """
     has = f"{name} has images of {image_size} pixels, the image tokenizer takes {tokenizer_size}"
@@ -221,8 +221,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=["fp32", "bf16"],
         default="fp32",
-        help="bf16 is about twice as fast, and gave other codes for 2 %% of the tokens of the tiny image "
-        "tokenizer (default: fp32)",
+        help="bf16 is about twice as fast; with the tiny image tokenizer, 2 %% of the codes differed "
+        "(default: fp32)",
     )
 
 

@@ -8,8 +8,8 @@ then needs no text encoder. Encoder, cleaning and number of tokens must be those
 recipe; training refuses any others. The encoder computes as in training (in bf16 on a GPU, in
 float32 on a CPU), because T5's activations overflow in float16; its output fits into float16.
 
-The loaders hold data.shuffle samples, and at least one a row, with up to 0.5 MB of
-flan-t5-xl's features each: lower data.shuffle if memory is short.
+In training, the loaders hold data.shuffle samples in memory, and at least one per row of a
+batch. flan-t5-xl's features take up to 0.5 MB per sample: lower data.shuffle if memory is short.
 
 Features of another encoder are replaced. The set stays as it was until all shards are
 encoded. An interrupted run resumes when the same command is given again, on any number of
@@ -46,9 +46,9 @@ def encode_samples(
     """Samples, each with its features as the last member.
 
     Args:
-        samples: Of the shard.
-        path: Of the shard, for messages.
-        encoder: Of the captions.
+        samples: Samples of a shard.
+        path: The shard's path, for messages.
+        encoder: Encodes the captions.
         expected: The manifest's entry, see features_of.
         batch_size: Captions encoded at a time.
     """

@@ -20,8 +20,8 @@ class Encoder(NamedTuple):
 def load_encoders(options: argparse.Namespace, classes: tuple[str, ...] | None) -> Encoder | None:
     """The encoders of --image-tokenizer and --text-encoder, one after the other.
 
-    None without both. classes: of the set. Raises ValueError when its captions are class
-    numbers and text features are asked for.
+    None when neither option is given. classes: the set's class names, if its captions are class
+    numbers; text features then raise ValueError.
     """
     encoders = [load_image_tokenizer(options)] if options.image_tokenizer else []
     if options.text_encoder:

@@ -69,12 +69,12 @@ def end_with_parent() -> None:
 class OnRay:
     """An executor on the workers of Ray Data.
 
-    Ray runs a task whose worker dies again, elsewhere. What a task reads and writes must be
+    When a worker dies, Ray runs its task again on another one. What a task reads and writes must be
     reachable from all machines of the cluster: in a shared folder, or at a URL. This
     project's code is sent to the cluster, its libraries are not.
 
     Args:
-        address: Of a cluster; None starts Ray on this machine.
+        address: Address of a cluster; None starts Ray on this machine.
         workers: CPUs that Ray may use on this machine.
     """
 
@@ -112,7 +112,7 @@ class OnRay:
         """function(*task) for each task, in any order. A task's ValueError is raised here."""
         if not tasks:
             return
-        # One block a task: a block is the unit that Ray gives to a worker, and runs again.
+        # One task per block: a block is the unit that Ray gives to a worker, and repeats.
         rows = [{"task": pickle.dumps((function, task))} for task in tasks]
         data = self.ray.data.from_items(rows, override_num_blocks=len(rows)).map(_run_row)
         try:
@@ -124,7 +124,7 @@ class OnRay:
         except self.ray.exceptions.RayError as error:
             reason = " ".join(str(error).split())[:500]
             raise ValueError(
-                f"Ray gave up ({type(error).__name__}: {reason}); the same command resumes from here"
+                f"Ray failed ({type(error).__name__}: {reason}); the same command resumes from here"
             ) from error
 
 

@@ -40,14 +40,18 @@ from mmtensorar.data.shards import (
     read_sample,
     sample_starts,
 )
+from mmtensorar.files import write_text
 
 THUMBNAIL = 192  # pixels a side at most
 BINS = 12
 
 
 class Statistics(NamedTuple):
-    """Of each sample: words of the caption, bytes of the picture, and its smaller side before
-    cropping in pixels (0 if unknown). Then how often each member and each caption occurs.
+    """Numbers of a whole set.
+
+    words, picture_bytes, sides: for each sample, the words of its caption, the bytes of its
+    picture, and the picture's smaller side before cropping, in pixels (0 if unknown).
+    members, captions: how often each occurs.
     """
 
     words: list[int]
@@ -242,7 +246,7 @@ def main(arguments: list[str] | None = None) -> int:
     for title, rows in histograms(statistics).items():
         print_histogram(title, rows)
     if options.html is not None:
-        options.html.write_text(page(folder, manifest, statistics, options.num), encoding="utf-8")
+        write_text(options.html, page(folder, manifest, statistics, options.num))
         print(f"\n{options.html} shows {min(options.num, manifest.num_samples)} of the pictures")
     return 0
 

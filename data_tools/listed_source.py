@@ -33,16 +33,16 @@ class ListedSource(NamedTuple):
 
 def list_source(options: argparse.Namespace) -> ListedSource:
     """List the source that the options of make_shards.py name."""
-    source, place = known_sources()[options.source], options.place
-    if not source.is_drawn and _is_same_folder(place, options.out):
-        raise ValueError(f"{place}: source and --out are the same folder; choose another --out")
-    listing = source.read(place, _layout(source, options))
-    digest = SourceDigest([place, str(options.image_root or "")])
+    source, location = known_sources()[options.source], options.location
+    if not source.is_drawn and _is_same_folder(location, options.out):
+        raise ValueError(f"{location}: source and --out are the same folder; choose another --out")
+    listing = source.read(location, _layout(source, options))
+    digest = SourceDigest([location, str(options.image_root or "")])
     stop_at_problem = options.on_error == "raise" and not options.dry_run
 
     def chosen_items() -> Iterator[Item]:
         for item in tqdm(listing.items, desc="listing", unit=" images", disable=None):
-            if item.problem and stop_at_problem:  # now, not when its part is made
+            if item.problem and stop_at_problem:  # reported now, not hours later when its part is made
                 raise ValueError(f"{item.problem}; to leave such samples out add --on-error skip")
             for chosen in choose_captions(item, options.captions, options.seed):
                 digest.add(chosen)
@@ -50,13 +50,13 @@ def list_source(options: argparse.Namespace) -> ListedSource:
 
     items = Items(chosen_items())
     if source.is_drawn:
-        return ListedSource(place, items[: options.limit], listing.classes)
-    name = f"{source.kind} {_place_name(place)} {digest.hexdigest()}"
+        return ListedSource(location, items[: options.limit], listing.classes)
+    name = f"{source.kind} {_location_name(location)} {digest.hexdigest()}"
     return ListedSource(name, shuffle_items(items, options.seed)[: options.limit], listing.classes)
 
 
-def _is_same_folder(place: str, out: Path) -> bool:
-    return not is_url(place) and is_local(out) and Path(place).resolve() == out.resolve()
+def _is_same_folder(location: str, out: Path) -> bool:
+    return not is_url(location) and is_local(out) and Path(location).resolve() == out.resolve()
 
 
 def _layout(source: Source, options: argparse.Namespace) -> Layout:
@@ -87,14 +87,14 @@ def read_class_names(path: Path) -> dict[str, str]:
 
 
 class SourceDigest:
-    """Hash of everything that tells a changed source from the old one, except the pictures.
+    """A hash that changes when the source does. It does not read the pictures.
 
-    These are names, captions, metadata (with file sizes) and groups of the items, and the
-    places that are URLs: a folder may be moved, but another URL has other content.
+    It covers names, captions, metadata (with file sizes) and groups of the items, and the
+    locations that are URLs: a folder may be moved, but another URL has other content.
     """
 
-    def __init__(self, places: list[str]):
-        urls = [place if is_url(place) else "" for place in places]
+    def __init__(self, locations: list[str]):
+        urls = [location if is_url(location) else "" for location in locations]
         self._digest = hashlib.sha256(json.dumps(urls).encode())
 
     def add(self, item: Item) -> None:
@@ -105,17 +105,17 @@ class SourceDigest:
         return self._digest.hexdigest()[:16]
 
 
-def _place_name(place: str) -> str:
+def _location_name(location: str) -> str:
     """Last part of a folder, file or URL; a dataset's name as it is."""
-    if is_url(place):
-        return storage.at(place).name
-    return Path(place).resolve().name if Path(place).exists() else place
+    if is_url(location):
+        return storage.at(location).name
+    return Path(location).resolve().name if Path(location).exists() else location
 
 
 def choose_captions(item: Item, choice: str, seed: int) -> list[Item]:
-    """The item with its first caption or a random one; or once with each of its captions.
+    """The item with one caption, or a copy of the item for each caption.
 
-    choice: first, random or each.
+    choice: first or random (one caption), or each (one copy per caption).
     """
     if item.problem or len(item.captions) == 1:
         return [item]
@@ -126,16 +126,16 @@ def choose_captions(item: Item, choice: str, seed: int) -> list[Item]:
 
 
 def shuffle_items(items: Items, seed: int) -> Items:
-    """In random order. Items of one group stay together, shuffled among themselves."""
+    """The items in random order. Items of one group stay together, in random order within the group."""
     rng = np.random.default_rng(seed)
     if len(items.groups) == 1:
         return items.select(rng.permutation(len(items)))
     members: list[list[int]] = [[] for _ in items.groups]
     for index, group in enumerate(items.group_of):
         members[group].append(index)
-    order = [
+    shuffled = [
         members[group][i]
         for group in rng.permutation(len(members))
         for i in rng.permutation(len(members[group]))
     ]
-    return items.select(order)
+    return items.select(shuffled)

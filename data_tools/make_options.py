@@ -1,4 +1,4 @@
-"""The options of make_shards.py, in groups, and the rules about which go together."""
+"""The options of make_shards.py, in groups, and the rules about which may be combined."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Sources = Mapping[str, Source]
 def parse(arguments: list[str] | None, *, description: str, epilog: str) -> argparse.Namespace:
     """Parse a command line.
 
-    Adds to the options: source, the kind of source, and place, the value of its option.
+    Adds to the options: source, the kind of source, and location, the value of its option.
     """
     sources = known_sources()
     parser = argparse.ArgumentParser(
@@ -38,7 +38,7 @@ def parse(arguments: list[str] | None, *, description: str, epilog: str) -> argp
     _add_work(parser)
     options = parser.parse_args(arguments)
     options.source = next(kind for kind in sources if getattr(options, kind) is not None)
-    options.place = getattr(options, options.source)
+    options.location = getattr(options, options.source)
     for rule in RULES:
         if problem := rule(options, parser.get_default, sources):
             parser.error(problem)
@@ -55,7 +55,7 @@ def _add_sources(parser: argparse.ArgumentParser, sources: Sources) -> None:
     exclusive = group.add_mutually_exclusive_group(required=True)
     for source in sources.values():
         if source.choices is None:
-            exclusive.add_argument(source.option, metavar="PLACE", help=source.help)
+            exclusive.add_argument(source.option, metavar="LOCATION", help=source.help)
         else:
             exclusive.add_argument(source.option, choices=source.choices, help=source.help)
 
@@ -143,14 +143,14 @@ def _add_pictures(parser: argparse.ArgumentParser) -> None:
         "--crop",
         choices=["center", "random", "pad", "stretch"],
         default="center",
-        help="a square from the middle or from a random place, or the whole picture on white or stretched "
-        "(default: center)",
+        help="a square from the middle or from a random position, or the whole picture, on white or "
+        "stretched (default: center)",
     )
     group.add_argument(
         "--format",
         choices=["jpg", "png", "webp", "keep"],
         default="jpg",
-        help="keep: pictures that have the size already stay as they are (default: jpg)",
+        help="keep: pictures that already have the size stay unchanged (default: jpg)",
     )
     group.add_argument("--quality", type=quality, default=95, help="of jpg and webp, to 100 (default: 95)")
 
@@ -162,9 +162,12 @@ def _add_encoders(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="add codes as encode_codes.py would: folder, file or hub id",
     )
-    group.add_argument("--name", help="kind of image tokenizer, if its tensors do not tell")
+    group.add_argument("--name", help="kind of image tokenizer, if its tensors do not show it")
     group.add_argument(
-        "--tokenizer-size", type=positive, metavar="PIXELS", help="the image tokenizer's, if it does not tell"
+        "--tokenizer-size",
+        type=positive,
+        metavar="PIXELS",
+        help="the image tokenizer's, if its files do not say",
     )
     group.add_argument(
         "--crops", type=int, choices=[1, 2, 5, 10], default=1, help="codes per image, see encode_codes.py"
@@ -201,7 +204,7 @@ def _add_sets(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=storage.folder_to_write,
         required=True,
-        metavar="PLACE",
+        metavar="LOCATION",
         help="shard folder to make, or its URL (s3, gs, hf)",
     )
     group.add_argument(
@@ -245,7 +248,7 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
 
 # ---- rules -----------------------------------------------------------------------------------
 
-# (options, default of an option, sources) -> what is wrong, None when nothing is
+# (options, default of an option, sources) -> the problem, or None
 Rule = Callable[[argparse.Namespace, Callable[[str], Any], Sources], str | None]
 
 

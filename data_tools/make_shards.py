@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments, description=description, epilog=epilog)
     try:
         make(options, executor(options))
-    except (OSError, *store_errors()) as error:  # a store's error may not name the place
+    except (OSError, *store_errors()) as error:  # a store's error may not name the URL
         where = "" if is_local(options.out) else f"{options.out}: "
         raise ValueError(f"{where}{error}") from error
     except KeyboardInterrupt:

@@ -29,7 +29,7 @@ def join_ranks() -> None:
 
 
 def wait_for_ranks() -> None:
-    """Return when all ranks have come here."""
+    """Wait until all ranks have called this."""
     if ranks.world_size() > 1:
         torch.distributed.barrier()
 
@@ -77,17 +77,17 @@ def rewrite(
     number of ranks.
 
     Args:
-        folder: Of the set.
-        manifest: Of the set.
+        folder: Folder of the set.
+        manifest: The set's manifest.
         change: A shard -> its new samples.
-        desc, unit: Of the progress bar.
+        desc, unit: Text of the progress bar.
         entry: Fields of the new manifest.
     """
     # The old manifest is part of the purpose, so that shards made from another set are not reused.
     purpose = {key: value.model_dump(mode="json") for key, value in {"set": manifest, **entry}.items()}
     staging = Staging(folder, purpose, clean=ranks.is_first())
     missing = [shard for shard in manifest.shards if staging.finished(shard.name) is None]
-    wait_for_ranks()  # nobody writes before everybody has looked
+    wait_for_ranks()  # no rank writes before all ranks have listed what is missing
     rank, world_size = ranks.rank(), ranks.world_size()
     assigned = missing[rank::world_size]
     total = sum(shard.num_samples for shard in assigned)

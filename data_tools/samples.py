@@ -22,14 +22,17 @@ Format = Literal["jpg", "png", "webp", "keep"]
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """Which pictures and captions are taken, and what becomes of them.
+    """Which pictures and captions are taken, and how pictures are stored.
 
     Sides are in pixels, captions in characters. A bound of 0 means no bound.
 
-    crop: the centre, or a random part, of the largest square; or the whole picture, on white
-    (pad) or stretched. format: keep leaves a picture that has the size already as it is, and
-    makes others jpg. quality: of jpg and webp. max_aspect: longer side over shorter. seed: of
-    random crops.
+    Args:
+        crop: center and random cut a square of the shorter side; pad puts the whole picture on
+            white; stretch changes its aspect.
+        format: keep leaves a picture unchanged if it already has the size, and makes others jpg.
+        quality: for jpg and webp.
+        max_aspect: the longer side divided by the shorter.
+        seed: for random crops.
     """
 
     image_size: int
@@ -48,9 +51,9 @@ class FilteredOut(Exception):
 
 
 class MadeSample(NamedTuple):
-    """digest: of picture and caption as they came. picture: of the picture alone.
+    """A sample, and two digests by which duplicates are recognised.
 
-    Equal digests tell duplicates.
+    digest: of picture and caption as the source has them. picture: of the picture alone.
     """
 
     sample: Sample
@@ -121,7 +124,7 @@ def original_size(meta: dict) -> tuple[int, int] | None:
 
 
 def _where(item: Item) -> str:
-    # The path of a file is the best name that it can have.
+    # A picture in a file is named by its path.
     picture: Any = item.picture
     if getattr(picture, "func", None) is read_file:
         return str(picture.args[0])

@@ -21,16 +21,16 @@ from mmtensorar.data.url_cache import is_url, shown
 
 
 def at(name: str) -> Path | Any:
-    """The path of a name.
+    """The path that a name or URL means.
 
-    Raises ValueError for a URL of an unknown scheme, a command, or a missing library.
+    Raises ValueError for a URL of an unknown scheme, a shell command, or a missing library.
     """
     if not is_url(name):
         return Path(name)
     try:
         from upath import UPath
 
-        # Listings are not cached: workers write to the same place.
+        # Listings are not cached: workers write to the same folder.
         return UPath(name, use_listings_cache=False)
     except ImportError as error:
         raise ValueError(
@@ -113,9 +113,10 @@ def is_utf8(name: str) -> bool:
 
 
 def with_suffix(name: str, suffix: str) -> tuple[Path | Any, list[Path | Any]]:
-    """The path of a name, and the files of a suffix: the path itself, or all below it, sorted.
+    """The path that a name means, and its files with a suffix, sorted.
 
-    Raises ValueError when there is none.
+    The files are the path itself if it is a file, else all below it. Raises ValueError when
+    there are none.
     """
     path = at(name)
     if path.is_file():
@@ -151,7 +152,7 @@ def contents(paths: Iterable[Path | Any], max_bytes: int) -> Iterator[bytes | Va
         if is_local(batch[0]):
             yield from (_content_or_error(path, max_bytes) for path in batch)
             continue
-        # Not `cat`, which takes a name with brackets for a pattern.
+        # `cat` would read a name with brackets as a pattern.
         answers = batch[0].fs.cat_ranges([path.path for path in batch], 0, max_bytes + 1, on_error="return")
         for path, content in zip(batch, answers, strict=True):
             if isinstance(content, Exception):
@@ -181,7 +182,7 @@ def read_file(path: Path | Any, max_bytes: int = EXTENSIONS["jpg"]) -> bytes:
     """
     try:
         with path.open("rb") as file:
-            # For a small local file, no buffer of max_bytes.
+            # Reading max_bytes would allocate that much, also for a small local file.
             limit = min(max_bytes, os.fstat(file.fileno()).st_size) if is_local(path) else max_bytes
             content = file.read(limit + 1)
     except OSError as error:

@@ -3,8 +3,8 @@
     python -m eval.gallery FOLDER [NAME=FOLDER ...] --out gallery.png [--num-prompts 12] [--num-images 4]
 
 FOLDER is an --out folder of python -m eval.geneval, or images in its layout (then without frames).
-Each row is a prompt: the first prompts of each skill, the same number of each, so that nobody
-chose them by their images. A row shows the first images of its prompt.
+Each row is a prompt, and shows its first images. The prompts are the first ones of each skill, so
+that they are not chosen by their images.
 """
 
 import argparse
@@ -81,8 +81,8 @@ def compose(
     """
     read_folders = {name: read(folder) for name, folder in folders.items()}
     prompts = next(iter(read_folders.values()))[0]
-    for name, (own_prompts, pictures, _) in read_folders.items():
-        if own_prompts != prompts:
+    for name, (prompts_there, pictures, _) in read_folders.items():
+        if prompts_there != prompts:
             raise ValueError(f"the prompts of {folders[name]} and {next(iter(folders.values()))} differ")
         if len(pictures[0]) < num_images:
             raise ValueError(

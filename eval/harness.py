@@ -18,8 +18,8 @@ OUT/NNNNN/samples/00000.png. Generation resumes: OUT/generation.json records the
 settings, and pictures that exist are kept when it agrees. Under a launcher every rank generates
 its share, and the first rank scores.
 
-Nothing here imports torch before a model is loaded, which takes seconds, so that mistakes in a
-command are reported before.
+Importing torch takes seconds. Nothing here imports it before a model is loaded, so that mistakes
+in a command are reported at once.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from tqdm import tqdm
 from eval import versions
 from eval.layout import RECORD, image_path, read_record
 from mmtensorar import cli, ranks
-from mmtensorar.files import write_text
+from mmtensorar.files import sha256, write_text
 from mmtensorar.sampling.settings import LOADING, SAMPLING, add_generation, given_settings, without_removed
 from mmtensorar.seeds import image_seed
 
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 Work = tuple[Sequence[dict], int]  # prompts, each an object with "prompt"; pictures of each
 
-# Runs that differ only in these make the same pictures, up to rounding; prompts_sha256 tells other prompts.
+# Runs that differ only in these make the same pictures, up to rounding; prompts_sha256 covers the prompts.
 MAY_DIFFER = ("checkpoint", "num_prompts", "batch_size", "device", "attn_implementation")
 
 
@@ -58,7 +58,7 @@ MAY_DIFFER = ("checkpoint", "num_prompts", "batch_size", "device", "attn_impleme
 
 
 def command(main: cli.Main) -> cli.Main:
-    """`mmtensorar.cli.command` for a main whose work resumes: Ctrl-C says so."""
+    """`mmtensorar.cli.command` for a main whose work resumes: the message on Ctrl-C says so."""
 
     @cli.command
     @functools.wraps(main)
@@ -278,7 +278,7 @@ def generate(
     """
     settings = {
         "checkpoint": str(ckpt),
-        "checkpoint_sha256": hashlib.sha256((Path(ckpt) / "checkpoint.json").read_bytes()).hexdigest(),
+        "checkpoint_sha256": sha256(Path(ckpt) / "checkpoint.json"),
         "suite": suite,
         "num_prompts": len(prompts),
         "prompts_sha256": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
@@ -296,7 +296,9 @@ def generate(
     # Whole batches, also when some of their pictures exist: padding depends on the batch, and a resumed
     # run should make the pictures that an uninterrupted one makes.
     batches = [work[start : start + batch_size] for start in range(0, len(work), batch_size)]
-    batches = [batch for batch in batches if not all(image_path(out, *place).is_file() for place in batch)]
+    batches = [
+        batch for batch in batches if not all(image_path(out, *numbers).is_file() for numbers in batch)
+    ]
     num_made = 0
     with tqdm(
         total=sum(map(len, batches)),
@@ -327,13 +329,13 @@ def _make(
     decoded = generator.decode(texts, seeds, sampling)
     num_made = 0
     drawn = zip(batch, seeds, generator.pictures(decoded.codes), strict=True)
-    for (prompt, number), own_seed, image in drawn:
+    for (prompt, number), picture_seed, image in drawn:
         path = image_path(out, prompt, number)
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             metadata = prompts[prompt]
             write_text(path.parent.parent / "metadata.jsonl", json.dumps(metadata) + "\n")
-            save_png(image, path, prompt=metadata["prompt"], seed=own_seed)
+            save_png(image, path, prompt=metadata["prompt"], seed=picture_seed)
             num_made += 1
     return num_made
 
@@ -366,7 +368,7 @@ def claim(out: Path, settings: dict) -> None:
 
 
 def origin(folder: Path) -> dict:
-    """Where pictures come from, for a summary: images, checkpoint, seed and generation (None if unknown)."""
+    """The pictures' origin for a summary: images, checkpoint, seed and generation (None if unknown)."""
     record = read_record(folder) if folder.is_dir() else {}
     return {
         "images": str(folder),

@@ -1,9 +1,9 @@
-"""95 % confidence intervals of scores: of one share, of alike pictures, of pairs, and over seeds.
+"""95 % confidence intervals of scores: of one share, of similar pictures, of pairs, and over seeds.
 
 Pure: numbers in, numbers out. Which interval answers which question:
 
     wilson              one share of independent pictures
-    design_effect       several pictures of one prompt are alike: by how much they count less
+    design_effect       several pictures of one prompt are similar: how much less they count
     cluster_bootstrap   the same without a formula: prompts are resampled with all their pictures
     mean_of_shares      the mean of several shares, each with its own interval
     paired_bootstrap    the difference between two models on the same prompts
@@ -104,7 +104,7 @@ def mean_of_shares(shares: Sequence[float], limits: Sequence[Sequence[float]]) -
     """
     mean = sum(shares) / len(shares)
     low, high = (
-        sqrt(sum((share - own[side]) ** 2 for share, own in zip(shares, limits, strict=True))) / len(shares)
+        sqrt(sum((share - pair[side]) ** 2 for share, pair in zip(shares, limits, strict=True))) / len(shares)
         for side in (0, 1)
     )
     return Interval(mean, max(0.0, mean - low), min(1.0, mean + high))
@@ -122,11 +122,11 @@ def paired_bootstrap(gains: Mapping[str, Sequence[float]], seed: int = 0) -> dic
     """
     rng = np.random.default_rng(seed)
     intervals, means, resamples = {}, [], []
-    for skill, own in gains.items():
-        own = np.asarray(own)
-        drawn = own[rng.integers(len(own), size=(NUM_RESAMPLES, len(own)))].mean(axis=1)
-        intervals[skill] = Interval(float(own.mean()), *percentiles(drawn))
-        means.append(own.mean())
+    for skill, of_prompts in gains.items():
+        array = np.asarray(of_prompts)
+        drawn = array[rng.integers(len(array), size=(NUM_RESAMPLES, len(array)))].mean(axis=1)
+        intervals[skill] = Interval(float(array.mean()), *percentiles(drawn))
+        means.append(array.mean())
         resamples.append(drawn)
     overall = percentiles(np.mean(resamples, axis=0))
     return intervals | {"overall": Interval(float(np.mean(means)), *overall)}
@@ -155,7 +155,7 @@ def prompts_by_name(groups: Sequence[str]) -> dict[str, list[list[int]]]:
         group: [index for index, other in enumerate(groups) if other == group]
         for group in dict.fromkeys(groups)
     }
-    return {"overall": list(numbers.values()), **{group: [own] for group, own in numbers.items()}}
+    return {"overall": list(numbers.values()), **{group: [prompts] for group, prompts in numbers.items()}}
 
 
 def _mean_and_variance(shares: np.ndarray, lists: list[list[int]]) -> tuple[float, float]:
@@ -163,8 +163,8 @@ def _mean_and_variance(shares: np.ndarray, lists: list[list[int]]) -> tuple[floa
 
     shares: [prompts].
     """
-    variance = sum(shares[own].var(ddof=1) / len(own) for own in lists if len(own) > 1) / len(lists) ** 2
-    return float(np.mean([shares[own].mean() for own in lists])), variance
+    variances = [shares[prompts].var(ddof=1) / len(prompts) for prompts in lists if len(prompts) > 1]
+    return float(np.mean([shares[prompts].mean() for prompts in lists])), sum(variances) / len(lists) ** 2
 
 
 def pooled_spreads(arms: Sequence[np.ndarray], groups: Sequence[str]) -> dict[str, Spread]:
@@ -178,7 +178,7 @@ def pooled_spreads(arms: Sequence[np.ndarray], groups: Sequence[str]) -> dict[st
         for values in arms:
             if len(values) > 1:
                 means = [_mean_and_variance(row, lists)[0] for row in values]
-                # The mean over seeds is taken off first: how hard a prompt is, is not chance.
+                # The mean over seeds is subtracted first: the difficulty of a prompt is not chance.
                 variances = [_mean_and_variance(row, lists)[1] for row in values - values.mean(axis=0)]
                 between += (len(values) - 1) * np.var(means, ddof=1)
                 chance += len(values) * np.mean(variances)
@@ -223,17 +223,17 @@ def ratios_to_control(log_ratios: Mapping[str, np.ndarray]) -> dict[str, tuple[f
     log_ratios: arm -> per seed, log of the arm's value minus log of the control's. Their spread
     over seeds is pooled over the arms; low and high are nan below MIN_FREEDOM.
     """
-    several = [own for own in log_ratios.values() if len(own) > 1]
-    freedom = sum(len(own) - 1 for own in several)
+    several = [logs for logs in log_ratios.values() if len(logs) > 1]
+    freedom = sum(len(logs) - 1 for logs in several)
     t = student_t(freedom) if freedom >= MIN_FREEDOM else np.nan
-    deviation = np.sqrt(sum(((own - own.mean()) ** 2).sum() for own in several) / max(1, freedom))
+    deviation = np.sqrt(sum(((logs - logs.mean()) ** 2).sum() for logs in several) / max(1, freedom))
     return {
         name: tuple(
-            float(np.exp(own.mean() + sign * (t * deviation / np.sqrt(len(own)) if sign else 0.0)))
+            float(np.exp(logs.mean() + sign * (t * deviation / np.sqrt(len(logs)) if sign else 0.0)))
             for sign in (0, -1, 1)
         )
-        for name, own in log_ratios.items()
-        if len(own)
+        for name, logs in log_ratios.items()
+        if len(logs)
     }
 
 

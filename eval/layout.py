@@ -1,7 +1,7 @@
 """GenEval's folder of images: NNNNN/metadata.jsonl and NNNNN/samples/<digits>.png.
 
-NNNNN counts prompts from 00000. The official scorer scores whatever it finds; reading here is
-strict: images that are missing, surplus, or that share a number, are an error that lists them.
+NNNNN counts prompts from 00000. The official scorer scores every image that exists. Reading here
+is strict: images that are missing, surplus, or that share a number raise an error that lists them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -43,17 +43,17 @@ def survey(
     if num_prompts is None:
         num_prompts = max(images) + 1
     if num_images is None:
-        num_images = max(max(own, default=-1) for own in images.values()) + 1
+        num_images = max(max(numbered, default=-1) for numbered in images.values()) + 1
     for prompt in range(num_prompts):
         if prompt not in images:
             problems.append(f"{prompt:05d} is missing, the folder of prompt {prompt} of {num_prompts}")
             continue
         missing = [number for number in range(num_images) if number not in images[prompt]]
         problems += [f"{image_path(Path(), prompt, number)} is missing" for number in missing]
-    for prompt, own in images.items():
+    for prompt, numbered in images.items():
         problems += [
             f"{path.relative_to(folder)} is one too many"
-            for number, path in own.items()
+            for number, path in numbered.items()
             if prompt >= num_prompts or number >= num_images
         ]
     wanted = {
@@ -61,7 +61,8 @@ def survey(
         for prompt in sorted(images)
         if prompt < num_prompts
     }
-    return [[own[number] for number in sorted(own)] for own in wanted.values() if own], problems
+    ordered = [[numbered[number] for number in sorted(numbered)] for numbered in wanted.values() if numbered]
+    return ordered, problems
 
 
 def _by_number(folder: Path, paths: Iterable[Path], problems: list[str]) -> dict[int, Path]:
@@ -92,6 +93,7 @@ def listed(folder: Path, problems: Sequence[str]) -> str:
 
 def open_image(path: Path) -> Image.Image:
     """An image in RGB, turned as its EXIF says. Raises ValueError naming the file when it is unreadable."""
+    # Not pictures.open_picture: it refuses BMP and puts transparent parts on white, which changes scores.
     try:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")

@@ -1,8 +1,8 @@
 """Models in one table: python -m eval.report_table NAME=summary.json [NAME=summary.json ...] [--markdown]
 
-Accuracy in percent with its 95 % interval, per skill and overall (the mean of the skills). Below,
-the bounds to read them by: ceiling (correctly drawn pictures, and those after the image
-tokenizer's round trip) and chance.
+Accuracy in percent with its 95 % interval, per skill and overall (the mean of the skills). Below
+are the bounds to compare them with: the ceiling (correctly drawn pictures, and the same after the
+image tokenizer's round trip) and chance.
 """
 
 import argparse

@@ -4,6 +4,6 @@
     python -m study report study/grids/shapes.yaml             writes its page from the stored results
     python -m study across study/grids/*.yaml                  writes the page over several worlds
 
-A grid (study/grids/) names a world (study/worlds/): where the data come from, and what is right in
-a picture.
+A grid (study/grids/) names a world (study/worlds/): where the data come from, and which pictures
+are right. docs/study/howto.md explains how to add an arm, a grid or a world.
 """

@@ -1,4 +1,4 @@
-"""Run a grid, or write its page: python -m study run GRID | report GRID | across GRIDS | check | time"""
+"""Run a grid or write its page: python -m study run|report|across|time|check (docs/study/howto.md)."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def check(options: argparse.Namespace) -> int:
 
 
 def time_steps(options: argparse.Namespace) -> None:
-    """Time a few steps of every arm, alone on the machine: times of runs that share it say little."""
+    """Time a few steps of every arm, alone on the machine: runs that share a machine slow each other."""
     from study import runner, start, timing
 
     grid = Grid.load(options.grid)
@@ -167,8 +167,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     one.add_argument(
         "--rounds", type=at_least_1, default=8, metavar="N", help="steps of each arm (default 8)"
     )
-    one.add_argument("--out", type=Path, metavar="FOLDER", help="as of run")
-    one.add_argument("--results", type=Path, metavar="FILE", help="as of run; times are written next to it")
+    one.add_argument("--out", type=Path, metavar="FOLDER", help="as for run")
+    one.add_argument("--results", type=Path, metavar="FILE", help="as for run; times are written next to it")
 
     one = _add(
         commands,
@@ -181,7 +181,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     one.add_argument("--arm", required=True, metavar="NAME")
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--out", type=Path, metavar="FOLDER", help="default: runs/study/GRID_check")
-    one.add_argument("--results", type=Path, metavar="FILE", help="as of run")
+    one.add_argument("--results", type=Path, metavar="FILE", help="as for run")
 
     one = _add(
         commands,

@@ -77,7 +77,7 @@ class Study(NamedTuple):
         return None if by_group is None else by_group["overall"]
 
     def bits(self, arm: str, drafts: str) -> np.ndarray | None:
-        """Bits per token at each offset; None where there are no such rows. drafts in view: none or own."""
+        """Bits per token at each offset; None without such rows. drafts: those in view, none or own."""
         runs = self.scores.usual(arm)
         nats = None if runs is None else mean_of(runs, f"{drafts} nats")
         return None if nats is None else nats / NATS_PER_BIT
@@ -86,7 +86,7 @@ class Study(NamedTuple):
         """Arm with drafts -> bits that its final token costs, minus the control's."""
         control = self.bits(self.grid.control, "none")[0]
         return {
-            name: own[0] - control for name in self.grid.arms if (own := self.bits(name, "own")) is not None
+            name: bits[0] - control for name in self.grid.arms if (bits := self.bits(name, "own")) is not None
         }
 
 
@@ -185,12 +185,12 @@ def _by_grid(all_points: Sequence[Point]) -> dict[str, list[Point]]:
 
 
 def correlations(all_points: Sequence[Point]) -> str:
-    """How well costs predict gains, in each grid: worlds differ in too much to be one sample."""
+    """How well costs predict gains, for each grid: worlds differ too much to be pooled."""
     listed = []
-    for grid, own in _by_grid(all_points).items():
-        if len(own) > 2:
-            value = stats.spearmanr([point.cost for point in own], [point.gain for point in own]).statistic
-            listed.append(f"{value:+.2f} in {grid} ({len(own)} arms)")
+    for grid, arms in _by_grid(all_points).items():
+        if len(arms) > 2:
+            value = stats.spearmanr([point.cost for point in arms], [point.gain for point in arms]).statistic
+            listed.append(f"{value:+.2f} in {grid} ({len(arms)} arms)")
     if not listed:
         return ""
     return (
@@ -202,10 +202,10 @@ def correlations(all_points: Sequence[Point]) -> str:
 def draw(all_points: Sequence[Point], path: Path) -> None:
     """Plot gains over costs."""
     figure, axes = plots.pyplot().subplots(figsize=(7, 4.5))
-    for number, (grid, own) in enumerate(_by_grid(all_points).items()):
-        costs, gains = [point.cost for point in own], [point.gain for point in own]
+    for number, (grid, arms) in enumerate(_by_grid(all_points).items()):
+        costs, gains = [point.cost for point in arms], [point.gain for point in arms]
         axes.plot(costs, gains, "o", label=grid, color=f"C{number}")
-        for point in own:
+        for point in arms:
             if point.gain < LABELLED_BELOW:
                 axes.annotate(
                     point.arm,

@@ -31,6 +31,6 @@ def run(*command: object, log: Path | None = None) -> None:
         )
         output.seek(0)
         if done.returncode:
-            where = "" if log is None else f" (all of it in {log})"
+            where = "" if log is None else f" (full output: {log})"
             printed = output.read().strip()[-1000:]
             raise ValueError(f"python {' '.join(map(str, command))}: {printed}{where}")

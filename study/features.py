@@ -66,7 +66,7 @@ class Classifier(nn.Module):
 
 
 def read_pictures(folder: Path) -> tuple[Tensor, Tensor]:
-    """Every picture of a class-conditional shard set: pixels [N, 3, H, W] in [-1, 1], class numbers [N]."""
+    """All pictures of a class-conditional shard set: pixels [N, 3, H, W] in [-1, 1], class numbers [N]."""
     manifest = Manifest.read(folder)
     pictures, classes = [], []
     for shard in manifest.shards:
@@ -83,7 +83,7 @@ def train_classifier(path: Path, train: Path, validation: Path, num_classes: int
     Args:
         path: file to write, with the share of validation pictures that it classifies correctly.
         train, validation: class-conditional shard sets.
-        num_classes: of them.
+        num_classes: of both sets.
     """
     if path.is_file():
         return

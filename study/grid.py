@@ -14,11 +14,11 @@ from mmtensorar.recipe import Recipe, SamplerSettings, Section, read_recipe
 from study.commands import ROOT
 from study.train_image_tokenizer import ImageTokenizerRecipe
 
-# (section, setting) that stored rows of earlier versions hold, at the value that means what is done now.
+# (section, setting) in stored rows of earlier versions -> the value that equals today's behaviour.
 REMOVED = {("sampler", "stride"): 1, ("tensorar", "max_stride"): 1}
 BASE = "base"  # the arm that is not trained
 USUAL = "as the recipe"  # the sampling of every arm
-# Settings of every training: nothing besides the steps, and their log.
+# Settings of every training run: no monitors, samples or run states, only the steps and their log.
 ON_ALL = [
     "train.monitors=[]",
     "train.sample_every=0",
@@ -36,8 +36,8 @@ class Arm(Section):
         settings: of the recipe that this arm changes, `key=value`.
         samplings: names of samplings besides the recipe's own.
         samplings_once: the same, for the first seed only.
-        num_seeds: fewer than the grid's.
-        removed: why what it sets is no longer in the code. Its stored rows stay on the page, and it
+        num_seeds: instead of the grid's, when fewer are enough.
+        removed: why its setting is no longer in the code. Its stored rows stay on the page, and it
             is not run.
     """
 
@@ -80,7 +80,7 @@ class Grid(Section):
         base: the model folder that all arms start from.
         from_nothing: how to make one, instead of base.
         control: the arm that the others are compared with.
-        equal_time: an arm with at least the others' training time, compared with too.
+        equal_time: a second arm to compare with: it trains at least as long as the others.
         num_seeds: of each arm, unless the arm has fewer.
         num_images: pictures of each prompt.
         samplings: name -> settings of the sampler, and batch_size.
@@ -171,7 +171,7 @@ class Grid(Section):
         )
 
     def runs(self, wanted: Iterable[str], num_seeds: int) -> list[tuple[int, str]]:
-        """(seed, arm), seed after seed: whenever the time is over, all arms have been run equally often."""
+        """(seed, arm), seed after seed, so that a run that ends early has treated all arms alike."""
         arms = {name: arm for name, arm in self.arms.items() if name in wanted and not arm.removed}
         return [
             (seed, name)

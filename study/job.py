@@ -1,4 +1,4 @@
-"""One arm with one seed: train it, then measure the model. Each is a process, so that several run at once.
+"""One arm with one seed: train it, then measure the model. A job is a process, so several can run at once.
 
 Every sampling of an arm is one line of the results. It holds, among others:
 
@@ -122,8 +122,8 @@ def probe(model: TensorAR, recipe: Recipe, generator: Generator) -> dict:
             noise = torch.Generator().manual_seed(number)
             drafts, slots = clean, blind
             for _ in range(ROUNDS):
-                own = model.own_drafts(drafts, slots, condition, uncond, noise)
-                drafts, slots = torch.cat([clean[:, :, :1], own[:, :, 1:]], dim=2), in_view
+                sampled = model.own_drafts(drafts, slots, condition, uncond, noise)
+                drafts, slots = torch.cat([clean[:, :, :1], sampled[:, :, 1:]], dim=2), in_view
             inputs |= {"true": (clean, in_view), "own": (drafts, in_view)}
             wrong = (drafts != clean).any(-1) & in_view
             totals["draft_error"] += wrong.sum((0, 1)) / in_view.sum(0)

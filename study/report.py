@@ -115,7 +115,7 @@ def samplings_table(scores: Scores) -> str:
 
 
 def probes_table(scores: Scores) -> str:
-    """What drafts are worth to the final token, and how good they are."""
+    """How much drafts help the final token, and how often they are right."""
     head = [
         "arm",
         "without drafts",
@@ -129,14 +129,14 @@ def probes_table(scores: Scores) -> str:
     for name in scores.grid.arms:
         if (runs := scores.usual(name)) is None:
             continue
-        own, error = mean_of(runs, "own nats"), mean_of(runs, "draft_error")
+        with_own, error = mean_of(runs, "own nats"), mean_of(runs, "draft_error")
         rows.append(
             [
                 f"`{name}`",
                 _first_bits(mean_of(runs, "none nats")),
-                _first_bits(own),
+                _first_bits(with_own),
                 _first_bits(mean_of(runs, "true nats")),
-                "" if own is None else " ".join(f"{nats / NATS_PER_BIT:.2f}" for nats in own[1:]),
+                "" if with_own is None else " ".join(f"{nats / NATS_PER_BIT:.2f}" for nats in with_own[1:]),
                 "" if error is None else _percents(1 - error[1:]),
                 _percents(mean_of(runs, "revised")),
             ]

@@ -19,15 +19,12 @@ from study.commands import ROOT
 from study.grid import Grid
 from study.results import missing, read
 
-PATIENCE_S = 120  # for a training to end its step and save
+PATIENCE_S = 120  # time for a training run to end its step and save
 POLL_S = 1
 
 
 def folder_lock(out: Path) -> RunFolderLock:
-    """Only one process at a time works in a study's folder.
-
-    Entering raises ValueError when another process works there.
-    """
+    """A lock on a study's folder. Entering it raises ValueError when another process works there."""
     return RunFolderLock(out, otherwise="choose another --out")
 
 
@@ -120,7 +117,7 @@ def run(
             return
         base = start.folder(grid, out)
         print(
-            f"data of {grid.world} in {out / 'data'}, base {base}; missing parts are made first", flush=True
+            f"data of {grid.world} in {out / 'data'}, base {base}; what is missing is made first", flush=True
         )
         start.prepare(grid, out)
         _check_base(results, job.fingerprint(base), out)
@@ -130,7 +127,7 @@ def run(
     if num_failed:
         raise ValueError(f"{num_failed} runs failed; the same command tries them again")
     if num_left:
-        print(f"the time is over; {num_left} runs are left, the same command resumes")
+        print(f"the time is over; {num_left} runs are left, the same command continues with them")
 
 
 def _check_base(results: Path, base: str, out: Path) -> None:
@@ -163,11 +160,11 @@ def _run_jobs(
             if not running:
                 break
             time.sleep(POLL_S)
-            for own in list(running):
-                if own.process.poll() is not None:
-                    running.remove(own)
-                    free.append(own.environment)
-                    num_failed += not _collect(own, results, len(waiting))
+            for one in list(running):
+                if one.process.poll() is not None:
+                    running.remove(one)
+                    free.append(one.environment)
+                    num_failed += not _collect(one, results, len(waiting))
     return len(waiting), num_failed
 
 
@@ -189,7 +186,7 @@ def _start(
 
 
 def _collect(ended: Job, results: Path, num_waiting: int) -> bool:
-    """Append an ended job's rows to the results; False, with its last words printed, when it failed."""
+    """Append an ended job's rows to the results. A failed job returns False and prints the end of its log."""
     name = f"{ended.arm}, seed {ended.seed}"
     if ended.process.returncode:
         printed = ended.log.read_text(encoding="utf-8", errors="replace").strip()

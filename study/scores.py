@@ -37,7 +37,7 @@ AllRuns = Mapping[tuple[str, str], Runs]  # by (arm, sampling)
 
 
 def collect(rows: Sequence[dict]) -> dict[tuple[str, str], Runs]:
-    """(arm, sampling) -> its runs. Of a run that is stored twice the last row counts."""
+    """(arm, sampling) -> its runs. When a run is stored twice, the last row counts."""
     by_key: dict[tuple[str, str], dict[int, dict]] = defaultdict(dict)
     for row in rows:
         by_key[row["arm"], row["sampling"]][row["seed"]] = row
@@ -104,11 +104,11 @@ class Scores:
 
     def minus_usual(self, arm: str, sampling: str) -> Interval | None:
         """The same models' score by a sampling minus that by the recipe's own, over prompts."""
-        own, usual = self.runs[arm, sampling], self.usual(arm)
-        both = sorted(own.shares.keys() & usual.shares.keys()) if usual and sampling != USUAL else []
+        sampled, usual = self.runs[arm, sampling], self.usual(arm)
+        both = sorted(sampled.shares.keys() & usual.shares.keys()) if usual and sampling != USUAL else []
         if not both:
             return None
-        differences = np.stack([own.shares[seed] - usual.shares[seed] for seed in both])
+        differences = np.stack([sampled.shares[seed] - usual.shares[seed] for seed in both])
         same_models = dict.fromkeys(prompts_by_name(self.groups), Spread(0.0, 0))
         return over_seeds(differences, self.groups, same_models)["overall"]
 
@@ -119,9 +119,9 @@ class Scores:
 
     def _differences(self, arm: str, other: str) -> np.ndarray | None:
         """[seeds, prompts] shares minus the other's; None for the other itself, or where no seed has both."""
-        own, others = self.usual(arm), self.usual(other)
-        both = sorted(own.shares.keys() & others.shares.keys()) if own and others and arm != other else []
-        return np.stack([own.shares[seed] - others.shares[seed] for seed in both]) if both else None
+        one, two = self.usual(arm), self.usual(other)
+        both = sorted(one.shares.keys() & two.shares.keys()) if one and two and arm != other else []
+        return np.stack([one.shares[seed] - two.shares[seed] for seed in both]) if both else None
 
     def _distances(self) -> dict[str, tuple[float, float, float]]:
         logs = {
@@ -132,8 +132,10 @@ class Scores:
         control = logs.pop(self.grid.control, {})
         return ratios_to_control(
             {
-                name: np.array([own[seed] - control[seed] for seed in sorted(own.keys() & control.keys())])
-                for name, own in logs.items()
+                name: np.array(
+                    [of_arm[seed] - control[seed] for seed in sorted(of_arm.keys() & control.keys())]
+                )
+                for name, of_arm in logs.items()
             }
         )
 

@@ -22,9 +22,9 @@ def folder(grid: Grid, out: Path) -> Path:
 
 
 def prepare(grid: Grid, out: Path) -> None:
-    """Make the missing ones of the world's shards, their codes, the image tokenizer and the base.
+    """Make what is missing of the world's shards, their codes, the image tokenizer and the base.
 
-    Raises ValueError when it fails, or what exists was made with other settings.
+    Raises ValueError when that fails, or when something there was made with other settings.
     """
     world = worlds.load(grid.world)
     if grid.from_nothing is not None:
@@ -60,7 +60,7 @@ def _train_image_tokenizer(from_nothing: FromNothing, out: Path, shards: Path) -
     image_tokenizer = out / "image_tokenizer"
     if not (image_tokenizer / "config.json").is_file():
         recipe = out / "image_tokenizer.yaml"
-        recipe.write_text(from_nothing.image_tokenizer.dump(), encoding="utf-8")
+        write_text(recipe, from_nothing.image_tokenizer.dump())
         partial = Path(f"{image_tokenizer}.partial")
         paths = [f"shards={shards}", f"out={partial}"]
         run("-m", "study.train_image_tokenizer", recipe, *paths, log=out / "image_tokenizer.log")

@@ -30,9 +30,9 @@ def steps_in_turns(grid: Grid, names: Sequence[str], out: Path, rounds: int) -> 
 
     Args:
         grid: the grid.
-        names: of its arms.
+        names: the arms to time.
         out: the study's folder.
-        rounds: how many.
+        rounds: steps of each arm.
     """
     before, steps, seconds = dict(os.environ), {}, {name: [] for name in names}
     _, _, device = distributed.start_process_group(0)
@@ -78,8 +78,8 @@ def relative_to_control(grid: Grid, seconds: dict[str, list[float]]) -> dict[str
     control = seconds[grid.control]
     return {
         name: {
-            "seconds": round(median(own), 4),
-            "over_control": round(median(a / b for a, b in zip(own, control, strict=True)), 3),
+            "seconds": round(median(of_arm), 4),
+            "over_control": round(median(a / b for a, b in zip(of_arm, control, strict=True)), 3),
         }
-        for name, own in seconds.items()
+        for name, of_arm in seconds.items()
     }

@@ -1,10 +1,10 @@
 """Train a small JanusVQVAE on the pictures of a shard folder: `python -m study.train_image_tokenizer RECIPE`.
 
 It makes the tiny image tokenizer that ships with the project, and those of the study's worlds;
-released image tokenizers are used unchanged. Stages: the first `warmup_steps` run without
-quantization. Then the codebook starts from encoder outputs, and codes that stay unused are moved
-onto encoder outputs until `revive_until` (a share of the steps). Shapes: B pictures, N = B times
-the codes of one, C width of a code, V codes.
+released image tokenizers are used unchanged. The first `warmup_steps` run without quantization.
+Then the codebook starts from encoder outputs. Codes that stay unused are moved onto encoder
+outputs until `revive_until` (a share of the steps). Shapes: B pictures, N = B times the codes
+of one picture, C width of a code, V codes.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from typing import Annotated, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as functional
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -100,7 +100,7 @@ def load_pictures(folder: Path, size: int) -> np.ndarray:
 
 def quantize(features: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
     """The nearest unit row of the codebook [V, C] for unit features [N, C]: rows [N, C] and codes [N]."""
-    rows = F.normalize(codebook, dim=-1)
+    rows = functional.normalize(codebook, dim=-1)
     codes = (features.detach() @ rows.detach().T).argmax(-1)
     return rows[codes], codes
 
@@ -121,7 +121,7 @@ def plain_patches(pixels: Tensor, size: int) -> Tensor:
 
     pixels: [B, 3, H, W] in [-1, 1]. Returns [B, H / size, W / size] int64.
     """
-    highest, lowest = F.max_pool2d(pixels, size), -F.max_pool2d(-pixels, size)
+    highest, lowest = functional.max_pool2d(pixels, size), -functional.max_pool2d(-pixels, size)
     plain = (highest - lowest).amax(1) < 0.12
     # Steps of 12 grey levels, wider than compression noise.
     level = ((highest + lowest) * 5.5).round().long() + 16
@@ -140,7 +140,7 @@ def centre_plain(features: Tensor, colors: Tensor) -> Tensor:
     _, group = colors[plain].unique(return_inverse=True)
     sums = features.new_zeros(len(group.unique()), features.shape[1]).index_add_(0, group, features[plain])
     centred = features.clone()
-    centred[plain] = F.normalize(sums, dim=-1)[group]
+    centred[plain] = functional.normalize(sums, dim=-1)[group]
     return centred
 
 
@@ -154,7 +154,7 @@ def crop_on_foreground(pixels: Tensor, unlike: Tensor, size: int, stride: int) -
         stride: the pixels of one code. Offsets are its multiples, so that a crop has the same grid
             of codes as the picture.
     """
-    density = F.avg_pool2d(unlike, size, stride)[:, 0]
+    density = functional.avg_pool2d(unlike, size, stride)[:, 0]
     chosen = torch.multinomial(density.flatten(1) + 0.02, 1)[:, 0]
     rows = (chosen // density.shape[2] * stride).tolist()
     columns = (chosen % density.shape[2] * stride).tolist()
@@ -183,8 +183,8 @@ def build(recipe: ImageTokenizerRecipe) -> torch.nn.Module:
     else:
         for module in model.modules():
             if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
-                # With transformers' normal start of 0.02, all features of so narrow a model point one way,
-                # and they stay so.
+                # With transformers' initial deviation of 0.02, all features of such a narrow model point in
+                # one direction, and stay there.
                 torch.nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
                 torch.nn.init.zeros_(module.bias)
     # Convolutions this narrow run several times faster in this memory layout on CPUs.
@@ -258,7 +258,7 @@ def losses(
     """
     with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
         features = model.quant_conv(model.encoder(pixels))
-    features = F.normalize(features.float().permute(0, 2, 3, 1), dim=-1)
+    features = functional.normalize(features.float().permute(0, 2, 3, 1), dim=-1)
     flat = features.reshape(-1, recipe.embed_dim)
     colors = plain_patches(pixels, recipe.image_size // model.config.num_patches).flatten()
     centred = centre_plain(flat.detach(), colors) if recipe.plain_weight else flat.detach()
@@ -327,7 +327,9 @@ def train(recipe: ImageTokenizerRecipe) -> None:
             _log(recipe, step, of_step, codebook, rate)
     with torch.no_grad():
         weight = codebook.weight
-        weight.copy_(F.normalize(weight, dim=-1))  # so that transformers' own encode gives the same codes
+        weight.copy_(
+            functional.normalize(weight, dim=-1)
+        )  # so that transformers' own encode gives the same codes
     model.half().save_pretrained(recipe.out)  # small on disk; it is used in float32
 
 
@@ -347,7 +349,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m study.train_image_tokenizer",
         description="Train a small JanusVQVAE on the pictures of a shard folder.",
         epilog="Example:\n"
-        "  python -m study.train_image_tokenizer recipes/tiny/image_tokenizer.yaml steps=100",
+        "  python -m study.train_image_tokenizer recipes/tiny/image_tokenizer.yaml steps=200",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", help="YAML file; see recipes/tiny/image_tokenizer.yaml")

@@ -24,7 +24,7 @@ PIPELINE = {"mmtensorar.pipeline", "mmtensorar.sampling", "mmtensorar.cli"} | MO
 ALLOWED: dict[str, set[str]] = {
     **{room: set() for room in GROUND},
     "mmtensorar": set(),
-    "mmtensorar.recipe": set(),
+    "mmtensorar.recipe": {"mmtensorar.files"},
     "mmtensorar.model": {"mmtensorar.recipe"} | GROUND,
     "mmtensorar.checkpoints.released": {"mmtensorar.recipe", "mmtensorar.model"} | GROUND,
     "mmtensorar.checkpoints.janus_deepseek": {"mmtensorar.checkpoints.released"},

@@ -1,0 +1,1 @@
+"""Embedded worlds: pictures that are drawn and scored exactly, without downloads."""

@@ -1,12 +1,11 @@
-"""Where samples come from. A source is one file in this folder, found by listing it.
+"""Where samples come from. A source is one file in this folder, found by listing the folder.
 
-The file defines `SOURCE`, which says what the source's option of make_shards.py is called and
-how its items are read. Files whose names begin with an underscore are helpers. `_rows.py` has
-what several sources need.
+The file defines `SOURCE`: the source's option of make_shards.py, and how its items are read.
+Files whose names begin with an underscore are helpers; `_rows.py` has what several sources need.
 
     from data_tools.sources import Item, Layout, Listing, Source
 
-    def read(place: str, layout: Layout) -> Listing:
+    def read(location: str, layout: Layout) -> Listing:
         return Listing(Item(key, picture, (caption,), {"source": "mine"}) for ...)
 
     SOURCE = Source("--mine", "what the help says", read)
@@ -88,12 +87,12 @@ class Items(Sequence[Item]):
 
 @dataclass(frozen=True)
 class Layout:
-    """How a source is to be read, where it leaves a choice.
+    """How to read a source, where it leaves a choice.
 
     Args:
         image, captions: Columns of a table, or keys of a JSON object.
         root: Folder that paths are relative to; None is the folder of the table itself.
-        split: Of a dataset.
+        split: Split of a dataset.
         templates: Captions from class names, with {} for the name. Without templates, class
             numbers are kept as captions.
         class_names: Folder name or class number -> class name.
@@ -125,11 +124,11 @@ class Source:
     """What a file of this folder declares.
 
     Args:
-        option: Of make_shards.py, such as "--class-folder".
-        help: Of that option.
+        option: The option of make_shards.py, such as "--class-folder".
+        help: Help text of that option.
         read: (value of the option, Layout) -> Listing. It raises ValueError, naming the file,
-            line or row, for what is wrong with the source as a whole, and when there are no
-            items. What is wrong with a single item is the item's `problem`.
+            line or row, when the source as a whole is invalid or has no items. When a single
+            item is invalid, the reason is the item's `problem`.
         choices: Values that the option takes, None for any path, URL or name.
         has_classes: Whether --class-template can make captions of its class names.
         is_drawn: The pictures are drawn in random order, and a larger set begins with the

@@ -77,9 +77,9 @@ def captions_in(fields: Mapping[str, Any], columns: tuple[str, ...], where: str)
 # ---- tables ----------------------------------------------------------------------------------
 
 
-def table_file(place: str, layout: Layout) -> tuple[Path, Path]:
+def table_file(location: str, layout: Layout) -> tuple[Path, Path]:
     """A table's path, and the folder that the paths in it are relative to."""
-    path = storage.at(place)
+    path = storage.at(location)
     if not path.is_file():
         raise ValueError(
             f"{path}: no such file{'' if storage.is_local(path) else ', or it cannot be reached'}"
@@ -111,9 +111,9 @@ def row_item(key: str, fields: dict[str, Any], layout: Layout, root: Path, where
     """The item of a row whose image is a path.
 
     Args:
-        key: Of the item.
-        fields: Column -> value. Columns without a role are kept in meta.
-        layout: Names the columns.
+        key: Key of the item.
+        fields: Column -> value. Other columns than image and captions are kept in meta.
+        layout: Names the columns of image and captions.
         root: Folder of the pictures.
         where: File and row, for messages.
         source: Kind of source, for meta.
@@ -138,8 +138,8 @@ def picture_in(value: Any, column: str, where: str, find: Callable[[str], Path])
     """The encoded picture in a cell: bytes, or Hugging Face's {"bytes", "path"}.
 
     Args:
-        value: Of the cell.
-        column: Its column, for messages.
+        value: Content of the cell.
+        column: Name of its column, for messages.
         where: File and row, for messages.
         find: A path in the cell -> the file. It raises ValueError for a file that is refused.
     """

@@ -12,14 +12,14 @@ from data_tools.sources._rows import class_captions, find_pictures
 from data_tools.storage import read_file
 
 
-def read(place: str, layout: Layout) -> Listing:
+def read(location: str, layout: Layout) -> Listing:
     """Every jpg, png and webp below the sub-folders.
 
     The caption is the class number, or made from the class name by templates. Pictures next
     to the sub-folders are left out. Raises ValueError for a class without pictures: leaving
     it out would shift the later numbers, and keeping it would never train its number.
     """
-    root = storage.at(place)
+    root = storage.at(location)
     names = class_names(root)
     return Listing(_items(root, names, layout), None if layout.templates else names)
 

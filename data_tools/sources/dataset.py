@@ -12,55 +12,55 @@ from data_tools.sources._rows import captions_in, class_captions, picture_in
 from mmtensorar.data.url_cache import is_url
 
 
-def read(place: str, layout: Layout) -> Listing:
+def read(location: str, layout: Layout) -> Listing:
     """The rows of a split.
 
     The image column holds Image features or bytes. Captions are texts, lists of texts, or,
     with templates, a class label. Raises ValueError naming the dataset and the column or row.
     """
-    rows = load_split(place, layout.split)
+    rows = load_split(location, layout.split)
     for column in (layout.image, *layout.captions):
         if column not in rows.features:
             present = ", ".join(map(repr, rows.features))
-            raise ValueError(f"{place}: expected a column {column!r}, found {present}")
+            raise ValueError(f"{location}: expected a column {column!r}, found {present}")
     if not len(rows):
-        raise ValueError(f"{place}: no rows in split {layout.split!r}")
+        raise ValueError(f"{location}: no rows in split {layout.split!r}")
     labels = {name: feature for name in layout.captions if hasattr(feature := rows.features[name], "int2str")}
     if labels and not layout.templates:
         raise ValueError(
-            f"{place}: column {next(iter(labels))!r} holds class numbers; "
+            f"{location}: column {next(iter(labels))!r} holds class numbers; "
             "add --class-template 'a photo of a {}'"
         )
-    return Listing(_items(rows, place, layout, labels))
+    return Listing(_items(rows, location, layout, labels))
 
 
 @lru_cache(maxsize=1)
-def load_split(place: str, split: str) -> Any:
+def load_split(location: str, split: str) -> Any:
     """The split, with its pictures left encoded.
 
-    Code that comes with a dataset is never run: the library has no way to.
+    Code that comes with a dataset is never run: the library no longer can.
     """
     try:
         import datasets
     except ImportError:
         raise ValueError("Hugging Face datasets need a library: pip install 'mmtensorar[data]'") from None
     try:
-        if is_url(place) or any(
-            (Path(place) / name).is_file() for name in ("dataset_dict.json", "dataset_info.json")
+        if is_url(location) or any(
+            (Path(location) / name).is_file() for name in ("dataset_dict.json", "dataset_info.json")
         ):
-            rows = datasets.load_from_disk(place)
+            rows = datasets.load_from_disk(location)
             if isinstance(rows, dict):
                 if split not in rows:
-                    raise ValueError(f"{place}: no split {split!r}; found {', '.join(rows)}")
+                    raise ValueError(f"{location}: no split {split!r}; found {', '.join(rows)}")
                 rows = rows[split]
         else:
-            rows = datasets.load_dataset(place, split=split)
+            rows = datasets.load_dataset(location, split=split)
     except Exception as error:  # the library raises many kinds of errors
-        if isinstance(error, ValueError) and str(error).startswith(place):
+        if isinstance(error, ValueError) and str(error).startswith(location):
             raise
         reason = " ".join(str(error).split())[:500]
         raise ValueError(
-            f"{place}: cannot be loaded as a dataset ({type(error).__name__}: {reason})"
+            f"{location}: cannot be loaded as a dataset ({type(error).__name__}: {reason})"
         ) from error
     for name, feature in rows.features.items():
         if isinstance(feature, datasets.Image):
@@ -68,14 +68,14 @@ def load_split(place: str, split: str) -> Any:
     return rows
 
 
-def _items(rows: Any, place: str, layout: Layout, labels: dict[str, Any]) -> Iterator[Item]:
+def _items(rows: Any, location: str, layout: Layout, labels: dict[str, Any]) -> Iterator[Item]:
     """labels: column -> feature, of the columns that hold class labels."""
     fingerprint = rows._fingerprint  # of everything that the rows were made from
     for row, fields in enumerate(rows.select_columns(list(layout.captions))):
-        where = f"{place}: split {layout.split}, row {row}"
+        where = f"{location}: split {layout.split}, row {row}"
         meta = {
             "source": "dataset",
-            "name": f"{Path(place).name} {layout.split} {row}",
+            "name": f"{Path(location).name} {layout.split} {row}",
             "fingerprint": fingerprint,
         }
         for name, feature in labels.items():
@@ -83,26 +83,26 @@ def _items(rows: Any, place: str, layout: Layout, labels: dict[str, Any]) -> Ite
                 fields[name] = list(class_captions(feature.int2str(fields[name]), layout))
             else:  # -1 is an unknown label
                 fields[name] = None
-        picture = partial(_picture, place, layout.split, layout.image, row)
+        picture = partial(_picture, location, layout.split, layout.image, row)
         try:
             yield Item(f"{layout.split} {row}", picture, captions_in(fields, layout.captions, where), meta)
         except ValueError as error:
             yield Item(f"{layout.split} {row}", picture, (), meta, problem=str(error))
 
 
-def _picture(place: str, split: str, column: str, row: int) -> bytes:
-    value = load_split(place, split)[row][column]  # memory-mapped: every row is equally cheap
-    where = f"{place}: split {split}, row {row}"
-    return picture_in(value, column, where, lambda name: _path_in(place, name, where))
+def _picture(location: str, split: str, column: str, row: int) -> bytes:
+    value = load_split(location, split)[row][column]  # memory-mapped: every row is equally cheap
+    where = f"{location}: split {split}, row {row}"
+    return picture_in(value, column, where, lambda name: _path_in(location, name, where))
 
 
-def _path_in(place: str, name: str, where: str) -> Path:
+def _path_in(location: str, name: str, where: str) -> Path:
     """A picture's file. It must be in the dataset's own folder or in the library's caches."""
     import datasets
 
     path = Path(name).resolve()
     roots = [Path(datasets.config.HF_CACHE_HOME).resolve(), Path(datasets.config.HF_DATASETS_CACHE).resolve()]
-    roots += [Path(place).resolve()] if Path(place).is_dir() else []
+    roots += [Path(location).resolve()] if Path(location).is_dir() else []
     if not path.is_file() or not any(path.is_relative_to(root) for root in roots):
         raise ValueError(f"{where}: image {name!r} is not a file of the dataset")
     return path

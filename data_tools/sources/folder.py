@@ -14,13 +14,13 @@ from mmtensorar.data.members import decode_caption
 from mmtensorar.data.shards import EXTENSIONS
 
 
-def read(place: str, layout: Layout) -> Listing:
+def read(location: str, layout: Layout) -> Listing:
     """Every jpg, png and webp below a folder.
 
     The caption is in the .txt file of the same name, or in the .json file of the same name
     under the keys of layout.captions. Raises ValueError when there is no picture.
     """
-    root = storage.at(place)
+    root = storage.at(location)
     if storage.is_local(root) and not root.is_dir():
         raise ValueError(f"{root}: no such folder")
     return Listing(_items(root, layout))

@@ -12,9 +12,9 @@ from data_tools.sources._rows import parse_object, row_item, table_file
 MAX_LINE = 2**22  # bytes
 
 
-def read(place: str, layout: Layout) -> Listing:
+def read(location: str, layout: Layout) -> Listing:
     """The lines of a file. Raises ValueError naming file and line for a bad or too long line."""
-    path, root = table_file(place, layout)
+    path, root = table_file(location, layout)
     return Listing(_items(path, root, layout))
 
 

@@ -15,17 +15,17 @@ from data_tools.sources._rows import captions_in, path_in, picture_in, row_item
 MAX_GROUP = 2 * 10**9  # bytes of pictures
 
 
-def read(place: str, layout: Layout) -> Listing:
+def read(location: str, layout: Layout) -> Listing:
     """The rows of a file, or of all .parquet files below a folder.
 
     The image column holds paths, bytes, or Hugging Face's {"bytes", "path"}. The rows of a
     row group form a group. Raises ValueError naming file and column, or row.
     """
-    return Listing(_items(place, layout))
+    return Listing(_items(location, layout))
 
 
-def _items(place: str, layout: Layout) -> Iterator[Item]:
-    path, files = storage.with_suffix(place, ".parquet")
+def _items(location: str, layout: Layout) -> Iterator[Item]:
+    path, files = storage.with_suffix(location, ".parquet")
     num_rows = 0
     for file in files:
         name = file.relative_to(path).as_posix() if file != path else path.name

@@ -13,13 +13,13 @@ from data_tools.sources import Item, Layout, Listing, Source
 from worlds.shapes import draw
 
 
-def read(place: str, layout: Layout) -> Listing:
-    """As many scenes as --num-samples says. place: the world's name."""
+def read(location: str, layout: Layout) -> Listing:
+    """--num-samples scenes. location: the world's name."""
     return Listing(items(layout.arguments["num_samples"], seed=layout.seed, size=layout.image_size))
 
 
 def items(num_samples: int, *, seed: int, size: int) -> Iterator[Item]:
-    """Sample `index` depends on seed and index alone. size: pixels a side."""
+    """Items of drawn scenes. Item `index` depends on seed and index alone. size: pixels a side."""
     for index in range(num_samples):
         scene = draw.sample_scene(np.random.default_rng([seed, index]))
         meta = {"source": "shapes", "scene": scene.metadata}

@@ -12,13 +12,13 @@ from data_tools.sources._rows import row_item, table_file
 MAX_CELL = 2**20  # characters
 
 
-def read(place: str, layout: Layout) -> Listing:
+def read(location: str, layout: Layout) -> Listing:
     """The rows of a file.
 
     Raises ValueError naming file and line for a missing column, a wrong number of cells, and
     text that is not UTF-8.
     """
-    path, root = table_file(place, layout)
+    path, root = table_file(location, layout)
     return Listing(_items(path, root, layout))
 
 

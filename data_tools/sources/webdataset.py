@@ -20,16 +20,17 @@ TEXT = ("txt", "text", "caption")
 PICTURES = tuple(sorted(suffix[1:] for suffix in SUFFIXES))
 
 
-def read(place: str, layout: Layout) -> Listing:
+def read(location: str, layout: Layout) -> Listing:
     """The samples of a tar, or of all tars below a folder, in their order.
 
-    The caption is the txt member, or the keys of the json member, or the class number in the
-    cls member (or made from its name). Other members are not read; their number is printed.
-    Of a set with one of our manifests the json members are kept, and its class names used.
+    The caption is in the txt member, or under the caption keys of the json member, or it is the
+    class number in the cls member (or made from the class name). Other members are not read;
+    their number is printed. If the folder has a manifest of ours, json members are kept and its
+    class names are used.
 
     Raises ValueError for a damaged or compressed tar.
     """
-    manifest = own_manifest(place)
+    manifest = own_manifest(location)
     class_names = layout.class_names
     if class_names is None and manifest is not None and manifest.classes is not None:
         class_names = {str(number): name for number, name in enumerate(manifest.classes)}
@@ -40,22 +41,23 @@ def read(place: str, layout: Layout) -> Listing:
     )
     classes = None
     if class_names and not layout.templates:
-        classes = _numbered(class_names, place)
-    return Listing(tar_set.items(place), classes)
+        classes = _numbered(class_names, location)
+    return Listing(tar_set.items(location), classes)
 
 
-def own_manifest(place: str) -> Manifest | None:
+def own_manifest(location: str) -> Manifest | None:
     """The manifest of a folder that make_shards.py made, None for others' tars."""
-    folder = storage.at(place)
+    folder = storage.at(location)
     return Manifest.read(folder, complete=False) if (folder / MANIFEST).is_file() else None
 
 
-def _numbered(names: Mapping[str, str], place: str) -> tuple[str, ...]:
+def _numbered(names: Mapping[str, str], location: str) -> tuple[str, ...]:
     """Class names in the order of their numbers, which must be 0, 1, 2, ..."""
     missing = [str(number) for number in range(len(names)) if str(number) not in names]
     if missing:
         raise ValueError(
-            f"{place}: {len(names)} class names, but none for class {missing[0]}; expected numbers from 0 on"
+            f"{location}: {len(names)} class names, but none for class {missing[0]}; "
+            "expected numbers from 0 on"
         )
     return tuple(names[str(number)] for number in range(len(names)))
 
@@ -73,8 +75,8 @@ class TarSet:
     is_numbered: bool
     ignored: Counter[str] = field(default_factory=Counter)
 
-    def items(self, place: str) -> Iterator[Item]:
-        path, files = storage.with_suffix(place, ".tar")
+    def items(self, location: str) -> Iterator[Item]:
+        path, files = storage.with_suffix(location, ".tar")
         num_samples = 0
         for file in files:
             name = file.relative_to(path).as_posix() if file != path else path.name

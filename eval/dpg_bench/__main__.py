@@ -76,7 +76,7 @@ def ask(
                     raise
                 problems.append(str(error))
                 continue
-            # Of two rows with one id the last counts.
+            # If two rows have the same id, the last one counts.
             texts = {question.id: question.text for question in table[item.id]}
             answers[item.id] = []
             for sample in samples:
@@ -152,8 +152,8 @@ def evaluate(options: argparse.Namespace) -> None:
         given.out / "answers.jsonl",
         (
             {"item_id": item, "image": number, "answers": {str(key): text for key, text in picture.items()}}
-            for item, own in answers.items()
-            for number, picture in enumerate(own)
+            for item, answered in answers.items()
+            for number, picture in enumerate(answered)
         ),
     )
     facts = {

@@ -1,9 +1,9 @@
 """Judges: models that answer a question about a picture.
 
-A new judge is a class with a name and either method.
+A new judge is a subclass of `Judge` with a name and one of its two methods.
 
-The official numbers come from mPLUG-large VQA. Those of another judge are another measure, and
-belong in a column of their own.
+The official numbers come from mPLUG-large VQA. Numbers of another judge are not comparable with
+them, and need a separate column.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ INSTRUCTION = "Answer with one word, yes or no."
 
 
 class Judge:
-    """A subclass defines either method. name: tells the weights and the question's form apart."""
+    """A subclass defines one of the two methods. name: identifies the weights and the question's form."""
 
     name: str
 
@@ -71,7 +71,7 @@ class VisionLanguage(Judge):
         try:
             processor = AutoProcessor.from_pretrained(folder)
             model = AutoModelForImageTextToText.from_pretrained(folder, use_safetensors=True, dtype=dtype)
-        # Anything: configurations and weights of others go through code that expects valid ones.
+        # Any exception: transformers expects valid configurations and weights.
         except Exception as error:
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise ValueError(
@@ -123,7 +123,7 @@ def plain(text: str) -> str:
 
 
 class MPlug(Judge):
-    """The official judge, through ModelScope, which unpickles downloads: use it if you trust its hub."""
+    """The official judge. ModelScope, which loads it, unpickles downloads: use it if you trust its hub."""
 
     def __init__(self, device: torch.device):
         try:
@@ -135,7 +135,7 @@ class MPlug(Judge):
             self._pipeline = pipeline(
                 Tasks.visual_question_answering, model=MPLUG, device="gpu" if device.type == "cuda" else "cpu"
             )
-        except Exception as error:  # anything: a download and a model of others fail in many ways
+        except Exception as error:  # any: downloads and unknown files fail in many ways
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise ValueError(f"--judge: {MPLUG} cannot be loaded ({reason})") from None
         # Without a hash of its weights: after a change on the hub, use another --out.

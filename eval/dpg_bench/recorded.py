@@ -57,7 +57,7 @@ def gaps(rows: Sequence[score.Question], answers: score.Answers) -> list[str]:
         "that the table lacks": answers.keys() - items,
         "with fewer pictures": [item for item, pictures in answers.items() if len(pictures) < most],
     }
-    return [f"{len(own)} items {kind}, such as {min(own)}" for kind, own in kinds.items() if own]
+    return [f"{len(names)} items {kind}, such as {min(names)}" for kind, names in kinds.items() if names]
 
 
 @command

@@ -45,7 +45,7 @@ def report(
         print("\n" + _text("corrected", corrected))
     except ValueError as error:
         corrected = None
-        print(f"\ncorrected: there is no such score, {error}")
+        print(f"\ncorrected: cannot be computed, {error}")
     given = Counter(
         text if text in ("yes", "no") else "other"
         for pictures in answers.values()
@@ -98,7 +98,8 @@ def _as_dict(scores: score.Scores) -> dict:
         "broad": categories(scores.broad),
         "detailed": categories(scores.detailed),
         "per_prompt": {
-            item: {"scores": own, "average": sum(own) / len(own)} for item, own in scores.per_prompt.items()
+            item: {"scores": of_item, "average": sum(of_item) / len(of_item)}
+            for item, of_item in scores.per_prompt.items()
         },
         "failed": scores.failed,
         "unknown_parents": scores.unknown_parents,

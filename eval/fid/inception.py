@@ -62,19 +62,19 @@ class Inception:
         try:
             if path is not None:
                 return cls(torch.load(path, map_location="cpu", weights_only=True), device, path.name)
-            from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as url
+            from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
             state = torch.hub.load_state_dict_from_url(
-                url, map_location="cpu", check_hash=True, weights_only=True
+                URL_INCEPTION_V3, map_location="cpu", check_hash=True, weights_only=True
             )
-            return cls(state, device, url.rsplit("/", 1)[-1])
+            return cls(state, device, URL_INCEPTION_V3.rsplit("/", 1)[-1])
         except ImportError:
             raise ValueError(
                 "Inception features need the package torch-fidelity: pip install -e '.[eval]'"
             ) from None
         except ValueError:
             raise
-        except Exception as error:  # anything: a download and a file of others fail in many ways
+        except Exception as error:  # any: downloads and unknown files fail in many ways
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             source = path or "torch-fidelity's weights; give the file with --inception"
             raise ValueError(f"--inception: cannot load {source} ({reason})") from None

@@ -1,10 +1,10 @@
 """FID, sFID, Inception score, precision and recall from features. Pure: arrays in, numbers out.
 
 The definitions are those of ADM's evaluator (github.com/openai/guided-diffusion,
-evaluations/evaluator.py), of which LlamaGen's is a copy, with one exception: ADM computes the
-distances for precision and recall in float16 where they are finite, as those of Inception features
-are. Its published values are therefore some hundredths higher than the exact ones here, and depend
-on the device. Shapes: N images, C width of a feature, V classes.
+evaluations/evaluator.py), which LlamaGen copied, with one exception: ADM computes the distances
+for precision and recall in float16 where they are finite, as they are for Inception features.
+Its published values are therefore some hundredths higher than the exact ones here, and depend on
+the device. Shapes: N images, C width of a feature, V classes.
 """
 
 from __future__ import annotations

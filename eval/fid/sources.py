@@ -32,9 +32,9 @@ class Pictures(NamedTuple):
 def find(path: Path, *, num_prompts: int | None = None, num_images: int | None = None) -> Pictures:
     """The pictures of a folder or an .npz file.
 
-    A folder in the layout of eval/layout.py goes round its prompts: the first picture of each, then
-    the second. In the order of the files, each split of the Inception score would hold few classes.
-    Any other folder goes by file names, subfolders included.
+    A folder in the layout of eval/layout.py gives the first picture of every prompt, then the second
+    of every prompt, and so on: in the order of the files, each split of the Inception score would
+    hold few classes. Any other folder is read in the order of file names, subfolders included.
 
     Args:
         path: folder or file.

@@ -8,7 +8,7 @@ the pictures. An interrupted generation resumes when the same command is given a
 starts over. Under a launcher (torchrun) every rank generates its share, and the first rank scores.
 
 Other commands, one module each: `score` (recorded.py) scores recorded detections, `compare`
-compares models on the same prompts, `watch` scores the saved steps of a run as they come,
+compares models on the same prompts, `watch` scores the saved steps of a run while it trains,
 `self-test` and `convert-detector` are about suite geneval's detector, and
 `python -m eval.geneval.ceiling` measures the bounds of suite shapes.
 """

@@ -1,4 +1,4 @@
-"""The highest score a suite allows, and the score of chance: bounds to read a suite's scores by.
+"""The highest score that a suite allows, and the score of chance: bounds to compare scores with.
 
     python -m eval.geneval.ceiling [--image-tokenizer PATH] [--num-images 1000] [--out FILE.json]
 
@@ -74,7 +74,7 @@ def _ceiling(suite: Suite, skills: list[str], prompts: list[dict], detected: Det
 def _chance(suite: Suite, skills: list[str], prompts: list[dict], detected: Detected) -> dict:
     shares: dict[str, list[float]] = {skill: [] for skill in skills}
     for metadata in suite.prompts:
-        # Two captions may ask for the same thing in other words.
+        # Two captions may ask for the same objects in different words.
         foreign = [
             detections
             for other, detections in zip(prompts, detected, strict=True)

@@ -13,7 +13,7 @@ from mmtensorar.cli import command
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m eval.geneval self-test",
-        description="Drawn pictures through detector and colours.",
+        description="Run detector and colour classifier on drawn pictures of known content.",
         epilog="Example:\n  python -m eval.geneval self-test --device cuda",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -53,7 +53,7 @@ class ColorClassifier:
             raise ValueError("colours need the package open_clip_torch: pip install -e '.[eval]'") from None
         try:
             model, _, transform = open_clip.create_model_and_transforms(MODEL, pretrained=pretrained)
-        except Exception as error:  # anything: a download and a file of others fail in many ways
+        except Exception as error:  # any: downloads and unknown files fail in many ways
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise ValueError(f"--clip: {MODEL} with {pretrained} cannot be loaded ({reason})") from None
         name = f"{MODEL} {pretrained} ({weight_hash(model.state_dict())[:12]})"

@@ -54,7 +54,7 @@ def differences(baseline: Shares, other: Shares, seed: int = 0) -> dict[str, Int
 def render(baseline: str, by_model: Mapping[str, Mapping[str, Interval]]) -> str:
     """Model -> its differences, as a table."""
     skills = list(next(iter(by_model.values())))
-    rows = [[name, *(str(own[skill]) for skill in skills)] for name, own in by_model.items()]
+    rows = [[name, *(str(by_skill[skill]) for skill in skills)] for name, by_skill in by_model.items()]
     return "\n".join(tables.text([[f"minus {baseline}", *skills], *rows], num_left=0))
 
 

@@ -247,8 +247,8 @@ def evaluate(options: argparse.Namespace) -> None:
 def expected_sizes(suite: Suite, folder: Path, options: argparse.Namespace) -> dict[str, int | None]:
     """How many prompts, and pictures of each, a given folder must hold.
 
-    The options decide, then the folder's generation.json, then the suite. None where nothing
-    tells: then as many as the most that exist.
+    Taken from the options, else from the folder's generation.json, else from the suite. None
+    where none of them says: then the largest number that exists.
     """
     record = layout.read_record(folder) if folder.is_dir() else {}
     num_prompts, num_images = record.get("num_prompts"), record.get("num_images")

@@ -102,7 +102,7 @@ def instances(
 
 
 def nonsense(detected: Instances) -> str | None:
-    """What is wrong with the instances, whatever the picture; None when they are plausible.
+    """Why the instances cannot be right for any picture; None when they are plausible.
 
     A broken kernel gives scores that are not numbers, or the same score for every instance.
     """
@@ -145,7 +145,7 @@ class Mask2FormerDetector(Detector):
         folder = locate(path, key="--detector")
         try:
             model = Mask2FormerForUniversalSegmentation.from_pretrained(folder, use_safetensors=True)
-        # Anything: configurations and weights of others go through code that expects valid ones.
+        # Any exception: transformers expects valid configurations and weights.
         except Exception as error:
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise ValueError(f"--detector: {path} cannot be loaded as a Mask2Former ({reason})") from None
@@ -168,8 +168,8 @@ class Mask2FormerDetector(Detector):
         size, padded = images[0].size[::-1], tuple(pixels.shape[-2:])
         pairs = zip(output.class_queries_logits, output.masks_queries_logits, strict=True)
         detected = [instances(*pair, padded, resized, size) for pair in pairs]
-        for own in detected:
-            if problem := nonsense(own):
+        for of_image in detected:
+            if problem := nonsense(of_image):
                 raise ValueError(
                     f"the detector {self.name} gives {problem}: its weights or this machine compute nonsense"
                 )
@@ -184,8 +184,8 @@ class Mask2FormerDetector(Detector):
         for size in dict.fromkeys(image.size for image in images):
             numbers = [number for number, image in enumerate(images) if image.size == size]
             detected = self.find([images[number] for number in numbers])
-            for number, own in zip(numbers, detected, strict=True):
-                detections[number] = self._named(images[number], own, colored[number])
+            for number, of_image in zip(numbers, detected, strict=True):
+                detections[number] = self._named(images[number], of_image, colored[number])
         return detections
 
     def _named(self, image: Image.Image, detected: Instances, colored: Collection[str]) -> list[Detection]:

@@ -83,13 +83,13 @@ def judge(
     groups: list[np.ndarray | None] = []  # per clause its boxes, None when it failed
     for clause in metadata.get("include", []):
         name, count = clause["class"], clause["count"]
-        boxes, found_colors = kept.get(name, _Objects(np.zeros((0, 4), np.float32), []))
-        boxes, found_colors = boxes[:count], found_colors[:count]
+        boxes, kept_colors = kept.get(name, _Objects(np.zeros((0, 4), np.float32), []))
+        boxes, kept_colors = boxes[:count], kept_colors[:count]
         problem = None
         if len(boxes) < count:
             problem = f"expected {name}>={count}, found {len(boxes)}"
-        elif "color" in clause and found_colors.count(clause["color"]) < count:
-            problem = _color_problem(clause, found_colors)
+        elif "color" in clause and kept_colors.count(clause["color"]) < count:
+            problem = _color_problem(clause, kept_colors)
         elif "position" in clause:
             relation, target = clause["position"]
             problem = _position_problem(name, boxes, relation, groups[target], settings)
@@ -98,9 +98,9 @@ def judge(
         groups.append(None if problem else boxes)
     for clause in metadata.get("exclude", []):
         name, count = clause["class"], clause["count"]
-        found = len(kept[name].boxes) if name in kept else 0
-        if found >= count:
-            reasons.append(f"expected {name}<{count}, found {found}")
+        num_kept = len(kept[name].boxes) if name in kept else 0
+        if num_kept >= count:
+            reasons.append(f"expected {name}<{count}, found {num_kept}")
     return Verdict(
         not reasons, "\n".join(reasons), {name: len(objects.boxes) for name, objects in kept.items()}
     )
@@ -120,15 +120,15 @@ def _keep(rows: Sequence, colors: Sequence[str | None], threshold: float, settin
     """The rows of one class that count, best first: above the threshold, the best few, without overlaps."""
     array = np.asarray(rows, np.float32).reshape(-1, 5)
     # Reversed after a stable ascending sort: that is how the official scorer orders equal scores.
-    order = np.argsort(array[:, 4], kind="stable")[::-1]
-    order = order[array[order, 4] > np.float32(threshold)][: settings.max_objects]
+    best_first = np.argsort(array[:, 4], kind="stable")[::-1]
+    best_first = best_first[array[best_first, 4] > np.float32(threshold)][: settings.max_objects]
     if settings.max_overlap < 1:
         chosen: list[int] = []
-        for index in order:
+        for index in best_first:
             if all(_iou(array[index], array[other]) < np.float32(settings.max_overlap) for other in chosen):
                 chosen.append(int(index))
-        order = np.array(chosen, np.int64)
-    return _Objects(array[order, :4], [colors[index] for index in order])
+        best_first = np.array(chosen, np.int64)
+    return _Objects(array[best_first, :4], [colors[index] for index in best_first])
 
 
 def _iou(a: np.ndarray, b: np.ndarray) -> np.float32:
@@ -189,13 +189,13 @@ def summarize(results: Iterable[tuple[Mapping, bool]]) -> dict:
 
     Returns
         num_images, num_prompts, correct_images, prompt_accuracy;
-        correct_prompts: prompts with any correct image, told apart by their whole metadata;
+        correct_prompts: prompts with any correct image; prompts are compared by their whole metadata;
         skills: tag -> {num_images, num_prompts, correct, accuracy, interval, bootstrap}, in order
             of appearance;
         design_effect;
         overall: {accuracy, interval, bootstrap}, the mean of the skills, not of the images.
 
-    bootstrap: limits by a percentile bootstrap over prompts, close to interval, but of no width
+    bootstrap: limits by a percentile bootstrap over prompts, close to interval, but with no width
     at 0 and 1. Raises ValueError when there is no image.
     """
     prompts: dict[str, dict[str, list[bool]]] = {}  # skill -> prompt -> verdicts

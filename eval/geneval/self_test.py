@@ -1,4 +1,4 @@
-"""Whether a detector works on this machine; `python -m eval.geneval self-test` is check_detector.py.
+"""Test whether a detector works on this machine. check_detector.py is the command `self-test`.
 
 Drawn pictures of known content go through detector and colours as a model's pictures do. The test
 fails on what no working detector does:

@@ -2,13 +2,8 @@
 
 `geneval`: GenEval's 553 prompts, detected by Mask2Former and CLIP.
 
-`shapes`: the embedded world of worlds/shapes/draw.py, as many prompts for each of its six skills.
-The prompt with draw number n of skill number s comes from default_rng([20_000, s, n]); a caption
-that the skill has already is skipped. The first prompts are the same however many are asked for.
-Training pictures come from default_rng([seed, index]): data made with any --seed except 20000 and
-30000 shares no draw with the suite or with the pictures behind its ceiling. The grammar is small,
-though: a single object has 32 captions, and training contains them all. The suite measures
-pictures for known words, not for new words.
+`shapes`: the embedded world, with equally many prompts for each of its six skills.
+worlds/shapes/prompts.py draws them, and explains how they differ from training captions.
 """
 
 import argparse
@@ -41,9 +36,9 @@ class Suite:
         classes: the detector's labels.
         detector: returns the detector, loaded at the first call.
         settings: the scorer's.
-        is_whole: a folder of pictures must hold all the prompts, NUM_IMAGES of each, whoever made it.
+        is_whole: a folder of pictures must hold all the prompts, with NUM_IMAGES pictures per prompt.
         picture: (number, size in pixels) -> metadata and a correct picture, where the suite can draw
-            them; consecutive numbers go round the skills.
+            them; consecutive numbers cycle through the skills.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Score the saved steps of a run as they come: python -m eval.geneval watch runs/NAME [options]
+"""Score the saved steps of a run while it trains: python -m eval.geneval watch runs/NAME [options]
 
 Options are those of `python -m eval.geneval`.
 
@@ -10,8 +10,8 @@ saved step (train.save_every) is exported, its pictures are generated and scored
     runs/NAME/scores/step_N      pictures and report
 
 It ends when the last saved step of a finished run is scored. After a stopped run it keeps waiting,
-since the run may be resumed; Ctrl-C ends it. Started again, it scores what is newer. Where training
-saves faster than this scores, steps in between are skipped.
+since the run may be resumed; Ctrl-C ends it. Started again, it scores the steps that are newer. If
+training saves faster than this scores, it skips steps in between.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def watch(run: Path, arguments: list[str], *, average: bool, once: bool, pause_s
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m eval.geneval watch",
-        description="Score the saved steps of a run as they come. Other options are those of eval.geneval.",
+        description="Score the saved steps of a run while it trains. Other options: those of eval.geneval.",
         epilog="Example:\n  python -m eval.geneval watch runs/NAME --suite shapes --device cuda:1",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -139,7 +139,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--once", action="store_true", help="score the newest saved step, then end")
     parser.add_argument(
-        "--pause", type=float, default=30, metavar="SECONDS", help="between two looks (default 30)"
+        "--pause",
+        type=float,
+        default=30,
+        metavar="SECONDS",
+        help="between two checks for a new step (default 30)",
     )
     options, of_geneval = parser.parse_known_args(arguments)
     watch(options.run, of_geneval, average=options.average, once=options.once, pause_s=options.pause)

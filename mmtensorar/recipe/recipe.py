@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
 from pydantic import model_validator
 
+from mmtensorar.files import write_text
 from mmtensorar.recipe.errors import Problems
 from mmtensorar.recipe.files import read_recipe
 from mmtensorar.recipe.rules import broken_rules
@@ -44,10 +44,7 @@ class Recipe(RecipeSections):
 
     def save(self, path: str | Path) -> None:
         """Write the resolved recipe, atomically. It loads again unchanged."""
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(self.dump(), encoding="utf-8")
-        os.replace(partial, path)
+        write_text(Path(path), self.dump())
 
     def plain(self) -> Self:
         """The control for this recipe: the same run without TensorAR (window 1), named NAME_plain."""

@@ -230,7 +230,7 @@ class Train(Section):
     )
     parts: Literal["all", "heads", "lora", "qlora"] = setting(
         "all",
-        description="what of the backbone is trained, beside the window encoder and decoder: all of it, its "
+        description="what of the backbone is trained, in addition to the window encoder and decoder: all of it, its "
         "output head, low-rank adapters, or adapters on matrices in 4 bits",
     )
     freeze: list[str] = setting(
@@ -291,7 +291,9 @@ class Train(Section):
     )
     log_every: int = setting(10, ge=1, description="steps between printed lines", on_resume=True)
     monitors: list[Literal["tensorboard", "wandb", "csv"]] = setting(
-        ["tensorboard"], description="where curves go, beside log.jsonl in the run folder", on_resume=True
+        ["tensorboard"],
+        description="where curves go, in addition to log.jsonl in the run folder",
+        on_resume=True,
     )
     save_every: int = setting(
         1000,

@@ -1,6 +1,6 @@
 """The embedded world from shards to scores, end to end: what `make demo` runs.
 
-Each stage is a public command, printed before it runs. A stage that finds its result says so and
+Each stage is a public command, printed before it runs. A stage whose result exists prints so and
 reuses it (pictures are scored again). Everything is written to data/ and runs/ in the checkout.
 """
 
@@ -36,7 +36,7 @@ def run(title: str, *command: str) -> None:
     try:
         code = process.wait()
     except KeyboardInterrupt:
-        # The stage got the signal too, and may be saving.
+        # The stage received the signal too, and may be saving.
         process.wait()
         print("\nstopped; `make demo` resumes from here", file=sys.stderr)
         sys.exit(130)

@@ -24,7 +24,7 @@ from mmtensorar.backbones import janus
 from mmtensorar.cli import command
 from mmtensorar.data.shards import Manifest, iterate_shard
 
-# Names as in the released text tokenizer; the role marks are whole tokens there too.
+# Names as in the released text tokenizer, where the role marks are also whole tokens.
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 SPECIAL = (
     BOS,
@@ -71,9 +71,9 @@ def train_sentencepiece(lines: list[str], model_type: str) -> list[tuple[str, fl
 def train_text_tokenizer(captions: list[str]) -> PreTrainedTokenizerFast:
     """Train sentencepiece on captions and return it as a fast tokenizer with Janus's special tokens first.
 
-    Pieces are the words of the captions; other words are split into characters. (Sentencepiece's unigram
-    model looks for pieces in the list of distinct words, where "red" occurs once, so it split most colours
-    into letters.)
+    Pieces are the words of the captions; other words are split into characters. Sentencepiece's
+    unigram model does not suit such captions: it looks for pieces in the list of distinct words,
+    where "red" occurs once, so it split most colours into letters.
     """
     words = dict(train_sentencepiece(captions, "word"))
     # The characters of the prompt template must be pieces too.
@@ -108,8 +108,8 @@ def config_for(
     Args:
         text_tokenizer: gives the number of text tokens and the special ids.
         image_tokenizer: folder of a VQ model, which gives the number of image tokens and codes.
-        width: of the language model, D; one attention head per 32.
-        layers: of the language model.
+        width: D of the language model; one attention head per 32.
+        layers: layers of the language model.
     """
     vq = JanusConfig().vq_config.__class__.from_pretrained(image_tokenizer).to_dict()
     vq |= {"projection_dim": width, "image_token_embed_dim": width}
@@ -147,20 +147,24 @@ def config_for(
 @command
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
+        prog="python -m recipes.tiny.new_janus",
         description="Write an untrained tiny Janus.",
         epilog="example:\n  python -m recipes.tiny.new_janus --out runs/tiny_start",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--shards", type=Path, default=Path("data/shapes_base"), help="whose captions are read"
+        "--shards", type=Path, default=Path("data/shapes_base"), help="shard set whose captions are read"
     )
     parser.add_argument(
-        "--image-tokenizer", type=Path, default=Path("recipes/tiny/weights/base/image_tokenizer")
+        "--image-tokenizer",
+        type=Path,
+        default=Path("recipes/tiny/weights/base/image_tokenizer"),
+        help="folder of a Janus VQ model",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--width", type=int, default=192)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--width", type=int, default=192, help="of the language model (default 192)")
+    parser.add_argument("--layers", type=int, default=6, help="of the language model (default 6)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random weights (default 0)")
     options = parser.parse_args(arguments)
     text_tokenizer = train_text_tokenizer(read_captions(options.shards))
     config = config_for(text_tokenizer, options.image_tokenizer, width=options.width, layers=options.layers)

@@ -2,8 +2,8 @@
 
     python -m recipes.tiny.ship runs/tiny_base/model recipes/tiny/weights/base
 
-The result is the same model folder, with the backbone's weights rounded to float16 so that it stays
-small. Sampler settings, which are best chosen after training, may follow: `sampler.cfg_scale=2`.
+The result is the same model folder with weights rounded to float16, so that it stays small. The best
+sampling settings are known after training only; they can be given here: `sampler.cfg_scale=2`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,16 @@ from mmtensorar.recipe import Recipe
 @command
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
+        prog="python -m recipes.tiny.ship",
         description="Write a finished run's model as shipped weights.",
         epilog="example:\n  python -m recipes.tiny.ship runs/tiny_base/model recipes/tiny/weights/base",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", type=Path, help="model folder, such as runs/NAME/model")
     parser.add_argument("out", type=Path, help="model folder to write")
-    parser.add_argument("overrides", nargs="*", metavar="sampler.key=value")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="sampler.key=value", help="sampling settings to change"
+    )
     options = parser.parse_args(arguments)
     if others := [override for override in options.overrides if not override.startswith("sampler.")]:
         parser.error(f"{others[0]}: only settings of the sampler can change after training")

@@ -1,4 +1,4 @@
-"""Worlds of a study, one file each: where data come from, what is asked for, what is right in a picture."""
+"""Worlds of a study, one file each: where data come from, the prompts, and which pictures are right."""
 
 from __future__ import annotations
 

@@ -23,11 +23,13 @@ def pictures(seed: int = 0) -> tuple[list[tuple[int, Image.Image]], list[tuple[i
     from sklearn.datasets import load_digits
 
     digits, rng = load_digits(), np.random.default_rng(seed)
-    order = rng.permutation(len(digits.images))
+    shuffled = rng.permutation(len(digits.images))
     grey = (digits.images * (255 / 16)).round().astype(np.uint8)
     return tuple(
         [(int(digits.target[index]), varied(grey[index], rng)) for index in indices for _ in range(variants)]
-        for indices, variants in zip((order[NUM_VALIDATION:], order[:NUM_VALIDATION]), VARIANTS, strict=True)
+        for indices, variants in zip(
+            (shuffled[NUM_VALIDATION:], shuffled[:NUM_VALIDATION]), VARIANTS, strict=True
+        )
     )
 
 

@@ -437,9 +437,7 @@ def test_a_window_above_1_goes_back_only_when_asked_to_lose_it(tmp_path, capsys)
     model = tensorar.build(model_folder.load(tmp_path / "model").model.backbone, recipe.tensorar)
     model_folder.save(tmp_path / "window", model, recipe)
     error = refused(capsys, "--original", tmp_path / "window", tmp_path / "back.ckpt")
-    assert (
-        "has tensorar.window 3" in error and "--drop-tensorar" in error
-    )
+    assert "has tensorar.window 3" in error and "--drop-tensorar" in error
     assert run("--original", tmp_path / "window", tmp_path / "back.ckpt", "--drop-tensorar") == 0
     assert "without the window encoder and decoder" in capsys.readouterr().out
     assert equal(state(tmp_path / "back.ckpt", "state_dict"), state(tmp_path / "ar.ckpt", "state_dict"))

@@ -1,0 +1,1 @@
+"""The world `shapes`: draw.py draws pictures, detect.py finds shapes in them, prompts.py evaluates."""

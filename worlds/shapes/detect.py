@@ -45,7 +45,7 @@ class Detection:
 class Detector:
     """Base of every suite's detector. A subclass defines `detect` or `detect_batch`.
 
-    name: of the detector, with everything that distinguishes its results from others'.
+    name: identifies the detector: two detectors with different results have different names.
     """
 
     name: str
