@@ -123,8 +123,10 @@ def load(name: str) -> Main:
 def unknown_verb(words: list[str]) -> str:
     """The message for words that do not start with a verb: the nearest verb, or a list of all."""
     given = " ".join(word for word in words[:2] if not word.startswith("-"))
-    known = [name for name in VERBS if name.split()[0] == words[0]]  # after "shards" alone
-    near = None if given == words[0] and known else nearest_verb(given) or nearest_verb(words[0])
+    known = [name for name in VERBS if name.split()[0] == words[0]]
+    if given == words[0] and known:  # "shards" alone
+        return f"incomplete command {given!r}; expected one of {', '.join(known)}"
+    near = nearest_verb(given) or nearest_verb(words[0])
     known = known or sorted({name.split()[0] for name in VERBS})
     hint = f"did you mean {near}?" if near else f"expected one of {', '.join(known)}"
     return f"unknown command {given!r}; {hint}"
@@ -132,7 +134,8 @@ def unknown_verb(words: list[str]) -> str:
 
 def nearest_verb(given: str) -> str | None:
     """The verb that most resembles some words; None when none does."""
-    return next(iter(difflib.get_close_matches(given, list(VERBS), n=1)), None)
+    names = [*VERBS, *{name.split()[0] for name in VERBS}]
+    return next(iter(difflib.get_close_matches(given, names, n=1)), None)
 
 
 @command

@@ -230,8 +230,8 @@ class Train(Section):
     )
     parts: Literal["all", "heads", "lora", "qlora"] = setting(
         "all",
-        description="what of the backbone is trained, in addition to the window encoder and decoder: all of it, its "
-        "output head, low-rank adapters, or adapters on matrices in 4 bits",
+        description="what of the backbone is trained, in addition to the window encoder and decoder: all of "
+        "it, its output head, low-rank adapters, or adapters on matrices in 4 bits",
     )
     freeze: list[str] = setting(
         [], description="regular expressions; parameters whose names they match are not trained"
