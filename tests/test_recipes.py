@@ -277,7 +277,7 @@ def test_one_real_training_step(path, standins, one_process, tmp_path, monkeypat
     "change, problem",
     [
         ("backbone.path=models/llamagen/c2i_L_256.pt", "backbone.size is B .*c2i_L_256.pt has width 64"),
-        ("backbone.image_size=384", "c2i_B_256.pt is a checkpoint for 256 pixels"),
+        ("backbone.image_size=384", "c2i_B_256.pt was trained at 256 pixels"),
         ("backbone.condition=text", "c2i_B_256.pt is class-conditional"),
         ("image_tokenizer.image_size=12", "grid: data/imagenet_256_llamagen has images of 4x4 codes"),
         ("tensorar.num_heads=7", "tensorar.num_heads is 7; expected a divisor"),

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -39,6 +40,12 @@ def end(processes: list[subprocess.Popen]) -> None:
         process.wait()
 
 
+def listens(port: int) -> bool:
+    """Whether a server of this machine accepts connections at the port."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 def wait_for(found, processes: list[subprocess.Popen], logs: list[Path], timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     while not found():
@@ -65,6 +72,7 @@ def test_a_run_outlives_the_loss_of_a_node(bench, tmp_path):
         *ALIKE,
     ]
     conditions = "last_call_timeout=2,join_timeout=60,keep_alive_interval=1,keep_alive_max_attempt=3"
+    port = free_port()
     command = [
         str(BIN / "torchrun"),
         "--nnodes=1:2",
@@ -73,7 +81,7 @@ def test_a_run_outlives_the_loss_of_a_node(bench, tmp_path):
         "--rdzv-backend=c10d",
     ]
     command += [
-        f"--rdzv-endpoint=127.0.0.1:{free_port()}",
+        f"--rdzv-endpoint=127.0.0.1:{port}",
         "--rdzv-id=test",
         f"--rdzv-conf={conditions}",
         "--local-addr=127.0.0.1",
@@ -88,7 +96,8 @@ def test_a_run_outlives_the_loss_of_a_node(bench, tmp_path):
                     command, env=environment(), stdout=log.open("w"), stderr=subprocess.STDOUT, cwd=bench
                 )
             )
-            time.sleep(1)  # the first node keeps the rendezvous
+            # The node that listens first keeps the rendezvous, so it must be the one that survives.
+            wait_for(lambda: listens(port), nodes, logs, 120)
         wait_for(lambda: latest.is_file() and latest.read_text() >= "step_000003", nodes, logs, 120)
         saved = json.loads((folder / "checkpoints" / latest.read_text() / "state.json").read_text())
         assert saved["world_size"] == 2
