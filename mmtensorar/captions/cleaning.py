@@ -53,7 +53,8 @@ _DASHES = (
 _LINKS = [
     (r"<person>", "person"),
     (
-        r"\b(?:https?:(?:/{1,3}|[a-z0-9%])|www\d{0,3}\.|[a-z0-9.-]+\.(?:com|co|ru|net|org|edu|gov|it)\b/?(?!@))\S*",
+        r"\b(?:https?:(?:/{1,3}|[a-z0-9%])|www\d{0,3}\."
+        r"|[a-z0-9.-]+\.(?:com|co|ru|net|org|edu|gov|it)\b/?(?!@))\S*",
         "",
     ),
 ]

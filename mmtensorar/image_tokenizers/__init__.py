@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -70,11 +71,11 @@ def _describe(num_codes: int, factor_sizes: tuple[int, ...]) -> str:
 # ---- for the files -------------------------------------------------------------------------------
 
 
-class Frozen(nn.Module):
+class Frozen(nn.Module, ABC):
     """Base of the image tokenizers: always in eval mode, for images of one size.
 
     A subclass sets the attributes of ImageTokenizer, and defines encode, decode, official_tensors and
-    config_settings.
+    save_pretrained (or derives from FrozenWithConfig, which has the latter).
     """
 
     name: str
@@ -97,13 +98,17 @@ class Frozen(nn.Module):
         """See ImageTokenizer: equal codes are enough, unless a subclass knows better."""
         return None
 
+    @abstractmethod
     def official_tensors(self) -> dict[str, Tensor]:
         """See ImageTokenizer."""
-        raise NotImplementedError
 
+
+class FrozenWithConfig(Frozen):
+    """Base of the image tokenizers that are our own code: they are saved with a config.json of ours."""
+
+    @abstractmethod
     def config_settings(self) -> dict[str, Any]:
         """The settings in config.json, without model_type."""
-        raise NotImplementedError
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors, in float16 where that loses nothing."""

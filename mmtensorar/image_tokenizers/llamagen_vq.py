@@ -26,7 +26,7 @@ from mmtensorar.checkpoints.released import (
     read_config,
     weight_hash,
 )
-from mmtensorar.image_tokenizers import Frozen, full_precision
+from mmtensorar.image_tokenizers import FrozenWithConfig, full_precision
 from mmtensorar.model.protocols import Backbone
 from mmtensorar.recipe import Section
 
@@ -261,7 +261,7 @@ class VQModel(nn.Module):
 # ---- the tokenizer -------------------------------------------------------------------------------
 
 
-class LlamaGenVQ(Frozen):
+class LlamaGenVQ(FrozenWithConfig):
     """See mmtensorar.model.protocols.ImageTokenizer.
 
     condition: for which LlamaGen backbones it was trained, class or text; None where no file says it.
@@ -307,7 +307,7 @@ class LlamaGenVQ(Frozen):
         return self.model.state_dict()
 
     def config_settings(self) -> dict[str, Any]:
-        """See Frozen."""
+        """See FrozenWithConfig."""
         condition = {"condition": self.condition} if self.condition else {}
         return {"image_size": self.image_size, **condition, **self.model.config.model_dump()}
 

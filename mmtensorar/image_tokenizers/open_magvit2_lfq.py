@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmtensorar.checkpoints.released import ReleasedWeights, fill, locate, saved_config, weight_hash
-from mmtensorar.image_tokenizers import Frozen
+from mmtensorar.image_tokenizers import FrozenWithConfig
 from mmtensorar.recipe import Section
 
 MODEL_TYPE = "open_magvit2_lfq"
@@ -241,7 +241,7 @@ def codes_to_latents(codes: Tensor, factorized_bits: Sequence[int], grid: tuple[
 # ---- the tokenizer -------------------------------------------------------------------------------
 
 
-class LFQ(Frozen):
+class LFQ(FrozenWithConfig):
     """See mmtensorar.model.protocols.ImageTokenizer."""
 
     name = "open_magvit2_lfq"
@@ -277,7 +277,7 @@ class LFQ(Frozen):
         return self.state_dict()
 
     def config_settings(self) -> dict[str, Any]:
-        """See Frozen."""
+        """See FrozenWithConfig."""
         return self.config.model_dump()
 
 

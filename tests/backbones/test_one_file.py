@@ -135,7 +135,7 @@ from pydantic import BaseModel
 from torch import nn
 
 from mmtensorar.checkpoints.released import ReleasedWeights, fill, locate, weight_hash
-from mmtensorar.image_tokenizers import Frozen
+from mmtensorar.image_tokenizers import FrozenWithConfig
 from mmtensorar.recipe import Section
 
 SIGNATURES = ("one_file_rows.weight",)
@@ -148,7 +148,7 @@ class Config(Section):
     path: str
 
 
-class OneFileVQ(Frozen):
+class OneFileVQ(FrozenWithConfig):
     name = "one_file_vq"
 
     def __init__(self):

@@ -9,12 +9,6 @@ from mmtensorar.model import layers
 from mmtensorar.model.layers import MAX_ROWS, Linear, OutputMap, use_fast_linear, use_output_map
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(

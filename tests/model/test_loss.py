@@ -15,7 +15,6 @@ from mmtensorar.model.loss import LossSettings, resolve_offset_weights
 from mmtensorar.model.windows import slide
 from tests.helpers.fakes import FakeBackbone, fake_condition
 from tests.helpers.models import (
-    BACKBONES,
     BATCH,
     UNCOND,
     gradients,
@@ -27,17 +26,6 @@ from tests.helpers.models import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-
-
-@pytest.fixture(params=BACKBONES)
-def backbone(request):
-    return BACKBONES[request.param]()
 
 
 # ---- values --------------------------------------------------------------------------------------

@@ -1,7 +1,5 @@
 """The model: fresh heads change nothing, windows leak nothing, the loss is the sum it is defined as."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as functional
@@ -25,19 +23,6 @@ from tests.helpers.models import (
     window_logits,
     wrap,
 )
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-
-
-@pytest.fixture(params=BACKBONES)
-def backbone(request):
-    return BACKBONES[request.param]()
 
 
 def constant_rate(rate: float):
