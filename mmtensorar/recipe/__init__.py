@@ -13,7 +13,7 @@
 This room imports nothing else of the project. `python -m mmtensorar.recipe RECIPE.yaml` is the command.
 """
 
-from mmtensorar.recipe.errors import Problem, Problems, RecipeError
+from mmtensorar.recipe.errors import Problem, Problems, RecipeError, problems_of
 from mmtensorar.recipe.files import read_recipe, read_settings
 from mmtensorar.recipe.names import PACKAGES, known_names, known_schedules, named_section
 from mmtensorar.recipe.recipe import Recipe, fixed_on_resume
@@ -49,6 +49,7 @@ __all__ = [
     "known_schedules",
     "may_change_on_resume",
     "named_section",
+    "problems_of",
     "read_recipe",
     "read_settings",
     "setting",

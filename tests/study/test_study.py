@@ -117,7 +117,7 @@ def grid_file(bench, tmp_path, monkeypatch) -> Path:
     [
         ("world", "moon", "world is 'moon'; expected one of digits, photographs, shapes"),
         ("control", "none", "arms has no 'none'"),
-        ("samplings", {"greedy": {"heat": 1}}, "samplings.greedy.heat is 1"),
+        ("samplings", {"greedy": {"heat": 1}}, "samplings.greedy.heat: unknown key"),
         (
             "arms",
             {"base": {"about": "", "samplings": ["x"]}, "plain": {"about": ""}},
@@ -129,7 +129,7 @@ def grid_file(bench, tmp_path, monkeypatch) -> Path:
             "arms.base.samplings_once: unknown y",
         ),
         ("equal_time", "more", "arms has no 'more'"),
-        ("samplings", {"greedy": {"temperature": -1}}, "samplings.greedy.temperature is -1"),
+        ("samplings", {"greedy": {"temperature": -1}}, "samplings.greedy.temperature: expected .* got -1"),
         (
             "arms",
             {"base": {"about": "", "settings": ["train.steps=1"]}, "plain": {"about": ""}},
@@ -146,7 +146,7 @@ def grid_file(bench, tmp_path, monkeypatch) -> Path:
             "arms.plain.num_seeds +expected an integer",
         ),
         ("arms", {"base": {"about": ""}, "plain": {}}, "arms.plain.about +missing"),
-        ("samplings", {"greedy": {"lookahead": 0}, "sharp": {}}, "samplings.greedy.lookahead is 0"),
+        ("samplings", {"greedy": {"lookahead": 0}, "sharp": {}}, "samplings.greedy.lookahead: expected"),
         ("base", None, "expected one of base and from_nothing"),
         (
             "from_nothing",
