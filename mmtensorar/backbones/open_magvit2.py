@@ -35,8 +35,8 @@ from mmtensorar.checkpoints.released import (
 )
 from mmtensorar.model import attention, kv_cache, layers
 from mmtensorar.model.conditions import Condition, ConditionKind, Prefix
-from mmtensorar.model.protocols import BackboneConfig, ImageTokenizer
-from mmtensorar.recipe import Section
+from mmtensorar.model.protocols import ImageTokenizer
+from mmtensorar.recipe import BackboneConfig, Section
 
 MODEL_TYPE = "open_magvit2"
 FIRST_TABLE = "transformer.pre_emb.weight"

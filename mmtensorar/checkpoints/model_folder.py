@@ -95,8 +95,7 @@ def starting(recipe: Recipe) -> Recipe:
             f"train.init_from: {recipe.train.init_from} holds adapters; fold them in first: "
             "python -m mmtensorar.merge SOURCE TARGET"
         )
-    saved: Any = saved_recipe(recipe.train.init_from).backbone
-    section: Any = recipe.backbone
+    saved, section = saved_recipe(recipe.train.init_from).backbone, recipe.backbone
     if saved.name != section.name:
         raise ValueError(
             f"train.init_from: {recipe.train.init_from} holds a {saved.name} backbone, "
@@ -177,13 +176,7 @@ def model_to_train(recipe: Recipe) -> TensorAR:
 
 def start_fingerprint(recipe: Recipe) -> str:
     """`files.fingerprint` of the weights that a run starts from. A run resumes only on the same weights."""
-    return fingerprint(Path(recipe.train.init_from or _path(recipe)))
-
-
-def _path(recipe: Recipe) -> str:
-    """backbone.path: every backbone's section has one."""
-    section: Any = recipe.backbone
-    return section.path
+    return fingerprint(Path(recipe.train.init_from or recipe.backbone.path))
 
 
 def codec_state(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -241,7 +234,7 @@ def save_adapters(
         _save_tensors(adapters.state(dict(state_dict)), partial / ADAPTERS)
         _save_tensors(codec_state(state_dict), partial / CODEC)
         image_tokenizers.load(recipe.image_tokenizer).save_pretrained(partial / "image_tokenizer")
-        path = _path(recipe)
+        path = recipe.backbone.path
         base = {
             "path": str(Path(path).resolve()) if Path(path).exists() else path,
             "fingerprint": fingerprint(Path(path)),
@@ -341,8 +334,7 @@ def saved_recipe(folder: str | Path, *, attn_implementation: attention.Implement
     folder = Path(folder)
     recipe = Recipe.load(folder / "recipe.yaml", [])
     path = read_base(folder)["path"] if (folder / BASE).is_file() else str(folder / "backbone")
-    section: Any = recipe.backbone
-    backbone = section.at(path).model_copy(update={"attn_implementation": attn_implementation})
+    backbone = recipe.backbone.at(path).model_copy(update={"attn_implementation": attn_implementation})
     return recipe.model_copy(
         update={
             "backbone": backbone,
@@ -355,7 +347,7 @@ def saved_recipe(folder: str | Path, *, attn_implementation: attention.Implement
 
 def recorded_backbone_path(folder: Path) -> str:
     """backbone.path in the saved recipe: the weights that training started from."""
-    return _path(Recipe.load(folder / "recipe.yaml"))
+    return Recipe.load(folder / "recipe.yaml").backbone.path
 
 
 def read_base(folder: Path) -> dict[str, str]:
@@ -406,10 +398,10 @@ def load(
 def _load_model(folder: Path, recipe: Recipe) -> TensorAR:
     """The model of a folder in float32 on the CPU, adapters folded in. recipe: see `saved_recipe`."""
     has_adapters = (folder / ADAPTERS).is_file()
-    if has_adapters and fingerprint(Path(_path(recipe))) != read_base(folder)["fingerprint"]:
+    if has_adapters and fingerprint(Path(recipe.backbone.path)) != read_base(folder)["fingerprint"]:
         raise ValueError(
             f"model folder {folder}: its adapters were trained on other weights than those now in "
-            f"{_path(recipe)}"
+            f"{recipe.backbone.path}"
         )
     backbone = backbones.load(recipe.backbone, device="cpu")
     model = tensorar.build(backbone, recipe.tensorar, loss=LossSettings.of(recipe.train))

@@ -27,12 +27,14 @@ from mmtensorar.recipe.schema import (
     Train,
     Zero,
 )
-from mmtensorar.recipe.section import Section, may_change_on_resume, setting
+from mmtensorar.recipe.section import BackboneConfig, NamedSection, Section, may_change_on_resume, setting
 
 __all__ = [
     "PACKAGES",
+    "BackboneConfig",
     "Data",
     "Lora",
+    "NamedSection",
     "Optim",
     "Problem",
     "Problems",

@@ -143,18 +143,18 @@ def lock_run_folder(recipe: Recipe, stack: ExitStack, device: torch.device) -> N
 
 def check_fit(recipe: Recipe, image_tokenizer: Any, model: Any) -> None:
     """Raise ValueError when the backbone predicts other codes than the image tokenizer's."""
-    backbone: Any = recipe.backbone  # every Config has a path; Section does not say so
-    section: Any = recipe.image_tokenizer
     image_tokenizers.check_fit(
-        image_tokenizer, model.backbone, image_tokenizer_path=section.path, backbone_path=backbone.path
+        image_tokenizer,
+        model.backbone,
+        image_tokenizer_path=recipe.image_tokenizer.path,
+        backbone_path=recipe.backbone.path,
     )
 
 
 def print_model(recipe: Recipe, model: Any) -> None:
     """On rank 0, print the trained parameters and the implementation of attention."""
     print_on_first(adapters.table(model, shape_of=engine_private.full_shape))
-    backbone: Any = recipe.backbone
-    print_on_first(f"attention: {backbone.attn_implementation}")
+    print_on_first(f"attention: {recipe.backbone.attn_implementation}")
 
 
 def print_changes(recipe: Recipe, start_step: int) -> None:

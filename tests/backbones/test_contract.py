@@ -22,13 +22,12 @@ from mmtensorar.captions.encoders import ClassNumbers, T5Features
 from mmtensorar.model.conditions import CaptionEncoder, Condition
 from mmtensorar.model.protocols import (
     Backbone,
-    BackboneConfig,
     BackboneFile,
     ImageTokenizer,
     ImageTokenizerFile,
 )
 from mmtensorar.model.windows import slide
-from mmtensorar.recipe import SamplerSettings, Section
+from mmtensorar.recipe import BackboneConfig, NamedSection, SamplerSettings
 from mmtensorar.sampling.decode import decode
 from mmtensorar.sampling.noise import greedy
 from tests.helpers import fakes
@@ -160,7 +159,7 @@ def test_a_backbone_file_has_the_names_of_the_protocol(name):
 def test_an_image_tokenizer_file_has_the_names_of_the_protocol(name):
     file = importlib.import_module(f"mmtensorar.image_tokenizers.{name}")
     check_protocol(file, ImageTokenizerFile)
-    assert issubclass(file.Config, Section)
+    assert issubclass(file.Config, NamedSection)
     assert file.Config.model_fields["name"].annotation == Literal[name]
 
 
