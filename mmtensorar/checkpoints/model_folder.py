@@ -14,8 +14,6 @@ FOLDER/
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +26,7 @@ from torch import Tensor
 
 from mmtensorar import backbones, image_tokenizers
 from mmtensorar.checkpoints.released import meta_parameters
-from mmtensorar.files import fingerprint, read_json, sha256
+from mmtensorar.files import fingerprint, new_path, read_json, sha256
 from mmtensorar.model import adapters, attention, tensorar
 from mmtensorar.model.loss import LossSettings
 from mmtensorar.model.tensorar import TensorAR
@@ -193,7 +191,7 @@ def save(folder: str | Path, model: TensorAR, recipe: Recipe, *, step: int = 0) 
     The folder appears when it is complete, and replaces a model folder of the same name. Raises ValueError
     when folder exists and is something else, since replacing it would delete it.
     """
-    with _replaced(Path(folder)) as partial:
+    with _model_folder(Path(folder)) as partial:
         recipe.save(partial / "recipe.yaml")
         model.backbone.save_pretrained(partial / "backbone")
         _save_tensors(codec_state(model.state_dict()), partial / CODEC)
@@ -226,7 +224,7 @@ def save_adapters(
     state_dict: what was trained, with TensorAR's names. The backbone's weights are not copied; base.json
     names them.
     """
-    with _replaced(Path(folder)) as partial:
+    with _model_folder(Path(folder)) as partial:
         recipe.save(partial / "recipe.yaml")
         model = build(recipe, weights=False, device="meta")
         (partial / "backbone").mkdir()
@@ -255,28 +253,18 @@ def _check_free(folder: Path) -> None:
 
 
 @contextmanager
-def _replaced(folder: Path) -> Iterator[Path]:
+def _model_folder(folder: Path) -> Iterator[Path]:
     """A folder to write, which replaces a model folder at the end.
 
     Raises ValueError when the path exists and is something else.
     """
     _check_free(folder)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
-        yield partial
+        with new_path(folder, replace=True) as partial:
+            partial.mkdir()
+            yield partial
     except SafetensorError as error:  # for example when the disk is full
-        shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"{folder}: cannot be written ({error})") from error
-    # Renaming onto a folder that holds files fails, so the old one is renamed first, and deleted only when
-    # the new one is in place.
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(partial, folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_index(folder: Path, step: int, progress: Callable[[int], Any] = lambda size: None) -> None:

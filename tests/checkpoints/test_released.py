@@ -114,7 +114,7 @@ def test_llamagen_takes_a_repository_or_a_file_of_one(path, tmp_path, hub):
 def test_a_damaged_config_is_not_taken_for_none(tmp_path):
     """It was once ignored, and the sizes were guessed from the tensors."""
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json: not JSON"):
+    with pytest.raises(ValueError, match=r"config\.json: expected one JSON object"):
         released.saved_config(llamagen.Architecture, tmp_path, "llamagen")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     assert released.saved_config(llamagen.Architecture, tmp_path, "llamagen") is None
