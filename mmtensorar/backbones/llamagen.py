@@ -289,8 +289,6 @@ class LlamaGenBackbone(PublishedBackbone):
 
 # ---- files ---------------------------------------------------------------------------------------
 
-official_name = LlamaGenBackbone.official_name
-
 
 def load(
     section: Config, *, weights: bool = True, device: str = "cpu", sizes_only: bool = False

@@ -335,9 +335,6 @@ def write_original(
     return f'Open-MAGVIT2{note} (a dictionary with the key "state_dict", which the original code reads)'
 
 
-official_name = OpenMagvit2Backbone.official_name
-
-
 def _config(source: Path, size: str | None) -> Architecture:
     """The config.json that we saved with the weights, else the released model of that size or width."""
     config = saved_config(Architecture, source, MODEL_TYPE)

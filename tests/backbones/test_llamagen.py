@@ -175,7 +175,10 @@ def test_eager_and_sdpa_give_one_model(backbone):
 
 
 def official_state(backbone) -> dict[str, Tensor]:
-    return {llamagen.official_name(name): value.clone() for name, value in backbone.state_dict().items()}
+    return {
+        llamagen.LlamaGenBackbone.official_name(name): value.clone()
+        for name, value in backbone.state_dict().items()
+    }
 
 
 def load(path: Path, **settings):

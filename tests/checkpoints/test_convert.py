@@ -108,7 +108,10 @@ def write_llamagen(
     path: Path, condition: str = "class", dtype=torch.float32, **changes: Tensor | None
 ) -> None:
     backbone = tiny_llamagen(condition, num_tokens=16, num_kv_heads=2)
-    tensors = {llamagen.official_name(name): value.to(dtype) for name, value in backbone.state_dict().items()}
+    tensors = {
+        llamagen.LlamaGenBackbone.official_name(name): value.to(dtype)
+        for name, value in backbone.state_dict().items()
+    }
     tensors |= {name.replace("__", "."): value for name, value in changes.items()}
     tensors = {name: value for name, value in tensors.items() if value is not None}
     torch.save({"model": tensors, "optimizer": {"state": {}, "param_groups": []}, "steps": 7}, path)
@@ -116,7 +119,10 @@ def write_llamagen(
 
 def write_open_magvit2(path: Path, inside: bool = True) -> None:
     """An Open-MAGVIT2 file as Lightning saves it."""
-    tensors = {open_magvit2.official_name(n): v for n, v in tiny_open_magvit2(side=4).state_dict().items()}
+    tensors = {
+        open_magvit2.OpenMagvit2Backbone.official_name(n): v
+        for n, v in tiny_open_magvit2(side=4).state_dict().items()
+    }
     if inside:
         lfq = open_magvit2_lfq.LFQ(open_magvit2_lfq.RELEASED[2])
         tensors |= {open_magvit2_lfq.INSIDE_AR + name: value for name, value in lfq.state_dict().items()}

@@ -22,6 +22,7 @@ from mmtensorar.data.shards import Manifest, Sample, iterate_tar, write_tar
 from mmtensorar.recipe import Recipe
 from mmtensorar.training import run_log
 from tests.helpers.fakes import write_tiny_janus
+from tests.helpers.orders import location
 from tests.helpers.runs import (
     ALIKE,
     NUM_CODES,
@@ -322,7 +323,8 @@ def test_damage_on_one_rank_stops_both(bench):
     shutil.copytree(bench / "shards", folder)
     manifest = Manifest.read(folder)
     # The first sample of rank 1.
-    place = Order([shard.num_samples for shard in manifest.shards], rows=4, seed=0, shuffle=0).location(1)
+    order = Order([shard.num_samples for shard in manifest.shards], rows=4, seed=0, shuffle=0)
+    place = location(order, 1)
     shard, damaged = manifest.shards[place.shard], place.sample
     samples = list(iterate_tar(folder / shard.name))
     samples[damaged].members["codes.npy"] = encode_codes(np.full((1, SIDE * SIDE, 1), NUM_CODES, np.uint16))
