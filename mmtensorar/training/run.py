@@ -22,7 +22,7 @@ from mmtensorar.training.distributed import barrier, gather_lists, on_all_ranks,
 from mmtensorar.training.ema import Average
 from mmtensorar.training.engine import full_state_dict, monitor
 from mmtensorar.training.plan import SampleFlops
-from mmtensorar.training.resume import differences, saved_recipe
+from mmtensorar.training.resume import differences, recipe_of_run
 from mmtensorar.training.run_log import STOPPED, StepLog
 from mmtensorar.training.run_state import Saver
 from mmtensorar.training.stopwatch import Stopwatch, matmul_rate, slow_bfloat16
@@ -161,7 +161,7 @@ def print_changes(recipe: Recipe, start_step: int) -> None:
     """On rank 0, print that the run resumes, and which settings have changed."""
     print_on_first(f"continuing {recipe.run_dir} after step {start_step}")
     if ranks.is_first():
-        before = saved_recipe(recipe.run_dir).model_dump(mode="json")
+        before = recipe_of_run(recipe.run_dir).model_dump(mode="json")
         for change in differences(before, recipe.model_dump(mode="json")):
             print_on_first(f"note: from here {change}")
 
