@@ -496,7 +496,7 @@ def test_worlds_are_set_beside_each_other(grid_file, tmp_path, capsys):
         [across.load(path, read(folder / path.stem / "results.jsonl")) for path in (grid_file, other)]
     )
     assert [(point.arm, point.gain) for point in found] == [("k3", 0), ("own", 25), ("k3", 0), ("own", -25)]
-    # Bits of the final token with own drafts, 1 and 1.5, minus the control's one nat.
+    # Bits of the final token with self-drafts, 1 and 1.5, minus the control's one nat.
     assert [point.cost for point in found[:2]] == pytest.approx([1 - 1 / np.log(2), 1.5 - 1 / np.log(2)])
     assert (
         __main__.main(["across", str(grid_file), "--folder", str(folder)]) == 2
