@@ -82,7 +82,7 @@ class JanusVQ(Frozen):
         return self.model.decode(rows)
 
     def vectors(self, codes: Tensor) -> Tensor:
-        """Codes [B, T, 1] -> [B, T, C] float32: their unit vectors."""
+        """Codes [B, T, 1] -> [B, T, C], of unit length."""
         return functional.normalize(self.model.quantize.embedding.weight, dim=-1)[codes[..., 0]]
 
     def official_tensors(self) -> dict[str, Tensor]:

@@ -291,6 +291,11 @@ class LlamaGenVQ(FrozenWithConfig):
         """Codes [B, T, 1] -> [B, 3, H, W]."""
         return self.model.decode(codes[..., 0].unflatten(1, self.grid))
 
+    @torch.no_grad()
+    def vectors(self, codes: Tensor) -> Tensor:
+        """Codes [B, T, 1] -> [B, T, C], of unit length where the released model has l2_norm."""
+        return self.model.quantize(codes[..., 0].unflatten(1, self.grid)).flatten(2).mT
+
     def misfit(self, backbone: Backbone) -> str | None:
         """LlamaGen's codebooks for both conditions have one shape, and are not the same."""
         if self.condition is None or backbone.name != "llamagen":

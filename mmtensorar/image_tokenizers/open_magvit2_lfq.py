@@ -272,6 +272,10 @@ class LFQ(FrozenWithConfig):
         """Codes [B, T, F] -> [B, 3, H, W]."""
         return self.decoder(codes_to_latents(codes, self.config.factorized_bits, self.grid))
 
+    def vectors(self, codes: Tensor) -> Tensor:
+        """Codes [B, T, F] -> [B, T, C], exactly -1 or 1."""
+        return codes_to_latents(codes, self.config.factorized_bits, self.grid).flatten(2).mT
+
     def official_tensors(self) -> dict[str, Tensor]:
         """Those in use, raw or averaged, under the names of the raw ones."""
         return self.state_dict()

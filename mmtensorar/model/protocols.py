@@ -175,6 +175,10 @@ class ImageTokenizer(Protocol):
         """Codes [B, T, F] -> [B, 3, H, W], about -1..1, not clamped."""
         ...
 
+    def vectors(self, codes: Tensor) -> Tensor:
+        """Codes [B, T, F] -> [B, T, C] float32: the vector of each token that the decoder reads."""
+        ...
+
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """That of nn.Module."""
         ...

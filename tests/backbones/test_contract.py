@@ -353,7 +353,7 @@ def test_an_image_tokenizer_is_frozen_and_in_eval_mode(image_tokenizer):
 
 
 def test_pixels_become_codes_and_codes_pixels(image_tokenizer):
-    """Checks shapes and ranges.
+    """Checks shapes and ranges, also those of the vectors that stand for the codes.
 
     There are no gradients, a picture has the same codes in any batch, and another size is refused.
     """
@@ -366,6 +366,9 @@ def test_pixels_become_codes_and_codes_pixels(image_tokenizer):
     assert torch.equal(codes[1:], image_tokenizer.encode(pixels[1:]))
     decoded = image_tokenizer.decode(codes)
     assert decoded.shape == pixels.shape and decoded.isfinite().all() and not decoded.requires_grad
+    vectors = image_tokenizer.vectors(codes)
+    assert vectors.shape[:2] == codes.shape[:2] and vectors.dtype == torch.float32
+    assert torch.equal(vectors[1:], image_tokenizer.vectors(codes[1:])) and not vectors.requires_grad
     with pytest.raises(
         ValueError, match=rf"pixels are \[{size}, {2 * size}\], the image tokenizer expects {size} a side"
     ):

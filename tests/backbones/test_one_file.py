@@ -167,6 +167,9 @@ class OneFileVQ(FrozenWithConfig):
         patches = self.one_file_rows(codes[..., 0]).unflatten(-1, (3, 2, 2)).unflatten(1, (2, 2))
         return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
+    def vectors(self, codes):
+        return self.one_file_rows(codes[..., 0])
+
     def official_tensors(self):
         return self.state_dict()
 
