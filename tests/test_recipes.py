@@ -115,7 +115,7 @@ def test_no_file_repeats_what_it_extends_and_no_two_runs_share_a_folder():
 
 @pytest.mark.plan
 @pytest.mark.parametrize("path", LARGE, ids=name_of)
-def test_it_plans_without_any_file(path, tmp_path, monkeypatch):
+def test_every_recipe_plans_without_any_file(path, tmp_path, monkeypatch):
     """Uses the real sizes: a window or a number of heads that the real backbone does not accept
     fails here.
     """

@@ -216,14 +216,14 @@ def test_the_example_condition_is_one_that_the_prefix_takes(tiny):
     assert backbone.prefix(example, UNCOND).embeds.shape == (*example.mask.shape, backbone.dim)
 
 
-def test_what_a_backbone_declares_is_usable(tiny):
+def test_the_declarations_of_a_backbone_are_usable(tiny):
     """Adapter targets are linear layers, and the sampler settings exist."""
     linear = [name for name, part in tiny.backbone.named_modules() if isinstance(part, nn.Linear)]
     assert any(re.fullmatch(tiny.backbone.lora_targets, name) for name in linear)
     SamplerSettings(**tiny.backbone.default_sampling)
 
 
-def test_a_backbone_is_itself_after_a_round_trip(tiny, tmp_path):
+def test_a_backbone_is_unchanged_by_saving_and_loading(tiny, tmp_path):
     """Through `save_pretrained` and `load`; tensor by tensor too, for models that do not fit into
     memory.
     """
@@ -306,7 +306,7 @@ def test_several_rows_after_a_cache(tiny):
 
 @pytest.mark.parametrize("draw", [greedy, None], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("window, cfg_scale", [(1, 1.0), (3, 3.0)])
-def test_a_prompt_gives_the_image_it_has_alone(tiny, window, cfg_scale, draw):
+def test_an_image_does_not_depend_on_the_other_prompts_of_its_batch(tiny, window, cfg_scale, draw):
     """Prompts of unequal length in one batch: neither neighbours nor padding change an image."""
     model, condition = wrap(tiny.backbone, window).eval(), tiny.condition
     if window > 1:
@@ -375,7 +375,7 @@ def test_pixels_become_codes_and_codes_pixels(image_tokenizer):
         image_tokenizer.encode(torch.zeros(1, 3, size, 2 * size))
 
 
-def test_an_image_tokenizer_is_itself_after_a_round_trip(image_tokenizer, tmp_path):
+def test_an_image_tokenizer_is_unchanged_by_saving_and_loading(image_tokenizer, tmp_path):
     """Shards record the weight hash, which saving must not change.
 
     The file has half the bytes where that loses nothing.

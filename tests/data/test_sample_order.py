@@ -34,7 +34,7 @@ def test_every_epoch_holds_every_sample_once(counts, rows, shuffle):
 
 
 @pytest.mark.parametrize(("counts", "rows", "shuffle"), CASES)
-def test_a_block_is_read_along_its_shards(counts, rows, shuffle):
+def test_a_block_is_read_shard_by_shard(counts, rows, shuffle):
     """Reading is sequential: each shard of a block comes once, with rising samples, and the next
     block starts where it ended.
     """
@@ -69,7 +69,7 @@ def test_a_block_is_permuted():
     assert sorted(given) == list(range(100)) and list(given) != list(range(100))
 
 
-def test_nothing_to_order_is_refused():
+def test_an_order_of_no_samples_is_refused():
     for counts, rows in (([], 1), ([0], 1), ([1], 0)):
         with pytest.raises(ValueError, match="expected at least one of each"):
             Order(counts, rows=rows, seed=0, shuffle=0)

@@ -80,7 +80,7 @@ def test_what_may_change_on_resume(path):
     assert fixed["backbone"]["path"] == "models/janus"
 
 
-def test_it_is_json_that_is_compared_on_resume(path):
+def test_settings_are_compared_as_json_on_resume(path):
     """A recipe read back from the run folder has the same fixed part."""
     recipe = Recipe.load(path, ["optim.betas=[0.8, 0.9]"])
     recipe.save(path.with_name("recipe.yaml"))

@@ -23,7 +23,7 @@ def parse(*arguments: str) -> dict:
     return settings.given_settings(parser.parse_args(arguments))
 
 
-def test_each_setting_has_an_option():
+def test_every_setting_has_an_option():
     """Options have no default of their own: a setting that is not given comes from the recipe."""
     assert parse() == dict.fromkeys(SamplerSettings.model_fields)
     assert all(
@@ -100,7 +100,7 @@ def test_settings_out_of_range_are_refused(given, problem):
     assert "\n" not in str(raised.value)
 
 
-def test_each_factor_has_its_own_settings():
+def test_every_factor_has_its_own_settings():
     """A list has one number per factor, a single number is for all factors; a list of another
     length is refused.
     """
@@ -113,7 +113,7 @@ def test_each_factor_has_its_own_settings():
         both.per_factor(1)
 
 
-def test_settings_need_no_torch():
+def test_settings_are_read_without_torch():
     """Commands report a mistyped option before they import torch, which takes seconds."""
     tree = ast.parse(Path(settings.__file__).read_text(encoding="utf-8"))
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
