@@ -422,6 +422,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
     options = parser.parse_intermixed_args(arguments)
+    # Not `cli.command`: there every process prints its error, since it runs on its own. Here all
+    # ranks raise an error that rank 0 prints, and a rank's own OSError is printed by that rank.
     try:
         recipe = Recipe.load(options.recipe, options.overrides)
         recipe = recipe.plain() if options.plain else recipe

@@ -8,7 +8,18 @@ docs/recipe.md (docs.py) read this declaration.
 from __future__ import annotations
 
 from types import NoneType, UnionType
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    Self,
+    Union,
+    get_args,
+    get_origin,
+)
 
 import yaml
 from annotated_types import Ge, Gt, Le, Lt, MinLen, MultipleOf
@@ -75,6 +86,28 @@ class Section(BaseModel):
     def dump(self) -> str:
         """The settings as YAML, which loads again unchanged."""
         return yaml.dump(self.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True)
+
+
+class NamedSection(Section):
+    """Base of the sections that name a module: `backbone` and `image_tokenizer`.
+
+    A subclass declares the settings below itself, each with its own type and description.
+    """
+
+    if TYPE_CHECKING:
+        name: str  # the module
+        path: str  # of the weights
+
+
+class BackboneConfig(NamedSection):
+    """Base of the `backbone` sections."""
+
+    if TYPE_CHECKING:
+        attn_implementation: str  # one of model.attention.Implementation
+
+    def at(self, path: str) -> Self:
+        """The section of the same backbone, saved in the folder `path`."""
+        return self.model_copy(update={"path": path})
 
 
 # ---- types in words ------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ def found(tmp_path_factory) -> dict:
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("parts", PARTS)
-def test_what_a_recipe_allows_trains_and_goes_on(found, stage, parts):
+def test_every_allowed_combination_of_settings_trains_and_resumes(found, stage, parts):
     assert found[f"{stage} {parts}"] is None, found[f"{stage} {parts}"]
 
 

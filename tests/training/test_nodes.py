@@ -68,7 +68,7 @@ def wait_for(
         time.sleep(0.05)
 
 
-def test_a_run_outlives_the_loss_of_a_node(bench, tmp_path):
+def test_a_run_survives_the_loss_of_a_node(bench, tmp_path):
     """torchrun with one to two nodes: when one node is killed, the other restarts alone from the
     last run state. The losses equal those of a run on one node.
     """
