@@ -93,7 +93,7 @@ def starting(recipe: Recipe) -> Recipe:
     if (Path(recipe.train.init_from) / ADAPTERS).is_file():
         raise ValueError(
             f"train.init_from: {recipe.train.init_from} holds adapters; fold them in first: "
-            "python -m mmtensorar.merge SOURCE TARGET"
+            "mmtensorar merge SOURCE TARGET"
         )
     saved: Any = saved_recipe(recipe.train.init_from).backbone
     section: Any = recipe.backbone
@@ -305,7 +305,7 @@ def read_index(folder: str | Path) -> dict:
         if (Path(folder) / "model" / INDEX).is_file():
             hint = f"; the run's model is in {Path(folder) / 'model'}"
         elif (Path(folder) / "checkpoints").is_dir():
-            hint = f"; to make one of an unfinished run: python -m mmtensorar.export {folder} --out FOLDER"
+            hint = f"; to make one of an unfinished run: mmtensorar export {folder} --out FOLDER"
         raise ValueError(f"no model folder at {folder}: expected {INDEX}{hint}")
     index = read_json(path)
     if index.get("format") != FORMAT:
