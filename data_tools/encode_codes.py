@@ -1,7 +1,7 @@
 """Add image codes to shards: a codes.npy member for each sample, uint16 [A, T, F] of A crops.
 
-    python data_tools/encode_codes.py data/mine --image-tokenizer deepseek-community/Janus-Pro-7B
-    python data_tools/encode_codes.py data/imagenet --name llamagen_vq \\
+    mmtensorar shards encode-codes data/mine --image-tokenizer deepseek-community/Janus-Pro-7B
+    mmtensorar shards encode-codes data/imagenet --name llamagen_vq \\
         --image-tokenizer vq_ds16_c2i.pt --image-size 256 --crops 10
     torchrun --nproc-per-node 8 data_tools/encode_codes.py data/mine \\
         --image-tokenizer deepseek-community/Janus-Pro-7B
@@ -36,7 +36,7 @@ from data_tools.argument_types import positive
 from data_tools.rewrite_shards import join_ranks, pick_device, print_once, read_set, rewrite
 from mmtensorar import image_tokenizers
 from mmtensorar.checkpoints.recognise import image_tokenizer_from_arguments
-from mmtensorar.cli import command
+from mmtensorar.cli import Parser, command
 from mmtensorar.data.members import check_codes, encode_codes
 from mmtensorar.data.pictures import sample_picture
 from mmtensorar.data.shards import Codes, Sample, Shard, iterate_shard
@@ -230,11 +230,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: list[str] | None = None) -> int:
     assert __doc__ is not None
     description, _, epilog = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python data_tools/encode_codes.py",
+    parser = Parser(
+        prog="python -m data_tools.encode_codes",
         description=description,
         epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("shards", type=Path, help="shard folder")

@@ -1,6 +1,6 @@
 """Add text features to shards: a t5.npy member for each sample, float16 [P, C] of P caption tokens.
 
-    python data_tools/encode_text.py data/mine --text-encoder google/flan-t5-xl
+    mmtensorar shards encode-text data/mine --text-encoder google/flan-t5-xl
     torchrun --nproc-per-node 8 data_tools/encode_text.py data/mine --text-encoder google/flan-t5-xl
 
 For text-conditional LlamaGen. Training reads the features with data.text_features=cached, and
@@ -33,7 +33,7 @@ from data_tools.argument_types import positive
 from data_tools.rewrite_shards import join_ranks, pick_device, print_once, read_set, rewrite
 from mmtensorar import ranks
 from mmtensorar.captions.encoders import Cleaning, T5Features, encoder_hash, encoder_width
-from mmtensorar.cli import command
+from mmtensorar.cli import Parser, command
 from mmtensorar.data import tars
 from mmtensorar.data.members import check_features, decode_caption, encode_features
 from mmtensorar.data.shards import Sample, Shard, TextFeatures, iterate_shard
@@ -138,11 +138,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: list[str] | None = None) -> int:
     assert __doc__ is not None
     description, _, epilog = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python data_tools/encode_text.py",
+    parser = Parser(
+        prog="python -m data_tools.encode_text",
         description=description,
         epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("shards", type=Path, help="shard folder")

@@ -74,12 +74,7 @@ def command(main: cli.Main) -> cli.Main:
 
 def make_parser(module: str, description: str, *, example: str) -> argparse.ArgumentParser:
     """A parser whose help ends with an example. module: as in `python -m`; example: its arguments."""
-    return argparse.ArgumentParser(
-        prog=f"python -m {module}",
-        description=description,
-        epilog=f"Example:\n  python -m {module} {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    return cli.Parser(prog=f"python -m {module}", description=description, example=example)
 
 
 def add_options(

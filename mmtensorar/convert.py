@@ -1,7 +1,7 @@
 """Convert released weights to a model folder of this project, and back to their authors' layout.
 
-    python -m mmtensorar.convert SRC DST [--image-tokenizer PATH] [--image-size PIXELS] [--kind KIND]
-    python -m mmtensorar.convert --original CKPT DST [--base PATH] [--drop-tensorar]
+    mmtensorar convert SRC DST [--image-tokenizer PATH] [--image-size PIXELS] [--kind KIND]
+    mmtensorar convert --original CKPT DST [--base PATH] [--drop-tensorar]
 
 SRC is a file or folder as its authors published it, or a Hugging Face id (of one file: OWNER/NAME/FILE). Its
 kind is recognised from its tensors. A backbone becomes a model folder of window 1, for `generate --ckpt DST`
@@ -25,7 +25,6 @@ are read completely). DST appears when it is complete, and is never replaced.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -34,22 +33,21 @@ from safetensors import SafetensorError
 
 from mmtensorar.checkpoints.convert import convert, original
 from mmtensorar.checkpoints.recognise import kinds
-from mmtensorar.cli import command
+from mmtensorar.cli import Parser, command
 
 EXAMPLE = """examples:
-  python -m mmtensorar.convert deepseek-ai/Janus-Pro-1B models/janus_1b
-  python -m mmtensorar.convert c2i_B_256.pt models/llamagen_b --image-tokenizer vq_ds16_c2i.pt
-  python -m mmtensorar.convert --original runs/NAME/model janus_tuned
+  mmtensorar convert deepseek-ai/Janus-Pro-1B models/janus_1b
+  mmtensorar convert c2i_B_256.pt models/llamagen_b --image-tokenizer vq_ds16_c2i.pt
+  mmtensorar convert --original runs/NAME/model janus_tuned
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command's options."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m mmtensorar.convert",
         description="Convert released weights to a model folder of this project, or back.",
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("source", metavar="SRC", help="released file, folder or hub id; with --original a model folder")

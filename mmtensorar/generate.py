@@ -1,7 +1,7 @@
 """Generate images from captions or class numbers, with a model folder.
 
-    python -m mmtensorar.generate --ckpt FOLDER --prompt "a red circle" --num-images 4 --out out/
-    python -m mmtensorar.generate --ckpt FOLDER --class 207 360 --num-images 4 --out out/
+    mmtensorar generate --ckpt FOLDER --prompt "a red circle" --num-images 4 --out out/
+    mmtensorar generate --ckpt FOLDER --class 207 360 --num-images 4 --out out/
 
 Image j of a prompt has seed --seed + j. The output folder receives {number}_{seed}.png
 and one line per image in prompts.jsonl. If the folder holds images already, new ones are
@@ -23,14 +23,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from mmtensorar.cli import command
+from mmtensorar.cli import Parser, command
 from mmtensorar.pipeline import Generator, check_seed, save_png
 from mmtensorar.sampling.settings import LOADING, add_generation, at_least_1, given_settings
 from mmtensorar.sampling.trace import revisions
-
-EXAMPLE = """example:
-  python -m mmtensorar.generate --ckpt recipes/tiny/weights/base --prompt "a red circle" --out out/
-"""
 
 Prompt = str | int  # a caption, or a class number
 
@@ -135,11 +131,10 @@ def write_trace(generator: Generator, windows: Tensor, path: Path, origin: dict[
 
 
 def read_options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m mmtensorar.generate",
         description="Generate images from captions or class numbers.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example='--ckpt recipes/tiny/weights/base --prompt "a red circle" --out out/',
     )
     parser.add_argument("--ckpt", type=Path, required=True, help="model folder, such as runs/NAME/model")
     parser.add_argument("--prompt", action="append", default=[], help="may be given several times")

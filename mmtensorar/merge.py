@@ -1,16 +1,15 @@
 """Fold the adapters of a model folder into its weights.
 
-python -m mmtensorar.merge runs/NAME/model OUT
+mmtensorar merge runs/NAME/model OUT
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 from mmtensorar.checkpoints import model_folder
-from mmtensorar.cli import command
+from mmtensorar.cli import Parser, command
 
 
 def merge(source: Path, target: Path) -> None:
@@ -27,11 +26,10 @@ def merge(source: Path, target: Path) -> None:
 
 @command
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m mmtensorar.merge",
         description="Fold the adapters of a model folder into its weights.",
-        epilog="example:\n  python -m mmtensorar.merge runs/NAME/model merged/",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example="runs/NAME/model merged/",
     )
     parser.add_argument("source", type=Path, help="model folder of adapters, such as runs/NAME/model")
     parser.add_argument("target", type=Path, help="folder to write")

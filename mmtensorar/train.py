@@ -1,7 +1,7 @@
 """Train a model from a recipe.
 
     deepspeed mmtensorar/train.py RECIPE.yaml [key=value ...] [--resume]
-    python mmtensorar/train.py RECIPE.yaml [key=value ...]          one process
+    mmtensorar train RECIPE.yaml [key=value ...]                    one process
 
 The run folder (run.out/run.name) receives recipe.yaml (resolved), log.jsonl,
 tensorboard/, samples/, checkpoints/ (the run state, for resuming) and model/ (the model
@@ -22,7 +22,6 @@ if __name__ == "__main__":
     # there.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import argparse
 import math
 import os
 from contextlib import ExitStack
@@ -32,6 +31,7 @@ import torch
 
 from mmtensorar import backbones, image_tokenizers, ranks
 from mmtensorar.checkpoints import model_folder
+from mmtensorar.cli import Parser
 from mmtensorar.data import checks, loader
 from mmtensorar.processes import StopSignals, exit_process
 from mmtensorar.recipe import Recipe
@@ -325,7 +325,7 @@ def count_skipped(run: TrainingRun, skipped: list[str]) -> None:
         raise ValueError(
             f"{run.num_skipped} damaged samples were skipped by step {run.step}, more than data.max_skipped "
             f"{data.max_skipped:g} of an epoch of {run.epoch_samples}; {run.last_saved()}. "
-            "data_tools/check_shards.py lists what is damaged"
+            "mmtensorar shards check lists what is damaged"
         )
 
 
@@ -402,13 +402,12 @@ def finish(run: TrainingRun) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit code: 2 after an error, 130 after a second Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        prog="python mmtensorar/train.py",
+    parser = Parser(
+        prog="python -m mmtensorar.train",
         description="Train a model from a recipe.",
         epilog="examples:\n"
-        "  python mmtensorar/train.py recipes/tiny/tensorar.yaml train.precision=fp32 train.steps=20\n"
+        "  mmtensorar train recipes/tiny/tensorar.yaml train.precision=fp32 train.steps=20\n"
         "  deepspeed mmtensorar/train.py recipes/janus_pro_7b.yaml --resume",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.steps=100")

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmtensorar.cli import command
+from mmtensorar.cli import Parser, command
 from mmtensorar.files import write_text
 from mmtensorar.sampling.settings import at_least_1
 from study import across, report
@@ -117,24 +117,22 @@ def write_across(options: argparse.Namespace) -> None:
     print(across.write(studies, options.folder))
 
 
-def _add(commands, name: str, call, *, help: str, example: str) -> argparse.ArgumentParser:
+def _add(commands, name: str, call, *, help: str, example: str) -> Parser:
     parser = commands.add_parser(
         name,
         help=help,
         description=f"{help[0].upper()}{help[1:]}.",
-        epilog=f"Example:\n  python -m study {name} {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example=example,
     )
     parser.set_defaults(call=call)
     return parser
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m study",
         description="Grids of small runs, scored alike.",
-        epilog="Example:\n  python -m study run study/grids/shapes.yaml --budget 2h",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example="run study/grids/shapes.yaml --budget 2h",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     shapes = "study/grids/shapes.yaml"

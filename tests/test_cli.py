@@ -23,6 +23,91 @@ def test_the_help_of_every_verb_has_an_example(verb, capsys):
     assert re.search(r"^ +(python|mmtensorar|deepspeed|torchrun) \S", printed, re.M)
 
 
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_usage_names_the_command_as_it_was_started(verb, capsys):
+    """`mmtensorar generate --help` once began with `usage: python -m mmtensorar.generate`."""
+    if verb == "train":
+        pytest.importorskip("deepspeed")
+    with pytest.raises(SystemExit):
+        cli.main([*verb.split(), "--help"])
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: mmtensorar {verb} ") and "python -m" not in printed.splitlines()[0]
+    with pytest.raises(SystemExit):
+        cli.load(verb)(["--help"])
+    module = cli.VERBS[verb].module.removesuffix(".__main__")
+    started = f"mmtensorar {verb}" if verb == "plan" else f"python -m {module}"
+    assert capsys.readouterr().out.startswith(f"usage: {started} ")
+
+
+def refusal(capsys, *words: str) -> list[str]:
+    """The lines that a command with a wrong option prints. It ends with code 2."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(list(words))
+    printed = capsys.readouterr()
+    assert ended.value.code == 2 and not printed.out
+    return printed.err.splitlines()
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_a_mistyped_option_is_one_sentence(verb, capsys):
+    """argparse prints the whole usage, up to 40 lines, before the mistake."""
+    if verb == "train":
+        pytest.importorskip("deepspeed")
+    lines = refusal(capsys, *verb.split(), "--xyzzy", "1")
+    assert lines == ["error: unknown option --xyzzy", f"mmtensorar {verb} --help shows the options"]
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        ("generate --promt x --ckpt y", "unknown option --promt; did you mean --prompt?"),
+        ("generate --chkpt y --prompt x", "unknown option --chkpt; did you mean --ckpt?"),
+        ("generate --prompt x", "--ckpt is missing"),
+        ("convert", "SRC, DST are missing"),
+        ("generate --ckpt x --seed ten", "--seed: expected a whole number, got 'ten'"),
+        (
+            "generate --ckpt x --prompt",
+            "--prompt needs a value; one that starts with - is written --prompt=VALUE",
+        ),
+        (
+            "generate --ckpt x --precision fp23",
+            "--precision: expected one of fp32, bf16, got 'fp23'; did you mean fp32?",
+        ),
+        ("generate --ckpt x a", "unexpected argument 'a'"),
+        (
+            "recipe r.yaml --train.steps 3",
+            "unknown option --train.steps; a setting of the recipe is written train.steps=VALUE",
+        ),
+        ("recipe", "recipe is missing"),
+        ("plan --pan r.yaml", "unknown option --pan"),
+        ("shards make --out x", "expected one of --class-folder, "),
+        ("shards make --out x --csv a --folder b", "--folder cannot be combined with --csv"),
+        ("shards make --out x --csv a --wrokers 2", "unknown option --wrokers; did you mean --workers?"),
+        ("shards check x --repair", "--repair needs a value"),
+        ("eval geneval --num 3", "--num could be any of --num-images, --num-prompts"),
+        ("eval geneval --ckpt x --images y", "--images cannot be combined with --ckpt"),
+        ("eval geneval compare x --aut y", "unknown option --aut; did you mean --out?"),
+        ("eval geneval watch --no-self-test", "run is missing"),
+        (
+            "image-tokenizer rundtrip",
+            "command: expected one of roundtrip, got 'rundtrip'; did you mean roundtrip?",
+        ),
+        ("study run --budgte 2h", "unknown option --budgte; did you mean --budget?"),
+        ("study run g.yaml --budget 2", "--budget: expected a time such as 90m or 2h, got '2'"),
+    ],
+)
+def test_a_wrong_option_is_one_sentence_with_a_hint(words, sentence, capsys):
+    lines = refusal(capsys, *words.split())
+    assert len(lines) == 2 and lines[0].startswith(f"error: {sentence}")
+    assert lines[1].startswith("mmtensorar ") and lines[1].endswith(" --help shows the options")
+
+
+def test_only_the_first_rank_prints_a_wrong_option(capsys, monkeypatch):
+    """Under a launcher all ranks read the same command line; eight copies of a sentence hide it."""
+    monkeypatch.setenv("RANK", "3")
+    assert refusal(capsys, "shards", "encode-codes", "--xyzzy") == []
+
+
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["help"]])
 def test_without_a_verb_all_verbs_are_listed(words, capsys):
     assert cli.main(words) == 0

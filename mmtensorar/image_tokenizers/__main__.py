@@ -1,6 +1,6 @@
 """Test an image tokenizer alone.
 
-    python -m mmtensorar.image_tokenizers roundtrip --tokenizer FOLDER_OR_FILE a.png [b.jpg] --out out/
+    mmtensorar image-tokenizer roundtrip --tokenizer FOLDER_OR_FILE a.png [b.jpg] --out out/
 
 roundtrip encodes images and decodes their codes: the best that a model on this tokenizer can show. For each
 image it writes out/NAME.roundtrip.png, original left and reconstruction right, and prints the PSNR.
@@ -8,7 +8,6 @@ image it writes out/NAME.roundtrip.png, original left and reconstruction right, 
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Iterator
@@ -19,11 +18,13 @@ from PIL import Image
 
 from mmtensorar import image_tokenizers
 from mmtensorar.checkpoints.recognise import image_tokenizer_from_arguments
-from mmtensorar.cli import command
+from mmtensorar.cli import Parser, command
 from mmtensorar.data.pictures import center_square, decode_picture
 from mmtensorar.files import atomic_path
 from mmtensorar.image_tokenizers import round_trip
 from mmtensorar.model.protocols import ImageTokenizer
+
+EXAMPLE = "--tokenizer recipes/tiny/weights/base/image_tokenizer a.png --out out/"
 
 
 def psnr(one: Image.Image, other: Image.Image) -> float:
@@ -55,22 +56,18 @@ def write_roundtrips(
         yield target, psnr(image, reconstruction)
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command's options."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m mmtensorar.image_tokenizers",
         description="Test an image tokenizer alone.",
-        epilog="example:\n  python -m mmtensorar.image_tokenizers roundtrip "
-        "--tokenizer recipes/tiny/weights/base/image_tokenizer a.png --out out/",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example=f"roundtrip {EXAMPLE}",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     roundtrip = commands.add_parser(
         "roundtrip",
         help="encode and decode images, side by side, with their PSNR",
-        epilog="example:\n  python -m mmtensorar.image_tokenizers roundtrip "
-        "--tokenizer recipes/tiny/weights/base/image_tokenizer a.png --out out/",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example=EXAMPLE,
     )
     roundtrip.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="JPEG, PNG or WEBP")
     image_tokenizers.add_arguments(roundtrip)
