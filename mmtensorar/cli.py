@@ -40,7 +40,9 @@ class Verb(NamedTuple):
 
 # A verb may have two words.
 VERBS: dict[str, Verb] = {
-    "train": Verb("mmtensorar.train", "train from a recipe (several GPUs: deepspeed mmtensorar/train.py)"),
+    "train": Verb(
+        "mmtensorar.train_command", "train from a recipe (several GPUs: deepspeed mmtensorar/train.py)"
+    ),
     "generate": Verb("mmtensorar.generate", "prompts or class numbers to pictures"),
     "recipe": Verb("mmtensorar.recipe.__main__", "check a recipe and print it resolved"),
     "plan": Verb(
@@ -49,9 +51,7 @@ VERBS: dict[str, Verb] = {
     "convert": Verb("mmtensorar.convert", "released weights to a model folder, and back"),
     "export": Verb("mmtensorar.export", "a run state to a model folder"),
     "merge": Verb("mmtensorar.merge", "fold adapters into the backbone's weights"),
-    "image-tokenizer": Verb(
-        "mmtensorar.image_tokenizers.__main__", "round trip of a picture through an image tokenizer"
-    ),
+    "image-tokenizer": Verb("mmtensorar.roundtrip", "round trip of a picture through an image tokenizer"),
     "shards make": Verb("data_tools.make_shards", "pictures and captions to shards"),
     "shards encode-codes": Verb("data_tools.encode_codes", "add image codes to shards"),
     "shards encode-text": Verb("data_tools.encode_text", "add text features to shards"),
@@ -216,7 +216,7 @@ def as_started(prog: str) -> str:
     verb = _verb.get()
     if verb is None:
         return prog
-    return prog.replace(f"python -m {VERBS[verb].module.removesuffix('.__main__')}", f"mmtensorar {verb}", 1)
+    return re.sub(r"^python -m \S+", f"mmtensorar {verb}", prog)
 
 
 def nearest_of(word: str, known: Iterable[str]) -> str:

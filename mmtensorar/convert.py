@@ -29,11 +29,8 @@ import os
 import sys
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from mmtensorar.checkpoints.convert import convert, original
-from mmtensorar.checkpoints.recognise import kinds
 from mmtensorar.cli import Parser, command
+from mmtensorar.recipe import known_names
 
 EXAMPLE = """examples:
   mmtensorar convert deepseek-ai/Janus-Pro-1B models/janus_1b
@@ -52,8 +49,13 @@ def parser() -> Parser:
     add = parser.add_argument
     add("source", metavar="SRC", help="released file, folder or hub id; with --original a model folder")
     add("target", metavar="DST", type=Path, help="what to write; it must not exist")
+    kinds = [*known_names("backbone"), *known_names("image_tokenizer")]
     add = parser.add_argument_group("to a model folder").add_argument
-    add("--kind", choices=kinds(), help="what SRC is, if its tensors do not show it")
+    add(
+        "--kind",
+        choices=kinds,
+        help="what SRC is, if its tensors do not show it",
+    )
     add(
         "--image-tokenizer", metavar="PATH", help="the backbone's image tokenizer, if SRC has none (LlamaGen)"
     )
@@ -86,6 +88,11 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"--{option} has no use {which} --original")
     if os.path.lexists(options.target):
         raise ValueError(f"DST: {options.target} exists already; give another name, or remove it")
+    # Imported after the checks, since torch takes seconds.
+    from safetensors import SafetensorError
+
+    from mmtensorar.checkpoints.convert import convert, original
+
     try:
         if options.original:
             print(original(Path(options.source), options.target, **back_only))

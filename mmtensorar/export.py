@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from mmtensorar.checkpoints.export import export
 from mmtensorar.cli import Parser, command
 
 
@@ -28,6 +27,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     options = parser.parse_args(arguments)
+    if not (options.run / "recipe.yaml").is_file():
+        raise ValueError(f"{options.run} is not a run folder: it has no recipe.yaml")
+    # Imported after the checks, since torch takes seconds.
+    from mmtensorar.checkpoints.export import export
+
     step = export(options.run, options.step, options.out, average=options.average)
     what = "the average at" if options.average else "the model of"
     print(f"{what} step {step} is in {options.out}")

@@ -17,16 +17,19 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from PIL import Image
-from safetensors.torch import save_file
-from torch import Tensor
 from tqdm import tqdm
 
+from mmtensorar.checkpoints.index import read_index
 from mmtensorar.cli import Parser, command
-from mmtensorar.pipeline import Generator, check_seed, save_png
 from mmtensorar.sampling.settings import LOADING, add_generation, at_least_1, given_settings
-from mmtensorar.sampling.trace import revisions
+from mmtensorar.seeds import check_seed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mmtensorar.pipeline import Generator
 
 Prompt = str | int  # a caption, or a class number
 
@@ -65,6 +68,8 @@ def count(number: int, noun: str) -> str:
 
 def write_images(generator: Generator, prompts: Sequence[Prompt], options: argparse.Namespace) -> list[Path]:
     """Generate --num-images for each prompt into --out; returns the image files."""
+    from mmtensorar.pipeline import save_png
+
     generator.check(prompts)
     sampling = generator.sampling(**given_settings(options))
     print(", ".join(f"{key} {value}" for key, value in generator.runs_as().items()), file=sys.stderr)
@@ -118,6 +123,12 @@ def write_trace(generator: Generator, windows: Tensor, path: Path, origin: dict[
         path: the image file.
         origin: see `origin_of`; both files record it.
     """
+    from PIL import Image
+    from safetensors.torch import save_file
+
+    from mmtensorar.pipeline import save_png
+    from mmtensorar.sampling.trace import revisions
+
     metadata = {key: str(value) for key, value in origin.items()}
     metadata["windows"] = "[T, K, F]; windows[t, j] is token t + j at step t"
     save_file({"windows": windows.cpu().contiguous()}, path.with_suffix(".windows.safetensors"), metadata)
@@ -164,6 +175,10 @@ def main(arguments: list[str] | None = None) -> int:
     prompts = read_prompts(options)
     for seed in (options.seed, options.seed + options.num_images - 1):
         check_seed(seed)
+    read_index(options.ckpt)
+    # Imported after the checks, since torch takes seconds.
+    from mmtensorar.pipeline import Generator
+
     generator = Generator.load(options.ckpt, **{name: getattr(options, name) for name in LOADING})
     try:
         paths = write_images(generator, prompts, options)

@@ -8,13 +8,16 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from mmtensorar.checkpoints import model_folder
+from mmtensorar.checkpoints.index import read_index
 from mmtensorar.cli import Parser, command
 
 
 def merge(source: Path, target: Path) -> None:
     """Write a model folder of adapters as one with all weights. Raises ValueError when it has no adapters."""
-    index = model_folder.read_index(source)
+    index = read_index(source)
+    # Imported after the check, since torch takes seconds.
+    from mmtensorar.checkpoints import model_folder
+
     if not (source / model_folder.ADAPTERS).is_file():
         raise ValueError(f"{source} has no {model_folder.ADAPTERS}: it holds all weights already")
     loaded = model_folder.load(source)

@@ -21,6 +21,9 @@ if __name__ == "__main__":
     # ours would hide installed ones of the same name. The repository root belongs
     # there.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from mmtensorar import train_command
+
+    train_command.check()  # a wrong option ends here, before the imports below take seconds
 
 import math
 import os
@@ -31,11 +34,11 @@ import torch
 
 from mmtensorar import backbones, image_tokenizers, ranks
 from mmtensorar.checkpoints import model_folder
-from mmtensorar.cli import Parser
 from mmtensorar.data import checks, loader
 from mmtensorar.processes import StopSignals, exit_process
 from mmtensorar.recipe import Recipe
 from mmtensorar.seeds import seed_for
+from mmtensorar.train_command import read_options
 from mmtensorar.training import engine_private, run_state, sample_grid
 from mmtensorar.training.distributed import (
     barrier,
@@ -402,25 +405,7 @@ def finish(run: TrainingRun) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit code: 2 after an error, 130 after a second Ctrl-C."""
-    parser = Parser(
-        prog="python -m mmtensorar.train",
-        description="Train a model from a recipe.",
-        epilog="examples:\n"
-        "  mmtensorar train recipes/tiny/tensorar.yaml train.precision=fp32 train.steps=20\n"
-        "  deepspeed mmtensorar/train.py recipes/janus_pro_7b.yaml --resume",
-    )
-    parser.add_argument("recipe", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.steps=100")
-    parser.add_argument(
-        "--plain",
-        action="store_true",
-        help="train the control: the same without TensorAR (window 1), as run NAME_plain",
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="continue the run in the run folder, if there is one"
-    )
-    parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
-    options = parser.parse_intermixed_args(arguments)
+    options = read_options(arguments)
     try:
         recipe = Recipe.load(options.recipe, options.overrides)
         recipe = recipe.plain() if options.plain else recipe

@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -34,9 +35,9 @@ def test_usage_names_the_command_as_it_was_started(verb, capsys):
     assert printed.startswith(f"usage: mmtensorar {verb} ") and "python -m" not in printed.splitlines()[0]
     with pytest.raises(SystemExit):
         cli.load(verb)(["--help"])
-    module = cli.VERBS[verb].module.removesuffix(".__main__")
-    started = f"mmtensorar {verb}" if verb == "plan" else f"python -m {module}"
-    assert capsys.readouterr().out.startswith(f"usage: {started} ")
+    assert capsys.readouterr().out.startswith(
+        "usage: mmtensorar plan " if verb == "plan" else "usage: python -m "
+    )
 
 
 def refusal(capsys, *words: str) -> list[str]:
@@ -100,6 +101,50 @@ def test_a_wrong_option_is_one_sentence_with_a_hint(words, sentence, capsys):
     lines = refusal(capsys, *words.split())
     assert len(lines) == 2 and lines[0].startswith(f"error: {sentence}")
     assert lines[1].startswith("mmtensorar ") and lines[1].endswith(" --help shows the options")
+
+
+@pytest.mark.launch
+def test_mistakes_are_reported_before_torch_is_imported():
+    """Importing torch takes seconds, up to a minute on a busy machine; a typing error need not wait for it.
+
+    All in one process, in which torch cannot be imported.
+    """
+    missing = [
+        ["train", "nowhere.yaml"],
+        ["recipe", "nowhere.yaml"],
+        ["plan", "nowhere.yaml"],
+        ["generate", "--ckpt", "nowhere", "--prompt", "x"],
+        ["generate", "--ckpt", "recipes/tiny/weights/base"],
+        ["generate", "--ckpt", "recipes/tiny/weights/base", "--prompts-file", "nowhere"],
+        ["convert", "nowhere", "recipes"],
+        ["export", "nowhere", "--out", "x"],
+        ["merge", "nowhere", "x"],
+        ["image-tokenizer", "roundtrip", "nowhere.png", "--tokenizer", "x"],
+        ["shards", "make", "--folder", "nowhere", "--out", "x"],
+        ["shards", "encode-codes", "nowhere", "--image-tokenizer", "x"],
+        ["shards", "encode-text", "nowhere"],
+        ["shards", "check", "nowhere"],
+        ["shards", "inspect", "nowhere"],
+        ["eval", "geneval", "--images", "nowhere"],
+        ["eval", "dpg", "--ckpt", "nowhere", "--bench", "x"],
+        ["eval", "fid", "--images", "nowhere", "--ref", "x"],
+        ["study", "run", "nowhere.yaml"],
+    ]
+    wrong = [[*verb.split(), option] for verb in cli.VERBS for option in ("--help", "--xyzzy")]
+    code = f"""
+import sys
+from mmtensorar import cli
+sys.modules["torch"] = None
+for words in {[*wrong, *missing]!r}:
+    try:
+        code = cli.main(words)
+    except SystemExit as ended:
+        code = ended.code
+    assert code == (0 if "--help" in words else 2), (words, code)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("error: ") == len(cli.VERBS) + len(missing)
 
 
 def test_only_the_first_rank_prints_a_wrong_option(capsys, monkeypatch):

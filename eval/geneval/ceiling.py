@@ -22,6 +22,7 @@ from eval.geneval import suites
 from eval.geneval.score import by_class, judge
 from eval.geneval.suites import Suite
 from eval.intervals import wilson
+from mmtensorar.checkpoints.options import add_image_tokenizer
 from mmtensorar.cli import Parser, command
 from mmtensorar.files import write_text
 
@@ -90,21 +91,21 @@ def _bound(num_images: int, skills: dict[str, float]) -> dict:
 
 @command
 def main(arguments: list[str] | None = None) -> int:
-    from mmtensorar import image_tokenizers
-    from mmtensorar.checkpoints.recognise import image_tokenizer_from_arguments
-
     parser = Parser(
         prog="python -m eval.geneval.ceiling",
         description="Measure the highest score that a suite allows, and the score of chance.",
         example="--image-tokenizer recipes/tiny/weights/base/image_tokenizer",
     )
     parser.add_argument("--suite", default="shapes", help="a suite that can draw pictures: shapes")
-    image_tokenizers.add_arguments(parser, required=False)
+    add_image_tokenizer(parser, required=False)
     parser.add_argument("--num-images", type=int, default=1000, metavar="N", help="default 1000")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the numbers as JSON")
     options = parser.parse_args(arguments)
     suite = suites.load(options.suite)
     image_tokenizer = None
+    # Imported here, since torch takes seconds.
+    from mmtensorar.checkpoints.recognise import image_tokenizer_from_arguments
+
     if options.image_tokenizer is not None:
         image_tokenizer, _ = image_tokenizer_from_arguments(options)
     bounds = measure(suite, image_tokenizer, num_images=options.num_images)
