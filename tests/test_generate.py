@@ -1,10 +1,9 @@
 """The generate command: a seed gives one image, the trace is read correctly, mistakes are one sentence."""
 
 import json
-
-import numpy as np
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
