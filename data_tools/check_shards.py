@@ -1,9 +1,9 @@
 """Read every sample of a shard folder, and report what is wrong.
 
-    python data_tools/check_shards.py data/mine
-    python data_tools/check_shards.py data/mine --report report.json
+    mmtensorar shards check data/mine
+    mmtensorar shards check data/mine --report report.json
         the same for other programs
-    python data_tools/check_shards.py data/mine --repair data/clean
+    mmtensorar shards check data/mine --repair data/clean
         write the good samples as a new set, and list what was dropped
 
 It checks the manifest; each shard's digest, structure and number of samples; each picture,
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from data_tools.argument_types import positive
 from data_tools.executors import in_processes
-from mmtensorar.cli import command
+from mmtensorar.cli import Parser, command
 from mmtensorar.data import tars
 from mmtensorar.data.members import (
     check_codes,
@@ -372,11 +372,10 @@ def check_writable(path: Path) -> None:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     assert __doc__ is not None
     description, _, epilog = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python data_tools/check_shards.py",
+    parser = Parser(
+        prog="python -m data_tools.check_shards",
         description=description,
         epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("shards", type=Path, help="shard folder")

@@ -1,7 +1,7 @@
 """Add image codes to shards: a codes.npy member for each sample, uint16 [A, T, F] of A crops.
 
-    python data_tools/encode_codes.py data/mine --image-tokenizer deepseek-community/Janus-Pro-7B
-    python data_tools/encode_codes.py data/imagenet --name llamagen_vq \\
+    mmtensorar shards encode-codes data/mine --image-tokenizer deepseek-community/Janus-Pro-7B
+    mmtensorar shards encode-codes data/imagenet --name llamagen_vq \\
         --image-tokenizer vq_ds16_c2i.pt --image-size 256 --crops 10
     torchrun --nproc-per-node 8 data_tools/encode_codes.py data/mine \\
         --image-tokenizer deepseek-community/Janus-Pro-7B
@@ -16,6 +16,8 @@ encoded. An interrupted run resumes when the same command is given again, on any
 ranks.
 """
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
 
@@ -26,21 +28,23 @@ import argparse
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from data_tools.argument_types import positive
-from data_tools.rewrite_shards import join_ranks, pick_device, print_once, read_set, rewrite
-from mmtensorar import image_tokenizers
-from mmtensorar.checkpoints.recognise import image_tokenizer_from_arguments
-from mmtensorar.cli import command
+from data_tools.rewrite_shards import check_set, join_ranks, pick_device, print_once, read_set, rewrite
+from mmtensorar.checkpoints.options import add_image_tokenizer
+from mmtensorar.cli import Parser, command
 from mmtensorar.data.members import check_codes, encode_codes
 from mmtensorar.data.pictures import sample_picture
 from mmtensorar.data.shards import Codes, Sample, Shard, iterate_shard
 from mmtensorar.processes import exit_process
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 def crops_of(pixels: Tensor, size: int, num: int) -> Tensor:
@@ -57,6 +61,8 @@ def crops_of(pixels: Tensor, size: int, num: int) -> Tensor:
 
     Returns [num, 3, size, size].
     """
+    import torch
+
     end = pixels.shape[-1] - size
     middle = round(end / 2)
     corners = [(0, 0), (0, end), (end, 0), (end, end)]
@@ -119,6 +125,10 @@ def encode_samples(
         batch_size: About how many crops are encoded at a time.
         device: Where they are encoded.
     """
+    import torch
+
+    from mmtensorar import image_tokenizers
+
     A, size = expected.crops, image_tokenizer.image_size
     precision = torch.autocast(device.type, torch.bfloat16, enabled=expected.precision == "bf16")
     for batch, images in pictures(samples, path, image_size=image_size, batch_size=max(1, batch_size // A)):
@@ -230,18 +240,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: list[str] | None = None) -> int:
     assert __doc__ is not None
     description, _, epilog = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python data_tools/encode_codes.py",
+    parser = Parser(
+        prog="python -m data_tools.encode_codes",
         description=description,
         epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("shards", type=Path, help="shard folder")
-    image_tokenizers.add_arguments(parser)
+    add_image_tokenizer(parser)
     add_arguments(parser)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     options = parser.parse_args(arguments)
+    check_set(options.shards)
+    # Imported after the checks, since torch takes seconds.
+    from mmtensorar.checkpoints.recognise import image_tokenizer_from_arguments
+
     try:
         options.device = str(pick_device(options.device))
         image_tokenizer, device = image_tokenizer_from_arguments(options)

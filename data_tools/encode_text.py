@@ -1,6 +1,6 @@
 """Add text features to shards: a t5.npy member for each sample, float16 [P, C] of P caption tokens.
 
-    python data_tools/encode_text.py data/mine --text-encoder google/flan-t5-xl
+    mmtensorar shards encode-text data/mine --text-encoder google/flan-t5-xl
     torchrun --nproc-per-node 8 data_tools/encode_text.py data/mine --text-encoder google/flan-t5-xl
 
 For text-conditional LlamaGen. Training reads the features with data.text_features=cached, and
@@ -16,6 +16,8 @@ encoded. An interrupted run resumes when the same command is given again, on any
 ranks.
 """
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
 
@@ -25,19 +27,22 @@ if __name__ == "__main__":  # Python puts a script's own folder here; imports st
 import argparse
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
 from data_tools.argument_types import positive
-from data_tools.rewrite_shards import join_ranks, pick_device, print_once, read_set, rewrite
+from data_tools.rewrite_shards import check_set, join_ranks, pick_device, print_once, read_set, rewrite
 from mmtensorar import ranks
-from mmtensorar.captions.encoders import Cleaning, T5Features, encoder_hash, encoder_width
-from mmtensorar.cli import command
+from mmtensorar.captions.cleaning import Cleaning
+from mmtensorar.cli import Parser, command
 from mmtensorar.data import tars
 from mmtensorar.data.members import check_features, decode_caption, encode_features
 from mmtensorar.data.shards import Sample, Shard, TextFeatures, iterate_shard
 from mmtensorar.processes import exit_process
+
+if TYPE_CHECKING:
+    from mmtensorar.captions.encoders import T5Features
 
 
 def encode_samples(
@@ -72,6 +77,8 @@ def _caption(sample: Sample, where: str) -> str:
 
 def features_of(encoder: T5Features) -> TextFeatures:
     """The manifest's entry. Raises ValueError when the encoder does not exist."""
+    from mmtensorar.captions.encoders import encoder_hash, encoder_width
+
     return TextFeatures(
         text_encoder=encoder.path,
         weight_hash=encoder_hash(encoder.path, key="--text-encoder"),
@@ -138,11 +145,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: list[str] | None = None) -> int:
     assert __doc__ is not None
     description, _, epilog = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python data_tools/encode_text.py",
+    parser = Parser(
+        prog="python -m data_tools.encode_text",
         description=description,
         epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("shards", type=Path, help="shard folder")
@@ -157,6 +163,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", help="(default: cuda if there is one, else cpu)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     options = parser.parse_args(arguments)
+    check_set(options.shards)
+    # Imported after the checks, since torch takes seconds.
+    from mmtensorar.captions.encoders import T5Features
+
     try:
         encoder = T5Features(
             options.text_encoder,

@@ -1,7 +1,7 @@
 """Look at a shard folder: what is in it, and how its captions and pictures are distributed.
 
-    python data_tools/inspect_shards.py data/mine
-    python data_tools/inspect_shards.py data/mine --html sheet.html
+    mmtensorar shards inspect data/mine
+    mmtensorar shards inspect data/mine --html sheet.html
 
 --html writes a page with the same facts, and pictures from all over the set with their captions.
 """
@@ -12,7 +12,6 @@ from pathlib import Path
 if __name__ == "__main__":  # Python puts a script's own folder here; imports start at the checkout
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import argparse
 import base64
 import html
 import io
@@ -27,7 +26,7 @@ from tqdm import tqdm
 
 from data_tools.argument_types import positive
 from data_tools.check_shards import check_class, check_writable
-from mmtensorar.cli import command
+from mmtensorar.cli import Parser, command
 from mmtensorar.data import tars
 from mmtensorar.data.members import decode_caption
 from mmtensorar.data.pictures import decode_picture, encoded_picture
@@ -225,11 +224,10 @@ def print_histogram(title: str, rows: list[tuple[str, int]]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     assert __doc__ is not None
     description, _, epilog = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python data_tools/inspect_shards.py",
+    parser = Parser(
+        prog="python -m data_tools.inspect_shards",
         description=description,
         epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("shards", type=Path, help="shard folder")

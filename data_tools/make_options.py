@@ -12,6 +12,7 @@ from data_tools import storage
 from data_tools.argument_types import fraction, image_side, num_bytes, positive, quality, ratio, whole
 from data_tools.pipeline import LEFT_OUT
 from data_tools.sources import Source, known_sources
+from mmtensorar.cli import Parser
 
 Sources = Mapping[str, Source]
 
@@ -22,11 +23,10 @@ def parse(arguments: list[str] | None, *, description: str, epilog: str) -> argp
     Adds to the options: source, the kind of source, and location, the value of its option.
     """
     sources = known_sources()
-    parser = argparse.ArgumentParser(
-        prog="python data_tools/make_shards.py",
+    parser = Parser(
+        prog="python -m data_tools.make_shards",
         description=description,
         epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     _add_sources(parser, sources)
@@ -137,7 +137,7 @@ def _add_pictures(parser: argparse.ArgumentParser) -> None:
         "--image-size",
         type=image_side,
         help="pixels a side (default: 384; 64 for shapes): the image tokenizer's size, or a larger one "
-        "for encode_codes.py --crops 10; LlamaGen's is 1.1 times, 281 for 256 and 422 for 384",
+        "for shards encode-codes --crops 10; LlamaGen's is 1.1 times, 281 for 256 and 422 for 384",
     )
     group.add_argument(
         "--crop",
@@ -160,7 +160,7 @@ def _add_encoders(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--image-tokenizer",
         metavar="PATH",
-        help="add codes as encode_codes.py would: folder, file or hub id",
+        help="add codes as shards encode-codes would: folder, file or hub id",
     )
     group.add_argument("--name", help="kind of image tokenizer, if its tensors do not show it")
     group.add_argument(
@@ -170,7 +170,7 @@ def _add_encoders(parser: argparse.ArgumentParser) -> None:
         help="the image tokenizer's, if its files do not say",
     )
     group.add_argument(
-        "--crops", type=int, choices=[1, 2, 5, 10], default=1, help="codes per image, see encode_codes.py"
+        "--crops", type=int, choices=[1, 2, 5, 10], default=1, help="codes per image, see shards encode-codes"
     )
     group.add_argument(
         "--precision", choices=["fp32", "bf16"], default="fp32", help="of encoding (default: fp32)"
@@ -178,13 +178,13 @@ def _add_encoders(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--text-encoder",
         metavar="PATH",
-        help="add text features as encode_text.py would: a T5's folder or hub id",
+        help="add text features as shards encode-text would: a T5's folder or hub id",
     )
     group.add_argument(
         "--caption-cleaning",
         choices=["original", "lower", "none"],
         default="original",
-        help="see encode_text.py",
+        help="see shards encode-text",
     )
     group.add_argument(
         "--max-tokens", type=positive, default=120, help="longer captions are cut (default: 120)"

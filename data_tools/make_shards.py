@@ -1,19 +1,19 @@
 """Make shards of images and captions, in WebDataset's layout (see mmtensorar/data/shards.py).
 
-    python data_tools/make_shards.py --folder my_images --out data/mine
+    mmtensorar shards make --folder my_images --out data/mine
         a.jpg with its caption in a.txt or a.json, at any depth
-    python data_tools/make_shards.py --jsonl my_images/list.jsonl --out data/mine
+    mmtensorar shards make --jsonl my_images/list.jsonl --out data/mine
         lines {"image": path, "caption": text}
-    python data_tools/make_shards.py --csv my_images/list.csv --out data/mine
+    mmtensorar shards make --csv my_images/list.csv --out data/mine
         columns image and caption
-    python data_tools/make_shards.py --parquet rows.parquet --caption-columns short,long \\
+    mmtensorar shards make --parquet rows.parquet --caption-columns short,long \\
         --captions random --out data/mine
-    python data_tools/make_shards.py --dataset lambdalabs/naruto-blip-captions \\
+    mmtensorar shards make --dataset lambdalabs/naruto-blip-captions \\
         --caption-columns text --out data/naruto
-    python data_tools/make_shards.py --tars old_shards --min-side 512 --deduplicate --out data/better
-    python data_tools/make_shards.py --class-folder imagenet/train --out data/imagenet
+    mmtensorar shards make --tars old_shards --min-side 512 --deduplicate --out data/better
+    mmtensorar shards make --class-folder imagenet/train --out data/imagenet
         one sub-folder per class
-    python data_tools/make_shards.py --synthesize shapes --num-samples 4096 --out data/shapes
+    mmtensorar shards make --synthesize shapes --num-samples 4096 --out data/shapes
 
 The same arguments give the same bytes, for any number of workers. A finished set is reused.
 An interrupted run resumes when the same command is given again.

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from pydantic import BaseModel
 from tqdm import tqdm
 
-from mmtensorar import devices, ranks
-from mmtensorar.data.shards import Manifest, Sample, Shard, Staging, write_tar
+from mmtensorar import ranks
+from mmtensorar.data.shards import MANIFEST, Manifest, Sample, Shard, Staging, write_tar
+
+if TYPE_CHECKING:
+    import torch
 
 # ---- ranks -----------------------------------------------------------------------------------
 
@@ -20,6 +23,8 @@ def join_ranks() -> None:
     """Join a launcher's process group, if there is one, and share the CPU cores."""
     if ranks.world_size() == 1:
         return
+    import torch
+
     if not torch.distributed.is_initialized():
         # Shards differ in size, so that a rank may wait for hours at the end. A rank that
         # fails ends, and the launcher then ends the others.
@@ -31,6 +36,8 @@ def join_ranks() -> None:
 def wait_for_ranks() -> None:
     """Wait until all ranks have called this."""
     if ranks.world_size() > 1:
+        import torch
+
         torch.distributed.barrier()
 
 
@@ -45,6 +52,10 @@ def pick_device(name: str | None) -> torch.device:
 
     Raises ValueError like devices.pick.
     """
+    import torch
+
+    from mmtensorar import devices
+
     local_rank = ranks.local_rank()
     if name is None and local_rank is not None and torch.cuda.is_available():
         name = f"cuda:{local_rank}"
@@ -52,6 +63,13 @@ def pick_device(name: str | None) -> torch.device:
 
 
 # ---- rewriting -------------------------------------------------------------------------------
+
+
+def check_set(folder: Path) -> None:
+    """Raise ValueError, before torch is imported, for a folder that is not a shard set."""
+    # Until an interrupted replacement is finished (read_set), a set has no manifest.
+    if not any(folder.glob(f"{Staging.PREFIX}*/{MANIFEST}")):
+        Manifest.read(folder, complete=False)
 
 
 def read_set(folder: Path) -> Manifest:

@@ -7,7 +7,6 @@ Each row is a prompt, and shows its first images. The prompts are the first ones
 that they are not chosen by their images.
 """
 
-import argparse
 import sys
 import textwrap
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from eval import layout
 from eval.report_table import by_name
 from mmtensorar import files
-from mmtensorar.cli import command
+from mmtensorar.cli import Parser, command
 
 GREEN, RED, GREY, INK = (40, 150, 60), (205, 45, 45), (190, 190, 190), (20, 20, 20)
 FRAME, GAP, BETWEEN = 2, 4, 16
@@ -116,11 +115,10 @@ def compose(
 
 @command
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m eval.gallery",
         description="Images of several models side by side.",
-        epilog="Example:\n  python -m eval.gallery runs/eval/plain new=runs/eval/tensorar --out gallery.png",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example="runs/eval/plain new=runs/eval/tensorar --out gallery.png",
     )
     parser.add_argument("folders", nargs="+", metavar="[NAME=]FOLDER")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.png")

@@ -39,6 +39,7 @@ from tqdm import tqdm
 from eval import versions
 from eval.layout import RECORD, image_path, read_record
 from mmtensorar import cli, ranks
+from mmtensorar.checkpoints.index import read_index
 from mmtensorar.files import sha256, write_text
 from mmtensorar.sampling.settings import LOADING, SAMPLING, add_generation, given_settings, without_removed
 from mmtensorar.seeds import image_seed
@@ -74,12 +75,7 @@ def command(main: cli.Main) -> cli.Main:
 
 def make_parser(module: str, description: str, *, example: str) -> argparse.ArgumentParser:
     """A parser whose help ends with an example. module: as in `python -m`; example: its arguments."""
-    return argparse.ArgumentParser(
-        prog=f"python -m {module}",
-        description=description,
-        epilog=f"Example:\n  python -m {module} {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    return cli.Parser(prog=f"python -m {module}", description=description, example=example)
 
 
 def add_options(
@@ -115,9 +111,17 @@ def add_options(
 def parse(
     parser: argparse.ArgumentParser, arguments: Sequence[str] | None, **least: int
 ) -> argparse.Namespace:
-    """Parse. Raises ValueError for a number below its least value; least: of an evaluator's own options."""
+    """Parse. Raises ValueError for a number below its least value, or a folder that is missing.
+
+    least: the least values of an evaluator's own options.
+    """
     options = parser.parse_args(arguments)
     check_numbers(options, num_images=1, seed=0, **least)
+    # Before a detector or a judge is loaded, or downloaded.
+    if options.ckpt is not None:
+        read_index(options.ckpt)
+    if options.images is not None and not options.images.exists():
+        raise ValueError(f"--images: {options.images} does not exist")
     return options
 
 

@@ -5,13 +5,12 @@ are the bounds to compare them with: the ceiling (correctly drawn pictures, and 
 image tokenizer's round trip) and chance.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from eval import tables
-from mmtensorar.cli import command
+from mmtensorar.cli import Parser, command
 from mmtensorar.files import read_json
 
 
@@ -165,11 +164,10 @@ def by_name(arguments: Sequence[str], what: str) -> dict[str, Path]:
 
 @command
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m eval.report_table",
         description="Scores of several models in one table.",
-        epilog="Example:\n  python -m eval.report_table plain=runs/eval/plain/summary.json --markdown",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example="plain=runs/eval/plain/summary.json --markdown",
     )
     parser.add_argument("summaries", nargs="+", metavar="[NAME=]summary.json")
     parser.add_argument("--markdown", action="store_true", help="as a Markdown table")

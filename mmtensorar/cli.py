@@ -4,17 +4,24 @@
     mmtensorar VERB --help
 
 A verb is a function `main(arguments) -> exit code` of a module; most also run as `python -m MODULE`.
+Every command reads its options with `Parser`, and is decorated with `command`.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextvars
 import difflib
 import functools
 import importlib
 import importlib.metadata
+import re
 import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
+
+from mmtensorar import ranks
 
 
 class Main(Protocol):
@@ -33,7 +40,9 @@ class Verb(NamedTuple):
 
 # A verb may have two words.
 VERBS: dict[str, Verb] = {
-    "train": Verb("mmtensorar.train", "train from a recipe (several GPUs: deepspeed mmtensorar/train.py)"),
+    "train": Verb(
+        "mmtensorar.train_command", "train from a recipe (several GPUs: deepspeed mmtensorar/train.py)"
+    ),
     "generate": Verb("mmtensorar.generate", "prompts or class numbers to pictures"),
     "recipe": Verb("mmtensorar.recipe.__main__", "check a recipe and print it resolved"),
     "plan": Verb(
@@ -42,9 +51,7 @@ VERBS: dict[str, Verb] = {
     "convert": Verb("mmtensorar.convert", "released weights to a model folder, and back"),
     "export": Verb("mmtensorar.export", "a run state to a model folder"),
     "merge": Verb("mmtensorar.merge", "fold adapters into the backbone's weights"),
-    "image-tokenizer": Verb(
-        "mmtensorar.image_tokenizers.__main__", "round trip of a picture through an image tokenizer"
-    ),
+    "image-tokenizer": Verb("mmtensorar.roundtrip", "round trip of a picture through an image tokenizer"),
     "shards make": Verb("data_tools.make_shards", "pictures and captions to shards"),
     "shards encode-codes": Verb("data_tools.encode_codes", "add image codes to shards"),
     "shards encode-text": Verb("data_tools.encode_text", "add text features to shards"),
@@ -56,6 +63,12 @@ VERBS: dict[str, Verb] = {
     "study": Verb("study.__main__", "grids of small runs"),
 }
 CHECKOUT_ONLY = ("data_tools", "eval", "study")  # not installed: their names are too general
+
+_verb: contextvars.ContextVar[str | None] = contextvars.ContextVar("verb", default=None)
+"""The verb that this process was started with; None in `python -m MODULE`."""
+
+
+# ---- errors --------------------------------------------------------------------------------------
 
 
 def command(main: Main) -> Main:
@@ -77,6 +90,142 @@ def command(main: Main) -> Main:
             return 130
 
     return wrapped
+
+
+# ---- options -------------------------------------------------------------------------------------
+
+# What argparse says -> what we say. \1 is the option.
+_SENTENCES = (
+    (
+        r"argument (.+): expected one argument",
+        r"\1 needs a value; one that starts with - is written \1=VALUE",
+    ),
+    (r"argument (.+): expected at least one argument", r"\1 needs a value"),
+    (r"argument (.+): not allowed with argument (.+)", r"\1 cannot be combined with \2"),
+    (r"argument (.+): ignored explicit argument (.+)", r"\1 takes no value, got \2"),
+    (r"argument (.+): invalid int value: (.*)", r"\1: expected a whole number, got \2"),
+    (r"argument (.+): invalid float value: (.*)", r"\1: expected a number, got \2"),
+    (r"argument (.+): invalid (.+) value: (.*)", r"\1: expected \2, got \3"),
+    (r"argument (.+?): (.*)", r"\1: \2"),
+    (r"ambiguous option: (.+) could match (.+)", r"\1 could be any of \2"),
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """The options of a command. A mistake is one sentence, with the nearest option or value.
+
+    Like argparse's own class, with three differences: prog, such as `python -m mmtensorar.generate`, is
+    replaced by `mmtensorar VERB` when the command was started so; the help keeps the line breaks of its
+    texts; and the help ends with `example`, the arguments of one call.
+    """
+
+    def __init__(
+        self,
+        *,
+        prog: str,
+        example: str | None = None,
+        epilog: str | None = None,
+        passes_on: bool = False,
+        **settings: Any,
+    ):
+        """As argparse.ArgumentParser, and:
+
+        example: given instead of epilog.
+        passes_on: whether another parser reads the options that this one does not know.
+        """
+        prog = as_started(prog)
+        if example is not None:
+            epilog = f"example:\n  {prog} {example}"
+        settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(prog=prog, epilog=epilog, **settings)
+        self.passes_on = passes_on
+        self._words: list[str] = []
+
+    def parse_known_args(self, args=None, namespace=None):  # argparse's names
+        """As argparse's; remembers the words, for `error`."""
+        self._words = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
+    def parse_args(self, args=None, namespace=None):
+        """As argparse's; an argument that is left over is reported with the nearest option."""
+        options, rest = self.parse_known_args(args, namespace)
+        if rest:
+            self.error(self._left_over(rest))
+        return options
+
+    def parse_intermixed_args(self, args=None, namespace=None):
+        """As argparse's; an argument that is left over is reported with the nearest option."""
+        options, rest = self.parse_known_intermixed_args(args, namespace)
+        if rest:
+            self.error(self._left_over(rest))
+        return options
+
+    def error(self, message: str) -> NoReturn:
+        """Print one sentence and where the options are explained, on the first rank; exit code 2."""
+        if ranks.is_first():
+            print(f"error: {self._sentence(message)}", file=sys.stderr)
+            print(f"{self.prog} --help shows the options", file=sys.stderr, flush=True)
+        raise SystemExit(2)
+
+    def _sentence(self, message: str) -> str:
+        """A message of argparse, or of a command, in our words."""
+        # A mistyped --ckpt is reported as such, not as a missing --ckpt.
+        unknown = [word for word in self._words if word.startswith("--") and not self._is_known(word)]
+        if unknown and not self.passes_on and "--" not in self._words:
+            return self._left_over(unknown)
+        if missing := re.fullmatch(r"the following arguments are required: (.+)", message, re.S):
+            return f"{missing[1]} {'are' if ',' in missing[1] else 'is'} missing"
+        if one_of := re.fullmatch(r"one of the arguments (.+) is required", message):
+            return f"expected one of {', '.join(one_of[1].split())}"
+        if choice := re.fullmatch(
+            r"argument (.+?): invalid choice: (.*) \(choose from (.*)\)", message, re.S
+        ):
+            known = [word.strip("' ") for word in choice[3].split(",")]
+            expected = f"{choice[1]}: expected one of {', '.join(known)}, got {choice[2]}"
+            return expected + nearest_of(choice[2].strip("'"), known)
+        for pattern, ours in _SENTENCES:
+            if found := re.fullmatch(pattern, message, re.S):
+                return found.expand(ours)
+        return message
+
+    def _left_over(self, rest: Sequence[str]) -> str:
+        """The sentence about arguments that no option takes."""
+        word = next((word for word in rest if word.startswith("-") and word != "--"), None)
+        if word is None:
+            return f"unexpected argument {rest[0]!r}"
+        name = word.partition("=")[0]
+        if "." in name:
+            return f"unknown option {name}; a setting of the recipe is written {name.lstrip('-')}=VALUE"
+        return f"unknown option {name}{nearest_of(name, list(self._known()))}"
+
+    def _is_known(self, word: str) -> bool:
+        name = word.partition("=")[0]
+        return any(known == name or (self.allow_abbrev and known.startswith(name)) for known in self._known())
+
+    def _known(self) -> Iterator[str]:
+        """The names of all options, those of sub-commands included."""
+        yield from self._option_string_actions
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for parser in action.choices.values():
+                    yield from parser._option_string_actions
+
+
+def as_started(prog: str) -> str:
+    """`python -m MODULE ...`, or `mmtensorar VERB ...` when the command was started so."""
+    verb = _verb.get()
+    if verb is None:
+        return prog
+    return re.sub(r"^python -m \S+", f"mmtensorar {verb}", prog)
+
+
+def nearest_of(word: str, known: Iterable[str]) -> str:
+    """`; did you mean WORD?`, or nothing when no known word resembles this one."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+# ---- verbs ---------------------------------------------------------------------------------------
 
 
 def usage() -> str:
@@ -151,7 +300,11 @@ def main(arguments: list[str] | None = None) -> int:
     for count in (2, 1):
         name = " ".join(words[:count])
         if name in VERBS:
-            return load(name)(words[count:])
+            started = _verb.set(name)
+            try:
+                return load(name)(words[count:])
+            finally:
+                _verb.reset(started)
     raise ValueError(unknown_verb(words))
 
 

@@ -1,7 +1,7 @@
 """Convert released weights to a model folder of this project, and back to their authors' layout.
 
-    python -m mmtensorar.convert SRC DST [--image-tokenizer PATH] [--image-size PIXELS] [--kind KIND]
-    python -m mmtensorar.convert --original CKPT DST [--base PATH] [--drop-tensorar]
+    mmtensorar convert SRC DST [--image-tokenizer PATH] [--image-size PIXELS] [--kind KIND]
+    mmtensorar convert --original CKPT DST [--base PATH] [--drop-tensorar]
 
 SRC is a file or folder as its authors published it, or a Hugging Face id (of one file: OWNER/NAME/FILE). Its
 kind is recognised from its tensors. A backbone becomes a model folder of window 1, for `generate --ckpt DST`
@@ -25,37 +25,37 @@ are read completely). DST appears when it is complete, and is never replaced.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from mmtensorar.checkpoints.convert import convert, original
-from mmtensorar.checkpoints.recognise import kinds
-from mmtensorar.cli import command
+from mmtensorar.cli import Parser, command
+from mmtensorar.recipe import known_names
 
 EXAMPLE = """examples:
-  python -m mmtensorar.convert deepseek-ai/Janus-Pro-1B models/janus_1b
-  python -m mmtensorar.convert c2i_B_256.pt models/llamagen_b --image-tokenizer vq_ds16_c2i.pt
-  python -m mmtensorar.convert --original runs/NAME/model janus_tuned
+  mmtensorar convert deepseek-ai/Janus-Pro-1B models/janus_1b
+  mmtensorar convert c2i_B_256.pt models/llamagen_b --image-tokenizer vq_ds16_c2i.pt
+  mmtensorar convert --original runs/NAME/model janus_tuned
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command's options."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m mmtensorar.convert",
         description="Convert released weights to a model folder of this project, or back.",
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("source", metavar="SRC", help="released file, folder or hub id; with --original a model folder")
     add("target", metavar="DST", type=Path, help="what to write; it must not exist")
+    kinds = [*known_names("backbone"), *known_names("image_tokenizer")]
     add = parser.add_argument_group("to a model folder").add_argument
-    add("--kind", choices=kinds(), help="what SRC is, if its tensors do not show it")
+    add(
+        "--kind",
+        choices=kinds,
+        help="what SRC is, if its tensors do not show it",
+    )
     add(
         "--image-tokenizer", metavar="PATH", help="the backbone's image tokenizer, if SRC has none (LlamaGen)"
     )
@@ -88,6 +88,11 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"--{option} has no use {which} --original")
     if os.path.lexists(options.target):
         raise ValueError(f"DST: {options.target} exists already; give another name, or remove it")
+    # Imported after the checks, since torch takes seconds.
+    from safetensors import SafetensorError
+
+    from mmtensorar.checkpoints.convert import convert, original
+
     try:
         if options.original:
             print(original(Path(options.source), options.target, **back_only))

@@ -1,27 +1,24 @@
 """Make a model folder of a run's saved state, or of the average of its weights, without ranks or DeepSpeed.
 
-    python -m mmtensorar.export runs/NAME [--step 2000 | latest | best] [--average] --out FOLDER
+    mmtensorar export runs/NAME [--step 2000 | latest | best] [--average] --out FOLDER
 
 A finished run has already written runs/NAME/model. Use this for earlier steps and for unfinished runs.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from mmtensorar.checkpoints.export import export
-from mmtensorar.cli import command
+from mmtensorar.cli import Parser, command
 
 
 @command
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m mmtensorar.export",
         description="Make a model folder of a run's saved state.",
-        epilog="example:\n  python -m mmtensorar.export runs/NAME --step best --out best_model/",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example="runs/NAME --step best --out best_model/",
     )
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--step", default="latest", help="a saved step, latest (the default), or best")
@@ -30,6 +27,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     options = parser.parse_args(arguments)
+    if not (options.run / "recipe.yaml").is_file():
+        raise ValueError(f"{options.run} is not a run folder: it has no recipe.yaml")
+    # Imported after the checks, since torch takes seconds.
+    from mmtensorar.checkpoints.export import export
+
     step = export(options.run, options.step, options.out, average=options.average)
     what = "the average at" if options.average else "the model of"
     print(f"{what} step {step} is in {options.out}")

@@ -1,7 +1,7 @@
 """Generate images from captions or class numbers, with a model folder.
 
-    python -m mmtensorar.generate --ckpt FOLDER --prompt "a red circle" --num-images 4 --out out/
-    python -m mmtensorar.generate --ckpt FOLDER --class 207 360 --num-images 4 --out out/
+    mmtensorar generate --ckpt FOLDER --prompt "a red circle" --num-images 4 --out out/
+    mmtensorar generate --ckpt FOLDER --class 207 360 --num-images 4 --out out/
 
 Image j of a prompt has seed --seed + j. The output folder receives {number}_{seed}.png
 and one line per image in prompts.jsonl. If the folder holds images already, new ones are
@@ -17,20 +17,19 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from PIL import Image
-from safetensors.torch import save_file
-from torch import Tensor
 from tqdm import tqdm
 
-from mmtensorar.cli import command
-from mmtensorar.pipeline import Generator, check_seed, save_png
+from mmtensorar.checkpoints.index import read_index
+from mmtensorar.cli import Parser, command
 from mmtensorar.sampling.settings import LOADING, add_generation, at_least_1, given_settings
-from mmtensorar.sampling.trace import revisions
+from mmtensorar.seeds import check_seed
 
-EXAMPLE = """example:
-  python -m mmtensorar.generate --ckpt recipes/tiny/weights/base --prompt "a red circle" --out out/
-"""
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mmtensorar.pipeline import Generator
 
 Prompt = str | int  # a caption, or a class number
 
@@ -69,6 +68,8 @@ def count(number: int, noun: str) -> str:
 
 def write_images(generator: Generator, prompts: Sequence[Prompt], options: argparse.Namespace) -> list[Path]:
     """Generate --num-images for each prompt into --out; returns the image files."""
+    from mmtensorar.pipeline import save_png
+
     generator.check(prompts)
     sampling = generator.sampling(**given_settings(options))
     print(", ".join(f"{key} {value}" for key, value in generator.runs_as().items()), file=sys.stderr)
@@ -122,6 +123,12 @@ def write_trace(generator: Generator, windows: Tensor, path: Path, origin: dict[
         path: the image file.
         origin: see `origin_of`; both files record it.
     """
+    from PIL import Image
+    from safetensors.torch import save_file
+
+    from mmtensorar.pipeline import save_png
+    from mmtensorar.sampling.trace import revisions
+
     metadata = {key: str(value) for key, value in origin.items()}
     metadata["windows"] = "[T, K, F]; windows[t, j] is token t + j at step t"
     save_file({"windows": windows.cpu().contiguous()}, path.with_suffix(".windows.safetensors"), metadata)
@@ -135,11 +142,10 @@ def write_trace(generator: Generator, windows: Tensor, path: Path, origin: dict[
 
 
 def read_options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m mmtensorar.generate",
         description="Generate images from captions or class numbers.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example='--ckpt recipes/tiny/weights/base --prompt "a red circle" --out out/',
     )
     parser.add_argument("--ckpt", type=Path, required=True, help="model folder, such as runs/NAME/model")
     parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
@@ -169,6 +175,10 @@ def main(arguments: list[str] | None = None) -> int:
     prompts = read_prompts(options)
     for seed in (options.seed, options.seed + options.num_images - 1):
         check_seed(seed)
+    read_index(options.ckpt)
+    # Imported after the checks, since torch takes seconds.
+    from mmtensorar.pipeline import Generator
+
     generator = Generator.load(options.ckpt, **{name: getattr(options, name) for name in LOADING})
     try:
         paths = write_images(generator, prompts, options)

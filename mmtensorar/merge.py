@@ -1,21 +1,23 @@
 """Fold the adapters of a model folder into its weights.
 
-python -m mmtensorar.merge runs/NAME/model OUT
+mmtensorar merge runs/NAME/model OUT
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from mmtensorar.checkpoints import model_folder
-from mmtensorar.cli import command
+from mmtensorar.checkpoints.index import read_index
+from mmtensorar.cli import Parser, command
 
 
 def merge(source: Path, target: Path) -> None:
     """Write a model folder of adapters as one with all weights. Raises ValueError when it has no adapters."""
-    index = model_folder.read_index(source)
+    index = read_index(source)
+    # Imported after the check, since torch takes seconds.
+    from mmtensorar.checkpoints import model_folder
+
     if not (source / model_folder.ADAPTERS).is_file():
         raise ValueError(f"{source} has no {model_folder.ADAPTERS}: it holds all weights already")
     loaded = model_folder.load(source)
@@ -27,11 +29,10 @@ def merge(source: Path, target: Path) -> None:
 
 @command
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m mmtensorar.merge",
         description="Fold the adapters of a model folder into its weights.",
-        epilog="example:\n  python -m mmtensorar.merge runs/NAME/model merged/",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example="runs/NAME/model merged/",
     )
     parser.add_argument("source", type=Path, help="model folder of adapters, such as runs/NAME/model")
     parser.add_argument("target", type=Path, help="folder to write")

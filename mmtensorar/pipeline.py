@@ -27,6 +27,7 @@ from mmtensorar.model.attention import Implementation
 from mmtensorar.recipe import SamplerSettings
 from mmtensorar.sampling.decode import Decoded, decode
 from mmtensorar.sampling.settings import merge
+from mmtensorar.seeds import check_seed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -189,12 +190,6 @@ class Generator:
         if self.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, DTYPES[self.precision])
-
-
-def check_seed(seed: int) -> None:
-    """Raise ValueError for a seed that torch's generators do not take."""
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed is {seed}; expected 0 or more, and less than 2^63")
 
 
 def save_png(image: Image.Image, path: Path, **text: object) -> None:

@@ -18,8 +18,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn, TextIO
 
-import torch
-
 SAVER_THREAD = "run state"  # name of the thread that writes a run state in the background
 
 
@@ -37,7 +35,8 @@ def exit_process(code: int) -> NoReturn:
     for thread in threading.enumerate():
         if thread.name == SAVER_THREAD:
             thread.join()  # a run state from before the error is worth keeping
-    if code and torch.distributed.is_initialized():
+    torch = sys.modules.get("torch")  # without it there is no process group
+    if code and torch is not None and torch.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -25,3 +25,9 @@ def image_seed(seed: int, prompt_index: int, image_index: int) -> int:
 def generator_for(seed: int, key: str) -> np.random.Generator:
     """Random numbers of one item; they do not depend on the order of the items."""
     return np.random.default_rng([seed, int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")])
+
+
+def check_seed(seed: int) -> None:
+    """Raise ValueError for a seed that torch's generators do not take."""
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed}; expected 0 or more, and less than 2^63")

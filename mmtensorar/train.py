@@ -1,7 +1,7 @@
 """Train a model from a recipe.
 
     deepspeed mmtensorar/train.py RECIPE.yaml [key=value ...] [--resume]
-    python mmtensorar/train.py RECIPE.yaml [key=value ...]          one process
+    mmtensorar train RECIPE.yaml [key=value ...]                    one process
 
 The run folder (run.out/run.name) receives recipe.yaml (resolved), log.jsonl,
 tensorboard/, samples/, checkpoints/ (the run state, for resuming) and model/ (the model
@@ -21,8 +21,10 @@ if __name__ == "__main__":
     # ours would hide installed ones of the same name. The repository root belongs
     # there.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from mmtensorar import train_command
 
-import argparse
+    train_command.check()  # a wrong option ends here, before the imports below take seconds
+
 import math
 import os
 from contextlib import ExitStack
@@ -36,6 +38,7 @@ from mmtensorar.data import checks, loader
 from mmtensorar.processes import StopSignals, exit_process
 from mmtensorar.recipe import Recipe
 from mmtensorar.seeds import seed_for
+from mmtensorar.train_command import read_options
 from mmtensorar.training import engine_private, run_state, sample_grid
 from mmtensorar.training.distributed import (
     barrier,
@@ -325,7 +328,7 @@ def count_skipped(run: TrainingRun, skipped: list[str]) -> None:
         raise ValueError(
             f"{run.num_skipped} damaged samples were skipped by step {run.step}, more than data.max_skipped "
             f"{data.max_skipped:g} of an epoch of {run.epoch_samples}; {run.last_saved()}. "
-            "data_tools/check_shards.py lists what is damaged"
+            "mmtensorar shards check lists what is damaged"
         )
 
 
@@ -402,26 +405,7 @@ def finish(run: TrainingRun) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit code: 2 after an error, 130 after a second Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        prog="python mmtensorar/train.py",
-        description="Train a model from a recipe.",
-        epilog="examples:\n"
-        "  python mmtensorar/train.py recipes/tiny/tensorar.yaml train.precision=fp32 train.steps=20\n"
-        "  deepspeed mmtensorar/train.py recipes/janus_pro_7b.yaml --resume",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("recipe", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.steps=100")
-    parser.add_argument(
-        "--plain",
-        action="store_true",
-        help="train the control: the same without TensorAR (window 1), as run NAME_plain",
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="continue the run in the run folder, if there is one"
-    )
-    parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
-    options = parser.parse_intermixed_args(arguments)
+    options = read_options(arguments)
     # Not `cli.command`: there every process prints its error, since it runs on its own. Here all
     # ranks raise an error that rank 0 prints, and a rank's own OSError is printed by that rank.
     try:

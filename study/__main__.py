@@ -1,4 +1,7 @@
-"""Run a grid or write its page: python -m study run|report|across|time|check (docs/study/howto.md)."""
+"""Run a grid or write its page: mmtensorar study run|report|across|time|check (docs/study/howto.md).
+
+The functions import what they need, so that a mistyped option is reported before torch is imported.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,15 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mmtensorar.cli import command
+from mmtensorar.cli import Parser, command
 from mmtensorar.files import write_text
 from mmtensorar.sampling.settings import at_least_1
-from study import across, report
-from study.commands import ROOT
-from study.grid import BASE, USUAL, Grid
-from study.results import RESULTS, path_of, read
-from study.scores import Scores, collect, groups_of
+from study.commands import RESULTS, ROOT
+
+if TYPE_CHECKING:
+    from study.grid import Grid
 
 
 def seconds(text: str) -> float:
@@ -45,6 +48,8 @@ def _out(options: argparse.Namespace) -> Path:
 def run(options: argparse.Namespace) -> None:
     """Train and score what is missing of a grid."""
     from study import runner
+    from study.grid import Grid
+    from study.results import path_of
 
     runner.run(
         options.grid,
@@ -61,6 +66,9 @@ def run(options: argparse.Namespace) -> None:
 def check(options: argparse.Namespace) -> int:
     """Train and score one arm again; 0 when the score is within the stored score's interval, else 1."""
     from study import commands, runner, start
+    from study.grid import USUAL, Grid
+    from study.results import path_of, read
+    from study.scores import Scores, collect, groups_of
 
     grid = Grid.load(options.grid)
     _wanted(grid, [options.arm])
@@ -86,7 +94,9 @@ def check(options: argparse.Namespace) -> int:
 
 def time_steps(options: argparse.Namespace) -> None:
     """Time a few steps of every arm, alone on the machine: runs that share a machine slow each other."""
-    from study import runner, start, timing
+    from study import report, runner, start, timing
+    from study.grid import BASE, Grid
+    from study.results import path_of
 
     grid = Grid.load(options.grid)
     out = _out(options)
@@ -107,34 +117,38 @@ def time_steps(options: argparse.Namespace) -> None:
 
 def write_report(options: argparse.Namespace) -> None:
     """Write the page of one grid."""
+    from study import report
+    from study.results import path_of, read
+
     results = options.results or path_of(options.grid)
     print(report.write(options.grid, results, read(results)))
 
 
 def write_across(options: argparse.Namespace) -> None:
     """Write the page over several grids."""
+    from study import across
+    from study.results import read
+
     studies = [across.load(path, read(options.folder / path.stem / RESULTS)) for path in options.grids]
     print(across.write(studies, options.folder))
 
 
-def _add(commands, name: str, call, *, help: str, example: str) -> argparse.ArgumentParser:
+def _add(commands, name: str, call, *, help: str, example: str) -> Parser:
     parser = commands.add_parser(
         name,
         help=help,
         description=f"{help[0].upper()}{help[1:]}.",
-        epilog=f"Example:\n  python -m study {name} {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example=example,
     )
     parser.set_defaults(call=call)
     return parser
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m study",
         description="Grids of small runs, scored alike.",
-        epilog="Example:\n  python -m study run study/grids/shapes.yaml --budget 2h",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example="run study/grids/shapes.yaml --budget 2h",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     shapes = "study/grids/shapes.yaml"
@@ -213,6 +227,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 @command
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    # Checked here, since the functions above import torch, which takes seconds.
+    for grid in getattr(options, "grids", None) or [options.grid]:
+        if not grid.is_file():
+            raise ValueError(f"{grid}: no such grid; expected a YAML file, such as study/grids/shapes.yaml")
     try:
         return options.call(options) or 0
     except KeyboardInterrupt:

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = "results.jsonl"  # the rows of a grid, in docs/study/GRID
 
 
 def run(*command: object, log: Path | None = None) -> None:

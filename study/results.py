@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmtensorar import files
-from study.commands import ROOT
+from study.commands import RESULTS, ROOT
 from study.grid import Grid, comparable
 
-RESULTS = "results.jsonl"
 KEYS = {
     "arm",
     "seed",

@@ -7,7 +7,6 @@ outputs until `revive_until` (a share of the steps). Shapes: B pictures, N = B t
 of one picture, C width of a code, V codes.
 """
 
-import argparse
 import math
 import sys
 import time
@@ -21,7 +20,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from mmtensorar.checkpoints.released import fill
-from mmtensorar.cli import command
+from mmtensorar.cli import Parser, command
 from mmtensorar.data.pictures import sample_picture
 from mmtensorar.data.shards import Manifest, iterate_shard
 from mmtensorar.image_tokenizers import to_pixels
@@ -345,12 +344,10 @@ def _log(recipe: ImageTokenizerRecipe, step: int, of_step: Losses, codebook: Cod
 
 @command
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m study.train_image_tokenizer",
         description="Train a small JanusVQVAE on the pictures of a shard folder.",
-        epilog="Example:\n"
-        "  python -m study.train_image_tokenizer recipes/tiny/image_tokenizer.yaml steps=200",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example="recipes/tiny/image_tokenizer.yaml steps=200",
     )
     parser.add_argument("recipe", help="YAML file; see recipes/tiny/image_tokenizer.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")

@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -21,6 +22,135 @@ def test_the_help_of_every_verb_has_an_example(verb, capsys):
     printed = capsys.readouterr().out
     assert ended.value.code == 0 and "usage:" in printed
     assert re.search(r"^ +(python|mmtensorar|deepspeed|torchrun) \S", printed, re.M)
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_usage_names_the_command_as_it_was_started(verb, capsys):
+    """`mmtensorar generate --help` once began with `usage: python -m mmtensorar.generate`."""
+    if verb == "train":
+        pytest.importorskip("deepspeed")
+    with pytest.raises(SystemExit):
+        cli.main([*verb.split(), "--help"])
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: mmtensorar {verb} ") and "python -m" not in printed.splitlines()[0]
+    with pytest.raises(SystemExit):
+        cli.load(verb)(["--help"])
+    assert capsys.readouterr().out.startswith(
+        "usage: mmtensorar plan " if verb == "plan" else "usage: python -m "
+    )
+
+
+def refusal(capsys, *words: str) -> list[str]:
+    """The lines that a command with a wrong option prints. It ends with code 2."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(list(words))
+    printed = capsys.readouterr()
+    assert ended.value.code == 2 and not printed.out
+    return printed.err.splitlines()
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_a_mistyped_option_is_one_sentence(verb, capsys):
+    """argparse prints the whole usage, up to 40 lines, before the mistake."""
+    if verb == "train":
+        pytest.importorskip("deepspeed")
+    lines = refusal(capsys, *verb.split(), "--xyzzy", "1")
+    assert lines == ["error: unknown option --xyzzy", f"mmtensorar {verb} --help shows the options"]
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        ("generate --promt x --ckpt y", "unknown option --promt; did you mean --prompt?"),
+        ("generate --chkpt y --prompt x", "unknown option --chkpt; did you mean --ckpt?"),
+        ("generate --prompt x", "--ckpt is missing"),
+        ("convert", "SRC, DST are missing"),
+        ("generate --ckpt x --seed ten", "--seed: expected a whole number, got 'ten'"),
+        (
+            "generate --ckpt x --prompt",
+            "--prompt needs a value; one that starts with - is written --prompt=VALUE",
+        ),
+        (
+            "generate --ckpt x --precision fp23",
+            "--precision: expected one of fp32, bf16, got 'fp23'; did you mean fp32?",
+        ),
+        ("generate --ckpt x a", "unexpected argument 'a'"),
+        (
+            "recipe r.yaml --train.steps 3",
+            "unknown option --train.steps; a setting of the recipe is written train.steps=VALUE",
+        ),
+        ("recipe", "recipe is missing"),
+        ("plan --pan r.yaml", "unknown option --pan"),
+        ("shards make --out x", "expected one of --class-folder, "),
+        ("shards make --out x --csv a --folder b", "--folder cannot be combined with --csv"),
+        ("shards make --out x --csv a --wrokers 2", "unknown option --wrokers; did you mean --workers?"),
+        ("shards check x --repair", "--repair needs a value"),
+        ("eval geneval --num 3", "--num could be any of --num-images, --num-prompts"),
+        ("eval geneval --ckpt x --images y", "--images cannot be combined with --ckpt"),
+        ("eval geneval compare x --aut y", "unknown option --aut; did you mean --out?"),
+        ("eval geneval watch --no-self-test", "run is missing"),
+        (
+            "image-tokenizer rundtrip",
+            "command: expected one of roundtrip, got 'rundtrip'; did you mean roundtrip?",
+        ),
+        ("study run --budgte 2h", "unknown option --budgte; did you mean --budget?"),
+        ("study run g.yaml --budget 2", "--budget: expected a time such as 90m or 2h, got '2'"),
+    ],
+)
+def test_a_wrong_option_is_one_sentence_with_a_hint(words, sentence, capsys):
+    lines = refusal(capsys, *words.split())
+    assert len(lines) == 2 and lines[0].startswith(f"error: {sentence}")
+    assert lines[1].startswith("mmtensorar ") and lines[1].endswith(" --help shows the options")
+
+
+@pytest.mark.launch
+def test_mistakes_are_reported_before_torch_is_imported():
+    """Importing torch takes seconds, up to a minute on a busy machine; a typing error need not wait for it.
+
+    All in one process, in which torch cannot be imported.
+    """
+    missing = [
+        ["train", "nowhere.yaml"],
+        ["recipe", "nowhere.yaml"],
+        ["plan", "nowhere.yaml"],
+        ["generate", "--ckpt", "nowhere", "--prompt", "x"],
+        ["generate", "--ckpt", "recipes/tiny/weights/base"],
+        ["generate", "--ckpt", "recipes/tiny/weights/base", "--prompts-file", "nowhere"],
+        ["convert", "nowhere", "recipes"],
+        ["export", "nowhere", "--out", "x"],
+        ["merge", "nowhere", "x"],
+        ["image-tokenizer", "roundtrip", "nowhere.png", "--tokenizer", "x"],
+        ["shards", "make", "--folder", "nowhere", "--out", "x"],
+        ["shards", "encode-codes", "nowhere", "--image-tokenizer", "x"],
+        ["shards", "encode-text", "nowhere"],
+        ["shards", "check", "nowhere"],
+        ["shards", "inspect", "nowhere"],
+        ["eval", "geneval", "--images", "nowhere"],
+        ["eval", "dpg", "--ckpt", "nowhere", "--bench", "x"],
+        ["eval", "fid", "--images", "nowhere", "--ref", "x"],
+        ["study", "run", "nowhere.yaml"],
+    ]
+    wrong = [[*verb.split(), option] for verb in cli.VERBS for option in ("--help", "--xyzzy")]
+    code = f"""
+import sys
+from mmtensorar import cli
+sys.modules["torch"] = None
+for words in {[*wrong, *missing]!r}:
+    try:
+        code = cli.main(words)
+    except SystemExit as ended:
+        code = ended.code
+    assert code == (0 if "--help" in words else 2), (words, code)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("error: ") == len(cli.VERBS) + len(missing)
+
+
+def test_only_the_first_rank_prints_a_wrong_option(capsys, monkeypatch):
+    """Under a launcher all ranks read the same command line; eight copies of a sentence hide it."""
+    monkeypatch.setenv("RANK", "3")
+    assert refusal(capsys, "shards", "encode-codes", "--xyzzy") == []
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["help"]])

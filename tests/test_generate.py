@@ -1,6 +1,7 @@
 """The generate command: a seed gives one image, the trace is read correctly, mistakes are one sentence."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -155,6 +156,9 @@ def test_the_error_names_the_prompts_that_a_model_takes(
     assert not (tmp_path / "out").exists()
 
 
+SHIPPED = str(Path(__file__).parents[1] / "recipes/tiny/weights/base")
+
+
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
@@ -162,7 +166,7 @@ def test_the_error_names_the_prompts_that_a_model_takes(
         (["--ckpt", "nowhere"], "no prompts: give --prompt"),
         (["--ckpt", "nowhere", "--prompts-file", "none.txt"], "none.txt"),
         (["--ckpt", "nowhere", "--prompt", "a", "--seed", "-1"], "seed is -1"),
-        (["--ckpt", "nowhere", "--prompt", "a", "--device", "tpu9"], "device is 'tpu9'"),
+        (["--ckpt", SHIPPED, "--prompt", "a", "--device", "tpu9"], "device is 'tpu9'"),
     ],
 )
 def test_mistakes_are_sentences(capsys, tmp_path, monkeypatch, arguments, sentence):

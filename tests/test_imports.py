@@ -48,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "study": {"mmtensorar", "worlds", "data_tools", "eval"},
 }
 # Entry points stand above all rooms of the package: commands, which no room's library imports.
-ENTRIES = {"train", "generate", "convert", "export", "merge", "cli", "__main__"}
+ENTRIES = {"train", "train_command", "roundtrip", "generate", "convert", "export", "merge", "cli", "__main__"}
 
 
 def module_of(name: str) -> str | None:

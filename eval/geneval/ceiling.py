@@ -11,7 +11,6 @@ chance        per prompt the share of pictures drawn for other prompts (of all s
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -23,7 +22,8 @@ from eval.geneval import suites
 from eval.geneval.score import by_class, judge
 from eval.geneval.suites import Suite
 from eval.intervals import wilson
-from mmtensorar.cli import command
+from mmtensorar.checkpoints.options import add_image_tokenizer
+from mmtensorar.cli import Parser, command
 from mmtensorar.files import write_text
 
 if TYPE_CHECKING:
@@ -91,23 +91,21 @@ def _bound(num_images: int, skills: dict[str, float]) -> dict:
 
 @command
 def main(arguments: list[str] | None = None) -> int:
-    from mmtensorar import image_tokenizers
-    from mmtensorar.checkpoints.recognise import image_tokenizer_from_arguments
-
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m eval.geneval.ceiling",
         description="Measure the highest score that a suite allows, and the score of chance.",
-        epilog="Example:\n  python -m eval.geneval.ceiling"
-        " --image-tokenizer recipes/tiny/weights/base/image_tokenizer",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example="--image-tokenizer recipes/tiny/weights/base/image_tokenizer",
     )
     parser.add_argument("--suite", default="shapes", help="a suite that can draw pictures: shapes")
-    image_tokenizers.add_arguments(parser, required=False)
+    add_image_tokenizer(parser, required=False)
     parser.add_argument("--num-images", type=int, default=1000, metavar="N", help="default 1000")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the numbers as JSON")
     options = parser.parse_args(arguments)
     suite = suites.load(options.suite)
     image_tokenizer = None
+    # Imported here, since torch takes seconds.
+    from mmtensorar.checkpoints.recognise import image_tokenizer_from_arguments
+
     if options.image_tokenizer is not None:
         image_tokenizer, _ = image_tokenizer_from_arguments(options)
     bounds = measure(suite, image_tokenizer, num_images=options.num_images)

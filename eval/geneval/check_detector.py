@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from eval.geneval import self_test, suites
-from mmtensorar.cli import command
+from mmtensorar.cli import Parser, command
 
 
 @command
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m eval.geneval self-test",
         description="Run detector and colour classifier on drawn pictures of known content.",
-        epilog="Example:\n  python -m eval.geneval self-test --device cuda",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example="--device cuda",
     )
     suites.add_detector(parser)
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU if there is one")

@@ -7,7 +7,6 @@ bootstrap over prompts (eval/intervals.py).
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 from eval import report_table, tables
 from eval.intervals import Interval, paired_bootstrap
 from mmtensorar import files
-from mmtensorar.cli import command
+from mmtensorar.cli import Parser, command
 
 Shares = Mapping[str, Mapping[str, float]]  # skill -> prompt -> share of its images that are correct
 
@@ -60,11 +59,10 @@ def render(baseline: str, by_model: Mapping[str, Mapping[str, Interval]]) -> str
 
 @command
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m eval.geneval compare",
         description="Models on the same prompts: differences with intervals.",
-        epilog="Example:\n  python -m eval.geneval compare plain=runs/eval/plain runs/eval/tensorar",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example="plain=runs/eval/plain runs/eval/tensorar",
     )
     parser.add_argument(
         "folders", nargs="+", metavar="[NAME=]FOLDER", help="the first is what the others are compared with"

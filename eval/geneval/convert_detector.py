@@ -9,7 +9,6 @@ sizes: its class and mask logits agree to 6e-6. The released file itself is unte
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Iterator, Mapping
 from math import isqrt
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mmtensorar.checkpoints.released import ReleasedWeights
-from mmtensorar.cli import command
+from mmtensorar.cli import Parser, command
 
 NUM_LEVELS, NUM_POINTS = 3, 4  # of the deformable attention
 # mmdet's name -> transformers'; \1, \2 are numbers. `_tensors` has the tensors whose layout differs.
@@ -213,11 +212,10 @@ def convert(file: Path, out: Path) -> None:
 
 @command
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m eval.geneval convert-detector",
         description="mmdet's Mask2Former weights to a folder that --detector takes.",
-        epilog="Example:\n  python -m eval.geneval convert-detector mask2former_swin-s.pth --out detector/",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example="mask2former_swin-s.pth --out detector/",
     )
     parser.add_argument(
         "file", type=Path, help="mmdet's .pth, such as mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_....pth"

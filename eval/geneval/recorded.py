@@ -13,7 +13,6 @@ A line of the file is one image:
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -24,7 +23,7 @@ from eval import report_table
 from eval.geneval.prompts import prompts
 from eval.geneval.score import COLORS, Settings, Verdict, judge, summarize
 from mmtensorar import files
-from mmtensorar.cli import command
+from mmtensorar.cli import Parser, command
 
 VERDICT = ("correct", "reason", "kept")
 
@@ -90,11 +89,10 @@ def disagreements(case: Mapping, verdict: Verdict) -> list[str]:
 
 @command
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m eval.geneval score",
         description="Score recorded detections by GenEval's rules.",
-        epilog="Example:\n  python -m eval.geneval score --detections cases.jsonl.gz --out results.jsonl",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example="--detections cases.jsonl.gz --out results.jsonl",
     )
     parser.add_argument(
         "--detections", type=Path, required=True, metavar="FILE", help="cases, .jsonl or .jsonl.gz"

@@ -16,7 +16,6 @@ training saves faster than this scores, it skips steps in between.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import time
@@ -27,7 +26,7 @@ from mmtensorar.checkpoints import sharded_state
 from mmtensorar.checkpoints.export import export
 from mmtensorar.checkpoints.model_folder import INDEX, read_index
 from mmtensorar.checkpoints.sharded_state import step_of
-from mmtensorar.cli import command
+from mmtensorar.cli import Parser, command
 from mmtensorar.files import read_json
 from mmtensorar.recipe import Recipe
 from mmtensorar.training.run_log import read_log
@@ -127,11 +126,11 @@ def watch(run: Path, arguments: list[str], *, average: bool, once: bool, pause_s
 
 @command
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m eval.geneval watch",
         description="Score the saved steps of a run while it trains. Other options: those of eval.geneval.",
-        epilog="Example:\n  python -m eval.geneval watch runs/NAME --suite shapes --device cuda:1",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example="runs/NAME --suite shapes --device cuda:1",
+        passes_on=True,
     )
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument(

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmtensorar import backbones, image_tokenizers
+from mmtensorar.checkpoints.index import FORMAT, INDEX, read_index
 from mmtensorar.checkpoints.released import meta_parameters
 from mmtensorar.files import fingerprint, new_path, read_json, sha256
 from mmtensorar.model import adapters, attention, tensorar
@@ -33,8 +34,6 @@ from mmtensorar.model.tensorar import TensorAR
 from mmtensorar.ranks import is_first
 from mmtensorar.recipe import Recipe
 
-FORMAT = 1
-INDEX = "checkpoint.json"
 CODEC = "tensorar.safetensors"
 ADAPTERS, BASE = "adapters.safetensors", "base.json"
 
@@ -91,7 +90,7 @@ def starting(recipe: Recipe) -> Recipe:
     if (Path(recipe.train.init_from) / ADAPTERS).is_file():
         raise ValueError(
             f"train.init_from: {recipe.train.init_from} holds adapters; fold them in first: "
-            "python -m mmtensorar.merge SOURCE TARGET"
+            "mmtensorar merge SOURCE TARGET"
         )
     saved, section = saved_recipe(recipe.train.init_from).backbone, recipe.backbone
     if saved.name != section.name:
@@ -276,24 +275,6 @@ def write_index(folder: Path, step: int, progress: Callable[[int], Any] = lambda
 
 
 # ---- reading -------------------------------------------------------------------------------------
-
-
-def read_index(folder: str | Path) -> dict:
-    """checkpoint.json of a folder. Raises ValueError when it is missing, damaged, or of another format."""
-    path = Path(folder) / INDEX
-    if not path.is_file():
-        hint = ""
-        if (Path(folder) / "model" / INDEX).is_file():
-            hint = f"; the run's model is in {Path(folder) / 'model'}"
-        elif (Path(folder) / "checkpoints").is_dir():
-            hint = f"; to make one of an unfinished run: python -m mmtensorar.export {folder} --out FOLDER"
-        raise ValueError(f"no model folder at {folder}: expected {INDEX}{hint}")
-    index = read_json(path)
-    if index.get("format") != FORMAT:
-        raise ValueError(f"{path}: model folder format {index.get('format')!r}, expected {FORMAT}")
-    if not isinstance(index.get("sha256"), dict) or not isinstance(index.get("step"), int):
-        raise ValueError(f"{path}: expected a step and the sha256 of each file; the folder is damaged")
-    return index
 
 
 def check_files(folder: str | Path) -> dict:

@@ -115,7 +115,7 @@ def image_tokenizer_inside(source: Source) -> Source | None:
 
 
 def image_tokenizer_from_arguments(options: argparse.Namespace) -> tuple[ImageTokenizer, torch.device]:
-    """The image tokenizer that the options of `image_tokenizers.add_arguments` name, and its device.
+    """The image tokenizer that the options of `checkpoints.options` name, and its device.
 
     Raises ValueError or OSError when there is no such model or device, or its image size differs.
     """

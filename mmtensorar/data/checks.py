@@ -74,7 +74,7 @@ def _check_codes(folder: str, manifest: Manifest, image_tokenizer) -> None:
         raise ValueError(
             f"image tokenizer weights: {folder} was encoded with {codes.image_tokenizer} "
             f"{codes.weight_hash[:12]}, the recipe's is {image_tokenizer.name} "
-            f"{image_tokenizer.weight_hash[:12]}; run data_tools/encode_codes.py again"
+            f"{image_tokenizer.weight_hash[:12]}; run mmtensorar shards encode-codes again"
         )
 
 
@@ -119,7 +119,7 @@ def _check_features(folder: str, manifest: Manifest, caption_encoder: CaptionEnc
         if stored != expected:
             raise ValueError(
                 f"{what}: {folder} has {stored} for its text features, the recipe's backbone {expected}; run "
-                "data_tools/encode_text.py again, or set data.text_features to live"
+                "mmtensorar shards encode-text again, or set data.text_features to live"
             )
 
 

@@ -60,7 +60,7 @@ def read_manifests(data: Data) -> dict[str, Manifest]:
 def codes_of(manifest: Manifest, folder: str) -> Codes:
     """A set's entry about codes. Raises ValueError when it has none."""
     if manifest.codes is None:
-        raise ValueError(f"{folder} has no image codes; run data_tools/encode_codes.py on it")
+        raise ValueError(f"{folder} has no image codes; run mmtensorar shards encode-codes on it")
     return manifest.codes
 
 
@@ -69,7 +69,7 @@ def text_features_of(manifest: Manifest, folder: str) -> TextFeatures:
     if manifest.text_features is None:
         raise ValueError(
             f"data.text_features is cached, but {folder} has no text features; "
-            "run data_tools/encode_text.py on it"
+            "run mmtensorar shards encode-text on it"
         )
     return manifest.text_features
 

@@ -260,11 +260,11 @@ class Manifest(_Record):
         folder = _as_path(folder)
         path = folder / MANIFEST
         if not folder.is_dir():
-            raise ValueError(f"{folder}: no such folder; make shards with data_tools/make_shards.py")
+            raise ValueError(f"{folder}: no such folder; make shards with mmtensorar shards make")
         if not path.is_file():
             raise ValueError(
                 f"{folder} has no {MANIFEST}: the shard set is incomplete or this is not a shard folder; "
-                "make it with data_tools/make_shards.py"
+                "make it with mmtensorar shards make"
             )
         manifest = cls.parse(path)
         for shard in manifest.shards if complete else ():

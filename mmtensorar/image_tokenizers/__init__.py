@@ -7,7 +7,6 @@ Shapes: B batch, H W pixels, T image tokens (raster order), F factors.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import math
 from abc import ABC, abstractmethod
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from mmtensorar.checkpoints.released import WEIGHTS, write_config
 from mmtensorar.model.protocols import Backbone, ImageTokenizer, ImageTokenizerFile
-from mmtensorar.recipe import NamedSection, RecipeError, known_names, named_section
+from mmtensorar.recipe import NamedSection, RecipeError, named_section
 
 
 def file(name: str) -> ImageTokenizerFile:
@@ -157,29 +156,6 @@ def round_trip(
         yield from to_images(decoded)
 
 
-# ---- command lines -------------------------------------------------------------------------------
-
-
 def takes_image_size(name: str) -> bool:
     """Whether this image tokenizer's section has a setting image_size."""
     return "image_size" in file(name).Config.model_fields
-
-
-def add_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Add the options that `checkpoints.recognise.image_tokenizer_from_arguments` reads."""
-    parser.add_argument(
-        "--image-tokenizer",
-        "--tokenizer",
-        required=required,
-        metavar="PATH",
-        help="its weights: folder, file or hub id",
-    )
-    known = ", ".join(known_names("image_tokenizer"))
-    parser.add_argument("--name", help=f"kind of image tokenizer, where its tensors do not show it: {known}")
-    parser.add_argument(
-        "--image-size",
-        type=int,
-        metavar="PIXELS",
-        help="pixels a side of its images, where its files do not say (llamagen_vq)",
-    )
-    parser.add_argument("--device", help="default: cuda if there is a GPU, else cpu")

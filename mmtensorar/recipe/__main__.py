@@ -1,20 +1,19 @@
 """Check a recipe and print it resolved, or print its plan: parameters, memory and FLOPs.
 
-    python -m mmtensorar.recipe RECIPE.yaml [key=value ...]           check it and print it resolved
-    python -m mmtensorar.recipe RECIPE.yaml [key=value ...] --plan    parameters, memory and FLOPs
-    python -m mmtensorar.recipe --docs                                docs/recipe.md
+    mmtensorar recipe RECIPE.yaml [key=value ...]    check it and print it resolved
+    mmtensorar plan RECIPE.yaml [key=value ...]      parameters, memory and FLOPs
+    mmtensorar recipe --docs                         docs/recipe.md
 
-`mmtensorar plan RECIPE.yaml` does the same as `--plan`. The recipe of study.train_image_tokenizer
-can be checked and printed too.
+`mmtensorar recipe RECIPE.yaml --plan` does the same as `mmtensorar plan`. The recipe of
+study.train_image_tokenizer can be checked and printed too.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 
-from mmtensorar.cli import command
+from mmtensorar.cli import Parser, command
 from mmtensorar.recipe import Recipe, RecipeError, Section, read_recipe, read_settings
 
 # Other commands of the checkout that have recipes: module -> class of the recipe.
@@ -32,13 +31,12 @@ def read_any_recipe(path: str, overrides: list[str]) -> Section:
     return Recipe.load(path, overrides)
 
 
-def parser_for(prog: str, description: str, example: str) -> argparse.ArgumentParser:
+def parser_for(prog: str, description: str, example: str) -> Parser:
     """A parser of RECIPE key=value ..., whose help ends with an example."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         description=description,
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example=example,
     )
     parser.add_argument("recipe", nargs="?", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.steps=100")
@@ -61,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = parser_for(
         "python -m mmtensorar.recipe",
         "Check a recipe and print it resolved.",
-        "python -m mmtensorar.recipe recipes/janus_pro_7b.yaml train.steps=100 --plan",
+        "recipes/janus_pro_7b.yaml train.steps=100",
     )
     parser.add_argument(
         "--plan", action="store_true", help="print parameters, memory and FLOPs instead; loads no weights"
@@ -73,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(docs.page(), end="")
     elif options.recipe is None:
-        parser.error("expected a recipe")
+        parser.error("recipe is missing")
     elif options.plan:
         print_plan(options.recipe, options.overrides)
     else:
@@ -87,11 +85,11 @@ def plan(arguments: list[str] | None = None) -> int:
     parser = parser_for(
         "mmtensorar plan",
         "Print parameters, memory and FLOPs of a recipe; loads no weights.",
-        "mmtensorar plan recipes/janus_pro_1b.yaml zero.stage=3",
+        "recipes/janus_pro_1b.yaml zero.stage=3",
     )
     options = parser.parse_intermixed_args(arguments)
     if options.recipe is None:
-        parser.error("expected a recipe")
+        parser.error("recipe is missing")
     print_plan(options.recipe, options.overrides)
     return 0
 

@@ -22,8 +22,8 @@ One YAML file, a *recipe*, holds every setting of a run. On the command line, `k
 of them: `train.steps=100`, `'sampler.cfg_scale=[1.9, 2]'`.
 
 ```
-python -m mmtensorar.recipe recipes/janus_pro_7b.yaml                  # check a recipe and print it resolved
-python -m mmtensorar.recipe recipes/janus_pro_7b.yaml --plan           # parameters, memory, FLOPs; no weights
+mmtensorar recipe recipes/janus_pro_7b.yaml   # check a recipe and print it resolved
+mmtensorar plan recipes/janus_pro_7b.yaml     # parameters, memory, FLOPs; no weights
 deepspeed mmtensorar/train.py recipes/janus_pro_7b.yaml train.steps=100
 ```
 

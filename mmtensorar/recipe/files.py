@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -35,7 +36,8 @@ def read_recipe(model: type[AnySection], path: str | Path, overrides: Sequence[s
         path: the YAML file.
         overrides: `key=value`, with dotted keys and YAML values. The last one wins.
 
-    Raises RecipeError, naming the file and each key, with all problems at once.
+    Raises RecipeError with all problems at once: each key, under the file or the command line that
+    gives it.
     """
     files = read_files(Path(path))
     settings = merge(files)
@@ -44,18 +46,31 @@ def read_recipe(model: type[AnySection], path: str | Path, overrides: Sequence[s
             f"{path}: not a {model.__name__}: expected keys such as {', '.join(model.model_fields)}; "
             f"got {', '.join(settings) or 'none'}"
         )
-    problems = []
-    for override in overrides:
-        problems += _apply_override(settings, override)
+    given = [problem for override in overrides for problem in _apply_override(settings, override)]
     recipe, invalid = validate(model, settings)
-    overridden = tuple(override.partition("=")[0] + "." for override in overrides)
-    problems += [
-        (key, text if f"{key}.".startswith(overridden) else text + _stated_in(key, files))
-        for key, text in invalid
-    ]
-    if problems or recipe is None:
-        raise RecipeError(report(str(path), problems))
+    overridden = tuple(override.partition("=")[0] for override in overrides)
+    stated = []
+    for key, text in invalid:
+        if _is_about(key, text, overridden):
+            given.append((key, text))
+        else:
+            stated.append((key, text + _stated_in(key, files)))
+    if given or stated or recipe is None:
+        blocks = {"the command line": given, str(path): stated}
+        raise RecipeError("\n".join(report(source, found) for source, found in blocks.items() if found))
     return recipe
+
+
+def _is_about(key: str, text: str, overridden: tuple[str, ...]) -> bool:
+    """Whether a problem comes from a setting of the command line.
+
+    A rule's problem is about several settings; its text names those that are not its key.
+    """
+    if f"{key}.".startswith(tuple(f"{name}." for name in overridden)):
+        return True
+    if text.startswith("unknown key"):  # it names another key as a hint
+        return False
+    return any(re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.])", text) for name in overridden)
 
 
 def validate(model: type[AnySection], settings: dict) -> tuple[AnySection | None, list[Problem]]:

@@ -121,7 +121,7 @@ class Data(Section):
     text_features: Literal["live", "cached"] = setting(
         "live",
         description="for a backbone that reads a text encoder's features: `live` encodes the captions in the "
-        "training step, `cached` reads what data_tools/encode_text.py wrote into the shards",
+        "training step, `cached` reads what `mmtensorar shards encode-text` wrote into the shards",
     )
     on_error: Literal["raise", "skip"] = setting(
         "raise",

@@ -8,7 +8,6 @@ model has random weights, from which `recipes/tiny/base.yaml` trains it.
 
 from __future__ import annotations
 
-import argparse
 import io
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.janus.configuration_janus import JanusConfig
 
 from mmtensorar.backbones import janus
-from mmtensorar.cli import command
+from mmtensorar.cli import Parser, command
 from mmtensorar.data.shards import Manifest, iterate_shard
 
 # Names as in the released text tokenizer, where the role marks are also whole tokens.
@@ -146,11 +145,10 @@ def config_for(
 
 @command
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m recipes.tiny.new_janus",
         description="Write an untrained tiny Janus.",
-        epilog="example:\n  python -m recipes.tiny.new_janus --out runs/tiny_start",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example="--out runs/tiny_start",
     )
     parser.add_argument(
         "--shards", type=Path, default=Path("data/shapes_base"), help="shard set whose captions are read"

@@ -8,24 +8,22 @@ sampling settings are known after training only; they can be given here: `sample
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 import torch
 
 from mmtensorar.checkpoints import model_folder
-from mmtensorar.cli import command
+from mmtensorar.cli import Parser, command
 from mmtensorar.recipe import Recipe
 
 
 @command
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m recipes.tiny.ship",
         description="Write a finished run's model as shipped weights.",
-        epilog="example:\n  python -m recipes.tiny.ship runs/tiny_base/model recipes/tiny/weights/base",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example="runs/tiny_base/model recipes/tiny/weights/base",
     )
     parser.add_argument("source", type=Path, help="model folder, such as runs/NAME/model")
     parser.add_argument("out", type=Path, help="model folder to write")

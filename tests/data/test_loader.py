@@ -220,7 +220,7 @@ def test_shards_without_codes_are_refused(tmp_path):
     folder = write_set(tmp_path / "set", [2])
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"codes": None}))
-    with pytest.raises(ValueError, match="no image codes; run data_tools/encode_codes.py"):
+    with pytest.raises(ValueError, match="no image codes; run mmtensorar shards encode-codes"):
         checks.preflight(make_recipe(folder), fake_tokenizer(), caption_encoder, world_size=1)
 
 

@@ -230,7 +230,7 @@ def test_what_the_manifest_and_the_recipe_disagree_on_is_named(folder, t5, backb
     other = tmp_path / "other"
     write_tiny_t5(other, seed=1)
     with pytest.raises(
-        ValueError, match="cached, but .* has no text features; run data_tools/encode_text.py"
+        ValueError, match="cached, but .* has no text features; run mmtensorar shards encode-text"
     ):
         preflight(make_recipe(folder, backbone, t5, "cached"))
     assert encode(folder, t5) == 0
@@ -241,7 +241,7 @@ def test_what_the_manifest_and_the_recipe_disagree_on_is_named(folder, t5, backb
     ):
         text_encoder, cleaning = settings
         with pytest.raises(
-            ValueError, match=f"{sentence}.*run data_tools/encode_text.py again, or set data.text_feat"
+            ValueError, match=f"{sentence}.*run mmtensorar shards encode-text again, or set data.text_feat"
         ):
             preflight(make_recipe(folder, backbone, text_encoder, "cached", caption_cleaning=cleaning))
     assert encode(folder, t5, "--max-tokens", "4") == 0

@@ -639,7 +639,7 @@ def test_nothing_left_is_an_error_with_its_reasons(tmp_path, mixed, capsys):
         (("--max-tokens", 10), "--max-tokens goes with --text-encoder"),
         (("--device", "cpu"), "--device goes with --image-tokenizer or --text-encoder"),
         (("--image-size", 8193), "at most 8192 pixels"),
-        (("--on-eror", "skip"), "unrecognized arguments"),
+        (("--on-eror", "skip"), "unknown option --on-eror; did you mean --on-error?"),
         (("--max-aspect", 0.5), "at least 1"),
         (("--class-template", "a photo"), "has no {}"),
         (("--class-template", "a {}"), "goes with --class-folder"),

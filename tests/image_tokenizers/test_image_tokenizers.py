@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from mmtensorar import image_tokenizers
-from mmtensorar.image_tokenizers import __main__ as command
+from mmtensorar import roundtrip as command
 from mmtensorar.image_tokenizers import llamagen_vq, to_images, to_pixels
 
 

@@ -88,7 +88,44 @@ def test_the_last_override_wins(path):
 )
 def test_an_override_that_cannot_be_applied_is_one_problem(path, override, key):
     first, *rest = problems(path, override)
-    assert first == f"{path}: 1 problem" and len(rest) == 1 and rest[0].split()[0] == key
+    assert first == "the command line: 1 problem" and len(rest) == 1 and rest[0].split()[0] == key
+
+
+@pytest.mark.parametrize(
+    "overrides, blocks",
+    [
+        (["train.stesp=3"], {"the command line": ["train.stesp"]}),
+        (["train.steps=three", "optim.lr=-1"], {"the command line": ["optim.lr", "train.steps"]}),
+        (["train={steps: 0}"], {"the command line": ["train.steps"]}),
+        # Rules about two settings: the recipe was right before the command line changed one of them.
+        (["train.grad_accum=3"], {"the command line": ["data.batch_size"]}),
+        (["tensorar.window=3"], {"the command line": ["tensorar.offset_weights"]}),
+        (["train.epochs=1"], {"the command line": ["train.steps"]}),
+        (["backbone.pth=x"], {"the command line": ["backbone.pth"]}),
+    ],
+)
+def test_a_mistake_of_the_command_line_is_not_blamed_on_the_file(path, overrides, blocks):
+    """`train.stesp=3` once printed `recipes/x.yaml: 1 problem`, and people searched the file for it."""
+    path.write_text(path.read_text().replace("{window: 4}", "{window: 2, offset_weights: [1, 1]}"))
+    Recipe.load(path)
+    found: dict[str, list[str]] = {}
+    for line in problems(path, *overrides):
+        if not line.startswith(" "):
+            found[source := line.partition(":")[0]] = []
+        else:
+            found[source].append(line.split()[0])
+    assert found == blocks
+
+
+def test_mistakes_of_both_are_listed_apart(path):
+    path.write_text(path.read_text().replace("{window: 4}", "{windw: 2}") + "optim: {lr: 0}\n")
+    assert [line.split()[0] for line in problems(path, "train.steps=0")] == [
+        "the",
+        "train.steps",
+        f"{path}:",
+        "tensorar.windw",
+        "optim.lr",
+    ]
 
 
 def test_extends_merges_sections_and_replaces_lists(path):

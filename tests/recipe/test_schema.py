@@ -14,7 +14,8 @@ def problems(path: Path, *overrides: str) -> dict[str, str]:
     with pytest.raises(RecipeError) as caught:
         Recipe.load(path, overrides)
     first, *rest = str(caught.value).splitlines()
-    assert first == f"{path}: {len(rest)} problem{'s' * (len(rest) > 1)}"
+    source = "the command line" if overrides else path
+    assert first == f"{source}: {len(rest)} problem{'s' * (len(rest) > 1)}"
     return {key: text for key, text in (line.split(maxsplit=1) for line in rest)}
 
 
@@ -26,7 +27,7 @@ def test_all_problems_at_once_with_the_nearest_key(path):
     with pytest.raises(RecipeError) as caught:
         Recipe.load(path, ["tensorar.windw=3", "data.batch_size=four"])
     assert str(caught.value).splitlines() == [
-        f"{path}: 2 problems",
+        "the command line: 2 problems",
         "  tensorar.windw   unknown key; did you mean tensorar.window?",
         "  data.batch_size  expected an integer >= 1, got 'four'",
     ]

@@ -1,0 +1,52 @@
+"""The options of `mmtensorar train`, read before torch and DeepSpeed are imported, which takes seconds."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from mmtensorar import ranks
+from mmtensorar.cli import Parser, command
+from mmtensorar.recipe import read_settings
+
+
+def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """recipe, overrides, plain, resume and local_rank."""
+    parser = Parser(
+        prog="python -m mmtensorar.train",
+        description="Train a model from a recipe.",
+        epilog="examples:\n"
+        "  mmtensorar train recipes/tiny/tensorar.yaml train.precision=fp32 train.steps=20\n"
+        "  deepspeed mmtensorar/train.py recipes/janus_pro_7b.yaml --resume",
+    )
+    parser.add_argument("recipe", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.steps=100")
+    parser.add_argument(
+        "--plain",
+        action="store_true",
+        help="train the control: the same without TensorAR (window 1), as run NAME_plain",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the run in the run folder, if there is one"
+    )
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
+    return parser.parse_intermixed_args(arguments)
+
+
+def check(arguments: list[str] | None = None) -> None:
+    """End this process with one sentence, on the first rank, when an option or the recipe file is wrong."""
+    options = read_options(arguments)
+    try:
+        read_settings(options.recipe)
+    except ValueError as error:
+        if ranks.is_first():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+@command
+def main(arguments: list[str] | None = None) -> int:
+    check(arguments)
+    from mmtensorar import train
+
+    return train.main(arguments)
