@@ -252,6 +252,7 @@ def package(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.mark.launch
 def test_one_file_is_enough(package, tmp_path):
     """Its released files are recognised and converted; recipe, plan, loss and the conversion back
     work too.

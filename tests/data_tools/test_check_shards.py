@@ -229,6 +229,7 @@ def test_webdataset_reads_the_shards(whole):
         assert np.array_equal(np.asarray(image), np.asarray(decode_picture(sample.members["jpg"], "")))
 
 
+@pytest.mark.slow
 def test_datasets_reads_the_shards(whole, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     import datasets

@@ -201,6 +201,7 @@ def test_a_size_that_does_not_fit_is_reported_before_anything_is_written(tmp_pat
     )
 
 
+@pytest.mark.launch
 def test_damage_on_one_rank_ends_both_with_one_sentence(tmp_path, plain, vq):
     folder = copy(plain, tmp_path / "set")
     path = folder / "00001.tar"

@@ -244,6 +244,7 @@ def narrow(monkeypatch):
     monkeypatch.setattr(inception.Inception, "__call__", few)
 
 
+@pytest.mark.slow
 def test_from_pictures_to_the_summary(tmp_path, weights, narrow, monkeypatch, capsys):
     """If the reference's file holds statistics, they are used. The same pictures have distance 0."""
     pictures = noise(6)
@@ -273,6 +274,7 @@ def test_from_pictures_to_the_summary(tmp_path, weights, narrow, monkeypatch, ca
     assert "torch" in moved["versions"]
 
 
+@pytest.mark.slow
 def test_a_class_conditional_model_is_scored(tmp_path, class_ckpt, ckpt, weights, narrow, capsys):
     """Every class has equally many pictures. A second run makes none, and computes the same."""
     folder = write_folder(tmp_path / "ref", noise(5))
