@@ -56,9 +56,8 @@ def list_source(options: argparse.Namespace) -> ListedSource:
     if source.is_drawn:
         return ListedSource(location, items[: options.limit], listing.classes)
     name = f"{source.kind} {_location_name(location)} {digest.hexdigest()}"
-    return ListedSource(
-        name, shuffle_items(items, options.seed)[: options.limit], listing.classes, stamps.state
-    )
+    items = shuffle_items(items, options.seed)[: options.limit]
+    return ListedSource(name, items, listing.classes, stamps.state)
 
 
 def _is_same_folder(location: str, out: Path) -> bool:

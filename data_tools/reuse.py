@@ -73,10 +73,8 @@ def changed_in_shard(path: Path, first: int, items: Items, settings: SampleSetti
             number = _number(sample.key) - first
             if not 0 <= number < len(items):
                 return f"sample {sample.key}"
-            members = _members(sample.key, items[number], settings)
-            if members is None or any(
-                sample.members.get(name) != content for name, content in members.items()
-            ):
+            made = _members(sample.key, items[number], settings)
+            if made is None or made.items() - sample.members.items():
                 return items[number].key
     return None
 
