@@ -104,7 +104,8 @@ class TarSet:
         folder, _, plain = member.name.rpartition("/")
         if not plain:  # a folder
             return None
-        if is_hidden(plain):  # such as ._a.jpg, which macOS adds to a.jpg
+        # Such as ._a.jpg, which macOS adds to a.jpg.
+        if any(is_hidden(part) for part in member.name.split("/") if part not in (".", "..")):
             self.ignored["hidden"] += 1
             return None
         stem, _, extension = plain.partition(".")
