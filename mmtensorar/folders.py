@@ -10,16 +10,19 @@ import heapq
 import os
 import stat
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 HIDDEN = "hidden"
+FOLLOWED = "a link out of the folder"
 
 
 class LeftOut:
     """What a listing does not read: how many for each reason, and the first names.
+
+    It also counts the links that lead out of the folder. These are followed (FOLLOWED).
 
     folder: names are given below it, if they are in it; a Path or a UPath.
     """
@@ -39,10 +42,10 @@ class LeftOut:
             is_below = path.is_relative_to(self.folder)
             names.append(shown(path.relative_to(self.folder).as_posix() if is_below else str(path)))
 
-    def print(self, verb: str = "left out") -> None:
+    def print(self) -> None:
         """Print a note for each reason: "note: FOLDER: left out 4 (hidden): .a, .b, .c and 1 more"."""
         for reason, count in self.counts.items():
-            names = self.names[reason]
+            names, verb = self.names[reason], "followed" if reason == FOLLOWED else "left out"
             more = f" and {count - len(names)} more" if count > len(names) else ""
             print(
                 f"note: {shown(str(self.folder))}: {verb} {count} ({reason}): {', '.join(names)}{more}",
@@ -63,14 +66,14 @@ def is_hidden(name: str) -> bool:
 def walk(root: Path, left_out: LeftOut, *, entered: Iterable[Path] = ()) -> dict[Path, os.stat_result]:
     """Every plain file below a folder and its status, sorted by the parts of its path.
 
-    Links to files and to folders are followed, out of the folder as well (a note names them). A
-    folder is entered once: first all that are in the root itself, then those that links lead
-    to, in the order of their names. So a circle of links ends, and no file is read twice
-    because of one. The status is that of the file, not of a link.
+    Links to files and to folders are followed, out of the folder as well. A folder is entered
+    once: first all that are in the root itself, then those that links lead to, in the order of
+    their names. So a circle of links ends, and no file is read twice because of one. The status
+    is that of the file, not of a link.
 
     Args:
         left_out: Receives what is not read: hidden entries, links without a target, folders
-            that were entered already, devices and pipes.
+            that were entered already, devices and pipes; and links out of its folder.
         entered: Folders that are not entered.
 
     Raises ValueError when the root is not a folder, and OSError when a folder cannot be read.
@@ -79,34 +82,27 @@ def walk(root: Path, left_out: LeftOut, *, entered: Iterable[Path] = ()) -> dict
         raise ValueError(f"{root}: no such folder")
     known = {_identity(path) for path in entered} | {_identity(root)}
     files: dict[Path, os.stat_result] = {}
-    folders, links = [root], []  # still to be entered; links: a heap of (parts, path)
-    followed = LeftOut(root)
+    folders, links = deque([root]), []  # still to be entered; links: a heap of (parts, path)
     while folders or links:
-        folder = folders.pop() if folders else heapq.heappop(links)[1]
+        folder = folders.popleft() if folders else heapq.heappop(links)[1]
         if folder != root:
             if (identity := _identity(folder)) in known:
                 left_out.add("a folder that is listed already", folder)
                 continue
             known.add(identity)
-        for path, status, is_link in _entries(folder, left_out, followed):
+        for path, status, is_link in _entries(folder, left_out):
             if stat.S_ISREG(status.st_mode):
                 files[path] = status
             elif is_link:
                 heapq.heappush(links, (path.parts, path))
             else:
                 folders.append(path)
-    followed.print("followed")
     return dict(sorted(files.items(), key=lambda pair: pair[0].parts))
 
 
-def _entries(
-    folder: Path, left_out: LeftOut, followed: LeftOut
-) -> Iterator[tuple[Path, os.stat_result, bool]]:
-    """The files and folders in a folder: path, status, and whether it is a link.
-
-    followed: receives the links that lead out of its folder.
-    """
-    root = os.path.realpath(followed.folder)
+def _entries(folder: Path, left_out: LeftOut) -> Iterator[tuple[Path, os.stat_result, bool]]:
+    """The files and folders in a folder: path, status, and whether it is a link."""
+    root = os.path.realpath(left_out.folder)
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             path = folder / entry.name
@@ -119,7 +115,7 @@ def _entries(
             else:
                 is_link = entry.is_symlink()
                 if is_link and not _is_below(os.path.realpath(path), root):
-                    followed.add("a link out of it", path)
+                    left_out.add(FOLLOWED, path)
                 yield path, status, is_link
 
 
