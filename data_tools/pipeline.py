@@ -164,8 +164,10 @@ class Build:
         old = existing_set(out)
         if old is None:
             return False
-        same = settings_of(old.made) == settings_of(self.made) and all(
-            getattr(old, key) == value for key, value in self.entries.items()
+        same = (
+            settings_of(old.made) == settings_of(self.made)
+            and old.classes == self.source.classes
+            and all(getattr(old, key) == value for key, value in self.entries.items())
         )
         reason = ""
         if same and old.made != self.made:
