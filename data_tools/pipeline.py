@@ -171,8 +171,6 @@ class Build:
         )
         reason = ""
         if same and old.made != self.made:
-            if self.overwrite:
-                return False
             if name := self.changed_item(out, old):
                 same, reason = False, f": {name} has changed since it was made"
             else:
@@ -187,15 +185,20 @@ class Build:
         """The name of an item whose picture is another one in a set; None when there is none."""
         print(f"{out}: the times of the source's files are other ones; comparing the pictures")
         left_out = out / LEFT_OUT
-        return changed_item(
-            out,
-            manifest,
-            self.source.items,
-            self.samples,
-            left_out if left_out.is_file() else None,
-            executor=self.executor,
-            workers=self.workers,
-        )
+        try:
+            return changed_item(
+                out,
+                manifest,
+                self.source.items,
+                self.samples,
+                left_out if left_out.is_file() else None,
+                executor=self.executor,
+                workers=self.workers,
+            )
+        except ValueError:
+            if not self.overwrite:
+                raise
+            return "a shard"  # it is damaged, and will be replaced
 
     def make_parts(self, staging: Staging) -> list[Part]:
         """Make the parts that do not exist yet.
