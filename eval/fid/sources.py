@@ -70,7 +70,7 @@ def _pictures_below(folder: Path) -> list[Path]:
         if file.suffix.lower() in SUFFIXES:
             files.append(file)
         else:
-            left_out.add(f"not {', '.join(SUFFIXES)}", file)
+            left_out.add("not a picture", file)
     left_out.print()
     return files
 

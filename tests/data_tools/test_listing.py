@@ -143,7 +143,7 @@ def test_classes_behind_links(tmp_path, capsys):
         "left out 1 (hidden): .ipynb_checkpoints",
         "left out 1 (beside the folders): beside.png",
         "followed 1 (a link out of the folder): blue/more",
-        "left out 2 (not jpg, png or webp): blue/notes.md, red/notes.md",
+        "left out 2 (not a picture): blue/notes.md, red/notes.md",
         "left out 2 (a folder that is listed already): red/all, red/other",
     ]
 
