@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmtensorar.cli import command
+from mmtensorar.files import read_lines
 from mmtensorar.pipeline import Generator, check_seed, save_png
 from mmtensorar.sampling.settings import LOADING, add_generation, at_least_1, given_settings
 from mmtensorar.sampling.trace import revisions
@@ -47,11 +48,7 @@ def read_prompts(options: argparse.Namespace) -> list[str] | list[int]:
             raise ValueError("--class and prompts were given; a model takes one or the other")
         return options.classes
     if options.prompts_file is not None:
-        try:
-            lines = options.prompts_file.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError:
-            raise ValueError(f"{options.prompts_file}: not UTF-8") from None
-        prompts += [line.strip() for line in lines if line.strip()]
+        prompts += [line.strip() for line in read_lines(options.prompts_file) if line.strip()]
     if not prompts:
         raise ValueError("no prompts: give --prompt TEXT or --prompts-file FILE, or --class NUMBER")
     return prompts

@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mmtensorar.files import new_path
+from mmtensorar.files import new_path, read_text
 
 WEIGHTS = "model.safetensors"
 TORCH_WEIGHTS = "pytorch_model.bin"
@@ -148,9 +148,10 @@ def write_config(folder: Path, model_type: str, settings: Mapping[str, Any]) -> 
 
 def _settings(folder: Path) -> Any:
     path = folder / "config.json"
+    text = read_text(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
+        return json.loads(text)
+    except (ValueError, RecursionError):
         raise ValueError(f"{path}: not JSON") from None
 
 
@@ -475,14 +476,15 @@ def _weight_files(path: Path, *, optional: bool) -> dict[Path, list[str] | None]
 
 
 def _read_index(index: Path) -> dict[Path, list[str]]:
+    text = read_text(index)
     try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = json.loads(text)["weight_map"]
         files: dict[Path, list[str]] = {}
         for tensor, name in names.items():
             if Path(name).name != name:
                 raise ValueError(f"{index}: names a file outside the folder, {name!r}")
             files.setdefault(index.parent / name, []).append(tensor)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+    except (json.JSONDecodeError, RecursionError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{index}: expected a weight_map of tensors to files") from None
     return files
 

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmtensorar.files import sha256, write_text
+from mmtensorar.files import read_text, sha256, write_text
 
 FORMAT = 1
 STATE = "state.json"
@@ -281,7 +281,7 @@ def latest(folder: Path) -> dict:
     if not (folder / "latest").is_file():
         # It was lost in a copy, or the run was killed before. Steps with state.json are complete.
         return recorded(max((path.parent for path in folder.glob(f"step_*/{STATE}")), key=step_of))
-    name = (folder / "latest").read_text(encoding="utf-8").strip()
+    name = read_text(folder / "latest").strip()
     if not (folder / name / STATE).is_file():
         raise ValueError(
             f"{folder / 'latest'} names {name!r}, but {folder / name / STATE} is missing: "
@@ -294,7 +294,7 @@ def recorded(folder: Path) -> dict:
     """state.json of a step's folder. Raises ValueError when it is damaged."""
     path = folder / STATE
     try:
-        record: Any = json.loads(path.read_text(encoding="utf-8"))
+        record: Any = json.loads(read_text(path))
     except (OSError, ValueError):
         record = None
     kinds: Mapping[str, type] = {"step": int, "num_files": int, "sha256": dict}
@@ -335,7 +335,7 @@ def _opened(path: Path):
 def _layout(folder: Path, rank: int) -> dict:
     path = (folder / _name(rank)).with_suffix(".json")
     try:
-        layout = json.loads(path.read_text(encoding="utf-8"))
+        layout = json.loads(read_text(path))
     except (OSError, ValueError):
         raise ValueError(f"{path} is missing or damaged") from None
     if not _has(layout, LAYOUT):
