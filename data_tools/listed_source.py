@@ -24,11 +24,13 @@ class ListedSource(NamedTuple):
     """The items of a set, in its order, with one caption each.
 
     name: for the manifest. classes: names of the classes when captions are class numbers.
+    notes: sentences about the source, for the end.
     """
 
     name: str
     items: Items
     classes: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
 
 
 def list_source(options: argparse.Namespace) -> ListedSource:
@@ -36,7 +38,8 @@ def list_source(options: argparse.Namespace) -> ListedSource:
     source, location = known_sources()[options.source], options.location
     if not source.is_drawn and _is_same_folder(location, options.out):
         raise ValueError(f"{location}: source and --out are the same folder; choose another --out")
-    listing = source.read(location, _layout(source, options))
+    layout = _layout(source, options)
+    listing = source.read(location, layout)
     digest = SourceDigest([location, str(options.image_root or "")])
     stop_at_problem = options.on_error == "raise" and not options.dry_run
 
@@ -49,10 +52,11 @@ def list_source(options: argparse.Namespace) -> ListedSource:
                 yield chosen
 
     items = Items(chosen_items())
+    notes = tuple(layout.columns.notes(location, layout.captions, layout.captions_given))
     if source.is_drawn:
-        return ListedSource(location, items[: options.limit], listing.classes)
+        return ListedSource(location, items[: options.limit], listing.classes, notes)
     name = f"{source.kind} {_location_name(location)} {digest.hexdigest()}"
-    return ListedSource(name, shuffle_items(items, options.seed)[: options.limit], listing.classes)
+    return ListedSource(name, shuffle_items(items, options.seed)[: options.limit], listing.classes, notes)
 
 
 def _is_same_folder(location: str, out: Path) -> bool:
@@ -63,7 +67,8 @@ def _layout(source: Source, options: argparse.Namespace) -> Layout:
     names = [option.lstrip("-").replace("-", "_") for option in source.arguments]
     return Layout(
         image=options.image_column,
-        captions=tuple(options.caption_columns),
+        captions=options.caption_columns or ("caption",),
+        captions_given=options.caption_columns is not None,
         root=options.image_root,
         split=options.split,
         templates=tuple(options.class_template),

@@ -74,6 +74,7 @@ def make(options: argparse.Namespace, executor: Executor) -> None:
     source = list_source(options)
     encoder = load_encoders(options, source.classes)
     if options.dry_run:
+        print_notes(source)
         dry_run.show(source, sample_settings(options), set_settings(options), options.out)
         if (old := existing_set(options.out)) is not None and not options.overwrite:
             print(f"{options.out} holds a set already ({describe(old)}); another one needs --overwrite")
@@ -89,6 +90,13 @@ def make(options: argparse.Namespace, executor: Executor) -> None:
         executor=executor,
         workers=options.workers,
     ).run()
+    print_notes(source)
+
+
+def print_notes(source: ListedSource) -> None:
+    """Print what was found while the source was listed."""
+    for note in source.notes:
+        print(f"note: {note}")
 
 
 @dataclass(frozen=True)

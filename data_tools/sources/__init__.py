@@ -28,6 +28,8 @@ from typing import Any, NamedTuple, overload
 
 from PIL import Image
 
+from data_tools.caption_columns import ColumnCount
+
 
 class Item(NamedTuple):
     """One picture of a source.
@@ -91,6 +93,8 @@ class Layout:
 
     Args:
         image, captions: Columns of a table, or keys of a JSON object.
+        captions_given: Whether the command names the captions' columns.
+        columns: Counts the rows that have them.
         root: Folder that paths are relative to; None is the folder of the table itself.
         split: Split of a dataset.
         templates: Captions from class names, with {} for the name. Without templates, class
@@ -103,6 +107,8 @@ class Layout:
 
     image: str = "image"
     captions: tuple[str, ...] = ("caption",)
+    captions_given: bool = False
+    columns: ColumnCount = field(default_factory=ColumnCount)
     root: Path | None = None
     split: str = "train"
     templates: tuple[str, ...] = ()
