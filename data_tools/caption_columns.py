@@ -59,14 +59,12 @@ class ColumnCount:
                 f"the columns are {quoted(self.names) or 'none'}"
             )
         notes = [
-            f"{count} of {self.num_rows} rows {lack} column {column!r}"
-            for counts, lack in ((self.missing, "have no"), (self.empty, "have no text in"))
+            f"rows {lack} column {column!r}: {count} of {self.num_rows}"
+            for counts, lack in ((self.missing, "without"), (self.empty, "without text in"))
             for column, count in counts.items()
         ]
         if is_given and self.num_texts:
-            notes.append(
-                f"{self.num_texts} captions were read from .txt, where --caption-columns has no effect"
-            )
+            notes.append(f"captions read from .txt, where --caption-columns has no effect: {self.num_texts}")
         elif is_given and not self.num_rows:
             notes.append("--caption-columns has no effect: this source has no columns")
         return notes

@@ -111,7 +111,14 @@ def _lenient(text: str, delimiter: str) -> list[str]:
         return []
 
 
-def is_quoted(lines: Iterable[Line], delimiter: str, num_cells: int) -> bool:
+class Quoting(NamedTuple):
+    """is_used: whether quotes are read as quoting. num_unpaired: rows whose quotes do not pair up."""
+
+    is_used: bool
+    num_unpaired: int
+
+
+def quoting_of(lines: Iterable[Line], delimiter: str, num_cells: int) -> Quoting:
     """Whether the rows of a file without a standard, such as TSV, are quoted consistently.
 
     Without quoting, a cell that begins with a quote is common. So the file is read in both
@@ -136,4 +143,5 @@ def is_quoted(lines: Iterable[Line], delimiter: str, num_cells: int) -> bool:
             wrong += len(row.cells) != num_cells
         else:
             unpaired += row.problem is not None and row.problem.startswith("not CSV")
-    return (not unpaired and wrong <= plain_wrong) or unpaired + wrong < plain_wrong
+    is_used = (not unpaired and wrong <= plain_wrong) or unpaired + wrong < plain_wrong
+    return Quoting(is_used, unpaired)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from data_tools import storage
-from data_tools.delimited import Row, is_quoted, plain_rows, quoted_rows
+from data_tools.delimited import Row, plain_rows, quoted_rows, quoting_of
 from data_tools.sources import Item, Layout, Listing, Source
 from data_tools.sources._rows import SUFFIXES, match_columns, row_item, table_file
 from mmtensorar.files import Line, iterate_lines
@@ -15,7 +16,7 @@ from mmtensorar.files import Line, iterate_lines
 def read(location: str, layout: Layout) -> Listing:
     """The rows of a file, which is tab-separated when its name ends in .tsv.
 
-    CSV has quoting. TSV has it only where the whole file agrees with it, see is_quoted.
+    CSV has quoting. TSV has it only where the whole file agrees with it, see quoting_of.
     Raises ValueError naming file and line for a header without the columns.
     """
     path, root = table_file(location, layout)
@@ -77,7 +78,15 @@ def _is_quoted(path: Path, delimiter: str) -> bool:
     with storage.open_file(path) as file:
         lines = iterate_lines(file)
         header = next(quoted_rows(lines, delimiter, lambda cells: False), None)
-        return header is not None and is_quoted(lines, delimiter, len(header.cells))
+        if header is None:
+            return False
+        quoting = quoting_of(lines, delimiter, len(header.cells))
+    if quoting.num_unpaired and not quoting.is_used:
+        print(
+            f"note: {path}: quotes are read as characters; rows in which they do not pair up: {quoting.num_unpaired}",
+            file=sys.stderr,
+        )
+    return quoting.is_used
 
 
 def _header(row: Row, where: str) -> list[str]:
