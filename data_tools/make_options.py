@@ -194,7 +194,7 @@ def _add_encoders(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--caption-cleaning",
-        choices=["original", "lower", "none"],
+        choices=["original", "original_or_raw", "lower", "none"],
         default="original",
         help="see encode_text.py",
     )

@@ -82,10 +82,8 @@ def _is_quoted(path: Path, delimiter: str) -> bool:
             return False
         quoting = quoting_of(lines, delimiter, len(header.cells))
     if quoting.num_unpaired and not quoting.is_used:
-        print(
-            f"note: {path}: quotes are read as characters; rows in which they do not pair up: {quoting.num_unpaired}",
-            file=sys.stderr,
-        )
+        note = f"quotes are read as characters; rows where they do not pair up: {quoting.num_unpaired}"
+        print(f"note: {path}: {note}", file=sys.stderr)
     return quoting.is_used
 
 
