@@ -56,7 +56,7 @@ from mmtensorar.data.shards import (
     write_tar,
     wrong_count,
 )
-from mmtensorar.files import sha256, write_text
+from mmtensorar.files import decode, sha256, write_text
 
 DROPPED = "dropped.jsonl"
 MAX_WARNINGS = 10  # emptied captions that are printed; the report lists all
@@ -142,7 +142,7 @@ def _check_text(sample: Sample, where: str, classes: tuple[str, ...] | None) -> 
             raise ValueError(f"{where}: no {extension} member")
     check_class(decode_caption(sample.members["txt"], where), where, classes)
     try:
-        json.loads(sample.members["json"])
+        json.loads(decode(sample.members["json"]))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: the json member is not JSON ({error})") from error
 
