@@ -56,6 +56,8 @@ def quoted_rows(
     while (line := take()) is not None:
         if line.problem is not None:
             yield Row(line.number, [], line.problem)
+        elif cells := _one_line(line.text, delimiter):
+            yield Row(line.number, cells)
         elif line.text:
             row, used = _quoted_row(line, take, delimiter, is_row, strict)
             yield row
@@ -97,6 +99,16 @@ def _quoted_row(
         )
         return Row(first.number, [], problem), used
     return Row(first.number, cells), used
+
+
+def _one_line(text: str, delimiter: str) -> list[str]:
+    """The cells of a row that one line holds; none when it may go on, or cannot be read."""
+    if '"' not in text and "\r" not in text and len(text) <= MAX_CELL:
+        return text.split(delimiter) if text else []
+    try:
+        return next(csv.reader((text,), delimiter=delimiter, strict=True), [])
+    except csv.Error:
+        return []
 
 
 def _is_whole(text: str, delimiter: str, is_row: IsRow) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -139,7 +140,7 @@ def decode(content: bytes) -> str:
     Raises NotText for another encoding, and for a NUL.
     """
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise NotText("UTF-16, not UTF-8; save it as UTF-8")
+        raise NotText("not UTF-8 but UTF-16; save it as UTF-8")
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
@@ -212,7 +213,7 @@ class Line(NamedTuple):
     end: str = ""
 
 
-def iterate_lines(file: IO[bytes], max_bytes: int = MAX_LINE) -> Iterator[Line]:
+def iterate_lines(file: IO[bytes] | io.BufferedIOBase, max_bytes: int = MAX_LINE) -> Iterator[Line]:
     """The lines of an open file, one after the other. A line of max_bytes or more is a problem."""
     number = 0
     while content := file.readline(max_bytes):
@@ -222,15 +223,15 @@ def iterate_lines(file: IO[bytes], max_bytes: int = MAX_LINE) -> Iterator[Line]:
                 pass
             yield Line(number, "", f"the line has {max_bytes} bytes or more")
             continue
-        end = next(end for end in (b"\r\n", b"\n", b"") if content.endswith(end))
+        end = "" if not content.endswith(b"\n") else "\r\n" if content.endswith(b"\r\n") else "\n"
         try:
-            text = decode(content.removesuffix(end))
+            text = decode(content[: len(content) - len(end)])
         except NotText as error:
             where = f" (byte {error.byte})" if error.byte else ""
             yield Line(number, "", error.kind + where)
             continue
         all_in_cr = number == 1 and not content.endswith(b"\n") and _has_inner_cr(text)
-        yield Line(number, text, _CR_ALONE if all_in_cr else None, end.decode())
+        yield Line(number, text, _CR_ALONE if all_in_cr else None, end)
 
 
 # ---- JSON ----------------------------------------------------------------------------------------

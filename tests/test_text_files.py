@@ -275,7 +275,7 @@ def test_a_long_line_is_one_problem():
 
 
 def test_the_caption_of_a_sample_names_the_encoding():
-    with pytest.raises(ValueError, match="here: the caption is UTF-16, not UTF-8"):
+    with pytest.raises(ValueError, match="here: the caption is not UTF-8 but UTF-16"):
         decode_caption("a circle".encode("utf-16"), "here")
 
 

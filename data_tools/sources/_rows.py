@@ -71,10 +71,10 @@ def captions_in(fields: Mapping[str, Any], layout: Layout, where: str) -> tuple[
                 raise ValueError(f"{where}: {column!r} holds {type(text).__name__}; expected a caption")
             captions.append(decode_caption(text.encode(errors="surrogatepass"), where))
     if not captions:
-        found = ", ".join(f"{column!r} {_without_text(fields, column)}" for column in layout.captions)
-        if not any(column in fields for column in layout.captions):
-            found = f"found {quoted(fields) or 'nothing'}; --caption-columns names others"
-        raise ValueError(f"{where}: no caption in {quoted(layout.captions)}: {found}")
+        found = f"; found {quoted(fields) or 'nothing'}; --caption-columns names others"
+        if any(column in fields for column in layout.captions):
+            found = ": " + ", ".join(f"{name!r} {_without_text(fields, name)}" for name in layout.captions)
+        raise ValueError(f"{where}: no caption in {quoted(layout.captions)}{found}")
     return tuple(captions)
 
 

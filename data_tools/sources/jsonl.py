@@ -30,7 +30,7 @@ def _items(path: Path, root: Path, layout: Layout) -> Iterator[Item]:
             key, where = f"line {line.number}", f"{path}:{line.number}"
             try:
                 if line.problem is not None:
-                    raise ValueError(f"{where}: {line.problem}")
+                    raise ValueError(f"{where}: not JSON ({line.problem})")
                 fields = parse_object(line.text, where, expected)
             except ValueError as error:
                 yield Item(key, bytes, (), {"source": "jsonl"}, problem=str(error))

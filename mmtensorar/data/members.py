@@ -6,6 +6,7 @@ Letters: A crops, T image tokens, F factors, P tokens of a caption, C width of a
 from __future__ import annotations
 
 import io
+import unicodedata
 
 import numpy as np
 
@@ -32,8 +33,8 @@ def decode_caption(content: bytes, where: str) -> str:
 
 
 def is_empty(caption: str) -> bool:
-    """Whether a caption shows nothing: it holds only white space and invisible characters."""
-    return not any(letter.isprintable() and not letter.isspace() for letter in caption)
+    """Whether a caption shows nothing: it holds only white space, control and format characters."""
+    return all(letter.isspace() or unicodedata.category(letter) in ("Cc", "Cf") for letter in caption)
 
 
 # ---- arrays ----------------------------------------------------------------------------------
