@@ -45,6 +45,14 @@ def num_bytes(text: str) -> int:
     return int(digits) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[unit]
 
 
+def column_names(text: str) -> tuple[str, ...]:
+    """Names with commas between, stripped of spaces."""
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names) or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"expected different names with commas between, got {text!r}")
+    return names
+
+
 def fraction(text: str) -> float:
     """A number between 0 and 1, both excluded."""
     value = _number(text)

@@ -8,7 +8,8 @@
 
 It checks the manifest; each shard's digest, structure and number of samples; each picture,
 caption or class number, json, codes and text features; and that no key occurs twice. Every
-problem is listed with shard and key. Pictures that occur more than once are counted.
+problem is listed with shard and key. Pictures that occur more than once are counted, and so
+are captions of which the cleaning of the text features left nothing.
 
 The exit code is 2 when something is wrong; with --repair 0 once the clean set is written.
 """
@@ -23,13 +24,15 @@ import argparse
 import hashlib
 import json
 import os
-from typing import NamedTuple
+from itertools import chain
+from typing import NamedTuple, cast
 
 from tqdm import tqdm
 
 from data_tools.argument_types import positive
 from data_tools.executors import in_processes
 from data_tools.storage import note_unlisted
+from mmtensorar.captions.cleaning import Cleaning, leaves_nothing
 from mmtensorar.cli import Parser, command
 from mmtensorar.data import tars
 from mmtensorar.data.members import (
@@ -54,9 +57,10 @@ from mmtensorar.data.shards import (
     write_tar,
     wrong_count,
 )
-from mmtensorar.files import sha256, write_text
+from mmtensorar.files import decode, sha256, write_text
 
 DROPPED = "dropped.jsonl"
+MAX_WARNINGS = 10  # emptied captions that are printed; the report lists all
 
 
 class Problem(NamedTuple):
@@ -79,11 +83,16 @@ class GoodRead(NamedTuple):
 
 
 class CheckedShard(NamedTuple):
-    """The result for one shard. read: the samples that could be read."""
+    """The result for one shard.
+
+    read: the samples that could be read. emptied: those whose text features hold no text, see
+    is_emptied.
+    """
 
     shard: Shard
     read: tuple[GoodRead, ...]
     problems: tuple[Problem, ...]
+    emptied: tuple[Problem, ...] = ()
 
 
 class Duplicate(NamedTuple):
@@ -95,12 +104,17 @@ class Duplicate(NamedTuple):
 
 
 class CheckedSet(NamedTuple):
-    """The result for a whole set. good: shard -> numbers of its good samples."""
+    """The result for a whole set.
+
+    good: shard -> numbers of its good samples. emptied: samples whose text features hold no
+    text. They are what the set's caption cleaning makes, and no damage.
+    """
 
     num_read: int
     problems: tuple[Problem, ...]
     duplicates: tuple[Duplicate, ...]
     good: dict[str, list[int]]
+    emptied: tuple[Problem, ...] = ()
 
 
 # ---- one sample ------------------------------------------------------------------------------
@@ -129,7 +143,7 @@ def _check_text(sample: Sample, where: str, classes: tuple[str, ...] | None) -> 
             raise ValueError(f"{where}: no {extension} member")
     check_class(decode_caption(sample.members["txt"], where), where, classes)
     try:
-        json.loads(sample.members["json"])
+        json.loads(decode(sample.members["json"]))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: the json member is not JSON ({error})") from error
 
@@ -144,6 +158,23 @@ def _check_features(sample: Sample, where: str, manifest: Manifest) -> None:
     _check_presence(sample, where, "t5.npy", "text features", manifest.text_features is not None)
     if manifest.text_features is not None:
         check_features(decode_features(sample.members["t5.npy"], where), manifest.text_features, where)
+
+
+def is_emptied(sample: Sample, manifest: Manifest) -> bool:
+    """Whether the caption cleaning of the text features leaves nothing of a sample's caption."""
+    if manifest.text_features is None or not {"txt", "t5.npy"} <= sample.members.keys():
+        return False
+    try:
+        caption = decode_caption(sample.members["txt"], "")
+        features = decode_features(sample.members["t5.npy"], "")
+    except ValueError:  # sample_problems names it
+        return False
+    if len(features) == 1 < manifest.text_features.max_tokens:  # the end token alone
+        return True
+    try:
+        return leaves_nothing(caption, cast(Cleaning, manifest.text_features.cleaning))
+    except ValueError:  # the packages of the cleaning are not installed
+        return False
 
 
 def _check_presence(sample: Sample, where: str, member: str, name: str, expected: bool) -> None:
@@ -171,6 +202,7 @@ def check_shard(folder: Path, shard: Shard, manifest: Manifest) -> CheckedShard:
     path = folder / shard.name
     problems: list[Problem] = []
     read: list[GoodRead] = []
+    emptied: list[Problem] = []
     try:
         changed = sha256(path) != shard.sha256
     except OSError as error:
@@ -191,6 +223,9 @@ def check_shard(folder: Path, shard: Shard, manifest: Manifest) -> CheckedShard:
                 Problem(shard.name, sample.key, text) for text in sample_problems(sample, where, manifest)
             ]
             read.append(GoodRead(number, sample.key, _picture_digest(sample)))
+            if is_emptied(sample, manifest):
+                text = f"{where}: its text features hold no text: the caption cleaning left nothing"
+                emptied.append(Problem(shard.name, sample.key, text))
     num_samples = len(starts) - 1
     if damage is not None:
         missing = shard.num_samples - num_samples
@@ -198,7 +233,7 @@ def check_shard(folder: Path, shard: Shard, manifest: Manifest) -> CheckedShard:
         problems.append(Problem(shard.name, None, f"{damage}{also}"))
     elif num_samples != shard.num_samples:
         problems.append(Problem(shard.name, None, wrong_count(path, num_samples, shard)))
-    return CheckedShard(shard, tuple(read), tuple(problems))
+    return CheckedShard(shard, tuple(read), tuple(problems), tuple(emptied))
 
 
 def _picture_digest(sample: Sample) -> str | None:
@@ -244,7 +279,8 @@ def check(folder: Path, manifest: Manifest, workers: int) -> CheckedSet:
             if (first := key_of_picture.setdefault(sample.picture, sample.key)) != sample.key:
                 duplicates.append(Duplicate(shard.name, sample, first))
     num_read = sum(len(checked.read) for checked in checked_shards.values())
-    return CheckedSet(num_read, tuple(problems), tuple(duplicates), good)
+    emptied = tuple(chain.from_iterable(checked_shards[shard.name].emptied for shard in manifest.shards))
+    return CheckedSet(num_read, tuple(problems), tuple(duplicates), good, emptied)
 
 
 def report(folder: Path, manifest: Manifest, checked: CheckedSet) -> dict:
@@ -264,6 +300,7 @@ def report(folder: Path, manifest: Manifest, checked: CheckedSet) -> dict:
             {"shard": duplicate.shard, "key": duplicate.sample.key, "same_as": duplicate.same_as}
             for duplicate in checked.duplicates
         ],
+        "emptied": [{"shard": sample.shard, "key": sample.key} for sample in checked.emptied],
     }
 
 
@@ -283,6 +320,8 @@ def summary(folder: Path, manifest: Manifest, checked: CheckedSet) -> str:
         facts.append(f"text features of {text_features.text_encoder}")
     if checked.duplicates:
         facts.append(f"{len(checked.duplicates)} duplicate pictures")
+    if checked.emptied:
+        facts.append(f"captions emptied by cleaning: {len(checked.emptied)}")
     facts.append(f"{len(checked.problems) or 'no'} problems")
     return ", ".join(facts)
 
@@ -407,6 +446,8 @@ def main(arguments: list[str] | None = None) -> int:
     checked = check(folder, manifest, options.workers)
     for problem in checked.problems:
         print(f"error: {problem.text}", file=sys.stderr)
+    for sample in checked.emptied[:MAX_WARNINGS]:
+        print(f"warning: {sample.text}", file=sys.stderr)
     print(summary(folder, manifest, checked))
     if options.report is not None:
         write_text(options.report, json.dumps(report(folder, manifest, checked), indent=1) + "\n")

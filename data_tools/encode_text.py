@@ -32,7 +32,15 @@ from typing import TYPE_CHECKING, get_args
 import numpy as np
 
 from data_tools.argument_types import positive
-from data_tools.rewrite_shards import check_set, join_ranks, pick_device, print_once, read_set, rewrite
+from data_tools.rewrite_shards import (
+    check_set,
+    join_ranks,
+    pick_device,
+    print_once,
+    read_set,
+    rewrite,
+    sum_over_ranks,
+)
 from mmtensorar import ranks
 from mmtensorar.captions.cleaning import Cleaning
 from mmtensorar.cli import Parser, command
@@ -61,6 +69,8 @@ def encode_samples(
     while batch := list(islice(samples, batch_size)):
         names = [f"{path}: sample {sample.key}" for sample in batch]
         captions = [_caption(sample, name) for sample, name in zip(batch, names, strict=True)]
+        for name, caption in zip(names, captions, strict=True):
+            encoder.emptied.add(name, caption)
         for sample, row, name in zip(batch, encoder.features(captions), names, strict=True):
             with np.errstate(over="ignore"):  # too large becomes infinite, which the check reports
                 features = row.numpy().astype(np.float16)
@@ -111,11 +121,19 @@ def encode(folder: Path, encoder: T5Features, *, batch_size: int) -> None:
 
         rewrite(folder, manifest, encoded, desc="encoding", unit="captions", text_features=expected)
         print_once(f"{folder}: {manifest.num_samples} captions have {name}, cleaning {encoder.cleaning}")
+        if num_emptied := sum_over_ranks(encoder.emptied.count):
+            print_once(emptied_note(num_emptied, encoder.cleaning))
     if ranks.is_first():
         size = sum(stored_bytes(folder / shard.name) for shard in manifest.shards)
         mean = size / manifest.num_samples
         million = f"{mean * 1e6:.3g} bytes ({mean / 1e3:.3g} GB) per million captions"
         print(f"{size} bytes in the shards, {mean:.0f} a caption: {million}")
+
+
+def emptied_note(num_emptied: int, cleaning: Cleaning) -> str:
+    """What to know about captions that were encoded, and of which the cleaning left nothing."""
+    also = "; --caption-cleaning original_or_raw keeps them" if cleaning == "original" else ""
+    return f"captions encoded now of which cleaning {cleaning} left nothing: {num_emptied}{also}"
 
 
 def stored_bytes(path: Path) -> int:
@@ -134,7 +152,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--caption-cleaning",
         choices=get_args(Cleaning),
         default="original",
-        help="as in backbone.caption_cleaning (default: original, LlamaGen's)",
+        help="as in backbone.caption_cleaning (default: original, LlamaGen's); original_or_raw keeps "
+        "captions of which original leaves nothing, such as Chinese and links, as written",
     )
     parser.add_argument(
         "--max-tokens", type=positive, default=120, help="longer captions are cut (default: 120, LlamaGen's)"

@@ -11,10 +11,14 @@ from mmtensorar.data.shards import Codes, Sample, TextFeatures
 
 
 class Encoder(NamedTuple):
-    """entries: field -> value, for the manifest. encode: see build_stages.add_codes."""
+    """entries: field -> value, for the manifest. encode: see build_stages.add_codes.
+
+    notes: returns sentences about what was encoded, for the end.
+    """
 
     entries: dict[str, Codes | TextFeatures]
     encode: Callable[[Iterable[Sample], Path], Iterator[Sample]]
+    notes: Callable[[], list[str]] = list
 
 
 def load_encoders(options: argparse.Namespace, classes: tuple[str, ...] | None) -> Encoder | None:
@@ -39,7 +43,11 @@ def load_encoders(options: argparse.Namespace, classes: tuple[str, ...] | None) 
             samples = encoder.encode(samples, path)
         return iter(samples)
 
-    return Encoder({key: value for encoder in encoders for key, value in encoder.entries.items()}, encode)
+    def notes() -> list[str]:
+        return [note for encoder in encoders for note in encoder.notes()]
+
+    entries = {key: value for encoder in encoders for key, value in encoder.entries.items()}
+    return Encoder(entries, encode, notes)
 
 
 def load_text_encoder(options: argparse.Namespace) -> Encoder:
@@ -57,9 +65,15 @@ def load_text_encoder(options: argparse.Namespace) -> Encoder:
     )
     expected = encode_text.features_of(encoder)
     size = options.batch_size
+
+    def notes() -> list[str]:
+        count = encoder.emptied.count
+        return [encode_text.emptied_note(count, encoder.cleaning)] if count else []
+
     return Encoder(
         {"text_features": expected},
         lambda samples, path: encode_text.encode_samples(samples, path, encoder, expected, batch_size=size),
+        notes,
     )
 
 

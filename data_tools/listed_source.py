@@ -25,12 +25,14 @@ class ListedSource(NamedTuple):
 
     name: for the manifest. classes: names of the classes when captions are class numbers.
     state: a hash of the stamps of its files; empty where they have none.
+    notes: sentences about the source, for the end.
     """
 
     name: str
     items: Items
     classes: tuple[str, ...] | None = None
     state: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def list_source(options: argparse.Namespace) -> ListedSource:
@@ -38,7 +40,8 @@ def list_source(options: argparse.Namespace) -> ListedSource:
     source, location = known_sources()[options.source], options.location
     if not source.is_drawn and _is_same_folder(location, options.out):
         raise ValueError(f"{location}: source and --out are the same folder; choose another --out")
-    listing = source.read(location, _layout(source, options))
+    layout = _layout(source, options)
+    listing = source.read(location, layout)
     digest = SourceDigest([location, str(options.image_root or "")])
     stamps = Stamps()
     stop_at_problem = options.on_error == "raise" and not options.dry_run
@@ -53,11 +56,12 @@ def list_source(options: argparse.Namespace) -> ListedSource:
                 yield chosen
 
     items = Items(chosen_items())
+    notes = tuple(layout.columns.notes(location, layout.captions, layout.captions_given))
     if source.is_drawn:
-        return ListedSource(location, items[: options.limit], listing.classes)
+        return ListedSource(location, items[: options.limit], listing.classes, notes=notes)
     name = f"{source.kind} {_location_name(location)} {digest.hexdigest()}"
     items = shuffle_items(items, options.seed)[: options.limit]
-    return ListedSource(name, items, listing.classes, stamps.state)
+    return ListedSource(name, items, listing.classes, stamps.state, notes)
 
 
 def _is_same_folder(location: str, out: Path) -> bool:
@@ -68,7 +72,8 @@ def _layout(source: Source, options: argparse.Namespace) -> Layout:
     names = [option.lstrip("-").replace("-", "_") for option in source.arguments]
     return Layout(
         image=options.image_column,
-        captions=tuple(options.caption_columns),
+        captions=options.caption_columns or ("caption",),
+        captions_given=options.caption_columns is not None,
         root=options.image_root,
         split=options.split,
         templates=tuple(options.class_template),

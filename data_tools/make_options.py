@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from data_tools import storage
-from data_tools.argument_types import fraction, image_side, num_bytes, positive, quality, ratio, whole
+from data_tools.argument_types import (
+    column_names,
+    fraction,
+    image_side,
+    num_bytes,
+    positive,
+    quality,
+    ratio,
+    whole,
+)
 from data_tools.pipeline import LEFT_OUT
 from data_tools.sources import Source, known_sources
 from mmtensorar.cli import Parser
@@ -63,12 +72,15 @@ def _add_sources(parser: argparse.ArgumentParser, sources: Sources) -> None:
 def _add_reading(parser: argparse.ArgumentParser, sources: Sources) -> None:
     group = parser.add_argument_group("how the source is read")
     group.add_argument(
-        "--image-column", default="image", metavar="NAME", help="column or key (default: image)"
+        "--image-column",
+        type=str.strip,
+        default="image",
+        metavar="NAME",
+        help="column or key (default: image)",
     )
     group.add_argument(
         "--caption-columns",
-        type=lambda text: text.split(","),
-        default=["caption"],
+        type=column_names,
         metavar="A,B",
         help="columns or keys of captions (default: caption)",
     )
@@ -182,7 +194,7 @@ def _add_encoders(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--caption-cleaning",
-        choices=["original", "lower", "none"],
+        choices=["original", "original_or_raw", "lower", "none"],
         default="original",
         help="see shards encode-text",
     )

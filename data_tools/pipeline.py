@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -75,6 +75,7 @@ def make(options: argparse.Namespace, executor: Executor) -> None:
     source = list_source(options)
     encoder = load_encoders(options, source.classes)
     if options.dry_run:
+        print_notes(source.notes)
         dry_run.show(source, sample_settings(options), set_settings(options), options.out)
         if (old := existing_set(options.out)) is not None and not options.overwrite:
             print(f"{options.out} holds a set already ({describe(old)}); another one needs --overwrite")
@@ -90,6 +91,13 @@ def make(options: argparse.Namespace, executor: Executor) -> None:
         executor=executor,
         workers=options.workers,
     ).run()
+    print_notes([*source.notes, *(encoder.notes() if encoder else ())])
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """Print what is to be known about a source and its captions."""
+    for note in notes:
+        print(f"note: {note}")
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,17 @@ def wait_for_ranks() -> None:
         torch.distributed.barrier()
 
 
+def sum_over_ranks(number: int) -> int:
+    """The sum of every rank's number. All ranks call this."""
+    if ranks.world_size() == 1:
+        return number
+    import torch
+
+    total = torch.tensor(number)
+    torch.distributed.all_reduce(total)
+    return int(total)
+
+
 def print_once(sentence: str) -> None:
     """Print on rank 0."""
     if ranks.is_first():

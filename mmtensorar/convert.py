@@ -62,7 +62,7 @@ def parser() -> Parser:
     add("--image-size", metavar="PIXELS", type=int, help="pixels a side, if a LlamaGen file does not show it")
     add("--text-tokenizer", metavar="PATH", help="Janus: a folder with tokenizer.json, if SRC has none")
     add("--text-encoder", metavar="PATH", help="LlamaGen, text: its T5 (default google/flan-t5-xl)")
-    add("--caption-cleaning", help="LlamaGen, text: original (default), lower or none")
+    add("--caption-cleaning", help="LlamaGen, text: original (default), original_or_raw, lower or none")
     add = parser.add_argument_group("back").add_argument
     add("--original", action="store_true", help="write the model folder SRC in its authors' layout")
     add(

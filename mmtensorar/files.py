@@ -1,12 +1,14 @@
-"""Files: atomic writes, SHA-256, JSON, and errors that name the file. Imports nothing of ours.
+"""Files: atomic writes, SHA-256, text, JSON, and errors that name the file. Imports nothing of ours.
 
 Paths are `pathlib.Path`; `write_text` and `move` also take a UPath of an object store.
 """
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -15,9 +17,10 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
-MAX_LINE = 2**24  # characters; a small compressed file may expand to an endless line
+MAX_LINE = 2**24  # bytes; a small compressed file may expand to an endless line
+MARK = "\ufeff"  # the byte-order mark, which some editors put before the first character
 
 
 def sha256(path: Path, progress: Callable[[int], Any] = lambda num_bytes: None) -> str:
@@ -128,15 +131,133 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+# ---- text ----------------------------------------------------------------------------------------
+# Every text file is read here: UTF-8 without its byte-order mark, in lines that end at LF or
+# CRLF. Python's own splitlines also ends a line at a form feed, at U+0085 and at U+2028.
+
+
+class NotText(ValueError):
+    """Bytes that are not text in UTF-8. The message can follow "FILE:" or "the caption is".
+
+    kind: what they are. line, byte: where, from 1; byte counts within the line. 0: everywhere.
+    """
+
+    def __init__(self, kind: str, line: int = 0, byte: int = 0):
+        super().__init__(f"{kind} (line {line}, byte {byte})" if line else kind)
+        self.kind, self.line, self.byte = kind, line, byte
+
+
+def decode(content: bytes) -> str:
+    """Bytes of UTF-8 -> text, without byte-order marks in front.
+
+    Raises NotText for another encoding, and for a NUL.
+    """
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise NotText("not UTF-8 but UTF-16; save it as UTF-8")
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        kind = f"not UTF-8: 0x{content[error.start]:02x}"
+        raise NotText(kind, *_place(content, error.start)) from None
+    if "\0" in text:
+        raise NotText("not text in UTF-8: NUL, as in UTF-16", *_place(content, content.index(0)))
+    return text.lstrip(MARK)
+
+
+def _place(content: bytes, position: int) -> tuple[int, int]:
+    line_start = content.rfind(b"\n", 0, position) + 1
+    return content.count(b"\n", 0, position) + 1, position - line_start + 1
+
+
+def decode_text(content: bytes, where: str) -> str:
+    """The text of a file's bytes. Raises ValueError, starting with `where`, when it is not UTF-8."""
+    try:
+        return decode(content)
+    except NotText as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, without its byte-order mark; line ends stay as they are.
+
+    Raises ValueError naming file, line and byte when it is not UTF-8, and OSError when it
+    cannot be read.
+    """
+    with path.open("rb") as file:
+        return decode_text(file.read(), str(path))
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file, without their ends. Raises like `read_text`, and like `split_lines`."""
+    return split_lines(read_text(path), str(path))
+
+
+def split_lines(text: str, where: str) -> list[str]:
+    """Lines, which end at LF or CRLF only.
+
+    Raises ValueError, starting with `where`, when all lines end in CR: as one line, they would
+    be one prompt or one row.
+    """
+    lines = text.split("\n")
+    if not lines[-1]:
+        del lines[-1]
+    if len(lines) == 1 and _has_inner_cr(lines[0]):
+        raise ValueError(f"{where}: {_CR_ALONE}")
+    return [line.removesuffix("\r") for line in lines]
+
+
+_CR_ALONE = "its lines end in CR alone; expected LF or CRLF"
+
+
+def _has_inner_cr(line: str) -> bool:
+    return "\r" in line.strip("\r")
+
+
+class Line(NamedTuple):
+    """One line of a text file.
+
+    number: from 1. text: without the line's end. problem: why it cannot be read, None when it can.
+    end: LF, CRLF, or nothing after the last line.
+    """
+
+    number: int
+    text: str
+    problem: str | None = None
+    end: str = ""
+
+
+def iterate_lines(file: IO[bytes] | io.BufferedIOBase, max_bytes: int = MAX_LINE) -> Iterator[Line]:
+    """The lines of an open file, one after the other. A line of max_bytes or more is a problem."""
+    number = 0
+    while content := file.readline(max_bytes):
+        number += 1
+        if len(content) == max_bytes and not content.endswith(b"\n"):
+            while (rest := file.readline(max_bytes)) and not rest.endswith(b"\n"):
+                pass
+            yield Line(number, "", f"the line has {max_bytes} bytes or more")
+            continue
+        end = "" if not content.endswith(b"\n") else "\r\n" if content.endswith(b"\r\n") else "\n"
+        try:
+            text = decode(content[: len(content) - len(end)])
+        except NotText as error:
+            where = f" (byte {error.byte})" if error.byte else ""
+            yield Line(number, "", error.kind + where)
+            continue
+        all_in_cr = number == 1 and not content.endswith(b"\n") and _has_inner_cr(text)
+        yield Line(number, text, _CR_ALONE if all_in_cr else None, end)
+
+
 # ---- JSON ----------------------------------------------------------------------------------------
 
 
 def read_json(path: Path) -> dict:
     """The JSON object in a file. Raises ValueError, naming the file, when it is missing or damaged."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = read_text(path)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
+    try:
+        value = json.loads(text)
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
@@ -152,21 +273,20 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict]]:
     number = 0
     opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            while line := file.readline(MAX_LINE):
-                number += 1
-                if len(line) == MAX_LINE:
-                    raise ValueError(f"{path} line {number}: longer than {MAX_LINE} characters")
+        with opener(path, "rb") as file:
+            for number, text, problem, _ in iterate_lines(file):
+                if problem is not None:
+                    raise ValueError(f"{path} line {number}: {problem}")
                 try:
-                    value = json.loads(line)
-                except (json.JSONDecodeError, RecursionError):
+                    value = json.loads(text)
+                except (ValueError, RecursionError):
                     value = None
                 if not isinstance(value, dict):
                     raise ValueError(f"{path} line {number}: expected one JSON object")
                 yield f"{path} line {number}", value
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as error:
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path} after line {number}: damaged ({error})") from None
     if not number:
         raise ValueError(f"{path} is empty")

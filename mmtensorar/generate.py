@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from mmtensorar.checkpoints.index import read_index
 from mmtensorar.cli import Parser, command
+from mmtensorar.files import read_lines
 from mmtensorar.sampling.settings import LOADING, add_generation, at_least_1, given_settings
 from mmtensorar.seeds import check_seed
 
@@ -46,11 +47,7 @@ def read_prompts(options: argparse.Namespace) -> list[str] | list[int]:
             raise ValueError("--class and prompts were given; a model takes one or the other")
         return options.classes
     if options.prompts_file is not None:
-        try:
-            lines = options.prompts_file.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError:
-            raise ValueError(f"{options.prompts_file}: not UTF-8") from None
-        prompts += [line.strip() for line in lines if line.strip()]
+        prompts += [line.strip() for line in read_lines(options.prompts_file) if line.strip()]
     if not prompts:
         raise ValueError("no prompts: give --prompt TEXT or --prompts-file FILE, or --class NUMBER")
     return prompts
@@ -68,7 +65,6 @@ def count(number: int, noun: str) -> str:
 
 def write_images(generator: Generator, prompts: Sequence[Prompt], options: argparse.Namespace) -> list[Path]:
     """Generate --num-images for each prompt into --out; returns the image files."""
-    from mmtensorar.pipeline import save_png
 
     generator.check(prompts)
     sampling = generator.sampling(**given_settings(options))
@@ -126,7 +122,6 @@ def write_trace(generator: Generator, windows: Tensor, path: Path, origin: dict[
     from PIL import Image
     from safetensors.torch import save_file
 
-    from mmtensorar.pipeline import save_png
     from mmtensorar.sampling.trace import revisions
 
     metadata = {key: str(value) for key, value in origin.items()}

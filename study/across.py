@@ -11,7 +11,7 @@ from scipy import stats
 
 from eval import tables
 from eval.intervals import Interval
-from mmtensorar.files import write_text
+from mmtensorar.files import read_text, write_text
 from study import plots
 from study.grid import USUAL, Grid
 from study.report import NATS_PER_BIT
@@ -246,7 +246,7 @@ def write(studies: Sequence[Study], folder: Path) -> Path:
         GLOSSARY,
         leading,
         "Points above the control in each world; `*`: the 95 % interval excludes zero." if leading else "",
-        notes.read_text(encoding="utf-8").strip() if notes.is_file() else "",
+        read_text(notes).strip() if notes.is_file() else "",
         _origin(studies),
         "## All arms",
         "Points of right pictures minus the plain control's, and Frechet distances as a multiple of the "

@@ -30,7 +30,7 @@ import torch
 from eval.fid.score import frechet_distance, statistics
 from mmtensorar.cli import command
 from mmtensorar.data import loader
-from mmtensorar.files import write_text
+from mmtensorar.files import read_text, write_text
 from mmtensorar.model.conditions import Condition
 from mmtensorar.model.tensorar import TensorAR
 from mmtensorar.model.windows import slide
@@ -74,7 +74,7 @@ def train(grid: Grid, name: str, seed: int, out: Path) -> tuple[Path, dict]:
     folder = out / "runs" / f"{name}-{seed}"
     overrides = recipe_of(grid, name, seed, out.resolve())
     record = out / f"{name}-{seed}.json"  # the overrides of the run folder
-    recorded = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
+    recorded = json.loads(read_text(record)) if record.is_file() else None
     if folder.is_dir() and recorded != overrides:
         shutil.rmtree(folder)
     write_text(record, json.dumps(overrides))

@@ -11,7 +11,7 @@ from statistics import mean
 import numpy as np
 
 from eval import tables
-from mmtensorar.files import write_text
+from mmtensorar.files import read_text, write_text
 from study import plots, worlds
 from study.grid import BASE, USUAL, Grid
 from study.scores import Runs, Scores, collect, groups_of, mean_of, percent
@@ -208,12 +208,12 @@ def write(grid_path: Path, results: Path, rows: Sequence[dict]) -> Path:
     scores = Scores(grid, runs, groups_of(grid))
     draw(scores, folder / FIGURE)
     times, notes = folder / STEP_TIMES, folder / "notes.md"
-    timed = json.loads(times.read_text(encoding="utf-8")) if times.is_file() else {}
+    timed = json.loads(read_text(times)) if times.is_file() else {}
     missing = [f"`{name}`" for name in grid.arms if (name, USUAL) not in runs]
     sections = [
         f"# Study on the world `{grid.world}`",
         _origin(grid_path, results, rows),
-        notes.read_text(encoding="utf-8").strip() if notes.is_file() else "",
+        read_text(notes).strip() if notes.is_file() else "",
         "## Every arm",
         _conditions(scores, rows),
         arms_table(scores, timed),

@@ -13,6 +13,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mmtensorar.files import read_text
 from mmtensorar.processes import RunFolderLock
 from study import job, start
 from study.commands import ROOT
@@ -192,10 +193,10 @@ def _collect(ended: Job, results: Path, num_waiting: int) -> bool:
         printed = ended.log.read_text(encoding="utf-8", errors="replace").strip()
         print(f"failed: {name}: {printed[-2000:]}", file=sys.stderr, flush=True)
         return False
-    text = ended.rows.read_text(encoding="utf-8")
+    text = read_text(ended.rows)
     with results.open("a", encoding="utf-8") as file:
         file.write(text)
-    first = json.loads(text.splitlines()[0])
+    first = json.loads(text.partition("\n")[0])
     scored = f"{100 * first['score']['overall']:.1f} %, Frechet {first['frechet']:.4f}"
     print(f"{name}: {scored}, {time.monotonic() - ended.started:.0f} s, {num_waiting} left", flush=True)
     return True

@@ -10,7 +10,7 @@ import torch
 
 from mmtensorar.backbones import llamagen
 from mmtensorar.data.shards import Manifest
-from mmtensorar.files import write_text
+from mmtensorar.files import read_text, write_text
 from study import worlds
 from study.commands import ROOT, run
 from study.grid import ON_ALL, FromNothing, Grid
@@ -44,9 +44,7 @@ def prepare(grid: Grid, out: Path) -> None:
 def _claim(from_nothing: FromNothing, out: Path) -> None:
     """Record the settings in out. Raises ValueError when it was made with others."""
     record, settings = out / "from_nothing.json", from_nothing.model_dump(mode="json")
-    if record.is_file() and json.loads(record.read_text(encoding="utf-8")) != json.loads(
-        json.dumps(settings)
-    ):
+    if record.is_file() and json.loads(read_text(record)) != json.loads(json.dumps(settings)):
         raise ValueError(
             f"{out}: its image tokenizer and base were made with another from_nothing ({record}); "
             "choose another --out"

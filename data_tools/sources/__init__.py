@@ -28,6 +28,8 @@ from typing import Any, NamedTuple, overload
 
 from PIL import Image
 
+from data_tools.caption_columns import ColumnCount
+
 
 class Item(NamedTuple):
     """One picture of a source.
@@ -93,6 +95,8 @@ class Layout:
 
     Args:
         image, captions: Columns of a table, or keys of a JSON object.
+        captions_given: Whether the command names the captions' columns.
+        columns: Counts the rows that have them.
         root: Folder that paths are relative to; None is the folder of the table itself.
         split: Split of a dataset.
         templates: Captions from class names, with {} for the name. Without templates, class
@@ -105,6 +109,8 @@ class Layout:
 
     image: str = "image"
     captions: tuple[str, ...] = ("caption",)
+    captions_given: bool = False
+    columns: ColumnCount = field(default_factory=ColumnCount)
     root: Path | None = None
     split: str = "train"
     templates: tuple[str, ...] = ()

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data_tools import storage
+from data_tools.caption_columns import quoted, texts_in
 from data_tools.sources import Item, Layout
 from data_tools.storage import FileStatus, read_file
 from mmtensorar.data.members import decode_caption
+from mmtensorar.files import decode_text
 from mmtensorar.folders import LeftOut
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -43,8 +46,9 @@ def find_pictures(
 
 def parse_object(content: str | bytes, where: str, expected: str = "an object") -> dict[str, Any]:
     """A JSON object. Raises ValueError, starting with `where`, for anything else."""
+    text = decode_text(content, where) if isinstance(content, bytes) else content
     try:
-        value = json.loads(content)
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON ({error})") from error
     if not isinstance(value, dict):
@@ -52,28 +56,57 @@ def parse_object(content: str | bytes, where: str, expected: str = "an object") 
     return value
 
 
-def captions_in(fields: Mapping[str, Any], columns: tuple[str, ...], where: str) -> tuple[str, ...]:
-    """The captions in some columns of a row.
+def captions_in(fields: Mapping[str, Any], layout: Layout, where: str) -> tuple[str, ...]:
+    """The captions in the layout's columns of a row, which is counted.
 
     A column may hold one text, a list of texts, or nothing. Raises ValueError when all
     columns together have no caption, and for a column that holds anything else.
     """
+    layout.columns.add(fields, layout.captions)
     captions = []
-    for column in columns:
-        value = fields.get(column)
-        for text in value if isinstance(value, (list, tuple)) else [value]:
-            if text is None or text == "":
-                continue
+    for column in layout.captions:
+        for text in texts_in(fields.get(column)):
             if not isinstance(text, str):
                 raise ValueError(f"{where}: {column!r} holds {type(text).__name__}; expected a caption")
             captions.append(decode_caption(text.encode(errors="surrogatepass"), where))
     if not captions:
-        present = ", ".join(map(repr, fields)) or "nothing"
-        raise ValueError(f"{where}: no caption in {', '.join(map(repr, columns))}; found {present}")
+        found = f"; found {quoted(fields) or 'nothing'}; --caption-columns names others"
+        if any(column in fields for column in layout.captions):
+            found = ": " + ", ".join(f"{name!r} {_without_text(fields, name)}" for name in layout.captions)
+        raise ValueError(f"{where}: no caption in {quoted(layout.captions)}{found}")
     return tuple(captions)
 
 
+def _without_text(fields: Mapping[str, Any], column: str) -> str:
+    if column not in fields:
+        return "is missing"
+    return "is null" if fields[column] is None else "is empty"
+
+
 # ---- tables ----------------------------------------------------------------------------------
+
+
+def match_columns(names: Sequence[str], layout: Layout, where: str) -> Layout:
+    """The layout with its columns as a table spells them: spaces around a name do not count.
+
+    Raises ValueError, naming the option, for a column that is missing or occurs twice.
+    """
+
+    def found(column: str, option: str) -> str:
+        exact = [name for name in names if name == column]
+        alike = exact or [name for name in names if name.strip() == column]
+        if len(alike) != 1:
+            raise ValueError(
+                f"{where}: expected one column {column!r}, found {quoted(names) or 'nothing'}; "
+                f"{option} names another one"
+            )
+        return alike[0]
+
+    return replace(
+        layout,
+        image=found(layout.image, "--image-column"),
+        captions=tuple(found(column, "--caption-columns") for column in layout.captions),
+    )
 
 
 def table_file(location: str, layout: Layout) -> tuple[Path, Path]:
@@ -134,10 +167,13 @@ def row_item(key: str, fields: dict[str, Any], layout: Layout, root: Path, where
     meta: dict[str, Any] = {"source": source}
     try:
         if layout.image not in fields:
-            present = ", ".join(map(repr, fields)) or "nothing"
-            raise ValueError(f"{where}: expected an image in {layout.image!r}, found {present}")
+            layout.columns.add(fields, layout.captions)
+            raise ValueError(
+                f"{where}: expected an image in {layout.image!r}, found {quoted(fields) or 'nothing'}; "
+                "--image-column names another one"
+            )
         path = path_in(root, fields[layout.image], where)
-        captions = captions_in(fields, layout.captions, where)
+        captions = captions_in(fields, layout, where)
     except ValueError as error:
         return Item(key, bytes, (), meta, problem=str(error))
     meta["name"] = fields[layout.image]

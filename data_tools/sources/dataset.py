@@ -11,7 +11,7 @@ from typing import Any
 
 from data_tools import storage
 from data_tools.sources import Item, Layout, Listing, Source
-from data_tools.sources._rows import captions_in, class_captions, picture_in
+from data_tools.sources._rows import captions_in, class_captions, match_columns, picture_in
 from mmtensorar.data.url_cache import is_url
 
 
@@ -22,10 +22,7 @@ def read(location: str, layout: Layout) -> Listing:
     with templates, a class label. Raises ValueError naming the dataset and the column or row.
     """
     rows = load_split(location, layout.split)
-    for column in (layout.image, *layout.captions):
-        if column not in rows.features:
-            present = ", ".join(map(repr, rows.features))
-            raise ValueError(f"{location}: expected a column {column!r}, found {present}")
+    layout = match_columns(list(rows.features), layout, location)
     if not len(rows):
         raise ValueError(f"{location}: no rows in split {layout.split!r}")
     labels = {name: feature for name in layout.captions if hasattr(feature := rows.features[name], "int2str")}
@@ -89,7 +86,7 @@ def _items(rows: Any, location: str, layout: Layout, labels: dict[str, Any]) -> 
                 fields[name] = None
         picture = partial(_picture, location, layout.split, layout.image, row)
         try:
-            captions = captions_in(fields, layout.captions, where)
+            captions = captions_in(fields, layout, where)
             yield Item(f"{layout.split} {row}", picture, captions, meta, stamp=stamp)
         except ValueError as error:
             yield Item(f"{layout.split} {row}", picture, (), meta, problem=str(error))

@@ -69,9 +69,10 @@ def _text_path(picture: Path, text_files: dict[Path, FileStatus]) -> Path | None
 def _captions(content: bytes, path: Path, layout: Layout) -> tuple[tuple[str, ...], dict]:
     """The captions in a file, and the other keys of its JSON."""
     if path.suffix == ".txt":
+        layout.columns.num_texts += 1
         return (decode_caption(content, str(path)),), {}
     fields = parse_object(content, str(path), f"an object with {', '.join(layout.captions)}")
-    captions = captions_in(fields, layout.captions, str(path))
+    captions = captions_in(fields, layout, str(path))
     return captions, {key: value for key, value in fields.items() if key not in layout.captions}
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from data_tools import storage
 from data_tools.sources import Item, Layout, Listing, Source
 from data_tools.sources._rows import parse_object, row_item, table_file
+from mmtensorar.files import iterate_lines
 
 MAX_LINE = 2**22  # bytes
 
 
 def read(location: str, layout: Layout) -> Listing:
-    """The lines of a file. Raises ValueError naming file and line for a bad or too long line."""
+    """The lines of a file. Raises ValueError when there are none."""
     path, root = table_file(location, layout)
     return Listing(_items(path, root, layout))
 
@@ -22,15 +23,19 @@ def _items(path: Path, root: Path, layout: Layout) -> Iterator[Item]:
     expected = f'{{"{layout.image}": path, "{layout.captions[0]}": text}}'
     num_lines = 0
     with storage.open_file(path) as file:
-        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE), b""), 1):
-            where = f"{path}:{number}"
-            if len(line) == MAX_LINE:
-                raise ValueError(f"{where}: the line has {MAX_LINE} bytes or more")
-            if not line.strip():
+        for line in iterate_lines(file, MAX_LINE):
+            if line.problem is None and not line.text.strip():
                 continue
-            fields = parse_object(line, where, expected)
-            yield row_item(f"line {number}", fields, layout, root, where, "jsonl")
             num_lines += 1
+            key, where = f"line {line.number}", f"{path}:{line.number}"
+            try:
+                if line.problem is not None:
+                    raise ValueError(f"{where}: not JSON ({line.problem})")
+                fields = parse_object(line.text, where, expected)
+            except ValueError as error:
+                yield Item(key, bytes, (), {"source": "jsonl"}, problem=str(error))
+            else:
+                yield row_item(key, fields, layout, root, where, "jsonl")
     if not num_lines:
         raise ValueError(f"{path}: no lines in it")
 

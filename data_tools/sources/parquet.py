@@ -10,7 +10,7 @@ from typing import Any
 
 from data_tools import storage
 from data_tools.sources import Item, Layout, Listing, Source
-from data_tools.sources._rows import captions_in, path_in, picture_in, row_item
+from data_tools.sources._rows import captions_in, match_columns, path_in, picture_in, row_item
 from mmtensorar.folders import LeftOut
 
 MAX_GROUP = 2 * 10**9  # bytes of pictures
@@ -57,6 +57,7 @@ def _file_items(path: Path, name: str, layout: Layout) -> Iterator[Item]:
     try:
         with path.open("rb") as stream, arrow.parquet.ParquetFile(stream) as file:
             schema = file.schema_arrow
+            layout = match_columns(schema.names, layout, str(path))
             has_paths = _holds_paths(arrow, schema, layout, path)
             # Workers read the bytes of pictures later. Other columns that are neither text nor
             # numbers are left out.
@@ -81,11 +82,7 @@ def _file_items(path: Path, name: str, layout: Layout) -> Iterator[Item]:
 
 
 def _holds_paths(arrow: Any, schema: Any, layout: Layout, path: Path) -> bool:
-    """Whether the image column holds paths, not bytes. Raises ValueError for a missing column."""
-    for column in (layout.image, *layout.captions):
-        if schema.names.count(column) != 1:
-            present = ", ".join(map(repr, schema.names))
-            raise ValueError(f"{path}: expected one column {column!r}, found {present}")
+    """Whether the image column holds paths, not bytes. Raises ValueError when it holds neither."""
     kind = schema.field(layout.image).type
     if arrow.types.is_binary(kind) or arrow.types.is_large_binary(kind):
         return False
@@ -101,7 +98,7 @@ def _bytes_item(key: str, picture: Any, fields: dict, layout: Layout, where: str
     others = {k: v for k, v in fields.items() if k not in layout.captions and v is not None}
     meta = {"source": "parquet", "name": key} | ({"fields": others} if others else {})
     try:
-        captions, problem = captions_in(fields, layout.captions, where), None
+        captions, problem = captions_in(fields, layout, where), None
     except ValueError as error:
         captions, problem = (), str(error)
     return Item(key, picture, captions, meta, group, problem)

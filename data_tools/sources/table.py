@@ -2,57 +2,95 @@
 
 from __future__ import annotations
 
-import csv
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from data_tools import storage
+from data_tools.delimited import Row, plain_rows, quoted_rows, quoting_of
 from data_tools.sources import Item, Layout, Listing, Source
-from data_tools.sources._rows import row_item, table_file
-
-MAX_CELL = 2**20  # characters
+from data_tools.sources._rows import SUFFIXES, match_columns, row_item, table_file
+from mmtensorar.files import Line, iterate_lines
 
 
 def read(location: str, layout: Layout) -> Listing:
-    """The rows of a file.
+    """The rows of a file, which is tab-separated when its name ends in .tsv.
 
-    Raises ValueError naming file and line for a missing column, a wrong number of cells, and
-    text that is not UTF-8.
+    CSV has quoting. TSV has it only where the whole file agrees with it, see quoting_of.
+    Raises ValueError naming file and line for a header without the columns.
     """
     path, root = table_file(location, layout)
     return Listing(_items(path, root, layout))
 
 
 def _items(path: Path, root: Path, layout: Layout) -> Iterator[Item]:
-    csv.field_size_limit(MAX_CELL)
-    # utf-8-sig: a spreadsheet's byte order mark must not become part of the first column's name.
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
-        try:
-            header = _header(next(reader, []), path, layout)
-            num_rows = 0
-            for cells in reader:
-                if not cells:
-                    continue
-                where = f"{path}:{reader.line_num}"
-                if len(cells) != len(header):
-                    raise ValueError(f"{where}: {len(cells)} cells, but the header has {len(header)}")
-                num_rows += 1
-                fields = dict(zip(header, cells, strict=True))
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    with_quotes = delimiter == "," or _is_quoted(path, delimiter)
+    num_rows, header = 0, None
+    with storage.open_file(path) as file:
+        lines = iterate_lines(file)
+        for row in _rows(lines, path, layout, delimiter, with_quotes):
+            where = f"{path}:{row.line}"
+            if header is None:
+                header = _header(row, where)
+                layout = match_columns(header, layout, where)
+                continue
+            num_rows += 1
+            problem = row.problem
+            if problem is None and len(row.cells) != len(header):
+                cells = "1 cell" if len(row.cells) == 1 else f"{len(row.cells)} cells"
+                problem = f"{cells}, but the header has {len(header)}"
+            if problem is not None:
+                yield Item(f"row {num_rows}", bytes, (), {"source": "csv"}, problem=f"{where}: {problem}")
+            else:
+                fields = dict(zip(header, row.cells, strict=True))
                 yield row_item(f"row {num_rows}", fields, layout, root, where, "csv")
-        except csv.Error as error:
-            raise ValueError(f"{path}:{reader.line_num}: not CSV ({error})") from error
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: after line {reader.line_num}: not UTF-8 ({error.reason})") from error
+    if header is None:
+        match_columns([], layout, f"{path}:1")
     if not num_rows:
         raise ValueError(f"{path}: no rows in it")
 
 
-def _header(header: list[str], path: Path, layout: Layout) -> list[str]:
-    for column in (layout.image, *layout.captions):
-        if header.count(column) != 1:
-            present = ", ".join(map(repr, header)) or "nothing"
-            raise ValueError(f"{path}:1: expected one column {column!r}, found {present}")
-    return header
+def _rows(
+    lines: Iterator[Line], path: Path, layout: Layout, delimiter: str, with_quotes: bool
+) -> Iterator[Row]:
+    """The rows, header first."""
+    if not with_quotes:
+        yield from plain_rows(lines, delimiter)
+        return
+    header = next(quoted_rows(lines, delimiter, lambda cells: False), None)
+    if header is None:
+        return
+    yield header
+    num_cells = len(header.cells)
+    image = header.cells.index(layout.image) if layout.image in header.cells else 0
+
+    def is_row(cells: list[str]) -> bool:
+        # In TSV the tabs tell; captions have commas, so that in CSV the picture's name tells.
+        if len(cells) != num_cells:
+            return False
+        return delimiter == "\t" or cells[image].strip(' "').lower().endswith(SUFFIXES)
+
+    yield from quoted_rows(lines, delimiter, is_row)
+
+
+def _is_quoted(path: Path, delimiter: str) -> bool:
+    with storage.open_file(path) as file:
+        lines = iterate_lines(file)
+        header = next(quoted_rows(lines, delimiter, lambda cells: False), None)
+        if header is None:
+            return False
+        quoting = quoting_of(lines, delimiter, len(header.cells))
+    if quoting.num_unpaired and not quoting.is_used:
+        note = f"quotes are read as characters; rows where they do not pair up: {quoting.num_unpaired}"
+        print(f"note: {path}: {note}", file=sys.stderr)
+    return quoting.is_used
+
+
+def _header(row: Row, where: str) -> list[str]:
+    if row.problem is not None:
+        raise ValueError(f"{where}: {row.problem}")
+    return row.cells
 
 
 SOURCE = Source(

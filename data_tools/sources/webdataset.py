@@ -16,6 +16,7 @@ from data_tools.sources._rows import SUFFIXES, captions_in, class_captions, pars
 from mmtensorar.data import tars
 from mmtensorar.data.members import decode_caption
 from mmtensorar.data.shards import EXTENSIONS, MANIFEST, Manifest
+from mmtensorar.files import decode_text
 from mmtensorar.folders import LeftOut, is_hidden
 
 TEXT = ("txt", "text", "caption")
@@ -135,17 +136,20 @@ class TarSet:
         sample.check_sizes((*TEXT, "json", "cls"))
         for extension in TEXT:
             if extension in members:
+                self.layout.columns.num_texts += 1
                 caption = decode_caption(sample.content(extension), sample.where)
                 return self._class_captions(caption, sample.where) if self.is_numbered else (caption,)
         if "json" in members:
             fields = sample.json()
             if "cls" not in members or any(fields.get(column) for column in columns):
-                return captions_in(fields, columns, sample.where)
+                return captions_in(fields, self.layout, sample.where)
+            if self.layout.captions_given:  # they are in no row, perhaps
+                self.layout.columns.add(fields, columns)
         if "cls" not in members:
             raise ValueError(
                 f"{sample.where}: no caption; expected a txt or json member, found {', '.join(members)}"
             )
-        number = sample.content("cls").strip().decode(errors="replace")
+        number = decode_text(sample.content("cls"), f"{sample.where}: cls").strip()
         if not number.isdecimal():
             raise ValueError(f"{sample.where}: cls holds {number[:20]!r}; expected a class number")
         return self._class_captions(number, sample.where)

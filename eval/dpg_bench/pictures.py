@@ -57,10 +57,7 @@ def read_prompts(bench: Path) -> list[dict]:
         )
     prompts = []
     for path in texts:
-        try:
-            text = path.read_text(encoding="utf-8").strip()
-        except UnicodeDecodeError:
-            raise ValueError(f"{path}: not UTF-8") from None
+        text = files.read_text(path).strip()
         if not text:
             raise ValueError(f"{path} is empty; expected a prompt")
         prompts.append({"item_id": path.stem, "prompt": text})

@@ -15,11 +15,13 @@ A picture is one cell of an item's grid, in order. An answer is right only if it
 
 from __future__ import annotations
 
-import csv
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from data_tools.delimited import quoted_rows
+from mmtensorar.files import Line, iterate_lines
 
 COLUMNS = ("item_id", "proposition_id", "dependency", "tuple", "question_natural_language")
 YES = "yes"
@@ -64,22 +66,36 @@ class Scores(NamedTuple):
 def read_rows(path: Path) -> list[Question]:
     """All rows of a question table. Raises ValueError naming file and line of a damaged row."""
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            if missing := [name for name in COLUMNS if name not in (reader.fieldnames or [])]:
-                raise ValueError(f"{path}: no column {', '.join(missing)}; expected a table as dpg_bench.csv")
-            rows = [_question(row, f"{path} line {reader.line_num}") for row in reader]
+        with path.open("rb") as file:
+            rows = list(_questions(iterate_lines(file), path))
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: not a table in UTF-8 ({error})") from None
     if not rows:
         raise ValueError(f"{path}: no questions in it")
     return rows
 
 
-def _question(row: Mapping[str, str | None], where: str) -> Question:
-    if absent := [name for name in COLUMNS if row[name] is None]:
+def _questions(lines: Iterator[Line], path: Path) -> Iterator[Question]:
+    header: list[str] = []
+
+    def is_row(cells: list[str]) -> bool:
+        return len(cells) == len(header) and cells[header.index("proposition_id")].strip().isdecimal()
+
+    # Not strict: the official script reads the table with pandas, which takes text after a quote.
+    for line, cells, problem in quoted_rows(lines, ",", is_row, strict=False):
+        where = f"{path} line {line}"
+        if problem is not None:
+            raise ValueError(f"{where}: {problem}")
+        if header:
+            yield _question(dict(zip(header, cells, strict=False)), where)
+            continue
+        header = cells
+        if missing := [name for name in COLUMNS if name not in header]:
+            raise ValueError(f"{path}: no column {', '.join(missing)}; expected a table as dpg_bench.csv")
+
+
+def _question(row: Mapping[str, str], where: str) -> Question:
+    if absent := [name for name in COLUMNS if name not in row]:
         raise ValueError(f"{where}: the row ends before {', '.join(absent)}")
     try:
         number = int(row["proposition_id"])

@@ -102,7 +102,9 @@ class Config(BackboneConfig):
         description="T5 encoder of a text-conditional model: folder or Hugging Face id",
     )
     caption_cleaning: Cleaning = Field(
-        default="original", description="of a text-conditional model; see mmtensorar/captions/cleaning.py"
+        default="original",
+        description="of a text-conditional model; original_or_raw keeps captions of which original leaves "
+        "nothing; see mmtensorar/captions/cleaning.py",
     )
 
 

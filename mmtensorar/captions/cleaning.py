@@ -8,26 +8,69 @@ from __future__ import annotations
 
 import html
 import re
+import sys
 import urllib.parse
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal
 
 # original: `clean` twice, as in the original code. lower: lower case without surrounding white space, as in
-# the original code when its cleaning is off. none: as written.
-Cleaning = Literal["original", "lower", "none"]
+# the original code when its cleaning is off. none: as written. original_or_raw: as original, but a caption of
+# which that leaves nothing (Chinese, a link) stays as written.
+Cleaning = Literal["original", "original_or_raw", "lower", "none"]
+WITH_PACKAGES: tuple[Cleaning, ...] = ("original", "original_or_raw")
 
 # T5 reads 120 tokens, a few hundred characters. Some patterns below take time quadratic in the length.
 MAX_CLEANED_CHARS = 2048
 
 
+@lru_cache(maxsize=4096)  # the same captions are also looked at by `leaves_nothing`
 def prepare(caption: str, cleaning: Cleaning) -> str:
     """A caption as the backbone's training saw it.
 
     "original" reads only the first MAX_CLEANED_CHARS characters.
     """
-    if cleaning == "original":
-        return clean(clean(caption[:MAX_CLEANED_CHARS]))
+    if cleaning in WITH_PACKAGES:
+        cleaned = clean(clean(caption[:MAX_CLEANED_CHARS]))
+        return caption if cleaning == "original_or_raw" and _is_nothing(cleaned, caption) else cleaned
     return caption.lower().strip() if cleaning == "lower" else caption
+
+
+def leaves_nothing(caption: str, cleaning: Cleaning) -> bool:
+    """Whether a cleaning removes every letter and digit of a caption, or all of it."""
+    return _is_nothing(prepare(caption, cleaning), caption)
+
+
+def _is_nothing(cleaned: str, caption: str) -> bool:
+    # Marks may stay: of a Chinese sentence, its commas.
+    return not any(map(str.isalnum, cleaned)) and (not cleaned or any(map(str.isalnum, caption)))
+
+
+class Emptied:
+    """Counts the captions of which a cleaning leaves nothing, and warns of them by name.
+
+    The first MAX_WARNINGS are named, and later those whose number is a power of ten.
+    """
+
+    MAX_WARNINGS = 3
+
+    def __init__(self, cleaning: Cleaning):
+        self.cleaning: Cleaning = cleaning
+        self.count = 0
+
+    def add(self, name: str, caption: str) -> None:
+        """Count a caption. name: of the sample, or empty."""
+        if not leaves_nothing(caption, self.cleaning):
+            return
+        self.count += 1
+        if self.count <= self.MAX_WARNINGS or str(self.count).strip("0") == "1":
+            where = f"{name}: " if name else ""
+            number = f" (number {self.count})" if self.count > self.MAX_WARNINGS else ""
+            print(
+                f"warning: {where}caption cleaning {self.cleaning} leaves nothing of the caption "
+                f"{caption[:100]!r}{number}",
+                file=sys.stderr,
+            )
 
 
 def require_packages():

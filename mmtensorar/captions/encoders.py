@@ -53,11 +53,17 @@ class T5Features:
         self.path, self.num_slots, self.dim, self.device = path, num_slots, dim, device
         self.cleaning: Cleaning = cleaning
         self._loaded: tuple[Any, Any] | None = None  # T5EncoderModel and its text tokenizer
-        if cleaning == "original":
+        self.emptied = caption_cleaning.Emptied(cleaning)
+        if cleaning in caption_cleaning.WITH_PACKAGES:
             caption_cleaning.require_packages()
 
     def __call__(self, captions: Sequence[str]) -> Condition:
-        """B captions -> values [B, P, C] float32, mask [B, P] bool, on the CPU."""
+        """B captions -> values [B, P, C] float32, mask [B, P] bool, on the CPU.
+
+        Warns of captions of which the cleaning leaves nothing.
+        """
+        for caption in captions:
+            self.emptied.add("", caption)
         return left_pad(self.features(captions), self.num_slots)
 
     def to(self, device: torch.device) -> None:
@@ -71,7 +77,10 @@ class T5Features:
         return FeatureIdentity(self.dim, self.num_slots, self.cleaning, self.path, digest)
 
     def features(self, captions: Sequence[str]) -> list[Tensor]:
-        """B captions -> B features [tokens, C] float32 on the CPU, at most num_slots tokens each."""
+        """B captions -> B features [tokens, C] float32 on the CPU, at most num_slots tokens each.
+
+        A caption of which the cleaning leaves nothing has the features of the end token.
+        """
         self._loaded = self._loaded or self._load()
         encoder, text_tokenizer = self._loaded
         batch = text_tokenizer(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mmtensorar.checkpoints import model_folder, sharded_state
 from mmtensorar.checkpoints.sharded_state import Piece
-from mmtensorar.files import sha256
+from mmtensorar.files import read_text, sha256
 from mmtensorar.model import adapters
 from mmtensorar.recipe import Recipe
 
@@ -28,7 +28,7 @@ def find(run: Path, step: str) -> Path:
                 f"{folder}: there is no best step: no saved state has a validation loss "
                 "(set data.validation and train.validate_every)"
             )
-        named = folder / (folder / "best").read_text(encoding="utf-8").strip()
+        named = folder / read_text(folder / "best").strip()
         if named not in saved:
             raise ValueError(f"{folder / 'best'} names {named.name}, which is missing")
         return named

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmtensorar.files import read_json, sha256, write_text
+from mmtensorar.files import read_json, read_text, sha256, write_text
 
 FORMAT = 1
 STATE = "state.json"
@@ -281,7 +281,7 @@ def latest(folder: Path) -> dict:
     if not (folder / "latest").is_file():
         # It was lost in a copy, or the run was killed before. Steps with state.json are complete.
         return recorded(max((path.parent for path in folder.glob(f"step_*/{STATE}")), key=step_of))
-    name = (folder / "latest").read_text(encoding="utf-8").strip()
+    name = read_text(folder / "latest").strip()
     if not (folder / name / STATE).is_file():
         raise ValueError(
             f"{folder / 'latest'} names {name!r}, but {folder / name / STATE} is missing: "

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.filters import batched
 from webdataset.pipeline import DataPipeline
 
-from mmtensorar.captions.encoders import left_pad
+from mmtensorar.captions.encoders import T5Features, left_pad
 from mmtensorar.data.members import (
     check_codes,
     check_features,
@@ -52,6 +52,7 @@ from mmtensorar.model.conditions import CaptionEncoder, Condition
 from mmtensorar.processes import release_in_child
 from mmtensorar.recipe import Data, Recipe
 
+NO_TEXT_TOKENS = 2  # of cached features, up to which a caption may have been emptied by its cleaning
 DRAWS = 2  # separates the random numbers of a position from those of sample_order.py
 
 
@@ -223,6 +224,10 @@ def add_condition(batch: RawBatch, caption_encoder: CaptionEncoder, num_slots: i
         # With cached features every row has some: _decode_sample requires the member.
         features = [torch.from_numpy(row) for row in batch.features if row is not None]
         condition = left_pad(features, num_slots)
+        if isinstance(caption_encoder, T5Features):
+            for name, caption, row in zip(batch.names, batch.captions, features, strict=True):
+                if len(row) <= NO_TEXT_TOKENS:
+                    caption_encoder.emptied.add(name, caption)
     else:
         condition = caption_encoder(batch.captions)
     codes = torch.from_numpy(batch.codes.astype(np.int64))

@@ -5,12 +5,13 @@ Letters: A crops, T image tokens, F factors, P tokens of a caption, C width of a
 
 from __future__ import annotations
 
-import codecs
 import io
+import unicodedata
 
 import numpy as np
 
 from mmtensorar.data.shards import EXTENSIONS, Codes, TextFeatures
+from mmtensorar.files import NotText, decode
 
 
 def decode_caption(content: bytes, where: str) -> str:
@@ -23,12 +24,17 @@ def decode_caption(content: bytes, where: str) -> str:
             f"{where}: the caption has {len(content)} bytes, more than the {EXTENSIONS['txt']} allowed"
         )
     try:
-        caption = content.removeprefix(codecs.BOM_UTF8).decode().strip()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: the caption is not UTF-8 (byte {error.start})") from error
-    if not caption:
+        caption = decode(content).strip()
+    except NotText as error:
+        raise ValueError(f"{where}: the caption is {error}") from None
+    if is_empty(caption):
         raise ValueError(f"{where}: the caption is empty")
     return caption
+
+
+def is_empty(caption: str) -> bool:
+    """Whether a caption shows nothing: it holds only white space, control and format characters."""
+    return all(letter.isspace() or unicodedata.category(letter) in ("Cc", "Cf") for letter in caption)
 
 
 # ---- arrays ----------------------------------------------------------------------------------

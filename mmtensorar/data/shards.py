@@ -29,7 +29,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mmtensorar.data import tars
-from mmtensorar.files import atomic_path, move, remove, sha256, write_text
+from mmtensorar.files import atomic_path, decode, move, remove, sha256, write_text
 
 MANIFEST = "manifest.json"
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
@@ -284,14 +284,15 @@ class Manifest(_Record):
         Raises ValueError, starting with `where`, when it is not a valid manifest.
         """
         try:
-            value = json.loads(content)
+            text = decode(content)
+            value = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not JSON ({error})") from error
         version = value.get("format") if isinstance(value, dict) else None
         if version != 1:
             raise ValueError(f"{where}: format {version!r}; this version reads format 1")
         try:
-            return cls.model_validate_json(content)
+            return cls.model_validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))

@@ -18,6 +18,7 @@ from typing import TypeVar
 import yaml
 from pydantic import ValidationError
 
+from mmtensorar.files import decode
 from mmtensorar.recipe.errors import Problem, RecipeError, did_you_mean, problems_of, report
 from mmtensorar.recipe.names import PACKAGES, named_section
 from mmtensorar.recipe.section import BackboneConfig, Section
@@ -110,14 +111,14 @@ def read_files(path: Path, extended_by: tuple[Path, ...] = ()) -> list[File]:
     if path.resolve() in [user.resolve() for user in extended_by]:
         raise RecipeError(f"{path}: extends itself through {' -> '.join(user.name for user in extended_by)}")
     try:
-        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
+        settings = yaml.load(decode(path.read_bytes()), Loader=Loader)
     except FileNotFoundError:
         user = f", which {extended_by[-1]} extends" if extended_by else ""
         raise RecipeError(f"no recipe at {path}{user}{_neighbour(path)}") from None
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise RecipeError(f"{path}: not UTF-8") from None
+    except ValueError as error:
+        raise RecipeError(f"{path}: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}:" if mark else ""

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from mmtensorar import ranks
 from mmtensorar.checkpoints import model_folder
-from mmtensorar.files import write_text
+from mmtensorar.files import iterate_lines, write_text
 from mmtensorar.model import adapters, loss
 from mmtensorar.processes import give_memory_back
 from mmtensorar.recipe import Recipe
@@ -278,7 +278,8 @@ def monitor(names: Sequence[str], run_dir: Path, start_step: int) -> Callable[[l
         return None
     folder = run_dir / "csv"
     for path in list(folder.glob("*.csv")):
-        header, *lines = path.read_text(encoding="utf-8").splitlines() or [""]
+        with path.open("rb") as file:
+            header, *lines = [line.text for line in iterate_lines(file)] or [""]
         if not header.startswith("step,"):  # torn when the run was killed
             path.unlink()
             continue

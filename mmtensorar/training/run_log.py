@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from mmtensorar.files import write_json_lines, write_text
+from mmtensorar.files import iterate_lines, write_json_lines, write_text
 
 STOPPED = "stopped.json"
 
@@ -25,12 +25,15 @@ def read_log(path: str | Path) -> list[dict]:
     path = Path(path)
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    with path.open("rb") as file:
+        lines = list(iterate_lines(file))
     rows = []
-    for number, line in enumerate(lines, start=1):
+    for number, text, problem, _ in lines:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            if problem is not None:
+                raise ValueError(problem)
+            rows.append(json.loads(text))
+        except ValueError:
             if number == len(lines):
                 break
             raise ValueError(f"{path}: line {number} is not JSON") from None

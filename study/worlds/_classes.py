@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmtensorar.data.shards import MANIFEST
-from mmtensorar.files import write_text
+from mmtensorar.files import read_text, write_text
 from mmtensorar.image_tokenizers import ImageTokenizer, round_trip, to_images, to_pixels
 from study.commands import run
 from study.features import WIDTH, Classifier, load_classifier, read_pictures, train_classifier
@@ -104,7 +104,7 @@ class Classes:
             decoded = list(round_trip(image_tokenizer, to_images(pixels)))
             right = np.mean(np.array(classifier.classes(decoded)) == classes.numpy())
             write_text(stored, json.dumps({"originals": originals, "decoded": float(right)}))
-        shares = json.loads(stored.read_text(encoding="utf-8"))
+        shares = json.loads(read_text(stored))
         return (
             f"a small classifier of the same pictures, right about {100 * shares['originals']:.1f} % of "
             f"validation, and about {100 * shares['decoded']:.1f} % of it after a round trip through the "

@@ -257,7 +257,7 @@ def test_a_bad_file_is_named(tmp_path, pictures, capsys, name, damage, expected)
         (b'{"image": "\\u0000", "caption": "x"}', "list.jsonl:2: image"),
         (b'{"image": "a.jpg", "caption": "\xff"}', "list.jsonl:2: not JSON"),
         (b'{"image": "a.jpg", "caption": "\\ud800"}', "list.jsonl:2: the caption is not UTF-8"),
-        (b'{"image": "a.jpg", "caption": " "}', "list.jsonl:2: the caption is empty"),
+        (b'{"image": "a.jpg", "caption": " "}', "list.jsonl:2: no caption in 'caption': 'caption' is empty"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, pictures, capsys, line, expected):

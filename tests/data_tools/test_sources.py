@@ -227,7 +227,7 @@ def test_a_link_in_a_tar_is_refused(tmp_path, capsys):
         (b"", "list.csv:1: expected one column 'image', found nothing"),
         (b"image,text\n", "list.csv:1: expected one column 'caption', found 'image', 'text'"),
         (b"image,caption\n", "list.csv: no rows in it"),
-        (b"image,caption\nred.png\n", "list.csv:2: 1 cells, but the header has 2"),
+        (b"image,caption\nred.png\n", "list.csv:2: 1 cell, but the header has 2"),
         (b'image,caption\nred.png,"a\n', "list.csv:2: not CSV"),
         (b"image,caption\nred.png,\xff\n", "not UTF-8"),
         (b"image,caption\n../x.png,a\n", "list.csv:2: image '../x.png' lies outside"),
