@@ -13,14 +13,13 @@ from data_tools import storage
 from data_tools.sources import Item, Layout
 from data_tools.storage import read_file
 from mmtensorar.data.members import decode_caption
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+from mmtensorar.data.pictures import SUFFIXES
 
 
 def find_pictures(
     root: Path, expected: tuple[str, ...] = ()
 ) -> tuple[dict[Path, int | None], dict[Path, int | None]]:
-    """Every jpg, png and webp below a folder with its bytes, sorted; and the files of `expected`.
+    """Every picture below a folder with its bytes, sorted; and the files of `expected`.
 
     Hidden files are left out. The number of files with other suffixes is printed.
 
@@ -36,7 +35,7 @@ def find_pictures(
         raise ValueError(f"{root}: no {', '.join(SUFFIXES)} files in it")
     if unused := [path for path in files if path not in pictures and path not in others]:
         print(
-            f"note: left out {len(unused)} files that are not jpg, png or webp, such as {unused[0]}",
+            f"note: left out {len(unused)} files that are not pictures, such as {unused[0]}",
             file=sys.stderr,
         )
     return pictures, others

@@ -13,7 +13,7 @@ from data_tools.storage import read_file
 
 
 def read(location: str, layout: Layout) -> Listing:
-    """Every jpg, png and webp below the sub-folders.
+    """Every picture below the sub-folders.
 
     The caption is the class number, or made from the class name by templates. Pictures next
     to the sub-folders are left out. Raises ValueError for a class without pictures: leaving

@@ -17,8 +17,8 @@ from PIL import Image
 
 from eval import layout
 from mmtensorar import files
+from mmtensorar.data.pictures import SUFFIXES
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CELLS = 4  # samples in a grid
 TABLE = "dpg_bench.csv"
 

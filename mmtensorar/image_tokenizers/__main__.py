@@ -20,7 +20,7 @@ from PIL import Image
 from mmtensorar import image_tokenizers
 from mmtensorar.checkpoints.recognise import image_tokenizer_from_arguments
 from mmtensorar.cli import command
-from mmtensorar.data.pictures import center_square, decode_picture
+from mmtensorar.data.pictures import center_square, open_picture
 from mmtensorar.files import atomic_path
 from mmtensorar.image_tokenizers import round_trip
 from mmtensorar.model.protocols import ImageTokenizer
@@ -41,7 +41,7 @@ def write_roundtrips(
     """Path and PSNR of each comparison written. Raises ValueError naming an image that cannot be read."""
     size = image_tokenizer.image_size
     for path in paths:
-        image = decode_picture(path.read_bytes(), str(path), upright=True)
+        image = open_picture(path)
         if image.size != (size, size):
             print(f"{path}: {image.width}x{image.height}, resized and cut to the centre {size}x{size}")
             image = center_square(image, size)
@@ -72,7 +72,9 @@ def parser() -> argparse.ArgumentParser:
         "--tokenizer recipes/tiny/weights/base/image_tokenizer a.png --out out/",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    roundtrip.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="JPEG, PNG or WEBP")
+    roundtrip.add_argument(
+        "images", type=Path, nargs="+", metavar="IMAGE", help="JPEG, PNG, WEBP, BMP, GIF or TIFF"
+    )
     image_tokenizers.add_arguments(roundtrip)
     roundtrip.add_argument("--out", type=Path, default=Path("out"))
     return parser
