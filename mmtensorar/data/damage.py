@@ -32,7 +32,7 @@ def check_png(content: bytes) -> None:
 
 
 def check_webp(content: bytes) -> None:
-    """Raises ValueError when the pixels' data end in zeros, of which the decoder needs only a part.
+    """Raises ValueError when the pixels' data end in zeros, of which the decoder does not need the last.
 
     Large areas of one colour may be coded as zeros too, but then all of them are needed.
     """
@@ -42,7 +42,7 @@ def check_webp(content: bytes) -> None:
         num_zeros = len(data) - len(data.rstrip(b"\0"))
         if num_zeros < ZEROS:
             continue
-        shorter = data[: len(data) - num_zeros // 2]
+        shorter = data[: -ZEROS // 2]
         shorter += bytes(len(shorter) % 2)
         chunk = kind + len(shorter).to_bytes(4, "little") + shorter
         try:

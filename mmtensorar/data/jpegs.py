@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, NamedTuple
 
 from PIL import Image
@@ -27,6 +28,7 @@ ZEROS = 64  # bytes
 # A code of ones is no Huffman code, so that ones never complete more than a few blocks. The
 # decoder reads up to 8 bytes ahead.
 ONE = b"\xff\x00"
+_AFTER_END = (12 * ONE + b"\xff", b"\x00" + 9 * ONE + b"\xff", b"\x00" + 10 * ONE + b"\xff")
 
 
 class Scan(NamedTuple):
@@ -79,6 +81,7 @@ class Structure:
 
 # ---- markers ---------------------------------------------------------------------------------
 
+_MARKER = re.compile(rb"\xff[^\x00\xff]")
 _SCAN_END = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 _RESTART = re.compile(rb"\xff[\xd0-\xd7]")
 
@@ -108,7 +111,7 @@ def read_structure(content: bytes) -> Structure:
         elif marker == DRI:
             interval = int.from_bytes(body[:2], "big")
         elif marker == SOS:
-            end = _SCAN_END.search(content, position)
+            end = (_SCAN_END if interval else _MARKER).search(content, position)
             found.scans.append(_scan(body, position, end.start() if end else None, tables, interval))
             if end is None:
                 break
@@ -159,13 +162,15 @@ def check_scans(content: bytes, structure: Structure) -> None:
 
 
 def _check_restarts(content: bytes, structure: Structure, scan: Scan, name: str) -> None:
+    if not scan.interval:
+        return
     stop = len(content) if scan.end is None else scan.end
     numbers = [content[found.end() - 1] & 7 for found in _RESTART.finditer(content, scan.start, stop)]
     if numbers != [index % 8 for index in range(len(numbers))]:
         raise ValueError(f"{name} has restart markers out of order")
-    expected = -(-structure.num_units(scan) // scan.interval) - 1 if scan.interval else 0
+    expected = -(-structure.num_units(scan) // scan.interval) - 1
     # Some encoders write one more after the last block.
-    if scan.end is not None and not expected <= len(numbers) <= expected + bool(scan.interval):
+    if scan.end is not None and not expected <= len(numbers) <= expected + 1:
         raise ValueError(f"{name} has {len(numbers)} restart markers; expected {expected}")
 
 
@@ -182,13 +187,16 @@ def _has_no_long_zeros(structure: Structure, scan: Scan) -> bool:
 
 
 def _check_coverage(structure: Structure) -> None:
-    """Raises ValueError unless the scans bring each coefficient of each component to its last bit."""
+    """Raises ValueError unless the scans bring each coefficient to its last bit, in order."""
     last = 63 if structure.frame == PROGRESSIVE else 0
-    left = {(component, index) for component in structure.samplings for index in range(last + 1)}
-    for scan in structure.scans:
-        if structure.frame != PROGRESSIVE or scan.bits[1] == 0:
-            left -= {(c, index) for c in scan.components for index in range(scan.band[0], scan.band[1] + 1)}
-    if left:
+    left: dict[tuple[int, int], int] = {}  # component, coefficient -> bits that are still missing
+    for number, scan in enumerate(structure.scans, 1):
+        high, low = scan.bits if structure.frame == PROGRESSIVE else (0, 0)
+        for key in product(scan.components, range(scan.band[0], scan.band[1] + 1)):
+            if left.get(key, 0) != high:
+                raise ValueError(f"scan {number} of {len(structure.scans)} does not fit those before it")
+            left[key] = low
+    if any(left.get(key, 1) for key in product(structure.samplings, range(last + 1))):
         raise ValueError(f"truncated: the {len(structure.scans)} scans do not make a whole picture")
 
 
@@ -264,28 +272,26 @@ def _load_single(decoder: _Decoder, content: bytes, scan: Scan) -> None:
 def _load_several(decoder: _Decoder, content: bytes, structure: Structure) -> None:
     """The decoder writes pixels after the end marker, so the end of a scan shows in what it leaves unused.
 
-    After the last block it skips everything up to the next marker. Before that it takes
-    bytes by the block, and never up to the last one several times in a row.
+    After the last block it skips everything up to the next marker. Before that it fetches 6
+    to 8 bytes at a time, when it needs some, and cannot use fewer.
     """
-    position = 0
+    position, pending = 0, b""
     for number, scan in enumerate(structure.scans, 1):
         if scan.end is None:
             break
         name = f"scan {number} of {len(structure.scans)}"
         stop = _before_end(content, scan)
-        if stop > scan.start:
-            decoder.feed(content[position:stop])
-            position = stop + 8
-            if max(decoder.feed(content[index : index + 1]) for index in range(stop, position)) <= 1:
+        if stop > scan.start and not scan.interval:  # at restart markers it does not fetch ahead
+            decoder.feed(pending + content[position:stop])
+            if max(decoder.feed(content[place : place + 3]) for place in (stop, stop + 3)) <= 1:
                 raise ValueError(f"{name} has more blocks than its size; part of it is damaged")
-        decoder.feed(content[position : scan.end])
-        for num_ones in (12, 9, 10, 11):
-            if decoder.feed(num_ones * ONE + b"\xff") != 1:
-                raise ValueError(f"truncated: {name} ends early")
-            decoder.feed(b"\0")
-        # The pieces have ended with a whole code; the marker follows.
-        position = scan.end
-    decoder.feed(content[position : structure.end])
+            position, pending = stop + 6, b""
+        decoder.feed(pending + content[position : scan.end])
+        # The first byte of a marker is left, and nothing else.
+        if any(decoder.feed(piece) != 1 for piece in _AFTER_END):
+            raise ValueError(f"truncated: {name} ends early")
+        position, pending = scan.end, b"\0"
+    decoder.feed(pending + content[position : structure.end])
     if not decoder.is_done:
         raise ValueError("truncated: it has no end marker")
 
