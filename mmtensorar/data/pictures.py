@@ -97,6 +97,7 @@ def _opened(content: bytes, formats: tuple[str, ...]) -> ImageFile.ImageFile:
 
 def _load(image: ImageFile.ImageFile, content: bytes) -> None:
     """Load the pixels. Raises ValueError for damage that Pillow lets pass."""
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # some libraries switch it on for the whole process
     if isinstance(image, JpegImageFile):
         jpegs.load(image, content)
         return
@@ -119,7 +120,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         return _grey_from_16_bits(image)
     if image.mode in ("I", "F"):
-        raise ValueError(f"grey levels of 32 bits (mode {image.mode}); expected 8 or 16")
+        raise ValueError(f"grey levels of mode {image.mode}; expected 8, 12 or 16 bits without a sign")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         ground = Image.new("RGBA", image.size, "white")

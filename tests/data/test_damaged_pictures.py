@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from PIL import Image, features
+from PIL import Image, ImageFile, features
 
 from mmtensorar.data import jpegs
 from mmtensorar.data.pictures import decode_picture
@@ -198,6 +198,15 @@ def test_other_damaged_pictures(kind, options, damage):
     assert decode_picture(good, "here").size == (96, 80)
     with pytest.raises(ValueError, match="^here: unreadable image"):
         decode_picture(damage(good), "here")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP"])
+def test_libraries_that_let_truncated_pictures_pass_do_not_matter(kind, monkeypatch):
+    """Pillow has one switch for the whole process, which other packages set."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    content = encoded(photograph(), kind)
+    with pytest.raises(ValueError, match="^here: unreadable image"):
+        decode_picture(content[: len(content) // 2], "here")
 
 
 def test_good_pngs_and_webps_are_not_refused():

@@ -176,9 +176,7 @@ def test_grey_levels_that_8_bits_do_not_have_are_rounded_down(bits):
 )
 def test_what_cannot_be_read_the_same_everywhere_is_refused(image, kind, tmp_path):
     (tmp_path / "a.png").write_bytes(encoded(image, kind))
-    with pytest.raises(
-        ValueError, match=r"a.png: unreadable image \((not a JPEG, PNG|grey levels of 32 bits)"
-    ):
+    with pytest.raises(ValueError, match=r"a.png: unreadable image \((not a JPEG, PNG|grey levels of mode)"):
         layout.open_image(tmp_path / "a.png")
 
 
