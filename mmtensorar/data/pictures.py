@@ -17,6 +17,7 @@ from mmtensorar.data import damage, jpegs
 from mmtensorar.data.shards import IMAGE_EXTENSIONS, Sample
 
 MAX_PIXELS = 89_000_000  # just under the number at which Pillow starts to warn
+MAX_BYTES = 2**30  # of a file that is not in a shard
 # What the members of shards may be; their extensions are in MEMBERS.
 SHARD_FORMATS = ("JPEG", "PNG", "WEBP")
 MEMBERS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -33,11 +34,14 @@ def open_picture(path: Path) -> Image.Image:
     Raises ValueError naming the file when it is missing or not a complete picture.
     """
     try:
-        content = path.read_bytes()
+        num_bytes = path.stat().st_size
+        content = path.read_bytes() if num_bytes <= MAX_BYTES else b""
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    if num_bytes > MAX_BYTES:
+        raise ValueError(f"{path}: {num_bytes} bytes, more than the {MAX_BYTES} allowed")
     return decode_picture(content, str(path), upright=True)
 
 

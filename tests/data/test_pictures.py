@@ -180,12 +180,18 @@ def test_what_cannot_be_read_the_same_everywhere_is_refused(image, kind, tmp_pat
         layout.open_image(tmp_path / "a.png")
 
 
-def test_sizes_are_bounded_before_decoding():
+def test_sizes_are_bounded_before_decoding(tmp_path, monkeypatch):
     for kind in ("PNG", "GIF"):
         with pytest.raises(ValueError, match="9450x9450 pixels, more than"):
             decode_picture(encoded(Image.new("1", (9450, 9450)), kind), "here")
     with pytest.raises(ValueError, match="is missing"):
-        open_picture(Path("nowhere.png"))
+        open_picture(tmp_path / "nowhere.png")
+    with pytest.raises(ValueError, match="cannot be read"):
+        open_picture(tmp_path)
+    monkeypatch.setattr(pictures, "MAX_BYTES", 100)
+    (tmp_path / "a.png").write_bytes(encoded(photograph(), "PNG"))
+    with pytest.raises(ValueError, match="a.png: .* bytes, more than the 100 allowed"):
+        open_picture(tmp_path / "a.png")
 
 
 def test_nothing_else_opens_pictures():
