@@ -30,7 +30,7 @@ from data_tools.storage import note_unlisted
 from mmtensorar.cli import Parser, command
 from mmtensorar.data import tars
 from mmtensorar.data.members import decode_caption
-from mmtensorar.data.pictures import decode_picture, encoded_picture
+from mmtensorar.data.pictures import SHARD_FORMATS, decode_picture, encoded_picture
 from mmtensorar.data.shards import (
     EXTENSIONS,
     IMAGE_EXTENSIONS,
@@ -159,7 +159,7 @@ def spread(folder: Path, manifest: Manifest, num: int) -> list[tuple[Path, Sampl
 def figure(path: Path, sample: Sample, classes: tuple[str, ...] | None) -> str:
     """HTML of one picture with its caption. path: of the shard."""
     where = f"{path}: sample {sample.key}"
-    image = decode_picture(encoded_picture(sample, where), where)
+    image = decode_picture(encoded_picture(sample, where), where, formats=SHARD_FORMATS)
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)

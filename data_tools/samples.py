@@ -12,7 +12,7 @@ from PIL import Image
 
 from data_tools.sources import Item
 from data_tools.storage import read_file
-from mmtensorar.data.pictures import center_square, decode_picture, is_upright
+from mmtensorar.data.pictures import center_square, decode_picture, kept_extension
 from mmtensorar.data.shards import EXTENSIONS, Sample
 from mmtensorar.seeds import generator_for
 
@@ -138,9 +138,8 @@ def _encode_picture(
     size = settings.image_size
     extension = "jpg" if settings.format == "keep" else settings.format
     if settings.format == "keep" and isinstance(source, bytes) and image.size == (size, size):
-        with Image.open(io.BytesIO(source)) as original:
-            if is_upright(original) and not original.has_transparency_data:
-                return {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}[original.format], source
+        if kept := kept_extension(source):
+            return kept, source
     content = io.BytesIO()
     encoding = {
         "jpg": {"format": "JPEG", "quality": settings.quality, "subsampling": 0},

@@ -8,13 +8,12 @@ Pictures anywhere else in the folder are counted in a note.
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from mmtensorar import files
+from mmtensorar.data.pictures import SUFFIXES, open_picture
 from mmtensorar.folders import LeftOut, walk
 
-# Files that are pictures by their names.
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 RECORD = "generation.json"  # the model and settings that made the images; see harness.py
 
 
@@ -106,16 +105,8 @@ def listed(folder: Path, problems: Sequence[str]) -> str:
 
 
 def open_image(path: Path) -> Image.Image:
-    """An image in RGB, turned as its EXIF says. Raises ValueError naming the file when it is unreadable."""
-    # Not pictures.open_picture: it refuses BMP and puts transparent parts on white, which changes scores.
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
-    # Pillow raises SyntaxError for some broken PNG files.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not a readable image ({error})") from None
+    """An image in RGB, as all commands see it. Raises ValueError naming the file when it is unreadable."""
+    return open_picture(path)
 
 
 def read_record(folder: Path) -> dict:

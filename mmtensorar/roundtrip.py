@@ -19,7 +19,7 @@ from PIL import Image
 
 from mmtensorar.checkpoints.options import add_image_tokenizer
 from mmtensorar.cli import Parser, command
-from mmtensorar.data.pictures import center_square, decode_picture
+from mmtensorar.data.pictures import center_square, open_picture
 from mmtensorar.files import atomic_path
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def write_roundtrips(
 
     size = image_tokenizer.image_size
     for path in paths:
-        image = decode_picture(path.read_bytes(), str(path), upright=True)
+        image = open_picture(path)
         if image.size != (size, size):
             print(f"{path}: {image.width}x{image.height}, resized and cut to the centre {size}x{size}")
             image = center_square(image, size)
@@ -72,7 +72,9 @@ def parser() -> Parser:
         help="encode and decode images, side by side, with their PSNR",
         example=EXAMPLE,
     )
-    roundtrip.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="JPEG, PNG or WEBP")
+    roundtrip.add_argument(
+        "images", type=Path, nargs="+", metavar="IMAGE", help="JPEG, PNG, WEBP, BMP, GIF or TIFF"
+    )
     add_image_tokenizer(roundtrip)
     roundtrip.add_argument("--out", type=Path, default=Path("out"))
     return parser

@@ -15,16 +15,15 @@ from data_tools.caption_columns import quoted, texts_in
 from data_tools.sources import Item, Layout
 from data_tools.storage import FileStatus, read_file
 from mmtensorar.data.members import decode_caption
+from mmtensorar.data.pictures import SUFFIXES
 from mmtensorar.files import decode_text
 from mmtensorar.folders import LeftOut
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def find_pictures(
     root: Path, left_out: LeftOut, expected: tuple[str, ...] = (), *, entered: Iterable[Path] = ()
 ) -> tuple[dict[Path, FileStatus], dict[Path, FileStatus]]:
-    """Every jpg, png and webp below a folder, sorted; and the files of `expected`.
+    """Every picture below a folder, sorted; and the files of `expected`.
 
     Args:
         left_out: Receives what is not read, see `storage.files`, and files with other suffixes.

@@ -14,7 +14,7 @@ from mmtensorar.folders import LeftOut
 
 
 def read(location: str, layout: Layout) -> Listing:
-    """Every jpg, png and webp below the sub-folders.
+    """Every picture below the sub-folders.
 
     The caption is the class number, or made from the class name by templates. A link from one
     class into another, or to the folder itself, is left out. Raises ValueError for a class

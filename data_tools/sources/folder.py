@@ -16,7 +16,7 @@ from mmtensorar.folders import LeftOut
 
 
 def read(location: str, layout: Layout) -> Listing:
-    """Every jpg, png and webp below a folder.
+    """Every picture below a folder.
 
     The caption is in the .txt file of the same name, or in the .json file of the same name
     under the keys of layout.captions. Raises ValueError when there is no picture.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from mmtensorar.folders import LeftOut, is_hidden
 
 TEXT = ("txt", "text", "caption")
 PICTURES = tuple(sorted(suffix[1:] for suffix in SUFFIXES))
+COMMON = ("jpeg", "jpg", "png", "webp")  # where there is one of these, others are previews or masks
 
 
 def read(location: str, layout: Layout) -> Listing:
@@ -118,7 +119,8 @@ class TarSet:
 
     def _item(self, sample: TarSample, name: str, stamp: str, packed: str | None) -> Item:
         members = sample.group.members
-        self.ignored.update(f".{kind}" for kind in members if kind not in (*PICTURES, *TEXT, "json", "cls"))
+        used = (*picture_kinds(members), *TEXT, "json", "cls")
+        self.ignored.update(f".{kind}" for kind in members if kind not in used)
         key = f"{name} {sample.group.key}"
         meta = {"source": "webdataset", "name": key}
         try:
@@ -186,7 +188,7 @@ class TarSample:
 
     def picture(self) -> tars.Member:
         """Its only picture, which is read later."""
-        kinds = [extension for extension in self.group.members if extension in PICTURES]
+        kinds = picture_kinds(self.group.members)
         if len(kinds) != 1:
             raise ValueError(
                 f"{self.where}: expected one of {', '.join(PICTURES)}, found {', '.join(self.group.members)}"
@@ -206,6 +208,12 @@ class TarSample:
                 raise ValueError(
                     f"{self.where}: .{extension} has {member.size} bytes, more than {EXTENSIONS['json']}"
                 )
+
+
+def picture_kinds(members: Iterable[str]) -> list[str]:
+    """The extensions of a sample's pictures."""
+    kinds = [extension for extension in members if extension in PICTURES]
+    return [extension for extension in kinds if extension in COMMON] or kinds
 
 
 def _compression(path: Path) -> str | None:

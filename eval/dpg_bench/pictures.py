@@ -17,9 +17,9 @@ from PIL import Image
 
 from eval import layout
 from mmtensorar import files
+from mmtensorar.data.pictures import SUFFIXES
 from mmtensorar.folders import LeftOut, walk
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CELLS = 4  # samples in a grid
 TABLE = "dpg_bench.csv"
 

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from eval import layout
+from mmtensorar.data.pictures import SUFFIXES
 from mmtensorar.folders import LeftOut, walk
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 PICTURES = "arr_0"
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # of pool and spatial features, in ADM's reference files
 WIDTHS = {"pool": 2048, "spatial": 2023}

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from mmtensorar.data.pictures import open_picture
 from study.worlds._classes import Classes
 
 SIZE = 64  # pixels a side of a crop
@@ -33,11 +34,7 @@ def photographs() -> dict[str, Image.Image]:
         (Path(sklearn.__file__).parent / "datasets/images", SCIKIT_LEARN),
         (Path(skimage.__file__).parent / "data", SCIKIT_IMAGE),
     ]
-    return {
-        Path(name).stem: Image.open(folder / name).convert("RGB")
-        for folder, names in folders
-        for name in names
-    }
+    return {Path(name).stem: open_picture(folder / name) for folder, names in folders for name in names}
 
 
 def pictures(seed: int = 0) -> tuple[list[tuple[int, Image.Image]], list[tuple[int, Image.Image]]]:

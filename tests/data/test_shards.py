@@ -22,7 +22,7 @@ from mmtensorar.data.members import (
     encode_codes,
     encode_features,
 )
-from mmtensorar.data.pictures import center_square, decode_picture
+from mmtensorar.data.pictures import SHARD_FORMATS, center_square, decode_picture
 from mmtensorar.data.shards import Manifest, Sample, Staging, iterate_tar, write_tar
 
 SAMPLES = [Sample("a", {"txt": b"one", "json": b"{}"}), Sample("b", {"txt": b"two"})]
@@ -235,6 +235,7 @@ def test_upright_follows_the_exif_orientation():
         (b"", "not a JPEG, PNG or WEBP"),
         (b"GIF89a nonsense", "not a JPEG, PNG or WEBP"),
         (picture(kind="GIF"), "not a JPEG, PNG or WEBP"),
+        (picture(kind="TIFF"), "not a JPEG, PNG or WEBP"),
         (picture(size=(64, 64), kind="JPEG")[:-60], "truncated"),
         (picture(size=(64, 64))[:-30], "unreadable"),
         (picture("1", size=(9450, 9450)), "9450x9450 pixels, more than"),
@@ -242,7 +243,7 @@ def test_upright_follows_the_exif_orientation():
 )
 def test_unreadable_images_are_one_sentence(content, reason):
     with pytest.raises(ValueError, match=f"^here: unreadable image .*{reason}|^here: {reason} image"):
-        decode_picture(content, "here")
+        decode_picture(content, "here", formats=SHARD_FORMATS)
 
 
 @pytest.mark.parametrize(

@@ -230,7 +230,7 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path, capsys):
         ("b.txt", None, "b.png: no caption; expected it in"),
         ("b.txt", b"\xff\xfe", "b.txt: the caption is not UTF-8"),
         ("b.txt", b"", "b.txt: the caption is empty"),
-        ("b.png", b"no picture", "b.png: unreadable image (not a JPEG, PNG or WEBP)"),
+        ("b.png", b"no picture", "b.png: unreadable image (not a JPEG, PNG, WEBP, BMP, GIF or TIFF)"),
         ("more/c.webp", b"RIFF", "more/c.webp: unreadable image"),
     ],
 )

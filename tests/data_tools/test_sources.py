@@ -197,7 +197,10 @@ def test_our_own_shards_can_be_sharded_again(tmp_path):
 @pytest.mark.parametrize(
     ("members", "expected"),
     [
-        ({"a.txt": b"x"}, "sample a: expected one of jpeg, jpg, png, webp, found txt"),
+        (
+            {"a.txt": b"x"},
+            "sample a: expected one of bmp, gif, jpeg, jpg, mpo, png, tif, tiff, webp, found txt",
+        ),
         ({"a.png": b"", "a.txt": b"\xff"}, "sample a: the caption is not UTF-8"),
         ({"a.png": b"", "a.json": b"[" * 100_000}, "sample a: the json member: not JSON"),
         ({"a.png": b""}, "sample a: no caption; expected a txt or json member, found png"),

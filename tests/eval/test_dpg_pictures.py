@@ -11,6 +11,7 @@ from eval import layout
 from eval.dpg_bench import __main__ as command
 from eval.dpg_bench import answers, judges, pictures
 from mmtensorar import files
+from tests.helpers import pictures as pictures_of
 from tests.helpers.fakes import write_tiny_vlm
 
 COLORS = ("red", "lime", "blue", "white")
@@ -147,7 +148,19 @@ def twice(folder: Path) -> str:
 
 def corrupt(folder: Path) -> str:
     (folder / "a.png").write_bytes(b"no picture")
-    return "a.png: not a readable image"
+    return "a.png: unreadable image"
+
+
+def closed(folder: Path) -> str:
+    """Half of a JPEG, closed by an end marker; and one whose name says PNG."""
+    (folder / "a.png").write_bytes(pictures_of.closed(pictures_of.encoded(pictures_of.photograph(), "JPEG")))
+    return "a.png: unreadable image (truncated: its data end early)"
+
+
+def zeroed(folder: Path) -> str:
+    picture = pictures_of.encoded(pictures_of.photograph(), "PNG")
+    (folder / "a.png").write_bytes(pictures_of.zeroed(picture))
+    return "a.png: unreadable image (the IDAT chunk has a wrong checksum)"
 
 
 def odd(folder: Path) -> str:
@@ -155,7 +168,7 @@ def odd(folder: Path) -> str:
     return "a.png: 9x8 pixels; expected a 2 x 2 grid"
 
 
-@pytest.mark.parametrize("damage", [missing, extra, twice, corrupt, odd])
+@pytest.mark.parametrize("damage", [missing, extra, twice, corrupt, closed, zeroed, odd])
 def test_invalid_pictures_and_options_are_errors(damage, bench, grids, judge, tmp_path, capsys):
     """With --allow-partial the rest is scored, and the score is marked."""
     sentence = damage(grids)

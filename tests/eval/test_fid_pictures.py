@@ -13,6 +13,7 @@ from eval import layout
 from eval.fid import __main__ as command
 from eval.fid import features, inception, recorded, score, sources
 from mmtensorar import files
+from tests.helpers.pictures import closed, encoded, photograph, zeroed_inside
 
 WIDTH = 5
 
@@ -153,9 +154,11 @@ def test_pictures_of_two_sizes_and_damaged_ones_are_named(tmp_path):
     Image.new("RGB", (8, 16)).save(folder / "zz.png")
     with pytest.raises(ValueError, match="zz.png: pictures of 16x16 and 8x16 in one folder"):
         list(sources.find(folder).batches(2))
-    (folder / "zz.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="zz.png: not a readable image"):
-        list(sources.find(folder).batches(2))
+    good = encoded(photograph(16, 16, noise=60), "JPEG", quality=100)
+    for content in (b"no picture", closed(good), zeroed_inside(good)):
+        (folder / "zz.png").write_bytes(content)
+        with pytest.raises(ValueError, match="zz.png: unreadable image"):
+            list(sources.find(folder).batches(2))
 
 
 # ---- the network ---------------------------------------------------------------------------------
