@@ -85,7 +85,7 @@ def survey(
         return _generated(folder, items, num_samples)
     by_item: dict[str, Path] = {}
     problems = []
-    for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES):
+    for path in _picture_files(folder):
         name = path.name.split(".")[0]
         if name not in items:
             problems.append(f"{path.name} belongs to no item of the table")
@@ -97,6 +97,23 @@ def survey(
         raise ValueError(f"{folder} holds no pictures of the table's items; expected <item_id>.png")
     problems += [f"item {item} has no picture" for item in items if item not in by_item]
     return [Item(item, [by_item[item]], not single) for item in items if item in by_item], problems
+
+
+def unknown(folder: Path, items: Collection[str]) -> list[str]:
+    """Names of the pictures in a folder of either kind that belong to none of the items, sorted.
+
+    In a generated folder: the item_id of their prompt, or the folder's number if it has none.
+    """
+    if (folder / layout.RECORD).is_file():
+        metadata = [images[0].parent.parent / "metadata.jsonl" for images in layout.survey(folder)[0]]
+        names = {str(files.read_json(path).get("item_id") or path.parent.name) for path in metadata}
+    else:
+        names = {path.name.split(".")[0] for path in _picture_files(folder)}
+    return sorted(names - set(items))
+
+
+def _picture_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
 
 
 def _generated(folder: Path, items: Collection[str], num_samples: int) -> tuple[list[Item], list[str]]:

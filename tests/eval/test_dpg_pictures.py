@@ -168,6 +168,39 @@ def test_what_is_not_as_it_should_be_is_an_error(damage, bench, grids, judge, tm
     assert json.loads((out / "summary.json").read_text())["partial"]
 
 
+@pytest.mark.parametrize(
+    "names", [["b.png"], ["a.b.png", "a 1.jpg", "8.png"], ["A.png", "first.second.webp"]]
+)
+def test_pictures_of_unknown_prompts_fail_in_the_official_mode(names, bench, grids, judge, tmp_path, capsys):
+    """They were left out of the list, where the official script prints them as failed.
+
+    Scoring the recorded answers again gives the same lists.
+    """
+    (grids / "a.png").rename(grids / "a.webp")
+    for name in names:
+        Image.new("RGB", (8, 8)).save(grids / name)
+    unknown = sorted({name.split(".")[0] for name in names} - {"a", "7"})
+    out = tmp_path / "out"
+    assert run(bench, "--images", grids, "--out", out, "--allow-partial") == 0
+    assert f"left out: {', '.join(sorted([*unknown, 'a']))} ({len(unknown)} not in" in capsys.readouterr().out
+    summary = json.loads((out / "summary.json").read_text())
+    # Item a fails because its first question is the skipped row of the table.
+    assert summary["official"]["failed"] == sorted([*unknown, "a"])
+    assert summary["official"]["unknown"] == unknown and summary["corrected"] is not None
+    arguments = ["score", "--answers", out / "answers.jsonl", "--questions", bench / "dpg_bench.csv"]
+    for number in ([], ["--num-images", "4"]):
+        assert command.main([*map(str, arguments), *number, "--out", str(tmp_path / "again.json")]) == 0
+        again = json.loads((tmp_path / "again.json").read_text())
+        assert again["official"] == summary["official"] and again["corrected"] == summary["corrected"]
+
+
+def test_an_unreadable_picture_fails_in_the_official_mode(bench, grids, judge, tmp_path):
+    corrupt(grids)
+    assert run(bench, "--images", grids, "--out", tmp_path / "out", "--allow-partial") == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["official"]["failed"] == ["a"] and summary["official"]["unknown"] == []
+
+
 def test_a_checkpoint(bench, ckpt, judge, tmp_path, capsys):
     """Pictures are generated, questions asked, and grids of the official script written; a second
     run makes nothing.
