@@ -200,10 +200,7 @@ def load(options: argparse.Namespace) -> Generator:
     from mmtensorar.pipeline import Generator
 
     loading = {name: getattr(options, name) for name in LOADING}
-    if options.device is None and (local_rank := ranks.local_rank()) is not None:
-        import torch
-
-        loading["device"] = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    loading["device"] = ranks.device(options.device)
     return Generator.load(options.ckpt, **loading)
 
 

@@ -68,6 +68,28 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def publish(temporary: Path, path: Path) -> None:
+    """Give a finished file of the same folder its name; never replaces a file.
+
+    The name is taken in one step: a process that is killed leaves no empty or incomplete file
+    under it. The temporary name remains, except on a file system without hard links. Raises
+    FileExistsError when the name is taken.
+    """
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links: a second file reserves the name
+        reserved = path.with_name(f".{path.name}.taken")
+        os.close(os.open(reserved, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        try:
+            if os.path.lexists(path):
+                raise FileExistsError(f"{path} exists already") from None
+            os.rename(temporary, path)
+        finally:
+            reserved.unlink(missing_ok=True)
+
+
 @contextmanager
 def new_path(path: Path) -> Iterator[Path]:
     """A temporary file or folder, renamed to `path` when the block ends and removed when it fails.

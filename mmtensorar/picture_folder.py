@@ -1,0 +1,158 @@
+"""The folder that `generate` writes: names of pictures and traces, and prompts.jsonl.
+
+    00012_3.png                    picture number 12 of the folder, of seed 3
+    00012_3.windows.safetensors    its trace (--trace), not a picture:
+    00012_3.revisions.png          its revisions in one strip
+    prompts.jsonl                  one line per picture
+
+Numbers above 99999 have more digits. Several processes may write into one folder at the same
+time: each picture gets a number of its own, and no file is ever replaced.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import sys
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from mmtensorar.files import MAX_LINE, publish
+
+RECORD = "prompts.jsonl"
+WINDOWS, REVISIONS = ".windows.safetensors", ".revisions.png"
+NUMBERED = re.compile(r"([0-9]{5,})_([0-9]+)\.")  # how the names of pictures and traces begin
+RECORDED = re.compile(rb'"file": "([0-9]{5,})_[0-9]+\.')
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def is_revisions(path: Path) -> bool:
+    """Whether a file is the strip of revisions of a picture, which is not a picture itself.
+
+    It has the name that `generate` gives, or the picture is next to it under another name.
+    """
+    if not path.name.endswith(REVISIONS):
+        return False
+    picture = path.with_name(path.name.removesuffix(REVISIONS) + ".png")
+    return NUMBERED.match(path.name) is not None or picture.is_file()
+
+
+def in_order(path: Path) -> tuple[Path, str]:
+    """The key that sorts paths by folder and name, and numbers above 99999 after all smaller ones."""
+    if (match := NUMBERED.match(path.name)) and len(match[1]) > 5:
+        # "~" is behind "_", which follows a number of five digits.
+        return path.parent, f"99999~{int(match[1]):040d}{path.name[match.end(1) :]}"
+    return path.parent, path.name
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+class PictureFolder:
+    """Adds pictures to a folder; see the top. It is created, and so is prompts.jsonl.
+
+    Numbers continue after the largest in the folder or in prompts.jsonl. A last line of
+    prompts.jsonl that a killed process left incomplete is removed, which is printed.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        self._read = 0  # bytes of prompts.jsonl
+        with self._record() as record:
+            self._repair(record)
+            self._next = 1 + self._largest()
+            self._read_lines(record)
+
+    def temporary(self) -> Path:
+        """A name for a file in the folder that is not finished: hidden, and used by nobody else."""
+        return self.path / f".{uuid.uuid4().hex}.tmp"
+
+    def add(self, finished: Mapping[str, Path], seed: int, row: Mapping[str, object]) -> Path:
+        """Give a picture and the files of its trace their names, and append its line to prompts.jsonl.
+
+        Args:
+            finished: ending (.png) -> the file, under a `temporary` name; the picture comes last, so
+                that a process that is killed leaves no picture without its trace.
+            seed: of the picture.
+            row: the line, without the name of the file.
+
+        Returns the picture's path.
+        """
+        with self._record() as record:
+            self._read_lines(record)
+            number = self._next
+            while (path := self._name(finished, f"{number:05d}_{seed}")) is None:
+                number += 1  # a process that has not written its line yet, or a person, took it
+            line = json.dumps({"file": path.name, **row}, ensure_ascii=False) + "\n"
+            record.write(line.encode())
+            record.flush()
+            self._read_lines(record)
+        return path
+
+    def _name(self, finished: Mapping[str, Path], name: str) -> Path | None:
+        """Give the files a name; None, and no file has it, when one of the names is taken."""
+        named: dict[Path, Path] = {}
+        try:
+            for ending, temporary in finished.items():
+                path = self.path / (name + ending)
+                publish(temporary, path)
+                named[path] = temporary
+        except FileExistsError:
+            for path, temporary in named.items():
+                if temporary.exists():
+                    path.unlink()
+                else:  # a file system without hard links: it was renamed
+                    path.rename(temporary)
+            return None
+        return path
+
+    def _largest(self) -> int:
+        """The largest number in the folder; -1 without any."""
+        with os.scandir(self.path) as entries:
+            matches = (NUMBERED.match(entry.name) for entry in entries)
+            return max((int(match[1]) for match in matches if match), default=-1)
+
+    @contextmanager
+    def _record(self) -> Iterator:
+        """prompts.jsonl, open for reading and appending; the other processes wait until it is closed."""
+        with (self.path / RECORD).open("a+b") as record:
+            try:
+                fcntl.flock(record, fcntl.LOCK_EX)
+            except OSError:
+                pass  # this file system has no locks; names are taken atomically all the same
+            yield record
+
+    def _read_lines(self, record) -> None:
+        """Count further than all numbers in the lines that were added, by this process or another."""
+        record.seek(self._read)
+        while line := record.readline(MAX_LINE):
+            self._next = max(self._next, *(1 + int(match[1]) for match in RECORDED.finditer(line)), 0)
+        self._read = record.tell()
+
+    def _repair(self, record) -> None:
+        """End the last line: a process was killed while it wrote it, or a person edited the file."""
+        size = record.seek(0, os.SEEK_END)
+        start = record.seek(max(0, size - MAX_LINE))
+        tail = record.read()
+        if not tail or tail.endswith(b"\n"):
+            return
+        line = tail[tail.rfind(b"\n") + 1 :]
+        try:
+            json.loads(line)
+        except ValueError:
+            record.truncate(start + len(tail) - len(line))
+            print(
+                f"note: {self.path / RECORD}: the last line was incomplete, from a run that was stopped; "
+                "it is removed",
+                file=sys.stderr,
+            )
+        else:
+            record.write(b"\n")
+            record.flush()
