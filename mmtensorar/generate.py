@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from PIL import Image
@@ -24,6 +25,7 @@ from tqdm import tqdm
 
 from mmtensorar import ranks
 from mmtensorar.cli import command
+from mmtensorar.files import temporary_name
 from mmtensorar.picture_folder import RECORD, REVISIONS, WINDOWS, PictureFolder
 from mmtensorar.pipeline import Generator, check_seed, save_png
 from mmtensorar.sampling.settings import LOADING, add_generation, at_least_1, given_settings
@@ -132,15 +134,12 @@ def add_image(
         made_by: further entries of the image's line in prompts.jsonl.
     """
     endings = [*([WINDOWS, REVISIONS] if windows is not None else []), ".png"]
-    finished = {ending: folder.temporary() for ending in endings}
-    try:
+    with ExitStack() as stack:
+        finished = {ending: stack.enter_context(temporary_name(folder.path)) for ending in endings}
         if windows is not None:
             write_trace(generator, windows, finished[WINDOWS], finished[REVISIONS], origin)
         save_png(image, finished[".png"], **origin)
         return folder.add(finished, int(origin["seed"]), {**origin, **made_by})
-    finally:
-        for temporary in finished.values():
-            temporary.unlink(missing_ok=True)
 
 
 def write_trace(

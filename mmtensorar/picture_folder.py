@@ -15,13 +15,11 @@ import fcntl
 import json
 import os
 import re
-import sys
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from mmtensorar.files import MAX_LINE, publish
+from mmtensorar.files import MAX_LINE, end_last_line, publish
 
 RECORD = "prompts.jsonl"
 WINDOWS, REVISIONS = ".windows.safetensors", ".revisions.png"
@@ -66,20 +64,16 @@ class PictureFolder:
         path.mkdir(parents=True, exist_ok=True)
         self._read = 0  # bytes of prompts.jsonl
         with self._record() as record:
-            self._repair(record)
+            end_last_line(record, self.path / RECORD)
             self._next = 1 + self._largest()
             self._read_lines(record)
-
-    def temporary(self) -> Path:
-        """A name for a file in the folder that is not finished: hidden, and used by nobody else."""
-        return self.path / f".{uuid.uuid4().hex}.tmp"
 
     def add(self, finished: Mapping[str, Path], seed: int, row: Mapping[str, object]) -> Path:
         """Give a picture and the files of its trace their names, and append its line to prompts.jsonl.
 
         Args:
-            finished: ending (.png) -> the file, under a `temporary` name; the picture comes last, so
-                that a process that is killed leaves no picture without its trace.
+            finished: ending (.png) -> the file, under a `files.temporary_name` of the folder. The
+                picture comes last: a process that is killed leaves no picture without its trace.
             seed: of the picture.
             row: the line, without the name of the file.
 
@@ -135,24 +129,3 @@ class PictureFolder:
         while line := record.readline(MAX_LINE):
             self._next = max(self._next, *(1 + int(match[1]) for match in RECORDED.finditer(line)), 0)
         self._read = record.tell()
-
-    def _repair(self, record) -> None:
-        """End the last line: a process was killed while it wrote it, or a person edited the file."""
-        size = record.seek(0, os.SEEK_END)
-        start = record.seek(max(0, size - MAX_LINE))
-        tail = record.read()
-        if not tail or tail.endswith(b"\n"):
-            return
-        line = tail[tail.rfind(b"\n") + 1 :]
-        try:
-            json.loads(line)
-        except ValueError:
-            record.truncate(start + len(tail) - len(line))
-            print(
-                f"note: {self.path / RECORD}: the last line was incomplete, from a run that was stopped; "
-                "it is removed",
-                file=sys.stderr,
-            )
-        else:
-            record.write(b"\n")
-            record.flush()

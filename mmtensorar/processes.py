@@ -18,8 +18,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn, TextIO
 
-import torch
-
 SAVER_THREAD = "run state"  # name of the thread that writes a run state in the background
 
 
@@ -37,6 +35,8 @@ def exit_process(code: int) -> NoReturn:
     for thread in threading.enumerate():
         if thread.name == SAVER_THREAD:
             thread.join()  # a run state from before the error is worth keeping
+    import torch  # here, since other users of this module should start without it
+
     if code and torch.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -102,14 +102,25 @@ class RunFolderLock:
     system without locks nothing is locked.
     """
 
-    def __init__(self, folder: Path, *, timeout_s: float = 0, otherwise: str = "choose another run.name"):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        timeout_s: float = 0,
+        otherwise: str = "choose another run.name",
+        leaves_nothing: bool = False,
+    ):
         """
         Args:
             folder: the run folder; it is created.
             timeout_s: seconds to wait for another process to release the lock.
             otherwise: advice for the error message, after "stop it, or".
+            leaves_nothing: remove the lock file at the end, and the folders that were created if
+                they are still empty.
         """
         self.folder, self.timeout_s, self.otherwise = folder, timeout_s, otherwise
+        self.leaves_nothing = leaves_nothing
+        self._created: list[Path] = []  # folders, the deepest first
         self._file: TextIO | None = None
 
     def __enter__(self) -> RunFolderLock:
@@ -117,13 +128,16 @@ class RunFolderLock:
 
         Raises ValueError when another process still has it after timeout_s seconds.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = (self.folder / "lock").open("a+", encoding="utf-8")
+        self._created = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+        file = self._open()
         deadline, announced = time.monotonic() + self.timeout_s, False
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
+                if self._is_there(file):
+                    break
+                file.close()  # its owner has removed the file since it was opened
+                file = self._open()
             except BlockingIOError:
                 file.seek(0)
                 owner = file.read(200).strip() or "unknown"
@@ -145,9 +159,24 @@ class RunFolderLock:
         file.flush()
         return self
 
+    def _open(self) -> TextIO:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return (self.folder / "lock").open("a+", encoding="utf-8")
+
+    def _is_there(self, file: TextIO) -> bool:
+        try:
+            return os.path.samestat(os.fstat(file.fileno()), (self.folder / "lock").stat())
+        except FileNotFoundError:
+            return False
+
     def __exit__(self, *error: object) -> None:
         if self._file is not None:
+            if self.leaves_nothing:
+                (self.folder / "lock").unlink(missing_ok=True)
             self._file.close()
+            with suppress(OSError):  # not empty
+                for path in self._created if self.leaves_nothing else []:
+                    path.rmdir()
             if self._file in _locked:
                 _locked.remove(self._file)
             self._file = None

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -19,30 +20,28 @@ ROOT = Path(__file__).resolve().parents[1]
 # Adds pictures as fast as it can; the content names its writer.
 WRITER = """
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+from mmtensorar.files import temporary_name
 from mmtensorar.picture_folder import PictureFolder
 out, seed, endings, number = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3].split(","), int(sys.argv[4])
 folder = PictureFolder(out)
 for picture in range(number):
-    finished = {ending: folder.temporary() for ending in endings}
-    for path in finished.values():
-        path.write_text(f"{sys.argv[5]} {picture}")
-    folder.add(finished, seed, {"prompt": f"{sys.argv[5]} {picture}", "seed": seed})
-    for path in finished.values():
-        path.unlink(missing_ok=True)
+    with ExitStack() as stack:
+        finished = {ending: stack.enter_context(temporary_name(out)) for ending in endings}
+        for path in finished.values():
+            path.write_text(f"{sys.argv[5]} {picture}")
+        folder.add(finished, seed, {"prompt": f"{sys.argv[5]} {picture}", "seed": seed})
 """
 
 
 def add(folder: PictureFolder, seed: int = 0, *, trace: bool = False, text: str = "picture") -> str:
     endings = [*([WINDOWS, REVISIONS] if trace else []), ".png"]
-    finished = {ending: folder.temporary() for ending in endings}
-    for path in finished.values():
-        path.write_text(text)
-    try:
-        return folder.add(finished, seed, {"prompt": text, "seed": seed}).name
-    finally:
+    with ExitStack() as stack:
+        finished = {ending: stack.enter_context(files.temporary_name(folder.path)) for ending in endings}
         for path in finished.values():
-            path.unlink(missing_ok=True)
+            path.write_text(text)
+        return folder.add(finished, seed, {"prompt": text, "seed": seed}).name
 
 
 def lines(folder: Path) -> list[dict]:
@@ -127,7 +126,7 @@ def test_a_killed_process_leaves_no_empty_picture(tmp_path, monkeypatch, trace, 
         files.publish(temporary, path)
 
     monkeypatch.setattr("mmtensorar.picture_folder.publish", killed)
-    finished = {ending: folder.temporary() for ending in [*([REVISIONS] if trace else []), ".png"]}
+    finished = {ending: tmp_path / f".{ending}.tmp" for ending in [*([REVISIONS] if trace else []), ".png"]}
     for path in finished.values():
         path.write_text("picture")
     if after < len(finished):
