@@ -209,7 +209,9 @@ def pictures(
         path = options.images.resolve()
         name = f"{path.name if path.is_dir() else path.stem}_{suite}"
         out = options.out or default_out or Path("runs/eval") / name
-        _lock(out)
+        # Without pictures, the evaluator reports what it misses, and creates no folder.
+        if options.images.exists() and (out.is_dir() or not out.exists()):
+            _lock(out)
         return Pictures(options.images, out)
     generator = load(options)
     prompts, num_images = work(generator)
@@ -304,7 +306,7 @@ def generate(
         "checkpoint_sha256": sha256(Path(ckpt) / "checkpoint.json"),
         "suite": suite,
         "num_prompts": len(prompts),
-        "prompts_sha256": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
+        "prompts_sha256": prompts_hash(prompts),
         "num_images": num_images,
         "seed": seed,
         "sampling": sampling.model_dump(mode="json"),
@@ -334,6 +336,11 @@ def generate(
             num_made += _make(generator, prompts, out, sampling, batch, seed)
             bar.update(len(batch))
     return num_made
+
+
+def prompts_hash(prompts: Sequence[dict]) -> str:
+    """The SHA-256 of prompts that generation.json records."""
+    return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
 
 
 def _make(

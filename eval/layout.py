@@ -4,13 +4,16 @@ NNNNN counts prompts from 00000. The official scorer scores every image that exi
 is strict: images that are missing, surplus, or that share a number raise an error that lists them.
 """
 
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageOps
 
 from mmtensorar import files
+from mmtensorar.picture_folder import is_revisions
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # of pictures, to name them
 RECORD = "generation.json"  # the model and settings that made the images; see harness.py
 
 
@@ -38,6 +41,14 @@ def survey(
         prompt: _by_number(folder, (path / "samples").glob("*.png"), problems)
         for prompt, path in folders.items()
     }
+    unnumbered = (
+        path
+        for own in folders.values()
+        for path in (own / "samples").glob("[!.]*")
+        if path.suffix.lower() in SUFFIXES and not (path.suffix == ".png" and _has_number(path))
+    )
+    if other := without_revisions(folder, sorted(unnumbered)):
+        note_left_out(folder, other, "has no name such as 00000.png")
     if not any(images.values()):
         raise ValueError(f"{folder} holds no images; expected {image_path(Path(), 0, 0)}")
     if num_prompts is None:
@@ -65,14 +76,35 @@ def survey(
     return ordered, problems
 
 
+def without_revisions(folder: Path, paths: Iterable[Path]) -> list[Path]:
+    """The pictures among the paths, without the strips of `generate --trace`; a note counts those."""
+    pictures, strips = [], []
+    for path in paths:
+        (strips if is_revisions(path) else pictures).append(path)
+    if strips:
+        note_left_out(folder, strips, "is a strip of revisions, of generate --trace")
+    return pictures
+
+
+def note_left_out(folder: Path, paths: Sequence[Path], reason: str) -> None:
+    """Print that pictures of a folder are left out. reason: what is said of the first, by name."""
+    example = min(paths).relative_to(folder)
+    num = f"{len(paths)} picture{'s' * (len(paths) > 1)}"
+    print(f"note: {folder}: left out {num}; {example} {reason}", file=sys.stderr)
+
+
 def _by_number(folder: Path, paths: Iterable[Path], problems: list[str]) -> dict[int, Path]:
     """Number -> path, of the paths whose name is a number; adds a problem for a number that two have."""
     numbered: dict[int, Path] = {}
-    for path in sorted(path for path in paths if path.stem.isascii() and path.stem.isdecimal()):
+    for path in sorted(filter(_has_number, paths)):
         if int(path.stem) in numbered:
             problems.append(f"{path.relative_to(folder)} has the number of {numbered[int(path.stem)].name}")
         numbered.setdefault(int(path.stem), path)
     return numbered
+
+
+def _has_number(path: Path) -> bool:
+    return path.stem.isascii() and path.stem.isdecimal()
 
 
 def image_files(

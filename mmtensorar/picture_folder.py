@@ -23,6 +23,7 @@ from mmtensorar.files import MAX_LINE, end_last_line, publish
 
 RECORD = "prompts.jsonl"
 WINDOWS, REVISIONS = ".windows.safetensors", ".revisions.png"
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # endings that a picture may have been converted to
 NUMBERED = re.compile(r"([0-9]{5,})_([0-9]+)\.")  # how the names of pictures and traces begin
 RECORDED = re.compile(rb'"file": "([0-9]{5,})_[0-9]+\.')
 
@@ -33,20 +34,22 @@ RECORDED = re.compile(rb'"file": "([0-9]{5,})_[0-9]+\.')
 def is_revisions(path: Path) -> bool:
     """Whether a file is the strip of revisions of a picture, which is not a picture itself.
 
-    It has the name that `generate` gives, or the picture is next to it under another name.
+    It has the name that `generate` gives, or its picture is next to it, renamed or converted.
     """
     if not path.name.endswith(REVISIONS):
         return False
-    picture = path.with_name(path.name.removesuffix(REVISIONS) + ".png")
-    return NUMBERED.match(path.name) is not None or picture.is_file()
+    name = path.name.removesuffix(REVISIONS)
+    return NUMBERED.match(path.name) is not None or any(
+        path.with_name(name + ending).is_file() for ending in PICTURES
+    )
 
 
-def in_order(path: Path) -> tuple[Path, str]:
-    """The key that sorts paths by folder and name, and numbers above 99999 after all smaller ones."""
+def in_order(path: Path) -> Path:
+    """The key that sorts paths by their names, and numbers above 99999 after all smaller ones."""
     if (match := NUMBERED.match(path.name)) and len(match[1]) > 5:
         # "~" is behind "_", which follows a number of five digits.
-        return path.parent, f"99999~{int(match[1]):040d}{path.name[match.end(1) :]}"
-    return path.parent, path.name
+        return path.with_name(f"99999~{int(match[1]):040d}{path.name[match.end(1) :]}")
+    return path
 
 
 # ---- writing -------------------------------------------------------------------------------------

@@ -176,6 +176,7 @@ def test_names_sort_by_number():
     names += ["99999_3.png", "100000_0.png", "100000_0.revisions.png", "100001_0.png", "1000000_7.png"]
     names += ["a10.png", "a9.png"]
     paths = [Path("folder") / name for name in names]
+    paths = [*paths, *(Path("folder/a9.png.d") / name for name in names), Path("folder/b.png")]
     paths += [Path("folder2") / name for name in names]
     shuffled = paths.copy()
     random.Random(0).shuffle(shuffled)

@@ -17,6 +17,7 @@ from PIL import Image
 
 from eval import layout
 from mmtensorar import files
+from mmtensorar.picture_folder import is_revisions
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CELLS = 4  # samples in a grid
@@ -85,7 +86,7 @@ def survey(
         return _generated(folder, items, num_samples)
     by_item: dict[str, Path] = {}
     problems = []
-    for path in _picture_files(folder):
+    for path in layout.without_revisions(folder, _picture_files(folder)):
         name = path.name.split(".")[0]
         if name not in items:
             problems.append(f"{path.name} belongs to no item of the table")
@@ -105,10 +106,10 @@ def unknown(folder: Path, items: Collection[str]) -> list[str]:
     In a generated folder: the item_id of their prompt, or the folder's number if it has none.
     """
     if (folder / layout.RECORD).is_file():
-        metadata = [images[0].parent.parent / "metadata.jsonl" for images in layout.survey(folder)[0]]
+        metadata = [path for path in folder.glob("*/metadata.jsonl") if path.parent.name.isdecimal()]
         names = {str(files.read_json(path).get("item_id") or path.parent.name) for path in metadata}
     else:
-        names = {path.name.split(".")[0] for path in _picture_files(folder)}
+        names = {path.name.split(".")[0] for path in _picture_files(folder) if not is_revisions(path)}
     return sorted(names - set(items))
 
 
@@ -133,7 +134,10 @@ def _generated(folder: Path, items: Collection[str], num_samples: int) -> tuple[
 
 
 def write_grid(samples: Sequence[Image.Image], path: Path) -> None:
-    """Write the official 2 x 2 grid. Raises ValueError unless there are four samples of one size."""
+    """Write the official 2 x 2 grid; an equal one may exist.
+
+    Raises ValueError unless there are four samples of one size, and when path is another picture.
+    """
     sizes = {sample.size for sample in samples}
     if len(samples) != CELLS or len(sizes) != 1:
         raise ValueError(
@@ -144,5 +148,10 @@ def write_grid(samples: Sequence[Image.Image], path: Path) -> None:
     for number, sample in enumerate(samples):
         grid.paste(sample, (number % 2 * width, number // 2 * height))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with files.atomic_path(path) as temporary:
+    with files.temporary_name(path.parent) as temporary:
         grid.save(temporary, "PNG")
+        try:
+            files.publish(temporary, path)
+        except FileExistsError:
+            if layout.open_image(path).tobytes() != grid.tobytes():
+                raise ValueError(f"{path} exists and is another picture; choose another --out") from None

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from eval import layout
+from mmtensorar.picture_folder import in_order
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 PICTURES = "arr_0"
@@ -34,7 +35,8 @@ def find(path: Path, *, num_prompts: int | None = None, num_images: int | None =
 
     A folder in the layout of eval/layout.py gives the first picture of every prompt, then the second
     of every prompt, and so on: in the order of the files, each split of the Inception score would
-    hold few classes. Any other folder is read in the order of file names, subfolders included.
+    hold few classes. Any other folder is read in the order of file names (and of the numbers that
+    `generate` gives), subfolders included; strips of revisions are no pictures.
 
     Args:
         path: folder or file.
@@ -55,7 +57,8 @@ def find(path: Path, *, num_prompts: int | None = None, num_images: int | None =
         prompts = layout.image_files(path, num_prompts=num_prompts, num_images=num_images)
         files = [images[number] for number in range(len(prompts[0])) for images in prompts]
     else:
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        files = (file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        files = sorted(layout.without_revisions(path, files), key=in_order)
     if not files:
         raise ValueError(f"{path} holds no pictures ({', '.join(SUFFIXES)})")
     return Pictures(str(path), len(files), lambda size: _read_files(files, size))

@@ -22,7 +22,7 @@ import shutil
 import time
 from pathlib import Path
 
-from eval import harness
+from eval import harness, report_table
 from eval.geneval.evaluate import evaluate, parse
 from mmtensorar import files
 from mmtensorar.checkpoints import sharded_state
@@ -69,6 +69,7 @@ def score(run: Path, step: int, arguments: list[str], *, average: bool) -> dict:
         "suite": summary["suite"],
         "average": average,
         "num_images": summary["num_images"],
+        "partial": bool(report_table.missing(summary)),
         "overall": summary["overall"]["accuracy"],
         "interval": summary["overall"]["interval"],
         "skills": {name: skill["accuracy"] for name, skill in summary["skills"].items()},
@@ -115,7 +116,8 @@ def watch(run: Path, arguments: list[str], *, average: bool, once: bool, pause_s
                 print(f"step {step} was deleted while it was read ({error})", flush=True)
                 continue
             where = f"in {run / SCORES}; pictures in {run / 'scores' / folder.name}"
-            print(f"step {step}: {row['overall']:.1%} ({where})", flush=True)
+            mark = " (PARTIAL)" if row["partial"] else ""
+            print(f"step {step}: {row['overall']:.1%}{mark} ({where})", flush=True)
         elif once or finished or not is_waiting:
             news = "nothing new" if (run / SCORES).is_file() else "no saved step yet (train.save_every)"
             waits = "" if once or finished else f"; looking every {pause_s:g} s, Ctrl-C ends it"

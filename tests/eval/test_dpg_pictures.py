@@ -232,6 +232,29 @@ def test_a_checkpoint(bench, ckpt, judge, tmp_path, capsys):
     assert "00001/samples/00002.png is missing" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("present, refused", [("equal", False), ("another", True), ("damaged", True)])
+def test_grids_replace_no_picture(tmp_path, capsys, present, refused):
+    """Grids of a second model once replaced those of the first, in part when it had fewer prompts."""
+    for number, color in enumerate(COLORS):
+        path = layout.image_path(tmp_path / "model", 0, number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), color).save(path)
+    (tmp_path / "model" / "00000" / "metadata.jsonl").write_text('{"item_id": "a", "prompt": "?"}')
+    arguments = ["grids", str(tmp_path / "model"), "--out", str(tmp_path / "grids")]
+    if present == "equal":
+        assert command.main(arguments) == 0
+    else:
+        (tmp_path / "grids").mkdir()
+        Image.new("RGB", (16, 16), "red").save(tmp_path / "grids" / "a.png")
+    if present == "damaged":
+        (tmp_path / "grids" / "a.png").write_bytes(b"")
+    before = (tmp_path / "grids" / "a.png").read_bytes()
+    assert command.main(arguments) == 2 * refused
+    assert ("a.png" in capsys.readouterr().err) == refused
+    assert [path.name for path in (tmp_path / "grids").iterdir()] == ["a.png"]
+    assert (tmp_path / "grids" / "a.png").read_bytes() == before
+
+
 def test_mistakes_are_sentences(bench, grids, tmp_path, capsys):
     (tmp_path / "vlm").mkdir()
     for given, sentence in (
