@@ -47,7 +47,7 @@ def survey(
         for path in (own / "samples").glob("[!.]*")
         if path.suffix.lower() in SUFFIXES and not (path.suffix == ".png" and _has_number(path))
     )
-    if other := without_revisions(folder, sorted(unnumbered)):
+    if other := only_pictures(folder, sorted(unnumbered)):
         note_left_out(folder, other, "has no name such as 00000.png")
     if not any(images.values()):
         raise ValueError(f"{folder} holds no images; expected {image_path(Path(), 0, 0)}")
@@ -76,13 +76,19 @@ def survey(
     return ordered, problems
 
 
-def without_revisions(folder: Path, paths: Iterable[Path]) -> list[Path]:
-    """The pictures among the paths, without the strips of `generate --trace`; a note counts those."""
-    pictures, strips = [], []
+def only_pictures(folder: Path, paths: Iterable[Path]) -> list[Path]:
+    """The paths without what is no picture of a model. Notes count what is left out.
+
+    These are the strips of `generate --trace`, and the grids of GenEval's own script.
+    """
+    pictures, strips, grids = [], [], []
     for path in paths:
-        (strips if is_revisions(path) else pictures).append(path)
+        is_grid = path.name == "grid.png" and (path.parent / "samples").is_dir()
+        (strips if is_revisions(path) else grids if is_grid else pictures).append(path)
     if strips:
         note_left_out(folder, strips, "is a strip of revisions, of generate --trace")
+    if grids:
+        note_left_out(folder, grids, "shows those of samples/ once more")
     return pictures
 
 

@@ -130,13 +130,16 @@ class RunFolderLock:
         """
         self._created = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         file = self._open()
-        deadline, announced = time.monotonic() + self.timeout_s, False
+        deadline, announced, attempts = time.monotonic() + self.timeout_s, False, 0
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if self._is_there(file):
+                # Its owner may have removed the file since it was opened. Some network file systems
+                # give a file another number each time, hence a few attempts only.
+                attempts += 1
+                if self._is_there(file) or attempts == 10:
                     break
-                file.close()  # its owner has removed the file since it was opened
+                file.close()
                 file = self._open()
             except BlockingIOError:
                 file.seek(0)

@@ -86,7 +86,7 @@ def survey(
         return _generated(folder, items, num_samples)
     by_item: dict[str, Path] = {}
     problems = []
-    for path in layout.without_revisions(folder, _picture_files(folder)):
+    for path in layout.only_pictures(folder, _picture_files(folder)):
         name = path.name.split(".")[0]
         if name not in items:
             problems.append(f"{path.name} belongs to no item of the table")

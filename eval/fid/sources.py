@@ -36,7 +36,8 @@ def find(path: Path, *, num_prompts: int | None = None, num_images: int | None =
     A folder in the layout of eval/layout.py gives the first picture of every prompt, then the second
     of every prompt, and so on: in the order of the files, each split of the Inception score would
     hold few classes. Any other folder is read in the order of file names (and of the numbers that
-    `generate` gives), subfolders included; strips of revisions are no pictures.
+    `generate` gives), subfolders included; strips of revisions and grids of GenEval's
+    script are left out.
 
     Args:
         path: folder or file.
@@ -58,7 +59,7 @@ def find(path: Path, *, num_prompts: int | None = None, num_images: int | None =
         files = [images[number] for number in range(len(prompts[0])) for images in prompts]
     else:
         files = (file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-        files = sorted(layout.without_revisions(path, files), key=in_order)
+        files = sorted(layout.only_pictures(path, files), key=in_order)
     if not files:
         raise ValueError(f"{path} holds no pictures ({', '.join(SUFFIXES)})")
     return Pictures(str(path), len(files), lambda size: _read_files(files, size))

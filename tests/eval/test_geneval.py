@@ -18,6 +18,7 @@ from eval.geneval import __main__ as geneval
 from eval.geneval import ceiling, report, suites
 from mmtensorar import files
 from mmtensorar.checkpoints import model_folder, sharded_state
+from mmtensorar.processes import RunFolderLock
 from mmtensorar.training import run_log
 from worlds.shapes.draw import SKILLS, Scene, draw, sample_scene
 from worlds.shapes.prompts import PROMPT_SEED
@@ -618,13 +619,19 @@ def test_a_runs_checkpoints_are_scored_as_they_come(ckpt, tmp_path, capsys):
     for step in (2, 10):
         save_checkpoint(run_dir, loaded.model, step)
         assert run("watch", run_dir, "--once", *few) == 0
+        with (run_dir / "scores.jsonl").open("a") as file:
+            file.write('{"step": 99, "sui')  # a process was killed while it wrote
+    with RunFolderLock(run_dir / "scores"):
+        assert run("watch", run_dir, "--once", *few) == 2
+        assert "another process works in this folder" in capsys.readouterr().err
     assert run("watch", run_dir, "--once", *few) == 0, "nothing newer"
     shutil.rmtree(run_dir / "checkpoints" / "step_000010")
     assert run("watch", run_dir, "--once", *few) == 0, "an older one than was scored is passed over"
     found = run_log.read_log(run_dir / "scores.jsonl")
     assert [row["step"] for row in found] == [2, 10]
     assert all(
-        row["num_images"] == 6 and len(row["skills"]) == 6 and 0 <= row["overall"] <= 1 for row in found
+        row["num_images"] == 6 and not row["partial"] and len(row["skills"]) == 6 and 0 <= row["overall"] <= 1
+        for row in found
     )
     assert sorted(path.name for path in (run_dir / "scores").iterdir()) == ["step_000002", "step_000010"]
     assert (run_dir / "scores" / "step_000002" / "report.html").is_file() and any(

@@ -160,6 +160,28 @@ def test_a_folder_that_another_evaluator_works_in_is_refused(
     assert summary_of(out)["score"] >= 0 and not (out / "lock").exists()
 
 
+@pytest.mark.parametrize("name", ["geneval", "dpg_bench", "fid"])
+def test_every_evaluator_locks_its_folder(images, tmp_path, capsys, monkeypatch, name):
+    """Before a detector or a network is loaded, and in the default folder of results too."""
+    from eval.dpg_bench import judges
+
+    if name == "fid":
+        pytest.importorskip("scipy")
+    monkeypatch.setattr(judges, "load", lambda name, device=None: None)
+    monkeypatch.chdir(tmp_path)
+    header = "item_id,proposition_id,dependency,tuple,question_natural_language\n"
+    (tmp_path / "dpg_bench.csv").write_text(header + "a,1,0,entity - whole (it),Is it?\n")
+    arguments, out = {
+        "geneval": (["--no-self-test"], images),
+        "dpg_bench": (["--bench", str(tmp_path)], tmp_path / "runs" / "eval" / "images_dpg_bench"),
+        "fid": (["--ref", str(images)], tmp_path / "runs" / "eval" / "images_fid"),
+    }[name]
+    main = importlib.import_module(f"eval.{name}.__main__").main
+    with RunFolderLock(out):
+        assert main(["--images", str(images), *arguments]) == 2
+        assert f"{out.name}: another process works in this folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("out", ["new", "runs/of/mine", "images"])
 def test_a_refused_evaluation_leaves_no_folder(brightness, images, tmp_path, out):
     layout.image_path(images, 1, 1).unlink()

@@ -52,6 +52,18 @@ def test_fid_leaves_strips_out(tmp_path, capsys, names, strips):
     assert f"left out {len(strips)} picture" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("num_prompts, num_images", [(1, 1), (2, 4), (3, 2)])
+def test_fid_leaves_the_grids_of_genevals_script_out(tmp_path, capsys, num_prompts, num_images):
+    for prompt in range(num_prompts):
+        for image in range(num_images):
+            write(layout.image_path(tmp_path, prompt, image), 10 * prompt + image)
+        write(tmp_path / f"{prompt:05d}" / "grid.png", 200)
+    write(tmp_path / "grid.png", 99)
+    expected = [10 * prompt + image for prompt in range(num_prompts) for image in range(num_images)]
+    assert sorted(of_fid(tmp_path)) == [*expected, 99]
+    assert f"left out {num_prompts} picture" in capsys.readouterr().err
+
+
 def test_pictures_with_such_a_name_and_no_trace_are_counted(tmp_path, capsys):
     write(tmp_path / "plan.revisions.png", 0)
     write(tmp_path / "plan2.png", 1)
