@@ -25,6 +25,7 @@ RECORD = "prompts.jsonl"
 WINDOWS, REVISIONS = ".windows.safetensors", ".revisions.png"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # endings that a picture may have been converted to
 NUMBERED = re.compile(r"([0-9]{5,})_([0-9]+)\.")  # how the names of pictures and traces begin
+LONG_NUMBER = re.compile(r"^[0-9]{6,}(?![0-9A-Za-z])")
 RECORDED = re.compile(rb'"file": "([0-9]{5,})_[0-9]+\.')
 
 
@@ -44,12 +45,14 @@ def is_revisions(path: Path) -> bool:
     )
 
 
-def in_order(path: Path) -> Path:
+def in_order(path: Path) -> tuple[str, ...]:
     """The key that sorts paths by their names, and numbers above 99999 after all smaller ones."""
-    if (match := NUMBERED.match(path.name)) and len(match[1]) > 5:
-        # "~" is behind "_", which follows a number of five digits.
-        return path.with_name(f"99999~{int(match[1]):040d}{path.name[match.end(1) :]}")
-    return path
+    return tuple(LONG_NUMBER.sub(_behind_five_digits, part) for part in path.parts)
+
+
+def _behind_five_digits(number: re.Match) -> str:
+    # "~" comes after all that may follow a number of five digits.
+    return f"99999~{int(number[0]):040d}"
 
 
 # ---- writing -------------------------------------------------------------------------------------

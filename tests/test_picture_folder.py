@@ -172,16 +172,23 @@ def test_numbers_continue(tmp_path, present, record, expected):
 
 def test_names_sort_by_number():
     """99999_0.png comes before 100000_0.png, which the alphabet puts first; other names keep their order."""
-    names = ["00000_0.png", "00000_11.png", "00000_2.png", "09999_0.png", "1_0.png", "99999.png"]
-    names += ["99999_3.png", "100000_0.png", "100000_0.revisions.png", "100001_0.png", "1000000_7.png"]
-    names += ["a10.png", "a9.png"]
+    names = [
+        "00000_0.png",
+        "00000_11.png",
+        "00000_2.png",
+        "09999_0.png",
+        "1_0.png",
+        "99999/samples/00000.png",
+    ]
+    names += ["99999.png", "99999_3.png", "100000/samples/00000.png", "100000_0.png"]
+    names += ["100000_0.revisions.png", "100001_0.png", "1000000_7.png", "a10.png", "a9.png"]
     paths = [Path("folder") / name for name in names]
     paths = [*paths, *(Path("folder/a9.png.d") / name for name in names), Path("folder/b.png")]
     paths += [Path("folder2") / name for name in names]
     shuffled = paths.copy()
     random.Random(0).shuffle(shuffled)
     assert sorted(shuffled, key=in_order) == paths
-    ordinary = [path for path in paths if not path.name.startswith("100")]
+    ordinary = [path for path in paths if "/100" not in str(path)]
     assert sorted(ordinary) == ordinary
 
 
