@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -111,6 +112,26 @@ def test_nothing_is_replaced_on_any_file_system(tmp_path, monkeypatch, broken):
     assert add(one, trace=True) == "00006_0.png" and not (tmp_path / "00005_0.windows.safetensors").exists()
     names = {path.name for path in tmp_path.iterdir()}
     assert not [name for name in names if name.endswith((".tmp", ".taken"))]
+
+
+@pytest.mark.parametrize("endings", [".png", f"{REVISIONS},.png", f"{WINDOWS},{REVISIONS},.png"])
+def test_a_process_is_killed_at_any_moment(tmp_path, endings):
+    """Whatever it was doing: every picture is whole, and at most the last one has no line."""
+    command = [sys.executable, "-c", WRITER, str(tmp_path), "0", endings, "1000000", "a"]
+    process = subprocess.Popen(command, cwd=ROOT)
+    while not (tmp_path / "00020_0.png").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    before = {path.name: path.read_text() for path in tmp_path.glob("*.png")}
+    assert all(content.startswith("a ") for content in before.values())
+    named = add(PictureFolder(tmp_path), trace=True)
+    recorded = {row["file"] for row in lines(tmp_path)} - {named}
+    assert (
+        named not in before and len({name for name in before if not is_revisions(Path(name))} - recorded) <= 1
+    )
+    assert all((tmp_path / name).read_text() == content for name, content in before.items())
 
 
 @pytest.mark.parametrize("trace", [False, True])
