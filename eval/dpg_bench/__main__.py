@@ -73,10 +73,12 @@ def ask(
     from eval.dpg_bench.answers import Cache
 
     table = score.whole_table(rows)
-    items, problems = pictures.survey(folder, table, num_samples=num_images, single=single)
+    unanswered: set[str] = set()
+    items, problems = pictures.survey(
+        folder, table, num_samples=num_images, single=single, unknown=unanswered
+    )
     if problems and not allow_partial:
         raise ValueError(layout.listed(folder, problems))
-    unanswered = pictures.unknown(folder, table)
     cached = Cache(cache)
     answers: dict[str, list[dict[int, str]]] = {}
     total = num_images * len(items)
@@ -88,7 +90,7 @@ def ask(
                 if not allow_partial:
                     raise
                 problems.append(str(error))
-                unanswered.append(item.id)
+                unanswered.add(item.id)
                 continue
             # If two rows have the same id, the last one counts.
             texts = {question.id: question.text for question in table[item.id]}
@@ -97,7 +99,7 @@ def ask(
                 given = cached.ask(judge, sample, list(texts.values()))
                 answers[item.id].append(dict(zip(texts, given, strict=True)))
                 bar.update()
-    return Asked(answers, problems, unanswered)
+    return Asked(answers, problems, sorted(unanswered))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -17,7 +17,6 @@ from PIL import Image
 
 from eval import layout
 from mmtensorar import files
-from mmtensorar.picture_folder import is_revisions
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CELLS = 4  # samples in a grid
@@ -68,7 +67,12 @@ def read_prompts(bench: Path) -> list[dict]:
 
 
 def survey(
-    folder: Path, items: Collection[str], *, num_samples: int, single: bool
+    folder: Path,
+    items: Collection[str],
+    *,
+    num_samples: int,
+    single: bool,
+    unknown: set[str] | None = None,
 ) -> tuple[list[Item], list[str]]:
     """The pictures of the items, in the items' order; and a sentence for each missing or surplus picture.
 
@@ -77,19 +81,24 @@ def survey(
         items: ids.
         num_samples: of each item, in a generated folder.
         single: whether a file of an official folder is one sample, not a grid.
+        unknown: receives the names of pictures that belong to none of the items; in a generated
+            folder the item_id of their prompt, or the number of its folder if it has none.
 
     Raises ValueError when there is no picture at all.
     """
     if not folder.is_dir():
         raise ValueError(f"no folder {folder}")
     if (folder / layout.RECORD).is_file():
-        return _generated(folder, items, num_samples)
+        return _generated(folder, items, num_samples, set() if unknown is None else unknown)
     by_item: dict[str, Path] = {}
     problems = []
-    for path in layout.only_pictures(folder, _picture_files(folder)):
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    for path in layout.only_pictures(folder, found):
         name = path.name.split(".")[0]
         if name not in items:
             problems.append(f"{path.name} belongs to no item of the table")
+            if unknown is not None:
+                unknown.add(name)
         elif name in by_item:
             problems.append(f"{path.name} belongs to the same item as {by_item[name].name}")
         else:
@@ -100,24 +109,9 @@ def survey(
     return [Item(item, [by_item[item]], not single) for item in items if item in by_item], problems
 
 
-def unknown(folder: Path, items: Collection[str]) -> list[str]:
-    """Names of the pictures in a folder of either kind that belong to none of the items, sorted.
-
-    In a generated folder: the item_id of their prompt, or the folder's number if it has none.
-    """
-    if (folder / layout.RECORD).is_file():
-        metadata = [path for path in folder.glob("*/metadata.jsonl") if path.parent.name.isdecimal()]
-        names = {str(files.read_json(path).get("item_id") or path.parent.name) for path in metadata}
-    else:
-        names = {path.name.split(".")[0] for path in _picture_files(folder) if not is_revisions(path)}
-    return sorted(names - set(items))
-
-
-def _picture_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-
-
-def _generated(folder: Path, items: Collection[str], num_samples: int) -> tuple[list[Item], list[str]]:
+def _generated(
+    folder: Path, items: Collection[str], num_samples: int, unknown: set[str]
+) -> tuple[list[Item], list[str]]:
     # A folder may hold more samples of a prompt than are asked about.
     num_images = max(num_samples, layout.read_record(folder).get("num_images", num_samples))
     pictures, problems = layout.survey(folder, num_images=num_images)
@@ -127,6 +121,7 @@ def _generated(folder: Path, items: Collection[str], num_samples: int) -> tuple[
         name = files.read_json(metadata).get("item_id")
         if not isinstance(name, str) or name not in items:
             problems.append(f"{metadata.relative_to(folder)} belongs to no item of the table")
+            unknown.add(str(name or metadata.parent.name))
         elif len(images) >= num_samples:
             by_item[name] = images
     problems += [f"item {item} has no picture" for item in items if item not in by_item]

@@ -194,6 +194,24 @@ def test_pictures_of_unknown_prompts_fail_in_the_official_mode(names, bench, gri
         assert again["official"] == summary["official"] and again["corrected"] == summary["corrected"]
 
 
+@pytest.mark.parametrize("item, name", [("x", "x"), ("A", "A"), (None, "00002")])
+def test_generated_pictures_of_unknown_prompts_fail_too(bench, judge, tmp_path, item, name):
+    """They have the item_id of their prompt, or without one the number of their folder."""
+    folder = tmp_path / "generated"
+    for number, item_id in enumerate(["7", "a", item]):
+        for image in range(2):
+            path = layout.image_path(folder, number, image)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), "red").save(path)
+        (path.parent.parent / "metadata.jsonl").write_text(json.dumps({"item_id": item_id, "prompt": "?"}))
+    (folder / layout.RECORD).write_text(json.dumps({"num_images": 2, "sampling": {}}))
+    arguments = ["--images", folder, "--out", tmp_path / "out", "--num-images", 2, "--allow-partial"]
+    assert run(bench, *arguments) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["official"]["unknown"] == [name]
+    assert summary["official"]["failed"] == sorted([name, "a"])
+
+
 def test_an_unreadable_picture_fails_in_the_official_mode(bench, grids, judge, tmp_path):
     corrupt(grids)
     assert run(bench, "--images", grids, "--out", tmp_path / "out", "--allow-partial") == 0
