@@ -2,18 +2,21 @@
 
 NNNNN counts prompts from 00000. The official scorer scores every image that exists. Reading here
 is strict: images that are missing, surplus, or that share a number raise an error that lists them.
+Pictures anywhere else in the folder are counted in a note.
 """
 
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageOps
 
 from mmtensorar import files
+from mmtensorar.folders import LeftOut, walk
 from mmtensorar.picture_folder import is_revisions
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # of pictures, to name them
+# Files that are pictures by their names.
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+STRIP = "a strip of revisions, of generate --trace"
 RECORD = "generation.json"  # the model and settings that made the images; see harness.py
 
 
@@ -41,14 +44,7 @@ def survey(
         prompt: _by_number(folder, (path / "samples").glob("*.png"), problems)
         for prompt, path in folders.items()
     }
-    unnumbered = (
-        path
-        for own in folders.values()
-        for path in (own / "samples").glob("[!.]*")
-        if path.suffix.lower() in SUFFIXES and not (path.suffix == ".png" and _has_number(path))
-    )
-    if other := only_pictures(folder, sorted(unnumbered)):
-        note_left_out(folder, other, "has no name such as 00000.png")
+    _note_others(folder, {path for numbered in images.values() for path in numbered.values()})
     if not any(images.values()):
         raise ValueError(f"{folder} holds no images; expected {image_path(Path(), 0, 0)}")
     if num_prompts is None:
@@ -76,27 +72,22 @@ def survey(
     return ordered, problems
 
 
-def only_pictures(folder: Path, paths: Iterable[Path]) -> list[Path]:
-    """The paths without what is no picture of a model. Notes count what is left out.
-
-    These are the strips of `generate --trace`, and the grids of GenEval's own script.
-    """
-    pictures, strips, grids = [], [], []
-    for path in paths:
-        is_grid = path.name == "grid.png" and (path.parent / "samples").is_dir()
-        (strips if is_revisions(path) else grids if is_grid else pictures).append(path)
-    if strips:
-        note_left_out(folder, strips, "is a strip of revisions, of generate --trace")
-    if grids:
-        note_left_out(folder, grids, "shows those of samples/ once more")
-    return pictures
+def no_picture(path: Path) -> str | None:
+    """What a file is that has a picture's name and is none of a model; None when it is one."""
+    if is_revisions(path):
+        return STRIP
+    if path.name == "grid.png" and (path.parent / "samples").is_dir():
+        return "GenEval's grid of the pictures in samples/"
+    return None
 
 
-def note_left_out(folder: Path, paths: Sequence[Path], reason: str) -> None:
-    """Print that pictures of a folder are left out. reason: what is said of the first, by name."""
-    example = min(paths).relative_to(folder)
-    num = f"{len(paths)} picture{'s' * (len(paths) > 1)}"
-    print(f"note: {folder}: left out {num}; {example} {reason}", file=sys.stderr)
+def _note_others(folder: Path, images: Collection[Path]) -> None:
+    """Print a note about pictures that do not have the name of an image of the layout."""
+    left_out = LeftOut(folder)
+    for path in walk(folder, left_out):
+        if path.suffix.lower() in SUFFIXES and path not in images:
+            left_out.add(STRIP if is_revisions(path) else "not NNNNN/samples/NNNNN.png", path)
+    left_out.print()
 
 
 def _by_number(folder: Path, paths: Iterable[Path], problems: list[str]) -> dict[int, Path]:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from eval import layout
+from mmtensorar.folders import LeftOut, walk
 from mmtensorar.picture_folder import in_order
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -36,8 +37,7 @@ def find(path: Path, *, num_prompts: int | None = None, num_images: int | None =
     A folder in the layout of eval/layout.py gives the first picture of every prompt, then the second
     of every prompt, and so on: in the order of the files, each split of the Inception score would
     hold few classes. Any other folder is read in the order of file names (and of the numbers that
-    `generate` gives), subfolders included; strips of revisions and grids of GenEval's
-    script are left out.
+    `generate` gives), subfolders included; what is not read is counted in a note.
 
     Args:
         path: folder or file.
@@ -58,11 +58,24 @@ def find(path: Path, *, num_prompts: int | None = None, num_images: int | None =
         prompts = layout.image_files(path, num_prompts=num_prompts, num_images=num_images)
         files = [images[number] for number in range(len(prompts[0])) for images in prompts]
     else:
-        files = (file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-        files = sorted(layout.only_pictures(path, files), key=in_order)
+        files = _pictures_below(path)
     if not files:
         raise ValueError(f"{path} holds no pictures ({', '.join(SUFFIXES)})")
     return Pictures(str(path), len(files), lambda size: _read_files(files, size))
+
+
+def _pictures_below(folder: Path) -> list[Path]:
+    left_out = LeftOut(folder)
+    files = []
+    for file in walk(folder, left_out):
+        if file.suffix.lower() not in SUFFIXES:
+            left_out.add(f"not {', '.join(SUFFIXES)}", file)
+        elif kind := layout.no_picture(file):
+            left_out.add(kind, file)
+        else:
+            files.append(file)
+    left_out.print()
+    return sorted(files, key=in_order)
 
 
 def _read_files(files: Sequence[Path], size: int) -> Iterator[np.ndarray]:

@@ -33,7 +33,7 @@ def test_traces_of_generate_are_not_counted(ckpt, tmp_path, capsys):
     capsys.readouterr()
     assert len(of_fid(tmp_path)) == 3
     noted = capsys.readouterr().err
-    assert f"note: {tmp_path}: left out 3 pictures; 00000_0.revisions.png is a strip" in noted
+    assert f"note: {tmp_path}: left out 3 ({layout.STRIP}): 00000_0.revisions.png, 00001_1.rev" in noted
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_fid_leaves_strips_out(tmp_path, capsys, names, strips):
     for number, name in enumerate([*names, *strips]):
         write(tmp_path / name, number)
     assert sorted(of_fid(tmp_path)) == list(range(len(names)))
-    assert f"left out {len(strips)} picture" in capsys.readouterr().err
+    assert f"left out {len(strips)} ({layout.STRIP}): " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("num_prompts, num_images", [(1, 1), (2, 4), (3, 2)])
@@ -61,7 +61,7 @@ def test_fid_leaves_the_grids_of_genevals_script_out(tmp_path, capsys, num_promp
     write(tmp_path / "grid.png", 99)
     expected = [10 * prompt + image for prompt in range(num_prompts) for image in range(num_images)]
     assert sorted(of_fid(tmp_path)) == [*expected, 99]
-    assert f"left out {num_prompts} picture" in capsys.readouterr().err
+    assert f"left out {num_prompts} (GenEval's grid " in capsys.readouterr().err
 
 
 def test_pictures_with_such_a_name_and_no_trace_are_counted(tmp_path, capsys):
@@ -96,9 +96,9 @@ def test_geneval_and_the_gallery_name_what_they_leave_out(tmp_path, capsys, extr
     write(tmp_path / "00002" / "samples" / extra)
     results, problems = evaluate.score(suite, tmp_path, num_images=1)
     assert len(results) == 6 and not problems
-    assert f"left out 1 picture; 00002/samples/{extra} " in capsys.readouterr().err
+    assert f"): 00002/samples/{extra}\n" in capsys.readouterr().err
     assert len(gallery.read(tmp_path)[1]) == 6
-    assert f"left out 1 picture; 00002/samples/{extra} " in capsys.readouterr().err
+    assert f"): 00002/samples/{extra}\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("suffix", [".png", ".webp", ".jpg"])
@@ -110,5 +110,5 @@ def test_dpg_bench_leaves_strips_out(tmp_path, capsys, suffix):
     unknown = set()
     found, problems = pictures.survey(tmp_path, ["a", "7"], num_samples=1, single=True, unknown=unknown)
     assert [item.samples(1)[0].getpixel((0, 0))[0] for item in found] == [100, 101] and not problems
-    assert "left out 2 pictures; 7.revisions.png is a strip" in capsys.readouterr().err
+    assert f"left out 2 ({layout.STRIP}): 7.revisions.png, a.revisions.png" in capsys.readouterr().err
     assert not unknown
