@@ -78,6 +78,10 @@ def missing(summary: dict) -> list[str]:
     return lacks
 
 
+def _num_lacking(num: int) -> str:
+    return f"{num} images or prompts" if num > 1 else "1 image or prompt"
+
+
 def _of_suite(summary: dict) -> str | None:
     """A sentence when fewer prompts were asked for than the suite has; None when all were."""
     if summary["suite"] not in suites.SUITES:
@@ -131,7 +135,7 @@ def notes(summaries: Mapping[str, dict]) -> str:
         sampled = next(iter(sampling.values()))
     num_drawn = [bound["num_images"] for s in summaries.values() for bound in _bounds(s).values()]
     incomplete = [
-        f"{name} lacks {f'{len(lacks)} images or prompts' if s.get('partial') else ', '.join(lacks)}"
+        f"{name} lacks {_num_lacking(len(lacks)) if s.get('partial') else ', '.join(lacks)}"
         for name, s in summaries.items()
         if (lacks := missing(s))
     ]

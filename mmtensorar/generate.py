@@ -17,19 +17,20 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from PIL import Image
-from safetensors.torch import save_file
-from torch import Tensor
 from tqdm import tqdm
 
 from mmtensorar import ranks
 from mmtensorar.cli import command
 from mmtensorar.files import temporary_name
 from mmtensorar.picture_folder import RECORD, REVISIONS, WINDOWS, PictureFolder
-from mmtensorar.pipeline import Generator, check_seed, save_png
+from mmtensorar.pipeline import Generator, check_seed
 from mmtensorar.sampling.settings import LOADING, add_generation, at_least_1, given_settings
-from mmtensorar.sampling.trace import revisions
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
 
 EXAMPLE = """example:
   python -m mmtensorar.generate --ckpt recipes/tiny/weights/base --prompt "a red circle" --out out/
@@ -133,6 +134,8 @@ def add_image(
         origin: see `origin_of`; every file records it.
         made_by: further entries of the image's line in prompts.jsonl.
     """
+    from mmtensorar.pipeline import save_png
+
     endings = [*([WINDOWS, REVISIONS] if windows is not None else []), ".png"]
     with ExitStack() as stack:
         finished = {ending: stack.enter_context(temporary_name(folder.path)) for ending in endings}
@@ -146,6 +149,12 @@ def write_trace(
     generator: Generator, windows: Tensor, windows_file: Path, strip_file: Path, origin: dict[str, Prompt]
 ) -> None:
     """Write an image's windows [T, K, F], and its strip of revisions. Both files record the origin."""
+    from PIL import Image
+    from safetensors.torch import save_file
+
+    from mmtensorar.pipeline import save_png
+    from mmtensorar.sampling.trace import revisions
+
     metadata = {key: str(value) for key, value in origin.items()}
     metadata["windows"] = "[T, K, F]; windows[t, j] is token t + j at step t"
     save_file({"windows": windows.cpu().contiguous()}, windows_file, metadata)

@@ -35,9 +35,8 @@ def exit_process(code: int) -> NoReturn:
     for thread in threading.enumerate():
         if thread.name == SAVER_THREAD:
             thread.join()  # a run state from before the error is worth keeping
-    import torch  # here, since other users of this module should start without it
-
-    if code and torch.distributed.is_initialized():
+    torch = sys.modules.get("torch")  # without it there is no process group
+    if code and torch is not None and torch.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from mmtensorar import generate
+from mmtensorar import generate, pipeline
 from mmtensorar.pipeline import Generator
 from mmtensorar.recipe import SamplerSettings
 from mmtensorar.sampling.trace import revisions
@@ -148,7 +148,7 @@ def test_an_interrupted_command_leaves_what_is_finished(ckpt, tmp_path, monkeypa
     """After it the same command adds all its images; nothing is replaced and no number used twice."""
     command = ["--ckpt", str(ckpt), "--device", "cpu", "--out", str(tmp_path), "--batch-size", "2"]
     command += ["--num-images", "3", "--prompt", "a red circle"]
-    save, saved = generate.save_png, []
+    save, saved = pipeline.save_png, []
 
     def interrupted(image, path, **text):
         if len(saved) == 2:
@@ -156,7 +156,7 @@ def test_an_interrupted_command_leaves_what_is_finished(ckpt, tmp_path, monkeypa
         saved.append(path)
         save(image, path, **text)
 
-    monkeypatch.setattr(generate, "save_png", interrupted)
+    monkeypatch.setattr(pipeline, "save_png", interrupted)
     assert generate.main(command) == 130
     assert "lists the images made so far" in capsys.readouterr().err
     before = {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}

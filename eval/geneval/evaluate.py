@@ -49,7 +49,8 @@ def score(
     allow_partial such a problem raises ValueError.
     """
     pictures, problems = layout.survey(folder, num_prompts=len(suite.prompts), num_images=num_images)
-    whole = f"a whole set of suite {suite.name} ({len(suite.prompts)} prompts, {num_images} images each)"
+    each = f"{num_images} image{'s' * (num_images > 1)} each"
+    whole = f"a whole set of suite {suite.name} ({len(suite.prompts)} prompts, {each})"
 
     def check() -> None:
         if problems and not allow_partial:

@@ -343,7 +343,7 @@ def test_the_official_prompts_must_be_whole_too(tmp_path, capsys, kept, problem)
     command = ["--images", str(tmp_path / "official"), "--no-self-test", "--num-images", "1"]
     assert geneval.main(command) == 2
     error = capsys.readouterr().err
-    assert "not a whole set of suite geneval (553 prompts, 1 images each)" in error and problem in error
+    assert "not a whole set of suite geneval (553 prompts, 1 image each)" in error and problem in error
 
 
 @pytest.mark.parametrize(

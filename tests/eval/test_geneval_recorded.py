@@ -85,7 +85,8 @@ def test_recorded_cases_that_are_not_a_whole_set_are_marked(tmp_path, capsys, in
     assert command.main(arguments) == 0
     printed = capsys.readouterr().out
     assert ("cases.jsonl (PARTIAL)" in printed) == bool(lacks)
-    assert not lacks or f"PARTIAL: cases.jsonl lacks {lacks} images or prompts" in printed
+    number = "1 image or prompt" if lacks == 1 else f"{lacks} images or prompts"
+    assert not lacks or f"PARTIAL: cases.jsonl lacks {number}." in printed
 
 
 @pytest.mark.parity
