@@ -98,7 +98,8 @@ class RunFolderLock:
 
     The lock is on FOLDER/lock, which holds the owner's process id and host. The
     operating system releases it when the process ends, even after a crash. On a file
-    system without locks nothing is locked.
+    system without locks nothing is locked. A block that ends with an error and has written
+    nothing leaves no folder behind, if there was none before.
     """
 
     def __init__(
@@ -171,14 +172,17 @@ class RunFolderLock:
         except FileNotFoundError:
             return False
 
+    def _is_new_and_empty(self) -> bool:
+        return bool(self._created) and [path.name for path in self.folder.iterdir()] == ["lock"]
+
     def __exit__(self, *error: object) -> None:
         if self._file is not None:
-            if self.leaves_nothing:
+            if self.leaves_nothing or (any(error) and self._is_new_and_empty()):
                 (self.folder / "lock").unlink(missing_ok=True)
+                with suppress(OSError):  # not empty, or another process works next to it
+                    for path in self._created:
+                        path.rmdir()
             self._file.close()
-            with suppress(OSError):  # not empty
-                for path in self._created if self.leaves_nothing else []:
-                    path.rmdir()
             if self._file in _locked:
                 _locked.remove(self._file)
             self._file = None
