@@ -164,13 +164,13 @@ class Build:
         old = existing_set(out)
         if old is None:
             return False
-        same = settings_of(old.made) == settings_of(self.made) and all(
-            getattr(old, key) == value for key, value in self.entries.items()
+        same = (
+            settings_of(old.made) == settings_of(self.made)
+            and old.classes == self.source.classes
+            and all(getattr(old, key) == value for key, value in self.entries.items())
         )
         reason = ""
         if same and old.made != self.made:
-            if self.overwrite:
-                return False
             if name := self.changed_item(out, old):
                 same, reason = False, f": {name} has changed since it was made"
             else:
@@ -185,15 +185,20 @@ class Build:
         """The name of an item whose picture is another one in a set; None when there is none."""
         print(f"{out}: the times of the source's files are other ones; comparing the pictures")
         left_out = out / LEFT_OUT
-        return changed_item(
-            out,
-            manifest,
-            self.source.items,
-            self.samples,
-            left_out if left_out.is_file() else None,
-            executor=self.executor,
-            workers=self.workers,
-        )
+        try:
+            return changed_item(
+                out,
+                manifest,
+                self.source.items,
+                self.samples,
+                left_out if left_out.is_file() else None,
+                executor=self.executor,
+                workers=self.workers,
+            )
+        except ValueError:
+            if not self.overwrite:
+                raise
+            return "a shard"  # it is damaged, and will be replaced
 
     def make_parts(self, staging: Staging) -> list[Part]:
         """Make the parts that do not exist yet.

@@ -15,12 +15,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from mmtensorar import folders as listing
 from mmtensorar.data.shards import EXTENSIONS, MANIFEST, Manifest
 from mmtensorar.data.url_cache import is_url, shown
-from mmtensorar.folders import LeftOut
+from mmtensorar.folders import FileStatus, LeftOut
 
 
 def at(name: str) -> Path | Any:
@@ -66,17 +66,6 @@ def is_local(path: Path | Any) -> bool:
 # ---- listing ---------------------------------------------------------------------------------
 
 
-class FileStatus(NamedTuple):
-    """What a listing knows about a file.
-
-    num_bytes: None where a store does not give it. stamp: changes when the file is written;
-    empty where nothing is known.
-    """
-
-    num_bytes: int | None
-    stamp: str
-
-
 def files(
     root: Path | Any, left_out: LeftOut | None = None, *, entered: Iterable[Path] = ()
 ) -> dict[Path | Any, FileStatus]:
@@ -97,17 +86,12 @@ def files(
     for path in found:
         if not is_utf8(str(path)):
             raise ValueError(f"{str(path)!r}: a name that is not UTF-8; rename the file or folder")
-    return {path: FileStatus(status.st_size, _stamp(status)) for path, status in found.items()}
+    return found
 
 
 def stamp(path: Path) -> str:
     """The stamp of a file on disk: it changes when the file is written."""
-    return _stamp(path.stat())
-
-
-def _stamp(status: os.stat_result) -> str:
-    # The second time also changes when a program restores the first one.
-    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+    return listing.status_of(path.stat()).stamp
 
 
 # What stores say about the content of a file, or when it was written.

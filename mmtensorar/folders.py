@@ -13,7 +13,7 @@ import sys
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 HIDDEN = "hidden"
 FOLLOWED = "a link out of the folder"
@@ -63,13 +63,30 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".")
 
 
-def walk(root: Path, left_out: LeftOut, *, entered: Iterable[Path] = ()) -> dict[Path, os.stat_result]:
-    """Every plain file below a folder and its status, sorted by the parts of its path.
+class FileStatus(NamedTuple):
+    """What a listing knows about a file.
+
+    num_bytes: None where a store does not give it. stamp: changes when the file is written;
+    empty where nothing is known.
+    """
+
+    num_bytes: int | None
+    stamp: str
+
+
+def status_of(status: os.stat_result) -> FileStatus:
+    """Bytes and stamp of a file on disk, from its times in nanoseconds."""
+    # The second time also changes when a program restores the first one.
+    return FileStatus(status.st_size, f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}")
+
+
+def walk(root: Path, left_out: LeftOut, *, entered: Iterable[Path] = ()) -> dict[Path, FileStatus]:
+    """Every plain file below a folder, sorted by the parts of its path.
 
     Links to files and to folders are followed, out of the folder as well. A folder is entered
     once: first all that are in the root itself, then those that links lead to, in the order of
     their names. So a circle of links ends, and no file is read twice because of one. The status
-    is that of the file, not of a link.
+    is that of the file a link leads to.
 
     Args:
         left_out: Receives what is not read: hidden entries, links without a target, folders
@@ -81,7 +98,7 @@ def walk(root: Path, left_out: LeftOut, *, entered: Iterable[Path] = ()) -> dict
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder")
     known = {_identity(path) for path in entered} | {_identity(root)}
-    files: dict[Path, os.stat_result] = {}
+    files: dict[Path, FileStatus] = {}
     folders, links = deque([root]), []  # still to be entered; links: a heap of (parts, path)
     while folders or links:
         folder = folders.popleft() if folders else heapq.heappop(links)[1]
@@ -92,7 +109,7 @@ def walk(root: Path, left_out: LeftOut, *, entered: Iterable[Path] = ()) -> dict
             known.add(identity)
         for path, status, is_link in _entries(folder, left_out):
             if stat.S_ISREG(status.st_mode):
-                files[path] = status
+                files[path] = status_of(status)
             elif is_link:
                 heapq.heappush(links, (path.parts, path))
             else:

@@ -173,7 +173,9 @@ class RunFolderLock:
             return False
 
     def _is_new_and_empty(self) -> bool:
-        return bool(self._created) and [path.name for path in self.folder.iterdir()] == ["lock"]
+        if not self._created or not self.folder.is_dir():
+            return False
+        return [path.name for path in self.folder.iterdir()] == ["lock"]
 
     def __exit__(self, *error: object) -> None:
         if self._file is not None:

@@ -37,7 +37,7 @@ def find_pictures(
         raise ValueError(f"{root}: no {', '.join(SUFFIXES)} files in it")
     for path in files:
         if path not in pictures and path not in others:
-            left_out.add("not jpg, png or webp", path)
+            left_out.add("not a picture", path)
     return pictures, others
 
 

@@ -16,7 +16,7 @@ from data_tools.sources._rows import SUFFIXES, captions_in, class_captions, pars
 from mmtensorar.data import tars
 from mmtensorar.data.members import decode_caption
 from mmtensorar.data.shards import EXTENSIONS, MANIFEST, Manifest
-from mmtensorar.folders import is_hidden
+from mmtensorar.folders import LeftOut, is_hidden
 
 TEXT = ("txt", "text", "caption")
 PICTURES = tuple(sorted(suffix[1:] for suffix in SUFFIXES))
@@ -79,12 +79,16 @@ class TarSet:
 
     def items(self, location: str) -> Iterator[Item]:
         path, files = storage.with_suffix(location, *READ, *REFUSED)
-        num_samples = 0
+        num_samples, left_out = 0, LeftOut(path)
         for file, status in files.items():
             name = file.relative_to(path).as_posix() if file != path else path.name
+            before = num_samples
             for item in self._tar_items(file, name, status.stamp):
                 num_samples += 1
                 yield item
+            if num_samples == before:
+                left_out.add("no samples in it", file)
+        left_out.print()
         if self.ignored:
             kinds = ", ".join(f"{count} {kind}" for kind, count in self.ignored.most_common(5))
             print(f"note: left out members of other kinds: {kinds}", file=sys.stderr)

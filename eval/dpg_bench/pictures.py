@@ -115,7 +115,7 @@ def _at_top(folder: Path, suffixes: Collection[str]) -> list[Path]:
     found = []
     for path in walk(folder, left_out):
         if path.suffix.lower() not in suffixes:
-            left_out.add(f"not {', '.join(suffixes)}", path)
+            left_out.add("of another kind", path)
         elif path.parent != folder:
             left_out.add("in a sub-folder", path)
         elif kind := layout.no_picture(path):

@@ -69,7 +69,7 @@ def _pictures_below(folder: Path) -> list[Path]:
     files = []
     for file in walk(folder, left_out):
         if file.suffix.lower() not in SUFFIXES:
-            left_out.add(f"not {', '.join(SUFFIXES)}", file)
+            left_out.add("not a picture", file)
         elif kind := layout.no_picture(file):
             left_out.add(kind, file)
         else:

@@ -143,7 +143,7 @@ def test_classes_behind_links(tmp_path, capsys):
         "left out 1 (hidden): .ipynb_checkpoints",
         "left out 1 (beside the folders): beside.png",
         "followed 1 (a link out of the folder): blue/more",
-        "left out 2 (not jpg, png or webp): blue/notes.md, red/notes.md",
+        "left out 2 (not a picture): blue/notes.md, red/notes.md",
         "left out 2 (a folder that is listed already): red/all, red/other",
     ]
 
@@ -276,6 +276,9 @@ def test_files_that_are_no_tars_are_counted(tmp_path, capsys):
     err = capsys.readouterr().err
     assert "left out 4 (not .tar or .tar.gz): a.zip, c.tar.md5, deep/b.rar and 1 more" in err
     assert "left out members of other kinds: " in err and "hidden" in err
+    (tmp_path / "b" / "empty.tar").write_bytes(bytes(10240))
+    assert make(tmp_path / "more", "--tars", tmp_path / "b") == 0
+    assert "left out 1 (no samples in it): empty.tar" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("read", ["check", "inspect", "--tars"])

@@ -139,6 +139,8 @@ def test_equal_pictures_are_reused_after_a_comparison(tmp_path, captioned, capsy
     assert "comparing the pictures" in printed and "reusing" in printed
     after = content(out)
     assert {**before, MANIFEST: b""} == {**after, MANIFEST: b""}
+    os.utime(source / "red.png", ns=(0, 0))
+    assert make(out, *again, "--overwrite") == 0 and "reusing" in capsys.readouterr().out
     assert make(out, *again) == 0 and "comparing" not in capsys.readouterr().out  # the times are recorded
 
 
@@ -186,3 +188,23 @@ def test_work_that_was_interrupted_does_not_keep_an_old_picture(tmp_path, captio
     found = {sample.members["txt"]: sample.members["jpg"] for sample in made(tmp_path / "set")}
     for color in ("red", "blue", "white"):
         assert Image.open(io.BytesIO(found[f"a {color} picture".encode()])).getpixel((8, 8))[1] > 200
+
+
+def test_other_names_of_classes_are_not_the_old_set(tmp_path, capsys):
+    """The captions are numbers in both cases; the names are in the manifest alone."""
+    members = {"0.png": picture("red"), "0.cls": b"0", "1.png": picture("blue"), "1.cls": b"1"}
+    arguments = ("--tars", write_tar(tmp_path / "a.tar", members), "--class-names", tmp_path / "names.json")
+    (tmp_path / "names.json").write_text('{"0": "cat", "1": "dog"}')
+    assert make(tmp_path / "set", *arguments) == 0
+    (tmp_path / "names.json").write_text('{"0": "dog", "1": "cat"}')
+    assert "holds another set" in fails(capsys, make(tmp_path / "set", *arguments))
+
+
+def test_a_damaged_set_whose_source_changed_can_be_overwritten(tmp_path, captioned, capsys):
+    assert make(tmp_path / "set", "--folder", captioned) == 0
+    whole = (tmp_path / "set" / "00000.tar").read_bytes()
+    (tmp_path / "set" / "00000.tar").write_bytes(whole[:2000])
+    os.utime(captioned / "red.png", ns=(0, 0))
+    assert "damaged or cut" in fails(capsys, make(tmp_path / "set", "--folder", captioned))
+    assert make(tmp_path / "set", "--folder", captioned, "--overwrite") == 0
+    assert (tmp_path / "set" / "00000.tar").read_bytes() == whole

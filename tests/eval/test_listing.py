@@ -142,7 +142,7 @@ def test_prompts_of_dpg_leave_out_hidden_files(tmp_path, capsys):
     (tmp_path / "prompts" / "2.md").write_text("x")
     assert pictures.read_prompts(tmp_path) == [{"item_id": "1", "prompt": "one"}]
     err = capsys.readouterr().err
-    assert "left out 2 (hidden)" in err and "left out 1 (not .txt): 2.md" in err
+    assert "left out 2 (hidden)" in err and "left out 1 (of another kind): 2.md" in err
 
 
 def test_order_is_that_of_sorted_paths(tmp_path):
