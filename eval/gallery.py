@@ -128,6 +128,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if min(options.num_prompts, options.num_images, options.scale) < 1:
         raise ValueError("--num-prompts, --num-images and --scale must be 1 or more")
+    kind = Image.registered_extensions().get(options.out.suffix.lower())
+    if kind is None:
+        raise ValueError(f"--out is {options.out}; expected the name of a picture, such as gallery.png")
     sheet = compose(
         by_name(options.folders, "folders"),
         num_prompts=options.num_prompts,
@@ -135,7 +138,8 @@ def main(arguments: list[str] | None = None) -> int:
         scale=options.scale,
     )
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(options.out)
+    with files.atomic_path(options.out) as temporary:
+        sheet.save(temporary, kind)
     print(options.out)
     return 0
 

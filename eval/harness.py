@@ -30,7 +30,8 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -40,7 +41,8 @@ from eval import versions
 from eval.layout import RECORD, image_path, read_record
 from mmtensorar import cli, ranks
 from mmtensorar.checkpoints.index import read_index
-from mmtensorar.files import sha256, write_text
+from mmtensorar.files import publish, sha256, temporary_name, write_text
+from mmtensorar.processes import RunFolderLock
 from mmtensorar.sampling.settings import LOADING, SAMPLING, add_generation, given_settings, without_removed
 from mmtensorar.seeds import image_seed
 
@@ -65,12 +67,33 @@ def command(main: cli.Main) -> cli.Main:
     @functools.wraps(main)
     def wrapped(arguments: list[str] | None = None) -> int:
         try:
-            return main(arguments)
+            with locks():
+                return main(arguments)
         except KeyboardInterrupt:
             print("\nstopped; run the same command again to resume from what is there", file=sys.stderr)
             return 130
 
     return wrapped
+
+
+_locks: list[RunFolderLock] = []
+
+
+@contextmanager
+def locks() -> Iterator[None]:
+    """Release, at the end of the block, the output folders that `pictures` locked in it."""
+    num_before = len(_locks)
+    try:
+        yield
+    finally:
+        while len(_locks) > num_before:
+            _locks.pop().__exit__()
+
+
+def _lock(out: Path) -> None:
+    """Lock a folder for results on the first rank. Raises ValueError when another process works there."""
+    if ranks.is_first():
+        _locks.append(RunFolderLock(out, otherwise="choose another --out", leaves_nothing=True).__enter__())
 
 
 def make_parser(module: str, description: str, *, example: str) -> argparse.ArgumentParser:
@@ -180,7 +203,8 @@ def pictures(
         default_out: results of --images without --out; None: runs/eval/NAME_SUITE, NAME of its path.
         ignored: the evaluator's own options that have no effect with --images.
 
-    Raises ValueError when the model cannot be loaded or --out holds other pictures.
+    Raises ValueError when the model cannot be loaded, when --out holds other pictures, and when
+    another process works in --out. The folder is locked until `command` or `locks` ends.
     """
     if options.images is not None:
         if not ranks.is_first():
@@ -189,10 +213,14 @@ def pictures(
         path = options.images.resolve()
         name = f"{path.name if path.is_dir() else path.stem}_{suite}"
         out = options.out or default_out or Path("runs/eval") / name
+        # Without pictures, the evaluator reports what it misses, and creates no folder.
+        if options.images.exists() and (out.is_dir() or not out.exists()):
+            _lock(out)
         return Pictures(options.images, out)
     generator = load(options)
     prompts, num_images = work(generator)
     out = options.out or Path("runs/eval") / generator.recipe.run.name
+    _lock(out)
     generate_into(out, options, generator, suite, prompts, num_images)
     if not ranks.is_first():
         return None
@@ -204,10 +232,7 @@ def load(options: argparse.Namespace) -> Generator:
     from mmtensorar.pipeline import Generator
 
     loading = {name: getattr(options, name) for name in LOADING}
-    if options.device is None and (local_rank := ranks.local_rank()) is not None:
-        import torch
-
-        loading["device"] = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    loading["device"] = ranks.device(options.device)
     return Generator.load(options.ckpt, **loading)
 
 
@@ -285,7 +310,7 @@ def generate(
         "checkpoint_sha256": sha256(Path(ckpt) / "checkpoint.json"),
         "suite": suite,
         "num_prompts": len(prompts),
-        "prompts_sha256": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
+        "prompts_sha256": prompts_hash(prompts),
         "num_images": num_images,
         "seed": seed,
         "sampling": sampling.model_dump(mode="json"),
@@ -317,6 +342,11 @@ def generate(
     return num_made
 
 
+def prompts_hash(prompts: Sequence[dict]) -> str:
+    """The SHA-256 of prompts that generation.json records."""
+    return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
+
+
 def _make(
     generator: Generator,
     prompts: Sequence[dict],
@@ -339,8 +369,12 @@ def _make(
             path.parent.mkdir(parents=True, exist_ok=True)
             metadata = prompts[prompt]
             write_text(path.parent.parent / "metadata.jsonl", json.dumps(metadata) + "\n")
-            save_png(image, path, prompt=metadata["prompt"], seed=picture_seed)
-            num_made += 1
+            with temporary_name(path.parent) as temporary:
+                save_png(image, temporary, prompt=metadata["prompt"], seed=picture_seed)
+                # Unless a rank of another run with these settings has made it meanwhile.
+                with suppress(FileExistsError):
+                    publish(temporary, path)
+                    num_made += 1
     return num_made
 
 
@@ -349,12 +383,14 @@ def claim(out: Path, settings: dict) -> None:
     path = out / RECORD
     settings = json.loads(json.dumps(settings))  # tuples come back from the record as lists
     if not path.is_file():
-        if any(item.name.isdigit() for item in out.iterdir()):
+        if any(item.name.isdigit() for item in out.iterdir()) and not path.is_file():
             raise ValueError(
                 f"{out} holds images but no {RECORD}, so their origin is unknown; choose another --out"
             )
-        write_text(path, json.dumps(settings, indent=2) + "\n")
-        return
+        with temporary_name(out) as temporary, suppress(FileExistsError):
+            temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            publish(temporary, path)  # of several ranks or runs, one records its settings
+            return
     recorded = read_record(out)
     recorded["sampling"] = without_removed(recorded.get("sampling") or {})
     changed = [

@@ -13,7 +13,9 @@ from PIL import Image
 from mmtensorar import files
 from mmtensorar.data.pictures import SUFFIXES, open_picture
 from mmtensorar.folders import LeftOut, walk
+from mmtensorar.picture_folder import is_revisions
 
+STRIP = "a strip of revisions, of generate --trace"
 RECORD = "generation.json"  # the model and settings that made the images; see harness.py
 
 
@@ -69,23 +71,36 @@ def survey(
     return ordered, problems
 
 
+def no_picture(path: Path) -> str | None:
+    """What a file is that has a picture's name and is none of a model; None when it is one."""
+    if is_revisions(path):
+        return STRIP
+    if path.name == "grid.png" and (path.parent / "samples").is_dir():
+        return "GenEval's grid of the pictures in samples/"
+    return None
+
+
 def _note_others(folder: Path, images: Collection[Path]) -> None:
     """Print a note about pictures that do not have the name of an image of the layout."""
     left_out = LeftOut(folder)
     for path in walk(folder, left_out):
         if path.suffix.lower() in SUFFIXES and path not in images:
-            left_out.add("not NNNNN/samples/NNNNN.png", path)
+            left_out.add(STRIP if is_revisions(path) else "not NNNNN/samples/NNNNN.png", path)
     left_out.print()
 
 
 def _by_number(folder: Path, paths: Iterable[Path], problems: list[str]) -> dict[int, Path]:
     """Number -> path, of the paths whose name is a number; adds a problem for a number that two have."""
     numbered: dict[int, Path] = {}
-    for path in sorted(path for path in paths if path.stem.isascii() and path.stem.isdecimal()):
+    for path in sorted(filter(_has_number, paths)):
         if int(path.stem) in numbered:
             problems.append(f"{path.relative_to(folder)} has the number of {numbered[int(path.stem)].name}")
         numbered.setdefault(int(path.stem), path)
     return numbered
+
+
+def _has_number(path: Path) -> bool:
+    return path.stem.isascii() and path.stem.isdecimal()
 
 
 def image_files(

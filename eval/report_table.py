@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from eval import tables
+from eval.geneval import suites
 from mmtensorar.cli import Parser, command
 from mmtensorar.files import read_json
 
@@ -29,7 +30,7 @@ def rows(summaries: Mapping[str, dict]) -> list[list[str]]:
     table = [["model", *skills, "overall"]]
     for name, summary in summaries.items():
         cells = [*(_cell(summary["skills"].get(skill)) for skill in skills), _cell(summary["overall"])]
-        table.append([f"{name} (PARTIAL)" if summary.get("partial") else name, *cells])
+        table.append([marked(name, summary), *cells])
 
     def images(summary: dict) -> list[str]:
         per_skill = [str(summary["skills"].get(skill, {}).get("num_images", 0)) for skill in skills]
@@ -45,6 +46,47 @@ def rows(summaries: Mapping[str, dict]) -> list[list[str]]:
 
         table += _rows_of(label, measured, shares)
     return table
+
+
+def marked(name: str, summary: dict) -> str:
+    """A model's name, with a mark when its pictures are not a whole set."""
+    return f"{name} (PARTIAL)" if missing(summary) else name
+
+
+def missing(summary: dict) -> list[str]:
+    """What a summary's pictures lack to be a whole set: every prompt, as many pictures as asked for.
+
+    These are the sentences of the evaluation, or else what the summary's numbers show: summaries
+    of earlier versions do not name everything that is missing.
+    """
+    if summary.get("partial"):
+        return summary["partial"]
+    lacks = []
+    record = summary.get("generation") or {}
+    num_prompts = summary.get("prompts_expected") or record.get("num_prompts")
+    if summary["suite"] in suites.SUITES:
+        suite = suites.load(summary["suite"])
+        lacks += [f"all of {skill}" for skill in suite.skills if skill not in summary["skills"]]
+        num_prompts = num_prompts or len(suite.prompts)
+    num_images = summary.get("images_expected")
+    if not num_images and num_prompts and record.get("num_images"):
+        num_images = num_prompts * record["num_images"]
+    for key, expected in (("num_prompts", num_prompts), ("num_images", num_images)):
+        if expected and summary.get(key, expected) < expected:
+            lacks.append(f"{expected - summary[key]} of {expected} {key.removeprefix('num_')}")
+    return lacks
+
+
+def _num_lacking(num: int) -> str:
+    return f"{num} images or prompts" if num > 1 else "1 image or prompt"
+
+
+def _of_suite(summary: dict) -> str | None:
+    """A sentence when fewer prompts were asked for than the suite has; None when all were."""
+    if summary["suite"] not in suites.SUITES:
+        return None
+    num_asked, num_all = summary.get("prompts_expected"), len(suites.load(summary["suite"]).prompts)
+    return f"{num_asked} of the suite's {num_all} prompts" if num_asked and num_asked < num_all else None
 
 
 def _bounds(summary: dict) -> dict[str, dict]:
@@ -92,17 +134,21 @@ def notes(summaries: Mapping[str, dict]) -> str:
         sampled = next(iter(sampling.values()))
     num_drawn = [bound["num_images"] for s in summaries.values() for bound in _bounds(s).values()]
     incomplete = [
-        f"{name} lacks {len(s['partial'])} images or prompts"
+        f"{name} lacks {_num_lacking(len(lacks)) if s.get('partial') else ', '.join(lacks)}"
         for name, s in summaries.items()
-        if s.get("partial")
+        if (lacks := missing(s))
     ]
+    fewer = [f"{name}: {sentence}" for name, s in summaries.items() if (sentence := _of_suite(s))]
     sentences = [
         f"Suite {first['suite']}, detector {first['detector']}, seed {seed}.",
         f"Sampling: {sampled}.",
         "Percent correct [95 % interval, clustered by prompt]; overall is the mean of the skills.",
     ]
     if num_drawn:
-        sentences.append(f"Ceiling and chance: {num_drawn[0]} drawn pictures.")
+        numbers = " or ".join(map(str, sorted(set(num_drawn))))
+        sentences.append(f"Ceiling and chance: {numbers} drawn pictures.")
+    if fewer:
+        sentences.append(f"NOT the whole suite ({'; '.join(fewer)}).")
     if incomplete:
         sentences.append(f"PARTIAL: {'; '.join(incomplete)}.")
     return " ".join(sentences)

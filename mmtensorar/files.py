@@ -12,12 +12,13 @@ import io
 import json
 import os
 import shutil
+import sys
 import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple
 
 MAX_LINE = 2**24  # bytes; a small compressed file may expand to an endless line
 MARK = "\ufeff"  # the byte-order mark, which some editors put before the first character
@@ -67,6 +68,38 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Give a finished file of the same folder its name; never replaces a file.
+
+    The name is taken in one step: a process that is killed leaves no empty or incomplete file
+    under it. The temporary name remains, except on a file system without hard links. Raises
+    FileExistsError when the name is taken.
+    """
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links: a second file reserves the name
+        reserved = path.with_name(f".{path.name}.taken")
+        os.close(os.open(reserved, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        try:
+            if os.path.lexists(path):
+                raise FileExistsError(f"{path} exists already") from None
+            os.rename(temporary, path)
+        finally:
+            reserved.unlink(missing_ok=True)
+
+
+@contextmanager
+def temporary_name(folder: Path) -> Iterator[Path]:
+    """A hidden name in a folder for a file that is not finished; a file of it is removed at the end."""
+    temporary = folder / f".{uuid.uuid4().hex}.tmp"
+    try:
+        yield temporary
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -290,6 +323,28 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict]]:
         raise ValueError(f"{path} after line {number}: damaged ({error})") from None
     if not number:
         raise ValueError(f"{path} is empty")
+
+
+def end_last_line(file: BinaryIO, path: Path) -> None:
+    """Make a file of JSON lines, open for reading and appending, ready for the next line.
+
+    A last line that is incomplete, from a process that was killed while it wrote, is removed, and
+    that is printed. A whole one without a line end gets one.
+    """
+    size = file.seek(0, os.SEEK_END)
+    start = file.seek(max(0, size - MAX_LINE))
+    tail = file.read()
+    if not tail or tail.endswith(b"\n"):
+        return
+    line = tail[tail.rfind(b"\n") + 1 :]
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        file.truncate(start + len(tail) - len(line))
+        print(f"note: {path}: the last line is incomplete (a run was killed); it is removed", file=sys.stderr)
+    else:
+        file.write(b"\n")
+        file.flush()
 
 
 def write_json_lines(path: Path, rows: Iterable[dict]) -> None:

@@ -4,30 +4,33 @@
     mmtensorar generate --ckpt FOLDER --class 207 360 --num-images 4 --out out/
 
 Image j of a prompt has seed --seed + j. The output folder receives {number}_{seed}.png
-and one line per image in prompts.jsonl. If the folder holds images already, new ones are
-added and none is replaced. --trace also writes, for each image, every window
-(.windows.safetensors) and the image after each revision, first to final, in one strip
-(.revisions.png).
+and one line per image in prompts.jsonl. If the folder holds images already, or another
+process writes into it, new ones are added and none is replaced. --trace also writes, for
+each image, every window (.windows.safetensors) and the image after each revision, first to
+final, in one strip (.revisions.png). Under a launcher (torchrun) every rank makes its share.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from mmtensorar import ranks
 from mmtensorar.checkpoints.index import read_index
 from mmtensorar.cli import Parser, command
-from mmtensorar.files import read_lines
+from mmtensorar.files import read_lines, temporary_name
+from mmtensorar.picture_folder import RECORD, REVISIONS, WINDOWS, PictureFolder
 from mmtensorar.sampling.settings import LOADING, add_generation, at_least_1, given_settings
 from mmtensorar.seeds import check_seed
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
 
     from mmtensorar.pipeline import Generator
@@ -64,15 +67,17 @@ def count(number: int, noun: str) -> str:
 
 
 def write_images(generator: Generator, prompts: Sequence[Prompt], options: argparse.Namespace) -> list[Path]:
-    """Generate --num-images for each prompt into --out; returns the image files."""
-
+    """Generate --num-images for each prompt into --out, this rank's share; returns the image files."""
     generator.check(prompts)
     sampling = generator.sampling(**given_settings(options))
-    print(", ".join(f"{key} {value}" for key, value in generator.runs_as().items()), file=sys.stderr)
-    out: Path = options.out
-    out.mkdir(parents=True, exist_ok=True)
-    first = 1 + max((int(path.name[:5]) for path in out.glob("[0-9][0-9][0-9][0-9][0-9]_*.png")), default=-1)
+    if ranks.is_first():
+        print(", ".join(f"{key} {value}" for key, value in generator.runs_as().items()), file=sys.stderr)
+    folder = PictureFolder(options.out)
     work = [(prompt, options.seed + image) for prompt in prompts for image in range(options.num_images)]
+    # Whole batches: padding depends on the batch, and any number of ranks should make the same images.
+    batches = [work[start : start + options.batch_size] for start in range(0, len(work), options.batch_size)]
+    batches = batches[ranks.rank() :: ranks.world_size()]
+    num_images = sum(map(len, batches))
     made_by = {
         "settings": sampling.model_dump(mode="json")
         | generator.runs_as()
@@ -83,13 +88,16 @@ def write_images(generator: Generator, prompts: Sequence[Prompt], options: argpa
     paths = []
     num_tokens = generator.model.backbone.num_tokens
     progress = tqdm(
-        total=len(work) * num_tokens, unit="token", desc=count(len(work), "image"), file=sys.stderr
+        total=num_images * num_tokens,
+        unit="token",
+        desc=count(num_images, "image"),
+        file=sys.stderr,
+        disable=not ranks.is_first(),
     )
-    with (out / "prompts.jsonl").open("a", encoding="utf-8") as log, progress:
-        for start in range(0, len(work), options.batch_size):
-            batch = work[start : start + options.batch_size]
+    with progress:
+        for batch in batches:
 
-            def update(done: int, total: int, start: int = start, rows: int = len(batch)) -> None:
+            def update(done: int, total: int, start: int = len(paths), rows: int = len(batch)) -> None:
                 progress.update(start * total + done * rows - progress.n)
 
             decoded = generator.decode(
@@ -100,40 +108,58 @@ def write_images(generator: Generator, prompts: Sequence[Prompt], options: argpa
                 progress=update,
             )
             for row, image in enumerate(generator.pictures(decoded.codes)):
-                prompt, seed = batch[row]
-                path = out / f"{first + start + row:05d}_{seed}.png"
-                origin = origin_of(prompt, seed)
-                save_png(image, path, **origin)
-                if decoded.trace is not None:
-                    write_trace(generator, decoded.trace[row], path, origin)
-                log.write(json.dumps({"file": path.name, **origin, **made_by}, ensure_ascii=False) + "\n")
-                log.flush()
-                paths.append(path)
+                origin = origin_of(*batch[row])
+                windows = None if decoded.trace is None else decoded.trace[row]
+                paths.append(add_image(folder, generator, image, windows, origin, made_by))
     return paths
 
 
-def write_trace(generator: Generator, windows: Tensor, path: Path, origin: dict[str, Prompt]) -> None:
-    """Write an image's windows [T, K, F] and its strip of revisions next to its file.
+def add_image(
+    folder: PictureFolder,
+    generator: Generator,
+    image: Image.Image,
+    windows: Tensor | None,
+    origin: dict[str, Prompt],
+    made_by: dict,
+) -> Path:
+    """Add an image, and the trace of its windows, to the folder; returns the image file.
 
     Args:
-        path: the image file.
-        origin: see `origin_of`; both files record it.
+        windows: [T, K, F], or None without a trace.
+        origin: see `origin_of`; every file records it.
+        made_by: further entries of the image's line in prompts.jsonl.
     """
+    from mmtensorar.pipeline import save_png
+
+    endings = [*([WINDOWS, REVISIONS] if windows is not None else []), ".png"]
+    with ExitStack() as stack:
+        finished = {ending: stack.enter_context(temporary_name(folder.path)) for ending in endings}
+        if windows is not None:
+            write_trace(generator, windows, finished[WINDOWS], finished[REVISIONS], origin)
+        save_png(image, finished[".png"], **origin)
+        return folder.add(finished, int(origin["seed"]), {**origin, **made_by})
+
+
+def write_trace(
+    generator: Generator, windows: Tensor, windows_file: Path, strip_file: Path, origin: dict[str, Prompt]
+) -> None:
+    """Write an image's windows [T, K, F], and its strip of revisions. Both files record the origin."""
     from PIL import Image
     from safetensors.torch import save_file
 
+    from mmtensorar.pipeline import save_png
     from mmtensorar.sampling.trace import revisions
 
     metadata = {key: str(value) for key, value in origin.items()}
     metadata["windows"] = "[T, K, F]; windows[t, j] is token t + j at step t"
-    save_file({"windows": windows.cpu().contiguous()}, path.with_suffix(".windows.safetensors"), metadata)
+    save_file({"windows": windows.cpu().contiguous()}, windows_file, metadata)
     images = generator.pictures(revisions(windows[None])[0])
     width, height = images[0].size
     gap = 2
     strip = Image.new("RGB", (len(images) * (width + gap) - gap, height), "white")
     for revision, image in enumerate(images):
         strip.paste(image, (revision * (width + gap), 0))
-    save_png(strip, path.with_suffix(".revisions.png"), **origin)
+    save_png(strip, strip_file, **origin)
 
 
 def read_options(arguments: list[str] | None) -> argparse.Namespace:
@@ -174,13 +200,16 @@ def main(arguments: list[str] | None = None) -> int:
     # Imported after the checks, since torch takes seconds.
     from mmtensorar.pipeline import Generator
 
-    generator = Generator.load(options.ckpt, **{name: getattr(options, name) for name in LOADING})
+    loading = {name: getattr(options, name) for name in LOADING}
+    loading["device"] = ranks.device(options.device)
+    generator = Generator.load(options.ckpt, **loading)
     try:
         paths = write_images(generator, prompts, options)
     except KeyboardInterrupt:
-        print(f"\nstopped; {options.out / 'prompts.jsonl'} lists the images made so far", file=sys.stderr)
+        print(f"\nstopped; {options.out / RECORD} lists the images made so far", file=sys.stderr)
         return 130
-    print(f"{count(len(paths), 'image')} in {options.out}")
+    by_rank = f", by rank {ranks.rank()} of {ranks.world_size()}" if ranks.world_size() > 1 else ""
+    print(f"{count(len(paths), 'image')} in {options.out}{by_rank}")
     return 0
 
 

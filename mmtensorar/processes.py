@@ -98,17 +98,29 @@ class RunFolderLock:
 
     The lock is on FOLDER/lock, which holds the owner's process id and host. The
     operating system releases it when the process ends, even after a crash. On a file
-    system without locks nothing is locked.
+    system without locks nothing is locked. A block that ends with an error and has written
+    nothing leaves no folder behind, if there was none before.
     """
 
-    def __init__(self, folder: Path, *, timeout_s: float = 0, otherwise: str = "choose another run.name"):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        timeout_s: float = 0,
+        otherwise: str = "choose another run.name",
+        leaves_nothing: bool = False,
+    ):
         """
         Args:
             folder: the run folder; it is created.
             timeout_s: seconds to wait for another process to release the lock.
             otherwise: advice for the error message, after "stop it, or".
+            leaves_nothing: remove the lock file at the end, and the folders that were created if
+                they are still empty.
         """
         self.folder, self.timeout_s, self.otherwise = folder, timeout_s, otherwise
+        self.leaves_nothing = leaves_nothing
+        self._created: list[Path] = []  # folders, the deepest first
         self._file: TextIO | None = None
 
     def __enter__(self) -> RunFolderLock:
@@ -116,13 +128,19 @@ class RunFolderLock:
 
         Raises ValueError when another process still has it after timeout_s seconds.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = (self.folder / "lock").open("a+", encoding="utf-8")
-        deadline, announced = time.monotonic() + self.timeout_s, False
+        self._created = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+        file = self._open()
+        deadline, announced, attempts = time.monotonic() + self.timeout_s, False, 0
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
+                # Its owner may have removed the file since it was opened. Some network file systems
+                # give a file another number each time, hence a few attempts only.
+                attempts += 1
+                if self._is_there(file) or attempts == 10:
+                    break
+                file.close()
+                file = self._open()
             except BlockingIOError:
                 file.seek(0)
                 owner = file.read(200).strip() or "unknown"
@@ -144,8 +162,28 @@ class RunFolderLock:
         file.flush()
         return self
 
+    def _open(self) -> TextIO:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return (self.folder / "lock").open("a+", encoding="utf-8")
+
+    def _is_there(self, file: TextIO) -> bool:
+        try:
+            return os.path.samestat(os.fstat(file.fileno()), (self.folder / "lock").stat())
+        except FileNotFoundError:
+            return False
+
+    def _is_new_and_empty(self) -> bool:
+        if not self._created or not self.folder.is_dir():
+            return False
+        return [path.name for path in self.folder.iterdir()] == ["lock"]
+
     def __exit__(self, *error: object) -> None:
         if self._file is not None:
+            if self.leaves_nothing or (any(error) and self._is_new_and_empty()):
+                (self.folder / "lock").unlink(missing_ok=True)
+                with suppress(OSError):  # not empty, or another process works next to it
+                    for path in self._created:
+                        path.rmdir()
             self._file.close()
             if self._file in _locked:
                 _locked.remove(self._file)

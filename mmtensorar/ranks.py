@@ -29,6 +29,16 @@ def local_rank() -> int | None:
     return None if value is None else int(value)
 
 
+def device(name: str | None) -> str | None:
+    """Name of the device for this process; under a launcher, unless given, the GPU of its local rank."""
+    number = local_rank()
+    if name is not None or number is None:
+        return name
+    import torch
+
+    return f"cuda:{number}" if torch.cuda.is_available() else "cpu"
+
+
 def local_world_size() -> int:
     """Number of processes on this machine.
 

@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from mmtensorar import generate
+from mmtensorar import generate, pipeline
 from mmtensorar.pipeline import Generator
 from mmtensorar.recipe import SamplerSettings
 from mmtensorar.sampling.trace import revisions
+from tests.helpers import fork_server
 
 PROMPTS = ["a red circle", "a blue square"]
 
@@ -106,6 +107,66 @@ def test_command_line_writes_images_trace_and_record(ckpt, generator, tmp_path, 
     assert same(strip.crop((20, 0, 28, 8)), image)
     assert generate.main(command[:-1]) == 0
     assert (tmp_path / "out" / "00004_3.png").is_file(), "a folder in use is added to"
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("ranks", [False, True], ids=["two_commands", "two_ranks"])
+def test_two_processes_at_once(ckpt, generator, tmp_path, ranks):
+    """Two commands once counted from the same number, and replaced each other's pictures.
+
+    Two ranks of one command share the pictures; in batches, as one process makes them.
+    """
+    out = tmp_path / "out"
+    command = ["-m", "mmtensorar.generate", "--ckpt", ckpt, "--device", "cpu", "--out", out, "--trace"]
+    command += ["--num-images", 4, "--batch-size", 2, "--prompt", "a red circle", "--prompt"]
+    running = []
+    for rank, prompt in enumerate(["a blue square", "a blue square" if ranks else "a green star"]):
+        env = fork_server.environment(**{"RANK": str(rank), "WORLD_SIZE": "2"} if ranks else {})
+        running.append(fork_server.shared().start(*command, prompt, env=env))
+    for run in running:
+        done = run.communicate(timeout_s=240)
+        assert done.returncode == 0, done.stderr
+        assert f"{4 if ranks else 8} images in {out}" in done.stdout
+    rows = [json.loads(line) for line in (out / "prompts.jsonl").read_text().splitlines()]
+    num_images = 8 if ranks else 16
+    assert sorted(row["file"][:5] for row in rows) == [f"{number:05d}" for number in range(num_images)]
+    assert len(list(out.iterdir())) == 3 * num_images + 1
+    made = sorted((row["prompt"], row["seed"]) for row in rows)
+    prompts = (
+        ["a red circle", "a blue square"]
+        if ranks
+        else ["a red circle"] * 2 + ["a blue square", "a green star"]
+    )
+    assert made == sorted((prompt, seed) for prompt in prompts for seed in range(4))
+    expected = generator.images(["a red circle"] * 4, [0, 1, 2, 3], batch_size=2)
+    for row in rows:
+        image = Image.open(out / row["file"])
+        assert image.text == {"prompt": row["prompt"], "seed": str(row["seed"])}
+        assert row["prompt"] != "a red circle" or same(image, expected[row["seed"]])
+
+
+def test_an_interrupted_command_leaves_what_is_finished(ckpt, tmp_path, monkeypatch, capsys):
+    """After it the same command adds all its images; nothing is replaced and no number used twice."""
+    command = ["--ckpt", str(ckpt), "--device", "cpu", "--out", str(tmp_path), "--batch-size", "2"]
+    command += ["--num-images", "3", "--prompt", "a red circle"]
+    save, saved = pipeline.save_png, []
+
+    def interrupted(image, path, **text):
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        saved.append(path)
+        save(image, path, **text)
+
+    monkeypatch.setattr(pipeline, "save_png", interrupted)
+    assert generate.main(command) == 130
+    assert "lists the images made so far" in capsys.readouterr().err
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
+    assert sorted(before) == ["00000_0.png", "00001_1.png"]
+    monkeypatch.undo()
+    assert generate.main(command) == 0
+    names = ["00000_0.png", "00001_1.png", "00002_0.png", "00003_1.png", "00004_2.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*names, "prompts.jsonl"]
+    assert all((tmp_path / name).read_bytes() == content for name, content in before.items())
 
 
 def test_classes_from_the_command_line_and_from_python(class_ckpt, tmp_path):

@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     **{room: set() for room in GROUND},
     "mmtensorar": set(),
     "mmtensorar.recipe": {"mmtensorar.files"},
+    "mmtensorar.picture_folder": {"mmtensorar.files"},
     "mmtensorar.model": {"mmtensorar.recipe"} | GROUND,
     "mmtensorar.checkpoints.released": {"mmtensorar.recipe", "mmtensorar.model"} | GROUND,
     "mmtensorar.checkpoints.janus_deepseek": {"mmtensorar.checkpoints.released"},

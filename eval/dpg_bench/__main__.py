@@ -22,6 +22,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -33,6 +34,18 @@ from mmtensorar import files, ranks
 COMMANDS = {"score": "recorded", "grids": "grids"}
 
 
+class Asked(NamedTuple):
+    """A judge's answers: item -> per picture {question id: answer}; and what could not be asked.
+
+    problems: a sentence for each missing, surplus or unreadable picture. unanswered: items with a
+    picture that the table does not have, or that cannot be read.
+    """
+
+    answers: dict[str, list[dict[int, str]]]
+    problems: list[str]
+    unanswered: list[str]
+
+
 def ask(
     folder: Path,
     rows: Sequence[score.Question],
@@ -42,7 +55,7 @@ def ask(
     num_images: int,
     single: bool,
     allow_partial: bool,
-) -> tuple[dict[str, list[dict[int, str]]], list[str]]:
+) -> Asked:
     """Ask a judge every question about every picture.
 
     Args:
@@ -54,14 +67,16 @@ def ask(
         single: whether a file is one sample, not a grid.
         allow_partial: return what is missing instead of raising.
 
-    Returns item -> per picture {question id: answer}, and a sentence for each missing, surplus or
-    unreadable picture. Without allow_partial such a problem raises ValueError, before the first
-    question when a file is missing.
+    Without allow_partial a missing, surplus or unreadable picture raises ValueError, before the
+    first question unless the file has to be read for that.
     """
     from eval.dpg_bench.answers import Cache
 
     table = score.whole_table(rows)
-    items, problems = pictures.survey(folder, table, num_samples=num_images, single=single)
+    unanswered: set[str] = set()
+    items, problems = pictures.survey(
+        folder, table, num_samples=num_images, single=single, unknown=unanswered
+    )
     if problems and not allow_partial:
         raise ValueError(layout.listed(folder, problems))
     cached = Cache(cache)
@@ -75,6 +90,7 @@ def ask(
                 if not allow_partial:
                     raise
                 problems.append(str(error))
+                unanswered.add(item.id)
                 continue
             # If two rows have the same id, the last one counts.
             texts = {question.id: question.text for question in table[item.id]}
@@ -83,7 +99,7 @@ def ask(
                 given = cached.ask(judge, sample, list(texts.values()))
                 answers[item.id].append(dict(zip(texts, given, strict=True)))
                 bar.update()
-    return answers, problems
+    return Asked(answers, problems, sorted(unanswered))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -136,7 +152,7 @@ def evaluate(options: argparse.Namespace) -> None:
     given = harness.pictures(options, "dpg_bench", lambda generator: (prompts, num_images))
     if given is None:
         return
-    answers, problems = ask(
+    answers, problems, unanswered = ask(
         given.folder,
         rows,
         judge,
@@ -147,18 +163,22 @@ def evaluate(options: argparse.Namespace) -> None:
     )
     if not answers:
         raise ValueError(layout.listed(given.folder, problems))
-    scores = report(rows, table, answers, judge.name, problems)
+    scores = report(rows, table, answers, judge.name, problems, unanswered)
+    # A picture of a prompt that the table lacks has lines without answers, so that scoring the
+    # recorded answers again gives the same scores.
+    known = {row.item for row in rows}
+    empty = {item: [{}] * num_images for item in unanswered if item not in known}
     files.write_json_lines(
         given.out / "answers.jsonl",
         (
             {"item_id": item, "image": number, "answers": {str(key): text for key, text in picture.items()}}
-            for item, answered in answers.items()
+            for item, answered in (answers | empty).items()
             for number, picture in enumerate(answered)
         ),
     )
     facts = {
         "num_images": num_images,
-        "items_expected": len({row.item for row in rows}),
+        "items_expected": len(known),
         "items_found": len(answers),
     }
     harness.write_summary(given.out, scores | harness.origin(given.folder) | facts)

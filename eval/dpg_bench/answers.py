@@ -26,7 +26,7 @@ def image_hash(image: Image.Image) -> str:
 class Cache:
     """The answers in a file.
 
-    A last line that was cut short is dropped. Raises ValueError, naming the line, for other damage.
+    A last line that was cut short is removed. Raises ValueError, naming the line, for other damage.
     """
 
     def __init__(self, path: Path):
@@ -34,7 +34,8 @@ class Cache:
         self._answers: dict[tuple[str, str, str], str] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_file():
-            _drop_cut_line(path)
+            with path.open("r+b") as file:
+                files.end_last_line(file, path)
         if path.is_file() and path.stat().st_size:
             for where, row in files.read_json_lines(path):
                 if not all(isinstance(row.get(key), str) for key in KEYS):
@@ -53,14 +54,3 @@ class Cache:
                     row = dict(zip(KEYS, (picture, question, judge.name, answer), strict=True))
                     file.write(json.dumps(row) + "\n")
         return [self._answers[picture, question, judge.name] for question in questions]
-
-
-def _drop_cut_line(path: Path) -> None:
-    """Remove what follows the last line end: a process was killed while it wrote."""
-    with path.open("rb+") as file:
-        size = file.seek(0, 2)
-        back = min(size, files.MAX_LINE)
-        file.seek(size - back)
-        tail = file.read(back)
-        if not tail.endswith(b"\n"):
-            file.truncate(size - back + tail.rfind(b"\n") + 1)

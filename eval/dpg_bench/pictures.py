@@ -65,7 +65,12 @@ def read_prompts(bench: Path) -> list[dict]:
 
 
 def survey(
-    folder: Path, items: Collection[str], *, num_samples: int, single: bool
+    folder: Path,
+    items: Collection[str],
+    *,
+    num_samples: int,
+    single: bool,
+    unknown: set[str] | None = None,
 ) -> tuple[list[Item], list[str]]:
     """The pictures of the items, in the items' order; and a sentence for each missing or surplus picture.
 
@@ -74,19 +79,23 @@ def survey(
         items: ids.
         num_samples: of each item, in a generated folder.
         single: whether a file of an official folder is one sample, not a grid.
+        unknown: receives the names of pictures that belong to none of the items; in a generated
+            folder the item_id of their prompt, or the number of its folder if it has none.
 
     Raises ValueError when there is no picture at all.
     """
     if not folder.is_dir():
         raise ValueError(f"no folder {folder}")
     if (folder / layout.RECORD).is_file():
-        return _generated(folder, items, num_samples)
+        return _generated(folder, items, num_samples, set() if unknown is None else unknown)
     by_item: dict[str, Path] = {}
     problems = []
     for path in _at_top(folder, SUFFIXES):
         name = path.name.split(".")[0]
         if name not in items:
             problems.append(f"{path.name} belongs to no item of the table")
+            if unknown is not None:
+                unknown.add(name)
         elif name in by_item:
             problems.append(f"{path.name} belongs to the same item as {by_item[name].name}")
         else:
@@ -106,13 +115,17 @@ def _at_top(folder: Path, suffixes: Collection[str]) -> list[Path]:
             left_out.add("of another kind", path)
         elif path.parent != folder:
             left_out.add("in a sub-folder", path)
+        elif kind := layout.no_picture(path):
+            left_out.add(kind, path)
         else:
             found.append(path)
     left_out.print()
     return found
 
 
-def _generated(folder: Path, items: Collection[str], num_samples: int) -> tuple[list[Item], list[str]]:
+def _generated(
+    folder: Path, items: Collection[str], num_samples: int, unknown: set[str]
+) -> tuple[list[Item], list[str]]:
     # A folder may hold more samples of a prompt than are asked about.
     num_images = max(num_samples, layout.read_record(folder).get("num_images", num_samples))
     pictures, problems = layout.survey(folder, num_images=num_images)
@@ -122,6 +135,7 @@ def _generated(folder: Path, items: Collection[str], num_samples: int) -> tuple[
         name = files.read_json(metadata).get("item_id")
         if not isinstance(name, str) or name not in items:
             problems.append(f"{metadata.relative_to(folder)} belongs to no item of the table")
+            unknown.add(str(name or metadata.parent.name))
         elif len(images) >= num_samples:
             by_item[name] = images
     problems += [f"item {item} has no picture" for item in items if item not in by_item]
@@ -129,7 +143,10 @@ def _generated(folder: Path, items: Collection[str], num_samples: int) -> tuple[
 
 
 def write_grid(samples: Sequence[Image.Image], path: Path) -> None:
-    """Write the official 2 x 2 grid. Raises ValueError unless there are four samples of one size."""
+    """Write the official 2 x 2 grid; an equal one may exist.
+
+    Raises ValueError unless there are four samples of one size, and when path is another picture.
+    """
     sizes = {sample.size for sample in samples}
     if len(samples) != CELLS or len(sizes) != 1:
         raise ValueError(
@@ -140,5 +157,10 @@ def write_grid(samples: Sequence[Image.Image], path: Path) -> None:
     for number, sample in enumerate(samples):
         grid.paste(sample, (number % 2 * width, number // 2 * height))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with files.atomic_path(path) as temporary:
+    with files.temporary_name(path.parent) as temporary:
         grid.save(temporary, "PNG")
+        try:
+            files.publish(temporary, path)
+        except FileExistsError:
+            if layout.open_image(path).tobytes() != grid.tobytes():
+                raise ValueError(f"{path} exists and is another picture; choose another --out") from None

@@ -80,7 +80,11 @@ def main(arguments: list[str] | None = None) -> int:
     harness.check_numbers(options, num_images=1)
     rows = score.read_rows(options.questions)
     answers = read_answers(options.answers, options.num_images)
-    scores = report(rows, options.questions, answers, options.judge, gaps(rows, answers))
+    partial = gaps(rows, answers)
+    # Pictures of prompts that the table lacks: nothing was asked about them.
+    unasked = [item for item in answers.keys() - {row.item for row in rows} if not any(answers[item])]
+    asked = {item: pictures for item, pictures in answers.items() if item not in unasked}
+    scores = report(rows, options.questions, asked, options.judge, partial, unasked)
     if options.out is not None:
         files.write_text(options.out, json.dumps(scores, indent=2) + "\n")
         print(f"\n{options.out}")

@@ -24,6 +24,7 @@ def report(
     answers: score.Answers,
     judge: str,
     partial: Sequence[str] = (),
+    unanswered: Sequence[str] = (),
 ) -> dict:
     """Print the scores of both modes; returns them for a JSON file.
 
@@ -33,12 +34,13 @@ def report(
         answers: to the questions.
         judge: who gave the answers.
         partial: a sentence for each thing that is missing.
+        unanswered: items with a picture about which nothing could be asked.
     """
     blob = git_blob_id(table)
     is_official = blob == OFFICIAL_TABLE
     which = "the official table" if is_official else f"NOT the official table, which is {OFFICIAL_TABLE}"
     print(f"questions: {table}, git blob {blob}: {which}\njudge: {judge}\n")
-    official = score.official(rows, answers)
+    official = score.official(rows, answers, unanswered)
     print(_text(f"official{_mark(partial)}", official))
     try:
         corrected = score.corrected(rows, answers)
@@ -77,6 +79,8 @@ def _text(mode: str, scores: score.Scores) -> str:
     head = f"{mode}: DPG-Bench score {scores.overall:.4f}, {len(scores.per_prompt)} prompts"
     if scores.failed:
         head += f"; left out: {', '.join(scores.failed)}"
+        if scores.unknown:
+            head += f" ({len(scores.unknown)} not in the table)"
     if scores.unknown_parents:
         head += f"; {scores.unknown_parents} parents that the table lacks were ignored"
     lines = [
@@ -102,5 +106,6 @@ def _as_dict(scores: score.Scores) -> dict:
             for item, of_item in scores.per_prompt.items()
         },
         "failed": scores.failed,
+        "unknown": scores.unknown,
         "unknown_parents": scores.unknown_parents,
     }

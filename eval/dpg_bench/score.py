@@ -3,8 +3,9 @@
 official    what the script of TencentQQGYLab/ELLA (dpg_bench/compute_dpg_bench.py) computes, quirks
             included. It skips the first question of the table; a later block of rows replaces an
             earlier one of the same item; it drops a prompt when it reaches a parent question that
-            is missing; it does not notice missing pictures; it takes category scores from the last
-            picture only, before the dependency rule.
+            is missing, and a picture of a prompt that is not in the table or that cannot be read,
+            and counts them as failed; it does not notice missing pictures; it takes category scores
+            from the last picture only, before the dependency rule.
 corrected   all rows, all pictures. A question counts only if all its ancestors are answered yes,
             wherever they are in the table. Categories are over all pictures, after that rule. A
             missing picture or answer is an error. A parent that the table lacks is ignored, and
@@ -56,7 +57,8 @@ class Scores(NamedTuple):
     broad: dict[str, Category]
     detailed: dict[str, Category]
     per_prompt: dict[str, list[float]]
-    failed: list[str]  # official mode: items left out because a parent is missing, sorted
+    failed: list[str]  # official mode: items left out, for any reason, sorted
+    unknown: list[str]  # those of them that are not in the table, sorted
     unknown_parents: int = 0  # corrected mode: parents that the table lacks
 
 
@@ -134,14 +136,23 @@ class _MissingParent(Exception):
     pass
 
 
-def official(rows: Sequence[Question], answers: Answers) -> Scores:
-    """The official numbers; see the top. Raises ValueError for a missing answer or without any item."""
+def official(rows: Sequence[Question], answers: Answers, unanswered: Iterable[str] = ()) -> Scores:
+    """The official numbers; see the top.
+
+    Args:
+        rows: the questions.
+        answers: to the questions. An item that the table does not have fails, whatever its answers.
+        unanswered: further items with a picture, about which nothing could be asked: they fail too.
+
+    Raises ValueError for a missing answer, or when no item could be scored.
+    """
     table = official_table(rows)
     per_prompt: dict[str, list[float]] = {}
-    failed = []
+    failed = set(unanswered) - answers.keys()
     pooled: dict[str, list[bool]] = defaultdict(list)
     for item, pictures in answers.items():
         if item not in table or not pictures:
+            failed.add(item)
             continue
         questions = table[item]
         given = [
@@ -151,11 +162,11 @@ def official(rows: Sequence[Question], answers: Answers) -> Scores:
         try:
             per_prompt[item] = [_cascaded(questions, right) for right in given]
         except _MissingParent:
-            failed.append(item)
+            failed.add(item)
             continue
         for number, question in questions.items():
             pooled[question.category].append(given[-1][number])
-    return _scores(per_prompt, pooled, failed=sorted(failed))
+    return _scores(per_prompt, pooled, failed=sorted(failed), unknown=sorted(failed - table.keys()))
 
 
 def _cascaded(questions: Mapping[int, Question], right: Mapping[int, bool]) -> float:
@@ -238,7 +249,11 @@ def _scores(per_prompt: dict[str, list[float]], pooled: Mapping[str, list[bool]]
         }
 
     return Scores(
-        100 * sum(means) / len(means), percents(broad), percents(pooled), per_prompt, **{"failed": []} | more
+        100 * sum(means) / len(means),
+        percents(broad),
+        percents(pooled),
+        per_prompt,
+        **{"failed": [], "unknown": []} | more,
     )
 
 

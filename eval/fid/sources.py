@@ -13,6 +13,7 @@ import numpy as np
 from eval import layout
 from mmtensorar.data.pictures import SUFFIXES
 from mmtensorar.folders import LeftOut, walk
+from mmtensorar.picture_folder import in_order
 
 PICTURES = "arr_0"
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # of pool and spatial features, in ADM's reference files
@@ -35,8 +36,8 @@ def find(path: Path, *, num_prompts: int | None = None, num_images: int | None =
 
     A folder in the layout of eval/layout.py gives the first picture of every prompt, then the second
     of every prompt, and so on: in the order of the files, each split of the Inception score would
-    hold few classes. Any other folder is read in the order of file names, subfolders included; what
-    is not read is counted in a note.
+    hold few classes. Any other folder is read in the order of file names (and of the numbers that
+    `generate` gives), subfolders included; what is not read is counted in a note.
 
     Args:
         path: folder or file.
@@ -67,12 +68,14 @@ def _pictures_below(folder: Path) -> list[Path]:
     left_out = LeftOut(folder)
     files = []
     for file in walk(folder, left_out):
-        if file.suffix.lower() in SUFFIXES:
-            files.append(file)
-        else:
+        if file.suffix.lower() not in SUFFIXES:
             left_out.add("not a picture", file)
+        elif kind := layout.no_picture(file):
+            left_out.add(kind, file)
+        else:
+            files.append(file)
     left_out.print()
-    return files
+    return sorted(files, key=in_order)
 
 
 def _read_files(files: Sequence[Path], size: int) -> Iterator[np.ndarray]:

@@ -25,12 +25,19 @@ def read(folder: Path) -> tuple[dict, Shares]:
     Raises ValueError naming the file that is missing or damaged.
     """
     summary = report_table.read_summary(folder / "summary.json")
+    num_rows = 0
     verdicts: dict[str, dict[str, list[bool]]] = {}
     for where, row in files.read_json_lines(folder / "results.jsonl"):
         has_text = isinstance(row.get("metadata"), str) and isinstance(row.get("tag"), str)
         if not has_text or type(row.get("correct")) is not bool:
             raise ValueError(f"{where}: expected tag, metadata and correct")
         verdicts.setdefault(row["tag"], {}).setdefault(row["metadata"], []).append(row["correct"])
+        num_rows += 1
+    if num_rows != summary["num_images"]:
+        raise ValueError(
+            f"{folder}: results.jsonl has {num_rows} images, and summary.json {summary['num_images']}; "
+            "score them again"
+        )
     return summary, {
         tag: {prompt: sum(given) / len(given) for prompt, given in prompts.items()}
         for tag, prompts in verdicts.items()
@@ -78,11 +85,12 @@ def main(arguments: list[str] | None = None) -> int:
     by_model = {}
     for name in names:
         try:
-            by_model[name] = differences(scored[baseline][1], scored[name][1])
+            gains = differences(scored[baseline][1], scored[name][1])
+            by_model[report_table.marked(name, scored[name][0])] = gains
         except ValueError as error:
             raise ValueError(f"{folders[baseline]} and {folders[name]}: {error}") from None
     print("\nDifferences in points [95 % interval, paired bootstrap over prompts]:")
-    print(render(baseline, by_model))
+    print(render(report_table.marked(baseline, scored[baseline][0]), by_model))
     if options.out is not None:
         content = {"baseline": baseline, "differences": by_model}
         files.write_text(options.out, json.dumps(content, indent=2) + "\n")

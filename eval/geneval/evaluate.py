@@ -31,8 +31,7 @@ def score(
     suite: Suite,
     folder: Path,
     *,
-    num_prompts: int | None,
-    num_images: int | None,
+    num_images: int,
     batch_size: int = 16,
     allow_partial: bool = False,
 ) -> tuple[list[dict], list[str]]:
@@ -41,8 +40,7 @@ def score(
     Args:
         suite: the prompts, detector and scorer settings.
         folder: pictures in the layout of eval/layout.py.
-        num_prompts, num_images: how many prompts, and pictures of each, there must be; None
-            takes the most that exist.
+        num_images: how many pictures of each of the suite's prompts there must be.
         batch_size: pictures that are in memory, and detected, at a time.
         allow_partial: return what is missing instead of raising.
 
@@ -50,14 +48,21 @@ def score(
     sentence for each picture or prompt that is missing, surplus or unreadable. Without
     allow_partial such a problem raises ValueError.
     """
-    pictures, problems = layout.survey(folder, num_prompts=num_prompts, num_images=num_images)
-    if problems and not allow_partial:
-        raise ValueError(layout.listed(folder, problems))
-    prompts = [suites.read_metadata(images[0].parent.parent / "metadata.jsonl", suite) for images in pictures]
-    if suite.is_whole:
-        problems += foreign_prompts(suite, prompts, pictures)
+    pictures, problems = layout.survey(folder, num_prompts=len(suite.prompts), num_images=num_images)
+    each = f"{num_images} image{'s' * (num_images > 1)} each"
+    whole = f"a whole set of suite {suite.name} ({len(suite.prompts)} prompts, {each})"
+
+    def check() -> None:
         if problems and not allow_partial:
-            raise ValueError(layout.listed(folder, problems))
+            raise ValueError(
+                f"not {whole}; --allow-partial scores it all the same: {layout.listed(folder, problems)}"
+            )
+
+    check()
+    prompts = [suites.read_metadata(images[0].parent.parent / "metadata.jsonl", suite) for images in pictures]
+    # As many folders as the suite has prompts, and each with another prompt of it: no prompt is missing.
+    problems += foreign_prompts(suite, prompts, pictures)
+    check()
     detector = suite.detector()
     results = []
     work = [(metadata, path) for metadata, images in zip(prompts, pictures, strict=True) for path in images]
@@ -66,8 +71,7 @@ def score(
             batch = work[start : start + batch_size]
             results += _judged(suite, detector, folder, batch, problems)
             bar.update(len(batch))
-    if problems and not allow_partial:
-        raise ValueError(layout.listed(folder, problems))
+    check()
     return results, problems
 
 
@@ -206,7 +210,9 @@ def evaluate(options: argparse.Namespace) -> None:
         return
     choice = suites.DetectorChoice(options.detector, options.clip, options.device)
     suite = suites.load(options.suite, options.num_prompts, choice)
-    num_skills = len({prompt["tag"] for prompt in suite.prompts})
+    if options.images is not None and options.num_prompts is None:
+        suite = as_generated(suite, options.images, choice)
+    num_skills = len(suite.skills)
     if 0 < options.num_bound_images < num_skills:
         raise ValueError(
             f"--num-bound-images is {options.num_bound_images}; expected 0, or at least one per skill, "
@@ -222,38 +228,45 @@ def evaluate(options: argparse.Namespace) -> None:
     )
     if pictures is None:
         return
-    if options.images is None:
-        sizes = {"num_prompts": pictures.num_prompts, "num_images": pictures.num_images}
-    else:
-        sizes = expected_sizes(suite, pictures.folder, options)
+    if options.images is not None and options.num_images is None and pictures.folder.is_dir():
+        recorded = layout.read_record(pictures.folder).get("num_images")
+        num_images = recorded if type(recorded) is int and recorded > 0 else num_images
     results, problems = score(
         suite,
         pictures.folder,
-        **sizes,
+        num_images=num_images,
         batch_size=options.batch_size,
         allow_partial=options.allow_partial,
     )
     bounds = {}
     if suite.picture is not None and options.num_bound_images:
         bounds = ceiling.measure(suite, pictures.image_tokenizer, num_images=options.num_bound_images)
-    num_expected = None if None in sizes.values() else sizes["num_prompts"] * sizes["num_images"]
-    facts = {"images_expected": num_expected, "self_test": tested, **bounds}
+    facts = {
+        "prompts_expected": len(suite.prompts),
+        "images_expected": len(suite.prompts) * num_images,
+        "self_test": tested,
+        **bounds,
+    }
     out = pictures.out
     summary = write(out, pictures.folder, suite, results, problems, facts)
     print(report_table.render({out.resolve().name: summary}))
     print(f"\n{out / 'summary.json'}\n{out / 'report.html'}")
 
 
-def expected_sizes(suite: Suite, folder: Path, options: argparse.Namespace) -> dict[str, int | None]:
-    """How many prompts, and pictures of each, a given folder must hold.
+def as_generated(suite: Suite, folder: Path, choice: suites.DetectorChoice) -> Suite:
+    """The suite with as many prompts as a folder's pictures were generated for (--num-prompts).
 
-    Taken from the options, else from the folder's generation.json, else from the suite. None
-    where none of them says: then the largest number that exists.
+    Returns the given suite where generation.json is missing, or is about other prompts.
     """
     record = layout.read_record(folder) if folder.is_dir() else {}
-    num_prompts, num_images = record.get("num_prompts"), record.get("num_images")
-    if suite.is_whole:
-        num_prompts, num_images = num_prompts or len(suite.prompts), num_images or suites.NUM_IMAGES
-    if options.num_prompts is not None:
-        num_prompts = len(suite.prompts)
-    return {"num_prompts": num_prompts, "num_images": options.num_images or num_images}
+    num_prompts = record.get("num_prompts")
+    if record.get("suite") != suite.name or type(num_prompts) is not int:
+        return suite
+    per_skill, rest = divmod(num_prompts, len(suite.skills))
+    if rest or not per_skill:
+        return suite
+    try:
+        smaller = suites.load(suite.name, per_skill, choice)
+    except ValueError:  # more than the suite has
+        return suite
+    return smaller if harness.prompts_hash(smaller.prompts) == record.get("prompts_sha256") else suite

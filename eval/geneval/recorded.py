@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from eval import report_table
+from eval import harness, report_table
 from eval.geneval.prompts import prompts
 from eval.geneval.score import COLORS, Settings, Verdict, judge, summarize
 from mmtensorar import files
@@ -87,6 +88,20 @@ def disagreements(case: Mapping, verdict: Verdict) -> list[str]:
     ]
 
 
+def gaps(cases: Mapping[int, int], num_images: int | None = None) -> list[str]:
+    """A sentence for each prompt that does not have as many images as it must; none for a whole set.
+
+    Args:
+        cases: place of a prompt among GenEval's -> number of its images.
+        num_images: how many images of each prompt there must be; None: the most that one has.
+    """
+    expected = num_images or max(cases.values(), default=1)
+    found = [cases.get(index, 0) for index in range(len(prompts()))]
+    return [
+        f"prompt {index}: {num} of {expected} images" for index, num in enumerate(found) if num != expected
+    ]
+
+
 @command
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(
@@ -100,9 +115,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="results.jsonl, one line an image"
     )
+    parser.add_argument(
+        "--num-images",
+        type=int,
+        metavar="N",
+        help="images of a whole set's prompts (default: the most)",
+    )
     options = parser.parse_args(arguments)
+    harness.check_numbers(options, num_images=1)
     num_recorded = num_equal = 0
     verdicts = []
+    cases: Counter[int] = Counter()
 
     def results() -> Iterator[dict]:
         nonlocal num_recorded, num_equal
@@ -115,11 +138,17 @@ def main(arguments: list[str] | None = None) -> int:
                 if differences:
                     print(f"{where}: {'; '.join(differences)}", file=sys.stderr)
             verdicts.append((metadata, verdict.correct))
+            cases[case["prompt_index"]] += 1
             tag, prompt = metadata["tag"], metadata["prompt"]
             yield {"tag": tag, "prompt": prompt, **verdict._asdict(), "metadata": json.dumps(metadata)}
 
     files.write_json_lines(options.out, results())
-    summary = {"suite": "geneval", "detector": f"recorded in {options.detections}", **summarize(verdicts)}
+    summary = {
+        "suite": "geneval",
+        "detector": f"recorded in {options.detections}",
+        "partial": gaps(cases, options.num_images),
+        **summarize(verdicts),
+    }
     print(report_table.render({options.detections.name: summary}))
     if num_recorded:
         print(f"\n{num_equal} of {num_recorded} recorded verdicts are equal")

@@ -36,7 +36,6 @@ class Suite:
         classes: the detector's labels.
         detector: returns the detector, loaded at the first call.
         settings: the scorer's.
-        is_whole: a folder of pictures must hold all the prompts, with NUM_IMAGES pictures per prompt.
         picture: (number, size in pixels) -> metadata and a correct picture, where the suite can draw
             them; consecutive numbers cycle through the skills.
     """
@@ -46,8 +45,12 @@ class Suite:
     classes: tuple[str, ...]
     detector: Callable[[], Detector]
     settings: Settings
-    is_whole: bool = False
     picture: Callable[[int, int], tuple[dict, Image.Image]] | None = None
+
+    @property
+    def skills(self) -> list[str]:
+        """The tags of its prompts, in order."""
+        return list(dict.fromkeys(prompt["tag"] for prompt in self.prompts))
 
 
 class DetectorChoice(NamedTuple):
@@ -118,7 +121,7 @@ def geneval(num_prompts: int | None, choice: DetectorChoice) -> Suite:
         )
 
     chosen = [prompt for group in by_skill.values() for prompt in group[:num_prompts]]
-    return Suite("geneval", tuple(chosen), CLASSES, cache(detector), Settings(), is_whole=True)
+    return Suite("geneval", tuple(chosen), CLASSES, cache(detector), Settings())
 
 
 SUITES: dict[str, Callable[[int | None, DetectorChoice], Suite]] = {"shapes": shapes, "geneval": geneval}

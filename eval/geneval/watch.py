@@ -21,13 +21,15 @@ import shutil
 import time
 from pathlib import Path
 
+from eval import harness, report_table
 from eval.geneval.evaluate import evaluate, parse
+from mmtensorar import files
 from mmtensorar.checkpoints import sharded_state
 from mmtensorar.checkpoints.export import export
 from mmtensorar.checkpoints.model_folder import INDEX, read_index
 from mmtensorar.checkpoints.sharded_state import step_of
 from mmtensorar.cli import Parser, command
-from mmtensorar.files import read_json
+from mmtensorar.processes import RunFolderLock
 from mmtensorar.recipe import Recipe
 from mmtensorar.training.run_log import read_log
 
@@ -56,21 +58,24 @@ def score(run: Path, step: int, arguments: list[str], *, average: bool) -> dict:
     model = out.with_name(out.name + ".model")
     try:
         export(run, str(step), model, average=average)
-        evaluate(parse(["--ckpt", str(model), "--out", str(out), *arguments]))
+        with harness.locks():
+            evaluate(parse(["--ckpt", str(model), "--out", str(out), *arguments]))
     finally:
         shutil.rmtree(model, ignore_errors=True)
-    summary = read_json(out / "summary.json")
+    summary = files.read_json(out / "summary.json")
     row = {
         "step": step,
         "suite": summary["suite"],
         "average": average,
         "num_images": summary["num_images"],
+        "partial": bool(report_table.missing(summary)),
         "overall": summary["overall"]["accuracy"],
         "interval": summary["overall"]["interval"],
         "skills": {name: skill["accuracy"] for name, skill in summary["skills"].items()},
     }
-    with (run / SCORES).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    with (run / SCORES).open("a+b") as file:
+        files.end_last_line(file, run / SCORES)
+        file.write(json.dumps(row).encode() + b"\n")
     _add_to_curves(run, row)
     return row
 
@@ -94,10 +99,8 @@ def _is_finished(run: Path) -> bool:
 def watch(run: Path, arguments: list[str], *, average: bool, once: bool, pause_s: float) -> None:
     """Score saved steps until the run is finished; once: only the newest. Other arguments: see `score`.
 
-    Raises ValueError when run is not a run folder.
+    Raises ValueError for a step that cannot be scored.
     """
-    if not (run / "recipe.yaml").is_file():
-        raise ValueError(f"{run} is not a run folder: it has no recipe.yaml")
     is_waiting = False
     while True:
         finished = _is_finished(run)  # before `newest`, which then sees all that the run saved
@@ -111,8 +114,9 @@ def watch(run: Path, arguments: list[str], *, average: bool, once: bool, pause_s
                     raise ValueError(f"step {step} could not be scored: {error}") from None
                 print(f"step {step} was deleted while it was read ({error})", flush=True)
                 continue
-            files = f"in {run / SCORES}; pictures in {run / 'scores' / folder.name}"
-            print(f"step {step}: {row['overall']:.1%} ({files})", flush=True)
+            where = f"in {run / SCORES}; pictures in {run / 'scores' / folder.name}"
+            mark = " (PARTIAL)" if row["partial"] else ""
+            print(f"step {step}: {row['overall']:.1%}{mark} ({where})", flush=True)
         elif once or finished or not is_waiting:
             news = "nothing new" if (run / SCORES).is_file() else "no saved step yet (train.save_every)"
             waits = "" if once or finished else f"; looking every {pause_s:g} s, Ctrl-C ends it"
@@ -145,5 +149,8 @@ def main(arguments: list[str] | None = None) -> int:
         help="between two checks for a new step (default 30)",
     )
     options, of_geneval = parser.parse_known_args(arguments)
-    watch(options.run, of_geneval, average=options.average, once=options.once, pause_s=options.pause)
+    if not (options.run / "recipe.yaml").is_file():
+        raise ValueError(f"{options.run} is not a run folder: it has no recipe.yaml")
+    with RunFolderLock(options.run / "scores", otherwise="let it score this run", leaves_nothing=True):
+        watch(options.run, of_geneval, average=options.average, once=options.once, pause_s=options.pause)
     return 0

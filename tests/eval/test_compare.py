@@ -43,9 +43,8 @@ def test_the_command_prints_scores_and_differences(tmp_path, capsys):
         path.parent.mkdir(parents=True)
         suite.picture(index, 64)[1].save(path)
         (path.parent.parent / "metadata.jsonl").write_text(json.dumps(metadata) + "\n")
-    assert (
-        command.main(["--images", str(tmp_path / "one"), "--suite", "shapes", "--num-bound-images", "0"]) == 0
-    )
+    arguments = ["--images", str(tmp_path / "one"), "--suite", "shapes", "--num-bound-images", "0"]
+    assert command.main([*arguments, "--num-prompts", "1", "--num-images", "1"]) == 0
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     capsys.readouterr()
     assert (

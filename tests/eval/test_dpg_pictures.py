@@ -181,6 +181,57 @@ def test_invalid_pictures_and_options_are_errors(damage, bench, grids, judge, tm
     assert json.loads((out / "summary.json").read_text())["partial"]
 
 
+@pytest.mark.parametrize(
+    "names", [["b.png"], ["a.b.png", "a 1.jpg", "8.png"], ["A.png", "first.second.webp"]]
+)
+def test_pictures_of_unknown_prompts_fail_in_the_official_mode(names, bench, grids, judge, tmp_path, capsys):
+    """They were left out of the list, where the official script prints them as failed.
+
+    Scoring the recorded answers again gives the same lists.
+    """
+    (grids / "a.png").rename(grids / "a.webp")
+    for name in names:
+        Image.new("RGB", (8, 8)).save(grids / name)
+    unknown = sorted({name.split(".")[0] for name in names} - {"a", "7"})
+    out = tmp_path / "out"
+    assert run(bench, "--images", grids, "--out", out, "--allow-partial") == 0
+    assert f"left out: {', '.join(sorted([*unknown, 'a']))} ({len(unknown)} not in" in capsys.readouterr().out
+    summary = json.loads((out / "summary.json").read_text())
+    # Item a fails because its first question is the skipped row of the table.
+    assert summary["official"]["failed"] == sorted([*unknown, "a"])
+    assert summary["official"]["unknown"] == unknown and summary["corrected"] is not None
+    arguments = ["score", "--answers", out / "answers.jsonl", "--questions", bench / "dpg_bench.csv"]
+    for number in ([], ["--num-images", "4"]):
+        assert command.main([*map(str, arguments), *number, "--out", str(tmp_path / "again.json")]) == 0
+        again = json.loads((tmp_path / "again.json").read_text())
+        assert again["official"] == summary["official"] and again["corrected"] == summary["corrected"]
+
+
+@pytest.mark.parametrize("item, name", [("x", "x"), ("A", "A"), (None, "00002")])
+def test_generated_pictures_of_unknown_prompts_fail_too(bench, judge, tmp_path, item, name):
+    """They have the item_id of their prompt, or without one the number of their folder."""
+    folder = tmp_path / "generated"
+    for number, item_id in enumerate(["7", "a", item]):
+        for image in range(2):
+            path = layout.image_path(folder, number, image)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), "red").save(path)
+        (path.parent.parent / "metadata.jsonl").write_text(json.dumps({"item_id": item_id, "prompt": "?"}))
+    (folder / layout.RECORD).write_text(json.dumps({"num_images": 2, "sampling": {}}))
+    arguments = ["--images", folder, "--out", tmp_path / "out", "--num-images", 2, "--allow-partial"]
+    assert run(bench, *arguments) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["official"]["unknown"] == [name]
+    assert summary["official"]["failed"] == sorted([name, "a"])
+
+
+def test_an_unreadable_picture_fails_in_the_official_mode(bench, grids, judge, tmp_path):
+    corrupt(grids)
+    assert run(bench, "--images", grids, "--out", tmp_path / "out", "--allow-partial") == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["official"]["failed"] == ["a"] and summary["official"]["unknown"] == []
+
+
 def test_a_model_folder_is_scored(bench, ckpt, judge, tmp_path, capsys):
     """Pictures are generated, questions asked, and grids of the official script written; a second
     run makes nothing.
@@ -210,6 +261,29 @@ def test_a_model_folder_is_scored(bench, ckpt, judge, tmp_path, capsys):
     layout.image_path(out, 1, 2).unlink()
     assert run(bench, "--images", out) == 2
     assert "00001/samples/00002.png is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("present, refused", [("equal", False), ("another", True), ("damaged", True)])
+def test_grids_replace_no_picture(tmp_path, capsys, present, refused):
+    """Grids of a second model once replaced those of the first, in part when it had fewer prompts."""
+    for number, color in enumerate(COLORS):
+        path = layout.image_path(tmp_path / "model", 0, number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), color).save(path)
+    (tmp_path / "model" / "00000" / "metadata.jsonl").write_text('{"item_id": "a", "prompt": "?"}')
+    arguments = ["grids", str(tmp_path / "model"), "--out", str(tmp_path / "grids")]
+    if present == "equal":
+        assert command.main(arguments) == 0
+    else:
+        (tmp_path / "grids").mkdir()
+        Image.new("RGB", (16, 16), "red").save(tmp_path / "grids" / "a.png")
+    if present == "damaged":
+        (tmp_path / "grids" / "a.png").write_bytes(b"")
+    before = (tmp_path / "grids" / "a.png").read_bytes()
+    assert command.main(arguments) == 2 * refused
+    assert ("a.png" in capsys.readouterr().err) == refused
+    assert [path.name for path in (tmp_path / "grids").iterdir()] == ["a.png"]
+    assert (tmp_path / "grids" / "a.png").read_bytes() == before
 
 
 def test_mistakes_are_sentences(bench, grids, tmp_path, capsys):

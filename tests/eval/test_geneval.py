@@ -5,42 +5,61 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import cache
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from eval import gallery, layout, report_table
+from eval import gallery, harness, layout, report_table
 from eval.geneval import __main__ as geneval
 from eval.geneval import ceiling, report, suites
 from mmtensorar import files
 from mmtensorar.checkpoints import model_folder, sharded_state
+from mmtensorar.processes import RunFolderLock
 from mmtensorar.training import run_log
-from worlds.shapes.draw import SKILLS, draw, sample_scene
+from worlds.shapes.draw import SKILLS, Scene, draw, sample_scene
+from worlds.shapes.prompts import PROMPT_SEED
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_IMAGES = 2
 
 
-def draw_folder(folder: Path, *, wrong: int = 0) -> Path:
-    """Two prompts per skill with two correct pictures; in the first `wrong` prompts one picture is
-    empty.
-    """
-    for index in range(2 * len(SKILLS)):
-        rng = np.random.default_rng(index)
-        scene = sample_scene(rng, SKILLS[index // 2])
-        for image in range(NUM_IMAGES):
-            path = layout.image_path(folder, index, image)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            empty = index < wrong and image == 1
-            (Image.new("RGB", (64, 64), (140, 140, 140)) if empty else draw(scene, rng)).save(path)
-        files.write_text(folder / f"{index:05d}" / "metadata.jsonl", json.dumps(scene.metadata) + "\n")
+@cache
+def scene_of(prompt: str, skill: str) -> Scene:
+    """The scene of a prompt of the suite."""
+    for number in count():
+        rng = np.random.default_rng([PROMPT_SEED, SKILLS.index(skill), number])
+        if (scene := sample_scene(rng, skill)).caption == prompt:
+            return scene
+    raise AssertionError
+
+
+def draw_prompt(folder: Path, index: int, scene: Scene, num_images: int, num_empty: int = 0) -> None:
+    """Correct pictures of a scene; the last num_empty are empty."""
+    rng = np.random.default_rng(index)
+    for image in range(num_images):
+        path = layout.image_path(folder, index, image)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        empty = image >= num_images - num_empty
+        (Image.new("RGB", (64, 64), (140, 140, 140)) if empty else draw(scene, rng)).save(path)
+    files.write_text(folder / f"{index:05d}" / "metadata.jsonl", json.dumps(scene.metadata) + "\n")
+
+
+def draw_folder(folder: Path, *, wrong: int = 0, per_skill: int = 2, num_images: int = NUM_IMAGES) -> Path:
+    """The suite's first prompts of each skill; in the first `wrong` prompts one picture is empty."""
+    for index, metadata in enumerate(suites.load("shapes", per_skill).prompts):
+        scene = scene_of(metadata["prompt"], metadata["tag"])
+        draw_prompt(folder, index, scene, num_images, num_empty=int(index < wrong))
     return folder
 
 
 def run(*arguments) -> int:
-    return geneval.main([str(argument) for argument in (*arguments, "--suite", "shapes")])
+    """Of pictures that `draw_folder` drew, unless the arguments ask for other numbers."""
+    numbers = ("--num-prompts", 2, "--num-images", NUM_IMAGES) if "--images" in arguments else ()
+    return geneval.main([str(argument) for argument in (*numbers, *arguments, "--suite", "shapes")])
 
 
 @pytest.fixture
@@ -202,6 +221,166 @@ def test_a_partial_score_is_allowed_and_marked_everywhere(images, capsys):
     assert (
         report_table.main([f"a={images / 'summary.json'}"]) == 0 and "a (PARTIAL)" in capsys.readouterr().out
     )
+
+
+# ---- whole sets ----------------------------------------------------------------------------------
+
+
+def three_of_one_skill(folder: Path) -> str:
+    draw_folder(folder, per_skill=3, num_images=1)
+    for index in range(3, 18):
+        shutil.rmtree(folder / f"{index:05d}")
+    return "00003 is missing"
+
+
+def one_picture_each(folder: Path) -> str:
+    draw_folder(folder, num_images=1)
+    return "00000/samples/00001.png is missing"
+
+
+def a_skill_is_missing(folder: Path) -> str:
+    draw_folder(folder)
+    for number in (10, 11):
+        shutil.rmtree(folder / f"{number:05d}")
+    return "00010 is missing"
+
+
+def prompts_of_other_origin(folder: Path) -> str:
+    """As many prompts and pictures as asked for, and the right skills."""
+    for index in range(12):
+        draw_prompt(folder, index, sample_scene(np.random.default_rng(index), SKILLS[index // 2]), NUM_IMAGES)
+    return "/metadata.jsonl: not a prompt of suite shapes"
+
+
+def one_prompt_twice(folder: Path) -> str:
+    draw_folder(folder)
+    shutil.rmtree(folder / "00005")
+    shutil.copytree(folder / "00004", folder / "00005")
+    return "00005/metadata.jsonl: not a prompt of suite shapes, or one that other folders have"
+
+
+def a_prompt_too_many(folder: Path) -> str:
+    draw_folder(folder)
+    draw_prompt(folder, 12, sample_scene(np.random.default_rng(0), SKILLS[0]), NUM_IMAGES)
+    return "00012/samples/00000.png is one too many"
+
+
+def its_record_says_so(folder: Path) -> str:
+    """A folder of `--ckpt --num-prompts 2` that lost its end: the largest number is not the expected one."""
+    draw_folder(folder)
+    record = {"suite": "shapes", "num_prompts": 12, "num_images": NUM_IMAGES, "sampling": {}}
+    record["prompts_sha256"] = harness.prompts_hash(suites.load("shapes", 2).prompts)
+    files.write_text(folder / layout.RECORD, json.dumps(record))
+    shutil.rmtree(folder / "00011")
+    return "(12 prompts, 2 images each); --allow-partial scores it all the same"
+
+
+NOT_WHOLE = [three_of_one_skill, one_picture_each, a_skill_is_missing, prompts_of_other_origin]
+NOT_WHOLE += [one_prompt_twice, a_prompt_too_many, its_record_says_so]
+
+
+@pytest.mark.parametrize("make", NOT_WHOLE)
+def test_a_set_is_whole_when_it_has_every_prompt_and_picture(tmp_path, capsys, make):
+    """Three pictures of one skill once gave an `overall` without a word. Now a set that is not whole is
+    refused, and marked wherever it is printed when it is scored all the same.
+    """
+    named = make(tmp_path / "set")
+    numbers = () if make is its_record_says_so else ("--num-prompts", 2, "--num-images", NUM_IMAGES)
+    command = ("--suite", "shapes", "--images", tmp_path / "set", *numbers, "--num-bound-images", 0)
+    command = list(map(str, command))
+    assert geneval.main(command) == 2
+    error = capsys.readouterr().err
+    assert "error: not a whole set of suite shapes" in error and named in error
+    assert not (tmp_path / "set" / "summary.json").exists()
+    assert geneval.main([*command, "--allow-partial"]) == 0
+    assert "set (PARTIAL)" in capsys.readouterr().out
+    assert json.loads((tmp_path / "set" / "summary.json").read_text())["partial"]
+    assert "(PARTIAL)" in (tmp_path / "set" / "report.html").read_text()
+    assert report_table.main([str(tmp_path / "set" / "summary.json")]) == 0
+    assert "set (PARTIAL)" in capsys.readouterr().out
+    other = shutil.copytree(tmp_path / "set", tmp_path / "other")
+    assert geneval.main(["compare", str(tmp_path / "set"), f"b={other}"]) == 0
+    assert "minus set (PARTIAL)" in (printed := capsys.readouterr().out) and printed.count("b (PARTIAL)") == 2
+
+
+def test_without_numbers_the_whole_suite_is_expected(tmp_path, capsys):
+    draw_folder(tmp_path / "few")
+    assert geneval.main(["--images", str(tmp_path / "few"), "--suite", "shapes"]) == 2
+    assert "not a whole set of suite shapes (120 prompts, 4 images each)" in capsys.readouterr().err
+
+
+def test_a_smaller_suite_that_was_asked_for_is_whole_and_named(images, capsys):
+    """The numbers come from the options, or from the folder's generation.json."""
+    named = "NOT the whole suite (images: 12 of the suite's 120 prompts)"
+    assert run("--images", images, "--num-bound-images", 0) == 0
+    assert named in (printed := capsys.readouterr().out) and "PARTIAL" not in printed
+    record = {"suite": "shapes", "num_prompts": 12, "num_images": NUM_IMAGES, "sampling": {}}
+    record["prompts_sha256"] = harness.prompts_hash(suites.load("shapes", 2).prompts)
+    files.write_text(images / layout.RECORD, json.dumps(record))
+    command = ["--images", str(images), "--suite", "shapes", "--num-bound-images", "0"]
+    assert geneval.main(command) == 0
+    assert named in (printed := capsys.readouterr().out) and "PARTIAL" not in printed
+    files.write_text(images / layout.RECORD, json.dumps(record | {"prompts_sha256": "of other prompts"}))
+    assert geneval.main(command) == 2
+
+
+@pytest.mark.parametrize(
+    "kept, problem",
+    [
+        ([0, 1, 2], "00003 is missing"),
+        (list(range(80)), "00080 is missing"),
+        ([*range(552), 551], "00552/metadata.jsonl: not a prompt of suite geneval, or one that other"),
+    ],
+    ids=["three", "one_skill", "one_twice"],
+)
+def test_the_official_prompts_must_be_whole_too(tmp_path, capsys, kept, problem):
+    prompts = suites.load("geneval").prompts
+    for index, prompt in enumerate(kept):
+        path = layout.image_path(tmp_path / "official", index, 0)
+        path.parent.mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(path)
+        (path.parent.parent / "metadata.jsonl").write_text(json.dumps(prompts[prompt]))
+    command = ["--images", str(tmp_path / "official"), "--no-self-test", "--num-images", "1"]
+    assert geneval.main(command) == 2
+    error = capsys.readouterr().err
+    assert "not a whole set of suite geneval (553 prompts, 1 image each)" in error and problem in error
+
+
+@pytest.mark.parametrize(
+    "change, lacks",
+    [
+        ({"skills": ["colors"], "num_prompts": 2, "num_images": 4}, "all of single_object"),
+        ({"num_prompts": 7}, "113 of 120 prompts"),
+        (
+            {"num_prompts": 120, "num_images": 470, "generation": {"num_prompts": 120, "num_images": 4}},
+            "10 of 480",
+        ),
+        ({"partial": ["00004 is missing", "00005 is missing"]}, "2 images or prompts"),
+        ({"suite": "geneval", "num_prompts": 500}, "53 of 553 prompts"),
+    ],
+)
+def test_a_summary_of_an_earlier_version_is_marked_by_its_numbers(scored, tmp_path, capsys, change, lacks):
+    """It may not name what is missing: a whole set was the largest number that existed."""
+    summary = json.loads((scored["good"] / "summary.json").read_text())
+    del summary["prompts_expected"], summary["images_expected"]
+    if "skills" in change:
+        change = change | {"skills": {skill: summary["skills"][skill] for skill in change["skills"]}}
+    elif change.get("suite") == "geneval":
+        skills = suites.load("geneval").skills
+        change = change | {"skills": dict.fromkeys(skills, summary["skills"]["colors"])}
+    (tmp_path / "summary.json").write_text(json.dumps(summary | change))
+    assert report_table.main([f"old={tmp_path / 'summary.json'}"]) == 0
+    printed = capsys.readouterr().out
+    assert "old (PARTIAL)" in printed and f"PARTIAL: old lacks {lacks}" in printed
+
+
+def test_results_that_were_cut_are_not_compared(scored, tmp_path, capsys):
+    """The comparison would be of the prompts that are left in both."""
+    cut = shutil.copytree(scored["good"], tmp_path / "cut")
+    lines = (cut / "results.jsonl").read_text().splitlines(keepends=True)
+    (cut / "results.jsonl").write_text("".join(lines[:5]))
+    assert geneval.main(["compare", str(scored["good"]), str(cut)]) == 2
+    assert "results.jsonl has 5 images, and summary.json 24" in capsys.readouterr().err
 
 
 def test_a_missing_folder_is_an_error(tmp_path, capsys):
@@ -374,6 +553,15 @@ def test_gallery_without_enough_images_is_an_error(scored, tmp_path, capsys):
     assert "holds 2 images per prompt; 4 asked for" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["gallery", "gallery.txt", "gallery.png.tmp"])
+def test_a_gallery_of_unknown_kind_is_refused_and_nothing_written(scored, tmp_path, capsys, name):
+    assert (
+        gallery.main([str(scored["good"]), "--num-images", "1", "--out", str(tmp_path / "new" / name)]) == 2
+    )
+    assert "expected the name of a picture, such as gallery.png" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 def test_the_report_shows_bars_and_pictures_and_runs_no_code(scored, tmp_path):
     """Names and reasons come from other people's files: on the page they are only text, whatever
     they contain.
@@ -431,13 +619,19 @@ def test_model_folders_of_a_run_are_scored_as_they_appear(ckpt, tmp_path, capsys
     for step in (2, 10):
         save_checkpoint(run_dir, loaded.model, step)
         assert run("watch", run_dir, "--once", *few) == 0
+        with (run_dir / "scores.jsonl").open("a") as file:
+            file.write('{"step": 99, "sui')  # a process was killed while it wrote
+    with RunFolderLock(run_dir / "scores"):
+        assert run("watch", run_dir, "--once", *few) == 2
+        assert "another process works in this folder" in capsys.readouterr().err
     assert run("watch", run_dir, "--once", *few) == 0, "nothing newer"
     shutil.rmtree(run_dir / "checkpoints" / "step_000010")
     assert run("watch", run_dir, "--once", *few) == 0, "an older one than was scored is passed over"
     found = run_log.read_log(run_dir / "scores.jsonl")
     assert [row["step"] for row in found] == [2, 10]
     assert all(
-        row["num_images"] == 6 and len(row["skills"]) == 6 and 0 <= row["overall"] <= 1 for row in found
+        row["num_images"] == 6 and not row["partial"] and len(row["skills"]) == 6 and 0 <= row["overall"] <= 1
+        for row in found
     )
     assert sorted(path.name for path in (run_dir / "scores").iterdir()) == ["step_000002", "step_000010"]
     assert (run_dir / "scores" / "step_000002" / "report.html").is_file() and any(

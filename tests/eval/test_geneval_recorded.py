@@ -65,6 +65,30 @@ def test_recorded_detections_are_scored_and_compared(tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    "indices, options, lacks",
+    [
+        ([0, 0, 0], [], 552),
+        (range(80), [], 473),
+        ([*range(552)], [], 1),
+        ([*range(553), 7], [], 552),
+        ([*range(553), 7], ["--num-images", "1"], 1),
+        ([*range(553)], ["--num-images", "4"], 553),
+        ([*range(553)], [], 0),
+        ([*range(553), *range(553)], ["--num-images", "2"], 0),
+    ],
+)
+def test_recorded_cases_that_are_not_a_whole_set_are_marked(tmp_path, capsys, indices, options, lacks):
+    """Every prompt must have its images: as many as asked for, or as the prompt with the most."""
+    path = write(tmp_path / "cases.jsonl", *(case(prompt_index=index) for index in indices))
+    arguments = ["score", "--detections", str(path), "--out", str(tmp_path / "results.jsonl"), *options]
+    assert command.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert ("cases.jsonl (PARTIAL)" in printed) == bool(lacks)
+    number = "1 image or prompt" if lacks == 1 else f"{lacks} images or prompts"
+    assert not lacks or f"PARTIAL: cases.jsonl lacks {number}." in printed
+
+
 @pytest.mark.parity
 @pytest.mark.skipif(not CASES.is_file(), reason="GenEval's scoring fixtures are not beside the checkout")
 def test_the_official_cases_agree(tmp_path, capsys):

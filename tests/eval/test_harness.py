@@ -4,7 +4,9 @@ eval/harness.py.
 
 import importlib
 import json
+import re
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,9 @@ from PIL import Image
 
 import eval as evaluators
 from eval import harness, layout
+from mmtensorar.processes import RunFolderLock
+from mmtensorar.seeds import image_seed
+from tests.helpers import fork_server
 
 ROOT = Path(__file__).resolve().parents[2]
 CKPT = ROOT / "recipes/tiny/weights/base"
@@ -129,6 +134,133 @@ def test_a_new_evaluator_generates_and_resumes(brightness, tmp_path, capsys):
     assert "1 images made" in capsys.readouterr().out and lost.read_bytes() == content
     assert brightness([*arguments[:-1], "8"]) == 2
     assert "seed 7 there, 8 now" in capsys.readouterr().err
+
+
+# ---- two at once ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["--ckpt", "--images"])
+@pytest.mark.parametrize("out", ["new", "there", "runs/of/mine"])
+def test_a_folder_that_another_evaluator_works_in_is_refused(
+    brightness, images, tmp_path, capsys, source, out
+):
+    """Two evaluators once wrote pictures and results into one folder, each over the other's."""
+    out = tmp_path / out
+    if out.name == "there":
+        out.mkdir()
+        (out / "summary.json").write_text("of an earlier run")
+    arguments = [source, str(CKPT if source == "--ckpt" else images), "--out", str(out), "--device", "cpu"]
+    with RunFolderLock(out, leaves_nothing=True):
+        assert brightness(arguments) == 2
+        assert re.search(
+            r"another process works in this folder \(.+choose another --out\n", capsys.readouterr().err
+        )
+        assert {path.name for path in out.iterdir()} <= {"lock", "summary.json"}
+    assert brightness(arguments) == 0
+    assert summary_of(out)["score"] >= 0 and not (out / "lock").exists()
+
+
+@pytest.mark.parametrize("name", ["geneval", "dpg_bench", "fid"])
+def test_every_evaluator_locks_its_folder(images, tmp_path, capsys, monkeypatch, name):
+    """Before a detector or a network is loaded, and in the default folder of results too."""
+    from eval.dpg_bench import judges
+
+    if name == "fid":
+        pytest.importorskip("scipy")
+    monkeypatch.setattr(judges, "load", lambda name, device=None: None)
+    monkeypatch.chdir(tmp_path)
+    header = "item_id,proposition_id,dependency,tuple,question_natural_language\n"
+    (tmp_path / "dpg_bench.csv").write_text(header + "a,1,0,entity - whole (it),Is it?\n")
+    arguments, out = {
+        "geneval": (["--no-self-test"], images),
+        "dpg_bench": (["--bench", str(tmp_path)], tmp_path / "runs" / "eval" / "images_dpg_bench"),
+        "fid": (["--ref", str(images)], tmp_path / "runs" / "eval" / "images_fid"),
+    }[name]
+    main = importlib.import_module(f"eval.{name}.__main__").main
+    with RunFolderLock(out):
+        assert main(["--images", str(images), *arguments]) == 2
+        assert f"{out.name}: another process works in this folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", ["new", "runs/of/mine", "images"])
+def test_a_refused_evaluation_leaves_no_folder(brightness, images, tmp_path, out):
+    layout.image_path(images, 1, 1).unlink()
+    before = sorted(tmp_path.rglob("*"))
+    assert brightness(["--images", str(images), "--out", str(tmp_path / out)]) == 2
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.launch
+def test_two_evaluators_at_once(ckpt, tmp_path):
+    """Of two processes with different seeds, one fills the folder, and the other is refused."""
+    out = tmp_path / "out"
+    command = [
+        "-m",
+        "eval.geneval",
+        "--ckpt",
+        ckpt,
+        "--suite",
+        "shapes",
+        "--num-prompts",
+        1,
+        "--device",
+        "cpu",
+    ]
+    command += ["--num-bound-images", 0, "--out", out, "--num-images", 2, "--batch-size", 2, "--seed"]
+    running = {seed: fork_server.shared().start(*command, seed) for seed in (0, 1)}
+    done = {seed: run.communicate(timeout_s=240) for seed, run in running.items()}
+    assert sorted(each.returncode for each in done.values()) == [0, 2], [
+        each.stderr for each in done.values()
+    ]
+    winner = next(seed for seed in done if done[seed].returncode == 0)
+    assert re.search("another process works|images of another run", done[1 - winner].stderr)
+    summary = summary_of(out)
+    assert summary["seed"] == winner and summary["num_images"] == 12
+    seeds = [
+        Image.open(layout.image_path(out, prompt, image)).text["seed"]
+        for prompt in range(6)
+        for image in (0, 1)
+    ]
+    assert seeds == [str(image_seed(winner, prompt, image)) for prompt in range(6) for image in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    "ours, theirs, refused",
+    [
+        ({"seed": 0}, {"seed": 0}, False),
+        ({"seed": 0}, {"seed": 1}, True),
+        ({"suite": "shapes"}, {"suite": "geneval"}, True),
+        ({"window": 2, "batch_size": 1}, {"window": 2, "batch_size": 8}, False),
+    ],
+)
+def test_of_two_settings_one_is_recorded(tmp_path, monkeypatch, ours, theirs, refused):
+    """Ranks of two runs that start at once: both see no record, and the first to write it has the folder."""
+    publish = harness.publish
+
+    def too_late(temporary, path):
+        path.write_text(json.dumps(theirs))
+        publish(temporary, path)
+
+    monkeypatch.setattr(harness, "publish", too_late)
+    with pytest.raises(ValueError, match="another run") if refused else nullcontext():
+        harness.claim(tmp_path, ours)
+    assert layout.read_record(tmp_path) == theirs
+
+
+def test_a_picture_that_another_rank_made_is_kept(brightness, tmp_path, monkeypatch):
+    """It may appear while this rank draws it."""
+    publish, others = harness.publish, []
+
+    def too_late(temporary, path):
+        if path.suffix == ".png":
+            path.write_bytes(temporary.read_bytes() + b"other")
+            others.append(path)
+        publish(temporary, path)
+
+    monkeypatch.setattr(harness, "publish", too_late)
+    assert brightness(["--ckpt", str(CKPT), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    assert len(others) == 2 and all(path.read_bytes().endswith(b"other") for path in others)
+    assert not list((tmp_path / "out").rglob(".*"))
 
 
 def test_stopping_prints_how_to_resume(capsys):

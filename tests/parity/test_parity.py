@@ -315,6 +315,86 @@ def test_a_changed_official_score_fails(name, file, tmp_path, capsys):
     assert re.search(r"    .*(overall|dpg_score): \d.*, expected", capsys.readouterr().out)
 
 
+HEADER = (
+    "item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,"
+    "question_natural_language\n"
+)
+YES = {"1": "yes"}
+
+
+def write_dpg(folder: Path, pic_num: int, lines: list[dict], images: list[str], failed: list[str]) -> None:
+    """A made-up fixture: prompt a is answered yes, prompt b yes and no, in each of pic_num pictures.
+
+    The first row, the only one of prompt `first`, is skipped by the official script.
+    """
+    rows = [("first", 1), ("a", 1), ("b", 1), ("b", 2)]
+    table = "".join(f"{item},t,,{number},0,x,y,entity - whole (it),Is it?\n" for item, number in rows)
+    (folder / "scoring_questions.csv").write_text(HEADER + table)
+    for image in range(pic_num):
+        lines = [
+            *lines,
+            {"item_id": "a", "image": image, "answers": YES},
+            {"item_id": "b", "image": image, "answers": {"1": "yes", "2": "no"}},
+        ]
+    (folder / "scoring_answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    category = {"score": 200 / 3, "questions": 3}
+    run_of = {
+        "name": "made up",
+        "pic_num": pic_num,
+        "images": ["a", "b", *images],
+        "failed": failed,
+        "dpg_score": 75.0,
+        "l1": {"entity": category},
+        "l2": {"entity - whole": category},
+        "per_prompt": {
+            "a": {"scores": [1.0] * pic_num, "average": 1.0},
+            "b": {"scores": [0.5] * pic_num, "average": 0.5},
+        },
+    }
+    (folder / "scoring_expected.json").write_text(json.dumps({"runs": [run_of]}))
+
+
+@pytest.mark.parametrize(
+    "pic_num, lines, images",
+    [
+        (1, [("ghost", 0, YES)], ["ghost"]),
+        (4, [("ghost", image, {}) for image in range(4)], ["ghost"]),
+        (4, [("ghost", 0, {})], ["ghost"]),
+        (2, [], ["ghost", "7", "b_copy"]),
+        (1, [("first", 0, YES)], ["first"]),
+        (2, [("z", 0, YES), ("z", 1, {"1": "no"}), ("0", 0, {"9": ""})], ["z", "0", "absent"]),
+    ],
+    ids=["answered", "empty", "one_picture", "no_lines", "only_in_the_skipped_row", "all_kinds"],
+)
+def test_pictures_of_unknown_prompts_are_failures(tmp_path, capsys, pic_num, lines, images):
+    """The official script finds no questions for such a picture, and prints it as failed.
+
+    Ours once left it out of the failures. It may have answers, or none, since nothing is asked.
+    """
+    given = [{"item_id": item, "image": image, "answers": answers} for item, image, answers in lines]
+    write_dpg(tmp_path, pic_num, given, images, sorted(images))
+    assert run(tmp_path) == 0, capsys.readouterr().out
+    equal, total = re.search(r": (\d+) of (\d+) equal\n", capsys.readouterr().out).groups()
+    assert equal == total and int(total) > 10
+    write_dpg(tmp_path, pic_num, given, images, [])
+    assert run(tmp_path) == 1
+    assert "made up failed: [" in capsys.readouterr().out
+
+
+@pytest.mark.parity
+@pytest.mark.skipif(not SCORES.is_dir(), reason="the evaluator fixtures are not beside this checkout")
+def test_unknown_pictures_among_the_official_cases(tmp_path, capsys):
+    """The recorded runs with further pictures of unknown prompts: only the failures change."""
+    folder = shutil.copytree(SCORES / "dpg_bench", tmp_path / "dpg_bench", copy_function=shutil.copyfile)
+    expected = json.loads((folder / "scoring_expected.json").read_text())
+    for number, each in enumerate(expected["runs"]):
+        names = [f"unknown{number}", "!", "synA1"][: number + 1]
+        each["images"] = names + each["images"]
+        each["failed"] = sorted(names + each["failed"])
+    (folder / "scoring_expected.json").write_text(json.dumps(expected))
+    assert run(folder) == 0, capsys.readouterr().out
+
+
 def test_metrics_on_features_are_compared(tmp_path, capsys):
     """Equal sets have no distance, and all points inside. An unknown metric cannot be run."""
     pytest.importorskip("scipy")
