@@ -10,13 +10,12 @@ from __future__ import annotations
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin
 
-import yaml
 from annotated_types import Ge, Gt, Le, Lt, MinLen, MultipleOf
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from mmtensorar.recipe.strict_yaml import Dumper
+from mmtensorar.recipe import strict_yaml
 
 
 def setting(default: Any = ..., *, description: str, on_resume: bool = False, **bounds: Any) -> Any:
@@ -74,7 +73,7 @@ class Section(BaseModel):
 
     def dump(self) -> str:
         """The settings as YAML, which loads again unchanged."""
-        return yaml.dump(self.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True)
+        return strict_yaml.dump(self.model_dump(mode="json"))
 
 
 # ---- types in words ------------------------------------------------------------------------------
