@@ -34,6 +34,7 @@ import torch
 
 from mmtensorar import backbones, image_tokenizers, ranks
 from mmtensorar.checkpoints import model_folder
+from mmtensorar.cli import print_any_text, print_error
 from mmtensorar.data import checks, loader
 from mmtensorar.processes import StopSignals, exit_process
 from mmtensorar.recipe import Recipe
@@ -406,6 +407,7 @@ def finish(run: TrainingRun) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit code: 2 after an error, 130 after a second Ctrl-C."""
     options = read_options(arguments)
+    print_any_text()
     try:
         recipe = Recipe.load(options.recipe, options.overrides)
         recipe = recipe.plain() if options.plain else recipe
@@ -416,10 +418,10 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, FloatingPointError) as error:
         # Every rank raises the same error; only the first prints it.
         if ranks.is_first():
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print_error(error)
         return 2
     except OSError as error:  # of this rank alone, for example a full disk
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print_error(error)
         return 2
     stop_process_group()
     return code

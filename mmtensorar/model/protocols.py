@@ -162,6 +162,13 @@ class BackboneConfig(Section):
         """The section of the same backbone, saved in the folder `path`."""
         return self.model_copy(update={"path": path})
 
+    def has_sizes(self) -> bool:
+        """Whether the model's sizes are known without a download.
+
+        They come from files on this machine, or from the section and our table of released models.
+        """
+        return Path(self.model_dump()["path"]).exists()
+
 
 # ---- image tokenizers ----------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -105,7 +106,8 @@ def read_files(path: Path, extended_by: tuple[Path, ...] = ()) -> list[File]:
 
     extended_by: the files that led here by `extends`, to detect a file that extends itself.
     """
-    if path.resolve() in [user.resolve() for user in extended_by]:
+    # Not Path.resolve, which raises RuntimeError for a link that leads to itself.
+    if os.path.realpath(path) in map(os.path.realpath, extended_by):
         raise RecipeError(f"{path}: extends itself through {' -> '.join(user.name for user in extended_by)}")
     try:
         settings = strict_yaml.load(path.read_text(encoding="utf-8"))
