@@ -235,7 +235,7 @@ def all_parts(bench: Bench, folder: Path, attentions: list[str]) -> list[tuple[s
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--size", choices=("1b", "7b", "tiny"), default="1b")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--minutes", type=float, default=8)

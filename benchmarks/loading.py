@@ -86,7 +86,7 @@ def memory_of_process(key: str) -> int:
 def rank(folder: Path) -> None:
     """The work of one rank: join, then load."""
     from mmtensorar.checkpoints import model_folder
-    from mmtensorar.training import distributed, engine_private
+    from mmtensorar.training import distributed
     from mmtensorar.training import engine as engines
 
     number, world_size, device = distributed.start_process_group(0)
@@ -96,7 +96,7 @@ def rank(folder: Path) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = memory_of_process("VmRSS")
     model = engines.partitioned_model(settings, config, device)
-    share = sum(engine_private.share(parameter).nbytes for parameter in model.parameters())
+    share = sum(parameter.ds_tensor.nbytes for parameter in model.parameters())
     result = {
         "rank": number,
         "peak": memory_of_process("VmHWM") - before,
@@ -117,7 +117,7 @@ def whole(folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--gib", type=float, default=1.0)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rank-in", type=Path, help=argparse.SUPPRESS)

@@ -166,7 +166,7 @@ def measure(window: int, sizes: Sizes) -> tuple[dict[str, Measured], float]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     for name, default in Sizes()._asdict().items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--windows", type=int, nargs="+", default=[1, 2, 4, 8])

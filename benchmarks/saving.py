@@ -29,7 +29,7 @@ MIB = 2**20
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--gib", type=float, default=0.3)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()

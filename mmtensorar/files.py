@@ -69,22 +69,35 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def new_path(path: Path) -> Iterator[Path]:
+def new_path(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """A temporary file or folder, renamed to `path` when the block ends and removed when it fails.
 
-    Raises ValueError when `path` exists.
+    replace: whether it replaces an existing `path`. Otherwise raises ValueError when `path` exists.
     """
-    if os.path.lexists(path):
+    if os.path.lexists(path) and not replace:
         raise ValueError(f"{path} exists already; give another name, or remove it")
     partial = path.with_name(path.name + ".partial")
     remove(partial)  # left by a process that was killed
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
-        os.rename(partial, path)
+        if replace and path.is_dir():
+            _replace_folder(partial, path)
+        else:
+            os.rename(partial, path)
     except BaseException:
         remove(partial)
         raise
+
+
+def _replace_folder(source: Path, target: Path) -> None:
+    # Renaming onto a folder that holds files fails, so the old one is renamed first, and
+    # deleted only when the new one is in place.
+    old = target.with_name(target.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    os.replace(target, old)
+    os.replace(source, target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

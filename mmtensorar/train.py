@@ -408,6 +408,8 @@ def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit code: 2 after an error, 130 after a second Ctrl-C."""
     options = read_options(arguments)
     print_any_text()
+    # Not `cli.command`: there every process prints its error, since it runs on its own. Here all
+    # ranks raise an error that rank 0 prints, and a rank's own OSError is printed by that rank.
     try:
         recipe = Recipe.load(options.recipe, options.overrides)
         recipe = recipe.plain() if options.plain else recipe

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from mmtensorar.backbones import llamagen
-from mmtensorar.recipe import Recipe, SamplerSettings, Section, read_recipe
+from mmtensorar.recipe import Recipe, SamplerSettings, Section, problems_of, read_recipe
 from study.commands import ROOT
 from study.train_image_tokenizer import ImageTokenizerRecipe
 
@@ -121,8 +121,8 @@ class Grid(Section):
             try:
                 SamplerSettings.model_validate(given)
             except ValidationError as invalid:
-                for error in invalid.errors():
-                    yield f"samplings.{name}.{error['loc'][0]} is {error['input']!r}: {error['msg']}"
+                for key, problem in problems_of(invalid, SamplerSettings, given, prefix=("samplings", name)):
+                    yield f"{key}: {problem}"
             batch_size = settings.get("batch_size", 1)
             if not isinstance(batch_size, int) or batch_size < 1:
                 yield f"samplings.{name}: batch_size is {batch_size!r}; expected 1 or more"

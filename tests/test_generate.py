@@ -32,7 +32,7 @@ def test_same_seed_same_images(generator):
     assert not same(first[0], generator.images(PROMPTS, [2, 1])[0])
 
 
-def test_a_row_keeps_its_random_numbers_in_any_company(generator):
+def test_the_random_numbers_of_a_row_do_not_depend_on_its_batch(generator):
     """These prompts have one length, so not even the padding differs."""
     prompts, seeds = [*PROMPTS, "a green circle"], [7, 8, 9]
     together = generator.decode(prompts, seeds).codes
@@ -44,7 +44,7 @@ def test_settings_come_from_the_recipe_unless_given(generator):
     assert generator.sampling() == SamplerSettings(cfg_scale=2.0, top_k=20)
     given = generator.sampling(top_k=0, top_p=None, greedy_drafts=True)
     assert given == SamplerSettings(cfg_scale=2.0, greedy_drafts=True)
-    with pytest.raises(ValueError, match="cfg_scale is -1"):
+    with pytest.raises(ValueError, match="cfg_scale: .* got -1"):
         generator.sampling(cfg_scale=-1.0)
 
 
@@ -143,7 +143,9 @@ def test_classes_from_the_command_line_and_from_python(class_ckpt, tmp_path):
         ("class", ["--class", "3", "--prompt", "a cat"], "--class and prompts were given"),
     ],
 )
-def test_each_model_says_what_it_takes(ckpt, class_ckpt, tmp_path, capsys, kind, arguments, sentence):
+def test_the_error_names_the_prompts_that_a_model_takes(
+    ckpt, class_ckpt, tmp_path, capsys, kind, arguments, sentence
+):
     folder = {"text": ckpt, "class": class_ckpt}[kind]
     assert (
         generate.main(["--ckpt", str(folder), "--device", "cpu", "--out", str(tmp_path / "out"), *arguments])

@@ -109,7 +109,7 @@ def test_only_the_engine_imports_deepspeed(module):
         assert not any(name.split(".")[0] == "deepspeed" for name in imported(MODULES[module])), module
 
 
-def test_scoring_knows_no_model():
+def test_scoring_imports_neither_torch_nor_a_model():
     """Scores can be computed and checked where neither torch nor a model is installed."""
     for name in (
         "geneval.score",

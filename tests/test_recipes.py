@@ -115,7 +115,7 @@ def test_no_file_repeats_what_it_extends_and_no_two_runs_share_a_folder():
 
 @pytest.mark.plan
 @pytest.mark.parametrize("path", LARGE, ids=name_of)
-def test_it_plans_without_any_file(path, tmp_path, monkeypatch):
+def test_every_recipe_plans_without_any_file(path, tmp_path, monkeypatch):
     """Uses the real sizes: a window or a number of heads that the real backbone does not accept
     fails here.
     """
@@ -186,7 +186,10 @@ def write_standin(section: Section, target: Path) -> None:
         lfq = open_magvit2_lfq.LFQ(open_magvit2_lfq.RELEASED[2])
         size = re.fullmatch(r"AR_256_(\w+)\.ckpt", target.name)[1]
         model = open_magvit2.OpenMagvit2Backbone(open_magvit2.RELEASED[size])
-        state = {open_magvit2.official_name(name): value for name, value in model.state_dict().items()}
+        state = {
+            open_magvit2.OpenMagvit2Backbone.official_name(name): value
+            for name, value in model.state_dict().items()
+        }
         state |= {open_magvit2_lfq.INSIDE_AR + name: value for name, value in lfq.state_dict().items()}
         torch.save({"state_dict": state, "epoch": 1}, target)
 
@@ -200,7 +203,9 @@ def llamagen_state(name: str) -> dict:
     classes = dict(num_classes=1000) if kind == "c2i" else {}
     condition = {"c2i": "class", "t2i": "text"}[kind]
     model = tiny_llamagen(condition, dim=dim, vocab_size=32, num_tokens=tokens, **heads, **classes)
-    return {llamagen.official_name(name): value for name, value in model.state_dict().items()}
+    return {
+        llamagen.LlamaGenBackbone.official_name(name): value for name, value in model.state_dict().items()
+    }
 
 
 @pytest.fixture(scope="module")

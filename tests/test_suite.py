@@ -32,7 +32,7 @@ def test_no_test_module_imports_another():
     assert not found
 
 
-def test_make_check_leaves_out_what_is_marked():
+def test_make_check_leaves_out_marked_tests():
     """A marker unknown to make check would put its tests into the fast tier."""
     settings = tomllib.loads((TESTS.parent / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
     assert {marker.partition(":")[0] for marker in settings["markers"]} == REASONS

@@ -8,12 +8,12 @@ mmtensorar/model/protocols.py lists what a file defines.
 from __future__ import annotations
 
 import importlib
-from typing import Any, cast
+from typing import cast
 
 from mmtensorar.checkpoints.released import LazyWeights
 from mmtensorar.model.conditions import CaptionEncoder
 from mmtensorar.model.protocols import Backbone, BackboneFile
-from mmtensorar.recipe import Section
+from mmtensorar.recipe import NamedSection
 
 
 def file(name: str) -> BackboneFile:
@@ -21,12 +21,8 @@ def file(name: str) -> BackboneFile:
     return cast(BackboneFile, importlib.import_module(f"{__name__}.{name}"))
 
 
-def _file_of(section: Any) -> BackboneFile:
-    return file(section.name)
-
-
 def load(
-    section: Section, *, weights: bool = True, device: str = "cpu", sizes_only: bool = False
+    section: NamedSection, *, weights: bool = True, device: str = "cpu", sizes_only: bool = False
 ) -> Backbone:
     """The backbone a recipe names, in float32 and train mode.
 
@@ -39,17 +35,17 @@ def load(
 
     Raises ValueError or OSError, naming the path, when there is no such model or it does not fit.
     """
-    return _file_of(section).load(section, weights=weights, device=device, sizes_only=sizes_only)
+    return file(section.name).load(section, weights=weights, device=device, sizes_only=sizes_only)
 
 
-def lazy_weights(section: Section) -> LazyWeights:
+def lazy_weights(section: NamedSection) -> LazyWeights:
     """The backbone a recipe names on the meta device, and the files with its values.
 
     Raises ValueError like `load`.
     """
-    return _file_of(section).lazy_weights(section)
+    return file(section.name).lazy_weights(section)
 
 
-def caption_encoder(section: Section) -> CaptionEncoder:
+def caption_encoder(section: NamedSection) -> CaptionEncoder:
     """The function that turns captions into this backbone's Condition. It can be pickled."""
-    return _file_of(section).caption_encoder(section)
+    return file(section.name).caption_encoder(section)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mmtensorar.checkpoints.released import LazyWeights, ReleasedWeights, fill, write_config
 from mmtensorar.model import attention, kv_cache, layers
 from mmtensorar.model.conditions import Condition, ConditionKind
-from mmtensorar.recipe import Section
+from mmtensorar.recipe import BackboneConfig
 
 
 class PublishedBackbone(nn.Module):
@@ -83,7 +83,7 @@ class PublishedBackbone(nn.Module):
         values = torch.zeros(num_rows, self.prefix_len, dtype=torch.long)
         return Condition(values, torch.ones(num_rows, self.prefix_len, dtype=torch.bool))
 
-    def check_prompts(self, section: Section) -> None:
+    def check_prompts(self, section: BackboneConfig) -> None:
         """See Backbone: no file of the released model is needed."""
 
     @classmethod

@@ -41,7 +41,8 @@ from mmtensorar.checkpoints.released import (
 from mmtensorar.files import new_path, read_json
 from mmtensorar.model import attention, kv_cache, layers
 from mmtensorar.model.conditions import Condition, ConditionKind, Prefix
-from mmtensorar.model.protocols import BackboneConfig, ImageTokenizer
+from mmtensorar.model.protocols import ImageTokenizer
+from mmtensorar.recipe import BackboneConfig
 
 SIGNATURES = ("gen_embed.weight", "model.generation_embeddings.weight")  # DeepSeek's layout, transformers'
 MODEL_TYPES = ("janus", janus_deepseek.MODEL_TYPE)

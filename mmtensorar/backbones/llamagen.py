@@ -37,7 +37,8 @@ from mmtensorar.checkpoints.released import (
 )
 from mmtensorar.model import attention, kv_cache, layers
 from mmtensorar.model.conditions import Condition, ConditionKind, Prefix
-from mmtensorar.model.protocols import BackboneConfig, ImageTokenizer
+from mmtensorar.model.protocols import ImageTokenizer
+from mmtensorar.recipe import BackboneConfig
 
 MODEL_TYPE = "llamagen"
 SIGNATURES = ("tok_embeddings.weight",)
@@ -291,8 +292,6 @@ class LlamaGenBackbone(PublishedBackbone):
 
 
 # ---- files ---------------------------------------------------------------------------------------
-
-official_name = LlamaGenBackbone.official_name
 
 
 def load(

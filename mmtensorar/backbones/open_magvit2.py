@@ -35,8 +35,8 @@ from mmtensorar.checkpoints.released import (
 )
 from mmtensorar.model import attention, kv_cache, layers
 from mmtensorar.model.conditions import Condition, ConditionKind, Prefix
-from mmtensorar.model.protocols import BackboneConfig, ImageTokenizer
-from mmtensorar.recipe import Section
+from mmtensorar.model.protocols import ImageTokenizer
+from mmtensorar.recipe import BackboneConfig, Section
 
 MODEL_TYPE = "open_magvit2"
 FIRST_TABLE = "transformer.pre_emb.weight"
@@ -337,9 +337,6 @@ def write_original(
         note = ""
     write_torch(target, {"state_dict": tensors})
     return f'Open-MAGVIT2{note} (a dictionary with the key "state_dict", which the original code reads)'
-
-
-official_name = OpenMagvit2Backbone.official_name
 
 
 def _config(source: Path, size: str | None) -> Architecture:

@@ -24,7 +24,7 @@ from mmtensorar.checkpoints.released import (
 )
 from mmtensorar.files import new_path, sha256
 from mmtensorar.model.protocols import ImageTokenizer
-from mmtensorar.recipe import Recipe, Section, named_section, strict_yaml
+from mmtensorar.recipe import NamedSection, Recipe, named_section, strict_yaml
 
 PATHS = ("text_tokenizer", "text_encoder")  # settings of a backbone that may be local paths
 
@@ -69,14 +69,16 @@ def convert(
     return _convert_backbone(source, folder, section, image_tokenizer)
 
 
-def _convert_image_tokenizer(source: Source, folder: Path, section: Section) -> str:
+def _convert_image_tokenizer(source: Source, folder: Path, section: NamedSection) -> str:
     with new_path(folder) as partial:
         image_tokenizers.load(section).save_pretrained(partial)
         _record_sources(partial, image_tokenizer=source)
     return f"{folder}: image tokenizer {source.kind}, for image_tokenizer.path"
 
 
-def _convert_backbone(source: Source, folder: Path, section: Section, image_tokenizer: str | None) -> str:
+def _convert_backbone(
+    source: Source, folder: Path, section: NamedSection, image_tokenizer: str | None
+) -> str:
     weights = backbones.lazy_weights(section)
     weights.check()
     backbone = weights.model
@@ -113,7 +115,7 @@ def _convert_backbone(source: Source, folder: Path, section: Section, image_toke
 
 
 def _write_recipe(
-    path: Path, kind: str, backbone: Any, section: Section, tokenizer_section: Section | None
+    path: Path, kind: str, backbone: Any, section: NamedSection, tokenizer_section: NamedSection | None
 ) -> None:
     """Write the recipe of a converted model: window 1, and the authors' sampler settings."""
     # Without an image tokenizer, the section names the usual one and a path that does not exist.
@@ -131,7 +133,7 @@ def _write_recipe(
     Recipe.load(path).save(path)
 
 
-def _section(key: str, source: Source, **settings: Any) -> Section:
+def _section(key: str, source: Source, **settings: Any) -> NamedSection:
     """The recipe's section of a source, with the settings that are not None. Raises ValueError."""
     given = {name: value for name, value in settings.items() if value is not None}
     section, problems = named_section(key, {"name": source.kind, "path": str(source.path)} | given)

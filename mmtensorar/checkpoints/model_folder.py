@@ -14,8 +14,6 @@ FOLDER/
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +27,7 @@ from torch import Tensor
 from mmtensorar import backbones, image_tokenizers
 from mmtensorar.checkpoints.index import FORMAT, INDEX, read_index
 from mmtensorar.checkpoints.released import meta_parameters
-from mmtensorar.files import fingerprint, read_json, sha256
+from mmtensorar.files import fingerprint, new_path, read_json, sha256
 from mmtensorar.model import adapters, attention, tensorar
 from mmtensorar.model.loss import LossSettings
 from mmtensorar.model.tensorar import TensorAR
@@ -94,8 +92,7 @@ def starting(recipe: Recipe) -> Recipe:
             f"train.init_from: {recipe.train.init_from} holds adapters; fold them in first: "
             "mmtensorar merge SOURCE TARGET"
         )
-    saved: Any = saved_recipe(recipe.train.init_from).backbone
-    section: Any = recipe.backbone
+    saved, section = saved_recipe(recipe.train.init_from).backbone, recipe.backbone
     if saved.name != section.name:
         raise ValueError(
             f"train.init_from: {recipe.train.init_from} holds a {saved.name} backbone, "
@@ -176,13 +173,7 @@ def model_to_train(recipe: Recipe) -> TensorAR:
 
 def start_fingerprint(recipe: Recipe) -> str:
     """`files.fingerprint` of the weights that a run starts from. A run resumes only on the same weights."""
-    return fingerprint(Path(recipe.train.init_from or _path(recipe)))
-
-
-def _path(recipe: Recipe) -> str:
-    """backbone.path: every backbone's section has one."""
-    section: Any = recipe.backbone
-    return section.path
+    return fingerprint(Path(recipe.train.init_from or recipe.backbone.path))
 
 
 def codec_state(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -199,7 +190,7 @@ def save(folder: str | Path, model: TensorAR, recipe: Recipe, *, step: int = 0) 
     The folder appears when it is complete, and replaces a model folder of the same name. Raises ValueError
     when folder exists and is something else, since replacing it would delete it.
     """
-    with _replaced(Path(folder)) as partial:
+    with _model_folder(Path(folder)) as partial:
         recipe.save(partial / "recipe.yaml")
         model.backbone.save_pretrained(partial / "backbone")
         _save_tensors(codec_state(model.state_dict()), partial / CODEC)
@@ -232,7 +223,7 @@ def save_adapters(
     state_dict: what was trained, with TensorAR's names. The backbone's weights are not copied; base.json
     names them.
     """
-    with _replaced(Path(folder)) as partial:
+    with _model_folder(Path(folder)) as partial:
         recipe.save(partial / "recipe.yaml")
         model = build(recipe, weights=False, device="meta")
         (partial / "backbone").mkdir()
@@ -240,7 +231,7 @@ def save_adapters(
         _save_tensors(adapters.state(dict(state_dict)), partial / ADAPTERS)
         _save_tensors(codec_state(state_dict), partial / CODEC)
         image_tokenizers.load(recipe.image_tokenizer).save_pretrained(partial / "image_tokenizer")
-        path = _path(recipe)
+        path = recipe.backbone.path
         base = {
             "path": str(Path(path).resolve()) if Path(path).exists() else path,
             "fingerprint": fingerprint(Path(path)),
@@ -261,28 +252,18 @@ def _check_free(folder: Path) -> None:
 
 
 @contextmanager
-def _replaced(folder: Path) -> Iterator[Path]:
+def _model_folder(folder: Path) -> Iterator[Path]:
     """A folder to write, which replaces a model folder at the end.
 
     Raises ValueError when the path exists and is something else.
     """
     _check_free(folder)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
-        yield partial
+        with new_path(folder, replace=True) as partial:
+            partial.mkdir()
+            yield partial
     except SafetensorError as error:  # for example when the disk is full
-        shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"{folder}: cannot be written ({error})") from error
-    # Renaming onto a folder that holds files fails, so the old one is renamed first, and deleted only when
-    # the new one is in place.
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(partial, folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_index(folder: Path, step: int, progress: Callable[[int], Any] = lambda size: None) -> None:
@@ -322,8 +303,7 @@ def saved_recipe(folder: str | Path, *, attn_implementation: attention.Implement
     folder = Path(folder)
     recipe = Recipe.load(folder / "recipe.yaml", [])
     path = read_base(folder)["path"] if (folder / BASE).is_file() else str(folder / "backbone")
-    section: Any = recipe.backbone
-    backbone = section.at(path).model_copy(update={"attn_implementation": attn_implementation})
+    backbone = recipe.backbone.at(path).model_copy(update={"attn_implementation": attn_implementation})
     return recipe.model_copy(
         update={
             "backbone": backbone,
@@ -336,7 +316,7 @@ def saved_recipe(folder: str | Path, *, attn_implementation: attention.Implement
 
 def recorded_backbone_path(folder: Path) -> str:
     """backbone.path in the saved recipe: the weights that training started from."""
-    return _path(Recipe.load(folder / "recipe.yaml"))
+    return Recipe.load(folder / "recipe.yaml").backbone.path
 
 
 def read_base(folder: Path) -> dict[str, str]:
@@ -387,10 +367,10 @@ def load(
 def _load_model(folder: Path, recipe: Recipe) -> TensorAR:
     """The model of a folder in float32 on the CPU, adapters folded in. recipe: see `saved_recipe`."""
     has_adapters = (folder / ADAPTERS).is_file()
-    if has_adapters and fingerprint(Path(_path(recipe))) != read_base(folder)["fingerprint"]:
+    if has_adapters and fingerprint(Path(recipe.backbone.path)) != read_base(folder)["fingerprint"]:
         raise ValueError(
             f"model folder {folder}: its adapters were trained on other weights than those now in "
-            f"{_path(recipe)}"
+            f"{recipe.backbone.path}"
         )
     backbone = backbones.load(recipe.backbone, device="cpu")
     model = tensorar.build(backbone, recipe.tensorar, loss=LossSettings.of(recipe.train))

@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mmtensorar.files import new_path
+from mmtensorar.files import new_path, read_json
 
 WEIGHTS = "model.safetensors"
 TORCH_WEIGHTS = "pytorch_model.bin"
@@ -126,15 +126,14 @@ def _weights_among(names: Sequence[str], *, where: Path | str, key: str) -> str:
 def read_config(folder: Path, *model_types: str, key: str) -> dict:
     """config.json of a folder.
 
-    Raises ValueError when it is missing, is not JSON, or has a model_type that is not in model_types.
+    Raises ValueError when it is missing or damaged, or has a model_type that is not in model_types.
     """
     if folder.is_file():
         raise ValueError(f"{key}: {folder} is a file; expected a folder with config.json")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{key}: {folder} has no config.json")
-    settings = _settings(folder)
-    model_type = settings.get("model_type") if isinstance(settings, dict) else None
-    if model_type not in model_types:
+    settings = read_json(folder / "config.json")
+    if (model_type := settings.get("model_type")) not in model_types:
         expected = " or ".join(map(repr, model_types))
         raise ValueError(f"{folder / 'config.json'}: model_type is {model_type!r}, expected {expected}")
     return settings
@@ -144,14 +143,6 @@ def write_config(folder: Path, model_type: str, settings: Mapping[str, Any]) -> 
     """Write config.json, for `read_config` to read."""
     content = {"model_type": model_type, **settings}
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _settings(folder: Path) -> Any:
-    path = folder / "config.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise ValueError(f"{path}: not JSON") from None
 
 
 def parse_config(architecture: type[Sizes], settings: Mapping[str, Any], folder: Path) -> Sizes:
@@ -182,14 +173,14 @@ def saved_config(architecture: type[Sizes], source: Path, model_type: str) -> Si
     """The config.json that this package saved in a folder or next to a file, as an architecture.
 
     None when there is no config.json, or when it has another model_type: official files have none, or one
-    with another meaning. Raises ValueError naming the file when it is not JSON, or a setting is
+    with another meaning. Raises ValueError naming the file when it is not a JSON object, or a setting is
     wrong.
     """
     folder = source if source.is_dir() else source.parent
     if not (folder / "config.json").is_file():
         return None
-    settings = _settings(folder)
-    if not isinstance(settings, dict) or settings.get("model_type") != model_type:
+    settings = read_json(folder / "config.json")
+    if settings.get("model_type") != model_type:
         return None
     return parse_config(architecture, settings, folder)
 
@@ -476,13 +467,13 @@ def _weight_files(path: Path, *, optional: bool) -> dict[Path, list[str] | None]
 
 def _read_index(index: Path) -> dict[Path, list[str]]:
     try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = read_json(index)["weight_map"]
         files: dict[Path, list[str]] = {}
         for tensor, name in names.items():
             if Path(name).name != name:
                 raise ValueError(f"{index}: names a file outside the folder, {name!r}")
             files.setdefault(index.parent / name, []).append(tensor)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError):
         raise ValueError(f"{index}: expected a weight_map of tensors to files") from None
     return files
 

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmtensorar.files import sha256, write_text
+from mmtensorar.files import read_json, sha256, write_text
 
 FORMAT = 1
 STATE = "state.json"
@@ -294,11 +294,11 @@ def recorded(folder: Path) -> dict:
     """state.json of a step's folder. Raises ValueError when it is damaged."""
     path = folder / STATE
     try:
-        record: Any = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
     except (OSError, ValueError):
         record = None
     kinds: Mapping[str, type] = {"step": int, "num_files": int, "sha256": dict}
-    if isinstance(record, dict) and record.get("format") != FORMAT:
+    if record is not None and record.get("format") != FORMAT:
         raise ValueError(
             f"{path}: run state format {record.get('format')!r}, expected {FORMAT}; start a new run with "
             "train.init_from"
@@ -334,10 +334,7 @@ def _opened(path: Path):
 
 def _layout(folder: Path, rank: int) -> dict:
     path = (folder / _name(rank)).with_suffix(".json")
-    try:
-        layout = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise ValueError(f"{path} is missing or damaged") from None
+    layout = read_json(path)
     if not _has(layout, LAYOUT):
         raise ValueError(f"{path}: expected {', '.join(LAYOUT)}")
     valid = all(

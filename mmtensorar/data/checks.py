@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
 
 from mmtensorar import ranks
 from mmtensorar.data.loader import worker_rows
@@ -35,7 +34,6 @@ def preflight(recipe: Recipe, image_tokenizer, caption_encoder: CaptionEncoder, 
     Raises ValueError, naming both sides, when the sets do not fit.
     """
     data = recipe.data
-    backbone: Any = recipe.backbone  # every backbone's section has a name
     manifests = read_manifests(data)
     _note_few_shards(data, manifests, grad_accum=recipe.train.grad_accum, world_size=world_size)
     rows = apportion_rows(data.weights, data.batch_size)
@@ -45,9 +43,9 @@ def preflight(recipe: Recipe, image_tokenizer, caption_encoder: CaptionEncoder, 
         validation[folder] = read_manifest(folder, shard_cache(data))
     for folder, manifest in (manifests | validation).items():
         _check_codes(folder, manifest, image_tokenizer)
-        _check_classes(folder, manifest, caption_encoder, backbone.name)
+        _check_classes(folder, manifest, caption_encoder, recipe.backbone.name)
         if data.text_features == "cached":
-            _check_features(folder, manifest, caption_encoder, backbone.name)
+            _check_features(folder, manifest, caption_encoder, recipe.backbone.name)
     if len({manifest.classes for manifest in (manifests | validation).values()}) > 1:
         raise ValueError(
             f"classes: {', '.join(manifests | validation)} have different ones; "

@@ -96,11 +96,6 @@ class Order:
             return np.zeros(stop - start, np.int64)
         return np.random.default_rng([BLOCKS, self.seed, *block]).permutation(stop - start)
 
-    def location(self, position: int) -> Location:
-        """The sample at a position."""
-        block, index = self.block(position)
-        return self.locations(block)[self.output_order(block)[index]]
-
     def _bounds(self, block: Block) -> tuple[int, int]:
         """Start and stop of a block on the line of its epoch."""
         length, num_longer = divmod(self.total, self.rows)  # the first lanes are one sample longer

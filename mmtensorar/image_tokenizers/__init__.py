@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mmtensorar.checkpoints.released import WEIGHTS, write_config
 from mmtensorar.model.protocols import Backbone, ImageTokenizer, ImageTokenizerFile
-from mmtensorar.recipe import RecipeError, Section, named_section
+from mmtensorar.recipe import NamedSection, RecipeError, named_section
 
 
 def file(name: str) -> ImageTokenizerFile:
@@ -30,7 +30,7 @@ def file(name: str) -> ImageTokenizerFile:
     return cast(ImageTokenizerFile, importlib.import_module(f"{__name__}.{name}"))
 
 
-def section(settings: dict) -> Section:
+def section(settings: dict) -> NamedSection:
     """Validate settings such as {"name": "janus_vq", "path": "FOLDER"}. Raises RecipeError."""
     validated, problems = named_section("image_tokenizer", settings)
     if validated is None or problems:
@@ -38,16 +38,12 @@ def section(settings: dict) -> Section:
     return validated
 
 
-def load(section: Section) -> ImageTokenizer:
+def load(section: NamedSection) -> ImageTokenizer:
     """The image tokenizer a section names, on the CPU.
 
     Raises ValueError or OSError, naming the path, when there is no such model or it does not fit.
     """
-    return _file_of(section).load(section)
-
-
-def _file_of(section: Any) -> ImageTokenizerFile:
-    return file(section.name)
+    return file(section.name).load(section)
 
 
 def check_fit(

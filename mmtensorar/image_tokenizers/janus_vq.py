@@ -25,7 +25,7 @@ from mmtensorar.checkpoints.released import (
     weight_hash,
 )
 from mmtensorar.image_tokenizers import Frozen, full_precision, llamagen_vq, shrink
-from mmtensorar.recipe import Section
+from mmtensorar.recipe import NamedSection
 
 SIGNATURES = ()  # a separate VQ model always has a config.json
 MODEL_TYPES = ("janus_vqgan",)
@@ -34,7 +34,7 @@ ORIGINAL_KEY = None  # its authors publish it inside Janus only
 INSIDE_JANUS = "model.vqmodel."
 
 
-class Config(Section):
+class Config(NamedSection):
     """The recipe's `image_tokenizer` section."""
 
     name: Literal["janus_vq"]
@@ -82,7 +82,7 @@ class JanusVQ(Frozen):
         return self.model.decode(rows)
 
     def vectors(self, codes: Tensor) -> Tensor:
-        """Codes [B, T, 1] -> [B, T, C] float32: their unit vectors."""
+        """Codes [B, T, 1] -> [B, T, C], of unit length."""
         return functional.normalize(self.model.quantize.embedding.weight, dim=-1)[codes[..., 0]]
 
     def official_tensors(self) -> dict[str, Tensor]:

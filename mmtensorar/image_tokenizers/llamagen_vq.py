@@ -28,7 +28,7 @@ from mmtensorar.checkpoints.released import (
 )
 from mmtensorar.image_tokenizers import FrozenWithConfig, full_precision
 from mmtensorar.model.protocols import Backbone
-from mmtensorar.recipe import Section
+from mmtensorar.recipe import NamedSection
 
 SIGNATURES = ("encoder.conv_blocks.0.res.0.conv1.weight",)
 MODEL_TYPES = ("llamagen_vq",)
@@ -41,7 +41,7 @@ OFFICIAL_FILE = re.compile(r"vq_ds\d+_(c2i|t2i)\.\w+")
 USAGE = "quantize.codebook_used"
 
 
-class Config(Section):
+class Config(NamedSection):
     """The recipe's `image_tokenizer` section."""
 
     name: Literal["llamagen_vq"]
@@ -290,6 +290,11 @@ class LlamaGenVQ(FrozenWithConfig):
     def decode(self, codes: Tensor) -> Tensor:
         """Codes [B, T, 1] -> [B, 3, H, W]."""
         return self.model.decode(codes[..., 0].unflatten(1, self.grid))
+
+    @torch.no_grad()
+    def vectors(self, codes: Tensor) -> Tensor:
+        """Codes [B, T, 1] -> [B, T, C], of unit length where the released model has l2_norm."""
+        return self.model.quantize(codes[..., 0].unflatten(1, self.grid)).flatten(2).mT
 
     def misfit(self, backbone: Backbone) -> str | None:
         """LlamaGen's codebooks for both conditions have one shape, and are not the same."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mmtensorar.checkpoints.released import ReleasedWeights, fill, locate, saved_config, weight_hash
 from mmtensorar.image_tokenizers import FrozenWithConfig
-from mmtensorar.recipe import Section
+from mmtensorar.recipe import NamedSection, Section
 
 MODEL_TYPE = "open_magvit2_lfq"
 SIGNATURES = ("decoder.adaptive.0.gamma.weight",)
@@ -33,7 +33,7 @@ WRAPPERS = ("state_dict",)  # where Lightning puts the tensors
 NUM_GROUPS, NORM_EPS = 32, 1e-6
 
 
-class Config(Section):
+class Config(NamedSection):
     """The recipe's `image_tokenizer` section.
 
     Published reconstruction scores use the averaged weights. The AR models were trained on the raw ones, and
@@ -271,6 +271,10 @@ class LFQ(FrozenWithConfig):
     def decode(self, codes: Tensor) -> Tensor:
         """Codes [B, T, F] -> [B, 3, H, W]."""
         return self.decoder(codes_to_latents(codes, self.config.factorized_bits, self.grid))
+
+    def vectors(self, codes: Tensor) -> Tensor:
+        """Codes [B, T, F] -> [B, T, C], exactly -1 or 1."""
+        return codes_to_latents(codes, self.config.factorized_bits, self.grid).flatten(2).mT
 
     def official_tensors(self) -> dict[str, Tensor]:
         """Those in use, raw or averaged, under the names of the raw ones."""

@@ -77,7 +77,7 @@ def input_windows(
     factor_sizes: Sequence[int],
     *,
     self_drafts: float = 0.0,
-    own_drafts: Callable[[Tensor], Tensor] | None = None,
+    sample_self_drafts: Callable[[Tensor], Tensor] | None = None,
     generator: Generator | None = None,
     rows: tuple[int, int] | None = None,
 ) -> Tensor:
@@ -90,10 +90,10 @@ def input_windows(
         clean: [B, S, K, F] int64, the true windows.
         rates: [B, S, K] float32 in [0, 1], the probability that a slot is redrawn.
         factor_sizes: V of each factor.
-        self_drafts: share of the redrawn slots that hold the model's own draft; the others
-            hold uniform noise.
-        own_drafts: (redrawn [B, S, K] bool) -> the model's own drafts [B, S, K, F]. It is
-            called only if self_drafts is above 0 and K above 1.
+        self_drafts: share of the redrawn slots that hold a draft sampled by the model; the
+            others hold uniform noise.
+        sample_self_drafts: (redrawn [B, S, K] bool) -> drafts that the model samples,
+            [B, S, K, F]. It is called only if self_drafts is above 0 and K above 1.
         generator, rows: see `redraw`.
 
     Returns:
@@ -104,10 +104,10 @@ def input_windows(
     inputs_BSKF = torch.where(redrawn_BSK[..., None], noise_BSKF, clean)
     if not self_drafts or K == 1:
         return inputs_BSKF
-    assert own_drafts is not None
-    own_BSKF = own_drafts(redrawn_BSK)
+    assert sample_self_drafts is not None
+    self_drafts_BSKF = sample_self_drafts(redrawn_BSK)
     taken_BSK = redrawn_BSK & (uniform((B, S, K), generator, rows, clean.device) < self_drafts)
-    return torch.where(taken_BSK[..., None], own_BSKF, inputs_BSKF)
+    return torch.where(taken_BSK[..., None], self_drafts_BSKF, inputs_BSKF)
 
 
 def redraw(

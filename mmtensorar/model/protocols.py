@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mmtensorar.model.conditions import CaptionEncoder, Condition, ConditionKind
 from mmtensorar.model.layers import Checkpointing
-from mmtensorar.recipe import Section
+from mmtensorar.recipe import BackboneConfig, NamedSection
 
 # ---- heads and caches ----------------------------------------------------------------------------
 
@@ -105,7 +105,7 @@ class Backbone(Protocol):
         """
         ...
 
-    def check_prompts(self, section: Section) -> None:
+    def check_prompts(self, section: BackboneConfig) -> None:
         """Raise ValueError when a file that `caption_encoder` needs is missing in the released model."""
         ...
 
@@ -155,21 +155,6 @@ class BackboneFile(Protocol):
         ...
 
 
-class BackboneConfig(Section):
-    """Base of the `backbone` sections. A subclass has name, path, attn_implementation, and more."""
-
-    def at(self, path: str) -> BackboneConfig:
-        """The section of the same backbone, saved in the folder `path`."""
-        return self.model_copy(update={"path": path})
-
-    def has_sizes(self) -> bool:
-        """Whether the model's sizes are known without a download.
-
-        They come from files on this machine, or from the section and our table of released models.
-        """
-        return Path(self.model_dump()["path"]).exists()
-
-
 # ---- image tokenizers ----------------------------------------------------------------------------
 
 
@@ -188,6 +173,10 @@ class ImageTokenizer(Protocol):
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes [B, T, F] -> [B, 3, H, W], about -1..1, not clamped."""
+        ...
+
+    def vectors(self, codes: Tensor) -> Tensor:
+        """Codes [B, T, F] -> [B, T, C] float32: the vector of each token that the decoder reads."""
         ...
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
@@ -214,7 +203,7 @@ class ImageTokenizer(Protocol):
 class ImageTokenizerFile(Protocol):
     """The names that a file in mmtensorar/image_tokenizers defines."""
 
-    Config: type[Section]  # validates the recipe's `image_tokenizer` section; has `name` and `path`
+    Config: type[NamedSection]  # validates the recipe's `image_tokenizer` section
     SIGNATURES: tuple[str, ...]  # tensors that only this tokenizer's released files have
     MODEL_TYPES: tuple[str, ...]  # model_type in config.json of its released folders and of ours
     ORIGINAL_KEY: str | None  # key of its authors' PyTorch file that holds the tensors; None: no such file

@@ -96,17 +96,17 @@ class TensorAR(nn.Module):
         # The last window is predicted only, never fed back.
         clean_BSKF, valid_SK = windows_BTKF[:, :-1], valid_TK[:-1]
 
-        def own_drafts(redrawn_BSK: Tensor) -> Tensor:
+        def sample_self_drafts(redrawn_BSK: Tensor) -> Tensor:
             # Without the redrawn slots, since in sampling the model never sees uniform noise.
             seen_BSK = valid_SK & ~redrawn_BSK
-            return self.own_drafts(clean_BSKF, seen_BSK, condition, uncond, generator, rows)
+            return self.sample_self_drafts(clean_BSKF, seen_BSK, condition, uncond, generator, rows)
 
         inputs_BSKF = drafts.input_windows(
             clean_BSKF,
             self.schedule(clean_BSKF.shape[:3], generator),
             self.backbone.factor_sizes,
             self_drafts=self.self_drafts,
-            own_drafts=own_drafts,
+            sample_self_drafts=sample_self_drafts,
             generator=generator,
             rows=rows,
         )
@@ -161,7 +161,7 @@ class TensorAR(nn.Module):
         return hidden[..., None, :] if self.decoder is None else self.decoder(hidden)
 
     @torch.no_grad()
-    def own_drafts(
+    def sample_self_drafts(
         self,
         inputs: Tensor,
         valid: Tensor,

@@ -13,7 +13,7 @@
 This room imports nothing else of the project. `python -m mmtensorar.recipe RECIPE.yaml` is the command.
 """
 
-from mmtensorar.recipe.errors import Problem, Problems, RecipeError
+from mmtensorar.recipe.errors import Problem, Problems, RecipeError, problems_of
 from mmtensorar.recipe.files import read_recipe, read_settings
 from mmtensorar.recipe.names import PACKAGES, known_names, known_schedules, named_section
 from mmtensorar.recipe.recipe import Recipe, fixed_on_resume
@@ -27,12 +27,14 @@ from mmtensorar.recipe.schema import (
     Train,
     Zero,
 )
-from mmtensorar.recipe.section import Section, may_change_on_resume, setting
+from mmtensorar.recipe.section import BackboneConfig, NamedSection, Section, may_change_on_resume, setting
 
 __all__ = [
     "PACKAGES",
+    "BackboneConfig",
     "Data",
     "Lora",
+    "NamedSection",
     "Optim",
     "Problem",
     "Problems",
@@ -49,6 +51,7 @@ __all__ = [
     "known_schedules",
     "may_change_on_resume",
     "named_section",
+    "problems_of",
     "read_recipe",
     "read_settings",
     "setting",

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from mmtensorar.recipe import strict_yaml
 from mmtensorar.recipe.errors import Problem, RecipeError, did_you_mean, problems_of, report
 from mmtensorar.recipe.names import PACKAGES, named_section
-from mmtensorar.recipe.section import Section
+from mmtensorar.recipe.section import BackboneConfig, Section
 
 AnySection = TypeVar("AnySection", bound=Section)
 File = tuple[Path, dict]
@@ -84,8 +84,9 @@ def validate(model: type[AnySection], settings: dict) -> tuple[AnySection | None
         if key in settings:
             section, invalid = named_section(key, settings[key])
             problems += invalid
-            # With an empty section in place of an invalid one, the others are still checked.
-            settings[key] = section or Section()
+            # With an empty section in place of an invalid one (of a type that is valid for
+            # every key), the others are still checked.
+            settings[key] = section or BackboneConfig.model_construct()
     try:
         recipe = model.model_validate(settings)
     except ValidationError as error:

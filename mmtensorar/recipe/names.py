@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from mmtensorar.recipe.errors import Problem, did_you_mean, problems_of
-from mmtensorar.recipe.section import Section
+from mmtensorar.recipe.section import NamedSection
 
 # Section -> the package whose modules it chooses from by `name`.
 PACKAGES = {"backbone": "mmtensorar.backbones", "image_tokenizer": "mmtensorar.image_tokenizers"}
@@ -31,12 +31,12 @@ def known_schedules() -> list[str]:
     return list(importlib.import_module("mmtensorar.model.drafts").SCHEDULES)
 
 
-def config_class(key: str, name: str) -> type[Section]:
+def config_class(key: str, name: str) -> type[NamedSection]:
     """The class that validates `KEY: {name: NAME, ...}`. name: one of known_names(key)."""
     return importlib.import_module(f"{PACKAGES[key]}.{name}").Config
 
 
-def named_section(key: str, settings: Any) -> tuple[Section | None, list[Problem]]:
+def named_section(key: str, settings: Any) -> tuple[NamedSection | None, list[Problem]]:
     """A backbone or image_tokenizer section, validated by the Config of the module that it names.
 
     Returns the section, or None, and the problems.

@@ -95,7 +95,7 @@ def four_bit_matrices_are_not_split(recipe: RecipeSections) -> Iterator[Problem]
 
 
 def flash_attention_needs_bf16(recipe: RecipeSections) -> Iterator[Problem]:
-    # Not every backbone has a choice of attention.
+    # Absent when the section is invalid, which is reported elsewhere.
     attention = recipe.backbone.model_dump().get("attn_implementation")
     if recipe.train.precision == "fp32" and attention == "flash_attention_2":
         yield (

@@ -13,7 +13,7 @@ from pydantic import SerializeAsAny, field_validator, model_validator
 
 from mmtensorar.recipe.errors import did_you_mean
 from mmtensorar.recipe.names import known_schedules
-from mmtensorar.recipe.section import Removed, Section, setting
+from mmtensorar.recipe.section import BackboneConfig, NamedSection, Removed, Section, setting
 
 STRIDES_REMOVED = "pictures sampled with strides were ruined in all three worlds of docs/study"
 NVME_REMOVED = "offloading to NVMe was never run with a GPU; use zero.offload_optimizer cpu"
@@ -423,10 +423,10 @@ class RecipeSections(Section):
     """All sections of a recipe, each checked by itself."""
 
     run: Run = setting(description="the run folder and the seed")
-    backbone: SerializeAsAny[Section] = setting(
+    backbone: SerializeAsAny[BackboneConfig] = setting(
         description="`name` is a module of mmtensorar/backbones, whose Config has the other settings"
     )
-    image_tokenizer: SerializeAsAny[Section] = setting(
+    image_tokenizer: SerializeAsAny[NamedSection] = setting(
         description="`name` is a module of mmtensorar/image_tokenizers, whose Config has the other settings"
     )
     tensorar: TensorARSettings = setting(TensorARSettings(), description="the method")

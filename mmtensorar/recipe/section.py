@@ -7,8 +7,20 @@ docs/recipe.md (docs.py) read this declaration.
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    Self,
+    Union,
+    get_args,
+    get_origin,
+)
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen, MultipleOf
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
@@ -74,6 +86,35 @@ class Section(BaseModel):
     def dump(self) -> str:
         """The settings as YAML, which loads again unchanged."""
         return strict_yaml.dump(self.model_dump(mode="json"))
+
+
+class NamedSection(Section):
+    """Base of the sections that name a module: `backbone` and `image_tokenizer`.
+
+    A subclass declares the settings below itself, each with its own type and description.
+    """
+
+    if TYPE_CHECKING:
+        name: str  # the module
+        path: str  # of the weights
+
+
+class BackboneConfig(NamedSection):
+    """Base of the `backbone` sections."""
+
+    if TYPE_CHECKING:
+        attn_implementation: str  # one of model.attention.Implementation
+
+    def at(self, path: str) -> Self:
+        """The section of the same backbone, saved in the folder `path`."""
+        return self.model_copy(update={"path": path})
+
+    def has_sizes(self) -> bool:
+        """Whether the model's sizes are known without a download.
+
+        They come from files on this machine, or from the section and our table of released models.
+        """
+        return Path(self.path).exists()
 
 
 # ---- types in words ------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any, get_args, get_origin
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from mmtensorar.recipe import SamplerSettings
+from mmtensorar.recipe import Problems, SamplerSettings, problems_of
 
 SAMPLING = tuple(SamplerSettings.model_fields)
 LOADING = ("device", "precision", "attn_implementation")
@@ -27,39 +27,20 @@ REMOVED = {"greedy": False, **{name: old.neutral for name, old in SamplerSetting
 # ---- values --------------------------------------------------------------------------------------
 
 
-def problems(given: Mapping[str, Any]) -> list[str]:
-    """The problems of sampling settings, each as "NAME is VALUE; ..."."""
-    try:
-        SamplerSettings.model_validate(dict(given))
-    except ValidationError as error:
-        return list(_sentences(error, given))
-    return []
-
-
-def _sentences(invalid: ValidationError, given: Mapping[str, Any]) -> Iterator[str]:
-    # For a setting that may be a number or a list, pydantic reports errors of both
-    # forms. Those of the form that was given come first here.
-    other_form = ("float_type", "int_type", "list_type")
-    reported = set()
-    for error in sorted(invalid.errors(), key=lambda error: error["type"] in other_form):
-        if not error["loc"]:  # an error of several settings together
-            yield error["msg"]
-        elif (name := str(error["loc"][0])) not in reported:
-            reported.add(name)
-            unknown = error["type"] == "extra_forbidden"
-            expected = f"expected one of {', '.join(SAMPLING)}" if unknown else error["msg"]
-            yield f"{name} is {given.get(name)!r}; {expected.replace('Input should', 'it should')}"
-
-
 def merge(settings: SamplerSettings, given: Mapping[str, Any]) -> SamplerSettings:
     """The settings, replaced by those given that are not None.
 
     Raises ValueError for an invalid setting.
     """
-    merged = settings.model_dump() | {name: value for name, value in given.items() if value is not None}
-    if invalid := problems(merged):
-        raise ValueError("; ".join(invalid))
-    return SamplerSettings.model_validate(merged)
+    return _validated(settings.model_dump() | {k: value for k, value in given.items() if value is not None})
+
+
+def _validated(given: Mapping[str, Any]) -> SamplerSettings:
+    """The settings. Raises ValueError naming each invalid one, in the words of a recipe's errors."""
+    try:
+        return SamplerSettings.model_validate(dict(given))
+    except ValidationError as error:
+        raise Problems(problems_of(error, SamplerSettings, given)) from None
 
 
 def without_removed(recorded: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,8 +102,10 @@ def _option_type(name: str, field: FieldInfo) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         values = [kind(part) for part in text.split(",")] if list in kinds else [kind(text)]
         value = values if len(values) > 1 else values[0]
-        if invalid := problems({name: value}):
-            raise argparse.ArgumentTypeError(invalid[0])
+        try:
+            _validated({name: value})
+        except Problems as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
         return value
 
     # argparse reports "invalid NAME value".

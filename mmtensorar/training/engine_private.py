@@ -84,11 +84,6 @@ def full_shape(parameter: Tensor) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def share(parameter: Any) -> Tensor:
-    """This rank's piece of a parameter that ZeRO-3 has cut."""
-    return parameter.ds_tensor
-
-
 # ---- flat tensors --------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -327,9 +327,8 @@ def report(recipe: Recipe, *, activations: bool = True) -> str:
     counts = parameters(model)
     share = counts["tensorar"] / counts["backbone"]
     tokens, flops = flops_per_step(recipe)
-    backbone: Any = recipe.backbone
     lines = [
-        f"{backbone.path}, window {model.window}, depth {recipe.tensorar.depth}",
+        f"{recipe.backbone.path}, window {model.window}, depth {recipe.tensorar.depth}",
         f"parameters   backbone   {counts['backbone']:>15,}",
         f"             TensorAR   {counts['tensorar']:>15,}  (+{share:.2%})",
         f"             trainable  {counts['trainable']:>15,}",

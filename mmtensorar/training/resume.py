@@ -21,8 +21,8 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
     return changes
 
 
-def saved_recipe(folder: Path) -> Recipe:
-    """The recipe of the latest training in a run folder."""
+def recipe_of_run(folder: Path) -> Recipe:
+    """The recipe that a run folder was last trained with."""
     return Recipe.load(folder / "recipe.yaml", [])
 
 
@@ -54,7 +54,7 @@ def find_progress(recipe: Recipe, *, resume: bool) -> int | None:
                 "run.name"
             )
         return None
-    changed = differences(fixed_on_resume(saved_recipe(folder)), fixed_on_resume(recipe))
+    changed = differences(fixed_on_resume(recipe_of_run(folder)), fixed_on_resume(recipe))
     if changed:
         raise ValueError(f"cannot resume {folder}: the recipe changed ({'; '.join(changed)})")
     return step

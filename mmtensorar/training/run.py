@@ -22,7 +22,7 @@ from mmtensorar.training.distributed import barrier, gather_lists, on_all_ranks,
 from mmtensorar.training.ema import Average
 from mmtensorar.training.engine import full_state_dict, monitor
 from mmtensorar.training.plan import SampleFlops
-from mmtensorar.training.resume import differences, saved_recipe
+from mmtensorar.training.resume import differences, recipe_of_run
 from mmtensorar.training.run_log import STOPPED, StepLog
 from mmtensorar.training.run_state import Saver
 from mmtensorar.training.stopwatch import Stopwatch, matmul_rate, slow_bfloat16
@@ -143,25 +143,25 @@ def lock_run_folder(recipe: Recipe, stack: ExitStack, device: torch.device) -> N
 
 def check_fit(recipe: Recipe, image_tokenizer: Any, model: Any) -> None:
     """Raise ValueError when the backbone predicts other codes than the image tokenizer's."""
-    backbone: Any = recipe.backbone  # every Config has a path; Section does not say so
-    section: Any = recipe.image_tokenizer
     image_tokenizers.check_fit(
-        image_tokenizer, model.backbone, image_tokenizer_path=section.path, backbone_path=backbone.path
+        image_tokenizer,
+        model.backbone,
+        image_tokenizer_path=recipe.image_tokenizer.path,
+        backbone_path=recipe.backbone.path,
     )
 
 
 def print_model(recipe: Recipe, model: Any) -> None:
     """On rank 0, print the trained parameters and the implementation of attention."""
     print_on_first(adapters.table(model, shape_of=engine_private.full_shape))
-    backbone: Any = recipe.backbone
-    print_on_first(f"attention: {backbone.attn_implementation}")
+    print_on_first(f"attention: {recipe.backbone.attn_implementation}")
 
 
 def print_changes(recipe: Recipe, start_step: int) -> None:
     """On rank 0, print that the run resumes, and which settings have changed."""
     print_on_first(f"continuing {recipe.run_dir} after step {start_step}")
     if ranks.is_first():
-        before = saved_recipe(recipe.run_dir).model_dump(mode="json")
+        before = recipe_of_run(recipe.run_dir).model_dump(mode="json")
         for change in differences(before, recipe.model_dump(mode="json")):
             print_on_first(f"note: from here {change}")
 

@@ -22,13 +22,12 @@ from mmtensorar.captions.encoders import ClassNumbers, T5Features
 from mmtensorar.model.conditions import CaptionEncoder, Condition
 from mmtensorar.model.protocols import (
     Backbone,
-    BackboneConfig,
     BackboneFile,
     ImageTokenizer,
     ImageTokenizerFile,
 )
 from mmtensorar.model.windows import slide
-from mmtensorar.recipe import SamplerSettings, Section
+from mmtensorar.recipe import BackboneConfig, NamedSection, SamplerSettings
 from mmtensorar.sampling.decode import decode
 from mmtensorar.sampling.noise import greedy
 from tests.helpers import fakes
@@ -160,7 +159,7 @@ def test_a_backbone_file_has_the_names_of_the_protocol(name):
 def test_an_image_tokenizer_file_has_the_names_of_the_protocol(name):
     file = importlib.import_module(f"mmtensorar.image_tokenizers.{name}")
     check_protocol(file, ImageTokenizerFile)
-    assert issubclass(file.Config, Section)
+    assert issubclass(file.Config, NamedSection)
     assert file.Config.model_fields["name"].annotation == Literal[name]
 
 
@@ -217,14 +216,14 @@ def test_the_example_condition_is_one_that_the_prefix_takes(tiny):
     assert backbone.prefix(example, UNCOND).embeds.shape == (*example.mask.shape, backbone.dim)
 
 
-def test_what_a_backbone_declares_is_usable(tiny):
+def test_the_declarations_of_a_backbone_are_usable(tiny):
     """Adapter targets are linear layers, and the sampler settings exist."""
     linear = [name for name, part in tiny.backbone.named_modules() if isinstance(part, nn.Linear)]
     assert any(re.fullmatch(tiny.backbone.lora_targets, name) for name in linear)
     SamplerSettings(**tiny.backbone.default_sampling)
 
 
-def test_a_backbone_is_itself_after_a_round_trip(tiny, tmp_path):
+def test_a_backbone_is_unchanged_by_saving_and_loading(tiny, tmp_path):
     """Through `save_pretrained` and `load`; tensor by tensor too, for models that do not fit into
     memory.
     """
@@ -307,7 +306,7 @@ def test_several_rows_after_a_cache(tiny):
 
 @pytest.mark.parametrize("draw", [greedy, None], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("window, cfg_scale", [(1, 1.0), (3, 3.0)])
-def test_a_prompt_gives_the_image_it_has_alone(tiny, window, cfg_scale, draw):
+def test_an_image_does_not_depend_on_the_other_prompts_of_its_batch(tiny, window, cfg_scale, draw):
     """Prompts of unequal length in one batch: neither neighbours nor padding change an image."""
     model, condition = wrap(tiny.backbone, window).eval(), tiny.condition
     if window > 1:
@@ -354,7 +353,7 @@ def test_an_image_tokenizer_is_frozen_and_in_eval_mode(image_tokenizer):
 
 
 def test_pixels_become_codes_and_codes_pixels(image_tokenizer):
-    """Checks shapes and ranges.
+    """Checks shapes and ranges, also those of the vectors that stand for the codes.
 
     There are no gradients, a picture has the same codes in any batch, and another size is refused.
     """
@@ -367,13 +366,16 @@ def test_pixels_become_codes_and_codes_pixels(image_tokenizer):
     assert torch.equal(codes[1:], image_tokenizer.encode(pixels[1:]))
     decoded = image_tokenizer.decode(codes)
     assert decoded.shape == pixels.shape and decoded.isfinite().all() and not decoded.requires_grad
+    vectors = image_tokenizer.vectors(codes)
+    assert vectors.shape[:2] == codes.shape[:2] and vectors.dtype == torch.float32
+    assert torch.equal(vectors[1:], image_tokenizer.vectors(codes[1:])) and not vectors.requires_grad
     with pytest.raises(
         ValueError, match=rf"pixels are \[{size}, {2 * size}\], the image tokenizer expects {size} a side"
     ):
         image_tokenizer.encode(torch.zeros(1, 3, size, 2 * size))
 
 
-def test_an_image_tokenizer_is_itself_after_a_round_trip(image_tokenizer, tmp_path):
+def test_an_image_tokenizer_is_unchanged_by_saving_and_loading(image_tokenizer, tmp_path):
     """Shards record the weight hash, which saving must not change.
 
     The file has half the bytes where that loses nothing.

@@ -85,7 +85,7 @@ def test_sizes_come_from_the_config(folder, vq):
     assert (vq.grid, vq.factor_sizes, vq.image_size) == ((4, 4), (48,), 8)
 
 
-def test_vq_whole_and_alone_are_one_tokenizer(vq, tmp_path):
+def test_the_vq_model_inside_a_janus_equals_the_separate_one(vq, tmp_path):
     """Shards record the weight hash, so it must not depend on the file that the weights came from."""
     vq.save_pretrained(tmp_path)
     alone = image_tokenizers.load(janus_vq.Config(name="janus_vq", path=str(tmp_path)))
@@ -151,7 +151,7 @@ def test_a_missing_tensor_is_named(saved):
 
 
 @pytest.mark.parametrize("name", ["model.language_model.layers.7.mlp.up_proj.weight", "banana"])
-def test_a_tensor_that_the_configuration_has_no_place_for_is_named(saved, name):
+def test_an_unexpected_tensor_is_named(saved, name):
     """A model with more layers than its config states used to load as a smaller model."""
     path = saved / "model.safetensors"
     save_file(load_file(path) | {name: torch.zeros(2)}, path, {"format": "pt"})
@@ -211,7 +211,7 @@ def deepseek_folder(reference, tmp_path) -> Path:
     return tmp_path
 
 
-def test_both_layouts_are_one_model(deepseek_folder, folder, vq, tmp_path):
+def test_both_layouts_load_as_the_same_model(deepseek_folder, folder, vq, tmp_path):
     """Weights, sizes and weight hash are equal, so shards encoded with one layout fit a recipe with
     the other.
     """
@@ -231,7 +231,7 @@ def test_both_layouts_are_one_model(deepseek_folder, folder, vq, tmp_path):
     )
 
 
-def test_a_deepseek_config_that_lacks_a_part_is_named(deepseek_folder):
+def test_a_part_missing_in_a_deepseek_config_is_named(deepseek_folder):
     settings = json.loads((deepseek_folder / "config.json").read_text())
     del settings["gen_head_config"]
     (deepseek_folder / "config.json").write_text(json.dumps(settings))
@@ -246,7 +246,7 @@ def test_a_part_that_is_missing_is_named(deepseek_folder):
         load(deepseek_folder)
 
 
-def test_shapes_need_the_configuration_alone(deepseek_folder):
+def test_shapes_need_only_the_configuration(deepseek_folder):
     """A rank that receives its weights from another rank downloads *.json.
 
     That includes the index of weight files that are not there.

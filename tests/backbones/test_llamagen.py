@@ -50,7 +50,7 @@ def codes_of(backbone, batch: int = 3) -> Tensor:
 
 
 @torch.no_grad()
-def test_what_stands_in_the_padding_is_never_seen():
+def test_padding_never_affects_the_output():
     """The null caption has values in every slot. Under a short caption's mask only its last slots count."""
     backbone = tiny_llamagen("text")
     condition, everything = llamagen_condition(backbone), torch.ones(3, dtype=torch.bool)
@@ -162,7 +162,7 @@ def test_flash_attention_is_refused_where_it_cannot_run(monkeypatch):
 
 
 @torch.no_grad()
-def test_eager_and_sdpa_give_one_model(backbone):
+def test_eager_and_sdpa_give_equal_outputs(backbone):
     codes, condition = codes_of(backbone), llamagen_condition(backbone)
     losses = []
     for name in ("sdpa", "eager"):
@@ -175,7 +175,10 @@ def test_eager_and_sdpa_give_one_model(backbone):
 
 
 def official_state(backbone) -> dict[str, Tensor]:
-    return {llamagen.official_name(name): value.clone() for name, value in backbone.state_dict().items()}
+    return {
+        llamagen.LlamaGenBackbone.official_name(name): value.clone()
+        for name, value in backbone.state_dict().items()
+    }
 
 
 def load(path: Path, **settings):
@@ -379,7 +382,7 @@ def test_left_pad():
     assert condition.mask.int().tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
 
 
-def test_the_text_encoder_goes_where_the_model_is(t5_folder, monkeypatch):
+def test_the_text_encoder_moves_to_the_device_of_the_model(t5_folder, monkeypatch):
     """With --device cpu on a machine with a GPU, it once ran on the GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     encode = encoders.T5Features(
@@ -451,7 +454,7 @@ def test_cleaning(caption, expected):
     assert cleaning.prepare(caption, "original") == expected
 
 
-def test_cleaning_a_long_caption_ends():
+def test_cleaning_a_long_caption_terminates():
     """Patterns with lookahead took minutes for the 64 KiB that a caption may have, while all ranks
     waited.
     """
@@ -462,7 +465,7 @@ def test_cleaning_a_long_caption_ends():
     )
 
 
-def test_cleaning_says_which_package_it_needs(monkeypatch):
+def test_cleaning_names_the_missing_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "ftfy", None)
     with pytest.raises(ValueError, match=r"needs the package ftfy: pip install -e '\.\[text\]'"):
         encoders.T5Features("x", num_slots=5, dim=6)

@@ -25,7 +25,7 @@ from mmtensorar.captions.encoders import ClassNumbers
 from mmtensorar.checkpoints.released import ReleasedWeights, locate, parse_config, read_config, write_torch
 from mmtensorar.model import attention, layers
 from mmtensorar.model.conditions import Prefix
-from mmtensorar.model.protocols import BackboneConfig
+from mmtensorar.recipe import BackboneConfig
 
 SIGNATURES = ("tiny_embed.weight",)
 MODEL_TYPES = ("one_file",)
@@ -136,14 +136,14 @@ from torch import nn
 
 from mmtensorar.checkpoints.released import ReleasedWeights, fill, locate, weight_hash
 from mmtensorar.image_tokenizers import FrozenWithConfig
-from mmtensorar.recipe import Section
+from mmtensorar.recipe import NamedSection
 
 SIGNATURES = ("one_file_rows.weight",)
 MODEL_TYPES = ("one_file_vq",)
 ORIGINAL_KEY = "model"
 
 
-class Config(Section):
+class Config(NamedSection):
     name: Literal["one_file_vq"]
     path: str
 
@@ -166,6 +166,9 @@ class OneFileVQ(FrozenWithConfig):
     def decode(self, codes):
         patches = self.one_file_rows(codes[..., 0]).unflatten(-1, (3, 2, 2)).unflatten(1, (2, 2))
         return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+    def vectors(self, codes):
+        return self.one_file_rows(codes[..., 0])
 
     def official_tensors(self):
         return self.state_dict()
@@ -249,6 +252,7 @@ def package(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.mark.launch
 def test_one_file_is_enough(package, tmp_path):
     """Its released files are recognised and converted; recipe, plan, loss and the conversion back
     work too.

@@ -43,7 +43,7 @@ def random_codes(batch: int = 3, num_tokens: int = 9, sizes: tuple[int, ...] = (
 # ---- the model -----------------------------------------------------------------------------------
 
 
-def test_the_factorised_attention_is_the_spatial_one():
+def test_the_factorised_attention_equals_the_spatial_one():
     """For two positions it equals causal attention with the first two rows of the positions' rotary
     table.
     """
@@ -334,7 +334,7 @@ def test_a_wrong_pickle_is_refused_by_name(saved, tmp_path):
         load(saved)
 
 
-def test_an_official_file_of_no_known_width_is_refused(saved):
+def test_an_official_file_of_unknown_width_is_refused(saved):
     """Without config.json the width distinguishes B, L and XL; then everything has to fit."""
     path = pickled(saved)
     (path / "config.json").unlink()
@@ -372,7 +372,7 @@ def test_captions_are_class_numbers(saved):
             encode([caption])
 
 
-def test_the_last_row_of_the_table_is_no_class(saved):
+def test_the_last_row_of_the_table_is_not_a_class(saved):
     backbone = load(saved)
     prefix = backbone.prefix(class_condition(1, 2), torch.tensor([False, True]))
     assert torch.equal(prefix.embeds[:, 0], backbone.prefix.class_emb.embedding_table.weight[[1, 5]])
@@ -402,7 +402,7 @@ def official(
     return folder
 
 
-def test_averaged_weights_are_preferred_and_a_setting(tmp_path):
+def test_averaged_weights_are_the_default_and_can_be_switched_off(tmp_path):
     """When raw weights exist too, the averaged ones are used by default.
 
     A saved tokenizer records which ones it has.

@@ -108,7 +108,10 @@ def write_llamagen(
     path: Path, condition: str = "class", dtype=torch.float32, **changes: Tensor | None
 ) -> None:
     backbone = tiny_llamagen(condition, num_tokens=16, num_kv_heads=2)
-    tensors = {llamagen.official_name(name): value.to(dtype) for name, value in backbone.state_dict().items()}
+    tensors = {
+        llamagen.LlamaGenBackbone.official_name(name): value.to(dtype)
+        for name, value in backbone.state_dict().items()
+    }
     tensors |= {name.replace("__", "."): value for name, value in changes.items()}
     tensors = {name: value for name, value in tensors.items() if value is not None}
     torch.save({"model": tensors, "optimizer": {"state": {}, "param_groups": []}, "steps": 7}, path)
@@ -116,7 +119,10 @@ def write_llamagen(
 
 def write_open_magvit2(path: Path, inside: bool = True) -> None:
     """An Open-MAGVIT2 file as Lightning saves it."""
-    tensors = {open_magvit2.official_name(n): v for n, v in tiny_open_magvit2(side=4).state_dict().items()}
+    tensors = {
+        open_magvit2.OpenMagvit2Backbone.official_name(n): v
+        for n, v in tiny_open_magvit2(side=4).state_dict().items()
+    }
     if inside:
         lfq = open_magvit2_lfq.LFQ(open_magvit2_lfq.RELEASED[2])
         tensors |= {open_magvit2_lfq.INSIDE_AR + name: value for name, value in lfq.state_dict().items()}
@@ -238,7 +244,7 @@ def test_open_magvit2_there_and_back(tmp_path):
     assert equal(state(tmp_path / "lfq.ckpt", "state_dict"), dict(inside.state_dict()))
 
 
-def test_image_tokenizers_alone(hub, tmp_path):
+def test_an_image_tokenizer_is_converted_without_a_backbone(hub, tmp_path):
     """Image tokenizers are recognised by their tensors; image_tokenizers.load accepts the folder."""
     lfq = open_magvit2_lfq.LFQ(open_magvit2_lfq.RELEASED[2])
     torch.save({"state_dict": lfq.state_dict() | {"loss.logvar": torch.zeros(1)}}, tmp_path / "lfq.ckpt")
@@ -260,7 +266,7 @@ def test_image_tokenizers_alone(hub, tmp_path):
     assert hashes[2] == hashes[3]
 
 
-def test_numbers_stay_as_they_are_stored_and_files_come_in_shards(monkeypatch, tmp_path):
+def test_values_keep_their_stored_dtype_and_weights_are_split_into_files(monkeypatch, tmp_path):
     """A bf16 model is not expanded to float32, and at most one shard of it is in memory."""
     monkeypatch.setattr(weights, "SHARD_BYTES", 2000)
     write_llamagen(tmp_path / "c2i_B_64.pt", dtype=torch.bfloat16)
@@ -274,7 +280,7 @@ def test_numbers_stay_as_they_are_stored_and_files_come_in_shards(monkeypatch, t
     assert equal(state(tmp_path / "back.pt", "model"), state(tmp_path / "c2i_B_64.pt", "model"))
 
 
-def test_without_an_image_tokenizer_there_are_codes_but_no_images(tmp_path, capsys):
+def test_without_an_image_tokenizer_a_model_gives_codes_but_no_images(tmp_path, capsys):
     write_llamagen(tmp_path / "gpt.pt")
     assert run(tmp_path / "gpt.pt", tmp_path / "model", "--image-size", 64) == 0
     assert "without image tokenizer" in capsys.readouterr().out
@@ -370,7 +376,7 @@ def test_a_bf16_janus_stays_bf16_where_that_loses_nothing(hub, exact, tmp_path):
     assert dtype == ("bfloat16" if exact else "float32")
 
 
-def test_both_layouts_of_janus_give_one_checkpoint(hub, tmp_path):
+def test_both_layouts_of_janus_give_the_same_model_folder(hub, tmp_path):
     """Converting back restores the layout of the source."""
     tensors = write_deepseek(hub, tmp_path / "deepseek")
     assert run(hub, tmp_path / "a") == run(tmp_path / "deepseek", tmp_path / "b") == 0
@@ -386,7 +392,7 @@ def test_both_layouts_of_janus_give_one_checkpoint(hub, tmp_path):
     )
 
 
-def test_generate_takes_the_folder(hub, tmp_path):
+def test_generate_reads_a_converted_folder(hub, tmp_path):
     assert run(hub, tmp_path / "model") == 0
     options = ["--ckpt", str(tmp_path / "model"), "--prompt", "a red circle", "--out", str(tmp_path / "out")]
     assert generate.main(options) == 0
@@ -402,7 +408,7 @@ def test_generate_takes_the_folder(hub, tmp_path):
     assert model_folder.load(tmp_path / "alone").image_tokenizer is None
 
 
-def test_what_janus_needs_to_go_back(hub, tmp_path, capsys):
+def test_converting_janus_back_needs_the_original_folder(hub, tmp_path, capsys):
     """No checkpoint holds the vision tower, so the original must be available, with the weights
     that the model started from.
     """
@@ -430,7 +436,7 @@ def test_what_janus_needs_to_go_back(hub, tmp_path, capsys):
 # ---- windows -------------------------------------------------------------------------------------
 
 
-def test_a_window_above_1_goes_back_only_when_asked_to_lose_it(tmp_path, capsys):
+def test_a_window_above_1_converts_back_only_with_the_option_that_drops_it(tmp_path, capsys):
     write_open_magvit2(tmp_path / "ar.ckpt")
     assert run(tmp_path / "ar.ckpt", tmp_path / "model") == 0
     recipe = Recipe.load(tmp_path / "model" / "recipe.yaml", ["tensorar.window=3", "tensorar.num_heads=2"])
@@ -518,7 +524,7 @@ def test_a_broken_config_is_named(hub, tmp_path, capsys):
         assert "config.json: not a valid JanusConfig" in refused(capsys, tmp_path / "broken", tmp_path / "m")
 
 
-def test_options_without_use_are_refused(hub, tmp_path, capsys):
+def test_options_that_have_no_effect_are_refused(hub, tmp_path, capsys):
     """A setting that changes nothing is a misunderstanding."""
     assert "--base has no use without --original" in refused(capsys, hub, tmp_path / "m", "--base", hub)
     assert "--kind has no use with --original" in refused(

@@ -153,12 +153,12 @@ def test_a_saved_backbone_keeps_its_text_tokenizer(bench, saved):
     assert not torch.equal(after.values[0], after.values[1]), "the words are known"
 
 
-def test_absent_folder_is_named(tmp_path):
+def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"no model folder at .*nowhere: expected checkpoint\.json"):
         model_folder.load(tmp_path / "nowhere")
 
 
-def test_damage_is_named(bench, saved, tmp_path):
+def test_a_damaged_file_is_named(bench, saved, tmp_path):
     shutil.copytree(bench / "model", tmp_path / "model")
     path = tmp_path / "model" / model_folder.CODEC
     damage(path)
@@ -169,13 +169,13 @@ def test_damage_is_named(bench, saved, tmp_path):
         model_folder.load(tmp_path / "model")
 
 
-def test_other_format_is_refused(tmp_path):
+def test_another_format_is_refused(tmp_path):
     (tmp_path / model_folder.INDEX).write_text(json.dumps({"format": 99}))
     with pytest.raises(ValueError, match=r"checkpoint\.json: .*format 99, expected 1"):
         model_folder.load(tmp_path)
 
 
-def test_a_folder_that_is_no_checkpoint_is_not_replaced(bench, tmp_path):
+def test_a_folder_that_is_not_a_model_folder_is_not_replaced(bench, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="is not a model folder"):
         model_folder.save_state_dict(tmp_path, {}, make(bench, 3))
@@ -192,7 +192,7 @@ def test_loading_needs_no_deepspeed():
 @pytest.mark.parametrize(
     "settings", [{}, {"parts": "lora"}, {"init_from": "saved"}, {"freeze": [r"layers\.0"]}]
 )
-def test_a_model_read_tensor_by_tensor_is_the_whole_one(bench, saved, settings):
+def test_a_model_read_tensor_by_tensor_equals_one_read_whole(bench, saved, settings):
     """This is how ZeRO-3 reads a model.
 
     The modules have no values; every tensor is read from the files when it is needed; buffers that

@@ -61,7 +61,7 @@ def repository(tmp_path, name: str, *files: str):
         (["README.md", "imagenet_256_L.ckpt"], ["*.json", "*.jinja", "imagenet_256_L.ckpt"]),
     ],
 )
-def test_only_what_is_needed_of_a_repository_is_fetched(files, patterns, tmp_path, hub):
+def test_only_the_needed_files_of_a_repository_are_downloaded(files, patterns, tmp_path, hub):
     repository(tmp_path, "owner/name", *files)
     found = released.locate("owner/name", key="backbone.path")
     assert hub == [("list", "owner/name"), ("folder", "owner/name", patterns)]
@@ -70,7 +70,7 @@ def test_only_what_is_needed_of_a_repository_is_fetched(files, patterns, tmp_pat
     assert hub[2:] == [("folder", "owner/name", ["*.json", "*.jinja"])]
 
 
-def test_a_repository_of_many_files_is_not_fetched(tmp_path, hub):
+def test_a_repository_of_several_weights_files_is_not_downloaded(tmp_path, hub):
     """It was once downloaded completely, tens of GB, and then refused."""
     repository(tmp_path, "owner/name", "c2i_B_256.pt", "c2i_L_256.pt")
     with pytest.raises(
@@ -82,7 +82,7 @@ def test_a_repository_of_many_files_is_not_fetched(tmp_path, hub):
     assert hub[1:] == [("file", "owner/name", "c2i_L_256.pt")]
 
 
-def test_without_network_what_was_fetched_before_will_do(tmp_path, hub, monkeypatch):
+def test_without_network_earlier_downloads_are_used(tmp_path, hub, monkeypatch):
     repository(tmp_path, "owner/name", "config.json", "model.safetensors")
 
     def down(repo):
@@ -111,10 +111,10 @@ def test_llamagen_takes_a_repository_or_a_file_of_one(path, tmp_path, hub):
     assert all(torch.equal(value, backbone.state_dict()[name]) for name, value in loaded.state_dict().items())
 
 
-def test_a_damaged_config_is_not_taken_for_none(tmp_path):
+def test_a_damaged_config_is_not_treated_as_missing(tmp_path):
     """It was once ignored, and the sizes were guessed from the tensors."""
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json: not JSON"):
+    with pytest.raises(ValueError, match=r"config\.json: expected one JSON object"):
         released.saved_config(llamagen.Architecture, tmp_path, "llamagen")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     assert released.saved_config(llamagen.Architecture, tmp_path, "llamagen") is None

@@ -73,7 +73,7 @@ def readers() -> list:
 
 @pytest.mark.parametrize("name", MEMBERS)
 @pytest.mark.parametrize("reader", readers())
-def test_it_is_refused_and_does_nothing(tmp_path, monkeypatch, name, reader):
+def test_hostile_input_is_refused_and_has_no_effect(tmp_path, monkeypatch, name, reader):
     folder, mark = tmp_path / "a" / "b" / "set", tmp_path / "mark"
     folder.parent.mkdir(parents=True)
     fuzz.write_good(folder)
@@ -97,7 +97,7 @@ def test_it_is_refused_and_does_nothing(tmp_path, monkeypatch, name, reader):
 @pytest.mark.parametrize(
     "place", ["pipe:touch {mark}", "pipe:touch {mark} |.tar", "file://{mark}", "ftp://host/set"]
 )
-def test_no_place_is_a_command(tmp_path, place, monkeypatch, capsys):
+def test_no_location_runs_a_command(tmp_path, place, monkeypatch, capsys):
     """The same holds wherever a recipe or an option names shards or sources."""
     from data_tools import check_shards, encode_codes, inspect_shards, make_shards
     from mmtensorar.data import loader

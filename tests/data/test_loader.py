@@ -43,7 +43,7 @@ def numbers(batches) -> list[int]:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_skipping_equals_having_read(folder, num_workers):
+def test_skipping_batches_equals_reading_them(folder, num_workers):
     """A resumed run reads exactly the batches it would have read: inside an epoch, at its end, and
     epochs later.
     """
@@ -60,7 +60,7 @@ def test_every_epoch_holds_every_sample_once_in_another_order(folder):
     assert first != second != sorted(second)
 
 
-def test_the_seed_changes_the_order_and_the_coins(folder):
+def test_the_seed_changes_the_order_and_the_unconditional_rows(folder):
     one, other = (take(make_recipe(folder, seed=seed), 5) for seed in (1, 2))
     assert one == take(make_recipe(folder, seed=1), 5)
     assert [batch for batch, _ in one] != [batch for batch, _ in other]
@@ -113,7 +113,7 @@ def test_the_order_is_the_same_for_any_accumulation(many, grad_accum):
     assert global_batches(many, 2, 0, 5, grad_accum=grad_accum) == global_batches(many, 1, 0, 5)
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(many):
+def test_a_run_resumes_on_another_number_of_ranks(many):
     """2 ranks, then 1, then 4: no sample is lost or read twice."""
     whole = global_batches(many, 1, 0, 14)
     parts = (
@@ -191,7 +191,7 @@ def test_preflight_names_both_sides_of_a_mismatch(folder, other, sentence):
         (caption_encoder, "holds images of numbered classes, but the fake backbone takes captions"),
     ],
 )
-def test_classes_are_for_a_backbone_of_as_many_classes(tmp_path, encoder, sentence):
+def test_classes_need_a_backbone_with_the_same_number_of_classes(tmp_path, encoder, sentence):
     """A text-conditional model would be trained on the captions 0, 1 and 2 without an error."""
     folder = write_set(tmp_path / "set", [2])
     Manifest.read(folder).model_copy(update={"classes": ("cat", "dog", "owl")}).write(folder)
@@ -271,7 +271,7 @@ def three(tmp_path_factory) -> list[Path]:
     ]
 
 
-def test_each_set_owns_rows_by_its_weight_and_has_epochs_of_its_own(three):
+def test_every_set_has_rows_by_its_weight_and_its_own_epochs(three):
     recipe = with_sets(
         make_recipe(three[0], batch_size=8), dict(zip(map(str, three), (5, 2, 1), strict=True))
     )
@@ -297,7 +297,7 @@ def test_the_order_of_several_sets_is_the_same_for_any_ranks_and_readers(three, 
     assert batches(world_size, num_workers, 5)[:3] == batches(1, 0, 0)[5:]
 
 
-def test_every_rank_gets_of_every_set():
+def test_every_rank_reads_from_every_set():
     """The rows of a set are spread over the batch, not put at its beginning."""
     owners = [number for number, _ in shard_mixture.spread_rows([8, 4, 4])]
     for rank in range(4):
@@ -322,7 +322,7 @@ def test_rows_add_up_to_the_batch_and_follow_the_weights():
         shard_mixture.apportion_rows({"a": 1, "b": 0.01}, 4)
 
 
-def test_preflight_looks_at_every_set(three, tmp_path):
+def test_preflight_checks_every_set(three, tmp_path):
     recipe = with_sets(make_recipe(three[0], batch_size=8), {str(folder): 1.0 for folder in three})
     one = checks.preflight(recipe, fake_tokenizer(), caption_encoder, world_size=2)
     assert one != checks.preflight(
@@ -392,7 +392,7 @@ def skipping(folder: Path, steps: int, *, rank=0, world_size=1, skip=0, num_work
     return [(batch.condition.values[:, 0].tolist(), batch.skipped) for batch in islice(stream, steps)]
 
 
-def test_a_damaged_sample_is_told_and_another_takes_its_place(damaged):
+def test_a_damaged_sample_is_reported_and_another_takes_its_place(damaged):
     batches = skipping(damaged, 5)  # one epoch
     seen = numbers([(batch, None) for batch, _ in batches])
     assert len(seen) == 40 and set(seen) == set(range(40)) - BAD
@@ -406,7 +406,7 @@ def test_a_damaged_sample_is_told_and_another_takes_its_place(damaged):
 
 
 @pytest.mark.parametrize(("world_size", "num_workers"), [(1, 2), (2, 0), (4, 0)])
-def test_what_takes_a_place_does_not_depend_on_ranks_readers_or_resuming(damaged, world_size, num_workers):
+def test_the_replacement_does_not_depend_on_ranks_readers_or_resuming(damaged, world_size, num_workers):
     whole = skipping(damaged, 9)
     ranks = [
         skipping(damaged, 9, rank=r, world_size=world_size, num_workers=num_workers)
@@ -427,7 +427,7 @@ def test_a_missing_shard_is_skipped_sample_by_sample(damaged):
     assert sum(len(skipped) for _, skipped in batches) == len(BAD) + 10
 
 
-def test_nothing_whole_in_a_set_is_an_error(tmp_path):
+def test_a_set_without_a_valid_sample_is_an_error(tmp_path):
     folder = write_set(tmp_path / "set", [4])
     damage(folder, "00000.tar", {f"{number:09d}" for number in range(4)}, without_caption)
     with pytest.raises(ValueError, match="no txt member; and no undamaged"):
@@ -438,7 +438,7 @@ def test_nothing_whole_in_a_set_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-def test_validation_sees_every_sample_once_and_all_ranks_as_many_batches(many, world_size):
+def test_validation_reads_every_sample_once_with_equal_batches_on_all_ranks(many, world_size):
     recipe = make_recipe(many)
     recipe.data = recipe.data.model_copy(update={"validation": str(many), "validation_batch_size": 4})
     found, lengths = {}, set()
@@ -472,7 +472,7 @@ def test_validation_takes_the_middle_crop(tmp_path, crops, middle):
     assert sorted(codes) == [[index, middle if crops > 1 else index] for index in range(7)]
 
 
-def test_epochs_are_so_many_steps(three):
+def test_epochs_are_converted_to_steps(three):
     recipe = with_sets(make_recipe(three[0], batch_size=8), {str(folder): 1.0 for folder in three})
     recipe.train = Train(epochs=2.5)
     assert loader.steps_of(recipe) == int(2.5 * 57 / 8)

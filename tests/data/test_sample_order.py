@@ -10,6 +10,7 @@ import pytest
 
 from mmtensorar.data.loader import worker_rows
 from mmtensorar.data.sample_order import Block, Location, Order
+from tests.helpers.orders import location
 
 CASES = [
     ([5], 1, 0),
@@ -27,13 +28,13 @@ def test_every_epoch_holds_every_sample_once(counts, rows, shuffle):
     whole = {Location(shard, sample) for shard, count in enumerate(counts) for sample in range(count)}
     for epoch in range(3):
         found = [
-            order.location(position) for position in range(epoch * order.total, (epoch + 1) * order.total)
+            location(order, position) for position in range(epoch * order.total, (epoch + 1) * order.total)
         ]
         assert len(found) == len(whole) and set(found) == whole
 
 
 @pytest.mark.parametrize(("counts", "rows", "shuffle"), CASES)
-def test_a_block_is_read_along_its_shards(counts, rows, shuffle):
+def test_a_block_is_read_shard_by_shard(counts, rows, shuffle):
     """Reading is sequential: each shard of a block comes once, with rising samples, and the next
     block starts where it ended.
     """
@@ -56,10 +57,10 @@ def test_a_block_is_read_along_its_shards(counts, rows, shuffle):
 def test_seed_and_epoch_change_the_order():
     counts = [10] * 10
     orders = [
-        [Order(counts, rows=5, seed=seed, shuffle=50).location(p) for p in range(200)] for seed in (1, 2)
+        [location(Order(counts, rows=5, seed=seed, shuffle=50), p) for p in range(200)] for seed in (1, 2)
     ]
     assert orders[0] != orders[1] and orders[0][:100] != orders[0][100:]
-    assert orders[0] == [Order(counts, rows=5, seed=1, shuffle=50).location(p) for p in range(200)]
+    assert orders[0] == [location(Order(counts, rows=5, seed=1, shuffle=50), p) for p in range(200)]
 
 
 def test_a_block_is_permuted():
@@ -68,7 +69,7 @@ def test_a_block_is_permuted():
     assert sorted(given) == list(range(100)) and list(given) != list(range(100))
 
 
-def test_nothing_to_order_is_refused():
+def test_an_order_of_no_samples_is_refused():
     for counts, rows in (([], 1), ([0], 1), ([1], 0)):
         with pytest.raises(ValueError, match="expected at least one of each"):
             Order(counts, rows=rows, seed=0, shuffle=0)
@@ -99,7 +100,7 @@ def test_a_job_of_1024_ranks_and_8_readers_each():
     lengths = np.diff(bounds)
     assert bounds[0] == 0 and lengths.sum() == counts.sum() and lengths.max() - lengths.min() <= 1
     some = [
-        order.location(position) for position in np.random.default_rng(1).integers(0, 3 * order.total, 200)
+        location(order, position) for position in np.random.default_rng(1).integers(0, 3 * order.total, 200)
     ]
     assert all(0 <= place.sample < counts[place.shard] for place in some)
     memory = tracemalloc.get_traced_memory()[1]

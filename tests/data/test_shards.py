@@ -64,7 +64,7 @@ def test_equal_samples_give_equal_bytes(tmp_path):
     assert write_tar(tmp_path / "x.tar", SAMPLES).sha256 == write_tar(tmp_path / "y.tar", SAMPLES).sha256
 
 
-def test_every_cut_is_noticed(tmp_path):
+def test_every_truncation_is_refused(tmp_path):
     """tarfile accepts a tar that ends between two members as complete: samples would be lost silently."""
     whole = write_tar(tmp_path / "whole.tar", SAMPLES)
     content = (tmp_path / whole.name).read_bytes()
@@ -75,7 +75,7 @@ def test_every_cut_is_noticed(tmp_path):
         sentence(path)
 
 
-def test_a_damaged_header_is_noticed(tmp_path):
+def test_a_damaged_header_is_refused(tmp_path):
     """tarfile takes a header with a wrong checksum for the end of the tar."""
     path = write_members(tmp_path / "x.tar", [("a.txt", b"one"), ("b.txt", b"two")])
     content = bytearray(path.read_bytes())
@@ -121,7 +121,7 @@ def test_a_compressed_tar_is_refused(tmp_path):
     assert "damaged" in sentence(tmp_path / "x.tar")
 
 
-def test_a_missing_shard_and_a_command_are_no_shards(tmp_path):
+def test_a_missing_shard_and_a_command_are_refused(tmp_path):
     assert "missing" in sentence(tmp_path / "absent.tar")
     with pytest.raises(ValueError, match="missing"):
         list(iterate_tar("pipe:cat x.tar"))
@@ -177,7 +177,7 @@ def test_only_plain_uint16_arrays_are_codes(content):
         decode_codes(content, "here")
 
 
-def test_random_damage_to_codes_is_always_a_sentence():
+def test_random_damage_to_codes_is_always_one_sentence():
     whole, rng = npy(np.zeros((1, 4, 1), np.uint16)), np.random.default_rng(0)
     for _ in range(300):
         content = bytearray(whole)
@@ -240,7 +240,7 @@ def test_upright_follows_the_exif_orientation():
         (picture("1", size=(9450, 9450)), "9450x9450 pixels, more than"),
     ],
 )
-def test_unreadable_images_are_a_sentence(content, reason):
+def test_unreadable_images_are_one_sentence(content, reason):
     with pytest.raises(ValueError, match=f"^here: unreadable image .*{reason}|^here: {reason} image"):
         decode_picture(content, "here")
 
@@ -315,7 +315,7 @@ def test_a_wrong_manifest_is_one_sentence(tmp_path, change, expected):
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{", "[" * 100_000])
-def test_a_manifest_that_is_no_manifest(tmp_path, content):
+def test_a_file_that_is_not_a_manifest_is_refused(tmp_path, content):
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(ValueError, match="manifest.json: (not JSON|format None)"):
         Manifest.read(tmp_path)
@@ -337,7 +337,7 @@ def test_a_set_is_replaced_as_a_whole(tmp_path):
 
 
 @pytest.mark.parametrize("calls", range(1, 7))
-def test_a_commit_cut_off_anywhere_is_finished_later(tmp_path, monkeypatch, calls):
+def test_a_commit_interrupted_anywhere_is_finished_later(tmp_path, monkeypatch, calls):
     """After a kill between any two renames, the folder has the old set, the new set, or no
     manifest, but never a mixture.
     """
@@ -368,7 +368,7 @@ def test_a_commit_cut_off_anywhere_is_finished_later(tmp_path, monkeypatch, call
     assert sorted(path.name for path in tmp_path.iterdir()) == ["00000.tar", "00002.tar", "manifest.json"]
 
 
-def test_staged_shards_are_found_again_for_the_same_purpose_only(tmp_path):
+def test_staged_shards_are_reused_only_for_the_same_set(tmp_path):
     staging = Staging(tmp_path, {"seed": 1})
     shard = write_tar(staging.path / "00000.tar", SAMPLES)
     assert not staging.finished("00000.tar")  # it is not recorded as complete yet

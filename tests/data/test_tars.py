@@ -45,7 +45,7 @@ def test_all_forms_of_tar_are_read(tmp_path, form):
     assert pairs(write(tmp_path / "a.tar", entries, format=form)) == list(entries.items())
 
 
-def test_webdatasets_own_writer(tmp_path):
+def test_tars_written_by_webdataset_are_read(tmp_path):
     import webdataset as wds
 
     with wds.TarWriter(str(tmp_path / "a.tar")) as sink:
@@ -69,7 +69,7 @@ def test_any_sample_is_read_without_those_before_it(tmp_path):
     assert [s.members for s in shards.read_samples(path, starts, [5], ("txt",))] == [{"txt": b"5"}]
 
 
-def test_a_cut_is_found_wherever_it_is(tmp_path):
+def test_a_truncated_tar_is_refused_wherever_it_ends(tmp_path):
     whole = write(tmp_path / "a.tar", ENTRIES, format=tarfile.USTAR_FORMAT).read_bytes()
     path = tmp_path / "cut.tar"
     for cut in range(1, 40):
@@ -78,7 +78,7 @@ def test_a_cut_is_found_wherever_it_is(tmp_path):
             pairs(path)
 
 
-def test_a_changed_header_is_found(tmp_path):
+def test_a_changed_header_is_refused(tmp_path):
     whole = bytearray(write(tmp_path / "a.tar", ENTRIES, format=tarfile.USTAR_FORMAT).read_bytes())
     for place in range(0, 512, 7):
         changed = bytearray(whole)
@@ -91,7 +91,7 @@ def test_a_changed_header_is_found(tmp_path):
 @pytest.mark.parametrize(
     "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE]
 )
-def test_members_that_are_no_plain_files_are_refused(tmp_path, kind):
+def test_members_that_are_not_plain_files_are_refused(tmp_path, kind):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         info = tarfile.TarInfo("a.txt")
         info.type, info.linkname = kind, "/etc/passwd"
@@ -109,7 +109,7 @@ def header(name: bytes, size: int, kind: bytes = b"0") -> bytes:
     return bytes(head)
 
 
-def test_sizes_are_not_believed(tmp_path):
+def test_announced_sizes_are_not_trusted(tmp_path):
     """A member larger than its file, or an extended header of gigabytes, is refused before anything
     is allocated.
     """
@@ -133,7 +133,7 @@ def test_sizes_are_not_believed(tmp_path):
         pairs(path)
 
 
-def test_sample_starts_check_what_headers_tell(tmp_path):
+def test_sample_starts_check_the_headers(tmp_path):
     write(tmp_path / "a.tar", {"a.txt": b"1", "b.txt": b"2", "a.jpg": b"3"})
     with pytest.raises(ValueError, match="sample a: its members are not together"):
         shards.sample_starts(tmp_path / "a.tar")

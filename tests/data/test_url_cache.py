@@ -152,7 +152,7 @@ def stored(folder: Path) -> dict[str, int]:
 @pytest.mark.parametrize(
     "trouble", [[503, 503], ["cut"], ["stall"], ["cut", 500, "cut", "stall", "cut", 502], [429]]
 )
-def test_failures_are_outlasted_and_what_came_is_kept(tmp_path, server, trouble):
+def test_failures_are_retried_and_received_bytes_are_kept(tmp_path, server, trouble):
     shard = put(server, "00000.tar")
     server.trouble["00000.tar"] = list(trouble)
     fetch(cache(tmp_path), server, shard)
@@ -175,7 +175,7 @@ def test_failures_are_outlasted_and_what_came_is_kept(tmp_path, server, trouble)
         (["endless"], "00000.tar has 1[0-9]{7} bytes or more, data.cache_gb allows 10000000 in all"),
     ],
 )
-def test_what_cannot_be_had_is_one_sentence_with_the_url(tmp_path, server, trouble, expected):
+def test_a_failed_download_is_one_sentence_with_the_url(tmp_path, server, trouble, expected):
     shard = put(server, "00000.tar")
     server.trouble["00000.tar"] = list(trouble)
     with pytest.raises(ValueError, match=f"{server.url}/{expected}") as error:
@@ -187,7 +187,7 @@ def test_what_cannot_be_had_is_one_sentence_with_the_url(tmp_path, server, troub
         fetch(cache(tmp_path), server, shard)
 
 
-def test_a_nobody_at_home_is_a_sentence(tmp_path, server):
+def test_an_unreachable_server_is_one_sentence(tmp_path, server):
     shard, url = put(server, "00000.tar"), server.url
     server.shutdown()
     server.server_close()
@@ -210,7 +210,7 @@ def test_a_server_without_ranges_begins_again(tmp_path, server):
     assert [wanted is None for _, wanted in server.requests] == [True, False]
 
 
-def test_the_bound_is_kept_and_the_longest_unused_goes(tmp_path, server):
+def test_the_size_limit_is_kept_and_the_least_recently_used_shard_is_removed(tmp_path, server):
     shards = [put(server, f"{number:05d}.tar", 100_000, seed=number) for number in range(5)]
     small = cache(tmp_path, 350_000)
     for number in (0, 1, 2, 0, 3):  # shard 1 was used before 0 and 2
@@ -281,7 +281,7 @@ def test_many_processes_in_a_small_cache_all_read_what_they_want(tmp_path, serve
 
 
 @pytest.mark.launch
-def test_a_download_that_was_killed_is_gone_on_with(tmp_path, server):
+def test_a_killed_download_resumes(tmp_path, server):
     shard = put(server, "00000.tar", 3_000_000)
     server.trouble["00000.tar"] = ["slow"]
     process = start(tmp_path, server.url, shard)
@@ -299,7 +299,7 @@ def test_a_download_that_was_killed_is_gone_on_with(tmp_path, server):
 # ---- manifests and places --------------------------------------------------------------------
 
 
-def test_a_manifest_comes_through_trouble_and_is_checked(tmp_path, server):
+def test_a_manifest_is_downloaded_despite_failures_and_checked(tmp_path, server):
     manifest = Manifest(
         shards=(put(server, "00000.tar"),), num_samples=1, image_size=8, source="test", seed=0
     )
@@ -360,7 +360,7 @@ def test_a_store_that_does_not_answer_is_tried_again_and_then_named(tmp_path, mo
     store.clear_instance_cache()  # other tests have another endpoint
 
 
-def test_a_download_that_fails_keeps_no_room(tmp_path, server):
+def test_a_failed_download_reserves_no_space(tmp_path, server):
     """A file that reserves room used to stay for ever after a failed download, and nothing else
     fitted into the cache.
     """
@@ -375,7 +375,7 @@ def test_a_download_that_fails_keeps_no_room(tmp_path, server):
     fetch(cache(tmp_path, 100_000), server, one)
 
 
-def test_a_shard_that_cannot_be_had_is_asked_for_once(tmp_path, server, served):
+def test_an_unavailable_shard_is_requested_once(tmp_path, server, served):
     """Every sample of the shard used to ask again, and so did all samples after it."""
     manifest = Manifest.parse_bytes(server.files["manifest.json"], "x")
     name = manifest.shards[0].name
@@ -442,7 +442,7 @@ def test_a_url_gives_the_batches_of_the_folder(tmp_path, server, served, num_wor
     assert not (tmp_path / "unused").exists()
 
 
-def test_a_shard_that_cannot_be_had_is_named_by_its_url_or_skipped(tmp_path, server, served):
+def test_an_unavailable_shard_is_named_by_its_url_or_skipped(tmp_path, server, served):
     del server.files["00003.tar"]
     with pytest.raises(ValueError, match=f"{server.url}/00003.tar: HTTP 404"):
         stream(server.url, tmp_path / "cache")

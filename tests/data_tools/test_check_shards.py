@@ -106,7 +106,7 @@ def test_a_good_set_is_repaired_to_the_same_bytes(tmp_path, whole):
 
 
 @pytest.mark.parametrize(("duplicates", "workers"), [(False, 1), (True, 2)])
-def test_repairing_keeps_what_is_good_and_tells_what_was_dropped(tmp_path, damaged, duplicates, workers):
+def test_repairing_keeps_good_samples_and_names_dropped_ones(tmp_path, damaged, duplicates, workers):
     before = content(damaged)
     out = tmp_path / "clean"
     assert (
@@ -136,7 +136,7 @@ def test_repairing_keeps_what_is_good_and_tells_what_was_dropped(tmp_path, damag
         assert all(originals[s.key] == s for s in iterate_tar(out / shard.name) if s.key in originals)
 
 
-def test_an_interrupted_repair_goes_on(tmp_path, damaged, monkeypatch):
+def test_an_interrupted_repair_resumes(tmp_path, damaged, monkeypatch):
     assert check(damaged, "--repair", tmp_path / "one") == 0
     real, calls = check_shards.write_good, []
 
@@ -157,7 +157,7 @@ def test_an_interrupted_repair_goes_on(tmp_path, damaged, monkeypatch):
     assert len(calls) == 2 and content(tmp_path / "two") == content(tmp_path / "one")
 
 
-def test_what_cannot_be_repaired_is_one_sentence(tmp_path, damaged, capsys):
+def test_a_set_that_cannot_be_repaired_is_one_sentence(tmp_path, damaged, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     assert check(damaged, "--repair", tmp_path / "full") == 2
@@ -207,7 +207,7 @@ def test_histograms_count_every_value_once():
             assert number == sum(low <= value <= high for value in values)
 
 
-def test_a_damaged_set_is_named_when_looked_at(damaged, capsys):
+def test_inspecting_a_damaged_set_names_the_damage(damaged, capsys):
     assert inspect_shards.main([str(damaged)]) == 2
     assert "00000.tar: sample 000000001: the caption is not UTF-8" in capsys.readouterr().err
 
@@ -215,7 +215,7 @@ def test_a_damaged_set_is_named_when_looked_at(damaged, capsys):
 # ---- other readers ---------------------------------------------------------------------------
 
 
-def test_plain_webdataset_reads_the_shards(whole):
+def test_webdataset_reads_the_shards(whole):
     import webdataset as wds
 
     urls = sorted(map(str, whole.glob("*.tar")))
@@ -229,6 +229,7 @@ def test_plain_webdataset_reads_the_shards(whole):
         assert np.array_equal(np.asarray(image), np.asarray(decode_picture(sample.members["jpg"], "")))
 
 
+@pytest.mark.slow
 def test_datasets_reads_the_shards(whole, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     import datasets

@@ -79,7 +79,7 @@ def on_two_ranks(folder: Path, vq: Path) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.launch
-def test_two_ranks_go_on_where_one_stopped_and_end_with_the_same_bytes(tmp_path, plain, vq, monkeypatch):
+def test_two_ranks_resume_where_one_stopped_and_end_with_the_same_bytes(tmp_path, plain, vq, monkeypatch):
     alone, together = copy(plain, tmp_path / "alone"), copy(plain, tmp_path / "together")
     assert encode(alone, vq) == 0
     real, calls = Staging.record, []
@@ -192,7 +192,7 @@ def test_codes_and_text_features_in_one_pass(tmp_path, plain, vq):
     assert [shard.sha256 for shard in made.shards] == [shard.sha256 for shard in wanted.shards]
 
 
-def test_a_size_that_does_not_fit_is_told_before_anything_is_made(tmp_path, vq, capsys):
+def test_a_size_that_does_not_fit_is_reported_before_anything_is_written(tmp_path, vq, capsys):
     arguments = ["--synthesize", "shapes", "--num-samples", "4", "--image-size", str(size(vq) + 1)]
     assert make_shards.main([*arguments, "--image-tokenizer", str(vq), "--out", str(tmp_path / "set")]) == 2
     assert (
@@ -201,6 +201,7 @@ def test_a_size_that_does_not_fit_is_told_before_anything_is_made(tmp_path, vq, 
     )
 
 
+@pytest.mark.launch
 def test_damage_on_one_rank_ends_both_with_one_sentence(tmp_path, plain, vq):
     folder = copy(plain, tmp_path / "set")
     path = folder / "00001.tar"
@@ -214,7 +215,7 @@ def test_damage_on_one_rank_ends_both_with_one_sentence(tmp_path, plain, vq):
 
 
 @pytest.mark.parametrize("crops", [2, 5])
-def test_each_crop_is_encoded_as_it_would_be_alone(tmp_path, vq, crops):
+def test_the_codes_of_a_crop_do_not_depend_on_its_batch(tmp_path, vq, crops):
     side = size(vq)
     folder = make(tmp_path / "set", side if crops == 2 else side + 6, 4)
     assert encode(folder, vq, "--crops", crops) == 0
@@ -245,7 +246,7 @@ def test_bf16_is_recorded_and_looks_codes_up_in_full_precision(tmp_path, plain, 
     assert encode(folder, vq) == 0 and content(folder) == before
 
 
-def test_llamagens_nearest_code_is_found_in_full_precision_under_autocast():
+def test_llamagen_looks_codes_up_in_full_precision_under_autocast():
     """1,000 rows so close to each other that bf16 cannot distinguish them; the nearest code of
     every row is the row itself.
     """
@@ -260,7 +261,7 @@ def test_llamagens_nearest_code_is_found_in_full_precision_under_autocast():
     assert (found == torch.arange(1000)).float().mean() > 0.99 > (naive == torch.arange(1000)).float().mean()
 
 
-def test_januss_nearest_code_is_found_in_full_precision_under_autocast(vq):
+def test_janus_looks_codes_up_in_full_precision_under_autocast(vq):
     image_tokenizer = image_tokenizers.load(image_tokenizers.section({"name": "janus_vq", "path": str(vq)}))
     model = image_tokenizer.model
     pixels = (

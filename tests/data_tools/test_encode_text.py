@@ -116,7 +116,7 @@ def preflight(recipe) -> None:
 # ---- what is written -------------------------------------------------------------------------
 
 
-def test_only_the_real_tokens_are_stored_and_their_bytes_are_told(folder, t5, capsys):
+def test_only_real_tokens_are_stored_and_their_bytes_are_reported(folder, t5, capsys):
     before = members(folder)
     assert encode(folder, t5) == 0
     printed = capsys.readouterr().out
@@ -154,7 +154,7 @@ def test_encoding_twice_does_nothing_and_another_cleaning_replaces(folder, t5, c
     assert content(folder) != before and check_shards.main([str(folder)]) == 0
 
 
-def test_interrupted_encoding_goes_on_and_leaves_a_whole_set_meanwhile(folder, t5, monkeypatch):
+def test_interrupted_encoding_resumes_and_leaves_a_complete_set_meanwhile(folder, t5, monkeypatch):
     before, real, calls = content(folder), encoders.T5Features.features, []
 
     def dying(self, texts):
@@ -307,7 +307,7 @@ def test_features_that_float16_cannot_hold_are_refused(folder, t5, tmp_path, cap
         ),
     ],
 )
-def test_damage_is_found_by_the_check_and_by_the_loader(folder, t5, backbone, capsys, change, expected):
+def test_damage_is_reported_by_the_check_and_by_the_loader(folder, t5, backbone, capsys, change, expected):
     assert encode(folder, t5) == 0
     manifest = Manifest.read(folder)
     first, *rest = manifest.shards

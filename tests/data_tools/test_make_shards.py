@@ -114,7 +114,7 @@ def test_the_tool_starts_without_torch():
     assert subprocess.run([sys.executable, "-c", command], cwd=ROOT, timeout=60).returncode == 0
 
 
-def test_shapes_say_what_they_are(tmp_path):
+def test_captions_of_shapes_describe_the_drawing(tmp_path):
     assert shapes(tmp_path / "set") == 0
     samples = all_samples(tmp_path / "set")
     assert [sample.key for sample in samples] == [f"{i:09d}" for i in range(5)]
@@ -194,13 +194,13 @@ def test_a_finished_set_is_reused_and_another_is_refused(tmp_path, capsys):
     ]
 
 
-def test_a_changed_folder_is_not_taken_for_the_old_one(tmp_path, pictures, capsys):
+def test_a_set_of_a_changed_folder_is_not_reused(tmp_path, pictures, capsys):
     assert make(tmp_path / "set", "--folder", pictures) == 0
     (pictures / "a.txt").write_text("another caption")
     assert "holds another set" in fails(capsys, make(tmp_path / "set", "--folder", pictures))
 
 
-def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(tmp_path, monkeypatch, capsys):
+def test_an_interrupted_run_resumes_and_ends_with_the_same_bytes(tmp_path, monkeypatch, capsys):
     assert shapes(tmp_path / "whole") == 0
     real, calls = pipeline.make_part, []
 
@@ -275,7 +275,7 @@ def test_missing_and_empty_sources_are_named(tmp_path, capsys):
 
 
 @pytest.mark.launch
-def test_an_error_in_a_worker_process_is_a_sentence_too(tmp_path, pictures):
+def test_an_error_in_a_worker_process_is_one_sentence_too(tmp_path, pictures):
     (pictures / "b.png").write_bytes(b"no picture")
     command = [sys.executable, "data_tools/make_shards.py", "--folder", pictures, "--out", tmp_path / "set"]
     command += ["--workers", "2", "--samples-per-shard", "1"]
@@ -323,7 +323,7 @@ def test_sorted_sub_folders_give_the_class_numbers(tmp_path, classes, capsys):
     assert "3 classes" in capsys.readouterr().out
 
 
-def test_what_is_no_class_folder_is_named(tmp_path, classes, capsys):
+def test_an_invalid_class_folder_is_named(tmp_path, classes, capsys):
     assert "no such folder" in fails(capsys, make(tmp_path / "set", "--class-folder", tmp_path / "absent"))
     assert "no sub-folders in it; expected one per class" in fails(
         capsys, make(tmp_path / "set", "--class-folder", classes / "n02")
@@ -332,7 +332,7 @@ def test_what_is_no_class_folder_is_named(tmp_path, classes, capsys):
     assert "classes/empty: no .jpg" in fails(capsys, make(tmp_path / "set", "--class-folder", classes))
 
 
-def test_a_caption_that_is_no_class_number_is_listed(tmp_path, classes, capsys):
+def test_a_caption_that_is_not_a_class_number_is_listed(tmp_path, classes, capsys):
     assert make(tmp_path / "set", "--class-folder", classes, "--image-size", 16) == 0
     rewrite(tmp_path / "set", with_member("txt", b"3"))
     assert check_shards.main([str(tmp_path / "set")]) == 2
@@ -403,7 +403,7 @@ def test_encoding_twice_does_nothing_and_another_tokenizer_replaces(tmp_path, mo
     assert check_shards.main([str(out)]) == 0
 
 
-def test_interrupted_encoding_goes_on_and_leaves_a_whole_set_meanwhile(tmp_path, monkeypatch):
+def test_interrupted_encoding_resumes_and_leaves_a_complete_set_meanwhile(tmp_path, monkeypatch):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert shapes(whole) == shapes(cut) == encode(whole, FakeImageTokenizer(), monkeypatch) == 0
     before, dying, rest = content(cut), FakeImageTokenizer(), FakeImageTokenizer()

@@ -42,7 +42,7 @@ def test_a_folder_with_json_captions(tmp_path, files):
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv"])
-def test_a_table(tmp_path, files, suffix):
+def test_a_table_becomes_shards(tmp_path, files, suffix):
     """The table has a spreadsheet's byte order mark, a quoted comma and an empty line.
 
     Other columns are kept.
@@ -80,7 +80,7 @@ def arrow_table(kind: str):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["path", "bytes", "struct"])
-def test_parquet(tmp_path, files, kind):
+def test_parquet_files_become_shards(tmp_path, files, kind):
     import pyarrow.parquet
 
     pyarrow.parquet.write_table(arrow_table(kind), files / "rows.parquet", row_group_size=2)
@@ -105,7 +105,7 @@ def test_a_folder_of_parquet_files_stays_in_row_groups(tmp_path):
     assert [group for group, _ in order] != sorted(group for group, _ in order)
 
 
-def test_a_saved_dataset(tmp_path, files, capsys):
+def test_a_saved_dataset_becomes_shards(tmp_path, files, capsys):
     import datasets
 
     rows = {
@@ -143,7 +143,7 @@ def test_a_dataset_of_labels_takes_a_template(tmp_path, files, capsys):
     )
 
 
-def test_tars_of_others(tmp_path, capsys):
+def test_tars_of_other_tools_become_shards(tmp_path, capsys):
     """The names begin with ./, there are folders and a pickle that is never opened, and captions
     are in txt, in json, or made from a class number.
     """
@@ -354,7 +354,7 @@ FILTERS = (
 )
 
 
-def test_what_is_left_out_is_counted_and_listed(tmp_path, mixed, capsys):
+def test_skipped_samples_are_counted_and_listed(tmp_path, mixed, capsys):
     assert make(tmp_path / "set", "--folder", mixed, *FILTERS) == 0
     assert_right(tmp_path / "set")
     out = capsys.readouterr().out
@@ -375,7 +375,7 @@ def test_what_is_left_out_is_counted_and_listed(tmp_path, mixed, capsys):
 @pytest.mark.parametrize(
     "size", [("--samples-per-shard", 2), ("--bytes-per-shard", "10K"), ("--samples-per-shard", 100)]
 )
-def test_the_bytes_do_not_depend_on_the_workers_or_on_interruptions(tmp_path, mixed, monkeypatch, size):
+def test_the_bytes_do_not_depend_on_workers_or_interruptions(tmp_path, mixed, monkeypatch, size):
     """Every stage is interrupted once."""
     arguments = ("--folder", mixed, *FILTERS, *size, "--validation-share", 0.4)
     assert make(tmp_path / "one", *arguments) == 0
@@ -458,7 +458,7 @@ def test_a_picture_with_several_captions_is_on_one_side(tmp_path, kind):
     assert train and held and not train & held and len(captions(tmp_path / "set")) == 5 * len(train)
 
 
-def test_our_own_set_again_keeps_what_it_knows(tmp_path, files):
+def test_a_set_made_from_our_shards_keeps_their_fields(tmp_path, files):
     """The new set keeps classes, sizes before cropping, and names.
 
     Tars of an unfinished run are not read, and a set is not made from itself.
@@ -495,7 +495,7 @@ def test_a_split_that_leaves_one_side_empty_writes_neither(tmp_path, captioned, 
     assert not (tmp_path / "set_validation" / "manifest.json").exists()
 
 
-def test_pictures_that_would_take_all_memory(tmp_path, capsys):
+def test_long_thin_pictures_need_little_memory(tmp_path, capsys):
     """A picture of 30,000 x 1 pixels, scaled to 384 at its shorter side, has 11 million columns."""
     folder = tmp_path / "in"
     folder.mkdir()

@@ -241,7 +241,7 @@ def test_training_reads_what_was_made_in_a_store(tmp_path, captioned, store):
     assert manifest.num_samples == len(COLORS)
 
 
-def test_an_interrupted_set_in_a_store_goes_on(tmp_path, captioned, store, monkeypatch, capsys):
+def test_an_interrupted_set_in_a_store_resumes(tmp_path, captioned, store, monkeypatch, capsys):
     arguments = ["--folder", captioned, "--samples-per-shard", 2, "--deduplicate"]
     assert make(tmp_path / "set", *arguments) == 0
     make_part, left = pipeline.make_part, [2]
@@ -272,7 +272,7 @@ def test_a_set_in_a_store_is_reused_and_replaced(tmp_path, captioned, store, cap
     assert sorted(at(store / "set")) == ["00000.tar", "00001.tar", "manifest.json"]
 
 
-def test_what_is_no_set_is_not_written_into(store, captioned, capsys):
+def test_a_folder_that_is_not_a_set_is_not_written_into(store, captioned, capsys):
     (store / "set" / "other.txt").write_text("precious")
     assert "it has no manifest.json, but other.txt" in fails(
         capsys, make(store / "set", "--folder", captioned)
@@ -282,7 +282,7 @@ def test_what_is_no_set_is_not_written_into(store, captioned, capsys):
 @pytest.mark.parametrize(
     "place", ["pipe:ls", "ftp://host/set", "file:///tmp/set", "http://host/set", "s3://bucket/set?x=1"]
 )
-def test_places_that_are_refused(place, captioned, capsys):
+def test_invalid_locations_are_refused(place, captioned, capsys):
     with pytest.raises(SystemExit):
         make(place, "--folder", captioned)
     assert "argument --out: " in capsys.readouterr().err
@@ -290,11 +290,11 @@ def test_places_that_are_refused(place, captioned, capsys):
 
 @pytest.mark.parametrize("place", ["pipe:ls", "ftp://host/files", "github://a:b@/x"])
 @pytest.mark.parametrize("kind", ["folder", "jsonl", "csv", "parquet", "tars", "class-folder"])
-def test_sources_that_are_refused(tmp_path, kind, place, capsys):
+def test_invalid_sources_are_refused(tmp_path, kind, place, capsys):
     assert "is refused" in fails(capsys, make(tmp_path / "set", f"--{kind}", place))
 
 
-def test_a_bucket_that_is_not_there(server, tmp_path, captioned, capsys):
+def test_a_missing_bucket_is_named(server, tmp_path, captioned, capsys):
     assert "absent-bucket" in fails(capsys, make("s3://absent-bucket/set", "--folder", captioned))
     assert "absent-bucket" in fails(capsys, make(tmp_path / "set", "--folder", "s3://absent-bucket/files"))
 
@@ -346,7 +346,7 @@ def test_a_task_whose_worker_dies_is_tried_again(tmp_path, ray):
     assert sorted(found) == [0, 1, 2]
 
 
-def test_a_cluster_that_is_not_there(tmp_path, captioned):
+def test_an_unreachable_cluster_is_named(tmp_path, captioned):
     """Runs in its own process, because the Ray of the other tests runs in this one."""
     import subprocess
     import sys

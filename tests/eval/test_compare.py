@@ -9,7 +9,7 @@ from eval.geneval import __main__ as command
 from eval.geneval.compare import differences
 
 
-def test_what_both_share_cancels():
+def test_differences_are_paired_by_prompt():
     """Prompts differ in difficulty, and one model is always a quarter better.
 
     The difference is certain, although no score is.

@@ -156,7 +156,7 @@ def odd(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("damage", [missing, extra, twice, corrupt, odd])
-def test_what_is_not_as_it_should_be_is_an_error(damage, bench, grids, judge, tmp_path, capsys):
+def test_invalid_pictures_and_options_are_errors(damage, bench, grids, judge, tmp_path, capsys):
     """With --allow-partial the rest is scored, and the score is marked."""
     sentence = damage(grids)
     out = tmp_path / "out"
@@ -168,7 +168,7 @@ def test_what_is_not_as_it_should_be_is_an_error(damage, bench, grids, judge, tm
     assert json.loads((out / "summary.json").read_text())["partial"]
 
 
-def test_a_checkpoint(bench, ckpt, judge, tmp_path, capsys):
+def test_a_model_folder_is_scored(bench, ckpt, judge, tmp_path, capsys):
     """Pictures are generated, questions asked, and grids of the official script written; a second
     run makes nothing.
     """
@@ -227,7 +227,7 @@ def tiny(tmp_path_factory) -> judges.Judge:
     return judges.load(str(folder), "cpu")
 
 
-def test_a_batch_of_questions_is_answered_as_each_alone(tiny):
+def test_an_answer_does_not_depend_on_its_batch(tiny):
     """Padding to the longest question changes nothing; the answer depends on the picture or on the
     question.
     """
@@ -254,7 +254,7 @@ def test_answers_of_chat_models():
     assert {text: judges.plain(text) for text in given} == given
 
 
-def test_the_cache_tells_pictures_apart():
+def test_the_cache_distinguishes_pictures():
     """The key of the cache is made of pixels and size, not of the file."""
     one = Image.new("RGB", (2, 8))
     assert answers.image_hash(one) == answers.image_hash(one.copy())

@@ -59,7 +59,7 @@ def test_a_folder_and_an_npz_give_the_same_pictures(tmp_path, size):
         np.testing.assert_array_equal(np.concatenate(batches), pictures)
 
 
-def test_generated_pictures_go_round_the_prompts(tmp_path):
+def test_generation_cycles_through_the_prompts(tmp_path):
     """So a split of the Inception score holds all classes."""
     for prompt in range(3):
         for image in range(2):
@@ -106,7 +106,7 @@ def test_foreign_files_are_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_damaged_archive_is_a_sentence_wherever_it_is_damaged(tmp_path):
+def test_a_damaged_archive_is_one_sentence_wherever_it_is_damaged(tmp_path):
     """Also inside deflated content, where zlib raises the error, and for an array that is not an
     archive.
     """
@@ -135,7 +135,7 @@ def test_a_damaged_archive_is_a_sentence_wherever_it_is_damaged(tmp_path):
     assert refused > 30
 
 
-def test_an_interrupted_generation_is_not_taken_for_a_whole_one(tmp_path):
+def test_an_interrupted_generation_is_not_scored_as_complete(tmp_path):
     """The record states how many pictures there must be."""
     for prompt in range(2):
         path = layout.image_path(tmp_path, prompt, 0)
@@ -182,7 +182,7 @@ def test_the_three_tensors_of_adm(weights):
     np.testing.assert_array_equal(found.spatial, again.spatial)
 
 
-def test_weights_of_something_else_are_refused(tmp_path, weights):
+def test_weights_of_another_model_are_refused(tmp_path, weights):
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     (tmp_path / "text.pth").write_text("no weights")
     for name in ("other.pth", "text.pth", "absent.pth"):
@@ -209,7 +209,7 @@ def test_metrics_are_those_of_torch_fidelity():
 # ---- the command ---------------------------------------------------------------------------------
 
 
-def test_an_interrupted_run_goes_on(tmp_path):
+def test_an_interrupted_run_resumes(tmp_path):
     """Features that were computed are not computed again, except for other pictures or another network."""
     calls = []
 
@@ -244,6 +244,7 @@ def narrow(monkeypatch):
     monkeypatch.setattr(inception.Inception, "__call__", few)
 
 
+@pytest.mark.slow
 def test_from_pictures_to_the_summary(tmp_path, weights, narrow, monkeypatch, capsys):
     """If the reference's file holds statistics, they are used. The same pictures have distance 0."""
     pictures = noise(6)
@@ -273,7 +274,8 @@ def test_from_pictures_to_the_summary(tmp_path, weights, narrow, monkeypatch, ca
     assert "torch" in moved["versions"]
 
 
-def test_a_class_conditional_checkpoint(tmp_path, class_ckpt, ckpt, weights, narrow, capsys):
+@pytest.mark.slow
+def test_a_class_conditional_model_is_scored(tmp_path, class_ckpt, ckpt, weights, narrow, capsys):
     """Every class has equally many pictures. A second run makes none, and computes the same."""
     folder = write_folder(tmp_path / "ref", noise(5))
     out = tmp_path / "out"

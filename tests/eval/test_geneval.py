@@ -204,7 +204,7 @@ def test_a_partial_score_is_allowed_and_marked_everywhere(images, capsys):
     )
 
 
-def test_an_absent_folder_is_an_error(tmp_path, capsys):
+def test_a_missing_folder_is_an_error(tmp_path, capsys):
     assert run("--images", tmp_path / "none") == 2
     assert capsys.readouterr().err == f"error: no folder {tmp_path / 'none'}\n"
 
@@ -252,7 +252,7 @@ def test_generation_resumes_and_refuses_other_settings(ckpt, tmp_path, capsys):
     assert files_of(tmp_path / "out") == made
 
 
-def test_ranks_make_all_images_together(ckpt, tmp_path, monkeypatch):
+def test_ranks_share_the_images(ckpt, tmp_path, monkeypatch):
     """The first rank scores, and waits for the images of the other ranks before that."""
     command = (
         "--ckpt",
@@ -288,7 +288,7 @@ def test_images_of_unknown_origin_are_not_mixed_in(ckpt, images, capsys):
     assert "their origin is unknown" in capsys.readouterr().err
 
 
-def test_an_absent_checkpoint_is_an_error(tmp_path, capsys):
+def test_a_missing_model_folder_is_an_error(tmp_path, capsys):
     assert run("--ckpt", tmp_path / "none") == 2
     assert "error: no model folder at" in capsys.readouterr().err
 
@@ -307,7 +307,7 @@ def test_ceiling_command(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_table(scored, capsys):
+def test_the_table_lists_scores_by_skill(scored, capsys):
     summaries = [f"{name}={folder / 'summary.json'}" for name, folder in scored.items()]
     assert report_table.main(summaries) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -374,7 +374,7 @@ def test_gallery_without_enough_images_is_an_error(scored, tmp_path, capsys):
     assert "holds 2 images per prompt; 4 asked for" in capsys.readouterr().err
 
 
-def test_the_report_shows_bars_and_pictures_and_nothing_of_it_can_run(scored, tmp_path):
+def test_the_report_shows_bars_and_pictures_and_runs_no_code(scored, tmp_path):
     """Names and reasons come from other people's files: on the page they are only text, whatever
     they contain.
     """
@@ -390,7 +390,7 @@ def test_the_report_shows_bars_and_pictures_and_nothing_of_it_can_run(scored, tm
     assert "<script>alert" not in page and "<img src=x" not in page and "&lt;b&gt;" in page
 
 
-def test_boxes_are_drawn_where_they_are():
+def test_boxes_are_drawn_at_their_coordinates():
     image = Image.new("RGB", (44, 22), "white")
     box = {"label": "star", "box": [11, 11, 22, 22], "score": 0.9, "color": "red"}
     picture = report.drawn(image, [box, box | {"score": 0.2, "box": [30, 0, 44, 22]}])
@@ -423,7 +423,7 @@ def save_checkpoint(run_dir: Path, model, step: int) -> None:
     (run_dir / "checkpoints" / "latest").write_text(folder.name)
 
 
-def test_a_runs_checkpoints_are_scored_as_they_come(ckpt, tmp_path, capsys):
+def test_model_folders_of_a_run_are_scored_as_they_appear(ckpt, tmp_path, capsys):
     loaded, run_dir = model_folder.load(ckpt), tmp_path / "run"
     run_dir.mkdir()
     model_folder.saved_recipe(ckpt).save(run_dir / "recipe.yaml")

@@ -108,7 +108,7 @@ def test_suppression_and_the_cut_before_it():
     assert judge(metadata, stars, {}, Settings(max_overlap=0.5, max_objects=2)).kept == {"star": 1}
 
 
-def test_by_class():
+def test_detections_are_grouped_by_class():
     from worlds.shapes.detect import Detection
 
     rows, colors = by_class(
@@ -120,7 +120,7 @@ def test_by_class():
 # ---- intervals -----------------------------------------------------------------------------------
 
 
-def test_wilson():
+def test_the_wilson_interval_of_known_cases():
     """At 0 of n the upper limit is z^2 / (n + z^2); 50 of 100 is the textbook case."""
     assert wilson(0, 10) == (0.0, pytest.approx(3.8415 / 13.8415, abs=1e-4))
     assert wilson(50, 100) == (pytest.approx(0.4038, abs=1e-4), pytest.approx(0.5962, abs=1e-4))

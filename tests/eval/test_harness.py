@@ -131,7 +131,7 @@ def test_a_new_evaluator_generates_and_resumes(brightness, tmp_path, capsys):
     assert "seed 7 there, 8 now" in capsys.readouterr().err
 
 
-def test_stopping_says_how_to_resume(capsys):
+def test_stopping_prints_how_to_resume(capsys):
     @harness.command
     def interrupted(arguments=None):
         raise KeyboardInterrupt

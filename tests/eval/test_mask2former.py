@@ -82,7 +82,7 @@ def test_pictures_are_fitted_padded_and_normalised():
     torch.testing.assert_close(pixels[0, :, -1, -1], torch.tensor(grey))
 
 
-def test_nonsense_is_noticed():
+def test_nonsense_detections_are_reported():
     """A broken kernel once gave scores for nonsense, and people used them."""
     parts = torch.zeros(3, dtype=torch.int64), torch.zeros(3, 4)
     masks = torch.zeros(3, 2, 2, dtype=torch.bool)
@@ -212,7 +212,7 @@ def sees(label: str, score: float = 0.9, color: str | None = None) -> list[Detec
     return [Detection(label, (0, 0, 9, 9), score, color), Detection("cat", (0, 0, 9, 9), 0.1)]
 
 
-def test_what_no_working_detector_does_is_refused():
+def test_a_detector_that_sees_nothing_or_too_much_is_refused():
     right = sees("stop sign", color="red"), sees("clock", color="white"), sees("traffic light")
     assert self_test.run(Seeing(*right, []))["recognised"] == 3
     others = sees("stop sign", color="blue"), sees("cat"), sees("traffic light", 0.2)
@@ -227,7 +227,7 @@ def test_what_no_working_detector_does_is_refused():
         self_test.run(Seeing(*right, [], alone=sees("stop sign", 0.7)))
 
 
-def test_the_drawings_show_something():
+def test_the_drawings_show_the_requested_colours():
     """Three different pictures, with the requested colours in the middle of the object."""
     tests = self_test.drawings()
     assert len({test.image.tobytes() for test in tests}) == 3 and all(
@@ -237,7 +237,7 @@ def test_the_drawings_show_something():
     assert sign[120, 256].tolist() == [193, 20, 30] and clock[180, 200].tolist() == [250, 250, 248]
 
 
-def test_a_device_that_computes_otherwise_is_noticed(folder, classifier, monkeypatch):
+def test_a_device_with_different_results_is_reported(folder, classifier, monkeypatch):
     """The device is the CPU itself here, with weights that change on the way."""
     monkeypatch.setattr(mask2former, "SHORTEST", 64)
     names = [str(number) for number in range(80)]
@@ -370,7 +370,7 @@ def test_patches_are_merged_as_by_unfolding():
     torch.testing.assert_close(ours, theirs)
 
 
-def test_files_that_are_no_mmdet_mask2former_are_refused(mmdet_file, tmp_path, capsys):
+def test_files_that_are_not_an_mmdet_mask2former_are_refused(mmdet_file, tmp_path, capsys):
     whole = torch.load(mmdet_file, weights_only=True)["state_dict"]
     lacking = {name: value for name, value in whole.items() if "query_feat" not in name}
     fewer = {name: value for name, value in whole.items() if "norms.1.bias" not in name}
@@ -423,7 +423,7 @@ def test_metadata_that_only_looks_right_is_refused(tmp_path, clause):
         suites.read_metadata(tmp_path / "metadata.jsonl", suites.load("geneval"))
 
 
-def test_colours_are_asked_of_the_object_alone(classifier):
+def test_colours_are_measured_on_the_object_only(classifier):
     from eval.geneval.colors import alone
 
     image = Image.new("RGB", (6, 4), "red")
@@ -437,7 +437,7 @@ def test_colours_are_asked_of_the_object_alone(classifier):
     torch.testing.assert_close(classifier._text("cat").norm(dim=-1), torch.ones(10))
 
 
-def test_a_folder_that_is_no_detector_is_refused(tmp_path, classifier):
+def test_a_folder_that_is_not_a_detector_is_refused(tmp_path, classifier):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     (tmp_path / "model.safetensors").write_bytes(b"no")
     with pytest.raises(ValueError, match="--detector: .* cannot be loaded as a Mask2Former"):

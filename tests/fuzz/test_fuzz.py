@@ -65,7 +65,7 @@ def greedy(folder):
         (greedy, "memory"),
     ],
 )
-def test_wrong_readers_are_found(reader, kind, tmp_path):
+def test_wrong_readers_are_reported(reader, kind, tmp_path):
     _, failures, tried = fuzz.fuzz(0, cases=range(8), readers={"wrong": reader}, limit_s=0.5, keep=tmp_path)
     assert tried == 8 and any(kind in failure for failure in failures)
     assert any(tmp_path.iterdir())  # the set on which the reader failed, for inspection

@@ -11,7 +11,9 @@ runs that are left.
 
 from __future__ import annotations
 
+import atexit
 import functools
+import gc
 import importlib
 import json
 import os
@@ -42,11 +44,15 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 class Run:
-    """A forked run. pid: its process, which leads its own process group."""
+    """A forked run.
+
+    pid is its process, which leads its own process group; out and err are the files of its output.
+    """
 
     def __init__(self, server: ForkServer, command: list[str], pid: int, out: Path, err: Path):
         self.args, self.pid, self.returncode = command, pid, None
-        self._server, self._out, self._err = server, out, err
+        self.out, self.err = out, err
+        self._server = server
 
     def poll(self) -> int | None:
         """The exit code (minus the signal's number after a signal), or None while the run lasts."""
@@ -59,7 +65,7 @@ class Run:
         deadline = time.monotonic() + timeout_s
         while (code := self.poll()) is None:
             if time.monotonic() > deadline:
-                raise subprocess.TimeoutExpired(self.args, timeout_s, self._out.read_text(errors="replace"))
+                raise subprocess.TimeoutExpired(self.args, timeout_s, self.out.read_text(errors="replace"))
             time.sleep(POLL_S)
         return code
 
@@ -75,7 +81,7 @@ class Run:
             code = self.wait(timeout_s)
         finally:
             self.kill()
-        out, err = (path.read_text(errors="replace") for path in (self._out, self._err))
+        out, err = (path.read_text(errors="replace") for path in (self.out, self.err))
         return subprocess.CompletedProcess(self.args, code, out, err)
 
 
@@ -120,7 +126,7 @@ class ForkServer:
         words = [str(word) for word in command]
         out, err = (self._folder_file(kind) for kind in ("out", "err"))
         if output_of is not None:
-            out, err = output_of._out, output_of._err
+            out, err = output_of.out, output_of.err
         pid = self.ask(
             command=words,
             env=environment() if env is None else env,
@@ -173,6 +179,16 @@ def import_everything() -> None:
     for name in IMPORTS:
         with suppress(ImportError):  # an extra that is not installed; runs that need it fail later
             importlib.import_module(name)
+    # DeepSpeed asks for the processor's name whenever it loads an operator, which starts a process
+    # and takes a second.
+    with suppress(ImportError):
+        import cpuinfo
+
+        cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
+    # The garbage collector need not look through what is imported in each run. At the end it must:
+    # libraries complain of leaks otherwise.
+    gc.freeze()
+    atexit.register(gc.unfreeze)
 
 
 def become(request: dict) -> None:

@@ -54,7 +54,7 @@ def test_psnr_by_hand():
     assert command.psnr(black, black) == math.inf
 
 
-def test_the_round_trip_is_side_by_side_with_its_psnr(vq, tmp_path, capsys):
+def test_the_round_trip_is_shown_next_to_the_original_with_its_psnr(vq, tmp_path, capsys):
     original = picture()
     original.save(tmp_path / "a.png")
     picture((20, 10)).save(tmp_path / "wide.webp")

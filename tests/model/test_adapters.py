@@ -105,7 +105,7 @@ def test_a_step_changes_what_is_trained_and_loads_to_the_same_outputs(bench, tmp
     assert (losses(loaded, inputs) - losses(model_folder.initial_model(recipe), inputs)).abs().max() > 1e-3
 
 
-def test_folded_in_they_are_the_same_checkpoint(bench, tmp_path, capsys):
+def test_folded_adapters_give_the_same_model_folder(bench, tmp_path, capsys):
     recipe = make(bench, "janus", parts="lora", precision="fp32")
     model, _, inputs = stepped(recipe)
     save(recipe, model, tmp_path / "model")
@@ -169,18 +169,18 @@ EMPTY = {"backbone": 6400, "tensorar": 0, "trainable": 0}
         ({"freeze": ["."]}, "leave nothing to train"),
     ],
 )
-def test_what_leaves_nothing_to_train_is_refused(bench, changes, problem):
+def test_settings_that_leave_nothing_to_train_are_refused(bench, changes, problem):
     with pytest.raises(ValueError, match=problem):
         model_folder.model_to_train(make(bench, "janus", **changes))
 
 
-def test_freezing_goes_on_top(bench):
+def test_freeze_applies_on_top_of_parts(bench):
     model = model_folder.model_to_train(make(bench, "janus", parts="heads", freeze=[r"^encoder\."]))
     trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {"decoder", "backbone"}
 
 
-def test_recipes_that_do_not_go_together(bench):
+def test_conflicting_settings_of_adapters_are_refused(bench):
     make(bench, "janus")
     for changes, problem in (
         (["train.parts=qlora", "zero.stage=3"], "train.parts"),

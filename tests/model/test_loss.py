@@ -141,7 +141,7 @@ def test_label_smoothing_and_z_loss(backbone):
         ([2, 0, 1], [2, 0, 1]),
     ],
 )
-def test_offset_weights(spec, weights):
+def test_offset_weights_of_every_form(spec, weights):
     """The weights that every form gives at K = 3."""
     assert resolve_offset_weights(spec, 3) == weights
 
@@ -205,7 +205,7 @@ print("equal")
 
 
 @pytest.mark.launch
-def test_ligers_loss_is_ours():
+def test_ligers_loss_equals_ours():
     """Runs the real kernel in Triton's interpreter, which needs no GPU. Losses and gradients are equal."""
     pytest.importorskip("liger_kernel")
     done = subprocess.run(
@@ -219,7 +219,7 @@ def test_ligers_loss_is_ours():
     assert done.stdout.strip() == "equal", done.stderr[-3000:]
 
 
-def test_a_loss_that_liger_does_not_make_is_refused():
+def test_a_loss_that_liger_does_not_support_is_refused():
     model = wrap(FakeBackbone((11,)), 2, loss=LossSettings(kernel="liger"))
     with pytest.raises(ValueError, match="train.loss_kernel=liger"):
         model(random_codes(model.backbone), fake_condition(), UNCOND)

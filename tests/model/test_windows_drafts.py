@@ -92,7 +92,7 @@ def test_rates_cover_every_row():
     assert torch.equal(rates[1, 2], torch.tensor([0, 0.25, 0.5, 0.75]))
 
 
-def test_unknown_schedule_is_refused_with_the_known_ones():
+def test_an_unknown_schedule_is_refused_and_the_known_ones_are_listed():
     with pytest.raises(ValueError, match=f"cosine.*{'.*'.join(SCHEDULES)}"):
         FixedSchedule("cosine")
 
@@ -126,7 +126,7 @@ def test_redraws_are_uniform_over_the_codebook():
     assert ((share - 1 / V).abs() <= 5 * math.sqrt(0.2 * 0.8 / N)).all(), share
 
 
-def test_one_coin_covers_both_factors():
+def test_all_factors_of_a_token_are_redrawn_together():
     """With one factor redrawn, a token would combine two halves that the image tokenizer never
     produced together.
 
@@ -143,13 +143,13 @@ def test_one_coin_covers_both_factors():
     assert (both[:, 0] != both[:, 1]).all(), "the factors are drawn apart"
 
 
-def test_each_factor_stays_in_its_own_codebook():
+def test_every_factor_stays_in_its_own_codebook():
     noisy = input_windows(torch.zeros(1, 500, 2, 2, dtype=torch.int64), fixed([1.0, 1.0], 1, 500), (2, 7))
     assert noisy[..., 0].unique().tolist() == [0, 1]
     assert noisy[..., 1].unique().tolist() == list(range(7))
 
 
-def test_coins_differ_between_rows_places_and_offsets():
+def test_redraws_are_independent_for_rows_positions_and_offsets():
     """Random numbers shared along any of these would noise whole windows, rows or batches together."""
     V = 2**40
     noisy = input_windows(

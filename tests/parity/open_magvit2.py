@@ -178,7 +178,7 @@ def _train(subject: Subject, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     loss = model(codes, _condition(inputs["class_ids"]), torch.zeros(len(codes), dtype=torch.bool)).loss
     loss.backward()
     gradients = {
-        f"grad/{open_magvit2.official_name(name)}": parameter.grad.clone()
+        f"grad/{open_magvit2.OpenMagvit2Backbone.official_name(name)}": parameter.grad.clone()
         for name, parameter in model.backbone.named_parameters()
     }
     with torch.no_grad():

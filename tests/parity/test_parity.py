@@ -175,7 +175,7 @@ def test_an_optional_call_that_is_wrong_fails(tmp_path, capsys):
     assert run(write_case(tmp_path / "mine", manifest, tensors)) == 1
 
 
-def test_what_the_adapter_does_not_return_or_raises_fails(tmp_path, capsys, monkeypatch):
+def test_a_missing_output_or_an_exception_of_the_adapter_fails(tmp_path, capsys, monkeypatch):
     folder = write_case(tmp_path / "mine", *top_2_of_3())
     monkeypatch.setattr(llamagen, "run", lambda subject, call, inputs: {})
     assert run(folder) == 1
@@ -199,7 +199,7 @@ def test_what_the_adapter_does_not_return_or_raises_fails(tmp_path, capsys, monk
         ({"calls": [{"outputs": {}}]}, "call 0 has no id"),
     ],
 )
-def test_a_manifest_that_cannot_be_run(change, problem, tmp_path, capsys):
+def test_a_manifest_that_cannot_be_run_is_refused(change, problem, tmp_path, capsys):
     """Exit code 2 and one sentence, before anything is reported as passed."""
     import re
 
@@ -219,14 +219,14 @@ def test_a_manifest_that_cannot_be_run(change, problem, tmp_path, capsys):
         ({}, "compare is None"),
     ],
 )
-def test_a_rule_that_is_none(rule, problem, tmp_path, capsys):
+def test_an_invalid_rule_is_refused(rule, problem, tmp_path, capsys):
     manifest, tensors = top_2_of_3()
     manifest["calls"][0]["outputs"]["outputs/s0/probs"] = rule
     assert run(write_case(tmp_path / "mine", manifest, tensors)) == 2
     assert problem in capsys.readouterr().err
 
 
-def test_files_that_are_not_there(tmp_path, capsys):
+def test_missing_files_are_refused(tmp_path, capsys):
     manifest, tensors = top_2_of_3()
     assert run(tmp_path / "nowhere") == 2
     (tmp_path / "empty").mkdir()
@@ -305,7 +305,7 @@ def test_official_scores_are_equal(name, capsys):
 @pytest.mark.parametrize(
     "name, file", [("geneval", "scoring_summary.json"), ("dpg_bench", "scoring_expected.json")]
 )
-def test_another_official_score_would_be_noticed(name, file, tmp_path, capsys):
+def test_a_changed_official_score_fails(name, file, tmp_path, capsys):
     shutil.copytree(SCORES / name, tmp_path / name)
     text = (tmp_path / name / file).read_text()
     score = {"geneval": '"overall": 0.45542585849932177', "dpg_bench": '"dpg_score": 54.21458262144536'}[name]

@@ -44,7 +44,7 @@ def test_a_broken_file_is_named_with_its_line(path, text, problem):
     assert str(broken.parent) in str(caught.value)
 
 
-def test_a_missing_file_suggests_its_neighbour(path):
+def test_a_missing_file_suggests_the_nearest_name(path):
     near = path.with_name("minimla.yaml")
     assert problems(near) == [f"no recipe at {near}; did you mean {path}?"]
     nowhere = path.parent / "nowhere" / "a.yaml"

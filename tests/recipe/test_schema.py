@@ -33,7 +33,7 @@ def test_all_problems_at_once_with_the_nearest_key(path):
     ]
 
 
-def test_problems_in_named_sections_come_with_the_others(path):
+def test_problems_in_named_sections_are_reported_with_the_others(path):
     """backbone and image_tokenizer are checked by other classes, but their problems are in the same
     report.
     """
@@ -101,7 +101,7 @@ def test_settings_do_not_change_after_validation(path):
         Recipe.load(path).train.steps = 4
 
 
-def test_noise_named_as_in_the_paper_is_noise_alone(path):
+def test_schedules_of_the_paper_use_no_self_drafts_by_default(path):
     """Self-drafts are on by default only for the schedule that they were measured with."""
     shares = {
         given: Recipe.load(path, [*given]).tensorar.self_drafts
@@ -188,7 +188,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
-def test_each_rule_names_its_setting(path, rule):
+def test_every_rule_names_its_setting(path, rule):
     """One broken rule is one problem, at the setting to change."""
     key, overrides = BROKEN[rule.__name__]
     assert problems(path, *overrides).keys() == {key}
@@ -220,11 +220,11 @@ def test_each_rule_names_its_setting(path, rule):
         ("zero.extra.offload_optimizer", ["zero.extra={offload_optimizer: {device: cpu, ratio: 0.5}}"]),
     ],
 )
-def test_the_other_halves_of_the_rules(path, key, overrides):
+def test_every_condition_of_a_rule_names_its_setting(path, key, overrides):
     assert problems(path, *overrides).keys() == {key}
 
 
-def test_broken_rules_come_together(path):
+def test_broken_rules_are_reported_together(path):
     """These rules check the whole recipe; the first broken rule used to hide the others."""
     report = problems(
         path,

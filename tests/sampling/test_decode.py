@@ -60,7 +60,7 @@ def test_guidance_changes_the_image(name):
 
 @pytest.mark.parametrize("draw", [greedy, None], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("window, cfg_scale", [(1, 1.0), (3, 3.0)])
-def test_a_prompt_gives_the_image_it_has_alone(window, cfg_scale, draw):
+def test_an_image_does_not_depend_on_the_other_prompts_of_its_batch(window, cfg_scale, draw):
     """On a real backbone, padding, batch size and neighbours change no token."""
     model, condition = make("janus", window), fake_condition()
     settings = SamplerSettings(cfg_scale=cfg_scale, temperature=0.9, top_k=8)
@@ -74,7 +74,7 @@ def test_a_prompt_gives_the_image_it_has_alone(window, cfg_scale, draw):
         assert torch.equal(together[i], traced(rows(condition, i, i + 1), 5 + i)[0]), i
 
 
-def test_a_generator_per_row_belongs_to_its_row():
+def test_every_row_draws_from_its_own_generator():
     """A seed gives one image whatever its neighbours are: with other seeds, other prompts, or in
     another order.
     """
@@ -161,7 +161,7 @@ def test_a_fresh_codec_generates_the_plain_models_image():
         assert torch.equal(*images)
 
 
-def test_one_number_is_that_number_for_every_factor():
+def test_a_single_number_applies_to_every_factor():
     model = make("two_factors", 3)
     images = [
         decode(model, fake_condition(), settings, generator=generators(1, 2, 3)).codes
@@ -173,7 +173,7 @@ def test_one_number_is_that_number_for_every_factor():
     assert torch.equal(*images)
 
 
-def test_a_factors_guidance_is_its_own():
+def test_every_factor_has_its_own_guidance():
     """The first factor of the first token does not depend on the second factor's scale; the second
     factor does.
     """

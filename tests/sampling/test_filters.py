@@ -65,14 +65,14 @@ def test_guidance_by_hand():
 @pytest.mark.parametrize(
     "number, token", [(0.0, 0), (0.49, 0), (0.51, 1), (0.79, 1), (0.81, 2), (1 - 2**-53, 2)]
 )
-def test_a_number_picks_the_slice_it_falls_in(number, token):
+def test_a_random_number_selects_the_slice_that_contains_it(number, token):
     """The slices are [0, .5), [.5, .8), [.8, 1)."""
     numbers = torch.tensor([[number]], dtype=torch.float64)
     assert draw_tokens(logits_of(0.5, 0.3, 0.2), numbers, SamplerSettings()).item() == token
 
 
 @pytest.mark.parametrize("number, token", [(0.0, 1), (1 - 2**-53, 2)])
-def test_an_empty_slice_is_never_picked(number, token):
+def test_a_filtered_token_is_never_selected(number, token):
     """Tokens filtered out at both ends of the codebook are not picked, for the smallest and the
     largest number.
     """

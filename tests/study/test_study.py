@@ -117,7 +117,7 @@ def grid_file(bench, tmp_path, monkeypatch) -> Path:
     [
         ("world", "moon", "world is 'moon'; expected one of digits, photographs, shapes"),
         ("control", "none", "arms has no 'none'"),
-        ("samplings", {"greedy": {"heat": 1}}, "samplings.greedy.heat is 1"),
+        ("samplings", {"greedy": {"heat": 1}}, "samplings.greedy.heat: unknown key"),
         (
             "arms",
             {"base": {"about": "", "samplings": ["x"]}, "plain": {"about": ""}},
@@ -129,7 +129,7 @@ def grid_file(bench, tmp_path, monkeypatch) -> Path:
             "arms.base.samplings_once: unknown y",
         ),
         ("equal_time", "more", "arms has no 'more'"),
-        ("samplings", {"greedy": {"temperature": -1}}, "samplings.greedy.temperature is -1"),
+        ("samplings", {"greedy": {"temperature": -1}}, "samplings.greedy.temperature: expected .* got -1"),
         (
             "arms",
             {"base": {"about": "", "settings": ["train.steps=1"]}, "plain": {"about": ""}},
@@ -146,7 +146,7 @@ def grid_file(bench, tmp_path, monkeypatch) -> Path:
             "arms.plain.num_seeds +expected an integer",
         ),
         ("arms", {"base": {"about": ""}, "plain": {}}, "arms.plain.about +missing"),
-        ("samplings", {"greedy": {"lookahead": 0}, "sharp": {}}, "samplings.greedy.lookahead is 0"),
+        ("samplings", {"greedy": {"lookahead": 0}, "sharp": {}}, "samplings.greedy.lookahead: expected"),
         ("base", None, "expected one of base and from_nothing"),
         (
             "from_nothing",
@@ -168,7 +168,7 @@ def test_mistakes_in_a_grid_are_named(grid_file, key, value, problem):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "study/grids").glob("*.yaml")), ids=lambda path: path.name)
-def test_the_grids_that_are_here_load(path):
+def test_every_grid_of_the_repository_loads(path):
     grid = Grid.load(path)
     assert grid.control in grid.arms and (grid.base is None or (ROOT / grid.base).is_dir())
 
@@ -372,7 +372,7 @@ def test_pictures_of_the_shapes_world_are_judged_by_their_prompt(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["digits", "photographs"])
-def test_the_worlds_that_are_here_have_pictures_of_every_class(name, monkeypatch):
+def test_every_world_has_pictures_of_every_class(name, monkeypatch):
     pytest.importorskip("skimage")
     pytest.importorskip("sklearn")
     monkeypatch.setattr(photographs, "NUM_TRAIN", 200)
@@ -468,7 +468,7 @@ def test_the_page_is_made_from_stored_rows_alone(grid_file, tmp_path):
     assert "minus `long`, points" in page and [cell.split()[0] for cell in cells[4:6]] == ["-12.5", "-50.0"]
 
 
-def test_worlds_are_set_beside_each_other(grid_file, tmp_path, capsys):
+def test_worlds_are_compared_in_one_table(grid_file, tmp_path, capsys):
     """Gains and gaps of the arms that both worlds have, from the stored rows alone."""
     pytest.importorskip("matplotlib")
     other = grid_file.with_name("other.yaml")
@@ -496,7 +496,7 @@ def test_worlds_are_set_beside_each_other(grid_file, tmp_path, capsys):
         [across.load(path, read(folder / path.stem / "results.jsonl")) for path in (grid_file, other)]
     )
     assert [(point.arm, point.gain) for point in found] == [("k3", 0), ("own", 25), ("k3", 0), ("own", -25)]
-    # Bits of the final token with own drafts, 1 and 1.5, minus the control's one nat.
+    # Bits of the final token with self-drafts, 1 and 1.5, minus the control's one nat.
     assert [point.cost for point in found[:2]] == pytest.approx([1 - 1 / np.log(2), 1.5 - 1 / np.log(2)])
     assert (
         __main__.main(["across", str(grid_file), "--folder", str(folder)]) == 2
@@ -509,7 +509,7 @@ def test_worlds_are_set_beside_each_other(grid_file, tmp_path, capsys):
     assert "other.yaml: no result of the control, plain" in capsys.readouterr().err
 
 
-def test_a_frechet_distance_is_set_over_the_controls_of_the_same_seed(grid_file):
+def test_a_frechet_distance_is_divided_by_the_controls_of_the_same_seed(grid_file):
     """The spread of the logarithms over seeds is pooled over the arms, because one arm gives too
     few values.
     """
@@ -536,7 +536,7 @@ def test_a_frechet_distance_is_set_over_the_controls_of_the_same_seed(grid_file)
         )
 
 
-def test_intervals_know_seeds_and_prompts():
+def test_intervals_include_the_variation_of_seeds_and_prompts():
     """Prompts that differ widen an interval.
 
     Seeds widen it if they differ by more than the chance of sampling.
@@ -570,7 +570,7 @@ def test_intervals_know_seeds_and_prompts():
 @pytest.mark.parametrize(
     "seed_spread, prompt_spread", [(0.0, 0.15), (0.02, 0.15), (0.06, 0.15), (0.035, 0.35)]
 )
-def test_intervals_hold_what_they_say(seed_spread, prompt_spread):
+def test_intervals_have_the_stated_coverage(seed_spread, prompt_spread):
     """Simulated studies of eight arms and three seeds with a known truth: about 95 % of the
     intervals contain it.
     """
@@ -585,7 +585,7 @@ def test_intervals_hold_what_they_say(seed_spread, prompt_spread):
     assert 0.92 <= np.mean(held) <= 0.99, np.mean(held)
 
 
-def test_a_run_takes_up_what_is_missing(grid_file, tmp_path, monkeypatch, capsys):
+def test_a_study_runs_only_what_is_missing(grid_file, tmp_path, monkeypatch, capsys):
     """Arms run in order, and only those that lack a row and are not removed."""
     monkeypatch.setattr(runner, "worker_environments", lambda num_workers: [{}])
     results, asked = tmp_path / "results.jsonl", []

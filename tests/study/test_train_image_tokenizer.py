@@ -56,7 +56,7 @@ def test_mistakes_are_sentences(tmp_path, capsys):
     assert "has no manifest.json" in capsys.readouterr().err
 
 
-def test_crops_keep_to_the_grid_of_codes_and_find_the_foreground():
+def test_crops_are_aligned_with_the_codes_and_cover_the_foreground():
     """One bright pixel in the last cell: nearly every crop of 16 contains it, and starts on a
     multiple of 8.
     """

@@ -23,7 +23,7 @@ def test_tensors_count_from_when_they_are_made_until_they_are_gone():
     assert peak.live == 0
 
 
-def test_what_was_given_does_not_count():
+def test_tensors_that_existed_before_do_not_count():
     given = torch.zeros(MIB)
     with activation_memory.Peak() as peak:
         peak.ignore([given])
@@ -32,7 +32,7 @@ def test_what_was_given_does_not_count():
     assert peak.peak == made.nbytes == 2 * MIB
 
 
-def test_a_step_is_told_without_its_memory():
+def test_measuring_a_step_needs_no_memory_for_it():
     """Measuring a step needs no memory for it: the model is on the meta device, so nothing is
     computed. A chain of layers keeps the input of every layer for the backward pass. The gradients
     of the parameters are not counted.

@@ -6,7 +6,7 @@ import torch
 from mmtensorar.training.ema import Average
 
 
-def test_it_is_the_average_by_hand():
+def test_the_average_equals_one_computed_by_hand():
     weights = [torch.zeros(3), torch.ones(2, 2)]
     average = Average(weights, 0.5)
     expected = [weight.double() for weight in weights]

@@ -94,7 +94,7 @@ def main(recipe: str, folder: str, seed: str) -> None:
     print(json.dumps({"in_checkpoints": in_checkpoints, "code": os.waitstatus_to_exitcode(status)}))
 
 
-def test_killed_at_twenty_random_moments_a_run_ends_as_if_nothing_had_happened(tmp_path):
+def test_a_run_killed_at_twenty_random_moments_ends_with_the_same_weights(tmp_path):
     """The samples and losses of every step equal those of a run that was never killed."""
     write_tiny_janus(tmp_path / "janus", NUM_CODES, SIDE)
     recipe = {

@@ -32,18 +32,19 @@ def settings(folder, stage, parts, precision, optimizer, offload, **train):
         "backbone": janus.Config(name="janus", path=str(folder / "janus")),
         "image_tokenizer": janus_vq.Config(name="janus_vq", path=str(folder / "janus" / "vq")),
         "tensorar": {"window": 2, "num_heads": 2},
-        "data": {"shards": "none", "batch_size": 2},
+        "data": {"shards": "none", "batch_size": 1},
         "optim": {"lr": 1e-2, "name": optimizer},
-        "train": {"steps": 3, "parts": parts, "precision": precision, **train},
+        "train": {"steps": 2, "parts": parts, "precision": precision, **train},
         "lora": {"rank": 2},
         "zero": {"stage": stage, "offload_optimizer": offload},
     }
 
 
 def step(engine) -> float:
-    codes = torch.arange(32).view(2, 16, 1)
-    condition = Condition(torch.full((2, 3), 5), torch.ones(2, 3, dtype=torch.bool))
-    loss = engine(codes, condition, torch.zeros(2, dtype=torch.bool), torch.Generator().manual_seed(0)).loss
+    """One update on one sample: on a CPU without bfloat16 instructions every sample takes long."""
+    codes = torch.arange(16).view(1, 16, 1)
+    condition = Condition(torch.full((1, 3), 5), torch.ones(1, 3, dtype=torch.bool))
+    loss = engine(codes, condition, torch.zeros(1, dtype=torch.bool), torch.Generator().manual_seed(0)).loss
     engine.backward(loss)
     engine.step()
     return loss.item()
@@ -77,13 +78,13 @@ def go_through(folder: Path, stage: int, parts: str) -> None:
         losses = [step(engine)]
         saver = run_state.Saver(engine, place, {}, keep_last=1, keep_best=False, background=False)
         saver.save(1, {}, None, cpu)
-        losses += [step(engine) for _ in range(2)]
-        assert all(map(math.isfinite, losses)) and losses[2] < losses[0], (asked, losses)
+        losses.append(step(engine))
+        assert all(map(math.isfinite, losses)) and losses[1] < losses[0], (asked, losses)
         engine.destroy()
         engine = engines.start(recipe, 1, cpu)
         assert run_state.resume(engine, place, {}) == 1
-        again = [step(engine) for _ in range(2)]
-        assert again == losses[1:], (asked, again, losses[1:])
+        again = step(engine)
+        assert again == losses[1], (asked, again, losses[1])
         engine.destroy()
     assert allowed or (parts, stage) == ("qlora", 3)
 
@@ -120,7 +121,7 @@ def found(tmp_path_factory) -> dict:
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("parts", PARTS)
-def test_what_a_recipe_allows_trains_and_goes_on(found, stage, parts):
+def test_every_allowed_combination_of_settings_trains_and_resumes(found, stage, parts):
     assert found[f"{stage} {parts}"] is None, found[f"{stage} {parts}"]
 
 

@@ -25,7 +25,7 @@ def test_every_parameter_is_in_one_group_with_its_rate_and_decay(window):
         assert (group["weight_decay"] == 0) == (parameter.ndim < 2 or is_table), name
 
 
-def test_frozen_parameters_are_in_none():
+def test_frozen_parameters_are_in_no_group():
     model = wrap(FakeBackbone(), 3)
     model.backbone.requires_grad_(False)
     groups = optimizers.groups(model, Optim())
@@ -34,7 +34,7 @@ def test_frozen_parameters_are_in_none():
     )
 
 
-def test_eight_bit_moments_take_the_steps_of_whole_ones():
+def test_eight_bit_moments_take_nearly_the_same_steps():
     """The weight is large enough for bitsandbytes to quantise its moments."""
     pytest.importorskip("bitsandbytes")
     results = []
@@ -53,7 +53,7 @@ def test_eight_bit_moments_take_the_steps_of_whole_ones():
     assert (results[0] - results[1]).abs().mean() < 0.02 * results[0].abs().mean()
 
 
-def test_what_cannot_be_had_here_is_said():
+def test_an_unavailable_optimizer_is_reported():
     groups = [{"params": [torch.nn.Parameter(torch.zeros(2))]}]
     with pytest.raises(ValueError, match="optim.name is paged_adamw, .* there is no GPU"):
         optimizers.build(Optim(name="paged_adamw"), groups, torch.device("cpu"))

@@ -103,7 +103,7 @@ def test_zero_memory_on_paper():
     assert bytes_of(0, **{"optim.name": "adamw_8bit"}).optimizer == 6 * 800
 
 
-def test_the_peak_is_of_the_backward_or_of_the_update():
+def test_peak_memory_is_that_of_the_backward_pass_or_of_the_update():
     few = bytes_of(0)
     assert few.peak == few.held + few.update
     many = few._replace(activations=10**9)
@@ -111,7 +111,7 @@ def test_the_peak_is_of_the_backward_or_of_the_update():
 
 
 @pytest.mark.plan
-def test_activations_grow_with_the_batch_and_shrink_when_computed_again():
+def test_activations_grow_with_the_batch_and_shrink_with_checkpointing():
     def active(rows: int, *changes: str) -> int:
         return plan.activation_bytes(Recipe.load(RECIPES / "janus_pro_1b.yaml", changes), [rows])[rows]
 
@@ -164,7 +164,7 @@ def test_other_prompt_lengths_follow_exactly_from_three(tiny):
 
 
 @pytest.mark.plan
-def test_what_is_computed_again_counts_again(tiny):
+def test_recomputation_counts_in_the_flops(tiny):
     """The loss in chunks computes decoder and head a fourth time; activation checkpointing does the
     same to the layers.
     """
@@ -195,7 +195,7 @@ def test_what_is_computed_again_counts_again(tiny):
 
 
 @pytest.mark.plan
-def test_self_drafts_are_a_forward_more(tiny):
+def test_self_drafts_cost_one_more_forward_pass(tiny):
     """Self-drafts add one forward pass: a third of a step that recomputes nothing, except for the
     head, which runs over the first slot of every window only.
     """
@@ -216,7 +216,7 @@ def test_the_report_loads_no_weights(monkeypatch):
     assert "6,591,791,104" in text and "64 GPUs" in text and "FLOPs" in text
 
 
-def test_what_a_plan_without_files_needs_is_said(tmp_path, monkeypatch, capsys):
+def test_a_plan_without_files_names_the_settings_it_needs(tmp_path, monkeypatch, capsys):
     """The released sizes are known, but a missing file does not show which size it is: the recipe
     must set it.
     """
@@ -234,7 +234,7 @@ def test_a_plan_for_flash_attention_needs_no_gpu():
     assert plan.activation_bytes(recipe, [1])[1] > 0
 
 
-def test_an_average_takes_its_share():
+def test_an_average_of_the_weights_is_counted_in_memory():
     assert bytes_of(3, **{"train.ema_decay": 0.99}).optimizer == bytes_of(3).optimizer + 4 * 100
 
 

@@ -14,7 +14,7 @@ from mmtensorar.training import run_log, stopwatch
 CPU = torch.device("cpu")
 
 
-def test_laps_of_a_name_add_up_and_start_anew():
+def test_laps_of_a_name_add_up_until_they_are_read():
     watch = stopwatch.Stopwatch(CPU)
     for _ in range(2):
         time.sleep(0.02)

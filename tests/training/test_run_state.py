@@ -41,7 +41,7 @@ def steps(saver) -> list[int]:
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_the_newest_and_the_best_stay(make, background):
+def test_the_newest_and_the_best_run_states_are_kept(make, background):
     saver = make(background=background)
     for step, loss in ((9, 3.0), (10, 1.0), (11, None), (999_999, 2.0), (1_000_000, 4.0)):
         saver.save(step, {"validation_loss": loss}, None, CPU)
@@ -52,7 +52,7 @@ def test_the_newest_and_the_best_stay(make, background):
     ] == 1_000_000
 
 
-def test_a_run_set_back_forgets_what_came_later(make):
+def test_after_setting_a_run_back_later_run_states_do_not_count(make):
     """The message about a damaged checkpoint advises to set the run back.
 
     The abandoned checkpoint then counts neither as the newest nor as the best.
@@ -73,7 +73,7 @@ def test_a_run_set_back_forgets_what_came_later(make):
     assert steps(saver) == [2, 3, 4]
 
 
-def test_a_failure_is_told_and_the_next_checkpoint_stands(make, monkeypatch, capsys):
+def test_a_failed_write_is_reported_and_the_next_run_state_is_complete(make, monkeypatch, capsys):
     saver, write = make(background=True), sharded_state.write
     saver.save(1, {}, None, CPU)
     saver.finish(CPU)
@@ -99,7 +99,7 @@ def test_a_failure_is_told_and_the_next_checkpoint_stands(make, monkeypatch, cap
     assert sharded_state.latest(saver.folder)["step"] == 4
 
 
-def test_a_run_folder_is_held_by_one_process(tmp_path):
+def test_only_one_process_locks_a_run_folder(tmp_path):
     folder = tmp_path / "run"
     with processes.RunFolderLock(folder):
         with pytest.raises(
@@ -119,7 +119,7 @@ def test_a_child_does_not_keep_the_lock(tmp_path):
         assert lock._file.closed
 
 
-def test_signals_are_recorded_and_a_later_ctrl_c_quits(monkeypatch):
+def test_signals_are_recorded_and_a_second_ctrl_c_stops_at_once(monkeypatch):
     said = []
     signals = processes.StopSignals(said.append)
     assert not signals.requested and signals.exit_code == 128 + signal.SIGTERM
@@ -133,7 +133,7 @@ def test_signals_are_recorded_and_a_later_ctrl_c_quits(monkeypatch):
         signals._handle(signal.SIGINT, None)
 
 
-def test_a_checkpoint_that_is_not_whole_says_what_to_do(make):
+def test_an_incomplete_run_state_is_reported_with_a_remedy(make):
     saver = make(background=False)
     saver.save(1, {}, None, CPU)
     saver.save(2, {}, None, CPU)
@@ -146,7 +146,7 @@ def test_a_checkpoint_that_is_not_whole_says_what_to_do(make):
         sharded_state.latest(saver.folder)
 
 
-def test_rank_0_does_not_wait_for_ever(make, monkeypatch):
+def test_rank_0_waits_for_a_limited_time(make, monkeypatch):
     monkeypatch.setattr(saving, "PATIENCE_S", 0.05)
     saver = make()
     saver.num_files = 2
@@ -155,7 +155,7 @@ def test_rank_0_does_not_wait_for_ever(make, monkeypatch):
     assert not (saver.folder / "latest").exists()
 
 
-def test_without_the_file_latest_the_newest_checkpoint_counts(make):
+def test_without_the_file_latest_the_newest_run_state_is_used(make):
     """A copy of a run once lost the file `latest`: the run started from scratch and deleted its
     checkpoints.
     """

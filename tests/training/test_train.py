@@ -22,6 +22,7 @@ from mmtensorar.data.shards import Manifest, Sample, iterate_tar, write_tar
 from mmtensorar.recipe import Recipe
 from mmtensorar.training import run_log
 from tests.helpers.fakes import write_tiny_janus
+from tests.helpers.orders import location
 from tests.helpers.runs import (
     ALIKE,
     NUM_CODES,
@@ -68,7 +69,7 @@ def test_resumed_run_equals_uninterrupted_run(bench, whole_run):
     assert [numbers(row) for row in rows(bench, name)] == [numbers(row) for row in whole_run]
 
 
-def test_a_run_goes_on_at_a_lower_rate(bench, whole_run):
+def test_a_run_resumes_at_a_lower_learning_rate(bench, whole_run):
     """A run that stopped at a spike prints this advice. Resuming prints every setting that changed."""
     name = cut(bench, "whole", "slower")
     done = run(
@@ -89,7 +90,7 @@ def test_a_run_goes_on_at_a_lower_rate(bench, whole_run):
     assert headers["seconds_step"] == "step,seconds_step" and headers["loss"] == "step,loss"
 
 
-def test_other_shards_do_not_continue_a_run(bench, whole_run):
+def test_a_run_does_not_resume_on_other_shards(bench, whole_run):
     """The folder can have the same path but other content."""
     name = cut(bench, "whole", "other_shards")
     state = bench / "runs" / name / "checkpoints" / "step_000002" / "state.json"
@@ -98,7 +99,7 @@ def test_other_shards_do_not_continue_a_run(bench, whole_run):
     assert done.returncode == 2 and "saved with shards 0123" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_other_starting_weights_do_not_continue_a_run(bench, whole_run):
+def test_a_run_does_not_resume_on_other_starting_weights(bench, whole_run):
     """Once a fine-tune resumed although the weights it had started from had been replaced."""
     name = cut(bench, "whole", "other_start")
     janus = bench / "janus_retrained"
@@ -113,7 +114,7 @@ def test_other_starting_weights_do_not_continue_a_run(bench, whole_run):
     assert done.returncode == 2 and "saved with start " in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_damaged_checkpoint_is_one_sentence(bench, whole_run):
+def test_a_damaged_run_state_is_reported_in_one_sentence(bench, whole_run):
     """For example one flipped bit of a weight, which would still load."""
     name = cut(bench, "whole", "damaged")
     folder = bench / "runs" / name / "checkpoints" / "step_000002"
@@ -128,7 +129,7 @@ def test_a_damaged_checkpoint_is_one_sentence(bench, whole_run):
     assert "Traceback" not in done.stderr
 
 
-def test_a_run_killed_before_its_model_was_written_gets_it(bench, whole_run):
+def test_a_run_killed_before_it_wrote_its_model_folder_writes_it_on_resume(bench, whole_run):
     """The last checkpoint exists but model/ does not: resuming writes it without another step."""
     copy = bench / "runs" / "unwritten"
     shutil.copytree(bench / "runs" / "whole", copy)
@@ -161,8 +162,9 @@ def test_run_folder_is_complete(bench, whole_run):
 
 
 def test_bfloat16_on_two_ranks_saves_its_master_copy_and_resumes_exactly(bench):
-    """Only two steps: on a CPU without bfloat16 instructions a step takes seconds."""
+    """Two steps of few samples: on a CPU without bfloat16 instructions a step takes seconds."""
     settings = ["train.precision=bf16", "zero.stage=3", "train.steps=2", "train.save_every=1"]
+    settings += ["data.batch_size=2", "train.grad_accum=1"]
     done = run(bench, "run.name=bf16", *settings, ranks=2)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     weights = load_file(bench / "runs" / "bf16" / "model" / model_folder.CODEC).values()
@@ -236,7 +238,7 @@ def exported_alike(bench: Path, name: str) -> None:
     assert model_folder.read_index(folder / "exported")["step"] == 1
 
 
-def test_a_run_goes_on_with_other_numbers_of_ranks_and_other_stages(bench, two_ranks):
+def test_a_run_resumes_on_other_numbers_of_ranks_and_other_stages(bench, two_ranks):
     """The run uses two ranks under ZeRO-3, one under ZeRO-2, two without ZeRO, and one under
     ZeRO-1.
 
@@ -322,7 +324,8 @@ def test_damage_on_one_rank_stops_both(bench):
     shutil.copytree(bench / "shards", folder)
     manifest = Manifest.read(folder)
     # The first sample of rank 1.
-    place = Order([shard.num_samples for shard in manifest.shards], rows=4, seed=0, shuffle=0).location(1)
+    order = Order([shard.num_samples for shard in manifest.shards], rows=4, seed=0, shuffle=0)
+    place = location(order, 1)
     shard, damaged = manifest.shards[place.shard], place.sample
     samples = list(iterate_tar(folder / shard.name))
     samples[damaged].members["codes.npy"] = encode_codes(np.full((1, SIDE * SIDE, 1), NUM_CODES, np.uint16))
@@ -409,7 +412,7 @@ def test_the_validation_loss_does_not_depend_on_the_ranks(bench, holed):
     assert losses[0][0] != losses[0][1]
 
 
-def test_the_best_checkpoint_by_validation_loss_stays(bench, holed):
+def test_the_best_run_state_by_validation_loss_is_kept(bench, holed):
     """Of four checkpoints only the last and the best stay.
 
     At this learning rate the loss goes up and down.
@@ -428,7 +431,7 @@ def test_the_best_checkpoint_by_validation_loss_stays(bench, holed):
     assert sorted(path.name for path in folder.glob("step_*")) == sorted({f"step_{best:06d}", "step_000004"})
 
 
-def test_the_control_is_a_switch(bench, monkeypatch):
+def test_plain_trains_the_control(bench, monkeypatch):
     """--plain trains the same recipe without TensorAR, in its own run folder."""
     from mmtensorar import train as module
 
@@ -495,7 +498,7 @@ def test_a_spike_of_the_gradient_stops_and_names_the_samples(bench):
 
 
 @pytest.mark.parametrize("code", [0, 2])
-def test_a_process_of_a_group_leaves_with_its_exit_code(code):
+def test_a_process_of_a_group_exits_with_its_own_code(code):
     """While threads of the process group run, the normal end of the interpreter may abort, which
     gives another exit code.
     """

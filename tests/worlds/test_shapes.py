@@ -42,7 +42,7 @@ def test_the_detector_confirms_what_was_drawn():
 
 
 @pytest.mark.shipped
-def test_the_shipped_base_is_whole_small_and_good_enough():
+def test_the_shipped_base_is_complete_small_and_good_enough():
     """It has at most 8 MB; 95 % of the pictures survive its image tokenizer; it generates."""
     loaded = model_folder.load(SHIPPED)  # compares every file with its sha256
     assert sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) <= 8e6
@@ -67,7 +67,7 @@ def test_an_empty_ground_has_no_objects():
     assert scene.objects == ()
 
 
-def test_metadata_speaks_geneval():
+def test_metadata_has_the_format_of_geneval():
     """The clause for a position refers to the reference object, which comes first."""
     scene = Scene("position", "a circle left of a star", (Object("circle"), Object("star")), "left of")
     assert scene.metadata["include"] == [
