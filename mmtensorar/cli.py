@@ -33,17 +33,23 @@ class Main(Protocol):
 
 
 class Verb(NamedTuple):
-    """A command's module and function, and one line of help."""
+    """A command's module and function, and one line of help.
+
+    checks: a module whose `check(arguments)` is called before the command's, which is slow, is imported.
+    """
 
     module: str
     about: str
     function: str = "main"
+    checks: str | None = None
 
 
 # A verb may have two words.
 VERBS: dict[str, Verb] = {
     "train": Verb(
-        "mmtensorar.train_command", "train from a recipe (several GPUs: deepspeed mmtensorar/train.py)"
+        "mmtensorar.train",
+        "train from a recipe (several GPUs: deepspeed mmtensorar/train.py)",
+        checks="mmtensorar.train_options",
     ),
     "generate": Verb("mmtensorar.generate", "prompts or class numbers to pictures"),
     "recipe": Verb("mmtensorar.recipe.__main__", "check a recipe and print it resolved"),
@@ -313,7 +319,14 @@ def load(name: str) -> Main:
             )
         if str(checkout) not in sys.path:
             sys.path.insert(0, str(checkout))
-    return getattr(importlib.import_module(verb.module), verb.function)
+    if (checks := verb.checks) is None:
+        return getattr(importlib.import_module(verb.module), verb.function)
+
+    def checked(arguments: list[str] | None = None) -> int:
+        importlib.import_module(checks).check(arguments)
+        return getattr(importlib.import_module(verb.module), verb.function)(arguments)
+
+    return checked
 
 
 def unknown_verb(words: list[str]) -> str:

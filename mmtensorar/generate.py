@@ -25,6 +25,7 @@ from mmtensorar.checkpoints.index import read_index
 from mmtensorar.cli import Parser, command
 from mmtensorar.sampling.settings import LOADING, add_generation, at_least_1, given_settings
 from mmtensorar.seeds import check_seed
+from mmtensorar.words import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,11 +62,6 @@ def origin_of(prompt: Prompt, seed: int) -> dict[str, Prompt]:
     return {"prompt" if isinstance(prompt, str) else "class": prompt, "seed": seed}
 
 
-def count(number: int, noun: str) -> str:
-    """1 image, 2 images."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def write_images(generator: Generator, prompts: Sequence[Prompt], options: argparse.Namespace) -> list[Path]:
     """Generate --num-images for each prompt into --out; returns the image files."""
     from mmtensorar.pipeline import save_png
@@ -87,7 +83,7 @@ def write_images(generator: Generator, prompts: Sequence[Prompt], options: argpa
     paths = []
     num_tokens = generator.model.backbone.num_tokens
     progress = tqdm(
-        total=len(work) * num_tokens, unit="token", desc=count(len(work), "image"), file=sys.stderr
+        total=len(work) * num_tokens, unit="token", desc=counted(len(work), "image"), file=sys.stderr
     )
     with (out / "prompts.jsonl").open("a", encoding="utf-8") as log, progress:
         for start in range(0, len(work), options.batch_size):
@@ -185,7 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nstopped; {options.out / 'prompts.jsonl'} lists the images made so far", file=sys.stderr)
         return 130
-    print(f"{count(len(paths), 'image')} in {options.out}")
+    print(f"{counted(len(paths), 'image')} in {options.out}")
     return 0
 
 

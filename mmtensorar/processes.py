@@ -98,7 +98,8 @@ class RunFolderLock:
 
     The lock is on FOLDER/lock, which holds the owner's process id and host. The
     operating system releases it when the process ends, even after a crash. On a file
-    system without locks nothing is locked.
+    system without locks nothing is locked. A block that ends with an error and has written
+    nothing leaves no folder behind, if there was none before.
     """
 
     def __init__(self, folder: Path, *, timeout_s: float = 0, otherwise: str = "choose another run.name"):
@@ -110,19 +111,24 @@ class RunFolderLock:
         """
         self.folder, self.timeout_s, self.otherwise = folder, timeout_s, otherwise
         self._file: TextIO | None = None
+        self._made: list[Path] = []  # folders that were made for the lock, innermost first
 
     def __enter__(self) -> RunFolderLock:
         """Take the lock.
 
         Raises ValueError when another process still has it after timeout_s seconds.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = (self.folder / "lock").open("a+", encoding="utf-8")
+        self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+        path = self.folder / "lock"
+        file = self._open(path)
         deadline, announced = time.monotonic() + self.timeout_s, False
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
+                if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    break
+                file.close()  # its owner failed at once, and removed it with the folder
+                file = self._open(path)
             except BlockingIOError:
                 file.seek(0)
                 owner = file.read(200).strip() or "unknown"
@@ -144,7 +150,17 @@ class RunFolderLock:
         file.flush()
         return self
 
+    @staticmethod
+    def _open(path: Path) -> TextIO:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("a+", encoding="utf-8")
+
     def __exit__(self, *error: object) -> None:
+        if any(error) and self._made and [path.name for path in self.folder.iterdir()] == ["lock"]:
+            (self.folder / "lock").unlink()
+            for folder in self._made:
+                with suppress(OSError):  # another process works next to it
+                    folder.rmdir()
         if self._file is not None:
             self._file.close()
             if self._file in _locked:

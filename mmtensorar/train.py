@@ -21,9 +21,9 @@ if __name__ == "__main__":
     # ours would hide installed ones of the same name. The repository root belongs
     # there.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from mmtensorar import train_command
+    from mmtensorar import train_options
 
-    train_command.check()  # a wrong option ends here, before the imports below take seconds
+    train_options.check()  # a wrong option ends here, before the imports below take seconds
 
 import math
 import os
@@ -39,7 +39,7 @@ from mmtensorar.data import checks, loader
 from mmtensorar.processes import StopSignals, exit_process
 from mmtensorar.recipe import Recipe
 from mmtensorar.seeds import seed_for
-from mmtensorar.train_command import read_options
+from mmtensorar.train_options import read_options
 from mmtensorar.training import engine_private, run_state, sample_grid
 from mmtensorar.training.distributed import (
     barrier,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from mmtensorar import ranks
-from mmtensorar.cli import Parser, command, print_error
+from mmtensorar.cli import Parser, print_error
 from mmtensorar.recipe import read_settings
 
 
@@ -41,11 +41,3 @@ def check(arguments: list[str] | None = None) -> None:
         if ranks.is_first():
             print_error(error)
         raise SystemExit(2) from None
-
-
-@command
-def main(arguments: list[str] | None = None) -> int:
-    check(arguments)
-    from mmtensorar import train
-
-    return train.main(arguments)
