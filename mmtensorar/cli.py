@@ -116,7 +116,7 @@ def print_any_text() -> None:
 def print_error(error: Exception | str) -> None:
     """Print `error: ...` on stderr. Control characters are shown as escapes, endless names are cut."""
     text = error if isinstance(error, str) else sentence_of(error)
-    text = re.sub(r"\S{300,}", lambda found: shortened(found[0]), text)
+    text = re.sub(r"[^\s:;,'\"]{300,}", lambda found: shortened(found[0]), text)
     text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", lambda found: ascii(found[0])[1:-1], text)
     print(f"error: {text}", file=sys.stderr, flush=True)
 
