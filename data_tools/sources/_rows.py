@@ -13,6 +13,7 @@ from data_tools import storage
 from data_tools.sources import Item, Layout
 from data_tools.storage import read_file
 from mmtensorar.data.members import decode_caption
+from mmtensorar.files import check_characters
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -50,6 +51,7 @@ def parse_object(content: str | bytes, where: str, expected: str = "an object") 
         raise ValueError(f"{where}: not JSON ({error})") from error
     if not isinstance(value, dict):
         raise ValueError(f"{where}: holds {type(value).__name__}; expected {expected}")
+    check_characters(value, where)
     return value
 
 

@@ -120,7 +120,7 @@ class Failure(NamedTuple):
 
 
 def write_files(folder: Path) -> list[str]:
-    """Files that no command can use, links that lead nowhere; returns their names, and some that are missing."""
+    """Write files and links that no command can use; returns their names, and names of nothing."""
     (folder / "folder" / "inside").mkdir(parents=True)
     (folder / "broken").symlink_to(folder / "gone")
     (folder / "loop").symlink_to(folder / "loop")

@@ -56,7 +56,7 @@ def test_a_wrong_command_is_found(monkeypatch, error, what):
         (PermissionError(13, "Permission denied", "a\udcff\x1b[31m"), r"a\udcff\x1b[31m: permission denied"),
         (
             OSError(36, "File name too long", "a" * 5000),
-            "a" * 200 + "... (5001 characters): file name too long",
+            "a" * 200 + "... (5000 characters): file name too long",
         ),
         (OSError(28, "No space left on device"), "no space left on device"),
         (UnicodeEncodeError("utf-8", "abc\ud800", 3, 4, "no"), "holds half a character"),
