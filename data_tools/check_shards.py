@@ -54,6 +54,7 @@ from mmtensorar.data.shards import (
     wrong_count,
 )
 from mmtensorar.files import sha256, write_text
+from mmtensorar.words import counted
 
 DROPPED = "dropped.jsonl"
 
@@ -269,12 +270,12 @@ def report(folder: Path, manifest: Manifest, checked: CheckedSet) -> dict:
 def summary(folder: Path, manifest: Manifest, checked: CheckedSet) -> str:
     """The result in one line."""
     facts = [
-        f"{folder}: {checked.num_read} of {manifest.num_samples} samples read "
-        f"in {len(manifest.shards)} shards",
+        f"{folder}: {checked.num_read} of {counted(manifest.num_samples, 'sample')} read "
+        f"in {counted(len(manifest.shards), 'shard')}",
         f"{manifest.image_size} pixels",
     ]
     if manifest.classes:
-        facts.append(f"{len(manifest.classes)} classes")
+        facts.append(counted(len(manifest.classes), "class"))
     codes, text_features = manifest.codes, manifest.text_features
     crops = f" ({codes.crops} crops)" if codes and codes.crops > 1 else ""
     facts.append(f"codes of {codes.image_tokenizer}{crops}" if codes else "no codes")
@@ -282,7 +283,7 @@ def summary(folder: Path, manifest: Manifest, checked: CheckedSet) -> str:
         facts.append(f"text features of {text_features.text_encoder}")
     if checked.duplicates:
         facts.append(f"{len(checked.duplicates)} duplicate pictures")
-    facts.append(f"{len(checked.problems) or 'no'} problems")
+    facts.append(counted(len(checked.problems), "problem") if checked.problems else "no problems")
     return ", ".join(facts)
 
 
@@ -332,7 +333,7 @@ def repair(
     # made is None: make_shards.py would no longer make this set.
     staging.commit(manifest.model_copy(update={"shards": shards, "num_samples": num_samples, "made": None}))
     print(
-        f"{out}: {num_samples} of {manifest.num_samples} samples; "
+        f"{out}: {num_samples} of {counted(manifest.num_samples, 'sample')}; "
         f"{out / DROPPED} lists what was dropped, and why"
     )
 

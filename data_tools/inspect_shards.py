@@ -40,6 +40,7 @@ from mmtensorar.data.shards import (
     sample_starts,
 )
 from mmtensorar.files import write_text
+from mmtensorar.words import counted
 
 THUMBNAIL = 192  # pixels a side at most
 BINS = 12
@@ -110,7 +111,7 @@ def facts(folder: Path, manifest: Manifest, statistics: Statistics) -> list[tupl
     words = statistics.words
     rows = [
         ("source", f"{manifest.source}, seed {manifest.seed}"),
-        ("samples", f"{manifest.num_samples:,} in {len(manifest.shards):,} shards"),
+        ("samples", f"{manifest.num_samples:,} in {counted(len(manifest.shards), 'shard')}"),
         ("size", f"{size / 2**30:.2f} GiB, {size / manifest.num_samples:,.0f} bytes a sample"),
         ("pictures", f"{manifest.image_size} pixels a side"),
         ("members", ", ".join(f"{name} {number:,}" for name, number in sorted(statistics.members.items()))),

@@ -43,6 +43,7 @@ from mmtensorar.checkpoints.index import read_index
 from mmtensorar.files import sha256, write_text
 from mmtensorar.sampling.settings import LOADING, SAMPLING, add_generation, given_settings, without_removed
 from mmtensorar.seeds import image_seed
+from mmtensorar.words import counted
 
 if TYPE_CHECKING:
     from mmtensorar.image_tokenizers import ImageTokenizer
@@ -235,7 +236,7 @@ def generate_into(
         seed=options.seed,
         batch_size=options.batch_size,
     )
-    print(f"{num_made} images made in {out}", flush=True)
+    print(f"{counted(num_made, 'image')} made in {out}", flush=True)
     if ranks.is_first():
         wait_for_all(out, len(prompts), num_images)
 

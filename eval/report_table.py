@@ -12,6 +12,7 @@ from pathlib import Path
 from eval import tables
 from mmtensorar.cli import Parser, command
 from mmtensorar.files import read_json
+from mmtensorar.words import counted
 
 
 def rows(summaries: Mapping[str, dict]) -> list[list[str]]:
@@ -92,7 +93,7 @@ def notes(summaries: Mapping[str, dict]) -> str:
         sampled = next(iter(sampling.values()))
     num_drawn = [bound["num_images"] for s in summaries.values() for bound in _bounds(s).values()]
     incomplete = [
-        f"{name} lacks {len(s['partial'])} images or prompts"
+        f"{name} lacks {counted(len(s['partial']), 'image or prompt', 'images or prompts')}"
         for name, s in summaries.items()
         if s.get("partial")
     ]

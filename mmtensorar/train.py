@@ -76,6 +76,7 @@ from mmtensorar.training.run import (
 from mmtensorar.training.step_message import StepMessage
 from mmtensorar.training.stopwatch import Stopwatch, peak_memory_gib
 from mmtensorar.training.validation import validate
+from mmtensorar.words import counted
 
 
 def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> int:
@@ -327,8 +328,8 @@ def count_skipped(run: TrainingRun, skipped: list[str]) -> None:
     data = run.recipe.data
     if run.num_skipped > data.max_skipped * max(run.epoch_samples, run.step * data.batch_size):
         raise ValueError(
-            f"{run.num_skipped} damaged samples were skipped by step {run.step}, more than data.max_skipped "
-            f"{data.max_skipped:g} of an epoch of {run.epoch_samples}; {run.last_saved()}. "
+            f"{counted(run.num_skipped, 'damaged sample')} skipped by step {run.step}, more than "
+            f"data.max_skipped {data.max_skipped:g} of an epoch of {run.epoch_samples}; {run.last_saved()}. "
             "mmtensorar shards check lists what is damaged"
         )
 
@@ -390,7 +391,7 @@ def finish(run: TrainingRun) -> int:
                 export(run, run.folder / "model_ema")
         export(run, run.folder / "model")
         barrier()
-        print_on_first(f"finished {run.step} steps; the model is in {run.folder / 'model'}")
+        print_on_first(f"finished {counted(run.step, 'step')}; the model is in {run.folder / 'model'}")
         return 0
     barrier()
     print_on_first(

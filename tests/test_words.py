@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
         (1, "sample", "1 sample"),
         (2, "shard", "2 shards"),
         (1, "class", "1 class"),
-        (1000, "class", "1,000 classes"),
+        (1000, "class", "1000 classes"),
         (2, "box", "2 boxes"),
     ],
 )
