@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from data_tools.argument_types import positive
 from data_tools.executors import in_processes
+from data_tools.storage import note_unlisted
 from mmtensorar.cli import Parser, command
 from mmtensorar.data import tars
 from mmtensorar.data.members import (
@@ -403,6 +404,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.repair is not None:
         Staging.recover(options.repair)
     manifest = Manifest.read(folder, complete=False)
+    note_unlisted(folder, manifest)
     checked = check(folder, manifest, options.workers)
     for problem in checked.problems:
         print(f"error: {problem.text}", file=sys.stderr)

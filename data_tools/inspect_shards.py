@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from data_tools.argument_types import positive
 from data_tools.check_shards import check_class, check_writable
+from data_tools.storage import note_unlisted
 from mmtensorar.cli import Parser, command
 from mmtensorar.data import tars
 from mmtensorar.data.members import decode_caption
@@ -239,6 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.html is not None:
         check_writable(options.html)
     manifest = Manifest.read(folder)
+    note_unlisted(folder, manifest)
     statistics = count(folder, manifest)
     for name, text in facts(folder, manifest, statistics):
         print(f"{name:<14} {text}")

@@ -24,11 +24,13 @@ class ListedSource(NamedTuple):
     """The items of a set, in its order, with one caption each.
 
     name: for the manifest. classes: names of the classes when captions are class numbers.
+    state: a hash of the stamps of its files; empty where they have none.
     """
 
     name: str
     items: Items
     classes: tuple[str, ...] | None = None
+    state: str = ""
 
 
 def list_source(options: argparse.Namespace) -> ListedSource:
@@ -38,6 +40,7 @@ def list_source(options: argparse.Namespace) -> ListedSource:
         raise ValueError(f"{location}: source and --out are the same folder; choose another --out")
     listing = source.read(location, _layout(source, options))
     digest = SourceDigest([location, str(options.image_root or "")])
+    stamps = Stamps()
     stop_at_problem = options.on_error == "raise" and not options.dry_run
 
     def chosen_items() -> Iterator[Item]:
@@ -46,13 +49,15 @@ def list_source(options: argparse.Namespace) -> ListedSource:
                 raise ValueError(f"{item.problem}; to leave such samples out add --on-error skip")
             for chosen in choose_captions(item, options.captions, options.seed):
                 digest.add(chosen)
+                stamps.add(chosen)
                 yield chosen
 
     items = Items(chosen_items())
     if source.is_drawn:
         return ListedSource(location, items[: options.limit], listing.classes)
     name = f"{source.kind} {_location_name(location)} {digest.hexdigest()}"
-    return ListedSource(name, shuffle_items(items, options.seed)[: options.limit], listing.classes)
+    items = shuffle_items(items, options.seed)[: options.limit]
+    return ListedSource(name, items, listing.classes, stamps.state)
 
 
 def _is_same_folder(location: str, out: Path) -> bool:
@@ -103,6 +108,23 @@ class SourceDigest:
 
     def hexdigest(self) -> str:
         return self._digest.hexdigest()[:16]
+
+
+class Stamps:
+    """A hash of the stamps of items, see `sources.Item`: it changes when a picture is edited."""
+
+    def __init__(self):
+        self._digest = hashlib.sha256()
+        self._has_any = False
+
+    def add(self, item: Item) -> None:
+        self._digest.update(json.dumps([item.key, item.stamp]).encode())
+        self._has_any |= bool(item.stamp)
+
+    @property
+    def state(self) -> str:
+        """The hash; empty when no item had a stamp."""
+        return self._digest.hexdigest()[:16] if self._has_any else ""
 
 
 def _location_name(location: str) -> str:

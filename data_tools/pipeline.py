@@ -29,6 +29,7 @@ from data_tools.build_stages import (
 from data_tools.encoders import Encoder, load_encoders
 from data_tools.executors import Executor, in_processes
 from data_tools.listed_source import ListedSource, list_source
+from data_tools.reuse import STATE, changed_item, settings_of
 from data_tools.samples import SampleSettings
 from data_tools.storage import is_local
 from mmtensorar.data.shards import MANIFEST, Manifest, Shard, Staging
@@ -118,6 +119,8 @@ class Build:
             **asdict(self.settings),
             **asdict(self.samples),
         }
+        if self.source.state:
+            made[STATE] = self.source.state
         return made | {key: value.model_dump(mode="json") for key, value in self.entries.items()}
 
     @property
@@ -156,19 +159,47 @@ class Build:
     def exists(self, out: Path) -> bool:
         """Whether the set is in a folder already, with its codes and text features.
 
-        Raises ValueError when the folder holds another set and may not be overwritten.
+        When files of the source were written since, its samples are compared. Raises
+        ValueError when the folder holds another set and may not be overwritten.
         """
         old = existing_set(out)
+        if old is None:
+            return False
         same = (
-            old is not None
-            and old.made == self.made
+            settings_of(old.made) == settings_of(self.made)
+            and old.classes == self.source.classes
             and all(getattr(old, key) == value for key, value in self.entries.items())
         )
-        if old is not None and not same and not self.overwrite:
+        reason = ""
+        if same and old.made != self.made:
+            if name := self.changed_item(out, old):
+                same, reason = False, f": {name} has changed since it was made"
+            else:
+                old.model_copy(update={"made": self.made}).write(out)
+        if not same and not self.overwrite:
             raise ValueError(
-                f"{out} holds another set ({describe(old)}); choose another --out, or add --overwrite"
+                f"{out} holds another set ({describe(old)}){reason}; choose another --out, or add --overwrite"
             )
         return same
+
+    def changed_item(self, out: Path, manifest: Manifest) -> str | None:
+        """The name of an item whose picture is another one in a set; None when there is none."""
+        print(f"{out}: the times of the source's files are other ones; comparing the pictures")
+        left_out = out / LEFT_OUT
+        try:
+            return changed_item(
+                out,
+                manifest,
+                self.source.items,
+                self.samples,
+                left_out if left_out.is_file() else None,
+                executor=self.executor,
+                workers=self.workers,
+            )
+        except ValueError:
+            if not self.overwrite:
+                raise
+            return "a shard"  # it is damaged, and will be replaced
 
     def make_parts(self, staging: Staging) -> list[Part]:
         """Make the parts that do not exist yet.

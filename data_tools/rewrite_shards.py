@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel
 from tqdm import tqdm
 
+from data_tools.storage import note_unlisted
 from mmtensorar import ranks
 from mmtensorar.data.shards import MANIFEST, Manifest, Sample, Shard, Staging, write_tar
 
@@ -77,7 +78,10 @@ def read_set(folder: Path) -> Manifest:
     if ranks.is_first():
         Staging.recover(folder)
     wait_for_ranks()
-    return Manifest.read(folder)
+    manifest = Manifest.read(folder)
+    if ranks.is_first():
+        note_unlisted(folder, manifest)
+    return manifest
 
 
 def rewrite(

@@ -7,6 +7,7 @@ fsspec. A file appears under its name only when it is complete, in both.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import os
 import tempfile
@@ -16,8 +17,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from mmtensorar import folders as listing
 from mmtensorar.data.shards import EXTENSIONS, MANIFEST, Manifest
 from mmtensorar.data.url_cache import is_url, shown
+from mmtensorar.folders import FileStatus, LeftOut
 
 
 def at(name: str) -> Path | Any:
@@ -63,44 +66,57 @@ def is_local(path: Path | Any) -> bool:
 # ---- listing ---------------------------------------------------------------------------------
 
 
-def files(root: Path | Any) -> dict[Path | Any, int | None]:
-    """Every file below a folder and its bytes, if known, sorted by the parts of its path.
+def files(
+    root: Path | Any, left_out: LeftOut | None = None, *, entered: Iterable[Path] = ()
+) -> dict[Path | Any, FileStatus]:
+    """Every file below a folder, sorted by the parts of its path: `mmtensorar.folders.walk`.
 
-    Hidden files and the content of hidden folders are left out. Raises ValueError when the
-    folder cannot be listed, for a name that is not UTF-8, and for a link that leads out of
-    the folder, which an unpacked archive may have brought.
+    Args:
+        root: On disk, or in a store, where there are no links.
+        left_out: Receives what is not read.
+        entered: Folders that are not entered, on disk.
+
+    Raises ValueError when the folder cannot be listed, and for a name that is not UTF-8.
     """
-    sizes = _local_files(root) if is_local(root) else _store_files(root)
-    return dict(sorted(sizes.items(), key=lambda pair: pair[0].parts))
-
-
-def _local_files(root: Path) -> dict[Path, int | None]:
-    sizes, resolved_root = {}, root.resolve()
-    for path in root.rglob("*"):
-        if not path.is_file() or _is_hidden(path, root):
-            continue
-        if path.is_symlink() and not path.resolve().is_relative_to(resolved_root):
-            raise ValueError(f"{path}: a link that leads out of {root}; put the file itself there")
+    left_out = left_out or LeftOut(root)
+    if not is_local(root):
+        found = _store_files(root, left_out)
+        return dict(sorted(found.items(), key=lambda pair: pair[0].parts))
+    found = listing.walk(root, left_out, entered=entered)
+    for path in found:
         if not is_utf8(str(path)):
             raise ValueError(f"{str(path)!r}: a name that is not UTF-8; rename the file or folder")
-        sizes[path] = path.stat().st_size
-    return sizes
+    return found
 
 
-def _store_files(root: Any) -> dict[Any, int | None]:
+def stamp(path: Path) -> str:
+    """The stamp of a file on disk: it changes when the file is written."""
+    return listing.status_of(path.stat()).stamp
+
+
+# What stores say about the content of a file, or when it was written.
+VERSIONS = ("ETag", "etag", "md5Hash", "generation", "LastModified", "last_modified", "updated", "mtime")
+
+
+def _store_files(root: Any, left_out: LeftOut) -> dict[Any, FileStatus]:
     try:
         listed = root.fs.find(root.path, detail=True)
     except OSError as error:
         raise ValueError(f"{shown(str(root))}: cannot be listed ({error})") from error
-    # A relative name, unlike a path, is the same for a store and for UPath.
-    sizes = {
-        root / name.removeprefix(root.path).lstrip("/"): status.get("size") for name, status in listed.items()
-    }
-    return {path: size for path, size in sizes.items() if not _is_hidden(path, root)}
-
-
-def _is_hidden(path: Path | Any, root: Path | Any) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
+    found, hidden = {}, set()
+    for name, status in listed.items():
+        # A relative name, unlike a path, is the same for a store and for UPath.
+        parts = name.removeprefix(root.path).lstrip("/").split("/")
+        first = next((number for number, part in enumerate(parts, 1) if listing.is_hidden(part)), None)
+        if first is not None:
+            hidden.add("/".join(parts[:first]))
+            continue
+        versions = [str(status[key]) for key in VERSIONS if status.get(key)]
+        digest = hashlib.sha256(" ".join(versions).encode()).hexdigest()[:16] if versions else ""
+        found[root / "/".join(parts)] = FileStatus(status.get("size"), digest)
+    for name in sorted(hidden):
+        left_out.add(listing.HIDDEN, root / name)
+    return found
 
 
 def is_utf8(name: str) -> bool:
@@ -112,31 +128,71 @@ def is_utf8(name: str) -> bool:
     return True
 
 
-def with_suffix(name: str, suffix: str) -> tuple[Path | Any, list[Path | Any]]:
-    """The path that a name means, and its files with a suffix, sorted.
+def with_suffix(name: str, *suffixes: str) -> tuple[Path | Any, dict[Path | Any, FileStatus]]:
+    """The path that a name means, and its files with a suffix (in any case), sorted.
 
-    The files are the path itself if it is a file, else all below it. Raises ValueError when
-    there are none.
+    The files are the path itself if it is a file, else all below it. Others are counted in a
+    note. Raises ValueError when there are none.
     """
     path = at(name)
     if path.is_file():
-        return path, [path]
+        return path, {path: FileStatus(None, stamp(path) if is_local(path) else _store_stamp(path))}
     if is_local(path) and not path.is_dir():
         raise ValueError(f"{path}: no such file or folder")
-    if suffix == ".tar" and (path / MANIFEST).is_file():
-        # Only the shards of the manifest: other tars belong to unfinished work.
-        return path, [path / shard.name for shard in Manifest.read(path, complete=False).shards]
-    paths = [file for file in files(path) if file.suffix == suffix]
-    if not paths:
-        raise ValueError(f"{shown(name)}: no {suffix} files in it")
-    return path, paths
+    if ".tar" in suffixes and (path / MANIFEST).is_file():
+        return path, _shards(path)
+    left_out = LeftOut(path)
+    found = {}
+    for file, status in files(path, left_out).items():
+        if file.name.lower().endswith(suffixes):
+            found[file] = status
+        else:
+            left_out.add(f"not {' or '.join(suffixes[:2])}", file)
+    left_out.print()
+    if not found:
+        raise ValueError(f"{shown(name)}: no {suffixes[0]} files in it")
+    return path, found
 
 
-def folders(root: Path | Any) -> tuple[str, ...]:
-    """Names of the folders in a folder, sorted. Hidden ones are left out."""
-    return tuple(
-        sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    )
+def _shards(folder: Path | Any) -> dict[Path | Any, FileStatus]:
+    """Only the shards of the manifest, in its order: other tars belong to unfinished work."""
+    manifest = Manifest.read(folder, complete=False)
+    if not is_local(folder):
+        return {folder / shard.name: FileStatus(None, "") for shard in manifest.shards}
+    note_unlisted(folder, manifest)
+    paths = [folder / shard.name for shard in manifest.shards]
+    return {path: FileStatus(None, stamp(path) if path.is_file() else "") for path in paths}
+
+
+def note_unlisted(folder: Path, manifest: Manifest) -> None:
+    """Print a note when a set's folder holds tars that its manifest does not name: nobody reads them."""
+    left_out = LeftOut(folder)
+    names = {shard.name for shard in manifest.shards}
+    for path in sorted(folder.iterdir()):
+        is_tar = ".tar" in path.name.lower() or path.suffix.lower() == ".tgz"
+        if is_tar and path.name not in names and not listing.is_hidden(path.name):
+            left_out.add(f"not in {MANIFEST}", path)
+    left_out.print()
+
+
+def _store_stamp(path: Any) -> str:
+    return hashlib.sha256(str(path.fs.ukey(path.path)).encode()).hexdigest()[:16]
+
+
+def folders(root: Path | Any, left_out: LeftOut) -> tuple[str, ...]:
+    """Names of the folders in a folder, sorted.
+
+    left_out: receives hidden entries, and files.
+    """
+    names = []
+    for path in sorted(root.iterdir(), key=lambda path: path.name):
+        if listing.is_hidden(path.name):
+            left_out.add(listing.HIDDEN, path)
+        elif path.is_dir():
+            names.append(path.name)
+        else:
+            left_out.add("beside the folders", path)
+    return tuple(names)
 
 
 # ---- reading ---------------------------------------------------------------------------------

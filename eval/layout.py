@@ -2,15 +2,19 @@
 
 NNNNN counts prompts from 00000. The official scorer scores every image that exists. Reading here
 is strict: images that are missing, surplus, or that share a number raise an error that lists them.
+Pictures anywhere else in the folder are counted in a note.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageOps
 
 from mmtensorar import files
+from mmtensorar.folders import LeftOut, walk
 
+# Files that are pictures by their names.
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 RECORD = "generation.json"  # the model and settings that made the images; see harness.py
 
 
@@ -38,6 +42,7 @@ def survey(
         prompt: _by_number(folder, (path / "samples").glob("*.png"), problems)
         for prompt, path in folders.items()
     }
+    _note_others(folder, {path for numbered in images.values() for path in numbered.values()})
     if not any(images.values()):
         raise ValueError(f"{folder} holds no images; expected {image_path(Path(), 0, 0)}")
     if num_prompts is None:
@@ -63,6 +68,15 @@ def survey(
     }
     ordered = [[numbered[number] for number in sorted(numbered)] for numbered in wanted.values() if numbered]
     return ordered, problems
+
+
+def _note_others(folder: Path, images: Collection[Path]) -> None:
+    """Print a note about pictures that do not have the name of an image of the layout."""
+    left_out = LeftOut(folder)
+    for path in walk(folder, left_out):
+        if path.suffix.lower() in SUFFIXES and path not in images:
+            left_out.add("not NNNNN/samples/NNNNN.png", path)
+    left_out.print()
 
 
 def _by_number(folder: Path, paths: Iterable[Path], problems: list[str]) -> dict[int, Path]:

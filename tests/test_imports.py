@@ -10,6 +10,7 @@ from tests.helpers.imports import MODULES, imported
 
 GROUND = {
     "mmtensorar.files",
+    "mmtensorar.folders",
     "mmtensorar.ranks",
     "mmtensorar.seeds",
     "mmtensorar.devices",

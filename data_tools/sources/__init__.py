@@ -35,7 +35,8 @@ class Item(NamedTuple):
     key: its name in the source. picture: returns its encoded bytes, or the drawn picture.
     captions: one or several to choose from. meta: content of the json member. group: items of
     one group are cheap to read together, and stay together when the order is shuffled.
-    problem: why the item cannot be used, None when it can.
+    problem: why the item cannot be used, None when it can. stamp: changes when the file with the
+    picture is written, and is not part of the sample; empty where that is unknown.
     """
 
     key: str
@@ -44,6 +45,7 @@ class Item(NamedTuple):
     meta: dict
     group: str = ""
     problem: str | None = None
+    stamp: str = ""
 
 
 class Items(Sequence[Item]):

@@ -3,43 +3,42 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data_tools import storage
 from data_tools.sources import Item, Layout
-from data_tools.storage import read_file
+from data_tools.storage import FileStatus, read_file
 from mmtensorar.data.members import decode_caption
 from mmtensorar.files import check_characters
+from mmtensorar.folders import LeftOut
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def find_pictures(
-    root: Path, expected: tuple[str, ...] = ()
-) -> tuple[dict[Path, int | None], dict[Path, int | None]]:
-    """Every jpg, png and webp below a folder with its bytes, sorted; and the files of `expected`.
-
-    Hidden files are left out. The number of files with other suffixes is printed.
+    root: Path, left_out: LeftOut, expected: tuple[str, ...] = (), *, entered: Iterable[Path] = ()
+) -> tuple[dict[Path, FileStatus], dict[Path, FileStatus]]:
+    """Every jpg, png and webp below a folder, sorted; and the files of `expected`.
 
     Args:
+        left_out: Receives what is not read, see `storage.files`, and files with other suffixes.
         expected: Suffixes of the files that come second.
+        entered: Folders that are not entered.
 
     Raises ValueError when there is no picture.
     """
-    files = storage.files(root)
-    pictures = {path: size for path, size in files.items() if path.suffix.lower() in SUFFIXES}
-    others = {path: size for path, size in files.items() if path.suffix.lower() in expected}
+    files = storage.files(root, left_out, entered=entered)
+    pictures = {path: status for path, status in files.items() if path.suffix.lower() in SUFFIXES}
+    others = {path: status for path, status in files.items() if path.suffix.lower() in expected}
     if not pictures:
         raise ValueError(f"{root}: no {', '.join(SUFFIXES)} files in it")
-    if unused := [path for path in files if path not in pictures and path not in others]:
-        print(
-            f"note: left out {len(unused)} files that are not jpg, png or webp, such as {unused[0]}",
-            file=sys.stderr,
-        )
+    for path in files:
+        if path not in pictures and path not in others:
+            left_out.add("not a picture", path)
     return pictures, others
 
 
@@ -98,15 +97,29 @@ def path_in(root: Path, name: Any, where: str) -> Path:
     if not isinstance(name, str):
         raise ValueError(f"{where}: the image is {type(name).__name__}; expected a path")
     local = storage.is_local(root)
-    # Resolved, so that neither `..`, an absolute path nor a link leads out of the folder.
-    path = root if "\0" in name or (not local and "://" in name) else (root / name).resolve()
-    if not path.is_relative_to(root) or (not local and path == root):
+    path = root if "\0" in name or (not local and "://" in name) else _path_below(root, name)
+    if path is None or (not local and path == root):
         raise ValueError(
             f"{where}: image {name!r} lies outside {root}; --image-root names the folder of the pictures"
         )
-    if local and not path.is_file():
+    if local and not os.path.isfile(path):
         raise ValueError(f"{where}: image {name!r} is not a file in {root}")
     return path
+
+
+def _path_below(root: Path, name: str) -> Path | None:
+    """The path of a name in a folder; None when `..` or an absolute path leads out of it.
+
+    Links in the folder may lead out of it, as in every source: the one who made the folder
+    put them there.
+    """
+    if not storage.is_local(root):
+        path = (root / name).resolve()
+        return path if path.is_relative_to(root) else None
+    for path in (Path(os.path.normpath(root / name)), Path(os.path.realpath(root / name))):
+        if path.is_relative_to(root):
+            return path
+    return None
 
 
 def row_item(key: str, fields: dict[str, Any], layout: Layout, root: Path, where: str, source: str) -> Item:
@@ -130,10 +143,12 @@ def row_item(key: str, fields: dict[str, Any], layout: Layout, root: Path, where
     except ValueError as error:
         return Item(key, bytes, (), meta, problem=str(error))
     meta["name"] = fields[layout.image]
+    stamp = ""
     if storage.is_local(path):
-        meta["num_bytes"] = path.stat().st_size
+        meta["num_bytes"], stamp = path.stat().st_size, storage.stamp(path)
     others = {name: value for name, value in fields.items() if name not in (layout.image, *layout.captions)}
-    return Item(key, partial(read_file, path), captions, meta | ({"fields": others} if others else {}))
+    meta |= {"fields": others} if others else {}
+    return Item(key, partial(read_file, path), captions, meta, stamp=stamp)
 
 
 def picture_in(value: Any, column: str, where: str, find: Callable[[str], Path]) -> bytes:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+from data_tools import storage
 from data_tools.sources import Item, Layout, Listing, Source
 from data_tools.sources._rows import captions_in, class_captions, picture_in
 from mmtensorar.data.url_cache import is_url
@@ -71,6 +74,7 @@ def load_split(location: str, split: str) -> Any:
 def _items(rows: Any, location: str, layout: Layout, labels: dict[str, Any]) -> Iterator[Item]:
     """labels: column -> feature, of the columns that hold class labels."""
     fingerprint = rows._fingerprint  # of everything that the rows were made from
+    stamp = _stamp(location)
     for row, fields in enumerate(rows.select_columns(list(layout.captions))):
         where = f"{location}: split {layout.split}, row {row}"
         meta = {
@@ -85,9 +89,19 @@ def _items(rows: Any, location: str, layout: Layout, labels: dict[str, Any]) -> 
                 fields[name] = None
         picture = partial(_picture, location, layout.split, layout.image, row)
         try:
-            yield Item(f"{layout.split} {row}", picture, captions_in(fields, layout.captions, where), meta)
+            captions = captions_in(fields, layout.captions, where)
+            yield Item(f"{layout.split} {row}", picture, captions, meta, stamp=stamp)
         except ValueError as error:
             yield Item(f"{layout.split} {row}", picture, (), meta, problem=str(error))
+
+
+def _stamp(location: str) -> str:
+    """A hash of when the files of a dataset on disk were written; empty for one on the hub."""
+    if is_url(location) or not Path(location).is_dir():
+        return ""
+    listed = storage.files(Path(location))
+    stamps = [[path.relative_to(location).as_posix(), status.stamp] for path, status in listed.items()]
+    return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:16]
 
 
 def _picture(location: str, split: str, column: str, row: int) -> bytes:

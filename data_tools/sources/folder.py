@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
 from data_tools import storage
 from data_tools.sources import Item, Layout, Listing, Source
 from data_tools.sources._rows import captions_in, find_pictures, parse_object
-from data_tools.storage import read_file
+from data_tools.storage import FileStatus, read_file
 from mmtensorar.data.members import decode_caption
 from mmtensorar.data.shards import EXTENSIONS
+from mmtensorar.folders import LeftOut
 
 
 def read(location: str, layout: Layout) -> Listing:
@@ -27,12 +28,15 @@ def read(location: str, layout: Layout) -> Listing:
 
 
 def _items(root: Path, layout: Layout) -> Iterator[Item]:
-    pictures, text_files = find_pictures(root, (".txt", ".json"))
+    left_out = LeftOut(root)
+    pictures, text_files = find_pictures(root, left_out, (".txt", ".json"))
     paths_of_text = [_text_path(path, text_files) for path in pictures]
+    _count_unused(text_files, paths_of_text, left_out)
+    left_out.print()
     contents = storage.contents((path for path in paths_of_text if path is not None), EXTENSIONS["json"])
-    for (path, num_bytes), text_path in zip(pictures.items(), paths_of_text, strict=True):
+    for (path, status), text_path in zip(pictures.items(), paths_of_text, strict=True):
         name = path.relative_to(root).as_posix()
-        meta = {"source": "folder", "name": name, "num_bytes": num_bytes}
+        meta = {"source": "folder", "name": name, "num_bytes": status.num_bytes}
         content = b"" if text_path is None else next(contents)
         try:
             if text_path is None:
@@ -43,10 +47,20 @@ def _items(root: Path, layout: Layout) -> Iterator[Item]:
         except ValueError as error:
             yield Item(name, bytes, (), meta, problem=str(error))
             continue
-        yield Item(name, partial(read_file, path), captions, meta | ({"fields": fields} if fields else {}))
+        meta |= {"fields": fields} if fields else {}
+        yield Item(name, partial(read_file, path), captions, meta, stamp=status.stamp)
 
 
-def _text_path(picture: Path, text_files: dict[Path, int | None]) -> Path | None:
+def _count_unused(text_files: Iterable[Path], used: Iterable[Path | None], left_out: LeftOut) -> None:
+    """Count the caption files that no picture takes."""
+    used = set(used)
+    for path in text_files:
+        if path not in used:
+            is_second = path.with_suffix(".txt") in used
+            left_out.add("its .txt is used" if is_second else "no picture of that name", path)
+
+
+def _text_path(picture: Path, text_files: dict[Path, FileStatus]) -> Path | None:
     """The file with a picture's caption, None when there is none."""
     candidates = (picture.with_suffix(suffix) for suffix in (".txt", ".json"))
     return next((path for path in candidates if path in text_files), None)

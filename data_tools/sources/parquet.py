@@ -11,6 +11,7 @@ from typing import Any
 from data_tools import storage
 from data_tools.sources import Item, Layout, Listing, Source
 from data_tools.sources._rows import captions_in, path_in, picture_in, row_item
+from mmtensorar.folders import LeftOut
 
 MAX_GROUP = 2 * 10**9  # bytes of pictures
 
@@ -26,12 +27,16 @@ def read(location: str, layout: Layout) -> Listing:
 
 def _items(location: str, layout: Layout) -> Iterator[Item]:
     path, files = storage.with_suffix(location, ".parquet")
-    num_rows = 0
+    num_rows, left_out = 0, LeftOut(path)
     for file in files:
         name = file.relative_to(path).as_posix() if file != path else path.name
+        before = num_rows
         for item in _file_items(file, name, layout):
             num_rows += 1
             yield item
+        if num_rows == before:
+            left_out.add("no rows in it", file)
+    left_out.print()
     if not num_rows:
         raise ValueError(f"{path}: no rows in it")
 

@@ -11,10 +11,12 @@ from pathlib import Path
 
 from data_tools import storage
 from data_tools.sources import Item, Layout, Listing, Source
+from data_tools.sources._packed import READ, REFUSED, unpacked
 from data_tools.sources._rows import SUFFIXES, captions_in, class_captions, parse_object
 from mmtensorar.data import tars
 from mmtensorar.data.members import decode_caption
 from mmtensorar.data.shards import EXTENSIONS, MANIFEST, Manifest
+from mmtensorar.folders import LeftOut, is_hidden
 
 TEXT = ("txt", "text", "caption")
 PICTURES = tuple(sorted(suffix[1:] for suffix in SUFFIXES))
@@ -26,9 +28,9 @@ def read(location: str, layout: Layout) -> Listing:
     The caption is in the txt member, or under the caption keys of the json member, or it is the
     class number in the cls member (or made from the class name). Other members are not read;
     their number is printed. If the folder has a manifest of ours, json members are kept and its
-    class names are used.
+    class names are used. The samples of a compressed tar form a group.
 
-    Raises ValueError for a damaged or compressed tar.
+    Raises ValueError for a damaged tar, and one that is compressed in a way that is not read.
     """
     manifest = own_manifest(location)
     class_names = layout.class_names
@@ -76,33 +78,46 @@ class TarSet:
     ignored: Counter[str] = field(default_factory=Counter)
 
     def items(self, location: str) -> Iterator[Item]:
-        path, files = storage.with_suffix(location, ".tar")
-        num_samples = 0
-        for file in files:
+        path, files = storage.with_suffix(location, *READ, *REFUSED)
+        num_samples, left_out = 0, LeftOut(path)
+        for file, status in files.items():
             name = file.relative_to(path).as_posix() if file != path else path.name
-            for item in self._tar_items(file, name):
+            before = num_samples
+            for item in self._tar_items(file, name, status.stamp):
                 num_samples += 1
                 yield item
+            if num_samples == before:
+                left_out.add("no samples in it", file)
+        left_out.print()
         if self.ignored:
-            kinds = ", ".join(f"{count} .{kind}" for kind, count in self.ignored.most_common(5))
+            kinds = ", ".join(f"{count} {kind}" for kind, count in self.ignored.most_common(5))
             print(f"note: left out members of other kinds: {kinds}", file=sys.stderr)
         if not num_samples:
             raise ValueError(f"{path}: no samples in it")
 
-    def _tar_items(self, path: Path, name: str) -> Iterator[Item]:
-        with tars.TarReader(path) as file:
-            if file.pread(2, 0) == b"\x1f\x8b":
-                raise ValueError(
-                    f"{path}: compressed; unpack it with gunzip first, so that any sample can be read alone"
-                )
-            for group in tars.group_members(file, path, _split_name, folders=True):
+    def _tar_items(self, path: Path, name: str, stamp: str) -> Iterator[Item]:
+        packed = _compression(path)
+        with tars.TarReader(path, packed and unpacked(path, stamp, packed)) as file:
+            for group in tars.group_members(file, path, self._split_name, folders=True):
                 group.check_unique(path)
                 if group.is_complete:
-                    yield self._item(TarSample(file, path, group), name)
+                    item = self._item(TarSample(file, path, group), name, stamp, packed)
+                    yield item._replace(stamp=stamp, group=name if packed else "")
 
-    def _item(self, sample: TarSample, name: str) -> Item:
+    def _split_name(self, member: tars.Member) -> tuple[str, str] | None:
+        folder, _, plain = member.name.rpartition("/")
+        if not plain:  # a folder
+            return None
+        # Such as ._a.jpg, which macOS adds to a.jpg.
+        if any(is_hidden(part) for part in member.name.split("/") if part not in (".", "..")):
+            self.ignored["hidden"] += 1
+            return None
+        stem, _, extension = plain.partition(".")
+        return f"{folder}/{stem}".removeprefix("/").removeprefix("./"), extension.lower()
+
+    def _item(self, sample: TarSample, name: str, stamp: str, packed: str | None) -> Item:
         members = sample.group.members
-        self.ignored.update(kind for kind in members if kind not in (*PICTURES, *TEXT, "json", "cls"))
+        self.ignored.update(f".{kind}" for kind in members if kind not in (*PICTURES, *TEXT, "json", "cls"))
         key = f"{name} {sample.group.key}"
         meta = {"source": "webdataset", "name": key}
         try:
@@ -112,7 +127,8 @@ class TarSet:
                 meta = sample.json() or meta
         except ValueError as error:
             return Item(key, bytes, (), {"source": "webdataset", "name": key}, problem=str(error))
-        return Item(key, partial(_read, sample.path, picture), captions, {"num_bytes": picture.size} | meta)
+        read = partial(_read, sample.path, picture, stamp, packed)
+        return Item(key, read, captions, {"num_bytes": picture.size} | meta)
 
     def _captions(self, sample: TarSample) -> tuple[str, ...]:
         members, columns = sample.group.members, self.layout.captions
@@ -188,22 +204,26 @@ class TarSample:
                 )
 
 
-def _split_name(member: tars.Member) -> tuple[str, str] | None:
-    folder, _, plain = member.name.rpartition("/")
-    if not plain or plain.startswith("."):  # a folder, or what macOS adds to a file
-        return None
-    stem, _, extension = plain.partition(".")
-    return f"{folder}/{stem}".removeprefix("/").removeprefix("./"), extension.lower()
-
-
-def _read(path: Path, member: tars.Member) -> bytes:
+def _compression(path: Path) -> str | None:
+    """How a tar is compressed, by its first bytes, or by its name where they do not show it."""
     with tars.TarReader(path) as file:
+        found = tars.compression(file.pread(8, 0))
+    name = path.name.lower()
+    return found or (name.rpartition(".")[2] if name.endswith(REFUSED) else None)
+
+
+def _read(path: Path, member: tars.Member, stamp: str, packed: str | None) -> bytes:
+    """Content of a member. packed: how the tar is compressed."""
+    if storage.is_local(path) and storage.stamp(path) != stamp:
+        raise ValueError(f"{path}: it changed while it was read")
+    with tars.TarReader(path, packed and unpacked(path, stamp, packed)) as file:
         return tars.read_content(file, member, path)
 
 
 SOURCE = Source(
     "--tars",
-    "a folder of WebDataset tars, or one tar: captions in .txt or .json members, classes in .cls",
+    "a folder of WebDataset tars, or one tar, also compressed: captions in .txt or .json members, "
+    "classes in .cls",
     read,
     has_classes=True,
 )

@@ -17,6 +17,7 @@ from PIL import Image
 
 from eval import layout
 from mmtensorar import files
+from mmtensorar.folders import LeftOut, walk
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CELLS = 4  # samples in a grid
@@ -48,11 +49,11 @@ class Item(NamedTuple):
 
 def read_prompts(bench: Path) -> list[dict]:
     """item_id and prompt of each text in bench/prompts/, by name. Raises ValueError when there are none."""
-    texts = sorted((bench / "prompts").glob("*.txt"), key=lambda path: path.stem)
+    folder = bench / "prompts"
+    texts = sorted(_at_top(folder, (".txt",)), key=lambda path: path.stem) if folder.is_dir() else []
     if not texts:
         raise ValueError(
-            f"{bench / 'prompts'} holds no prompts, <item_id>.txt; "
-            "expected the folder dpg_bench/ of the ELLA repository"
+            f"{folder} holds no prompts, <item_id>.txt; expected the folder dpg_bench/ of the ELLA repository"
         )
     prompts = []
     for path in texts:
@@ -85,7 +86,7 @@ def survey(
         return _generated(folder, items, num_samples)
     by_item: dict[str, Path] = {}
     problems = []
-    for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES):
+    for path in _at_top(folder, SUFFIXES):
         name = path.name.split(".")[0]
         if name not in items:
             problems.append(f"{path.name} belongs to no item of the table")
@@ -97,6 +98,21 @@ def survey(
         raise ValueError(f"{folder} holds no pictures of the table's items; expected <item_id>.png")
     problems += [f"item {item} has no picture" for item in items if item not in by_item]
     return [Item(item, [by_item[item]], not single) for item in items if item in by_item], problems
+
+
+def _at_top(folder: Path, suffixes: Collection[str]) -> list[Path]:
+    """The files of a folder itself that have one of some suffixes, by name; prints a note about others."""
+    left_out = LeftOut(folder)
+    found = []
+    for path in walk(folder, left_out):
+        if path.suffix.lower() not in suffixes:
+            left_out.add("of another kind", path)
+        elif path.parent != folder:
+            left_out.add("in a sub-folder", path)
+        else:
+            found.append(path)
+    left_out.print()
+    return found
 
 
 def _generated(folder: Path, items: Collection[str], num_samples: int) -> tuple[list[Item], list[str]]:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from eval import layout
+from mmtensorar.folders import LeftOut, walk
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 PICTURES = "arr_0"
@@ -34,7 +35,8 @@ def find(path: Path, *, num_prompts: int | None = None, num_images: int | None =
 
     A folder in the layout of eval/layout.py gives the first picture of every prompt, then the second
     of every prompt, and so on: in the order of the files, each split of the Inception score would
-    hold few classes. Any other folder is read in the order of file names, subfolders included.
+    hold few classes. Any other folder is read in the order of file names, subfolders included; what
+    is not read is counted in a note.
 
     Args:
         path: folder or file.
@@ -55,10 +57,22 @@ def find(path: Path, *, num_prompts: int | None = None, num_images: int | None =
         prompts = layout.image_files(path, num_prompts=num_prompts, num_images=num_images)
         files = [images[number] for number in range(len(prompts[0])) for images in prompts]
     else:
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        files = _pictures_below(path)
     if not files:
         raise ValueError(f"{path} holds no pictures ({', '.join(SUFFIXES)})")
     return Pictures(str(path), len(files), lambda size: _read_files(files, size))
+
+
+def _pictures_below(folder: Path) -> list[Path]:
+    left_out = LeftOut(folder)
+    files = []
+    for file in walk(folder, left_out):
+        if file.suffix.lower() in SUFFIXES:
+            files.append(file)
+        else:
+            left_out.add("not a picture", file)
+    left_out.print()
+    return files
 
 
 def _read_files(files: Sequence[Path], size: int) -> Iterator[np.ndarray]:

@@ -265,7 +265,7 @@ class Manifest(_Record):
         if not path.is_file():
             raise ValueError(
                 f"{folder} has no {MANIFEST}: the shard set is incomplete or this is not a shard folder; "
-                "make it with mmtensorar shards make"
+                f"make it with mmtensorar shards make{_tars_of_others(folder)}"
             )
         manifest = cls.parse(path)
         for shard in manifest.shards if complete else ():
@@ -323,6 +323,14 @@ def wrong_count(path: Path | str, num_samples: int, shard: Shard) -> str:
     """The message for a shard that holds another number of samples than its manifest says."""
     samples = counted(num_samples, "sample")
     return f"{path}: {samples}, the manifest says {shard.num_samples}; make the shard again"
+
+
+def _tars_of_others(folder: Path) -> str:
+    """The end of a message about a folder without a manifest: how its tars become a set."""
+    has_tars = isinstance(folder, Path) and any(
+        ".tar" in path.name or path.suffix == ".tgz" for path in folder.iterdir()
+    )
+    return f" (from its tars: mmtensorar shards make --tars {folder} --out NEW)" if has_tars else ""
 
 
 def _as_path(folder: Path | str) -> Path:

@@ -10,11 +10,27 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 BLOCK = 512  # bytes; the unit of headers and padding in a tar
-PLAIN, FOLDER, EXTENDED, GLOBAL, LONG_NAME = (b"0", b"\0"), b"5", b"x", b"g", b"L"
-MAX_EXTENDED = 2**16  # bytes of an extended header
+PLAIN = (b"0", b"\0", b"7")  # a file; of an old tar; one that should lie in one piece on a disk
+FOLDER, DUMPED_FOLDER = b"5", b"D"  # the second has a list of its files as content (tar --incremental)
+LINKS = (b"1", b"2")
+EXTENDED, GLOBAL = (b"x", b"X"), b"g"  # records about the next member (X: Solaris), about all members
+LONG_NAME, LONG_LINK, LABEL = b"L", b"K", b"V"  # GNU tar's
+MAX_EXTENDED = 2**24  # bytes of an extended header; macOS puts whole resource forks into one
+MAX_RECORDS = 10_000  # of an extended header
+MAX_NAME = 2**16  # bytes
+# The first bytes of compressed files, and what unpacks them.
+COMPRESSIONS = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x04\x22\x4d\x18": "lz4",
+    b"LZIP": "lzip",
+    b"\x1f\x9d": "compress",
+}
 
 
 class Member(NamedTuple):
@@ -56,20 +72,31 @@ class Damage(ValueError):
     """A tar cannot be read beyond some offset."""
 
 
+def compression(head: bytes) -> str | None:
+    """The program that compressed a file, by the file's first bytes; None for a plain tar."""
+    return next((name for magic, name in COMPRESSIONS.items() if head.startswith(magic)), None)
+
+
 class TarReader:
     """An open tar, for use in a with statement.
 
-    path: a file on disk or a UPath. Raises Damage when the file is missing.
+    Args:
+        path: A file on disk or a UPath.
+        content: An open file with the plain tar, when `path` is compressed. It stays open.
+
+    Raises Damage when the file is missing.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, content: BinaryIO | None = None):
+        self.path, self.content = path, content
 
     def __enter__(self) -> TarReader:
         self.file: int | None = None
         self.stream: Any = None
         try:
-            if isinstance(self.path, (str, Path)):
+            if self.content is not None:
+                self.file = os.dup(self.content.fileno())
+            elif isinstance(self.path, (str, Path)):
                 self.file = os.open(self.path, os.O_RDONLY)
             else:
                 self.stream = self.path.open("rb")
@@ -106,7 +133,8 @@ def iterate_members(
         folders: Accept folders; they come as empty members whose names end in a slash.
 
     Raises Damage, naming the path and the previous member, for a broken header, a truncated
-    member, a member that is not a plain file, and an archive without its end marker.
+    member, a member that is not a plain file, an archive without its end marker, one that is
+    compressed, and content behind the end marker.
     """
     size = file.size()
     offset, last = start, "the start" if start == 0 else f"byte {start}"
@@ -115,7 +143,12 @@ def iterate_members(
         if header == bytes(BLOCK):
             _check_end(file, path, offset, size, last)
             return
-        member = _read_member(file, header, offset, path, last, (*PLAIN, FOLDER) if folders else PLAIN)
+        if offset == 0:
+            _check_plain(header, path)
+        if header[156:157] in (GLOBAL, LABEL):
+            offset = _pass_over(file, header, offset, path, last)
+            continue
+        member = _read_member(file, header, offset, path, last, folders)
         if member.offset + member.size > size:
             raise Damage(
                 f"{path}: damaged or cut after {last} ({member.name} reaches beyond the end); "
@@ -189,93 +222,161 @@ def read_content(file: TarReader, member: Member, path: Path) -> bytes:
 # ---- headers ---------------------------------------------------------------------------------
 
 
-def _read_member(
-    file: TarReader, header: bytes, start: int, path: Path, last: str, kinds: tuple[bytes, ...]
-) -> Member:
+def _check_plain(header: bytes, path: Path) -> None:
+    """Raise Damage, with the cure, when a tar is compressed."""
+    if name := compression(header):
+        raise Damage(
+            f"{path}: compressed with {name}, or damaged; samples are read in any order, which needs a "
+            f"plain tar: unpack it, or make a set of it with mmtensorar shards make --tars {path} --out NEW"
+        )
+
+
+def _pass_over(file: TarReader, header: bytes, offset: int, path: Path, last: str) -> int:
+    """Where the header after a volume's label, or after records about all members, begins.
+
+    git archive writes its commit into such a record. Raises Damage for a record that would
+    change what is read: a member is also read without the headers at the start of the tar.
+    """
+    size = _checked_size(header, path, last)
+    if header[156:157] == LABEL:
+        return offset + BLOCK
+    records = _records(_extension(file, size, offset, path, last, MAX_EXTENDED), path, last)
+    if changing := [key for key in records if key != "hdrcharset"]:
+        raise Damage(
+            f"{path}: after {last}: a record about all members gives their {changing[0]}; "
+            "expected it in the header of each member"
+        )
+    return offset + BLOCK + _padded(size)
+
+
+def _read_member(file: TarReader, header: bytes, start: int, path: Path, last: str, folders: bool) -> Member:
     """The member whose only header, or first of several headers, is given.
 
     Args:
         start: Offset of that header.
         last: Name of the member before it, for messages.
-        kinds: Kinds of members that are accepted.
+        folders: Whether folders are accepted.
     """
-    name = None
-    size = None
+    name: bytes | None = None
+    size: int | None = None
     offset = start
-    while True:
-        kind = header[156:157]
+    while (kind := header[156:157]) in (*EXTENDED, LONG_NAME, LONG_LINK):
         length = _checked_size(header, path, last)
-        if kind in kinds:
-            if name is None:
-                name = _name_in(header, path, last)
-            length = length if size is None else size
-            content = offset + BLOCK
-            return Member(name, start, content, length, content + -(-length // BLOCK) * BLOCK)
-        if kind not in (EXTENDED, GLOBAL, LONG_NAME):
-            name = _text(header[:100].partition(b"\0")[0], path, last).rstrip("/")
-            raise Damage(
-                f"{path}: sample {name.partition('.')[0]}: member {name} is a link, folder or device; "
-                "expected a plain file"
-            )
-        if length > MAX_EXTENDED:
-            raise Damage(
-                f"{path}: after {last}: an extended header of {length} bytes, "
-                f"more than the {MAX_EXTENDED} allowed"
-            )
-        body = file.pread(length, offset + BLOCK)
-        if kind == LONG_NAME:
-            name = _text(body.rstrip(b"\0"), path, last)
-        else:
-            name, size = _apply_records(_records(body, path, last), name, size, path, last)
-        offset += BLOCK + -(-length // BLOCK) * BLOCK
+        body = _extension(file, length, offset, path, last, MAX_EXTENDED if kind in EXTENDED else MAX_NAME)
+        if kind in EXTENDED:
+            records = _records(body, path, last)
+            if any(key.startswith("GNU.sparse") for key in records):
+                raise Damage(f"{path}: after {last}: a sparse file; expected a plain one")
+            # An empty value takes a record back.
+            name = records.get("path", name) or None
+            size = _size_in(records["size"], path, last) if records.get("size") else size
+        elif kind == LONG_NAME:
+            name = body.partition(b"\0")[0]
+        offset += BLOCK + _padded(length)
         header = file.pread(BLOCK, offset)
+    length = _checked_size(header, path, last)
+    text = _text(_name_in(header) if name is None else name, path, last)
+    content = offset + BLOCK
+    if kind == FOLDER or (kind == DUMPED_FOLDER and folders) or (kind == b"\0" and text.endswith("/")):
+        # The size of a folder is what it may grow to; nothing follows its header. A name that
+        # ends in a slash is a folder in old tars.
+        if not folders:
+            raise _not_plain(path, text)
+        end = content + (_padded(length) if kind == DUMPED_FOLDER else 0)
+        return Member(text.rstrip("/") + "/", start, content, 0, end)
+    if kind == b"S":
+        raise Damage(f"{path}: after {last}: {text} is a sparse file; expected a plain one")
+    if kind not in PLAIN:
+        raise _not_plain(path, text)
+    length = length if size is None else size
+    return Member(text, start, content, length, content + _padded(length))
 
 
-def _name_in(header: bytes, path: Path, last: str) -> str:
+def _not_plain(path: Path, name: str) -> Damage:
+    name = name.rstrip("/")
+    return Damage(
+        f"{path}: sample {name.partition('.')[0]}: member {name} is a link, folder or device; "
+        "expected a plain file"
+    )
+
+
+def _padded(num_bytes: int) -> int:
+    return -(-num_bytes // BLOCK) * BLOCK
+
+
+def _name_in(header: bytes) -> bytes:
     """The member's name that a plain header gives, with ustar's prefix."""
     prefix = header[345:500].partition(b"\0")[0] if header[257:263] == b"ustar\0" else b""
-    name = _text(header[:100].partition(b"\0")[0], path, last)
-    return f"{_text(prefix, path, last)}/{name}" if prefix else name
+    name = header[:100].partition(b"\0")[0]
+    return prefix + b"/" + name if prefix else name
 
 
-def _apply_records(
-    records: dict[str, str], name: str | None, size: int | None, path: Path, last: str
-) -> tuple[str | None, int | None]:
-    """Name and size after an extended header, which may replace either. Refuses sparse files."""
-    name = records.get("path", name)
-    if "size" in records:
-        text = records["size"]
-        size = int(text) if text.isascii() and text.isdigit() else 2**63
-    if any(key.startswith("GNU.sparse") for key in records):
-        raise Damage(f"{path}: after {last}: a sparse file; expected a plain one")
-    return name, size
+def _extension(file: TarReader, length: int, offset: int, path: Path, last: str, most: int) -> bytes:
+    """The content of an extended header at an offset. Raises Damage when it has more than `most` bytes."""
+    if length > most:
+        raise Damage(
+            f"{path}: after {last}: an extended header of {length} bytes, more than the {most} allowed"
+        )
+    body = file.pread(length, offset + BLOCK)
+    if len(body) < length:
+        raise Damage(f"{path}: damaged or cut after {last} (in an extended header); make the shard again")
+    return body
 
 
 def _checked_size(header: bytes, path: Path, last: str) -> int:
     """The size that a header gives. Raises Damage unless its checksum is right."""
-    try:
-        if len(header) == BLOCK:
-            checksum = int(header[148:156].strip(b" \0"), 8)
-            size = int(header[124:136].strip(b" \0") or b"0", 8)
-            # The checksum is the sum of all bytes, with its own eight counted as spaces.
-            if checksum == sum(header) - sum(header[148:156]) + 8 * 32 and size >= 0:
-                return size
-    except ValueError:
-        pass
+    checksum, size = _octal(header[148:156]), _number(header[124:136])
+    if len(header) == BLOCK and size is not None:
+        # The checksum is the sum of all bytes, with its own eight counted as spaces. Some old
+        # programs added bytes above 127 as negative numbers.
+        total = sum(header) - sum(header[148:156]) + 8 * 32
+        high = sum(byte > 127 for byte in header[:148] + header[156:])
+        if checksum in (total, total - 256 * high):
+            return size
     raise Damage(f"{path}: damaged or cut after {last} (expected a member's header); make the shard again")
 
 
-def _records(content: bytes, path: Path, last: str) -> dict[str, str]:
-    """Parse an extended header: lines "LENGTH KEY=VALUE", where LENGTH counts the whole line."""
-    records = {}
-    while content:
-        digits = content.partition(b" ")[0]
-        length = int(digits) if digits.isdigit() and len(digits) < 8 else 0
-        key, equals, value = content[len(digits) + 1 : length - 1].partition(b"=")
-        if not equals or content[length - 1 : length] != b"\n":
+def _number(field: bytes) -> int | None:
+    """A number of a header: octal digits, or GNU's binary form. None for anything else."""
+    if field[:1] == b"\x80":
+        return int.from_bytes(field[1:], "big")
+    return _octal(field)
+
+
+def _octal(field: bytes) -> int | None:
+    digits = field.strip(b" \0").partition(b"\0")[0].rstrip(b" ")
+    # int() also accepts signs, underscores and 0o.
+    return int(digits or b"0", 8) if all(byte in b"01234567" for byte in digits) else None
+
+
+def _size_in(record: bytes, path: Path, last: str) -> int:
+    if not record.isdigit() or len(record) > 18:
+        raise Damage(f"{path}: after {last}: an extended header gives the size {record[:20]!r}")
+    return int(record)
+
+
+def _records(content: bytes, path: Path, last: str) -> dict[str, bytes]:
+    """The records of an extended header that change what is read: name, size, and sparse files.
+
+    A record is "LENGTH KEY=VALUE\\n", where LENGTH counts all of it. Other records may hold any
+    bytes, such as extended attributes, and are passed over.
+    """
+    records: dict[str, bytes] = {}
+    begin = num_records = 0
+    while begin < len(content):
+        num_records += 1
+        space = content.find(b" ", begin, begin + 9)
+        digits = content[begin:space] if space > 0 else b""
+        end = begin + int(digits) if digits.isdigit() else 0
+        equals = content.find(b"=", space, end)
+        if equals < 0 or content[end - 1 : end] != b"\n" or num_records > MAX_RECORDS:
+            if not content[begin:].strip(b"\0"):
+                break  # some programs count the padding
             raise Damage(f"{path}: after {last}: a damaged extended header")
-        records[_text(key, path, last)] = _text(value, path, last)
-        content = content[length:]
+        key = content[space + 1 : equals]
+        if key in (b"path", b"size", b"hdrcharset") or key.startswith(b"GNU.sparse"):
+            records[key.decode(errors="replace")] = content[equals + 1 : end - 1]
+        begin = end
     return records
 
 
@@ -287,9 +388,19 @@ def _text(content: bytes, path: Path, last: str) -> str:
 
 
 def _check_end(file: TarReader, path: Path, offset: int, size: int, last: str) -> None:
-    """A complete tar ends in two or more blocks of zeros; anything else means lost samples."""
-    rest = file.pread(2**20, offset)
-    if len(rest) < 2 * BLOCK or any(rest) or offset + len(rest) < size:
+    """A complete tar ends in two or more blocks of zeros; anything else means lost samples.
+
+    Their number depends on the size of a record, which `tar -b` sets: up to 16 MiB and more.
+    """
+    if size - offset < 2 * BLOCK:
         raise Damage(
             f"{path}: damaged or cut after {last} (expected the end of the archive); make the shard again"
         )
+    while rest := file.pread(2**20, offset):
+        if content := rest.lstrip(b"\0"):
+            at = offset + len(rest) - len(content)
+            raise Damage(
+                f"{path}: content at byte {at}, behind the end of the archive after {last}: damaged, or "
+                "several tars in one file; expected one tar, which ends in zeros"
+            )
+        offset += len(rest)

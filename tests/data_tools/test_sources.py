@@ -214,15 +214,10 @@ def test_a_bad_sample_of_a_tar_is_named(tmp_path, capsys, members, expected):
     assert expected in fails(capsys, make(tmp_path / "set", "--tars", tmp_path / "theirs.tar"))
 
 
-def test_a_link_in_a_tar_and_a_compressed_tar_are_refused(tmp_path, capsys):
+def test_a_link_in_a_tar_is_refused(tmp_path, capsys):
     write_tar(tmp_path / "link.tar", {"a.png": b""}, {"a.png": tarfile.SYMTYPE})
     assert "is a link, folder or device" in fails(
         capsys, make(tmp_path / "set", "--tars", tmp_path / "link.tar")
-    )
-    with tarfile.open(tmp_path / "zip.tar", "w:gz") as tar:
-        tar.addfile(tarfile.TarInfo("a.png"), io.BytesIO())
-    assert "compressed; unpack it with gunzip" in fails(
-        capsys, make(tmp_path / "set", "--tars", tmp_path / "zip.tar")
     )
 
 
@@ -529,20 +524,17 @@ def test_pictures_with_16_bits_and_with_broken_exif(tmp_path):
     assert np.abs(np.asarray(Image.open(io.BytesIO(found.members["png"])))[..., 0] - ramp // 257).max() <= 1
 
 
-def test_links_hidden_folders_and_huge_captions(tmp_path, captioned, capsys):
+def test_hidden_folders_and_huge_captions(tmp_path, captioned, capsys):
     (captioned / ".checkpoints").mkdir()
     (captioned / ".checkpoints" / "red.png").write_bytes((captioned / "red.png").read_bytes())
     assert make(tmp_path / "set", "--folder", captioned) == 0
     assert_right(tmp_path / "set")
+    assert "left out 1 (hidden): .checkpoints" in capsys.readouterr().err
+    (captioned / ".checkpoints" / "red.png").unlink()
+    (captioned / ".checkpoints").rmdir()
     (captioned / "blue.txt").write_text("x" * 2_000_000)
     assert "more than the 1048576 bytes allowed" in fails(
         capsys, make(tmp_path / "huge", "--folder", captioned)
-    )
-    (tmp_path / "secret").write_text("private")
-    (captioned / "blue.txt").unlink()
-    (captioned / "blue.txt").symlink_to(tmp_path / "secret")
-    assert "blue.txt: a link that leads out of" in fails(
-        capsys, make(tmp_path / "linked", "--folder", captioned)
     )
 
 

@@ -4,6 +4,7 @@ processes.
 The object store is moto's S3 server on this machine.
 """
 
+import gzip
 import http.server
 import json
 import logging
@@ -143,6 +144,11 @@ def test_tars_in_a_store(tmp_path, store):
         members |= {f"{color}.png": picture(color), f"{color}.txt": f"a {color} picture".encode()}
     tar = write_tar(tmp_path / "a.tar", members)
     (store / "a.tar").write_bytes(tar.read_bytes())
+    (store / "packed" / "a.tgz").write_bytes(gzip.compress(tar.read_bytes()))
+    (store / "packed" / ".trash" / "a.tar").write_bytes(b"not read")
+    assert make(tmp_path / "packed", "--tars", store / "packed") == 0
+    assert_right(tmp_path / "packed")
+    (store / "packed").fs.rm((store / "packed").path, recursive=True)
     for name, place in {"file": store / "a.tar", "folder": store, "bucket": store.parent}.items():
         assert make(tmp_path / name, "--tars", place) == 0
         assert_right(tmp_path / name)

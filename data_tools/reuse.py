@@ -1,0 +1,116 @@
+"""Whether a set that exists still has the pictures of its source.
+
+A manifest records the state of the source: a hash of the times at which its files were written.
+When the state differs (files were edited, or only copied), or is missing (sets made before it
+was recorded), every sample is made again in memory and compared.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data_tools.executors import Executor
+from data_tools.samples import FilteredOut, SampleSettings, make_sample
+from data_tools.sources import Item, Items
+from data_tools.storage import local_copy
+from mmtensorar.data.shards import Manifest, iterate_tar, read_sample, sample_starts
+from mmtensorar.data.tars import TarReader
+
+STATE = "source_state"  # its key in Manifest.made
+
+
+def settings_of(made: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What a set was made with, apart from the state of its source."""
+    return None if made is None else {key: value for key, value in made.items() if key != STATE}
+
+
+def changed_item(
+    folder: Path,
+    manifest: Manifest,
+    items: Items,
+    settings: SampleSettings,
+    left_out: Path | None,
+    *,
+    executor: Executor,
+    workers: int,
+) -> str | None:
+    """The name of an item that would give another sample now; None when there is none.
+
+    Args:
+        folder, manifest: The set, made with these settings from items of these names.
+        left_out: The file that lists what was left out, None when there is none.
+        executor, workers: See `data_tools.executors`.
+
+    Raises ValueError for a damaged shard.
+    """
+    if left_out is not None and (name := _changed_left_out(left_out, items, settings)):
+        return name
+    tasks = []
+    for shard in manifest.shards:
+        first, last = _key_range(folder / shard.name)
+        tasks.append((folder / shard.name, first, items[first : last + 1], settings))
+    with tqdm(desc="comparing with the source", unit=" shards", total=len(tasks), disable=None) as progress:
+        for name in executor(changed_in_shard, tasks, workers):
+            if name is not None:
+                return name
+            progress.update(1)
+    return None
+
+
+def changed_in_shard(path: Path, first: int, items: Items, settings: SampleSettings) -> str | None:
+    """The name of an item whose sample in a shard is not the one it gives now.
+
+    Codes and text features are not compared. first: number of the first of the items.
+    """
+    with local_copy(path) as local:
+        for sample in iterate_tar(local):
+            number = _number(sample.key) - first
+            if not 0 <= number < len(items):
+                return f"sample {sample.key}"
+            made = _members(sample.key, items[number], settings)
+            if made is None or made.items() - sample.members.items():
+                return items[number].key
+    return None
+
+
+def _changed_left_out(path: Path, items: Items, settings: SampleSettings) -> str | None:
+    """The name of an item that was left out, and would be kept now.
+
+    A name may have several items, one for each caption. Duplicates are not compared.
+    """
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    left = Counter(row["name"] for row in rows if not row["reason"].startswith("duplicate"))
+    names = set(left)
+    if names:
+        for item in items:
+            if item.key in names and _members("0", item, settings) is None:
+                left[item.key] -= 1
+    return next((name for name, number in left.items() if number > 0), None)
+
+
+def _members(key: str, item: Item, settings: SampleSettings) -> dict[str, bytes] | None:
+    """The members of an item's sample; None when it is left out."""
+    try:
+        return make_sample(key, item, settings).sample.members
+    except (FilteredOut, ValueError, MemoryError):
+        return None
+
+
+def _key_range(path: Path) -> tuple[int, int]:
+    """Numbers of the first and the last sample of a shard, which are their keys."""
+    with local_copy(path) as local:
+        starts = sample_starts(local).tolist()
+        with TarReader(local) as file:
+            ends = (starts[:2], starts[-2:])
+            first, last = (_number(read_sample(file, local, *bounds, ()).key) for bounds in ends)
+    return first, last
+
+
+def _number(key: str) -> int:
+    return int(key) if key.isascii() and key.isdecimal() else -1
