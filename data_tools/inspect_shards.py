@@ -125,7 +125,10 @@ def facts(folder: Path, manifest: Manifest, statistics: Statistics) -> list[tupl
         sizes = sorted(statistics.captions[str(number).encode()] for number in range(len(manifest.classes)))
         median = sizes[len(sizes) // 2]
         rows.append(
-            ("classes", f"{len(manifest.classes)}, of {sizes[0]} to {sizes[-1]} samples, median {median}")
+            (
+                "classes",
+                f"{len(manifest.classes)}, of {sizes[0]} to {counted(sizes[-1], 'sample')}, median {median}",
+            )
         )
     if (codes := manifest.codes) is not None:
         shape = f"{codes.crops} x {codes.grid[0]}x{codes.grid[1]} x {len(codes.factor_sizes)}"
