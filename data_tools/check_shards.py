@@ -58,6 +58,7 @@ from mmtensorar.data.shards import (
     wrong_count,
 )
 from mmtensorar.files import decode, sha256, write_text
+from mmtensorar.words import counted
 
 DROPPED = "dropped.jsonl"
 MAX_WARNINGS = 10  # emptied captions that are printed; the report lists all
@@ -307,12 +308,12 @@ def report(folder: Path, manifest: Manifest, checked: CheckedSet) -> dict:
 def summary(folder: Path, manifest: Manifest, checked: CheckedSet) -> str:
     """The result in one line."""
     facts = [
-        f"{folder}: {checked.num_read} of {manifest.num_samples} samples read "
-        f"in {len(manifest.shards)} shards",
+        f"{folder}: {checked.num_read} of {counted(manifest.num_samples, 'sample')} read "
+        f"in {counted(len(manifest.shards), 'shard')}",
         f"{manifest.image_size} pixels",
     ]
     if manifest.classes:
-        facts.append(f"{len(manifest.classes)} classes")
+        facts.append(counted(len(manifest.classes), "class"))
     codes, text_features = manifest.codes, manifest.text_features
     crops = f" ({codes.crops} crops)" if codes and codes.crops > 1 else ""
     facts.append(f"codes of {codes.image_tokenizer}{crops}" if codes else "no codes")
@@ -322,7 +323,7 @@ def summary(folder: Path, manifest: Manifest, checked: CheckedSet) -> str:
         facts.append(f"{len(checked.duplicates)} duplicate pictures")
     if checked.emptied:
         facts.append(f"captions emptied by cleaning: {len(checked.emptied)}")
-    facts.append(f"{len(checked.problems) or 'no'} problems")
+    facts.append(counted(len(checked.problems), "problem") if checked.problems else "no problems")
     return ", ".join(facts)
 
 
@@ -372,7 +373,7 @@ def repair(
     # made is None: make_shards.py would no longer make this set.
     staging.commit(manifest.model_copy(update={"shards": shards, "num_samples": num_samples, "made": None}))
     print(
-        f"{out}: {num_samples} of {manifest.num_samples} samples; "
+        f"{out}: {num_samples} of {counted(manifest.num_samples, 'sample')}; "
         f"{out / DROPPED} lists what was dropped, and why"
     )
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from data_tools.build_stages import SetSettings
 from data_tools.listed_source import ListedSource
 from data_tools.samples import FilteredOut, SampleSettings, make_sample
+from mmtensorar.words import counted
 
 NUM_TRIED = 200  # items
 NUM_EXAMPLES = 3  # captions that are printed
@@ -43,7 +44,8 @@ def show(source: ListedSource, samples: SampleSettings, settings: SetSettings, o
             sizes.append(sum(512 + -(-len(content) // 512) * 512 for content in sample.members.values()))
             if len(examples) < NUM_EXAMPLES:
                 examples.append(f"  {item.key}: {item.captions[0][:100]!r}")
-    print(f"{source.name}: {len(source.items)} items; of the first {len(tried)}, {len(sizes)} would be kept")
+    num_items = counted(len(source.items), "item")
+    print(f"{source.name}: {num_items}; of the first {len(tried)}, {len(sizes)} would be kept")
     for reason, count in reasons.most_common(10):
         print(f"  {count} left out: {reason}")
     if num_damaged and settings.on_error == "raise":
@@ -63,8 +65,8 @@ def _print_estimate(num_samples: float, mean: float, settings: SetSettings, out:
     )
     num_shards = max(1, math.ceil(num_samples / per_shard))
     print(
-        f"about {num_samples:.0f} samples of {mean:,.0f} bytes, {num_samples * mean / 1e6:,.1f} MB "
-        f"in {num_shards} shards"
+        f"about {counted(round(num_samples), 'sample')} of {mean:,.0f} bytes, "
+        f"{num_samples * mean / 1e6:,.1f} MB in {counted(num_shards, 'shard')}"
     )
     if settings.validation_share:
         num_validation = num_samples * settings.validation_share

@@ -41,6 +41,7 @@ from mmtensorar.data.members import check_codes, encode_codes
 from mmtensorar.data.pictures import sample_picture
 from mmtensorar.data.shards import Codes, Sample, Shard, iterate_shard
 from mmtensorar.processes import exit_process
+from mmtensorar.words import counted
 
 if TYPE_CHECKING:
     import torch
@@ -189,7 +190,7 @@ def encode(
     rewrite(folder, manifest, encoded, desc="encoding", unit="images", codes=expected)
     several = f"{crops} crops of " if crops > 1 else ""
     print_once(
-        f"{folder}: {manifest.num_samples} samples have codes of {name}, "
+        f"{folder}: {counted(manifest.num_samples, 'sample')} with codes of {name}, "
         f"{several}{expected.grid[0]}x{expected.grid[1]} tokens"
     )
 

@@ -48,6 +48,7 @@ from mmtensorar.data import tars
 from mmtensorar.data.members import check_features, decode_caption, encode_features
 from mmtensorar.data.shards import Sample, Shard, TextFeatures, iterate_shard
 from mmtensorar.processes import exit_process
+from mmtensorar.words import counted
 
 if TYPE_CHECKING:
     from mmtensorar.captions.encoders import T5Features
@@ -107,7 +108,7 @@ def encode(folder: Path, encoder: T5Features, *, batch_size: int) -> None:
     if manifest.classes is not None:
         classes = len(manifest.classes)
         raise ValueError(
-            f"{folder}: its captions are numbers of {classes} classes, which have no text features"
+            f"{folder}: its captions are numbers of {counted(classes, 'class')}, which have no text features"
         )
     expected = features_of(encoder)
     name = f"text features of {encoder.path} {expected.weight_hash[:12]}"
@@ -120,7 +121,9 @@ def encode(folder: Path, encoder: T5Features, *, batch_size: int) -> None:
             return encode_samples(samples, folder / shard.name, encoder, expected, batch_size=batch_size)
 
         rewrite(folder, manifest, encoded, desc="encoding", unit="captions", text_features=expected)
-        print_once(f"{folder}: {manifest.num_samples} captions have {name}, cleaning {encoder.cleaning}")
+        print_once(
+            f"{folder}: {counted(manifest.num_samples, 'caption')} with {name}, cleaning {encoder.cleaning}"
+        )
         if num_emptied := sum_over_ranks(encoder.emptied.count):
             print_once(emptied_note(num_emptied, encoder.cleaning))
     if ranks.is_first():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mmtensorar.data.shards import Codes, Sample, TextFeatures
+from mmtensorar.words import counted
 
 
 class Encoder(NamedTuple):
@@ -31,7 +32,7 @@ def load_encoders(options: argparse.Namespace, classes: tuple[str, ...] | None) 
     if options.text_encoder:
         if classes is not None:
             raise ValueError(
-                f"--text-encoder: the captions are numbers of {len(classes)} classes, "
+                f"--text-encoder: the captions are numbers of {counted(len(classes), 'class')}, "
                 "which have no text features"
             )
         encoders.append(load_text_encoder(options))

@@ -41,6 +41,7 @@ from mmtensorar.data.shards import (
     sample_starts,
 )
 from mmtensorar.files import write_text
+from mmtensorar.words import counted
 
 THUMBNAIL = 192  # pixels a side at most
 BINS = 12
@@ -111,7 +112,7 @@ def facts(folder: Path, manifest: Manifest, statistics: Statistics) -> list[tupl
     words = statistics.words
     rows = [
         ("source", f"{manifest.source}, seed {manifest.seed}"),
-        ("samples", f"{manifest.num_samples:,} in {len(manifest.shards):,} shards"),
+        ("samples", f"{manifest.num_samples:,} in {counted(len(manifest.shards), 'shard')}"),
         ("size", f"{size / 2**30:.2f} GiB, {size / manifest.num_samples:,.0f} bytes a sample"),
         ("pictures", f"{manifest.image_size} pixels a side"),
         ("members", ", ".join(f"{name} {number:,}" for name, number in sorted(statistics.members.items()))),
@@ -124,7 +125,10 @@ def facts(folder: Path, manifest: Manifest, statistics: Statistics) -> list[tupl
         sizes = sorted(statistics.captions[str(number).encode()] for number in range(len(manifest.classes)))
         median = sizes[len(sizes) // 2]
         rows.append(
-            ("classes", f"{len(manifest.classes)}, of {sizes[0]} to {sizes[-1]} samples, median {median}")
+            (
+                "classes",
+                f"{len(manifest.classes)}, of {sizes[0]} to {counted(sizes[-1], 'sample')}, median {median}",
+            )
         )
     if (codes := manifest.codes) is not None:
         shape = f"{codes.crops} x {codes.grid[0]}x{codes.grid[1]} x {len(codes.factor_sizes)}"

@@ -31,7 +31,7 @@ from data_tools.executors import Executor, OnRay, in_processes
 from data_tools.make_options import parse
 from data_tools.pipeline import make
 from data_tools.storage import is_local
-from mmtensorar.cli import command
+from mmtensorar.cli import command, sentence_of
 from mmtensorar.data.url_cache import store_errors
 
 
@@ -49,7 +49,11 @@ def main(arguments: list[str] | None = None) -> int:
         make(options, executor(options))
     except (OSError, *store_errors()) as error:  # a store's error may not name the URL
         where = "" if is_local(options.out) else f"{options.out}: "
-        raise ValueError(f"{where}{error}") from error
+        raise ValueError(f"{where}{sentence_of(error)}") from error
+    except ImportError as error:  # of a store whose library is loaded when it is first used
+        raise ValueError(
+            f"a library is missing: {sentence_of(error)} (or pip install 'mmtensorar[remote]')"
+        ) from error
     except KeyboardInterrupt:
         print("interrupted; the same command resumes from here", file=sys.stderr)
         return 130

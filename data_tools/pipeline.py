@@ -34,6 +34,7 @@ from data_tools.samples import SampleSettings
 from data_tools.storage import is_local
 from mmtensorar.data.shards import MANIFEST, Manifest, Shard, Staging
 from mmtensorar.files import write_text
+from mmtensorar.words import counted
 
 LEFT_OUT = "left_out.jsonl"
 PART_SAMPLES = 1000  # where shards are not counted in samples
@@ -150,7 +151,7 @@ class Build:
         gone = {item.number for item in left_out}
         if len(gone) == len(self.source.items):
             raise ValueError(
-                f"{self.out}: nothing is left of {len(gone)} samples ({count_reasons(left_out)})"
+                f"{self.out}: nothing is left of {counted(len(gone), 'sample')} ({count_reasons(left_out)})"
             )
         validation = self.validation_numbers(parts, gone)
         if splits and not validation_exists:
@@ -266,7 +267,7 @@ class Build:
         }
         kept = {kept.number for part in parts for kept in part.kept} - gone
         if not 0 < len(kept & validation) < len(kept):
-            sizes = f"{len(kept - validation)} samples and {len(kept & validation)} for validation"
+            sizes = f"{counted(len(kept - validation), 'sample')} and {len(kept & validation)} for validation"
             raise ValueError(f"{self.out}: --validation-share {share:g} gives {sizes}; choose another one")
         return validation
 
@@ -327,7 +328,7 @@ class Build:
             made=self.made,
         )
         staging.commit(manifest)
-        print(f"{staging.folder}: {describe(manifest)}, in {len(manifest.shards)} shards")
+        print(f"{staging.folder}: {describe(manifest)}, in {counted(len(manifest.shards), 'shard')}")
 
 
 # ---- what is in a folder ---------------------------------------------------------------------
@@ -335,9 +336,10 @@ class Build:
 
 def describe(manifest: Manifest) -> str:
     """A set in a few words."""
-    in_classes = f" in {len(manifest.classes)} classes" if manifest.classes else ""
+    in_classes = f" in {counted(len(manifest.classes), 'class')}" if manifest.classes else ""
     source = f"{manifest.source!r}{in_classes}"
-    return f"{manifest.num_samples} samples of {source}, {manifest.image_size} pixels, seed {manifest.seed}"
+    samples = counted(manifest.num_samples, "sample")
+    return f"{samples} of {source}, {manifest.image_size} pixels, seed {manifest.seed}"
 
 
 def existing_set(out: Path) -> Manifest | None:

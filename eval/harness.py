@@ -45,6 +45,7 @@ from mmtensorar.files import publish, sha256, temporary_name, write_text
 from mmtensorar.processes import RunFolderLock
 from mmtensorar.sampling.settings import LOADING, SAMPLING, add_generation, given_settings, without_removed
 from mmtensorar.seeds import image_seed
+from mmtensorar.words import counted
 
 if TYPE_CHECKING:
     from mmtensorar.image_tokenizers import ImageTokenizer
@@ -260,7 +261,7 @@ def generate_into(
         seed=options.seed,
         batch_size=options.batch_size,
     )
-    print(f"{num_made} images made in {out}", flush=True)
+    print(f"{counted(num_made, 'image')} made in {out}", flush=True)
     if ranks.is_first():
         wait_for_all(out, len(prompts), num_images)
 

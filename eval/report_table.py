@@ -13,6 +13,7 @@ from eval import tables
 from eval.geneval import suites
 from mmtensorar.cli import Parser, command
 from mmtensorar.files import read_json
+from mmtensorar.words import counted
 
 
 def rows(summaries: Mapping[str, dict]) -> list[list[str]]:
@@ -77,10 +78,6 @@ def missing(summary: dict) -> list[str]:
     return lacks
 
 
-def _num_lacking(num: int) -> str:
-    return f"{num} images or prompts" if num > 1 else "1 image or prompt"
-
-
 def _of_suite(summary: dict) -> str | None:
     """A sentence when fewer prompts were asked for than the suite has; None when all were."""
     if summary["suite"] not in suites.SUITES:
@@ -134,7 +131,12 @@ def notes(summaries: Mapping[str, dict]) -> str:
         sampled = next(iter(sampling.values()))
     num_drawn = [bound["num_images"] for s in summaries.values() for bound in _bounds(s).values()]
     incomplete = [
-        f"{name} lacks {_num_lacking(len(lacks)) if s.get('partial') else ', '.join(lacks)}"
+        f"{name} lacks "
+        + (
+            counted(len(lacks), "image or prompt", "images or prompts")
+            if s.get("partial")
+            else ", ".join(lacks)
+        )
         for name, s in summaries.items()
         if (lacks := missing(s))
     ]

@@ -15,6 +15,8 @@ import difflib
 import functools
 import importlib
 import importlib.metadata
+import io
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,17 +33,23 @@ class Main(Protocol):
 
 
 class Verb(NamedTuple):
-    """A command's module and function, and one line of help."""
+    """A command's module and function, and one line of help.
+
+    checks: a module whose `check(arguments)` is called before the command's, which is slow, is imported.
+    """
 
     module: str
     about: str
     function: str = "main"
+    checks: str | None = None
 
 
 # A verb may have two words.
 VERBS: dict[str, Verb] = {
     "train": Verb(
-        "mmtensorar.train_command", "train from a recipe (several GPUs: deepspeed mmtensorar/train.py)"
+        "mmtensorar.train",
+        "train from a recipe (several GPUs: deepspeed mmtensorar/train.py)",
+        checks="mmtensorar.train_options",
     ),
     "generate": Verb("mmtensorar.generate", "prompts or class numbers to pictures"),
     "recipe": Verb("mmtensorar.recipe.__main__", "check a recipe and print it resolved"),
@@ -80,16 +88,57 @@ def command(main: Main) -> Main:
 
     @functools.wraps(main)
     def wrapped(arguments: list[str] | None = None) -> int:
+        print_any_text()
         try:
             return main(arguments)
         except (ValueError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            print_error(error)
+            return 2
+        except RuntimeError as error:
+            if not str(error).startswith("Symlink loop"):  # Path.resolve's, before Python 3.13
+                raise
+            print_error(f"{str(error).partition(' from ')[2]}: a link that leads to itself")
             return 2
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
             return 130
 
     return wrapped
+
+
+def print_any_text() -> None:
+    """Let the output print any text: what a terminal cannot show, and half characters, as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors != "backslashreplace":
+            stream.reconfigure(errors="backslashreplace")
+
+
+def print_error(error: Exception | str) -> None:
+    """Print `error: ...` on stderr. Control characters are shown as escapes, endless names are cut."""
+    text = error if isinstance(error, str) else sentence_of(error)
+    text = re.sub(r"[^\s:;,'\"]{300,}", lambda found: shortened(found[0]), text)
+    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", lambda found: ascii(found[0])[1:-1], text)
+    print(f"error: {text}", file=sys.stderr, flush=True)
+
+
+def sentence_of(error: Exception) -> str:
+    """An error in words. Those of Python itself name the file or the text, and no error number."""
+    if isinstance(error, OSError) and error.strerror:
+        what = error.strerror[:1].lower() + error.strerror[1:]
+        named = isinstance(error.filename, (str, bytes))
+        return f"{os.fsdecode(error.filename)}: {what}" if named else what
+    if isinstance(error, UnicodeEncodeError):
+        near = error.object[max(0, error.start - 20) : error.end + 20]
+        return f"{near!r} holds half a character, or a byte that is not UTF-8"
+    if isinstance(error, UnicodeDecodeError):
+        near = bytes(error.object[max(0, error.start - 20) : error.end + 20])
+        return f"expected UTF-8, got {near!r}"
+    return str(error) or type(error).__name__
+
+
+def shortened(text: str) -> str:
+    """The first 200 characters of a text."""
+    return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"
 
 
 # ---- options -------------------------------------------------------------------------------------
@@ -144,6 +193,10 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):  # argparse's names
         """As argparse's; remembers the words, for `error`."""
         self._words = list(sys.argv[1:] if args is None else args)
+        for word in self._words:
+            if re.search("[\0\ud800-\udfff]", word):
+                what = "a zero character" if "\0" in word else "bytes that are not UTF-8"
+                self.error(f"{ascii(word)} holds {what}; expected UTF-8 text")
         return super().parse_known_args(args, namespace)
 
     def parse_args(self, args=None, namespace=None):
@@ -163,7 +216,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print one sentence and where the options are explained, on the first rank; exit code 2."""
         if ranks.is_first():
-            print(f"error: {self._sentence(message)}", file=sys.stderr)
+            print_error(self._sentence(message))
             print(f"{self.prog} --help shows the options", file=sys.stderr, flush=True)
         raise SystemExit(2)
 
@@ -266,7 +319,14 @@ def load(name: str) -> Main:
             )
         if str(checkout) not in sys.path:
             sys.path.insert(0, str(checkout))
-    return getattr(importlib.import_module(verb.module), verb.function)
+    if (checks := verb.checks) is None:
+        return getattr(importlib.import_module(verb.module), verb.function)
+
+    def checked(arguments: list[str] | None = None) -> int:
+        importlib.import_module(checks).check(arguments)
+        return getattr(importlib.import_module(verb.module), verb.function)(arguments)
+
+    return checked
 
 
 def unknown_verb(words: list[str]) -> str:

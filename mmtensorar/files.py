@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import uuid
@@ -295,6 +296,7 @@ def read_json(path: Path) -> dict:
         value = None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected one JSON object")
+    check_characters(value, str(path))
     return value
 
 
@@ -316,6 +318,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict]]:
                     value = None
                 if not isinstance(value, dict):
                     raise ValueError(f"{path} line {number}: expected one JSON object")
+                check_characters(value, f"{path} line {number}")
                 yield f"{path} line {number}", value
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
@@ -353,3 +356,20 @@ def write_json_lines(path: Path, rows: Iterable[dict]) -> None:
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row) + "\n")
+
+
+def check_characters(value: Any, where: str) -> None:
+    """Raise ValueError, starting with `where`, for half a character or a zero one in a value of JSON.
+
+    JSON may write them as escapes (\\ud800, \\u0000), but they are no text, and no name of a file.
+    """
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            waiting += [*part, *part.values()]
+        elif isinstance(part, list):
+            waiting += part
+        elif isinstance(part, str) and re.search("[\\0\ud800-\udfff]", part):
+            what = "a zero character" if "\0" in part else "half a character (a lone surrogate)"
+            raise ValueError(f"{where}: {ascii(part[:80])} holds {what}")

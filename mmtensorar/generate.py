@@ -28,6 +28,7 @@ from mmtensorar.files import read_lines, temporary_name
 from mmtensorar.picture_folder import RECORD, REVISIONS, WINDOWS, PictureFolder
 from mmtensorar.sampling.settings import LOADING, add_generation, at_least_1, given_settings
 from mmtensorar.seeds import check_seed
+from mmtensorar.words import counted
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -61,11 +62,6 @@ def origin_of(prompt: Prompt, seed: int) -> dict[str, Prompt]:
     return {"prompt" if isinstance(prompt, str) else "class": prompt, "seed": seed}
 
 
-def count(number: int, noun: str) -> str:
-    """1 image, 2 images."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def write_images(generator: Generator, prompts: Sequence[Prompt], options: argparse.Namespace) -> list[Path]:
     """Generate --num-images for each prompt into --out, this rank's share; returns the image files."""
     generator.check(prompts)
@@ -90,7 +86,7 @@ def write_images(generator: Generator, prompts: Sequence[Prompt], options: argpa
     progress = tqdm(
         total=num_images * num_tokens,
         unit="token",
-        desc=count(num_images, "image"),
+        desc=counted(num_images, "image"),
         file=sys.stderr,
         disable=not ranks.is_first(),
     )
@@ -209,7 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\nstopped; {options.out / RECORD} lists the images made so far", file=sys.stderr)
         return 130
     by_rank = f", by rank {ranks.rank()} of {ranks.world_size()}" if ranks.world_size() > 1 else ""
-    print(f"{count(len(paths), 'image')} in {options.out}{by_rank}")
+    print(f"{counted(len(paths), 'image')} in {options.out}{by_rank}")
     return 0
 
 

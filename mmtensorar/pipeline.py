@@ -28,6 +28,7 @@ from mmtensorar.recipe import SamplerSettings
 from mmtensorar.sampling.decode import Decoded, decode
 from mmtensorar.sampling.settings import merge
 from mmtensorar.seeds import check_seed
+from mmtensorar.words import counted
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -144,7 +145,8 @@ class Generator:
         """
         if len(prompts) != len(seeds) or not prompts:
             raise ValueError(
-                f"{len(prompts)} prompts and {len(seeds)} seeds; expected one seed per prompt, at least one"
+                f"{counted(len(prompts), 'prompt')} and {counted(len(seeds), 'seed')}; "
+                "expected one seed per prompt, at least one"
             )
         for seed in seeds:
             check_seed(seed)

@@ -21,6 +21,7 @@ from mmtensorar.checkpoints.options import add_image_tokenizer
 from mmtensorar.cli import Parser, command
 from mmtensorar.data.pictures import center_square, open_picture
 from mmtensorar.files import atomic_path
+from mmtensorar.words import counted
 
 if TYPE_CHECKING:
     from mmtensorar.model.protocols import ImageTokenizer
@@ -100,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
         ratios.append(ratio)
         print(f"{path}: PSNR {ratio:.2f} dB", flush=True)
     if len(ratios) > 1:
-        print(f"mean PSNR {sum(ratios) / len(ratios):.2f} dB of {len(ratios)} images")
+        print(f"mean PSNR {sum(ratios) / len(ratios):.2f} dB of {counted(len(ratios), 'image')}")
     return 0
 
 

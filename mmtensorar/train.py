@@ -21,9 +21,9 @@ if __name__ == "__main__":
     # ours would hide installed ones of the same name. The repository root belongs
     # there.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from mmtensorar import train_command
+    from mmtensorar import train_options
 
-    train_command.check()  # a wrong option ends here, before the imports below take seconds
+    train_options.check()  # a wrong option ends here, before the imports below take seconds
 
 import math
 import os
@@ -34,11 +34,12 @@ import torch
 
 from mmtensorar import backbones, image_tokenizers, ranks
 from mmtensorar.checkpoints import model_folder
+from mmtensorar.cli import print_any_text, print_error
 from mmtensorar.data import checks, loader
 from mmtensorar.processes import StopSignals, exit_process
 from mmtensorar.recipe import Recipe
 from mmtensorar.seeds import seed_for
-from mmtensorar.train_command import read_options
+from mmtensorar.train_options import read_options
 from mmtensorar.training import engine_private, run_state, sample_grid
 from mmtensorar.training.distributed import (
     barrier,
@@ -75,6 +76,7 @@ from mmtensorar.training.run import (
 from mmtensorar.training.step_message import StepMessage
 from mmtensorar.training.stopwatch import Stopwatch, peak_memory_gib
 from mmtensorar.training.validation import validate
+from mmtensorar.words import counted
 
 
 def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> int:
@@ -326,8 +328,8 @@ def count_skipped(run: TrainingRun, skipped: list[str]) -> None:
     data = run.recipe.data
     if run.num_skipped > data.max_skipped * max(run.epoch_samples, run.step * data.batch_size):
         raise ValueError(
-            f"{run.num_skipped} damaged samples were skipped by step {run.step}, more than data.max_skipped "
-            f"{data.max_skipped:g} of an epoch of {run.epoch_samples}; {run.last_saved()}. "
+            f"{counted(run.num_skipped, 'damaged sample')} skipped by step {run.step}, more than "
+            f"data.max_skipped {data.max_skipped:g} of an epoch of {run.epoch_samples}; {run.last_saved()}. "
             "mmtensorar shards check lists what is damaged"
         )
 
@@ -389,7 +391,7 @@ def finish(run: TrainingRun) -> int:
                 export(run, run.folder / "model_ema")
         export(run, run.folder / "model")
         barrier()
-        print_on_first(f"finished {run.step} steps; the model is in {run.folder / 'model'}")
+        print_on_first(f"finished {counted(run.step, 'step')}; the model is in {run.folder / 'model'}")
         return 0
     barrier()
     print_on_first(
@@ -406,6 +408,7 @@ def finish(run: TrainingRun) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit code: 2 after an error, 130 after a second Ctrl-C."""
     options = read_options(arguments)
+    print_any_text()
     # Not `cli.command`: there every process prints its error, since it runs on its own. Here all
     # ranks raise an error that rank 0 prints, and a rank's own OSError is printed by that rank.
     try:
@@ -418,10 +421,10 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, FloatingPointError) as error:
         # Every rank raises the same error; only the first prints it.
         if ranks.is_first():
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print_error(error)
         return 2
     except OSError as error:  # of this rank alone, for example a full disk
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print_error(error)
         return 2
     stop_process_group()
     return code

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from mmtensorar.files import read_text
 from mmtensorar.processes import RunFolderLock
+from mmtensorar.words import counted
 from study import job, start
 from study.commands import ROOT
 from study.grid import Grid
@@ -109,7 +110,7 @@ def run(
         except ValueError as error:
             raise ValueError(f"{grid_path} and {results}: {error}") from None
         total = len(grid.runs(wanted, num_seeds))
-        counts = f"{total - len(work)} of {total} runs are in {results}; {len(work)} to do"
+        counts = f"{total - len(work)} of {counted(total, 'run')} in {results}; {len(work)} to do"
         print(f"{counts}, {len(environments)} at a time", flush=True)
         if dry_run:
             for seed, name in work:
@@ -126,9 +127,9 @@ def run(
         deadline = None if budget_s is None else began + budget_s
         num_left, num_failed = _run_jobs(grid_path, work, environments, out, results, deadline)
     if num_failed:
-        raise ValueError(f"{num_failed} runs failed; the same command tries them again")
+        raise ValueError(f"{counted(num_failed, 'run')} failed; the same command tries them again")
     if num_left:
-        print(f"the time is over; {num_left} runs are left, the same command continues with them")
+        print(f"the time is over; {counted(num_left, 'run')} to do, the same command continues with them")
 
 
 def _check_base(results: Path, base: str, out: Path) -> None:

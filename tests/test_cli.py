@@ -157,7 +157,7 @@ def test_only_the_first_rank_prints_a_wrong_option(capsys, monkeypatch):
 def test_without_a_verb_all_verbs_are_listed(words, capsys):
     assert cli.main(words) == 0
     printed = capsys.readouterr().out
-    assert all(f"  {verb} " in printed and about in printed for verb, (_, about, _) in cli.VERBS.items())
+    assert all(f"  {name} " in printed and verb.about in printed for name, verb in cli.VERBS.items())
 
 
 def test_the_version_is_that_of_the_project(capsys):

@@ -15,6 +15,7 @@ GROUND = {
     "mmtensorar.seeds",
     "mmtensorar.devices",
     "mmtensorar.processes",
+    "mmtensorar.words",
 }
 RELEASED = {"mmtensorar.checkpoints.released", "mmtensorar.checkpoints.janus_deepseek"}
 MODELS = {"mmtensorar.recipe", "mmtensorar.model", "mmtensorar.captions", "mmtensorar.backbones"} | RELEASED
@@ -50,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
     "study": {"mmtensorar", "worlds", "data_tools", "eval"},
 }
 # Entry points stand above all rooms of the package: commands, which no room's library imports.
-ENTRIES = {"train", "train_command", "roundtrip", "generate", "convert", "export", "merge", "cli", "__main__"}
+ENTRIES = {"train", "train_options", "roundtrip", "generate", "convert", "export", "merge", "cli", "__main__"}
 
 
 def module_of(name: str) -> str | None:

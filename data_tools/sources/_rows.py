@@ -16,7 +16,7 @@ from data_tools.sources import Item, Layout
 from data_tools.storage import FileStatus, read_file
 from mmtensorar.data.members import decode_caption
 from mmtensorar.data.pictures import SUFFIXES
-from mmtensorar.files import decode_text
+from mmtensorar.files import check_characters, decode_text
 from mmtensorar.folders import LeftOut
 
 
@@ -52,6 +52,7 @@ def parse_object(content: str | bytes, where: str, expected: str = "an object") 
         raise ValueError(f"{where}: not JSON ({error})") from error
     if not isinstance(value, dict):
         raise ValueError(f"{where}: holds {type(value).__name__}; expected {expected}")
+    check_characters(value, where)
     return value
 
 

@@ -8,6 +8,7 @@ from eval import harness, layout
 from eval.dpg_bench import pictures
 from mmtensorar import files
 from mmtensorar.cli import command
+from mmtensorar.words import counted
 
 
 @command
@@ -28,5 +29,5 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"{metadata}: item_id is {item!r}; expected a name, as --ckpt writes it")
         pictures.write_grid([layout.open_image(path) for path in images], options.out / f"{item}.png")
         num_written += 1
-    print(f"{num_written} grids in {options.out}")
+    print(f"{counted(num_written, 'grid')} in {options.out}")
     return 0

@@ -17,6 +17,7 @@ from eval.dpg_bench import score
 from eval.dpg_bench.report import report
 from mmtensorar import files
 from mmtensorar.cli import command
+from mmtensorar.words import counted
 
 
 def read_answers(path: Path, num_images: int | None = None) -> dict[str, list[dict[int, str]]]:
@@ -57,7 +58,11 @@ def gaps(rows: Sequence[score.Question], answers: score.Answers) -> list[str]:
         "that the table lacks": answers.keys() - items,
         "with fewer pictures": [item for item, pictures in answers.items() if len(pictures) < most],
     }
-    return [f"{len(names)} items {kind}, such as {min(names)}" for kind, names in kinds.items() if names]
+    return [
+        f"{counted(len(names), 'item')} {kind}, such as {min(names)}"
+        for kind, names in kinds.items()
+        if names
+    ]
 
 
 @command

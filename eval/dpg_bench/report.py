@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eval.dpg_bench import score
+from mmtensorar.words import counted
 
 OFFICIAL_TABLE = "98457fc9901943f51ff9a30367250fc292533bed"  # git blob id
 
@@ -76,7 +77,7 @@ def _mark(partial: Sequence[str]) -> str:
 
 def _text(mode: str, scores: score.Scores) -> str:
     """Overall and categories of one mode."""
-    head = f"{mode}: DPG-Bench score {scores.overall:.4f}, {len(scores.per_prompt)} prompts"
+    head = f"{mode}: DPG-Bench score {scores.overall:.4f}, {counted(len(scores.per_prompt), 'prompt')}"
     if scores.failed:
         head += f"; left out: {', '.join(scores.failed)}"
         if scores.unknown:

@@ -23,6 +23,7 @@ import numpy as np
 from eval import harness
 from eval.fid import features, recorded, sources
 from mmtensorar.files import sha256
+from mmtensorar.words import counted
 
 if TYPE_CHECKING:
     from mmtensorar.pipeline import Generator
@@ -112,7 +113,7 @@ def evaluate(options: argparse.Namespace) -> None:
         **harness.origin(folder),
     }
     harness.write_summary(out, summary)
-    print(f"\n{samples.num} pictures of {folder} against {options.ref}, {network.name}")
+    print(f"\n{counted(samples.num, 'picture')} of {folder} against {options.ref}, {network.name}")
     recorded.show(metrics)
     if samples.num < NUM_IMAGES:
         print(

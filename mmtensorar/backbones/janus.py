@@ -114,6 +114,10 @@ class Config(BackboneConfig):
         """See BackboneConfig. Saving copies the text tokenizer into the folder."""
         return self.model_copy(update={"path": path, "text_tokenizer": None})
 
+    def has_sizes(self) -> bool:
+        """See BackboneConfig."""
+        return self.path in RELEASED or super().has_sizes()
+
 
 class JanusEmbed(nn.Module):
     """codes [..., 1] -> [..., D]: a table (not the codebook), then an MLP."""

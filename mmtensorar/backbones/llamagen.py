@@ -107,6 +107,10 @@ class Config(BackboneConfig):
         "nothing; see mmtensorar/captions/cleaning.py",
     )
 
+    def has_sizes(self) -> bool:
+        """See BackboneConfig."""
+        return None not in (self.size, self.condition, self.image_size) or super().has_sizes()
+
 
 class Architecture(BaseModel):
     """The sizes in config.json.

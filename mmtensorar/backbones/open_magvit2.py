@@ -83,6 +83,10 @@ class Config(BackboneConfig):
         default="sdpa", description="sdpa, flash_attention_2 (a CUDA GPU in bf16 or fp16) or eager"
     )
 
+    def has_sizes(self) -> bool:
+        """See BackboneConfig."""
+        return self.size is not None or self.path in HUB_IDS or super().has_sizes()
+
 
 class Architecture(Section):
     """The sizes in config.json. grid: image tokens a side. ffn_width: None follows the official rule."""

@@ -12,8 +12,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mmtensorar import backbones, image_tokenizers
 from mmtensorar.checkpoints import model_folder
 from mmtensorar.checkpoints.recognise import Source, find, image_tokenizer_at, image_tokenizer_inside
@@ -26,7 +24,7 @@ from mmtensorar.checkpoints.released import (
 )
 from mmtensorar.files import new_path, sha256
 from mmtensorar.model.protocols import ImageTokenizer
-from mmtensorar.recipe import NamedSection, Recipe, named_section
+from mmtensorar.recipe import NamedSection, Recipe, named_section, strict_yaml
 
 PATHS = ("text_tokenizer", "text_encoder")  # settings of a backbone that may be local paths
 
@@ -131,7 +129,7 @@ def _write_recipe(
         "train": {"steps": 1},
         "sampler": backbone.default_sampling,
     }
-    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    path.write_text(strict_yaml.dump(recipe), encoding="utf-8")
     Recipe.load(path).save(path)
 
 

@@ -20,6 +20,7 @@ from mmtensorar.data.shards import Manifest
 from mmtensorar.data.url_cache import is_url, shown
 from mmtensorar.model.conditions import CaptionEncoder
 from mmtensorar.recipe import Data, Recipe
+from mmtensorar.words import counted
 
 
 def preflight(recipe: Recipe, image_tokenizer, caption_encoder: CaptionEncoder, *, world_size: int) -> str:
@@ -89,7 +90,8 @@ def _check_classes(folder: str, manifest: Manifest, caption_encoder: CaptionEnco
     assert caption_encoder.num_classes is not None
     if len(classes) > caption_encoder.num_classes:
         raise ValueError(
-            f"{folder} has {len(classes)} classes, the {backbone} backbone {caption_encoder.num_classes}"
+            f"{folder} has {counted(len(classes), 'class')}, "
+            f"the {backbone} backbone {caption_encoder.num_classes}"
         )
 
 
@@ -159,7 +161,8 @@ def _note_few_shards(
     if num_shards < num_workers and ranks.is_first():
         fewer = "lower data.num_workers, or " if data.num_workers > 1 else ""
         print(
-            f"note: {', '.join(manifests)} has {num_shards} shards for {num_workers} readers; where reading "
-            f"is slow, {fewer}make the shards with a smaller --samples-per-shard",
+            f"note: {', '.join(manifests)} has {counted(num_shards, 'shard')} for "
+            f"{counted(num_workers, 'reader')}; where reading is slow, {fewer}make the shards with a "
+            "smaller --samples-per-shard",
             flush=True,
         )

@@ -30,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from mmtensorar.data import tars
 from mmtensorar.files import atomic_path, decode, move, remove, sha256, write_text
+from mmtensorar.words import counted
 
 MANIFEST = "manifest.json"
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
@@ -321,7 +322,8 @@ def iterate_shard(folder: Path | str, shard: Shard) -> Iterator[Sample]:
 
 def wrong_count(path: Path | str, num_samples: int, shard: Shard) -> str:
     """The message for a shard that holds another number of samples than its manifest says."""
-    return f"{path}: {num_samples} samples, the manifest says {shard.num_samples}; make the shard again"
+    samples = counted(num_samples, "sample")
+    return f"{path}: {samples}, the manifest says {shard.num_samples}; make the shard again"
 
 
 def _tars_of_others(folder: Path) -> str:

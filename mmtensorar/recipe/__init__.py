@@ -7,7 +7,7 @@
     recipe.py       Recipe: load, check, save, and the plain control
     errors.py       all problems at once, with the nearest known key
     section.py      the base class of sections, and how a setting is declared
-    strict_yaml.py  YAML without duplicate keys
+    strict_yaml.py  YAML 1.2, without duplicate keys
     docs.py         docs/recipe.md
 
 This room imports nothing else of the project. `python -m mmtensorar.recipe RECIPE.yaml` is the command.

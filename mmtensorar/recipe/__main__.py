@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Iterable
 
 from mmtensorar.cli import Parser, command
 from mmtensorar.recipe import Recipe, RecipeError, Section, read_recipe, read_settings
@@ -48,10 +49,31 @@ def print_plan(path: str, overrides: list[str]) -> None:
     recipe = read_any_recipe(path, overrides)
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"{path}: a recipe of {type(recipe).__module__}; only training has a plan")
-    # Imported here, since a mere check needs neither torch nor the model code.
-    from mmtensorar.training import plan
+    from mmtensorar.training import plan, recipe_check
 
+    print_notes(recipe_check.check_files(recipe))
     print(plan.report(recipe))
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """Print notes on stderr: the recipe itself goes to stdout, to a file or a pipe."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr, flush=True)
+
+
+def print_checked(path: str, overrides: list[str]) -> None:
+    """Print a recipe resolved, and on stderr what is not on this machine.
+
+    Raises ValueError when training would refuse it.
+    """
+    recipe = read_any_recipe(path, overrides)
+    if isinstance(recipe, Recipe):
+        # Imported here, after the recipe was read, since torch takes seconds.
+        from mmtensorar.training import recipe_check
+
+        print_notes(recipe_check.check_files(recipe))
+        print_notes(recipe_check.check_sizes(recipe))
+    print(recipe.dump(), end="")
 
 
 @command
@@ -75,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
     elif options.plan:
         print_plan(options.recipe, options.overrides)
     else:
-        print(read_any_recipe(options.recipe, options.overrides).dump(), end="")
+        print_checked(options.recipe, options.overrides)
     return 0
 
 

@@ -29,6 +29,8 @@ deepspeed mmtensorar/train.py recipes/janus_pro_7b.yaml train.steps=100
 
 - A recipe may start from another one: `extends: other.yaml`, a path relative to the file. Sections are
   merged key by key; lists are replaced, and so is a backbone or image_tokenizer that changes its name.
+- Values are YAML 1.2: `0042` is 42 and `2e-5` a number; `1:30` and `2024-01-31` are text. What some
+  programs read as a number and others as text (`0o17`, `0b11`, `1_000`) is refused.
 - Relative paths in settings are relative to the working directory.
 - An unknown key is an error. All problems are printed at once, each with the nearest known key.
 - The run folder keeps the resolved recipe in `recipe.yaml`. A resumed run must have the same settings,

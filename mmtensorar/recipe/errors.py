@@ -66,7 +66,7 @@ def problems_of(
         path = ".".join([*prefix, *(keys if field else map(str, location))])
         raised = item.get("ctx", {}).get("error")  # by a validator of ours
         if item["type"] == "extra_forbidden":
-            problems.append((path, _unknown_key(path, prefix, model, section)))
+            problems.append((path, _unknown_key(path, prefix, model, section, settings)))
         elif item["type"] == "missing" and len(keys) == len(location):
             problems.append((path, "missing; this setting has no default"))
         elif isinstance(raised, ValueError):
@@ -114,11 +114,24 @@ def _locate(
     return model, field, keys
 
 
-def _unknown_key(path: str, prefix: tuple[str, ...], model: type[BaseModel], section: type[BaseModel]) -> str:
+def _unknown_key(
+    path: str, prefix: tuple[str, ...], model: type[BaseModel], section: type[BaseModel], settings: Any
+) -> str:
     """The message for an unknown key: why it was removed, or the nearest known key."""
     if issubclass(section, Section) and (old := section.removed_settings.get(path.rpartition(".")[2])):
         return f"this setting was removed, since {old.reason}"
     known = [".".join([*prefix, *keys]) for keys in _keys(model)]
+    # Sections that are chosen by name are not in the model, but here they are validated.
+    chosen = [
+        f"{key}.{name}"
+        for key, value in settings.items()
+        if isinstance(value, Section)
+        for name in type(value).model_fields
+    ]
+    leaf = path.rpartition(".")[2]
+    # The right name in no section, or in another one: lr=3 for optim.lr=3.
+    if elsewhere := [key for key in [*known, *chosen] if "." in key and key.rpartition(".")[2] == leaf]:
+        return f"unknown key; did you mean {' or '.join(dict.fromkeys(elsewhere))}?"
     siblings = [key for key in known if key.rpartition(".")[0] == path.rpartition(".")[0]]
     # Only the last part is compared: with the section's name in front, all its keys look alike.
     near = _nearest_leaf(path, siblings) or _nearest_leaf(path, known)

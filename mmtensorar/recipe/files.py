@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import yaml
 from pydantic import ValidationError
 
 from mmtensorar.files import decode
+from mmtensorar.recipe import strict_yaml
 from mmtensorar.recipe.errors import Problem, RecipeError, did_you_mean, problems_of, report
 from mmtensorar.recipe.names import PACKAGES, named_section
 from mmtensorar.recipe.section import BackboneConfig, Section
-from mmtensorar.recipe.strict_yaml import Loader
 
 AnySection = TypeVar("AnySection", bound=Section)
 File = tuple[Path, dict]
@@ -108,10 +108,11 @@ def read_files(path: Path, extended_by: tuple[Path, ...] = ()) -> list[File]:
 
     extended_by: the files that led here by `extends`, to detect a file that extends itself.
     """
-    if path.resolve() in [user.resolve() for user in extended_by]:
+    # Not Path.resolve, which raises RuntimeError for a link that leads to itself.
+    if os.path.realpath(path) in map(os.path.realpath, extended_by):
         raise RecipeError(f"{path}: extends itself through {' -> '.join(user.name for user in extended_by)}")
     try:
-        settings = yaml.load(decode(path.read_bytes()), Loader=Loader)
+        settings = strict_yaml.load(decode(path.read_bytes()))
     except FileNotFoundError:
         user = f", which {extended_by[-1]} extends" if extended_by else ""
         raise RecipeError(f"no recipe at {path}{user}{_neighbour(path)}") from None
@@ -119,10 +120,6 @@ def read_files(path: Path, extended_by: tuple[Path, ...] = ()) -> list[File]:
         raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise RecipeError(f"{path}: {error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}:" if mark else ""
-        raise RecipeError(f"{path}:{line} {getattr(error, 'problem', error)}") from None
     if not isinstance(settings, dict):
         content = "an empty file" if settings is None else type(settings).__name__
         raise RecipeError(f"{path}: expected settings (key: value), got {content}")
@@ -175,9 +172,11 @@ def _apply_override(settings: dict, override: str) -> list[Problem]:
     if not equals or not key:
         return [(override, "expected key=value on the command line, for example train.steps=100")]
     try:
-        value = yaml.load(text, Loader=Loader)
-    except yaml.YAMLError:
-        return [(key, f"the value on the command line is not YAML: {text!r}")]
+        value = strict_yaml.load(text)
+    except ValueError as error:
+        return [(key, str(error).removeprefix("line 1: "))]
+    if "#" in text and "#" not in str(value):
+        return [(key, f"{text!r}: YAML takes what follows # as a comment; put the value in quotes, twice")]
     *parents, leaf = key.split(".")
     for parent in parents:
         child = settings.get(parent)

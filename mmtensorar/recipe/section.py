@@ -7,6 +7,7 @@ docs/recipe.md (docs.py) read this declaration.
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import (
     TYPE_CHECKING,
@@ -21,13 +22,12 @@ from typing import (
     get_origin,
 )
 
-import yaml
 from annotated_types import Ge, Gt, Le, Lt, MinLen, MultipleOf
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from mmtensorar.recipe.strict_yaml import Dumper
+from mmtensorar.recipe import strict_yaml
 
 
 def setting(default: Any = ..., *, description: str, on_resume: bool = False, **bounds: Any) -> Any:
@@ -85,7 +85,7 @@ class Section(BaseModel):
 
     def dump(self) -> str:
         """The settings as YAML, which loads again unchanged."""
-        return yaml.dump(self.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True)
+        return strict_yaml.dump(self.model_dump(mode="json"))
 
 
 class NamedSection(Section):
@@ -108,6 +108,13 @@ class BackboneConfig(NamedSection):
     def at(self, path: str) -> Self:
         """The section of the same backbone, saved in the folder `path`."""
         return self.model_copy(update={"path": path})
+
+    def has_sizes(self) -> bool:
+        """Whether the model's sizes are known without a download.
+
+        They come from files on this machine, or from the section and our table of released models.
+        """
+        return Path(self.path).exists()
 
 
 # ---- types in words ------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from mmtensorar.model.conditions import Condition
 from mmtensorar.model.loss import LossSettings
 from mmtensorar.recipe import Recipe
 from mmtensorar.training import activation_memory
+from mmtensorar.words import counted
 
 GIB = 2**30
 NUM_GPUS = (1, 2, 8, 64)
@@ -333,7 +334,7 @@ def report(recipe: Recipe, *, activations: bool = True) -> str:
         f"             TensorAR   {counts['tensorar']:>15,}  (+{share:.2%})",
         f"             trainable  {counts['trainable']:>15,}",
         *_memory_lines(recipe, model, counts, activations),
-        f"step         {recipe.data.batch_size} images, {tokens:,} image tokens, "
+        f"step         {counted(recipe.data.batch_size, 'image')}, {tokens:,} image tokens, "
         f"{tokens * model.window:,} predictions",
         f"             {flops:.3g} FLOPs with {prompt_tokens(model)} prompt tokens an image",
         _run_line(recipe, tokens, flops),
@@ -387,7 +388,7 @@ def _memory_lines(recipe: Recipe, model, counts: dict[str, int], activations: bo
 def _run_line(recipe: Recipe, tokens: int, flops: int) -> str:
     steps = recipe.train.steps
     if steps is None:
-        return f"run          {recipe.train.epochs:g} epochs"
+        return f"run          {recipe.train.epochs:g} epoch{'s' * (recipe.train.epochs != 1)}"
     return f"run          {steps:,} steps, {tokens * steps:,} image tokens, {flops * steps:.3g} FLOPs"
 
 

@@ -50,13 +50,16 @@ def find_progress(recipe: Recipe, *, resume: bool) -> int | None:
     if step is None:
         if finished:
             raise ValueError(
-                f"cannot resume {folder}: it holds a finished model but no checkpoints/; choose another "
-                "run.name"
+                f"cannot resume {folder}: it holds a finished model but no checkpoints/; "
+                f"{run_state.how_to_start_from(folder)}"
             )
         return None
     changed = differences(fixed_on_resume(recipe_of_run(folder)), fixed_on_resume(recipe))
     if changed:
-        raise ValueError(f"cannot resume {folder}: the recipe changed ({'; '.join(changed)})")
+        raise ValueError(
+            f"cannot resume {folder}: the recipe changed ({'; '.join(changed)}); "
+            f"{run_state.how_to_start_from(folder)}"
+        )
     return step
 
 

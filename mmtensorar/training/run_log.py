@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from mmtensorar.files import iterate_lines, write_json_lines, write_text
+from mmtensorar.words import time_left
 
 STOPPED = "stopped.json"
 
@@ -143,13 +144,13 @@ class StepLog:
         """The terminal line of a row."""
         step = row["step"]
         per_step_s = (time.monotonic() - self.started) / max(1, step - self.first_step)
-        left_min = per_step_s * (self.num_steps - step) / 60
+        left = time_left(per_step_s * (self.num_steps - step))
         offsets = " ".join(f"{value:.3f}" for value in row["loss_per_offset"])
         validated = f"  validation loss {row['validation_loss']:.4f}" if "validation_loss" in row else ""
         return (
             f"step {step}/{self.num_steps}  loss {row['loss']:.4f}  per offset [{offsets}]  "
             f"lr {row['lr']:.2e}  grad norm {row['grad_norm']:.3f}  {row['tokens_per_s']:.0f} tokens/s  "
-            f"MFU {row['mfu']:.1%}  {row['memory_gib']:.1f} GiB  {left_min:.0f} min left{validated}"
+            f"MFU {row['mfu']:.1%}  {row['memory_gib']:.1f} GiB  {left}{validated}"
         )
 
     def sample_grid(self, step: int, grid: Image.Image) -> Path:

@@ -278,10 +278,19 @@ def check_recorded(folder: Path, expected: Mapping[str, object]) -> dict:
         if recorded.get(key) != value:
             raise ValueError(
                 f"cannot resume {folder.parent}: saved with {key} {recorded.get(key)}, this run has {value}; "
-                "delete the folder or choose another run.name, and to start from its model set "
-                "train.init_from"
+                f"{how_to_start_from(folder.parent)}"
             )
     return recorded
+
+
+def how_to_start_from(run: Path) -> str:
+    """Advice for a run that cannot be resumed: how a new one starts from its weights."""
+    if (run / "model").is_dir():
+        return f"to start a new run from its model: another run.name, and train.init_from={run / 'model'}"
+    return (
+        f"to start a new run from its weights: mmtensorar export {run} --out FOLDER, then another run.name "
+        "and train.init_from=FOLDER"
+    )
 
 
 def resume(engine: Any, folder: Path, fingerprints: Mapping[str, str], average: Average | None = None) -> int:

@@ -175,7 +175,7 @@ def test_preflight_accepts_what_fits(folder):
     [
         ({"factor_sizes": (16384,)}, r"codebook size: .*1000.*16384"),
         ({"grid": (24, 24)}, r"grid: .*1x2.*24x24"),
-        ({"weight_hash": "b" * 64}, r"weights: .*aaaa.*bbbb.*encode_codes"),
+        ({"weight_hash": "b" * 64}, r"weights: .*aaaa.*bbbb.*encode-codes"),
     ],
 )
 def test_preflight_names_both_sides_of_a_mismatch(folder, other, sentence):
@@ -249,7 +249,7 @@ def test_a_code_outside_the_codebook_is_refused(tmp_path):
 def test_a_shard_with_fewer_samples_than_announced_is_refused(tmp_path):
     folder = write_set(tmp_path / "set", [1, 3])
     (folder / "00001.tar").write_bytes((folder / "00000.tar").read_bytes())
-    with pytest.raises(ValueError, match="00001.tar: 1 samples, the manifest says 3"):
+    with pytest.raises(ValueError, match="00001.tar: 1 sample, the manifest says 3"):
         take(make_recipe(folder, batch_size=1), 8)
 
 

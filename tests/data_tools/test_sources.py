@@ -691,7 +691,7 @@ def test_a_source_is_one_file(tmp_path, monkeypatch, capsys):
             make(tmp_path / "refused", *arguments)
         return capsys.readouterr().err
 
-    assert "--squares" not in refusal(*arguments)
+    assert "unknown option --squares" in refusal(*arguments)
     (folder / "squares.py").write_text(PLUG_IN)
     assert make(tmp_path / "set", *arguments) == 0
     manifest = Manifest.read(tmp_path / "set")
@@ -701,7 +701,7 @@ def test_a_source_is_one_file(tmp_path, monkeypatch, capsys):
     assert "--num-squares goes with --squares" in refusal("--folder", tmp_path, "--num-squares", 5)
     (folder / "squares.py").unlink()
     monkeypatch.delitem(sys.modules, "data_tools.sources.squares")
-    assert "--squares" not in refusal(*arguments)
+    assert "unknown option --squares" in refusal(*arguments)
 
 
 # ---- what is made ----------------------------------------------------------------------------

@@ -134,10 +134,8 @@ def test_answers_to_part_of_the_table_are_marked(tmp_path, capsys):
     table = ROWS + "b,t,,1,0,x,y,entity - whole (cat),Is there a cat?\n"
     arguments = write(tmp_path, table, {"item_id": "a", "image": 0, "answers": {"1": "yes"}})
     assert command.main([*arguments, "--out", str(tmp_path / "out.json")]) == 0
-    assert "official (PARTIAL, 1 items without answers, such as b): " in capsys.readouterr().out
-    assert json.loads((tmp_path / "out.json").read_text())["partial"] == [
-        "1 items without answers, such as b"
-    ]
+    assert "official (PARTIAL, 1 item without answers, such as b): " in capsys.readouterr().out
+    assert json.loads((tmp_path / "out.json").read_text())["partial"] == ["1 item without answers, such as b"]
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def test_a_new_evaluator_generates_and_resumes(brightness, tmp_path, capsys):
     content = lost.read_bytes()
     lost.unlink()
     assert brightness(arguments) == 0
-    assert "1 images made" in capsys.readouterr().out and lost.read_bytes() == content
+    assert "1 image made" in capsys.readouterr().out and lost.read_bytes() == content
     assert brightness([*arguments[:-1], "8"]) == 2
     assert "seed 7 there, 8 now" in capsys.readouterr().err
 

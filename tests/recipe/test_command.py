@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mmtensorar.data.shards import Manifest
 from mmtensorar.recipe import Recipe, RecipeError, __main__, docs
 from mmtensorar.training import plan
+from tests.helpers.loading import write_set
 
 IMAGE_TOKENIZER = Path(__file__).resolve().parents[2] / "recipes" / "tiny" / "image_tokenizer.yaml"
 
@@ -14,7 +16,51 @@ IMAGE_TOKENIZER = Path(__file__).resolve().parents[2] / "recipes" / "tiny" / "im
 def test_main_prints_the_resolved_recipe(path, capsys):
     assert __main__.main([str(path), "train.steps=9"]) == 0
     out, err = capsys.readouterr()
-    assert yaml.safe_load(out)["train"]["steps"] == 9 and not err
+    assert yaml.safe_load(out)["train"]["steps"] == 9
+    assert all(line.startswith("note: ") for line in err.splitlines())
+
+
+ROOT = Path(__file__).resolve().parents[2]
+BASE = ROOT / "recipes/tiny/weights/base"
+
+
+@pytest.mark.parametrize(
+    "overrides, sentence",
+    [
+        (["data.shards=nowhere"], "note: data.shards: nowhere does not exist here"),
+        (["data.shards={here: 1, gone: 2}"], "error: here has no manifest.json"),
+        (["data.validation=gone", "train.validate_every=1"], "note: data.validation: gone does not exist"),
+        (["data.shards=uncoded"], "error: uncoded has no image codes"),
+        (["train.init_from=gone"], "note: train.init_from: gone does not exist here"),
+        (["train.init_from=here"], "error: no model folder at here"),
+        (["image_tokenizer.path=./gone"], "note: image_tokenizer.path: ./gone does not exist here"),
+        (["backbone.path=models/janus"], "it is taken for a model of the Hugging Face Hub"),
+        (["backbone.path=models/janus"], "note: tensorar.window: not compared with the backbone"),
+        (["tensorar.window=65"], "error: tensorar.window is 65; expected 1 to 64"),
+        (["tensorar.num_heads=7"], "error: tensorar.num_heads is 7; expected a divisor"),
+        (
+            ["backbone={name: llamagen, path: gone.pt, size: B, condition: class, image_size: 64}"]
+            + ["tensorar.window=17"],
+            "error: tensorar.window is 17; expected 1 to 16",
+        ),
+    ],
+)
+def test_what_can_be_checked_without_weights_is_checked(tmp_path, monkeypatch, capsys, overrides, sentence):
+    """A wrong folder or a too large window was found only when training had loaded the model."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    write_set(tmp_path / "uncoded", [1])
+    Manifest.read(tmp_path / "uncoded").model_copy(update={"codes": None}).write(tmp_path / "uncoded")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "run: {name: test}\ntensorar: {window: 4, num_heads: 6}\ntrain: {steps: 3}\n"
+        f"backbone: {{name: janus, path: '{BASE}/backbone'}}\n"
+        f"image_tokenizer: {{name: janus_vq, path: '{BASE}/image_tokenizer'}}\n"
+        "data: {shards: data/train, batch_size: 4}\n"
+    )
+    assert __main__.main([str(path), *overrides]) == (2 if sentence.startswith("error") else 0)
+    out, err = capsys.readouterr()
+    assert sentence in err and bool(out) == ("error" not in err)
 
 
 @pytest.mark.parametrize("arguments", [["FILE", "tensorar.windw=3"], ["nowhere.yaml"], ["."]])

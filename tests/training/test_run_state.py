@@ -111,6 +111,27 @@ def test_only_one_process_locks_a_run_folder(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("name", ["run", "runs/deep/run"])
+def test_a_refused_run_leaves_no_folder(tmp_path, name):
+    """`train` with a wrong shard folder used to leave runs/NAME/lock, which the next run stumbled over."""
+    with pytest.raises(ValueError, match="refused"), processes.RunFolderLock(tmp_path / name):
+        raise ValueError("refused")
+    assert not any(tmp_path.iterdir())
+    with processes.RunFolderLock(tmp_path / name):
+        assert (tmp_path / name / "lock").is_file()
+    assert (tmp_path / name).is_dir()
+
+
+def test_a_failed_run_keeps_what_was_there_or_was_written(tmp_path):
+    (tmp_path / "before").mkdir()
+    for name in ("before", "written"):
+        with pytest.raises(ValueError), processes.RunFolderLock(tmp_path / name):
+            if name == "written":
+                (tmp_path / name / "log.jsonl").write_text("")
+            raise ValueError
+    assert (tmp_path / "before").is_dir() and (tmp_path / "written" / "log.jsonl").is_file()
+
+
 def test_a_child_does_not_keep_the_lock(tmp_path):
     """Loader workers are forked. A worker that outlived its rank would keep the run folder locked."""
     folder = tmp_path / "run"

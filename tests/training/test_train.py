@@ -370,7 +370,7 @@ def test_a_skipped_sample_is_logged_with_its_shard_and_key_and_counted(bench, ho
     )
     assert done.returncode == 2
     stopped = re.search(
-        "error: 2 damaged samples were skipped by step ([456]), more than data.max_skipped 0.05", done.stderr
+        "error: 2 damaged samples skipped by step ([456]), more than data.max_skipped 0.05", done.stderr
     )
     assert stopped and "Traceback" not in done.stderr, done.stderr[-2000:]  # in the second epoch
     assert f"of an epoch of 12; the last run state is of step {int(stopped[1]) - 1}" in done.stderr

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from mmtensorar import ranks
-from mmtensorar.cli import Parser, command
+from mmtensorar.cli import Parser, print_error
 from mmtensorar.recipe import read_settings
 
 
@@ -40,13 +39,5 @@ def check(arguments: list[str] | None = None) -> None:
         read_settings(options.recipe)
     except ValueError as error:
         if ranks.is_first():
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print_error(error)
         raise SystemExit(2) from None
-
-
-@command
-def main(arguments: list[str] | None = None) -> int:
-    check(arguments)
-    from mmtensorar import train
-
-    return train.main(arguments)
