@@ -54,6 +54,8 @@ class TrainingRun:
 
     step: int = 0  # steps done, or in progress
     num_skipped: int = 0  # damaged samples so far
+    num_cut: int = 0  # prompts so far that were longer than the limit
+    num_named: int = field(default=0, init=False)  # of these, those printed by this process
     stopped: bool = field(default=False, init=False)  # a rank received a stop signal
 
     @property
