@@ -63,6 +63,7 @@ from mmtensorar.training.run import (
     export,
     lock_run_folder,
     measure_rate,
+    memory_errors_named,
     open_log,
     print_changes,
     print_model,
@@ -224,13 +225,14 @@ def one_step(run: TrainingRun) -> StepResult:
         # of ranks and micro batches.
         generator = torch.Generator(device).manual_seed(seed_for(recipe.run.seed, run.step))
         first_row = (micro * run.world_size + run.rank) * len(batch.codes)
-        output = run.engine(
-            batch.codes.to(device),
-            batch.condition.to(device),
-            batch.uncond.to(device),
-            generator,
-            (first_row, recipe.data.batch_size),
-        )
+        with memory_errors_named(run.step, batch):
+            output = run.engine(
+                batch.codes.to(device),
+                batch.condition.to(device),
+                batch.uncond.to(device),
+                generator,
+                (first_row, recipe.data.batch_size),
+            )
         losses = torch.cat([output.loss.detach()[None], output.loss_per_offset.detach()]).float()
         total = losses if total is None else total + losses
         if is_last:
@@ -240,7 +242,8 @@ def one_step(run: TrainingRun) -> StepResult:
                     f"the loss is not finite at step {run.step}: all ranks stop before the update", names
                 )
         watch.lap("forward")
-        run.engine.backward(output.loss)
+        with memory_errors_named(run.step, batch):
+            run.engine.backward(output.loss)
         watch.lap("backward")
         norm = norm_before_step(run.engine) if is_last else None
         if norm is None or math.isfinite(norm):  # else `check_gradient` stops the run
@@ -417,7 +420,9 @@ def finish(run: TrainingRun) -> int:
         export(run, run.folder / "model")
         barrier()
         if run.num_cut:
-            print_on_first(f"{run.num_cut} prompts were longer than the limit and cut: {run.folder / CUT}")
+            print_on_first(
+                f"prompts longer than the limit that were cut: {run.num_cut}; see {run.folder / CUT}"
+            )
         print_on_first(f"finished {run.step} steps; the model is in {run.folder / 'model'}")
         return 0
     barrier()
