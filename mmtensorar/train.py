@@ -420,9 +420,7 @@ def finish(run: TrainingRun) -> int:
         export(run, run.folder / "model")
         barrier()
         if run.num_cut:
-            print_on_first(
-                f"prompts longer than the limit that were cut: {run.num_cut}; see {run.folder / CUT}"
-            )
+            print_on_first(f"prompts that were cut at the limit: {run.num_cut}, in {run.folder / CUT}")
         print_on_first(f"finished {run.step} steps; the model is in {run.folder / 'model'}")
         return 0
     barrier()
