@@ -65,17 +65,17 @@ def load_text_encoder(options: argparse.Namespace) -> Encoder:
         cleaning=options.caption_cleaning,
     )
     expected = encode_text.features_of(encoder)
-    size = options.batch_size
+    size, cut = options.batch_size, encode_text.CutCaptions()
+
+    def encode(samples: Iterable[Sample], path: Path) -> Iterator[Sample]:
+        return encode_text.encode_samples(samples, path, encoder, expected, batch_size=size, cut=cut)
 
     def notes() -> list[str]:
         count = encoder.emptied.count
-        return [encode_text.emptied_note(count, encoder.cleaning)] if count else []
+        emptied = [encode_text.emptied_note(count, encoder.cleaning)] if count else []
+        return [*emptied, *cut.notes()]
 
-    return Encoder(
-        {"text_features": expected},
-        lambda samples, path: encode_text.encode_samples(samples, path, encoder, expected, batch_size=size),
-        notes,
-    )
+    return Encoder({"text_features": expected}, encode, notes)
 
 
 def load_image_tokenizer(options: argparse.Namespace) -> Encoder:
