@@ -45,17 +45,16 @@ from data_tools.rewrite_shards import (
 )
 from mmtensorar import ranks
 from mmtensorar.captions.cleaning import Cleaning
-from mmtensorar.captions.limits import excesses
 from mmtensorar.cli import Parser, command
 from mmtensorar.data import tars
 from mmtensorar.data.members import check_features, decode_caption, encode_features
 from mmtensorar.data.shards import Sample, Shard, TextFeatures, iterate_shard
-from mmtensorar.model.conditions import Excess
 from mmtensorar.processes import exit_process
 from mmtensorar.words import counted
 
 if TYPE_CHECKING:
     from mmtensorar.captions.encoders import T5Features
+    from mmtensorar.model.conditions import Excess
 
 NUM_NAMED = 5  # captions printed when they are cut; more are counted
 
@@ -98,6 +97,8 @@ def encode_samples(
         batch_size: Captions encoded at a time.
         cut: Receives the captions that are cut.
     """
+    from mmtensorar.captions.limits import excesses  # imports torch
+
     samples = iter(samples)
     while batch := list(islice(samples, batch_size)):
         names = [f"{path}: sample {sample.key}" for sample in batch]
