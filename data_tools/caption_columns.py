@@ -25,8 +25,8 @@ class ColumnCount:
     Args:
         num_rows: Rows of a table, or JSON objects.
         missing, empty: Column -> rows without it, and rows in which it holds no text.
-        names: Names of the columns that rows have, as keys; not all when there are many.
-        num_texts: Samples whose caption is in a .txt file or member, where no column is read.
+        names: Names of the rows' columns, as keys; not all when there are many.
+        num_texts: Samples whose caption is in a .txt, where no column is read.
     """
 
     num_rows: int = 0
@@ -49,8 +49,9 @@ class ColumnCount:
     def notes(self, where: str, columns: tuple[str, ...], is_given: bool) -> list[str]:
         """What the columns lack, one sentence each, when all rows have been counted.
 
-        is_given: whether the command has --caption-columns. Raises ValueError for a column
-        that no row has.
+        is_given: whether the command has --caption-columns.
+
+        Raises ValueError for a column that no row has.
         """
         absent = [column for column in columns if self.num_rows and self.missing[column] == self.num_rows]
         if absent:

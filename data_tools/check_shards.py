@@ -10,8 +10,8 @@
 
 It checks the manifest; each shard's digest, structure and number of samples; each picture,
 caption or class number, json, codes and text features; and that no key occurs twice. Every
-problem is listed with shard and key. Pictures that occur more than once are counted, and so
-are captions of which the cleaning of the text features left nothing.
+problem is listed with shard and key. Pictures that occur more than once are counted, and
+so are captions of which the cleaning of the text features left nothing.
 
 The exit code is 2 when something is wrong; with --repair 0 once the clean set is written.
 """
@@ -99,8 +99,8 @@ class GoodRead(NamedTuple):
 class CheckedShard(NamedTuple):
     """The result for one shard.
 
-    read: the samples that could be read. emptied: those whose text features hold no text, see
-    is_emptied.
+    read: the samples that could be read. emptied: those whose text features hold no text,
+    see is_emptied.
     """
 
     shard: Shard

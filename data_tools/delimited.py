@@ -1,7 +1,7 @@
 """Rows of CSV and TSV files: each one's cells and line, or why it cannot be read.
 
-One quote that is never closed must not swallow the rows after it. So a row that cannot be
-read ends with its first line, and reading resumes at the next one.
+One quote that is never closed must not swallow the rows after it. So a row that cannot
+be read ends with its first line, and reading resumes at the next one.
 """
 
 from __future__ import annotations
@@ -133,9 +133,9 @@ class Quoting(NamedTuple):
 def quoting_of(lines: Iterable[Line], delimiter: str, num_cells: int) -> Quoting:
     """Whether the rows of a file without a standard, such as TSV, are quoted consistently.
 
-    Without quoting, a cell that begins with a quote is common. So the file is read in both
-    ways. It is quoted when all its quotes pair up and no more rows have a wrong number of
-    cells than without quoting, or when fewer rows cannot be read.
+    Without quoting, a cell that begins with a quote is common. So the file is read in
+    both ways. It is quoted when all its quotes pair up and no more rows have a wrong
+    number of cells than without quoting, or when fewer rows cannot be read.
 
     Args:
         lines: Of the file, without the header.

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple
 
 MAX_LINE = 2**24  # bytes; a small compressed file may expand to an endless line
-MARK = "\ufeff"  # the byte-order mark, which some editors put before the first character
+MARK = "\ufeff"  # the byte-order mark, which some editors put in front
 
 
 def sha256(path: Path, progress: Callable[[int], Any] = lambda num_bytes: None) -> str:
@@ -166,14 +166,14 @@ def remove(path: Path) -> None:
 
 
 # ---- text ----------------------------------------------------------------------------------------
-# Every text file is read here: UTF-8 without its byte-order mark, in lines that end at LF or
-# CRLF. Python's own splitlines also ends a line at a form feed, at U+0085 and at U+2028.
+# Every text file is read here: UTF-8 without its byte-order mark, in lines that end at LF
+# or CRLF. Python's splitlines also ends lines at a form feed, at U+0085 and at U+2028.
 
 
 class NotText(ValueError):
     """Bytes that are not text in UTF-8. The message can follow "FILE:" or "the caption is".
 
-    kind: what they are. line, byte: where, from 1; byte counts within the line. 0: everywhere.
+    kind: what they are. line, byte: where, from 1, the byte within the line; 0: everywhere.
     """
 
     def __init__(self, kind: str, line: int = 0, byte: int = 0):
@@ -214,8 +214,8 @@ def decode_text(content: bytes, where: str) -> str:
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file, without its byte-order mark; line ends stay as they are.
 
-    Raises ValueError naming file, line and byte when it is not UTF-8, and OSError when it
-    cannot be read.
+    Raises ValueError naming file, line and byte when it is not UTF-8, and OSError when
+    it cannot be read.
     """
     with path.open("rb") as file:
         return decode_text(file.read(), str(path))
@@ -229,8 +229,8 @@ def read_lines(path: Path) -> list[str]:
 def split_lines(text: str, where: str) -> list[str]:
     """Lines, which end at LF or CRLF only.
 
-    Raises ValueError, starting with `where`, when all lines end in CR: as one line, they would
-    be one prompt or one row.
+    Raises ValueError, starting with `where`, when all lines end in CR: as one line, they
+    would be one prompt or one row.
     """
     lines = text.split("\n")
     if not lines[-1]:
@@ -250,8 +250,8 @@ def _has_inner_cr(line: str) -> bool:
 class Line(NamedTuple):
     """One line of a text file.
 
-    number: from 1. text: without the line's end. problem: why it cannot be read, None when it can.
-    end: LF, CRLF, or nothing after the last line.
+    number: from 1. text: without the line's end. problem: why it cannot be read, None when
+    it can. end: LF, CRLF, or nothing after the last line.
     """
 
     number: int

@@ -10,68 +10,66 @@ from data_tools import storage
 from data_tools.delimited import Row, plain_rows, quoted_rows, quoting_of
 from data_tools.sources import Item, Layout, Listing, Source
 from data_tools.sources._rows import SUFFIXES, match_columns, row_item, table_file
-from mmtensorar.files import Line, iterate_lines
+from mmtensorar.files import iterate_lines
 
 
 def read(location: str, layout: Layout) -> Listing:
     """The rows of a file, which is tab-separated when its name ends in .tsv.
 
-    CSV has quoting. TSV has it only where the whole file agrees with it, see quoting_of.
-    Raises ValueError naming file and line for a header without the columns.
+    CSV has quoting. TSV has it only where the whole file agrees with it: see
+    delimited.quoting_of. Raises ValueError naming file and line for a header without the columns.
     """
     path, root = table_file(location, layout)
     return Listing(_items(path, root, layout))
 
 
 def _items(path: Path, root: Path, layout: Layout) -> Iterator[Item]:
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    with_quotes = delimiter == "," or _is_quoted(path, delimiter)
-    num_rows, header = 0, None
-    with storage.open_file(path) as file:
-        lines = iterate_lines(file)
-        for row in _rows(lines, path, layout, delimiter, with_quotes):
-            where = f"{path}:{row.line}"
-            if header is None:
-                header = _header(row, where)
-                layout = match_columns(header, layout, where)
-                continue
-            num_rows += 1
-            problem = row.problem
-            if problem is None and len(row.cells) != len(header):
-                cells = "1 cell" if len(row.cells) == 1 else f"{len(row.cells)} cells"
-                problem = f"{cells}, but the header has {len(header)}"
-            if problem is not None:
-                yield Item(f"row {num_rows}", bytes, (), {"source": "csv"}, problem=f"{where}: {problem}")
-            else:
-                fields = dict(zip(header, row.cells, strict=True))
-                yield row_item(f"row {num_rows}", fields, layout, root, where, "csv")
-    if header is None:
-        match_columns([], layout, f"{path}:1")
+    rows = rows_of(path, layout)
+    first = next(rows, Row(1, []))
+    where = f"{path}:{first.line}"
+    if first.problem is not None:
+        raise ValueError(f"{where}: {first.problem}")
+    header = first.cells
+    layout = match_columns(header, layout, where)
+    num_rows = 0
+    for num_rows, row in enumerate(rows, 1):
+        where, problem = f"{path}:{row.line}", row.problem
+        if problem is None and len(row.cells) != len(header):
+            cells = "1 cell" if len(row.cells) == 1 else f"{len(row.cells)} cells"
+            problem = f"{cells}, but the header has {len(header)}"
+        if problem is not None:
+            yield Item(f"row {num_rows}", bytes, (), {"source": "csv"}, problem=f"{where}: {problem}")
+        else:
+            fields = dict(zip(header, row.cells, strict=True))
+            yield row_item(f"row {num_rows}", fields, layout, root, where, "csv")
     if not num_rows:
         raise ValueError(f"{path}: no rows in it")
 
 
-def _rows(
-    lines: Iterator[Line], path: Path, layout: Layout, delimiter: str, with_quotes: bool
-) -> Iterator[Row]:
-    """The rows, header first."""
-    if not with_quotes:
-        yield from plain_rows(lines, delimiter)
-        return
-    header = next(quoted_rows(lines, delimiter, lambda cells: False), None)
-    if header is None:
-        return
-    yield header
-    num_cells = len(header.cells)
-    image = header.cells.index(layout.image) if layout.image in header.cells else 0
+def rows_of(path: Path, layout: Layout) -> Iterator[Row]:
+    """The rows of a file, header first. layout: names the column of pictures."""
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    with_quotes = delimiter == "," or _is_quoted(path, delimiter)
+    with storage.open_file(path) as file:
+        lines = iterate_lines(file)
+        if not with_quotes:
+            yield from plain_rows(lines, delimiter)
+            return
+        header = next(quoted_rows(lines, delimiter, lambda cells: False), None)
+        if header is None:
+            return
+        yield header
+        num_cells = len(header.cells)
+        names = [name.strip() for name in header.cells]
+        image = names.index(layout.image) if layout.image in names else 0
 
-    def is_row(cells: list[str]) -> bool:
-        # In TSV the tabs tell; captions have commas, so that in CSV the picture's name tells.
-        if len(cells) != num_cells:
-            return False
-        return delimiter == "\t" or cells[image].strip(' "').lower().endswith(SUFFIXES)
+        def is_row(cells: list[str]) -> bool:
+            # In TSV the tabs tell. In CSV captions have commas; the picture's name tells.
+            if len(cells) != num_cells:
+                return False
+            return delimiter == "\t" or cells[image].strip(' "').lower().endswith(SUFFIXES)
 
-    yield from quoted_rows(lines, delimiter, is_row)
+        yield from quoted_rows(lines, delimiter, is_row)
 
 
 def _is_quoted(path: Path, delimiter: str) -> bool:
@@ -85,12 +83,6 @@ def _is_quoted(path: Path, delimiter: str) -> bool:
         note = f"quotes are read as characters; rows where they do not pair up: {quoting.num_unpaired}"
         print(f"note: {path}: {note}", file=sys.stderr)
     return quoting.is_used
-
-
-def _header(row: Row, where: str) -> list[str]:
-    if row.problem is not None:
-        raise ValueError(f"{where}: {row.problem}")
-    return row.cells
 
 
 SOURCE = Source(

@@ -83,7 +83,7 @@ def _questions(lines: Iterator[Line], path: Path) -> Iterator[Question]:
     def is_row(cells: list[str]) -> bool:
         return len(cells) == len(header) and cells[header.index("proposition_id")].strip().isdecimal()
 
-    # Not strict: the official script reads the table with pandas, which takes text after a quote.
+    # Not strict: the official script's pandas takes text after a closing quote.
     for line, cells, problem in quoted_rows(lines, ",", is_row, strict=False):
         where = f"{path} line {line}"
         if problem is not None:

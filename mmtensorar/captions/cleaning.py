@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal
 
-# original: `clean` twice, as in the original code. lower: lower case without surrounding white space, as in
-# the original code when its cleaning is off. none: as written. original_or_raw: as original, but a caption of
-# which that leaves nothing (Chinese, a link) stays as written.
+# original: `clean` twice, as in the original code. original_or_raw: the same, but a caption
+# of which that leaves nothing (Chinese, a link) stays as written. lower: lower case without
+# surrounding white space, as in the original code when its cleaning is off. none: as written.
 Cleaning = Literal["original", "original_or_raw", "lower", "none"]
 WITH_PACKAGES: tuple[Cleaning, ...] = ("original", "original_or_raw")
 

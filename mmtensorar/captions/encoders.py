@@ -81,7 +81,7 @@ class T5Features:
     def features(self, captions: Sequence[str]) -> list[Tensor]:
         """B captions -> B features [tokens, C] float32 on the CPU, at most num_slots tokens each.
 
-        A caption of which the cleaning leaves nothing has the features of the end token.
+        Where the cleaning leaves nothing, they are the features of the end token.
         """
         self._loaded = self._loaded or self._load()
         encoder, text_tokenizer = self._loaded

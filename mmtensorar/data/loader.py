@@ -53,7 +53,7 @@ from mmtensorar.model.conditions import CaptionEncoder, Condition
 from mmtensorar.processes import release_in_child
 from mmtensorar.recipe import Data, Recipe
 
-NO_TEXT_TOKENS = 2  # of cached features, up to which a caption may have been emptied by its cleaning
+NO_TEXT_TOKENS = 2  # cached features of up to so many may be of an emptied caption
 DRAWS = 2  # separates the random numbers of a position from those of sample_order.py
 
 

@@ -1,6 +1,9 @@
 """Rows and columns of every kind of table: one bad row or name takes nothing else with it."""
 
+import csv
+import io
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -296,3 +299,33 @@ def test_a_row_that_cannot_be_read_is_named_and_can_be_skipped(tmp_path, picture
     assert captions(tmp_path / "set") == ["two"]
     assert "left out 1 of 2" in capsys.readouterr().out
     assert f"{name}:{line}: " in (tmp_path / "set" / "left_out.jsonl").read_text()
+
+
+@pytest.mark.parametrize("delimiter", [",", "\t"])
+@pytest.mark.parametrize("text", ["a caption", 'one, "two"', "two\nlines, yes", '"'])
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+def test_one_bad_line_costs_at_most_its_own_row(tmp_path, delimiter, text, quoting):
+    """Any line of quotes, delimiters and bytes that are not text, anywhere in the file."""
+    rng = random.Random(0)
+    suffix = "csv" if delimiter == "," else "tsv"
+    pieces = [b'"', b'""', delimiter.encode(), b"a", b"x.png", b" ", b"\xff", b"\0"]
+    for _ in range(60):
+        num_rows, lines = rng.randrange(3, 9), []
+        for number in range(num_rows):
+            row = io.StringIO()
+            writer = csv.writer(row, delimiter=delimiter, lineterminator="\n", quoting=quoting)
+            writer.writerow([f"{number}.png", f"{text} {number}"])
+            lines.append(row.getvalue().encode())
+        bad = rng.randrange(num_rows)
+        noise = b"".join(rng.choice(pieces) for _ in range(rng.randrange(1, 9)))
+        lines[bad] = rng.choice(
+            [noise + b"\n", f"{bad}.png{delimiter}".encode() + noise + b"\n", b'"' + lines[bad]]
+        )
+        path = tmp_path / f"list.{suffix}"
+        path.write_bytes(f"image{delimiter}caption\n".encode() + b"".join(lines))
+        rows = table.rows_of(path, Layout())
+        found = {row.cells[0].strip('"'): row.cells[1] for row in rows if len(row.cells) == 2}
+        for number in range(num_rows):
+            if number != bad and ("\n" not in text or delimiter == ","):
+                # Where TSV turns out to have no quoting, the quotes stay.
+                assert f"{number}" in found[f"{number}.png"] and text[:3].strip('"') in found[f"{number}.png"]
