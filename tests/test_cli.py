@@ -65,6 +65,9 @@ def test_a_mistyped_option_is_one_sentence(verb, capsys):
         ("generate --chkpt y --prompt x", "unknown option --chkpt; did you mean --ckpt?"),
         ("generate --prompt x", "--ckpt is missing"),
         ("convert", "SRC, DST are missing"),
+        ("generate --ckpt x --num-images \u00b2", "--num-images: expected a whole number of at least 1, got"),
+        ("generate --ckpt x --temperature hot", "--temperature: expected a number, or one per factor"),
+        ("generate --ckpt x --cfg-scale 1,x", "--cfg-scale: expected a number, or one per factor, separated"),
         ("generate --ckpt x --seed ten", "--seed: expected a whole number, got 'ten'"),
         (
             "generate --ckpt x --prompt",

@@ -163,7 +163,8 @@ class ClassNumbers:
     def __call__(self, captions: Sequence[str | int]) -> Condition:
         """B numbers -> values [B, 1] int64, mask [B, 1] bool. Raises ValueError for another caption."""
         for caption in captions:
-            if not (str(caption).strip().isdecimal() and int(caption) < self.num_classes):
+            digits = str(caption).strip()
+            if not (digits.isdecimal() and len(digits) < 20 and int(digits) < self.num_classes):
                 raise ValueError(
                     f"caption {caption!r} is not a class number of this backbone "
                     f"(expected 0 to {self.num_classes - 1})"

@@ -32,7 +32,9 @@ def find(run: Path, step: str) -> Path:
         if named not in saved:
             raise ValueError(f"{folder / 'best'} names {named.name}, which is missing")
         return named
-    wanted = folder / f"step_{int(step):06d}" if step.isdigit() else None
+    wanted = (
+        folder / f"step_{int(step):06d}" if step.isascii() and step.isdigit() and len(step) < 20 else None
+    )
     if wanted is None or wanted not in saved:
         steps = ", ".join(str(sharded_state.step_of(path)) for path in saved)
         raise ValueError(f"{run}: no saved state of step {step}; available: latest, {steps}")

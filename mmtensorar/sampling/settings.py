@@ -88,9 +88,12 @@ def given_settings(options: argparse.Namespace) -> dict[str, Any]:
 
 def at_least_1(text: str) -> int:
     """The type of an option that is a count."""
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, got {number}")
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return number
 
 
@@ -108,8 +111,9 @@ def _option_type(name: str, field: FieldInfo) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(str(error)) from None
         return value
 
-    # argparse reports "invalid NAME value".
-    parse.__name__ = kind.__name__ + (" or comma-separated list of one per factor" if list in kinds else "")
+    # The message is "expected NAME, got TEXT".
+    words = {int: "a whole number", float: "a number", str: "text"}[kind]
+    parse.__name__ = words + (", or one per factor, separated by commas" if list in kinds else "")
     return parse
 
 
