@@ -291,6 +291,7 @@ def generate(
     }
     out.mkdir(parents=True, exist_ok=True)
     claim(out, settings)
+    generator.check([prompt["prompt"] for prompt in prompts])
     work = [(prompt, image) for prompt in range(len(prompts)) for image in range(num_images)]
     work = work[ranks.rank() :: ranks.world_size()]
     # Whole batches, also when some of their pictures exist: padding depends on the batch, and a resumed

@@ -9,6 +9,7 @@ Shapes: B batch, T image tokens, K window, F factors.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,7 +20,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from mmtensorar import devices
+from mmtensorar import devices, ranks
+from mmtensorar.captions.limits import excesses
 from mmtensorar.checkpoints import model_folder
 from mmtensorar.files import atomic_path
 from mmtensorar.image_tokenizers import to_images
@@ -28,6 +30,7 @@ from mmtensorar.recipe import SamplerSettings
 from mmtensorar.sampling.decode import Decoded, decode
 from mmtensorar.sampling.settings import merge
 
+NUM_NAMED = 5  # prompts of one call that are printed when they are cut; more are counted
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -53,6 +56,7 @@ class Generator:
         self.device = next(self.model.parameters()).device
         self.caption_encoder.to(self.device)
         self.precision = precision
+        self._warned: set[str] = set()  # prompts whose cut has been printed
 
     @classmethod
     def load(
@@ -100,7 +104,8 @@ class Generator:
     def check(self, prompts: Sequence[str | int]) -> None:
         """Raise ValueError for prompts of the wrong kind.
 
-        A model takes either captions or class numbers.
+        A model takes either captions or class numbers. Prints a warning for prompts that
+        are longer than the model's limit, once for each: their end is cut.
         """
         if self.caption_encoder.kind == "class":
             # Shards and evaluation suites write class 207 as "207".
@@ -118,6 +123,20 @@ class Generator:
                 "this model is text-conditional: it takes prompts (--prompt), not class numbers such as "
                 f"{numbers[0]}"
             )
+        else:
+            self._warn_of_cuts([str(prompt) for prompt in prompts])
+
+    def _warn_of_cuts(self, prompts: Sequence[str]) -> None:
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._warned]
+        cut = [(new[number], excess) for number, excess in excesses(self.caption_encoder, new)]
+        self._warned.update(new)
+        if not ranks.is_first():
+            return
+        for prompt, excess in cut[:NUM_NAMED]:
+            shown = prompt if len(prompt) <= 60 else prompt[:57] + "..."
+            print(f"warning: the prompt {shown!r} has {excess}, so its end is cut", file=sys.stderr)
+        if len(cut) > NUM_NAMED:
+            print(f"warning: {len(cut)} prompts are cut in all", file=sys.stderr)
 
     @torch.no_grad()
     def decode(

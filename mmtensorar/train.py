@@ -63,15 +63,19 @@ from mmtensorar.training.run import (
     export,
     lock_run_folder,
     measure_rate,
+    memory_errors_named,
     open_log,
     print_changes,
     print_model,
     settings_without_effect,
     with_steps,
 )
+from mmtensorar.training.run_log import CUT
 from mmtensorar.training.step_message import StepMessage
 from mmtensorar.training.stopwatch import Stopwatch, peak_memory_gib
 from mmtensorar.training.validation import validate
+
+NUM_NAMED = 10  # prompts printed when they are cut; the file names all
 
 
 def train(recipe: Recipe, *, resume: bool = False, local_rank: int = 0) -> int:
@@ -110,7 +114,6 @@ def prepare(recipe: Recipe, stack: ExitStack, *, resume: bool, local_rank: int) 
     stack: receives what must be released when training ends, also after an error.
     """
     # Recipe, ranks, signals.
-    resume = resume or recipe.train.resume == "auto"
     recipe = with_steps(model_folder.starting(recipe))
     folder = recipe.run_dir
     rank, world_size, device = start_process_group(local_rank)
@@ -122,7 +125,7 @@ def prepare(recipe: Recipe, stack: ExitStack, *, resume: bool, local_rank: int) 
     micro_batch_size(recipe, world_size)
     for note in settings_without_effect(recipe):
         print_on_first(note)
-    progress = find_progress(recipe, resume=resume)
+    progress = find_progress(recipe, resume=resume or recipe.train.resume == "auto")
     barrier()  # no rank writes to the run folder before all have looked at it
     lock_run_folder(recipe, stack, device)
     fingerprints = {"start": model_folder.start_fingerprint(recipe)}
@@ -134,8 +137,8 @@ def prepare(recipe: Recipe, stack: ExitStack, *, resume: bool, local_rank: int) 
 
     # Image tokenizer, shards, model.
     image_tokenizer = image_tokenizers.load(recipe.image_tokenizer)
-    sample_grid.check(recipe.sampler, len(image_tokenizer.factor_sizes))
     caption_encoder = backbones.caption_encoder(recipe.backbone)
+    sample_grid.check(recipe, len(image_tokenizer.factor_sizes), caption_encoder)
     fingerprints["shards"] = checks.preflight(recipe, image_tokenizer, caption_encoder, world_size=world_size)
     engine = start(recipe, world_size, device)
     check_fit(recipe, image_tokenizer, engine.module)
@@ -144,10 +147,10 @@ def prepare(recipe: Recipe, stack: ExitStack, *, resume: bool, local_rank: int) 
     # What the run state holds.
     decay = recipe.train.ema_decay
     average = None if decay is None else Average(engine_private.flat_tensors(engine), decay)
-    start_step, num_skipped = 0, 0
+    start_step, counted = 0, {}
     if progress is not None:
         start_step = run_state.resume(engine, folder / "checkpoints", fingerprints, average)
-        num_skipped = run_state.latest_state(folder / "checkpoints").get("num_skipped", 0)
+        counted = run_state.latest_state(folder / "checkpoints")
         print_changes(recipe, start_step)
     saver = run_state.Saver(
         engine,
@@ -179,7 +182,8 @@ def prepare(recipe: Recipe, stack: ExitStack, *, resume: bool, local_rank: int) 
         watch=Stopwatch(device),
         epoch_samples=loader.epoch_samples(recipe.data),
         step=start_step,
-        num_skipped=num_skipped,
+        num_skipped=counted.get("num_skipped", 0),
+        num_cut=counted.get("num_cut", 0),
     )
 
 
@@ -193,9 +197,10 @@ class StepResult(NamedTuple):
     lr: float
     tensorar_lr: float  # of the codec
     grad_norm: float  # before clipping
-    prompt_len: int  # P, of the last micro batch
+    prompt_lens: list[int]  # P of each micro batch
     names: list[str]  # this rank's samples
     skipped: list[str]  # a sentence for each damaged sample that this rank skipped
+    cut: list[str]  # a sentence for each of this rank's prompts that was too long
 
 
 def one_step(run: TrainingRun) -> StepResult:
@@ -205,37 +210,40 @@ def one_step(run: TrainingRun) -> StepResult:
     torch.manual_seed(seed_for(recipe.run.seed, run.rank, run.step))
     lr, tensorar_lr = learning_rates(run.engine)
     total, message, norm = None, None, None
-    prompt_len, names, skipped = 0, [], []
+    prompt_lens, names, skipped, cut = [], [], [], []
     for micro in range(recipe.train.grad_accum):
         is_last = micro == recipe.train.grad_accum - 1
         batch = on_all_ranks(lambda: next(run.batches), device)
         watch.lap("data")
-        prompt_len = batch.condition.mask.shape[1]
+        prompt_lens.append(batch.condition.mask.shape[1])
         names += batch.names
         skipped += batch.skipped
+        cut += batch.cut
 
         # Noise is drawn for the step's whole batch, under a seed that depends on the
         # step only. So a sample's noise is the same after resuming, and for any number
         # of ranks and micro batches.
         generator = torch.Generator(device).manual_seed(seed_for(recipe.run.seed, run.step))
         first_row = (micro * run.world_size + run.rank) * len(batch.codes)
-        output = run.engine(
-            batch.codes.to(device),
-            batch.condition.to(device),
-            batch.uncond.to(device),
-            generator,
-            (first_row, recipe.data.batch_size),
-        )
+        with memory_errors_named(run.step, batch):
+            output = run.engine(
+                batch.codes.to(device),
+                batch.condition.to(device),
+                batch.uncond.to(device),
+                generator,
+                (first_row, recipe.data.batch_size),
+            )
         losses = torch.cat([output.loss.detach()[None], output.loss_per_offset.detach()]).float()
         total = losses if total is None else total + losses
         if is_last:
-            message = exchange(run, total / recipe.train.grad_accum, len(skipped))
+            message = exchange(run, total / recipe.train.grad_accum, len(skipped), len(cut))
             if not message.is_finite:
                 run.fail(
                     f"the loss is not finite at step {run.step}: all ranks stop before the update", names
                 )
         watch.lap("forward")
-        run.engine.backward(output.loss)
+        with memory_errors_named(run.step, batch):
+            run.engine.backward(output.loss)
         watch.lap("backward")
         norm = norm_before_step(run.engine) if is_last else None
         if norm is None or math.isfinite(norm):  # else `check_gradient` stops the run
@@ -245,10 +253,10 @@ def one_step(run: TrainingRun) -> StepResult:
     if run.average is not None:
         run.average.update(run.step)
     grad_norm = norm_after_step(run.engine) if norm is None else norm
-    return StepResult(message, lr, tensorar_lr, grad_norm, prompt_len, names, skipped)
+    return StepResult(message, lr, tensorar_lr, grad_norm, prompt_lens, names, skipped, cut)
 
 
-def exchange(run: TrainingRun, losses: torch.Tensor, num_skipped: int) -> StepMessage:
+def exchange(run: TrainingRun, losses: torch.Tensor, num_skipped: int, num_cut: int) -> StepMessage:
     """Average this step's losses over the ranks, and exchange what each rank reports.
 
     losses: loss, then loss per offset [K + 1], means of this rank.
@@ -258,6 +266,7 @@ def exchange(run: TrainingRun, losses: torch.Tensor, num_skipped: int) -> StepMe
         stop_requested=run.signals.requested,
         save_failed=run.saver.failure is not None,
         num_skipped=num_skipped,
+        num_cut=num_cut,
     )
     return StepMessage.unpack(mean_over_ranks(packed).tolist())
 
@@ -273,6 +282,10 @@ def after_step(run: TrainingRun, result: StepResult) -> None:
         run.saver.look_back(run.device)
     if result.message.any_skipped:
         count_skipped(run, result.skipped)
+    if result.message.any_cut:
+        cut = gather_lists(result.cut)
+        run.num_cut += len(cut)
+        name_cut(run, cut)
     check_gradient(run, result)
     watch.lap("step")
 
@@ -280,7 +293,8 @@ def after_step(run: TrainingRun, result: StepResult) -> None:
     if is_due(run, recipe.train.validate_every) or (
         recipe.train.validate_every and run.step == run.num_steps
     ):
-        measured |= validate(run.engine, recipe, run.caption_encoder, run.rank, run.world_size)
+        measured, cut = validate(run.engine, recipe, run.caption_encoder, run.rank, run.world_size)
+        name_cut(run, cut)
         watch.lap("validation")
     if recipe.train.sample_prompts and is_due(run, recipe.train.sample_every):
         grid, revised = sample_grid.sample(run.engine, recipe, run.caption_encoder, run.image_tokenizer)
@@ -298,6 +312,7 @@ def after_step(run: TrainingRun, result: StepResult) -> None:
     if run.is_last_step or is_due(run, recipe.train.save_every):
         counted = {
             "num_skipped": run.num_skipped,
+            "num_cut": run.num_cut,
             "validation_loss": measured.get("validation_loss"),
             "validation": recipe.data.validation,
         }
@@ -329,6 +344,18 @@ def count_skipped(run: TrainingRun, skipped: list[str]) -> None:
         )
 
 
+def name_cut(run: TrainingRun, cut: list[str]) -> None:
+    """Record prompts that were too long, of all ranks, and print the first ones."""
+    for sentence in cut:
+        run.num_named += 1
+        if run.num_named <= NUM_NAMED:
+            print_on_first(f"step {run.step}: {sentence}")
+        elif run.num_named == NUM_NAMED + 1:
+            print_on_first(f"note: more prompts are cut; {run.folder / CUT} lists them")
+        if run.log is not None:
+            run.log.cut(run.step, sentence)
+
+
 def check_gradient(run: TrainingRun, result: StepResult) -> None:
     """Stop the run when the gradient's norm is not finite or above train.max_grad_norm."""
     norm, bound = result.grad_norm, run.recipe.train.max_grad_norm
@@ -347,7 +374,9 @@ def log_row(run: TrainingRun, result: StepResult, seconds: dict[str, float]) -> 
     recipe = run.recipe
     in_step = sum(seconds[part] for part in ("data", "forward", "backward", "step"))
     assert run.flops is not None
-    flops = recipe.data.batch_size * run.flops(result.prompt_len)
+    # Of prompts as long as rank 0's, with their padding.
+    lens = result.prompt_lens
+    flops = recipe.data.batch_size * sum(map(run.flops, lens)) / len(lens)
     row = {
         "step": run.step,
         "loss": result.message.loss,
@@ -360,12 +389,16 @@ def log_row(run: TrainingRun, result: StepResult, seconds: dict[str, float]) -> 
         "tokens_per_s": recipe.data.batch_size * run.flops.num_tokens / in_step,
         "mfu": flops / in_step / run.matmul_rate,
         "memory_gib": peak_memory_gib(),
+        "prompt_tokens": max(lens),
         "num_skipped": run.num_skipped,
+        "num_cut": run.num_cut,
     }
     if recipe.optim.tensorar_lr is None:
         del row["tensorar_lr"]
     if recipe.data.on_error != "skip":
         del row["num_skipped"]
+    if not run.num_cut:
+        del row["num_cut"]
     return row
 
 
@@ -386,6 +419,8 @@ def finish(run: TrainingRun) -> int:
                 export(run, run.folder / "model_ema")
         export(run, run.folder / "model")
         barrier()
+        if run.num_cut:
+            print_on_first(f"prompts that were cut at the limit: {run.num_cut}, in {run.folder / CUT}")
         print_on_first(f"finished {run.step} steps; the model is in {run.folder / 'model'}")
         return 0
     barrier()

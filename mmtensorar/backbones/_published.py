@@ -52,6 +52,7 @@ class PublishedBackbone(nn.Module):
         self.config = config
         self.dim: int = config.dim
         self.prefix_len: int = config.prefix_len
+        self.max_prefix_len = self.prefix_len
         self.num_tokens = grid**2
         self.image_size = grid * self.pixels_per_token
         self.factor_sizes = factor_sizes

@@ -27,6 +27,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.models.janus.configuration_janus import JanusConfig
 from transformers.models.janus.modeling_janus import JanusVQVAEAlignerMLP, JanusVQVAEHead
 
+from mmtensorar.captions.limits import DEFAULT_MAX_TOKENS, beginning
 from mmtensorar.checkpoints import janus_deepseek
 from mmtensorar.checkpoints.released import (
     LazyWeights,
@@ -40,8 +41,9 @@ from mmtensorar.checkpoints.released import (
 )
 from mmtensorar.files import new_path, read_json
 from mmtensorar.model import attention, kv_cache, layers
-from mmtensorar.model.conditions import Condition, ConditionKind, Prefix
+from mmtensorar.model.conditions import Condition, ConditionKind, Excess, Prefix
 from mmtensorar.model.protocols import BackboneConfig, ImageTokenizer
+from mmtensorar.recipe import setting
 
 SIGNATURES = ("gen_embed.weight", "model.generation_embeddings.weight")  # DeepSeek's layout, transformers'
 MODEL_TYPES = ("janus", janus_deepseek.MODEL_TYPE)
@@ -107,6 +109,14 @@ class Config(BackboneConfig):
     )
     attn_implementation: attention.Implementation = Field(
         default="sdpa", description="sdpa, flash_attention_2 (a CUDA GPU in bf16 or fp16) or eager"
+    )
+    max_prompt_tokens: int | None = setting(
+        None,
+        ge=1,
+        description="most tokens of a prompt in training and sampling, including about 10 of the template; "
+        "longer captions are cut at their end, or refused in training (`data.long_prompts`); null is 256, or "
+        "what the model's configuration allows if that is less",
+        on_resume=True,
     )
 
     def at(self, path: str) -> Config:
@@ -210,6 +220,7 @@ class JanusBackbone(nn.Module):
         self.num_tokens: int = vq.num_patches**2
         self.image_size: int = vision.image_size
         self.factor_sizes: tuple[int, ...] = (vq.num_embeddings,)
+        self.max_prefix_len: int = max_prompt_tokens(config)
         self.text_tokenizer: Any = None  # a PreTrainedTokenizerFast
         self._activation_checkpointing: layers.Checkpointing = False
         self.language_model = AutoModel.from_config(config.text_config)
@@ -295,6 +306,33 @@ class JanusBackbone(nn.Module):
             self.text_tokenizer.save_pretrained(folder)
 
 
+def max_prompt_tokens(config: JanusConfig | None, section: Config | None = None, told: int = 0) -> int:
+    """The most tokens of a prompt that a section and a model's configuration allow.
+
+    Args:
+        config: the model's; None allows any number.
+        section: its max_prompt_tokens is used if it is set.
+        told: model_max_length of the text tokenizer. Where nobody set it, it is 0 or enormous.
+
+    Raises ValueError when the section asks for more than the model has positions for.
+    """
+    wanted = section and section.max_prompt_tokens
+    limits = [wanted or DEFAULT_MAX_TOKENS]
+    if config is not None:
+        text: Any = config.text_config
+        vq: Any = config.vq_config
+        positions, num_images = text.max_position_embeddings, vq.num_patches**2
+        limits.append(positions - num_images)
+        if wanted and wanted > limits[-1]:
+            raise ValueError(
+                f"backbone.max_prompt_tokens is {wanted}, but the model has {positions} positions, of which "
+                f"{num_images} are image tokens; expected {limits[-1]} or fewer"
+            )
+    if told > 0 and not wanted:
+        limits.append(told)
+    return min(limits)
+
+
 def build(
     config: JanusConfig, pad_id: int | None = None, device: str | torch.device = "cpu"
 ) -> JanusBackbone:
@@ -315,10 +353,15 @@ def load(
 ) -> JanusBackbone:
     """See mmtensorar.backbones.load."""
     if sizes_only and section.path in RELEASED and not Path(section.path).is_dir():
-        return build(_with_attention(JanusConfig(**RELEASED[section.path]), section), device=device)
+        config = _with_attention(JanusConfig(**RELEASED[section.path]), section)
+        backbone = build(config, device=device)
+        backbone.max_prefix_len = max_prompt_tokens(config, section)
+        return backbone
     config, source, rename, text_tokenizer = _locate(section, weights=weights)
     backbone = build(config, None if text_tokenizer is None else text_tokenizer.pad_token_id, device)
     backbone.text_tokenizer = text_tokenizer
+    told = 0 if text_tokenizer is None else text_tokenizer.model_max_length
+    backbone.max_prefix_len = max_prompt_tokens(config, section, told)
     if weights:
         fill(backbone.state_dict(), source, rename, ignore=NOT_LOADED.match)
     return backbone
@@ -392,7 +435,8 @@ class _CaptionEncoder:
     num_classes = None
 
     def __init__(self, section: Config):
-        self.text_tokenizer = _load_text_tokenizer(section.text_tokenizer or section.path)
+        source = section.text_tokenizer or section.path
+        self.text_tokenizer = _load_text_tokenizer(source)
         # Ids are looked up by name: the 1B and the 7B number their special tokens differently.
         self.bos_id, self.pad_id = self.text_tokenizer.bos_token_id, self.text_tokenizer.pad_token_id
         added = self.text_tokenizer.added_tokens_decoder.values()
@@ -401,20 +445,71 @@ class _CaptionEncoder:
         unknown = {None, self.text_tokenizer.unk_token_id}
         if self.bos_id is None or self.pad_id is None or begin in unknown:
             raise ValueError(
-                f"the text tokenizer of {section.text_tokenizer or section.path} lacks a token that Janus "
-                f"needs: BOS, pad or {BEGIN_OF_IMAGE}"
+                f"the text tokenizer of {source} lacks a token that Janus needs: BOS, pad or {BEGIN_OF_IMAGE}"
+            )
+        config = _text_limits(section)
+        self.max_tokens = max_prompt_tokens(config, section, self.text_tokenizer.model_max_length)
+        self.backend = self.text_tokenizer.backend_tokenizer
+        if self.max_tokens <= (needed := self._count("")):
+            raise ValueError(
+                f"backbone.max_prompt_tokens is {self.max_tokens}, but a prompt without a caption has "
+                f"{needed} tokens; expected {needed + 1} or more"
             )
 
     def __call__(self, captions: Sequence[str]) -> Condition:
         """B captions -> values [B, P] int64, mask [B, P] bool."""
-        prompts = [PROMPT.format(caption=self._plain(caption)) for caption in captions]
+        texts = [self._plain(self._beginning(caption)) for caption in captions]
         # BOS is added here, since only some tokenizer files add it.
-        rows = self.text_tokenizer(prompts, add_special_tokens=False)["input_ids"]
+        rows = self.text_tokenizer(
+            [PROMPT.format(caption=text) for text in texts], add_special_tokens=False, verbose=False
+        )["input_ids"]
         rows = [[self.bos_id, *row] for row in rows]
+        rows = [
+            self._cut(text) if len(row) > self.max_tokens else row
+            for text, row in zip(texts, rows, strict=True)
+        ]
         P = max(map(len, rows))
         values = torch.tensor([[self.pad_id] * (P - len(row)) + row for row in rows])
         mask = torch.tensor([[False] * (P - len(row)) + [True] * len(row) for row in rows])
         return Condition(values, mask)
+
+    def excess(self, caption: str) -> Excess | None:
+        """See CaptionEncoder."""
+        read = self._beginning(caption)
+        num_tokens = self._count(read)
+        if num_tokens <= self.max_tokens:
+            return None
+        return Excess(num_tokens, self.max_tokens, len(caption) - len(read))
+
+    def _beginning(self, caption: str) -> str:
+        return beginning(caption, self.max_tokens, self._count)
+
+    def _count(self, caption: str) -> int:
+        """Tokens of the whole prompt, BOS included."""
+        return 1 + len(self._encode(self._plain(caption)).ids)
+
+    def _encode(self, text: str) -> Any:
+        """The tokens of the prompt without BOS, and the characters of each, of a caption from `_plain`."""
+        # A tokenizer's file may have limits of its own. `encode` runs in this thread: the threads
+        # of `encode_batch` would hang in a forked process.
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        return self.backend.encode(PROMPT.format(caption=text), add_special_tokens=False)
+
+    def _cut(self, text: str) -> list[int]:
+        """The prompt of the text's beginning, as long as the limit allows.
+
+        The tokens are exactly those of a shorter caption: the template follows it, as in every
+        prompt, and no character is cut in two.
+        """
+        first = PROMPT.index("{caption}")
+        while (excess := len((encoding := self._encode(text)).ids) + 1 - self.max_tokens) > 0:
+            starts = [
+                start for start, stop in encoding.offsets if first <= start < min(stop, first + len(text))
+            ]
+            # Tokens at the new end may split into more, so this can take a second round.
+            text = text[: starts[-excess] - first].rstrip() if excess < len(starts) else ""
+        return [self.bos_id, *encoding.ids]
 
     def to(self, device: torch.device) -> None:
         """Nothing to move: a text tokenizer runs on the CPU."""
@@ -427,6 +522,17 @@ class _CaptionEncoder:
         for name in self.special_names:
             caption = caption.replace(name, f"{name[0]} {name[1:]}")
         return caption
+
+
+def _text_limits(section: Config) -> JanusConfig | None:
+    """The configuration, for its number of positions; None where a folder holds a text tokenizer alone."""
+    folder = locate(section.path, key="backbone.path", weights=False)
+    if not (folder / "config.json").is_file():
+        return None
+    settings = read_config(folder, *MODEL_TYPES, key="backbone.path")
+    if settings["model_type"] == janus_deepseek.MODEL_TYPE:
+        return janus_deepseek.config(settings, (), folder)
+    return hub_config(JanusConfig, settings, folder)
 
 
 def caption_encoder(section: Config) -> _CaptionEncoder:

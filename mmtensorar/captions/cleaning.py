@@ -10,6 +10,7 @@ import html
 import re
 import urllib.parse
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal
 
 # original: `clean` twice, as in the original code. lower: lower case without surrounding white space, as in
@@ -20,6 +21,7 @@ Cleaning = Literal["original", "lower", "none"]
 MAX_CLEANED_CHARS = 2048
 
 
+@lru_cache(maxsize=256)  # a batch's captions are counted as well as encoded
 def prepare(caption: str, cleaning: Cleaning) -> str:
     """A caption as the backbone's training saw it.
 

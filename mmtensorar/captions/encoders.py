@@ -16,8 +16,9 @@ from torch import Tensor
 from mmtensorar import devices
 from mmtensorar.captions import cleaning as caption_cleaning
 from mmtensorar.captions.cleaning import Cleaning
+from mmtensorar.captions.limits import beginning
 from mmtensorar.checkpoints.released import ReleasedWeights, locate, read_config, weight_hash
-from mmtensorar.model.conditions import Condition, ConditionKind, FeatureIdentity
+from mmtensorar.model.conditions import Condition, ConditionKind, Excess, FeatureIdentity
 
 
 class T5Features:
@@ -53,6 +54,7 @@ class T5Features:
         self.path, self.num_slots, self.dim, self.device = path, num_slots, dim, device
         self.cleaning: Cleaning = cleaning
         self._loaded: tuple[Any, Any] | None = None  # T5EncoderModel and its text tokenizer
+        self._counter: Any = None  # the text tokenizer again, without a limit
         if cleaning == "original":
             caption_cleaning.require_packages()
 
@@ -75,7 +77,7 @@ class T5Features:
         self._loaded = self._loaded or self._load()
         encoder, text_tokenizer = self._loaded
         batch = text_tokenizer(
-            [caption_cleaning.prepare(caption, self.cleaning) for caption in captions],
+            [self._text(caption)[0] for caption in captions],
             max_length=self.num_slots,
             padding="longest",
             truncation=True,
@@ -89,12 +91,42 @@ class T5Features:
         lengths = batch["attention_mask"].sum(1).tolist()
         return [row[:length] for row, length in zip(features.float().cpu(), lengths, strict=True)]
 
-    def _load(self) -> tuple[Any, Any]:
-        from transformers import PreTrainedTokenizerFast, T5EncoderModel
+    def excess(self, caption: str) -> Excess | None:
+        """See CaptionEncoder. Needs the text tokenizer, but not the encoder's weights."""
+        text, unread = self._text(caption)
+        num_tokens = self._count(text)
+        return Excess(num_tokens, self.num_slots, unread) if unread or num_tokens > self.num_slots else None
 
-        folder = locate(self.path, key="backbone.text_encoder")
+    def _text(self, caption: str) -> tuple[str, int]:
+        """The text of a caption that is tokenized, and the number of characters that are not read."""
+        prepared = caption_cleaning.prepare(caption, self.cleaning)
+        read = beginning(prepared, self.num_slots, self._count)
+        dropped = len(caption) - caption_cleaning.MAX_CLEANED_CHARS if self.cleaning == "original" else 0
+        return read, max(0, dropped) + len(prepared) - len(read)
+
+    def _count(self, text: str) -> int:
+        """Tokens of a text, the end token included."""
+        if self._counter is None:
+            # Not the one that encodes, which cuts. `encode` runs in this thread: the threads of
+            # `encode_batch` would hang in a forked process.
+            self._counter = self._load_text_tokenizer(weights=False).backend_tokenizer
+            self._counter.no_truncation()
+            self._counter.no_padding()
+        return len(self._counter.encode(text).ids)
+
+    def _load_text_tokenizer(self, *, weights: bool) -> Any:
+        from transformers import PreTrainedTokenizerFast
+
+        folder = locate(self.path, key="backbone.text_encoder", weights=weights)
         if not (folder / "tokenizer.json").is_file():
             raise ValueError(f"backbone.text_encoder: {folder} has no tokenizer.json")
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+
+    def _load(self) -> tuple[Any, Any]:
+        from transformers import T5EncoderModel
+
+        text_tokenizer = self._load_text_tokenizer(weights=True)
+        folder = locate(self.path, key="backbone.text_encoder")
         device = self.device or devices.pick(None)
         encoder: Any = T5EncoderModel.from_pretrained(
             folder, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, use_safetensors=True
@@ -104,7 +136,6 @@ class T5Features:
                 f"backbone.text_encoder: {self.path} makes features of {encoder.config.d_model}, "
                 f"the backbone was trained with {self.dim}"
             )
-        text_tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(folder)
         # Set here, since the setting in the file, which may be "left", overrides a call's argument.
         text_tokenizer.padding_side = text_tokenizer.truncation_side = "right"
         return encoder.eval().requires_grad_(False).to(device), text_tokenizer
@@ -129,6 +160,9 @@ class ClassNumbers:
         return Condition(
             torch.tensor([[int(c)] for c in captions]), torch.ones(len(captions), 1, dtype=torch.bool)
         )
+
+    def excess(self, caption: str | int) -> None:
+        """A class number is never cut."""
 
     def to(self, device: torch.device) -> None:
         """Nothing to move."""

@@ -28,6 +28,7 @@ from webdataset.filters import batched
 from webdataset.pipeline import DataPipeline
 
 from mmtensorar.captions.encoders import left_pad
+from mmtensorar.captions.limits import excesses
 from mmtensorar.data.members import (
     check_codes,
     check_features,
@@ -79,7 +80,8 @@ class WorkerSettings:
     sets: folder, manifest and rows of each shard set. row_ranges: for each micro batch of a
     step, first and stop of this worker's rows in the global batch. use_features: read text
     features. skip_errors: replace a damaged sample by the next undamaged one. middle_crop: take
-    the middle crop instead of a random one.
+    the middle crop instead of a random one. long_prompts: whose long prompts are damage; None
+    if they are cut.
     """
 
     sets: tuple[tuple[str, Manifest, int], ...]
@@ -92,6 +94,7 @@ class WorkerSettings:
     use_features: bool
     skip_errors: bool
     middle_crop: bool = False
+    long_prompts: CaptionEncoder | None = None
 
     @property
     def extensions(self) -> tuple[str, ...]:
@@ -132,7 +135,8 @@ class RawBatch(NamedTuple):
 class Batch(NamedTuple):
     """A micro batch. codes: [b, T, F] int64. condition: b rows. uncond: [b] bool.
 
-    names: shard and key of each row. skipped: one sentence for each damaged sample.
+    names: shard and key of each row. skipped: one sentence for each damaged sample. cut: one
+    sentence for each prompt that was too long.
     """
 
     codes: Tensor
@@ -140,6 +144,7 @@ class Batch(NamedTuple):
     uncond: Tensor
     names: tuple[str, ...]
     skipped: tuple[str, ...]
+    cut: tuple[str, ...] = ()
 
 
 def positions(settings: WorkerSettings, skip: int) -> Iterator[int]:
@@ -189,6 +194,8 @@ def _decode_sample(
         features = decode_features(members["t5.npy"], stored.where)
         check_features(features, text_features_of(manifest, stored.where), stored.where)
     caption = decode_caption(members["txt"], stored.where)
+    if settings.long_prompts is not None and (excess := settings.long_prompts.excess(caption)):
+        raise ValueError(f"{stored.where}: the prompt has {excess}, and data.long_prompts is refuse")
     # With corners, the middle comes after the four of them; mirror images come last.
     middle = 4 if len(crops) >= 5 else 0
     number = middle if settings.middle_crop else int(crop * len(crops))
@@ -219,14 +226,19 @@ def merge_parts(parts: list[RawBatch]) -> RawBatch:
 
 def add_condition(batch: RawBatch, caption_encoder: CaptionEncoder, num_slots: int | None) -> Batch:
     """Encode the captions. num_slots: P of cached text features, None to use the encoder."""
+    cut: tuple[str, ...] = ()
     if num_slots is not None:
         # With cached features every row has some: _decode_sample requires the member.
         features = [torch.from_numpy(row) for row in batch.features if row is not None]
         condition = left_pad(features, num_slots)
     else:
         condition = caption_encoder(batch.captions)
-    codes = torch.from_numpy(batch.codes.astype(np.int64))
-    return Batch(codes, condition, torch.from_numpy(batch.uncond), tuple(batch.names), tuple(batch.skipped))
+        cut = tuple(
+            f"{batch.names[row]}: the prompt has {excess}, so it is cut"
+            for row, excess in excesses(caption_encoder, batch.captions)
+        )
+    codes, uncond = torch.from_numpy(batch.codes.astype(np.int64)), torch.from_numpy(batch.uncond)
+    return Batch(codes, condition, uncond, tuple(batch.names), tuple(batch.skipped), cut)
 
 
 # ---- the stream ------------------------------------------------------------------------------
@@ -299,6 +311,7 @@ def stream(
             row_ranges=row_ranges,
             use_features=num_slots is not None,
             skip_errors=data.on_error == "skip",
+            long_prompts=caption_encoder if data.long_prompts == "refuse" else None,
         )
         for row_ranges in worker_rows(
             data.batch_size, recipe.train.grad_accum, rank, world_size, data.num_workers
@@ -361,6 +374,7 @@ def validation_batches(
         use_features=num_slots is not None,
         skip_errors=False,
         middle_crop=True,
+        long_prompts=caption_encoder if data.long_prompts == "refuse" else None,
     )
     num_batches = -(-manifest.num_samples // size)
     numbers = range(rank, -(-num_batches // world_size) * world_size, world_size)

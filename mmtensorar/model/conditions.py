@@ -43,6 +43,22 @@ class FeatureIdentity(NamedTuple):
     weight_hash: str | None  # of the encoder's tensors; None where its files are not on this machine
 
 
+class Excess(NamedTuple):
+    """How far a prompt exceeds the limit on its tokens.
+
+    num_tokens: all its tokens, those of the backbone's template included; only of the part that
+    was read if the text was too long to read. unread: characters beyond that part.
+    """
+
+    num_tokens: int
+    max_tokens: int
+    unread: int
+
+    def __str__(self) -> str:
+        unread = f" and {self.unread} unread characters" if self.unread else ""
+        return f"{self.num_tokens} tokens{unread} (limit {self.max_tokens})"
+
+
 class CaptionEncoder(Protocol):
     """Turns captions into a Condition on the CPU. Loader workers receive a pickled copy."""
 
@@ -50,7 +66,15 @@ class CaptionEncoder(Protocol):
     num_classes: int | None  # for kind class
 
     def __call__(self, captions: Sequence[Any]) -> Condition:
-        """B captions (class numbers, as str or int, for kind class) -> Condition. Raises ValueError."""
+        """B captions (class numbers, as str or int, for kind class) -> Condition. Raises ValueError.
+
+        A prompt that is longer than the limit is cut at the end of the caption, in the same
+        way in training and sampling.
+        """
+        ...
+
+    def excess(self, caption: Any) -> Excess | None:
+        """What is cut from a caption; None if nothing is. Safe in a forked process."""
         ...
 
     def to(self, device: torch.device) -> None:

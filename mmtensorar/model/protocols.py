@@ -79,6 +79,7 @@ class Backbone(Protocol):
     image_size: int  # pixels a side of the images that it was trained on
     condition: ConditionKind  # the kind that `prefix` takes
     prefix_len: int | None  # P; None where it is the length of the prompt
+    max_prefix_len: int  # the largest P: prefix_len, or the limit on the tokens of a prompt
     default_sampling: dict[str, Any]  # sampler settings of the authors' demo; a converted recipe gets them
     lora_targets: str  # regular expression: names, inside the backbone, of the matrices that get adapters
     layers: nn.ModuleList  # the transformer's layers; train.compile compiles each of them

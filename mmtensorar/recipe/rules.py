@@ -56,6 +56,15 @@ def validation_has_shards_and_steps(recipe: RecipeSections) -> Iterator[Problem]
         yield "data.validation", "has an effect only together with train.validate_every, which is 0"
 
 
+def cached_features_are_cut_already(recipe: RecipeSections) -> Iterator[Problem]:
+    if recipe.data.long_prompts == "refuse" and recipe.data.text_features == "cached":
+        yield (
+            "data.long_prompts",
+            "refuse needs data.text_features live, since data_tools/encode_text.py has already cut what "
+            "the cached features are made of; use cut",
+        )
+
+
 def patterns_are_regular_expressions(recipe: RecipeSections) -> Iterator[Problem]:
     patterns = [("train.freeze", pattern) for pattern in recipe.train.freeze]
     if recipe.lora.targets:
@@ -154,6 +163,7 @@ RULES: tuple[Rule, ...] = (
     batch_is_a_multiple_of_micro_batches,
     steps_or_epochs,
     validation_has_shards_and_steps,
+    cached_features_are_cut_already,
     patterns_are_regular_expressions,
     liger_computes_plain_cross_entropy,
     compile_fits_zero_and_recomputation,

@@ -128,6 +128,13 @@ class Data(Section):
         description="what a damaged sample does: `raise` stops the run, `skip` replaces it by the next "
         "undamaged sample",
     )
+    long_prompts: Literal["cut", "refuse"] = setting(
+        "cut",
+        description="what happens in training to a prompt with more tokens than the backbone's limit: `cut` "
+        "leaves out the end of its caption and lists it in cut_prompts.jsonl, `refuse` treats its sample as "
+        "damaged (`data.on_error`)",
+        on_resume=True,
+    )
     max_skipped: float = setting(
         0.01,
         ge=0,

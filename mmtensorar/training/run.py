@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -54,6 +54,8 @@ class TrainingRun:
 
     step: int = 0  # steps done, or in progress
     num_skipped: int = 0  # damaged samples so far
+    num_cut: int = 0  # prompts so far that were longer than the limit
+    num_named: int = field(default=0, init=False)  # of these, those printed by this process
     stopped: bool = field(default=False, init=False)  # a rank received a stop signal
 
     @property
@@ -203,6 +205,30 @@ def measure_rate(precision: str, world_size: int, device: torch.device) -> float
         print_on_first(warning)
     print_on_first(f"a matrix product runs at {world_size * rate / 1e12:.3g} TFLOP/s on all ranks")
     return world_size * rate
+
+
+# ---- steps ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def memory_errors_named(step: int, batch: loader.Batch) -> Iterator[None]:
+    """Turn a full memory, of a GPU or the host, into an OSError.
+
+    It gives the size of the batch and the sample with the longest prompt, to which all
+    others are padded.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        rows, length = batch.condition.mask.shape
+        longest = batch.names[int(batch.condition.mask.sum(1).argmax())]
+        raise OSError(
+            f"out of memory at step {step}, with {rows} samples at a time, padded to the {length} prompt "
+            f"tokens of {longest}; increase train.grad_accum, set train.activation_checkpointing, or lower "
+            "backbone.max_prompt_tokens"
+        ) from error
 
 
 # ---- end -----------------------------------------------------------------------------------------

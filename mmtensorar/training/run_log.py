@@ -12,6 +12,7 @@ from PIL import Image
 from mmtensorar.files import write_json_lines, write_text
 
 STOPPED = "stopped.json"
+CUT = "cut_prompts.jsonl"
 
 Event = tuple[str, float, int]  # name, value, step
 
@@ -65,7 +66,7 @@ class StepLog:
         self.num_steps = num_steps
         self.log_every = log_every
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name in ("log.jsonl", "skipped.jsonl"):
+        for name in ("log.jsonl", "skipped.jsonl", CUT):
             path = self.folder / name
             kept = [row for row in read_log(path) if row["step"] <= start_step] if start_step else []
             if kept or path.is_file():
@@ -107,9 +108,12 @@ class StepLog:
                 mfu: the model's FLOPs, without recomputed ones, divided by those of a
                     matrix product in the same time.
                 memory_gib: peak of rank 0.
+                prompt_tokens: padded length of rank 0's prompts, of the longest micro batch.
                 num_skipped: damaged samples so far, with data.on_error skip.
+                num_cut: prompts so far that were longer than the limit, if any.
                 validation_loss, validation_loss_per_offset,
                     validation_accuracy_per_offset: after a validation.
+                validation_num_cut: prompts that were cut in it, if any.
                 revised_per_offset: after a sample grid.
         """
         # JSON has no NaN or infinity; such a value becomes null rather than an
@@ -129,6 +133,11 @@ class StepLog:
     def skipped(self, step: int, problem: str) -> None:
         """Record in skipped.jsonl a damaged sample that another one replaced."""
         with (self.folder / "skipped.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "problem": problem}) + "\n")
+
+    def cut(self, step: int, problem: str) -> None:
+        """Record in cut_prompts.jsonl a prompt that was longer than the limit."""
+        with (self.folder / CUT).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "problem": problem}) + "\n")
 
     def stopped(self, step: int, reason: str, samples: list[str]) -> None:

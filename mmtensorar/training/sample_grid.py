@@ -7,21 +7,33 @@ from typing import Any
 import torch
 from PIL import Image
 
+from mmtensorar.captions.limits import excesses
 from mmtensorar.image_tokenizers import to_images
 from mmtensorar.model.conditions import CaptionEncoder
-from mmtensorar.recipe import Recipe, SamplerSettings
+from mmtensorar.recipe import Recipe
 from mmtensorar.sampling.decode import decode
 from mmtensorar.sampling.trace import revised_per_offset
+from mmtensorar.training.distributed import print_on_first
 from mmtensorar.training.engine import gathered_model
 
 
-def check(sampler: SamplerSettings, num_factors: int) -> None:
-    """Raise ValueError when a list in sampler does not have one number per factor.
+def check(recipe: Recipe, num_factors: int, caption_encoder: CaptionEncoder) -> None:
+    """Check the settings and prompts of sampling; print a note for each prompt that will be cut.
 
     Called before training. Otherwise the error would appear only at the first sample
     grid, or when somebody loads the finished model.
+
+    Raises ValueError when a list in the recipe's sampler does not have one number per
+    factor, and for a prompt that is too long when data.long_prompts is refuse.
     """
-    sampler.per_factor(num_factors)
+    recipe.sampler.per_factor(num_factors)
+    if not recipe.train.sample_every:
+        return
+    for number, excess in excesses(caption_encoder, recipe.train.sample_prompts):
+        prompt = f"train.sample_prompts: prompt {number + 1} has {excess}"
+        if recipe.data.long_prompts == "refuse":
+            raise ValueError(f"{prompt}, and data.long_prompts is refuse; shorten it")
+        print_on_first(f"note: {prompt}, so it is cut")
 
 
 def sample(

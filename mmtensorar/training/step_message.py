@@ -23,21 +23,24 @@ class StepMessage:
     stop_requested: bool  # a rank received a stop signal
     save_failed: bool  # a rank could not write its part of a run state
     any_skipped: bool  # a rank skipped damaged samples
+    any_cut: bool  # a rank cut prompts that were too long
 
     @staticmethod
-    def pack(losses: Tensor, *, stop_requested: bool, save_failed: bool, num_skipped: int) -> Tensor:
-        """This rank's message [K + 4] float32.
+    def pack(
+        losses: Tensor, *, stop_requested: bool, save_failed: bool, num_skipped: int, num_cut: int = 0
+    ) -> Tensor:
+        """This rank's message [K + 5] float32.
 
         losses: loss, then loss_per_offset [K + 1].
         """
-        reports = [float(stop_requested), float(save_failed), float(num_skipped)]
+        reports = [float(stop_requested), float(save_failed), float(num_skipped), float(num_cut)]
         return torch.cat([losses, losses.new_tensor(reports)])
 
     @classmethod
     def unpack(cls, means: Sequence[float]) -> StepMessage:
         """The message from the mean over ranks of what `pack` returned."""
-        loss, *loss_per_offset, stop_requested, save_failed, num_skipped = means
-        return cls(loss, loss_per_offset, stop_requested > 0, save_failed > 0, num_skipped > 0)
+        loss, *loss_per_offset, stop_requested, save_failed, num_skipped, num_cut = means
+        return cls(loss, loss_per_offset, stop_requested > 0, save_failed > 0, num_skipped > 0, num_cut > 0)
 
     @property
     def is_finite(self) -> bool:

@@ -63,6 +63,9 @@ class NumberEncoder:
         values = torch.tensor([[int(caption)] for caption in captions])
         return Condition(values, torch.ones_like(values, dtype=torch.bool))
 
+    def excess(self, caption: str) -> None:
+        """A number is never too long."""
+
     def to(self, device: torch.device) -> None:
         """Nothing to move."""
 

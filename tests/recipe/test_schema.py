@@ -164,6 +164,10 @@ BROKEN = {
     "rates_fit_the_window": ("tensorar.schedule", ["tensorar.schedule=[0, 1]"]),
     "batch_is_a_multiple_of_micro_batches": ("data.batch_size", ["train.grad_accum=3"]),
     "steps_or_epochs": ("train.steps", ["train.epochs=1"]),
+    "cached_features_are_cut_already": (
+        "data.long_prompts",
+        ["data.long_prompts=refuse", "data.text_features=cached"],
+    ),
     "validation_has_shards_and_steps": ("data.validation", ["data.validation=a"]),
     "patterns_are_regular_expressions": ("train.freeze", ["train.freeze=['(']"]),
     "liger_computes_plain_cross_entropy": (
