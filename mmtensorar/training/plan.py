@@ -41,8 +41,7 @@ FOUR_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
 # Activations are measured at these two numbers of samples, and extrapolated linearly
 # beyond. With fewer samples the loss dominates, so the growth is not linear.
 FEWER_ROWS, MANY_ROWS = 24, 32
-# Assumed prompt length (a typical caption with the prompt template) for backbones whose
-# prompts have no fixed length.
+# Tokens of a typical prompt, its template included, where prompts have no fixed length.
 PROMPT_TOKENS = 32
 
 # ---- model ---------------------------------------------------------------------------------------
@@ -179,7 +178,8 @@ def activation_bytes(recipe: Recipe, numbers: Iterable[int]) -> dict[int, int]:
     """The most bytes that forward and backward hold besides weights and gradients.
 
     Measured by running both on tensors without values, which takes some seconds. 4-bit
-    matrices count as 16-bit or 32-bit ones, because their forward unpacks them.
+    matrices count as 16-bit or 32-bit ones, because their forward unpacks them. A batch is
+    padded to its longest prompt; it is measured with prompts as long as the limit.
 
     numbers: sizes of a micro batch, in samples; the result has one entry for each.
     """
@@ -220,15 +220,18 @@ def _changed(recipe: Recipe, **train: object) -> Recipe:
 
 
 def example_inputs(model, rows: int, prompt_len: int | None = None) -> tuple[Tensor, Condition, Tensor]:
-    """Codes, condition and uncond of `rows` samples; their values do not matter."""
-    backbone, prompt_len = model.backbone, prompt_len or prompt_tokens(model)
+    """Codes, condition and uncond of `rows` samples; their values do not matter.
+
+    prompt_len: None is the longest that the backbone takes.
+    """
+    backbone, prompt_len = model.backbone, prompt_len or model.backbone.max_prefix_len
     codes = torch.zeros(rows, backbone.num_tokens, len(backbone.factor_sizes), dtype=torch.long)
     return codes, backbone.example_condition(rows, prompt_len), torch.zeros(rows, dtype=torch.bool)
 
 
 def prompt_tokens(model) -> int:
-    """Tokens of a prompt: the backbone's prefix_len if it is fixed, else PROMPT_TOKENS."""
-    return model.backbone.prefix_len or PROMPT_TOKENS
+    """Tokens of a typical prompt: the backbone's prefix_len if it is fixed, else PROMPT_TOKENS."""
+    return model.backbone.prefix_len or min(PROMPT_TOKENS, model.backbone.max_prefix_len)
 
 
 # ---- FLOPs ---------------------------------------------------------------------------------------
@@ -305,12 +308,24 @@ def flops_per_step(
 ) -> tuple[int, int]:
     """(image tokens, FLOPs) of one optimizer step over all ranks.
 
-    prompt_len: tokens of the prompts; None is the backbone's fixed number, or a guess.
+    prompt_len: tokens of the prompts with padding; None is the backbone's fixed number, or a guess.
     recomputed: see `SampleFlops`.
     """
     flops = SampleFlops(recipe, recomputed=recomputed)
     per_sample = flops(prompt_len or flops.typical_prompt_len)
     return recipe.data.batch_size * flops.num_tokens, recipe.data.batch_size * per_sample
+
+
+def _longest_prompt_line(recipe: Recipe, model) -> list[str]:
+    """FLOPs of a step whose prompts are padded to the limit; nothing where their length is fixed."""
+    if model.backbone.prefix_len:
+        return []
+    longest = model.backbone.max_prefix_len
+    _, flops = flops_per_step(recipe, prompt_len=longest)
+    return [
+        f"             {flops:.3g} FLOPs with {longest}, the most that a prompt has (longer ones are cut, or "
+        "refused: data.long_prompts)"
+    ]
 
 
 # ---- report --------------------------------------------------------------------------------------
@@ -336,7 +351,8 @@ def report(recipe: Recipe, *, activations: bool = True) -> str:
         *_memory_lines(recipe, model, counts, activations),
         f"step         {recipe.data.batch_size} images, {tokens:,} image tokens, "
         f"{tokens * model.window:,} predictions",
-        f"             {flops:.3g} FLOPs with {prompt_tokens(model)} prompt tokens an image",
+        f"             {flops:.3g} FLOPs with {prompt_tokens(model)} prompt tokens an image, with padding",
+        *_longest_prompt_line(recipe, model),
         _run_line(recipe, tokens, flops),
         _disk_line(recipe, counts),
     ]
@@ -376,6 +392,11 @@ def _memory_lines(recipe: Recipe, model, counts: dict[str, int], activations: bo
         notes.append(
             "peak = weights + gradients + optimizer + the larger of (buffers + activations) and update"
         )
+        if not model.backbone.prefix_len:
+            notes.append(
+                f"activations: with prompts padded to {model.backbone.max_prefix_len} tokens, the limit; a "
+                "batch is padded to its longest prompt"
+            )
     if recipe.zero.stage == 3 and recipe.train.sample_every:
         weights = (counts["backbone"] + counts["tensorar"]) * (2 if recipe.train.precision == "bf16" else 4)
         notes.append(
