@@ -5,6 +5,8 @@
         the same for other programs
     python data_tools/check_shards.py data/mine --repair data/clean
         write the good samples as a new set, and list what was dropped
+    python data_tools/check_shards.py data/mine --recipe recipes/janus_pro_1b.yaml
+        also count the captions with more tokens than the recipe's backbone takes
 
 It checks the manifest; each shard's digest, structure and number of samples; each picture,
 caption or class number, json, codes and text features; and that no key occurs twice. Every
@@ -12,6 +14,8 @@ problem is listed with shard and key. Pictures that occur more than once are cou
 
 The exit code is 2 when something is wrong; with --repair 0 once the clean set is written.
 """
+
+from __future__ import annotations
 
 import sys
 from pathlib import Path
@@ -21,9 +25,10 @@ if __name__ == "__main__":  # Python puts a script's own folder here; imports st
 
 import argparse
 import hashlib
+import heapq
 import json
 import os
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from tqdm import tqdm
 
@@ -55,7 +60,12 @@ from mmtensorar.data.shards import (
 )
 from mmtensorar.files import sha256, write_text
 
+if TYPE_CHECKING:
+    from mmtensorar.model.conditions import CaptionEncoder
+
 DROPPED = "dropped.jsonl"
+NUM_LONGEST = 5  # captions that the report names
+NUM_NAMED = 20  # prompts longer than the limit that are printed; the report names all
 
 
 class Problem(NamedTuple):
@@ -70,11 +80,14 @@ class GoodRead(NamedTuple):
     """A sample that could be read.
 
     number: of the sample in its shard. picture: digest of the encoded picture, if there is one.
+    num_chars: of its caption. excess: how far its prompt exceeds the limit of --recipe.
     """
 
     number: int
     key: str
     picture: str | None
+    num_chars: int
+    excess: str | None
 
 
 class CheckedShard(NamedTuple):
@@ -94,12 +107,18 @@ class Duplicate(NamedTuple):
 
 
 class CheckedSet(NamedTuple):
-    """The result for a whole set. good: shard -> numbers of its good samples."""
+    """The result for a whole set. good: shard -> numbers of its good samples.
+
+    longest: the samples with the longest captions, longest first. too_long: those whose prompt is
+    longer than the limit of --recipe; None without it. Both with their shards.
+    """
 
     num_read: int
     problems: tuple[Problem, ...]
     duplicates: tuple[Duplicate, ...]
     good: dict[str, list[int]]
+    longest: tuple[tuple[str, GoodRead], ...]
+    too_long: tuple[tuple[str, GoodRead], ...] | None
 
 
 # ---- one sample ------------------------------------------------------------------------------
@@ -165,7 +184,9 @@ def check_class(caption: str, where: str, classes: tuple[str, ...] | None) -> No
 # ---- one shard -------------------------------------------------------------------------------
 
 
-def check_shard(folder: Path, shard: Shard, manifest: Manifest) -> CheckedShard:
+def check_shard(
+    folder: Path, shard: Shard, manifest: Manifest, caption_encoder: CaptionEncoder | None
+) -> CheckedShard:
     """Check one shard, up to the point where it can no longer be read."""
     path = folder / shard.name
     problems: list[Problem] = []
@@ -189,7 +210,10 @@ def check_shard(folder: Path, shard: Shard, manifest: Manifest) -> CheckedShard:
             problems += [
                 Problem(shard.name, sample.key, text) for text in sample_problems(sample, where, manifest)
             ]
-            read.append(GoodRead(number, sample.key, _picture_digest(sample)))
+            caption = sample.members.get("txt", b"").decode(errors="replace").strip()
+            excess = caption_encoder and caption_encoder.excess(caption)
+            words = None if excess is None else str(excess)
+            read.append(GoodRead(number, sample.key, _picture_digest(sample), len(caption), words))
     num_samples = len(starts) - 1
     if damage is not None:
         missing = shard.num_samples - num_samples
@@ -210,9 +234,11 @@ def _picture_digest(sample: Sample) -> str | None:
 # ---- the whole set ---------------------------------------------------------------------------
 
 
-def check(folder: Path, manifest: Manifest, workers: int) -> CheckedSet:
-    """Check all shards of a set, in several processes."""
-    tasks = [(folder, shard, manifest) for shard in manifest.shards]
+def check(
+    folder: Path, manifest: Manifest, workers: int, caption_encoder: CaptionEncoder | None = None
+) -> CheckedSet:
+    """Check all shards of a set, in several processes. caption_encoder: that of --recipe."""
+    tasks = [(folder, shard, manifest, caption_encoder) for shard in manifest.shards]
     checked_shards: dict[str, CheckedShard] = {}
     with tqdm(desc="checking", unit=" samples", total=manifest.num_samples, disable=None) as progress:
         for checked in in_processes(check_shard, tasks, workers):
@@ -242,8 +268,10 @@ def check(folder: Path, manifest: Manifest, workers: int) -> CheckedSet:
             good[shard.name].append(sample.number)
             if (first := key_of_picture.setdefault(sample.picture, sample.key)) != sample.key:
                 duplicates.append(Duplicate(shard.name, sample, first))
-    num_read = sum(len(checked.read) for checked in checked_shards.values())
-    return CheckedSet(num_read, tuple(problems), tuple(duplicates), good)
+    read = [(shard.name, sample) for shard in manifest.shards for sample in checked_shards[shard.name].read]
+    longest = heapq.nlargest(NUM_LONGEST, read, key=lambda pair: pair[1].num_chars)
+    too_long = None if caption_encoder is None else tuple(pair for pair in read if pair[1].excess)
+    return CheckedSet(len(read), tuple(problems), tuple(duplicates), good, tuple(longest), too_long)
 
 
 def report(folder: Path, manifest: Manifest, checked: CheckedSet) -> dict:
@@ -262,6 +290,15 @@ def report(folder: Path, manifest: Manifest, checked: CheckedSet) -> dict:
         "duplicates": [
             {"shard": duplicate.shard, "key": duplicate.sample.key, "same_as": duplicate.same_as}
             for duplicate in checked.duplicates
+        ],
+        "longest_captions": [
+            {"shard": shard, "key": sample.key, "characters": sample.num_chars}
+            for shard, sample in checked.longest
+        ],
+        "too_long": None
+        if checked.too_long is None
+        else [
+            {"shard": shard, "key": sample.key, "prompt": sample.excess} for shard, sample in checked.too_long
         ],
     }
 
@@ -282,6 +319,12 @@ def summary(folder: Path, manifest: Manifest, checked: CheckedSet) -> str:
         facts.append(f"text features of {text_features.text_encoder}")
     if checked.duplicates:
         facts.append(f"{len(checked.duplicates)} duplicate pictures")
+    if checked.longest and not manifest.classes:
+        _, sample = checked.longest[0]
+        facts.append(f"longest caption {sample.num_chars} characters (sample {sample.key})")
+    if checked.too_long is not None:
+        noun = "prompt" if len(checked.too_long) == 1 else "prompts"
+        facts.append(f"{len(checked.too_long) or 'no'} {noun} longer than the recipe's limit")
     facts.append(f"{len(checked.problems) or 'no'} problems")
     return ", ".join(facts)
 
@@ -369,6 +412,16 @@ def check_writable(path: Path) -> None:
         raise ValueError(f"{path}: choose another name; this one is a folder, or a shard set's")
 
 
+def caption_encoder_of(recipe: Path | None) -> CaptionEncoder | None:
+    """The caption encoder of the recipe's backbone. Raises ValueError when the recipe is invalid."""
+    if recipe is None:
+        return None
+    from mmtensorar import backbones  # imports torch
+    from mmtensorar.recipe import Recipe
+
+    return backbones.caption_encoder(Recipe.load(recipe).backbone)
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     assert __doc__ is not None
     description, _, epilog = __doc__.partition("\n\n")
@@ -388,6 +441,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--drop-duplicates", action="store_true", help="with --repair: keep only the first of equal pictures"
     )
+    parser.add_argument(
+        "--recipe", type=Path, metavar="YAML", help="count the prompts that are too long for its backbone"
+    )
     options = parser.parse_args(arguments)
     if options.drop_duplicates and options.repair is None:
         parser.error("--drop-duplicates goes with --repair")
@@ -403,9 +459,12 @@ def main(arguments: list[str] | None = None) -> int:
     if options.repair is not None:
         Staging.recover(options.repair)
     manifest = Manifest.read(folder, complete=False)
-    checked = check(folder, manifest, options.workers)
+    checked = check(folder, manifest, options.workers, caption_encoder_of(options.recipe))
     for problem in checked.problems:
         print(f"error: {problem.text}", file=sys.stderr)
+    for shard, sample in (checked.too_long or ())[:NUM_NAMED]:
+        where = f"{folder / shard}: sample {sample.key}"
+        print(f"note: {where}: the prompt has {sample.excess}", file=sys.stderr)
     print(summary(folder, manifest, checked))
     if options.report is not None:
         write_text(options.report, json.dumps(report(folder, manifest, checked), indent=1) + "\n")

@@ -5,8 +5,9 @@
 
 For text-conditional LlamaGen. Training reads the features with data.text_features=cached, and
 then needs no text encoder. Encoder, cleaning and number of tokens must be those of the
-recipe; training refuses any others. The encoder computes as in training (in bf16 on a GPU, in
-float32 on a CPU), because T5's activations overflow in float16; its output fits into float16.
+recipe; training refuses any others. Longer captions are cut, counted and named. The encoder
+computes as in training (in bf16 on a GPU, in float32 on a CPU), because T5's activations
+overflow in float16; its output fits into float16.
 
 In training, the loaders hold data.shuffle samples in memory, and at least one per row of a
 batch. flan-t5-xl's features take up to 0.5 MB per sample: lower data.shuffle if memory is short.
@@ -28,20 +29,50 @@ from itertools import islice
 from typing import get_args
 
 import numpy as np
+from tqdm import tqdm
 
 from data_tools.argument_types import positive
 from data_tools.rewrite_shards import join_ranks, pick_device, print_once, read_set, rewrite
 from mmtensorar import ranks
 from mmtensorar.captions.encoders import Cleaning, T5Features, encoder_hash, encoder_width
+from mmtensorar.captions.limits import excesses
 from mmtensorar.cli import command
 from mmtensorar.data import tars
 from mmtensorar.data.members import check_features, decode_caption, encode_features
 from mmtensorar.data.shards import Sample, Shard, TextFeatures, iterate_shard
+from mmtensorar.model.conditions import Excess
 from mmtensorar.processes import exit_process
+
+NUM_NAMED = 5  # captions printed when they are cut; more are counted
+
+
+class CutCaptions:
+    """Prints the first captions of this process that are cut, and counts them all."""
+
+    def __init__(self):
+        self.count = 0
+
+    def add(self, where: str, excess: Excess) -> None:
+        """One more. where: its shard and sample."""
+        self.count += 1
+        if self.count <= NUM_NAMED:
+            tqdm.write(f"note: {where}: the caption has {excess}, so it is cut", file=sys.stderr)
+
+    def report(self) -> None:
+        """Print how many there were, if any."""
+        if self.count:
+            verb = "caption was" if self.count == 1 else "captions were"
+            print(f"note: {self.count} {verb} longer than --max-tokens and cut", file=sys.stderr)
 
 
 def encode_samples(
-    samples: Iterable[Sample], path: Path, encoder: T5Features, expected: TextFeatures, *, batch_size: int
+    samples: Iterable[Sample],
+    path: Path,
+    encoder: T5Features,
+    expected: TextFeatures,
+    *,
+    batch_size: int,
+    cut: CutCaptions,
 ) -> Iterator[Sample]:
     """Samples, each with its features as the last member.
 
@@ -51,11 +82,14 @@ def encode_samples(
         encoder: Encodes the captions.
         expected: The manifest's entry, see features_of.
         batch_size: Captions encoded at a time.
+        cut: Receives the captions that are cut.
     """
     samples = iter(samples)
     while batch := list(islice(samples, batch_size)):
         names = [f"{path}: sample {sample.key}" for sample in batch]
         captions = [_caption(sample, name) for sample, name in zip(batch, names, strict=True)]
+        for number, excess in excesses(encoder, captions):
+            cut.add(names[number], excess)
         for sample, row, name in zip(batch, encoder.features(captions), names, strict=True):
             with np.errstate(over="ignore"):  # too large becomes infinite, which the check reports
                 features = row.numpy().astype(np.float16)
@@ -97,12 +131,15 @@ def encode(folder: Path, encoder: T5Features, *, batch_size: int) -> None:
     if manifest.text_features == expected:
         print_once(f"reusing {folder}: it has {name}")
     else:
+        cut = CutCaptions()
 
         def encoded(shard: Shard) -> Iterator[Sample]:
             samples = iterate_shard(folder, shard)
-            return encode_samples(samples, folder / shard.name, encoder, expected, batch_size=batch_size)
+            path = folder / shard.name
+            return encode_samples(samples, path, encoder, expected, batch_size=batch_size, cut=cut)
 
         rewrite(folder, manifest, encoded, desc="encoding", unit="captions", text_features=expected)
+        cut.report()
         print_once(f"{folder}: {manifest.num_samples} captions have {name}, cleaning {encoder.cleaning}")
     if ranks.is_first():
         size = sum(stored_bytes(folder / shard.name) for shard in manifest.shards)

@@ -11,10 +11,14 @@ from mmtensorar.data.shards import Codes, Sample, TextFeatures
 
 
 class Encoder(NamedTuple):
-    """entries: field -> value, for the manifest. encode: see build_stages.add_codes."""
+    """entries: field -> value, for the manifest. encode: see build_stages.add_codes.
+
+    report: prints, at the end, what is worth knowing.
+    """
 
     entries: dict[str, Codes | TextFeatures]
     encode: Callable[[Iterable[Sample], Path], Iterator[Sample]]
+    report: Callable[[], None] = lambda: None
 
 
 def load_encoders(options: argparse.Namespace, classes: tuple[str, ...] | None) -> Encoder | None:
@@ -39,7 +43,12 @@ def load_encoders(options: argparse.Namespace, classes: tuple[str, ...] | None) 
             samples = encoder.encode(samples, path)
         return iter(samples)
 
-    return Encoder({key: value for encoder in encoders for key, value in encoder.entries.items()}, encode)
+    def report() -> None:
+        for encoder in encoders:
+            encoder.report()
+
+    entries = {key: value for encoder in encoders for key, value in encoder.entries.items()}
+    return Encoder(entries, encode, report)
 
 
 def load_text_encoder(options: argparse.Namespace) -> Encoder:
@@ -56,10 +65,11 @@ def load_text_encoder(options: argparse.Namespace) -> Encoder:
         cleaning=options.caption_cleaning,
     )
     expected = encode_text.features_of(encoder)
-    size = options.batch_size
+    settings: dict[str, Any] = {"batch_size": options.batch_size, "cut": (cut := encode_text.CutCaptions())}
     return Encoder(
         {"text_features": expected},
-        lambda samples, path: encode_text.encode_samples(samples, path, encoder, expected, batch_size=size),
+        lambda samples, path: encode_text.encode_samples(samples, path, encoder, expected, **settings),
+        cut.report,
     )
 
 

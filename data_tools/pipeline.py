@@ -199,6 +199,8 @@ class Build:
                     part = add_codes(staging.path, part, self.encoder.encode)
                 finished[part.name] = part
                 progress.update(part.num_items)
+        if self.encoder:
+            self.encoder.report()
         return [finished[name] for name in sorted(finished)]
 
     def left_out(self, parts: list[Part]) -> list[LeftOut]:
