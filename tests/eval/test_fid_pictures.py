@@ -311,7 +311,7 @@ def test_a_class_conditional_model_is_scored(tmp_path, class_ckpt, ckpt, weights
             "--num-images is 15; expected a multiple of the 7 classes",
         ),
         (["--ckpt", str(ckpt)], "this model takes captions"),
-        (["--images", str(tmp_path / "absent")], "absent is neither a folder nor an .npz file"),
+        (["--images", str(tmp_path / "absent")], "absent does not exist"),
     ):
         assert command.main([*given, *arguments]) == 2
         error = capsys.readouterr().err
