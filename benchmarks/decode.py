@@ -1,4 +1,5 @@
-"""Step times of our decoding compared with a reference's, on the same random weights.
+"""Step times of our decoding compared with a reference's, on the same random
+weights.
 
     python benchmarks/decode.py janus                            the reference is transformers' own generate
     python benchmarks/decode.py llamagen --reference CHECKOUT    of github.com/FoundationVision/LlamaGen
@@ -161,7 +162,8 @@ def janus_pair(sizes: Sizes) -> Pair:
         options = {"generation_mode": "image", "guidance_scale": cfg_scale}
         return reference.generate(condition.values, attention_mask=mask, **options)
 
-    # Its generate always computes the unconditional rows. Ours does when the scale is not 1.
+    # Its generate always computes the unconditional rows. Ours does when the scale is
+    # not 1.
     side = Side(reference.model.language_model, generate)
     return Pair(backbone, side, conditions, [(1, 5.0), (8, 5.0)])
 

@@ -1,10 +1,11 @@
 """Speed and memory of this code on a CUDA card: python benchmarks/gpu.py [--size 1b]
 
 Weights are random, of the released models' shapes. Times are measured by CUDA events,
-memory is PyTorch's peak of allocated bytes, MFU is relative to a bfloat16 matrix product
-measured first. A part that fails (for example for lack of memory) prints a line with its
-error. Parts that have not started after --minutes are skipped and listed. On a machine
-without a GPU only `--size tiny` runs. Its times mean nothing; it shows that the script works.
+memory is PyTorch's peak of allocated bytes, MFU is relative to a bfloat16 matrix
+product measured first. A part that fails (for example for lack of memory) prints a line
+with its error. Parts that have not started after --minutes are skipped and listed. On a
+machine without a GPU only `--size tiny` runs. Its times mean nothing; it shows that the
+script works.
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
     python benchmarks/loading.py [--gib 1] [--ranks 2]
 
-It writes a random LlamaGen of --gib GiB (bfloat16, safetensors in four files) to a temporary
-folder, starts the ranks and measures how far the resident memory of each rank rises, from
-before it opens the files until its share of the weights is complete. The bound is 1.3
-times its share plus one of the files. For comparison, the same run measures one process that
-loads the complete model.
+It writes a random LlamaGen of --gib GiB (bfloat16, safetensors in four files) to a
+temporary folder, starts the ranks and measures how far the resident memory of each rank
+rises, from before it opens the files until its share of the weights is complete. The
+bound is 1.3 times its share plus one of the files. For comparison, the same run
+measures one process that loads the complete model.
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ def recipe(folder: Path):
 
 
 def memory_of_process(key: str) -> int:
-    """Bytes of this process: VmRSS, its resident memory now, or VmHWM, the peak of it."""
+    """Bytes of this process: VmRSS, its resident memory now, or VmHWM, the peak of
+    it.
+    """
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) * 1024
 

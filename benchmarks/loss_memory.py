@@ -1,11 +1,12 @@
-"""Memory and time of the loss over K offsets, compared with a loss that holds all logits at once.
+"""Memory and time of the loss over K offsets, compared with a loss that holds all
+logits at once.
 
     python benchmarks/loss_memory.py [--windows 1 2 4 8]
 
-It measures decoder, a head of one matrix and cross entropy, forward and backward, by default
-for 4 images of 576 tokens, width 1,024 and 16,384 codes. Each K runs in a process of its own,
-in which the two losses take turns. Memory is the largest rise of the process's resident
-memory, sampled every millisecond.
+It measures decoder, a head of one matrix and cross entropy, forward and backward, by
+default for 4 images of 576 tokens, width 1,024 and 16,384 codes. Each K runs in a
+process of its own, in which the two losses take turns. Memory is the largest rise of
+the process's resident memory, sampled every millisecond.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ MIB = 2**20
 
 
 class Sizes(NamedTuple):
-    """batch: B. tokens: T. dim: D. codes: V. rounds: turns of each loss; the best one counts."""
+    """batch: B.
+
+    tokens: T. dim: D. codes: V. rounds: turns of each loss; the best one counts.
+    """
 
     batch: int = 4
     tokens: int = 576
@@ -79,7 +83,10 @@ class HeadOnly(nn.Module):
 
 
 def naive(model: TensorAR, hidden: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
-    """[] the loss with all B * T * K rows of logits at once. Arguments: see `window_loss`."""
+    """[] the loss with all B * T * K rows of logits at once.
+
+    Arguments: see `window_loss`.
+    """
     logits = model.backbone.head(model.offset_states(hidden), targets[..., :0]).float()
     losses = functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
     losses_BTK = losses.view(targets.shape[:-1])
@@ -132,7 +139,8 @@ def measure_run(work: Callable[[], object]) -> Measured:
 def measure(window: int, sizes: Sizes) -> tuple[dict[str, Measured], float]:
     """The lowest memory and time of each loss, and how far their gradients differ.
 
-    The difference is the largest one, relative to the largest gradient of the same tensor.
+    The difference is the largest one, relative to the largest gradient of the same
+    tensor.
     """
     torch.manual_seed(0)
     backbone: Any = HeadOnly(sizes)

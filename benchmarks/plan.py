@@ -1,10 +1,11 @@
-"""The memory that a plan predicts, compared with what training uses: python benchmarks/plan.py
+"""The memory that a plan predicts, compared with what training uses:
+python benchmarks/plan.py
 
-It trains two sizes of a Janus with random weights in several ways, each in its own process on
-the CPU. It prints what `mmtensorar plan RECIPE` computes for one GPU, and how far the resident
-memory of the process rises in the third step, above what it was before the model was built.
-ZeRO's buckets are small here, because one rank fills little of them, and memory that is
-allocated but never touched is not resident on a CPU.
+It trains two sizes of a Janus with random weights in several ways, each in its own
+process on the CPU. It prints what `mmtensorar plan RECIPE` computes for one GPU, and
+how far the resident memory of the process rises in the third step, above what it was
+before the model was built. ZeRO's buckets are small here, because one rank fills little
+of them, and memory that is allocated but never touched is not resident on a CPU.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
-"""How long training waits while a run state is saved: python benchmarks/saving.py [--gib 0.3]
+"""How long training waits while a run state is saved:
+python benchmarks/saving.py [--gib 0.3]
 
-One rank trains a random LlamaGen under ZeRO-2. --gib is the size of its bfloat16 weights; the
-state is six times as large. It saves in turns: ours in the foreground, ours in the background,
-and DeepSpeed's own save_checkpoint with the SHA-256 of its files, which ours also computes.
-The fastest of a few rounds is printed for each. For the background it also prints the time
-until the run state was complete, while steps continued.
+One rank trains a random LlamaGen under ZeRO-2. --gib is the size of its bfloat16
+weights; the state is six times as large. It saves in turns: ours in the foreground,
+ours in the background, and DeepSpeed's own save_checkpoint with the SHA-256 of its
+files, which ours also computes. The fastest of a few rounds is printed for each. For
+the background it also prints the time until the run state was complete, while steps
+continued.
 """
 
 from __future__ import annotations

@@ -1,14 +1,16 @@
-"""Time of a training step, compared with a plain PyTorch loop and transformers' Trainer.
+"""Time of a training step, compared with a plain PyTorch loop and transformers'
+Trainer.
 
     python benchmarks/train_step.py
 
-Each trains one small Janus with random weights, in float32, on the same batch (prompts of
-several lengths), in turns in one process; the fastest of a few rounds of each is compared.
-Ours is the complete step of train.py (DeepSpeed's engine, without ZeRO, clipping included), at
-K=1 and K=4. At K=1 all compute the same loss, which is checked. Ours and
-Trainer use torch's fused AdamW. The plain loop is measured twice: with the AdamW that torch
-chooses by default, and with the fused one. Also measured: ours with train.compile, ours with
-selective activation checkpointing, and reading a batch of cached codes from shards.
+Each trains one small Janus with random weights, in float32, on the same batch (prompts
+of several lengths), in turns in one process; the fastest of a few rounds of each is
+compared. Ours is the complete step of train.py (DeepSpeed's engine, without ZeRO,
+clipping included), at K=1 and K=4. At K=1 all compute the same loss, which is checked.
+Ours and Trainer use torch's fused AdamW. The plain loop is measured twice: with the
+AdamW that torch chooses by default, and with the fused one. Also measured: ours with
+train.compile, ours with selective activation checkpointing, and reading a batch of
+cached codes from shards.
 """
 
 from __future__ import annotations

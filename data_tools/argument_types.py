@@ -1,4 +1,6 @@
-"""Types of command-line arguments: text -> value, or an ArgumentTypeError that says what is expected."""
+"""Types of command-line arguments: text -> value, or an ArgumentTypeError that says
+what is expected.
+"""
 
 from __future__ import annotations
 

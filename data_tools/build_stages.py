@@ -1,10 +1,10 @@
 """A shard set is made in two stages, so that work can be interrupted at any time.
 
-First the items, in their order, are cut into parts with equal numbers of items. Each part
-becomes a tar, and a record of what was kept, and of what was left out and why. Then the records
-alone decide which shard gets which samples: duplicates are left out, and a validation split is
-set aside. A shard that is exactly one part is that part, renamed. The result is the same for
-any number of workers.
+First the items, in their order, are cut into parts with equal numbers of items. Each
+part becomes a tar, and a record of what was kept, and of what was left out and why.
+Then the records alone decide which shard gets which samples: duplicates are left out,
+and a validation split is set aside. A shard that is exactly one part is that part,
+renamed. The result is the same for any number of workers.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ from mmtensorar.files import move, write_text
 class SetSettings:
     """How samples are put into sets. bytes_per_shard: 0 counts samples instead.
 
-    validation_share: 0 makes no validation set. deduplicate: samples, pictures or False.
+    validation_share: 0 makes no validation set. deduplicate: samples, pictures or
+    False.
     on_error: raise or skip.
     """
 
@@ -52,8 +53,8 @@ class SetSettings:
 class Kept(NamedTuple):
     """One sample of a part.
 
-    number: of its item in the order of the set. num_bytes: in the tar. digest, picture: see
-    MadeSample.
+    number: of its item in the order of the set. num_bytes: in the tar. digest, picture:
+    see MadeSample.
     """
 
     number: int
@@ -73,8 +74,8 @@ class LeftOut(NamedTuple):
 class Part(NamedTuple):
     """The record of one part.
 
-    sha256: of the tar; None when nothing was kept. coded: whether the samples already have
-    their codes and text features.
+    sha256: of the tar; None when nothing was kept. coded: whether the samples already
+    have their codes and text features.
     """
 
     name: str
@@ -93,7 +94,9 @@ class Part(NamedTuple):
 
     @classmethod
     def read(cls, folder: Path, name: str) -> Part | None:
-        """The record of a name; None when the part is not finished: records are written last."""
+        """The record of a name; None when the part is not finished: records are written
+        last.
+        """
         path = folder / f"{name}.json"
         if not path.is_file():
             return None
@@ -121,7 +124,8 @@ def make_part(
         first: Number of its first item in the set; keys are counted from it.
         items: Items of the part.
         settings: How samples are made.
-        skip_errors: Leave damaged items out instead of raising ValueError, which names the item.
+        skip_errors: Leave damaged items out instead of raising ValueError, which names
+            the item.
     """
     digests: list[tuple[int, str, str]] = []
     left_out: list[LeftOut] = []
@@ -220,7 +224,10 @@ def is_validation(picture: str, share: float) -> bool:
 
 
 class Selection(NamedTuple):
-    """Some samples of a part, by their indices in it. is_whole: whether these are all of them."""
+    """Some samples of a part, by their indices in it.
+
+    is_whole: whether these are all of them.
+    """
 
     part: str
     indices: tuple[int, ...]

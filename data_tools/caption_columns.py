@@ -1,4 +1,6 @@
-"""Counts of the caption columns that the rows of a source have, so that a wrong name is found."""
+"""Counts of the caption columns that the rows of a source have, so that a wrong name is
+found.
+"""
 
 from __future__ import annotations
 

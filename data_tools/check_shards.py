@@ -8,12 +8,14 @@
     python data_tools/check_shards.py data/mine --recipe recipes/janus_pro_1b.yaml
         also count the captions with more tokens than the recipe's backbone takes
 
-It checks the manifest; each shard's digest, structure and number of samples; each picture,
-caption or class number, json, codes and text features; and that no key occurs twice. Every
-problem is listed with shard and key. Pictures that occur more than once are counted, and
-so are captions of which the cleaning of the text features left nothing.
+It checks the manifest; each shard's digest, structure and number of samples; each
+picture, caption or class number, json, codes and text features; and that no key occurs
+twice. Every problem is listed with shard and key. Pictures that occur more than once
+are counted, and so are captions of which the cleaning of the text features left
+nothing.
 
-The exit code is 2 when something is wrong; with --repair 0 once the clean set is written.
+The exit code is 2 when something is wrong; with --repair 0 once the clean set is
+written.
 """
 
 from __future__ import annotations
@@ -75,7 +77,10 @@ NUM_NAMED = 20  # prompts longer than the limit that are printed; the report nam
 
 
 class Problem(NamedTuple):
-    """One problem. key: of the sample; None when the whole shard has it. text: names shard and key."""
+    """One problem.
+
+    key: of the sample; None when the whole shard has it. text: names shard and key.
+    """
 
     shard: str
     key: str | None
@@ -85,7 +90,8 @@ class Problem(NamedTuple):
 class GoodRead(NamedTuple):
     """A sample that could be read.
 
-    number: of the sample in its shard. picture: digest of the encoded picture, if there is one.
+    number: of the sample in its shard. picture: digest of the encoded picture, if there
+    is one.
     num_chars: of its caption. excess: how far its prompt exceeds the limit of --recipe.
     """
 
@@ -99,8 +105,8 @@ class GoodRead(NamedTuple):
 class CheckedShard(NamedTuple):
     """The result for one shard.
 
-    read: the samples that could be read. emptied: those whose text features hold no text,
-    see is_emptied.
+    read: the samples that could be read. emptied: those whose text features hold no
+    text, see is_emptied.
     """
 
     shard: Shard
@@ -110,7 +116,10 @@ class CheckedShard(NamedTuple):
 
 
 class Duplicate(NamedTuple):
-    """A sample whose picture occurred before. same_as: key of the first sample with that picture."""
+    """A sample whose picture occurred before.
+
+    same_as: key of the first sample with that picture.
+    """
 
     shard: str
     sample: GoodRead
@@ -120,10 +129,11 @@ class Duplicate(NamedTuple):
 class CheckedSet(NamedTuple):
     """The result for a whole set.
 
-    good: shard -> numbers of its good samples. emptied: samples whose text features hold no
-    text. They are what the set's caption cleaning makes, and no damage. longest: the samples with
-    the longest captions, longest first. too_long: those whose prompt is longer than the limit of
-    --recipe; None without it. Both with their shards.
+    good: shard -> numbers of its good samples. emptied: samples whose text features
+    hold no text. They are what the set's caption cleaning makes, and no damage.
+    longest: the samples with the longest captions, longest first. too_long: those whose
+    prompt is longer than the limit of --recipe; None without it. Both with their
+    shards.
     """
 
     num_read: int
@@ -179,7 +189,9 @@ def _check_features(sample: Sample, where: str, manifest: Manifest) -> None:
 
 
 def is_emptied(sample: Sample, manifest: Manifest) -> bool:
-    """Whether the caption cleaning of the text features leaves nothing of a sample's caption."""
+    """Whether the caption cleaning of the text features leaves nothing of a sample's
+    caption.
+    """
     if manifest.text_features is None or not {"txt", "t5.npy"} <= sample.members.keys():
         return False
     try:
@@ -203,7 +215,9 @@ def _check_presence(sample: Sample, where: str, member: str, name: str, expected
 
 
 def check_class(caption: str, where: str, classes: tuple[str, ...] | None) -> None:
-    """Raise ValueError when the set has classes, and the caption is not the number of a class."""
+    """Raise ValueError when the set has classes, and the caption is not the number of a
+    class.
+    """
     if classes is None:
         return
     if not (caption.isdecimal() and len(caption) < 20 and int(caption) < len(classes)):
@@ -272,7 +286,10 @@ def _picture_digest(sample: Sample) -> str | None:
 def check(
     folder: Path, manifest: Manifest, workers: int, caption_encoder: CaptionEncoder | None = None
 ) -> CheckedSet:
-    """Check all shards of a set, in several processes. caption_encoder: that of --recipe."""
+    """Check all shards of a set, in several processes.
+
+    caption_encoder: that of --recipe.
+    """
     tasks = [(folder, shard, manifest, caption_encoder) for shard in manifest.shards]
     checked_shards: dict[str, CheckedShard] = {}
     with tqdm(desc="checking", unit=" samples", total=manifest.num_samples, disable=None) as progress:
@@ -422,7 +439,10 @@ def repair(
 def _write_good_shards(
     folder: Path, staging: Staging, numbers: dict[str, list[int]], workers: int
 ) -> tuple[Shard, ...]:
-    """numbers: shard -> its samples that are written. Returns the new shards, sorted."""
+    """numbers: shard -> its samples that are written.
+
+    Returns the new shards, sorted.
+    """
     tasks, finished = [], {}
     for name, kept in numbers.items():
         if shard := staging.finished(name):
@@ -452,7 +472,10 @@ def check_writable(path: Path) -> None:
 
 
 def caption_encoder_of(recipe: Path | None) -> CaptionEncoder | None:
-    """The caption encoder of the recipe's backbone. Raises ValueError when the recipe is invalid."""
+    """The caption encoder of the recipe's backbone.
+
+    Raises ValueError when the recipe is invalid.
+    """
     if recipe is None:
         return None
     from mmtensorar import backbones  # imports torch

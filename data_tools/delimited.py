@@ -28,7 +28,10 @@ class Row(NamedTuple):
 
 
 def plain_rows(lines: Iterable[Line], delimiter: str) -> Iterator[Row]:
-    """Rows without quoting: a line is a row, and a quote is a character. Empty lines are left out."""
+    """Rows without quoting: a line is a row, and a quote is a character.
+
+    Empty lines are left out.
+    """
     for line in lines:
         if line.problem is not None or line.text:
             yield Row(line.number, line.text.split(delimiter), line.problem)
@@ -37,7 +40,8 @@ def plain_rows(lines: Iterable[Line], delimiter: str) -> Iterator[Row]:
 def quoted_rows(
     lines: Iterable[Line], delimiter: str, is_row: IsRow, *, strict: bool = True
 ) -> Iterator[Row]:
-    """Rows whose cells may be in quotes, and then hold delimiters, line ends and doubled quotes.
+    """Rows whose cells may be in quotes, and then hold delimiters, line ends and
+    doubled quotes.
 
     Empty lines are left out.
 
@@ -102,7 +106,9 @@ def _quoted_row(
 
 
 def _one_line(text: str, delimiter: str) -> list[str]:
-    """The cells of a row that one line holds; none when it may go on, or cannot be read."""
+    """The cells of a row that one line holds; none when it may go on, or cannot be
+    read.
+    """
     if '"' not in text and "\r" not in text and len(text) <= MAX_CELL:
         return text.split(delimiter) if text else []
     try:
@@ -124,14 +130,18 @@ def _lenient(text: str, delimiter: str) -> list[str]:
 
 
 class Quoting(NamedTuple):
-    """is_used: whether quotes are read as quoting. num_unpaired: rows whose quotes do not pair up."""
+    """is_used: whether quotes are read as quoting.
+
+    num_unpaired: rows whose quotes do not pair up.
+    """
 
     is_used: bool
     num_unpaired: int
 
 
 def quoting_of(lines: Iterable[Line], delimiter: str, num_cells: int) -> Quoting:
-    """Whether the rows of a file without a standard, such as TSV, are quoted consistently.
+    """Whether the rows of a file without a standard, such as TSV, are quoted
+    consistently.
 
     Without quoting, a cell that begins with a quote is common. So the file is read in
     both ways. It is quoted when all its quotes pair up and no more rows have a wrong

@@ -1,4 +1,6 @@
-"""make_shards.py --dry-run: try the first items, write nothing, and estimate the set."""
+"""make_shards.py --dry-run: try the first items, write nothing, and estimate the
+set.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ NUM_EXAMPLES = 3  # captions that are printed
 
 
 def show(source: ListedSource, samples: SampleSettings, settings: SetSettings, out: Path) -> None:
-    """Print how many of the first items would be kept, why not, and what the set would be.
+    """Print how many of the first items would be kept, why not, and what the set would
+    be.
 
     Args:
         source: The source whose items are tried.

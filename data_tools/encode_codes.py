@@ -1,4 +1,5 @@
-"""Add image codes to shards: a codes.npy member for each sample, uint16 [A, T, F] of A crops.
+"""Add image codes to shards: a codes.npy member for each sample, uint16 [A, T, F] of A
+crops.
 
     mmtensorar shards encode-codes data/mine --image-tokenizer deepseek-community/Janus-Pro-7B
     mmtensorar shards encode-codes data/imagenet --name llamagen_vq \\
@@ -6,14 +7,14 @@
     torchrun --nproc-per-node 8 data_tools/encode_codes.py data/mine \\
         --image-tokenizer deepseek-community/Janus-Pro-7B
 
-Without --crops the pictures are encoded as they are, and must have the image tokenizer's
-size. With 2 crops the mirror image is added. With 5 the pictures must be larger: the crops
-are the four corners and the centre; with 10 the mirror image of each is added. Training draws
-one of the crops each time.
+Without --crops the pictures are encoded as they are, and must have the image
+tokenizer's size. With 2 crops the mirror image is added. With 5 the pictures must be
+larger: the crops are the four corners and the centre; with 10 the mirror image of each
+is added. Training draws one of the crops each time.
 
-Codes of another image tokenizer are replaced. The set stays as it was until all shards are
-encoded. An interrupted run resumes when the same command is given again, on any number of
-ranks.
+Codes of another image tokenizer are replaced. The set stays as it was until all shards
+are encoded. An interrupted run resumes when the same command is given again, on any
+number of ranks.
 """
 
 from __future__ import annotations
@@ -51,9 +52,9 @@ if TYPE_CHECKING:
 def crops_of(pixels: Tensor, size: int, num: int) -> Tensor:
     """Cut crops from a picture.
 
-    They are the corners and the centre, or the centre alone, then the mirror images of these.
-    The ten are those of LlamaGen's extract_codes_c2i.py (FoundationVision/LlamaGen at
-    5a50452), which uses torchvision's TenCrop.
+    They are the corners and the centre, or the centre alone, then the mirror images of
+    these. The ten are those of LlamaGen's extract_codes_c2i.py
+    (FoundationVision/LlamaGen at 5a50452), which uses torchvision's TenCrop.
 
     Args:
         pixels: [3, H, H].
@@ -77,7 +78,9 @@ def crops_of(pixels: Tensor, size: int, num: int) -> Tensor:
 def pictures(
     samples: Iterable[Sample], path: Path, *, image_size: int, batch_size: int, threads: int | None = None
 ) -> Iterator[tuple[list[Sample], list[Image.Image]]]:
-    """Batches of samples with their pictures. The next batch is decoded in the background.
+    """Batches of samples with their pictures.
+
+    The next batch is decoded in the background.
 
     Args:
         samples: Samples of a shard.
@@ -146,7 +149,10 @@ def encode_samples(
 
 
 def codes_of(image_tokenizer, *, crops: int, precision: str) -> Codes:
-    """The manifest's entry. Raises ValueError when codes.npy cannot hold the codebook."""
+    """The manifest's entry.
+
+    Raises ValueError when codes.npy cannot hold the codebook.
+    """
     if max(image_tokenizer.factor_sizes) > 2**16:
         raise ValueError(
             f"codebook of {max(image_tokenizer.factor_sizes)} codes: codes.npy holds at most {2**16}"

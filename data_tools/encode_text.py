@@ -1,20 +1,23 @@
-"""Add text features to shards: a t5.npy member for each sample, float16 [P, C] of P caption tokens.
+"""Add text features to shards: a t5.npy member for each sample, float16 [P, C] of P
+caption tokens.
 
     mmtensorar shards encode-text data/mine --text-encoder google/flan-t5-xl
     torchrun --nproc-per-node 8 data_tools/encode_text.py data/mine --text-encoder google/flan-t5-xl
 
-For text-conditional LlamaGen. Training reads the features with data.text_features=cached, and
-then needs no text encoder. Encoder, cleaning and number of tokens must be those of the
-recipe; training refuses any others. Longer captions are cut, counted and named. The encoder
-computes as in training (in bf16 on a GPU, in float32 on a CPU), because T5's activations
-overflow in float16; its output fits into float16.
+For text-conditional LlamaGen. Training reads the features with
+data.text_features=cached, and then needs no text encoder. Encoder, cleaning and number
+of tokens must be those of the recipe; training refuses any others. Longer captions are
+cut, counted and named. The encoder computes as in training (in bf16 on a GPU, in
+float32 on a CPU), because T5's activations overflow in float16; its output fits into
+float16.
 
-In training, the loaders hold data.shuffle samples in memory, and at least one per row of a
-batch. flan-t5-xl's features take up to 0.5 MB per sample: lower data.shuffle if memory is short.
+In training, the loaders hold data.shuffle samples in memory, and at least one per row
+of a batch. flan-t5-xl's features take up to 0.5 MB per sample: lower data.shuffle if
+memory is short.
 
 Features of another encoder are replaced. The set stays as it was until all shards are
-encoded. An interrupted run resumes when the same command is given again, on any number of
-ranks.
+encoded. An interrupted run resumes when the same command is given again, on any number
+of ranks.
 """
 
 from __future__ import annotations
@@ -173,7 +176,9 @@ def encode(folder: Path, encoder: T5Features, *, batch_size: int) -> None:
 
 
 def emptied_note(num_emptied: int, cleaning: Cleaning) -> str:
-    """What to know about captions that were encoded, and of which the cleaning left nothing."""
+    """What to know about captions that were encoded, and of which the cleaning left
+    nothing.
+    """
     also = "; --caption-cleaning original_or_raw keeps them" if cleaning == "original" else ""
     return f"captions encoded now of which cleaning {cleaning} left nothing: {num_emptied}{also}"
 

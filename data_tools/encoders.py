@@ -1,4 +1,6 @@
-"""The encoders of make_shards.py: image codes and text features, added in the same pass."""
+"""The encoders of make_shards.py: image codes and text features, added in the same
+pass.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,8 @@ class Encoder(NamedTuple):
 def load_encoders(options: argparse.Namespace, classes: tuple[str, ...] | None) -> Encoder | None:
     """The encoders of --image-tokenizer and --text-encoder, one after the other.
 
-    None when neither option is given. classes: the set's class names, if its captions are class
-    numbers; text features then raise ValueError.
+    None when neither option is given. classes: the set's class names, if its captions
+    are class numbers; text features then raise ValueError.
     """
     encoders = [load_image_tokenizer(options)] if options.image_tokenizer else []
     if options.text_encoder:

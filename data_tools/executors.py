@@ -1,7 +1,8 @@
-"""Where the work of making shards runs: in processes of this machine, or on a Ray cluster.
+"""Where the work of making shards runs: in processes of this machine, or on a Ray
+cluster.
 
-An executor calls one function on each of many tasks, in any order, and yields the results as
-they come.
+An executor calls one function on each of many tasks, in any order, and yields the
+results as they come.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ Executor = Callable[[Callable[..., Any], Sequence[tuple], int], Iterator[Any]]
 def in_processes(function: Callable[..., Result], tasks: Sequence[tuple], workers: int) -> Iterator[Result]:
     """function(*task) for each task, in any order, in processes of this machine.
 
-    An error or an interrupt ends all workers at once. Raises ValueError when a worker was
-    killed.
+    An error or an interrupt ends all workers at once. Raises ValueError when a worker
+    was killed.
     """
     if workers == 1 or len(tasks) <= 1:
         yield from (function(*task) for task in tasks)
@@ -69,9 +70,9 @@ def end_with_parent() -> None:
 class OnRay:
     """An executor on the workers of Ray Data.
 
-    When a worker dies, Ray runs its task again on another one. What a task reads and writes must be
-    reachable from all machines of the cluster: in a shared folder, or at a URL. This
-    project's code is sent to the cluster, its libraries are not.
+    When a worker dies, Ray runs its task again on another one. What a task reads and
+    writes must be reachable from all machines of the cluster: in a shared folder, or at
+    a URL. This project's code is sent to the cluster, its libraries are not.
 
     Args:
         address: Address of a cluster; None starts Ray on this machine.
@@ -109,10 +110,14 @@ class OnRay:
     def __call__(
         self, function: Callable[..., Result], tasks: Sequence[tuple], workers: int
     ) -> Iterator[Result]:
-        """function(*task) for each task, in any order. A task's ValueError is raised here."""
+        """function(*task) for each task, in any order.
+
+        A task's ValueError is raised here.
+        """
         if not tasks:
             return
-        # One task per block: a block is the unit that Ray gives to a worker, and repeats.
+        # One task per block: a block is the unit that Ray gives to a worker, and
+        # repeats.
         rows = [{"task": pickle.dumps((function, task))} for task in tasks]
         data = self.ray.data.from_items(rows, override_num_blocks=len(rows)).map(_run_row)
         try:
@@ -138,7 +143,9 @@ def _own_packages() -> list[str]:
 
 
 def _check_reachable(address: str) -> None:
-    """Raise ValueError when nothing listens at HOST:PORT: Ray itself would try for many minutes."""
+    """Raise ValueError when nothing listens at HOST:PORT: Ray itself would try for many
+    minutes.
+    """
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():
         try:

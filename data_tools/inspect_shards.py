@@ -1,9 +1,11 @@
-"""Look at a shard folder: what is in it, and how its captions and pictures are distributed.
+"""Look at a shard folder: what is in it, and how its captions and pictures are
+distributed.
 
     mmtensorar shards inspect data/mine
     mmtensorar shards inspect data/mine --html sheet.html
 
---html writes a page with the same facts, and pictures from all over the set with their captions.
+--html writes a page with the same facts, and pictures from all over the set with their
+captions.
 """
 
 import sys
@@ -50,8 +52,9 @@ BINS = 12
 class Statistics(NamedTuple):
     """Numbers of a whole set.
 
-    words, picture_bytes, sides: for each sample, the words of its caption, the bytes of its
-    picture, and the picture's smaller side before cropping, in pixels (0 if unknown).
+    words, picture_bytes, sides: for each sample, the words of its caption, the bytes of
+    its picture, and the picture's smaller side before cropping, in pixels (0 if
+    unknown).
     members, captions: how often each occurs.
     """
 

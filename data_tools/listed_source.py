@@ -23,7 +23,8 @@ from mmtensorar.seeds import generator_for
 class ListedSource(NamedTuple):
     """The items of a set, in its order, with one caption each.
 
-    name: for the manifest. classes: names of the classes when captions are class numbers.
+    name: for the manifest. classes: names of the classes when captions are class
+    numbers.
     state: a hash of the stamps of its files; empty where they have none.
     notes: sentences about the source, for the end.
     """
@@ -99,8 +100,9 @@ def read_class_names(path: Path) -> dict[str, str]:
 class SourceDigest:
     """A hash that changes when the source does. It does not read the pictures.
 
-    It covers names, captions, metadata (with file sizes) and groups of the items, and the
-    locations that are URLs: a folder may be moved, but another URL has other content.
+    It covers names, captions, metadata (with file sizes) and groups of the items, and
+    the locations that are URLs: a folder may be moved, but another URL has other
+    content.
     """
 
     def __init__(self, locations: list[str]):
@@ -116,7 +118,9 @@ class SourceDigest:
 
 
 class Stamps:
-    """A hash of the stamps of items, see `sources.Item`: it changes when a picture is edited."""
+    """A hash of the stamps of items, see `sources.Item`: it changes when a picture is
+    edited.
+    """
 
     def __init__(self):
         self._digest = hashlib.sha256()
@@ -153,7 +157,10 @@ def choose_captions(item: Item, choice: str, seed: int) -> list[Item]:
 
 
 def shuffle_items(items: Items, seed: int) -> Items:
-    """The items in random order. Items of one group stay together, in random order within the group."""
+    """The items in random order.
+
+    Items of one group stay together, in random order within the group.
+    """
     rng = np.random.default_rng(seed)
     if len(items.groups) == 1:
         return items.select(rng.permutation(len(items)))

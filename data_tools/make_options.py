@@ -1,4 +1,6 @@
-"""The options of make_shards.py, in groups, and the rules about which may be combined."""
+"""The options of make_shards.py, in groups, and the rules about which may be
+combined.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ Sources = Mapping[str, Source]
 def parse(arguments: list[str] | None, *, description: str, epilog: str) -> argparse.Namespace:
     """Parse a command line.
 
-    Adds to the options: source, the kind of source, and location, the value of its option.
+    Adds to the options: source, the kind of source, and location, the value of its
+    option.
     """
     sources = known_sources()
     parser = Parser(
@@ -113,7 +116,9 @@ def _add_reading(parser: argparse.ArgumentParser, sources: Sources) -> None:
 
 
 def _own_arguments(sources: Sources) -> dict[str, Mapping[str, Any]]:
-    """The options that sources declare for themselves; several may declare the same one."""
+    """The options that sources declare for themselves; several may declare the same
+    one.
+    """
     return {option: settings for source in sources.values() for option, settings in source.arguments.items()}
 
 

@@ -1,4 +1,5 @@
-"""Make shards of images and captions, in WebDataset's layout (see mmtensorar/data/shards.py).
+"""Make shards of images and captions, in WebDataset's layout (see
+mmtensorar/data/shards.py).
 
     mmtensorar shards make --folder my_images --out data/mine
         a.jpg with its caption in a.txt or a.json, at any depth
@@ -15,8 +16,8 @@
         one sub-folder per class
     mmtensorar shards make --synthesize shapes --num-samples 4096 --out data/shapes
 
-The same arguments give the same bytes, for any number of workers. A finished set is reused.
-An interrupted run resumes when the same command is given again.
+The same arguments give the same bytes, for any number of workers. A finished set is
+reused. An interrupted run resumes when the same command is given again.
 """
 
 import sys

@@ -191,7 +191,9 @@ class Build:
         return same
 
     def changed_item(self, out: Path, manifest: Manifest) -> str | None:
-        """The name of an item whose picture is another one in a set; None when there is none."""
+        """The name of an item whose picture is another one in a set; None when there is
+        none.
+        """
         print(f"{out}: the times of the source's files are other ones; comparing the pictures")
         left_out = out / LEFT_OUT
         try:
@@ -306,7 +308,8 @@ class Build:
                 finished[path.name] = shard
             else:
                 tasks.append((from_folder, path, selections))
-        # Moving local parts takes no time, so that neither workers nor a progress bar are needed.
+        # Moving local parts takes no time, so that neither workers nor a progress bar
+        # are needed.
         regroups = not all(map(is_one_part, plan))
         is_slow = regroups or not is_local(staging.path)
         execute, workers = (self.executor, self.workers) if is_slow else (in_processes, 1)

@@ -1,8 +1,8 @@
 """Whether a set that exists still has the pictures of its source.
 
-A manifest records the state of the source: a hash of the times at which its files were written.
-When the state differs (files were edited, or only copied), or is missing (sets made before it
-was recorded), every sample is made again in memory and compared.
+A manifest records the state of the source: a hash of the times at which its files were
+written. When the state differs (files were edited, or only copied), or is missing (sets
+made before it was recorded), every sample is made again in memory and compared.
 """
 
 from __future__ import annotations

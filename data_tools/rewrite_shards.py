@@ -1,4 +1,6 @@
-"""Replace every shard of a set, in one process or over the ranks of a launcher (torchrun, deepspeed)."""
+"""Replace every shard of a set, in one process or over the ranks of a launcher
+(torchrun, deepspeed).
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,8 @@ def join_ranks() -> None:
     import torch
 
     if not torch.distributed.is_initialized():
-        # Shards differ in size, so that a rank may wait for hours at the end. A rank that
-        # fails ends, and the launcher then ends the others.
+        # Shards differ in size, so that a rank may wait for hours at the end. A rank
+        # that fails ends, and the launcher then ends the others.
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
     if not torch.cuda.is_available():
         torch.set_num_threads(ranks.cores_per_rank())
@@ -78,14 +80,19 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def check_set(folder: Path) -> None:
-    """Raise ValueError, before torch is imported, for a folder that is not a shard set."""
+    """Raise ValueError, before torch is imported, for a folder that is not a shard
+    set.
+    """
     # Until an interrupted replacement is finished (read_set), a set has no manifest.
     if not any(folder.glob(f"{Staging.PREFIX}*/{MANIFEST}")):
         Manifest.read(folder, complete=False)
 
 
 def read_set(folder: Path) -> Manifest:
-    """The manifest of a set, after an interrupted replacement is finished. All ranks call it."""
+    """The manifest of a set, after an interrupted replacement is finished.
+
+    All ranks call it.
+    """
     if ranks.is_first():
         Staging.recover(folder)
     wait_for_ranks()
@@ -106,8 +113,8 @@ def rewrite(
 ) -> None:
     """Replace every shard of a set, all at once at the end. All ranks call this.
 
-    An interrupted call resumes when it is made again with an equal manifest and entry, on any
-    number of ranks.
+    An interrupted call resumes when it is made again with an equal manifest and entry,
+    on any number of ranks.
 
     Args:
         folder: Folder of the set.
@@ -116,7 +123,8 @@ def rewrite(
         desc, unit: Text of the progress bar.
         entry: Fields of the new manifest.
     """
-    # The old manifest is part of the purpose, so that shards made from another set are not reused.
+    # The old manifest is part of the purpose, so that shards made from another set are
+    # not reused.
     purpose = {key: value.model_dump(mode="json") for key, value in {"set": manifest, **entry}.items()}
     staging = Staging(folder, purpose, clean=ranks.is_first())
     missing = [shard for shard in manifest.shards if staging.finished(shard.name) is None]

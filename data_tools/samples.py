@@ -1,4 +1,6 @@
-"""From an item of a source to a sample of a shard: filters, crop, and encoding of the picture."""
+"""From an item of a source to a sample of a shard: filters, crop, and encoding of the
+picture.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +29,10 @@ class SampleSettings:
     Sides are in pixels, captions in characters. A bound of 0 means no bound.
 
     Args:
-        crop: center and random cut a square of the shorter side; pad puts the whole picture on
-            white; stretch changes its aspect.
-        format: keep leaves a picture unchanged if it already has the size, and makes others jpg.
+        crop: center and random cut a square of the shorter side; pad puts the whole
+            picture on white; stretch changes its aspect.
+        format: keep leaves a picture unchanged if it already has the size, and makes
+            others jpg.
         quality: for jpg and webp.
         max_aspect: the longer side divided by the shorter.
         seed: for random crops.
@@ -53,7 +56,8 @@ class FilteredOut(Exception):
 class MadeSample(NamedTuple):
     """A sample, and two digests by which duplicates are recognised.
 
-    digest: of picture and caption as the source has them. picture: of the picture alone.
+    digest: of picture and caption as the source has them. picture: of the picture
+    alone.
     """
 
     sample: Sample
@@ -64,8 +68,8 @@ class MadeSample(NamedTuple):
 def make_sample(key: str, item: Item, settings: SampleSettings) -> MadeSample:
     """The sample of an item, with its one caption.
 
-    Raises FilteredOut when a filter leaves it out, and ValueError, naming the item, when it
-    is damaged.
+    Raises FilteredOut when a filter leaves it out, and ValueError, naming the item,
+    when it is damaged.
     """
     if item.problem:
         raise ValueError(item.problem)
@@ -78,7 +82,8 @@ def make_sample(key: str, item: Item, settings: SampleSettings) -> MadeSample:
         content, image = source.tobytes(), source
     size = original_size(item.meta) or image.size
     _filter_size(size, settings)
-    # Nested values become text: readers that make a table of the json members need one type per column.
+    # Nested values become text: readers that make a table of the json members need one
+    # type per column.
     meta = {
         name: json.dumps(value, sort_keys=True, default=str) if isinstance(value, dict) else value
         for name, value in item.meta.items()
@@ -112,7 +117,9 @@ def _filter_size(size: tuple[int, int], settings: SampleSettings) -> None:
 
 
 def original_size(meta: dict) -> tuple[int, int] | None:
-    """Width and height before the picture was cropped for one of our sets, if its json says so."""
+    """Width and height before the picture was cropped for one of our sets, if its json
+    says so.
+    """
     size = meta.get("size")
     if (
         isinstance(size, list)
@@ -134,7 +141,10 @@ def _where(item: Item) -> str:
 def _encode_picture(
     image: Image.Image, source: bytes | Image.Image, key: str, settings: SampleSettings
 ) -> tuple[str, bytes]:
-    """Extension and content of the picture's member. image: decoded from source, upright."""
+    """Extension and content of the picture's member.
+
+    image: decoded from source, upright.
+    """
     size = settings.image_size
     extension = "jpg" if settings.format == "keep" else settings.format
     if settings.format == "keep" and isinstance(source, bytes) and image.size == (size, size):

@@ -1,7 +1,8 @@
-"""Folders that shards are made from and written to: on disk, or in an object store, by URL.
+"""Folders that shards are made from and written to: on disk, or in an object store, by
+URL.
 
-Paths are pathlib.Path, or UPath (universal-pathlib) for a URL, which reads and writes through
-fsspec. A file appears under its name only when it is complete, in both.
+Paths are pathlib.Path, or UPath (universal-pathlib) for a URL, which reads and writes
+through fsspec. A file appears under its name only when it is complete, in both.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from mmtensorar.folders import FileStatus, LeftOut
 def at(name: str) -> Path | Any:
     """The path that a name or URL means.
 
-    Raises ValueError for a URL of an unknown scheme, a shell command, or a missing library.
+    Raises ValueError for a URL of an unknown scheme, a shell command, or a missing
+    library.
     """
     if not is_url(name):
         return Path(name)
@@ -69,14 +71,16 @@ def is_local(path: Path | Any) -> bool:
 def files(
     root: Path | Any, left_out: LeftOut | None = None, *, entered: Iterable[Path] = ()
 ) -> dict[Path | Any, FileStatus]:
-    """Every file below a folder, sorted by the parts of its path: `mmtensorar.folders.walk`.
+    """Every file below a folder, sorted by the parts of its path:
+    `mmtensorar.folders.walk`.
 
     Args:
         root: On disk, or in a store, where there are no links.
         left_out: Receives what is not read.
         entered: Folders that are not entered, on disk.
 
-    Raises ValueError when the folder cannot be listed, and for a name that is not UTF-8.
+    Raises ValueError when the folder cannot be listed, and for a name that is not
+    UTF-8.
     """
     left_out = left_out or LeftOut(root)
     if not is_local(root):
@@ -120,7 +124,10 @@ def _store_files(root: Any, left_out: LeftOut) -> dict[Any, FileStatus]:
 
 
 def is_utf8(name: str) -> bool:
-    """Whether a file name is valid UTF-8. Python marks undecodable bytes with surrogates."""
+    """Whether a file name is valid UTF-8.
+
+    Python marks undecodable bytes with surrogates.
+    """
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -131,8 +138,8 @@ def is_utf8(name: str) -> bool:
 def with_suffix(name: str, *suffixes: str) -> tuple[Path | Any, dict[Path | Any, FileStatus]]:
     """The path that a name means, and its files with a suffix (in any case), sorted.
 
-    The files are the path itself if it is a file, else all below it. Others are counted in a
-    note. Raises ValueError when there are none.
+    The files are the path itself if it is a file, else all below it. Others are counted
+    in a note. Raises ValueError when there are none.
     """
     path = at(name)
     if path.is_file():
@@ -155,7 +162,9 @@ def with_suffix(name: str, *suffixes: str) -> tuple[Path | Any, dict[Path | Any,
 
 
 def _shards(folder: Path | Any) -> dict[Path | Any, FileStatus]:
-    """Only the shards of the manifest, in its order: other tars belong to unfinished work."""
+    """Only the shards of the manifest, in its order: other tars belong to unfinished
+    work.
+    """
     manifest = Manifest.read(folder, complete=False)
     if not is_local(folder):
         return {folder / shard.name: FileStatus(None, "") for shard in manifest.shards}
@@ -165,7 +174,9 @@ def _shards(folder: Path | Any) -> dict[Path | Any, FileStatus]:
 
 
 def note_unlisted(folder: Path, manifest: Manifest) -> None:
-    """Print a note when a set's folder holds tars that its manifest does not name: nobody reads them."""
+    """Print a note when a set's folder holds tars that its manifest does not name:
+    nobody reads them.
+    """
     left_out = LeftOut(folder)
     names = {shard.name for shard in manifest.shards}
     for path in sorted(folder.iterdir()):
@@ -201,7 +212,8 @@ def folders(root: Path | Any, left_out: LeftOut) -> tuple[str, ...]:
 def contents(paths: Iterable[Path | Any], max_bytes: int) -> Iterator[bytes | ValueError]:
     """The content of each file, in order, or why it cannot be read.
 
-    From a store, 256 files are requested at a time. Files of more than max_bytes are refused.
+    From a store, 256 files are requested at a time. Files of more than max_bytes are
+    refused.
     """
     paths = iter(paths)
     while batch := list(islice(paths, 256)):
@@ -259,7 +271,8 @@ def _too_large(path: Path | Any, max_bytes: int) -> str:
 def local_target(path: Path | Any) -> Iterator[Path]:
     """A local file to write, for use in a with statement.
 
-    At the end it is uploaded to `path` if that is in a store, unless an error ended the block.
+    At the end it is uploaded to `path` if that is in a store, unless an error ended the
+    block.
     """
     if is_local(path):
         yield path

@@ -1,1 +1,4 @@
-"""Evaluators, one folder each, on the shared frame of eval/harness.py. They run from the checkout."""
+"""Evaluators, one folder each, on the shared frame of eval/harness.py.
+
+They run from the checkout.
+"""

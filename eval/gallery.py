@@ -1,10 +1,11 @@
-"""Images of evaluated models side by side, framed green when correct and red when not.
+"""Images of evaluated models side by side, framed green when correct and red when
+not.
 
     python -m eval.gallery FOLDER [NAME=FOLDER ...] --out gallery.png [--num-prompts 12] [--num-images 4]
 
-FOLDER is an --out folder of python -m eval.geneval, or images in its layout (then without frames).
-Each row is a prompt, and shows its first images. The prompts are the first ones of each skill, so
-that they are not chosen by their images.
+FOLDER is an --out folder of python -m eval.geneval, or images in its layout (then
+without frames). Each row is a prompt, and shows its first images. The prompts are the
+first ones of each skill, so that they are not chosen by their images.
 """
 
 import sys
@@ -43,7 +44,8 @@ def pick(prompts: list[dict], num_prompts: int) -> list[int]:
 
 
 def read(folder: Path) -> tuple[list[dict], list[list[Path]], dict[Path, bool]]:
-    """A folder's prompts, the image files of each, and the verdict on each file that results.jsonl has.
+    """A folder's prompts, the image files of each, and the verdict on each file that
+    results.jsonl has.
 
     Raises ValueError naming the file that is missing or damaged.
     """
@@ -76,7 +78,8 @@ def compose(
         num_images: per prompt and folder.
         scale: screen pixels per image pixel.
 
-    Raises ValueError when the folders have different prompts or fewer images than asked for.
+    Raises ValueError when the folders have different prompts or fewer images than asked
+    for.
     """
     read_folders = {name: read(folder) for name, folder in folders.items()}
     prompts = next(iter(read_folders.values()))[0]

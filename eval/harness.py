@@ -1,7 +1,9 @@
-"""The frame of every evaluator: its options, the pictures to score, and the summary it writes.
+"""The frame of every evaluator: its options, the pictures to score, and the summary it
+writes.
 
-An evaluator is a folder eval/NAME with a `__main__.py` (tests/eval/test_harness.py holds a whole
-one). It asks for options, gets a folder of pictures, and returns what it measured:
+An evaluator is a folder eval/NAME with a `__main__.py` (tests/eval/test_harness.py
+holds a whole one). It asks for options, gets a folder of pictures, and returns what it
+measured:
 
     @harness.command
     def main(arguments=None):
@@ -14,12 +16,12 @@ one). It asks for options, gets a folder of pictures, and returns what it measur
         return 0
 
 With --ckpt the pictures are generated in GenEval's layout: OUT/NNNNN/metadata.jsonl and
-OUT/NNNNN/samples/00000.png. Generation resumes: OUT/generation.json records the model and its
-settings, and pictures that exist are kept when it agrees. Under a launcher every rank generates
-its share, and the first rank scores.
+OUT/NNNNN/samples/00000.png. Generation resumes: OUT/generation.json records the model
+and its settings, and pictures that exist are kept when it agrees. Under a launcher
+every rank generates its share, and the first rank scores.
 
-Importing torch takes seconds. Nothing here imports it before a model is loaded, so that mistakes
-in a command are reported at once.
+Importing torch takes seconds. Nothing here imports it before a model is loaded, so that
+mistakes in a command are reported at once.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ if TYPE_CHECKING:
 
 Work = tuple[Sequence[dict], int]  # prompts, each an object with "prompt"; pictures of each
 
-# Runs that differ only in these make the same pictures, up to rounding; prompts_sha256 covers the prompts.
+# Runs that differ only in these make the same pictures, up to rounding; prompts_sha256
+# covers the prompts.
 MAY_DIFFER = ("checkpoint", "num_prompts", "batch_size", "device", "attn_implementation")
 
 
@@ -62,7 +65,9 @@ MAY_DIFFER = ("checkpoint", "num_prompts", "batch_size", "device", "attn_impleme
 
 
 def command(main: cli.Main) -> cli.Main:
-    """`mmtensorar.cli.command` for a main whose work resumes: the message on Ctrl-C says so."""
+    """`mmtensorar.cli.command` for a main whose work resumes: the message on Ctrl-C
+    says so.
+    """
 
     @cli.command
     @functools.wraps(main)
@@ -82,7 +87,9 @@ _locks: list[RunFolderLock] = []
 
 @contextmanager
 def locks() -> Iterator[None]:
-    """Release, at the end of the block, the output folders that `pictures` locked in it."""
+    """Release, at the end of the block, the output folders that `pictures` locked in
+    it.
+    """
     num_before = len(_locks)
     try:
         yield
@@ -92,13 +99,19 @@ def locks() -> Iterator[None]:
 
 
 def _lock(out: Path) -> None:
-    """Lock a folder for results on the first rank. Raises ValueError when another process works there."""
+    """Lock a folder for results on the first rank.
+
+    Raises ValueError when another process works there.
+    """
     if ranks.is_first():
         _locks.append(RunFolderLock(out, otherwise="choose another --out", leaves_nothing=True).__enter__())
 
 
 def make_parser(module: str, description: str, *, example: str) -> argparse.ArgumentParser:
-    """A parser whose help ends with an example. module: as in `python -m`; example: its arguments."""
+    """A parser whose help ends with an example.
+
+    module: as in `python -m`; example: its arguments.
+    """
     return cli.Parser(prog=f"python -m {module}", description=description, example=example)
 
 
@@ -111,7 +124,8 @@ def add_options(
     num_images: str = "per prompt",
     allow_partial: bool = True,
 ) -> None:
-    """Add --ckpt or --images, --out, --num-images, --seed, --allow-partial, and the options of sampling.
+    """Add --ckpt or --images, --out, --num-images, --seed, --allow-partial, and the
+    options of sampling.
 
     Args:
         images, ckpt, out, num_images: help texts, where an evaluator says more.
@@ -135,7 +149,9 @@ def add_options(
 def parse(
     parser: argparse.ArgumentParser, arguments: Sequence[str] | None, **least: int
 ) -> argparse.Namespace:
-    """Parse. Raises ValueError for a number below its least value, or a folder that is missing.
+    """Parse.
+
+    Raises ValueError for a number below its least value, or a folder that is missing.
 
     least: the least values of an evaluator's own options.
     """
@@ -158,7 +174,10 @@ def check_numbers(options: argparse.Namespace, **least: int) -> None:
 
 
 def warn_ignored(options: argparse.Namespace, names: Sequence[str] = ()) -> None:
-    """Print a note for each given option that has no effect with --images. names: an evaluator's own."""
+    """Print a note for each given option that has no effect with --images.
+
+    names: an evaluator's own.
+    """
     for name in (*names, *SAMPLING, *(name for name in LOADING if name != "device")):
         if getattr(options, name) is not None:
             print(f"note: --{name.replace('_', '-')} has no effect with --images", file=sys.stderr)
@@ -201,11 +220,13 @@ def pictures(
         options: those of `add_options`.
         suite: name of the prompts, for generation.json.
         work: what a model has to draw: its prompts and the pictures of each.
-        default_out: results of --images without --out; None: runs/eval/NAME_SUITE, NAME of its path.
+        default_out: results of --images without --out; None: runs/eval/NAME_SUITE, NAME
+            of its path.
         ignored: the evaluator's own options that have no effect with --images.
 
-    Raises ValueError when the model cannot be loaded, when --out holds other pictures, and when
-    another process works in --out. The folder is locked until `command` or `locks` ends.
+    Raises ValueError when the model cannot be loaded, when --out holds other pictures,
+    and when another process works in --out. The folder is locked until `command` or
+    `locks` ends.
     """
     if options.images is not None:
         if not ranks.is_first():
@@ -229,7 +250,10 @@ def pictures(
 
 
 def load(options: argparse.Namespace) -> Generator:
-    """The generator of --ckpt, on this rank's GPU under a launcher. Raises ValueError like Generator.load."""
+    """The generator of --ckpt, on this rank's GPU under a launcher.
+
+    Raises ValueError like Generator.load.
+    """
     from mmtensorar.pipeline import Generator
 
     loading = {name: getattr(options, name) for name in LOADING}
@@ -267,7 +291,10 @@ def generate_into(
 
 
 def wait_for_all(out: Path, num_prompts: int, num_images: int) -> None:
-    """Return when the pictures of all ranks exist. When a rank fails, the launcher ends the others."""
+    """Return when the pictures of all ranks exist.
+
+    When a rank fails, the launcher ends the others.
+    """
     printed = False
     for prompt in range(num_prompts):
         for image in range(num_images):
@@ -290,21 +317,23 @@ def generate(
     seed: int,
     batch_size: int,
 ) -> int:
-    """Make this rank's share of the pictures that are missing in out; returns how many were made.
+    """Make this rank's share of the pictures that are missing in out; returns how many
+    were made.
 
     Args:
         generator: the model.
         ckpt: the model folder, for generation.json.
         suite: name of the prompts, for generation.json.
-        prompts: GenEval metadata, or any object with the text, or class number, under "prompt".
+        prompts: GenEval metadata, or any object with the text, or class number, under
+            "prompt".
         out: the folder, in the layout of eval/layout.py.
         sampling: settings, as `Generator.sampling` makes them.
         num_images: pictures of each prompt.
         seed: of all pictures; each has its own, by `seeds.image_seed`.
         batch_size: pictures at a time.
 
-    Raises ValueError when out holds pictures of another model, other settings or other prompts,
-    or pictures of unknown origin.
+    Raises ValueError when out holds pictures of another model, other settings or other
+    prompts, or pictures of unknown origin.
     """
     settings = {
         "checkpoint": str(ckpt),
@@ -324,8 +353,8 @@ def generate(
     generator.check([prompt["prompt"] for prompt in prompts])
     work = [(prompt, image) for prompt in range(len(prompts)) for image in range(num_images)]
     work = work[ranks.rank() :: ranks.world_size()]
-    # Whole batches, also when some of their pictures exist: padding depends on the batch, and a resumed
-    # run should make the pictures that an uninterrupted one makes.
+    # Whole batches, also when some of their pictures exist: padding depends on the
+    # batch, and a resumed run should make the pictures that an uninterrupted one makes.
     batches = [work[start : start + batch_size] for start in range(0, len(work), batch_size)]
     batches = [
         batch for batch in batches if not all(image_path(out, *numbers).is_file() for numbers in batch)
@@ -357,7 +386,9 @@ def _make(
     batch: Sequence[tuple[int, int]],
     seed: int,
 ) -> int:
-    """Draw one batch of (prompt number, image number) and write those that are missing; returns how many."""
+    """Draw one batch of (prompt number, image number) and write those that are missing;
+    returns how many.
+    """
     from mmtensorar.pipeline import save_png
 
     texts = [prompts[prompt]["prompt"] for prompt, _ in batch]
@@ -373,7 +404,8 @@ def _make(
             write_text(path.parent.parent / "metadata.jsonl", json.dumps(metadata) + "\n")
             with temporary_name(path.parent) as temporary:
                 save_png(image, temporary, prompt=metadata["prompt"], seed=picture_seed)
-                # Unless a rank of another run with these settings has made it meanwhile.
+                # Unless a rank of another run with these settings has made it
+                # meanwhile.
                 with suppress(FileExistsError):
                     publish(temporary, path)
                     num_made += 1
@@ -381,7 +413,10 @@ def _make(
 
 
 def claim(out: Path, settings: dict) -> None:
-    """Record the settings in out. Raises ValueError when out holds pictures that they did not make."""
+    """Record the settings in out.
+
+    Raises ValueError when out holds pictures that they did not make.
+    """
     path = out / RECORD
     settings = json.loads(json.dumps(settings))  # tuples come back from the record as lists
     if not path.is_file():
@@ -410,7 +445,9 @@ def claim(out: Path, settings: dict) -> None:
 
 
 def origin(folder: Path) -> dict:
-    """The pictures' origin for a summary: images, checkpoint, seed and generation (None if unknown)."""
+    """The pictures' origin for a summary: images, checkpoint, seed and generation (None
+    if unknown).
+    """
     record = read_record(folder) if folder.is_dir() else {}
     return {
         "images": str(folder),
@@ -421,7 +458,9 @@ def origin(folder: Path) -> dict:
 
 
 def write_summary(out: Path, summary: dict) -> dict:
-    """Write summary.json, the last file of an evaluation, with the versions; returns the summary."""
+    """Write summary.json, the last file of an evaluation, with the versions; returns
+    the summary.
+    """
     out.mkdir(parents=True, exist_ok=True)
     summary = {**summary, "versions": versions.installed()}
     write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")

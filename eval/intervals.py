@@ -1,4 +1,5 @@
-"""95 % confidence intervals of scores: of one share, of similar pictures, of pairs, and over seeds.
+"""95 % confidence intervals of scores: of one share, of similar pictures, of pairs, and
+over seeds.
 
 Pure: numbers in, numbers out. Which interval answers which question:
 
@@ -39,7 +40,8 @@ class Interval(NamedTuple):
 
 
 def wilson(correct: float, num: float) -> tuple[float, float]:
-    """Wilson's interval of the share correct / num. num may be fractional: an effective sample size.
+    """Wilson's interval of the share correct / num. num may be fractional: an effective
+    sample size.
 
     Raises ValueError when num is not above 0 or correct is outside 0..num.
     """
@@ -57,11 +59,11 @@ def wilson(correct: float, num: float) -> tuple[float, float]:
 def design_effect(skills: Sequence[Sequence[Sequence[bool]]]) -> float:
     """How many pictures carry the information of one independent picture.
 
-    skills: per skill, per prompt, the verdict on each picture. The effect is the variance of the
-    prompts' totals over the variance of as many independent pictures. It is estimated over all
-    skills together, since one skill has too few prompts, and kept within 1 and the largest
-    number of pictures of a prompt. Where no skill has both correct and wrong pictures, it is
-    that maximum.
+    skills: per skill, per prompt, the verdict on each picture. The effect is the
+    variance of the prompts' totals over the variance of as many independent pictures.
+    It is estimated over all skills together, since one skill has too few prompts, and
+    kept within 1 and the largest number of pictures of a prompt. Where no skill has
+    both correct and wrong pictures, it is that maximum.
     """
     clustered = independent = 0.0
     for prompts in skills:
@@ -81,8 +83,8 @@ def cluster_bootstrap(
 ) -> np.ndarray:
     """Resampled shares of correct pictures, [num] float64.
 
-    prompts: per prompt the verdict on each picture. A resample draws as many prompts with
-    replacement, each with all its pictures.
+    prompts: per prompt the verdict on each picture. A resample draws as many prompts
+    with replacement, each with all its pictures.
     """
     correct = np.array([sum(verdicts) for verdicts in prompts])
     sizes = np.array([len(verdicts) for verdicts in prompts])
@@ -99,8 +101,8 @@ def mean_of_shares(shares: Sequence[float], limits: Sequence[Sequence[float]]) -
     """The mean of shares p_s with limits mean -/+ sqrt(sum_s (p_s - limit_s)^2) / S.
 
     limits: low and high of each share, by its own interval (Zou and Donner 2008,
-    https://doi.org/10.1002/sim.3095). Where a share is 0 or 1, the usual sum of variances
-    would claim certainty.
+    https://doi.org/10.1002/sim.3095). Where a share is 0 or 1, the usual sum of
+    variances would claim certainty.
     """
     mean = sum(shares) / len(shares)
     low, high = (
@@ -116,9 +118,9 @@ def mean_of_shares(shares: Sequence[float], limits: Sequence[Sequence[float]]) -
 def paired_bootstrap(gains: Mapping[str, Sequence[float]], seed: int = 0) -> dict[str, Interval]:
     """The mean gain of each skill, and `overall`: the mean over the skills.
 
-    gains: skill -> per prompt, one model's share of correct pictures minus the other's. Prompts
-    are resampled within each skill, so that the difficulty of a prompt, which both models share,
-    cancels.
+    gains: skill -> per prompt, one model's share of correct pictures minus the other's.
+    Prompts are resampled within each skill, so that the difficulty of a prompt, which
+    both models share, cancels.
     """
     rng = np.random.default_rng(seed)
     intervals, means, resamples = {}, [], []
@@ -136,9 +138,11 @@ def paired_bootstrap(gains: Mapping[str, Sequence[float]], seed: int = 0) -> dic
 
 
 class Spread(NamedTuple):
-    """How much seeds differ in a group's mean, beyond the chance of sampling pictures.
+    """How much seeds differ in a group's mean, beyond the chance of sampling
+    pictures.
 
-    variance: of the mean. freedom: the degrees of freedom that the variance is estimated with.
+    variance: of the mean. freedom: the degrees of freedom that the variance is
+    estimated with.
     """
 
     variance: float
@@ -146,10 +150,11 @@ class Spread(NamedTuple):
 
 
 def prompts_by_name(groups: Sequence[str]) -> dict[str, list[list[int]]]:
-    """Name -> lists of prompt numbers, one list for each group whose mean enters the name's mean.
+    """Name -> lists of prompt numbers, one list for each group whose mean enters the
+    name's mean.
 
-    groups: the group of each prompt. `overall` has one list for each group; a group's name has
-    its own prompts alone.
+    groups: the group of each prompt. `overall` has one list for each group; a group's
+    name has its own prompts alone.
     """
     numbers = {
         group: [index for index, other in enumerate(groups) if other == group]
@@ -159,7 +164,8 @@ def prompts_by_name(groups: Sequence[str]) -> dict[str, list[list[int]]]:
 
 
 def _mean_and_variance(shares: np.ndarray, lists: list[list[int]]) -> tuple[float, float]:
-    """The mean of the groups' means, and its variance over prompts, which includes the sampling chance.
+    """The mean of the groups' means, and its variance over prompts, which includes the
+    sampling chance.
 
     shares: [prompts].
     """
@@ -168,7 +174,8 @@ def _mean_and_variance(shares: np.ndarray, lists: list[list[int]]) -> tuple[floa
 
 
 def pooled_spreads(arms: Sequence[np.ndarray], groups: Sequence[str]) -> dict[str, Spread]:
-    """Name -> the spread of seeds, pooled over arms, since one arm has too few seeds to know its own.
+    """Name -> the spread of seeds, pooled over arms, since one arm has too few seeds to
+    know its own.
 
     arms: per arm [seeds, prompts] shares of right pictures.
     """
@@ -178,7 +185,8 @@ def pooled_spreads(arms: Sequence[np.ndarray], groups: Sequence[str]) -> dict[st
         for values in arms:
             if len(values) > 1:
                 means = [_mean_and_variance(row, lists)[0] for row in values]
-                # The mean over seeds is subtracted first: the difficulty of a prompt is not chance.
+                # The mean over seeds is subtracted first: the difficulty of a prompt is
+                # not chance.
                 variances = [_mean_and_variance(row, lists)[1] for row in values - values.mean(axis=0)]
                 between += (len(values) - 1) * np.var(means, ddof=1)
                 chance += len(values) * np.mean(variances)
@@ -192,9 +200,9 @@ def over_seeds(
 ) -> dict[str, Interval]:
     """The mean of each group, and `overall`: the mean of the groups' means.
 
-    The variance is that over prompts of the seeds' mean (normal), plus that of the seeds with
-    Student's t of the spread's degrees of freedom. Below MIN_FREEDOM the spread of seeds is left
-    out, since nothing useful is known about it.
+    The variance is that over prompts of the seeds' mean (normal), plus that of the
+    seeds with Student's t of the spread's degrees of freedom. Below MIN_FREEDOM the
+    spread of seeds is left out, since nothing useful is known about it.
 
     Args:
         values: [seeds, prompts] shares of right pictures, or differences of shares.
@@ -220,8 +228,9 @@ def over_seeds(
 def ratios_to_control(log_ratios: Mapping[str, np.ndarray]) -> dict[str, tuple[float, float, float]]:
     """Arm -> (ratio, low, high): a measure as a multiple of the control's.
 
-    log_ratios: arm -> per seed, log of the arm's value minus log of the control's. Their spread
-    over seeds is pooled over the arms; low and high are nan below MIN_FREEDOM.
+    log_ratios: arm -> per seed, log of the arm's value minus log of the control's.
+    Their spread over seeds is pooled over the arms; low and high are nan below
+    MIN_FREEDOM.
     """
     several = [logs for logs in log_ratios.values() if len(logs) > 1]
     freedom = sum(len(logs) - 1 for logs in several)

@@ -1,8 +1,8 @@
 """GenEval's folder of images: NNNNN/metadata.jsonl and NNNNN/samples/<digits>.png.
 
-NNNNN counts prompts from 00000. The official scorer scores every image that exists. Reading here
-is strict: images that are missing, surplus, or that share a number raise an error that lists them.
-Pictures anywhere else in the folder are counted in a note.
+NNNNN counts prompts from 00000. The official scorer scores every image that exists.
+Reading here is strict: images that are missing, surplus, or that share a number raise
+an error that lists them. Pictures anywhere else in the folder are counted in a note.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -26,12 +26,14 @@ def image_path(folder: Path, prompt_index: int, image_index: int) -> Path:
 def survey(
     folder: Path, *, num_prompts: int | None = None, num_images: int | None = None
 ) -> tuple[list[list[Path]], list[str]]:
-    """The files of each prompt's images, in order; and a sentence for each missing or surplus one.
+    """The files of each prompt's images, in order; and a sentence for each missing or
+    surplus one.
 
     Args:
         folder: the folder.
         num_prompts: how many prompts there must be; None takes the most that exist.
-        num_images: how many images of each prompt there must be; None takes the most that exist.
+        num_images: how many images of each prompt there must be; None takes the most
+            that exist.
 
     Raises ValueError when there is no image at all.
     """
@@ -72,7 +74,9 @@ def survey(
 
 
 def no_picture(path: Path) -> str | None:
-    """What a file is that has a picture's name and is none of a model; None when it is one."""
+    """What a file is that has a picture's name and is none of a model; None when it is
+    one.
+    """
     if is_revisions(path):
         return STRIP
     if path.name == "grid.png" and (path.parent / "samples").is_dir():
@@ -81,7 +85,9 @@ def no_picture(path: Path) -> str | None:
 
 
 def _note_others(folder: Path, images: Collection[Path]) -> None:
-    """Print a note about pictures that do not have the name of an image of the layout."""
+    """Print a note about pictures that do not have the name of an image of the
+    layout.
+    """
     left_out = LeftOut(folder)
     for path in walk(folder, left_out):
         if path.suffix.lower() in SUFFIXES and path not in images:
@@ -90,7 +96,9 @@ def _note_others(folder: Path, images: Collection[Path]) -> None:
 
 
 def _by_number(folder: Path, paths: Iterable[Path], problems: list[str]) -> dict[int, Path]:
-    """Number -> path, of the paths whose name is a number; adds a problem for a number that two have."""
+    """Number -> path, of the paths whose name is a number; adds a problem for a number
+    that two have.
+    """
     numbered: dict[int, Path] = {}
     for path in sorted(filter(_has_number, paths)):
         if int(path.stem) in numbered:
@@ -114,13 +122,18 @@ def image_files(
 
 
 def listed(folder: Path, problems: Sequence[str]) -> str:
-    """A folder's problems in one sentence: the first ten, and the number of the others."""
+    """A folder's problems in one sentence: the first ten, and the number of the
+    others.
+    """
     more = f", and {len(problems) - 10} more" if len(problems) > 10 else ""
     return f"{folder}: {', '.join(problems[:10])}{more}"
 
 
 def open_image(path: Path) -> Image.Image:
-    """An image in RGB, as all commands see it. Raises ValueError naming the file when it is unreadable."""
+    """An image in RGB, as all commands see it.
+
+    Raises ValueError naming the file when it is unreadable.
+    """
     return open_picture(path)
 
 

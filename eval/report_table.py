@@ -1,8 +1,9 @@
-"""Models in one table: python -m eval.report_table NAME=summary.json [NAME=summary.json ...] [--markdown]
+"""Models in one table:
+python -m eval.report_table NAME=summary.json [NAME=summary.json ...] [--markdown]
 
-Accuracy in percent with its 95 % interval, per skill and overall (the mean of the skills). Below
-are the bounds to compare them with: the ceiling (correctly drawn pictures, and the same after the
-image tokenizer's round trip) and chance.
+Accuracy in percent with its 95 % interval, per skill and overall (the mean of the
+skills). Below are the bounds to compare them with: the ceiling (correctly drawn
+pictures, and the same after the image tokenizer's round trip) and chance.
 """
 
 import sys
@@ -19,8 +20,8 @@ from mmtensorar.words import counted
 def rows(summaries: Mapping[str, dict]) -> list[list[str]]:
     """Header and rows of the table. summaries: model name -> summary.json.
 
-    Raises ValueError when the summaries differ in suite or detector: such scores cannot share a
-    column.
+    Raises ValueError when the summaries differ in suite or detector: such scores cannot
+    share a column.
     """
     for key in ("suite", "detector"):
         values = {name: summary[key] for name, summary in summaries.items()}
@@ -55,10 +56,11 @@ def marked(name: str, summary: dict) -> str:
 
 
 def missing(summary: dict) -> list[str]:
-    """What a summary's pictures lack to be a whole set: every prompt, as many pictures as asked for.
+    """What a summary's pictures lack to be a whole set: every prompt, as many pictures
+    as asked for.
 
-    These are the sentences of the evaluation, or else what the summary's numbers show: summaries
-    of earlier versions do not name everything that is missing.
+    These are the sentences of the evaluation, or else what the summary's numbers show:
+    summaries of earlier versions do not name everything that is missing.
     """
     if summary.get("partial"):
         return summary["partial"]
@@ -79,7 +81,9 @@ def missing(summary: dict) -> list[str]:
 
 
 def _of_suite(summary: dict) -> str | None:
-    """A sentence when fewer prompts were asked for than the suite has; None when all were."""
+    """A sentence when fewer prompts were asked for than the suite has; None when all
+    were.
+    """
     if summary["suite"] not in suites.SUITES:
         return None
     num_asked, num_all = summary.get("prompts_expected"), len(suites.load(summary["suite"]).prompts)
@@ -157,7 +161,9 @@ def notes(summaries: Mapping[str, dict]) -> str:
 
 
 def _sampling(summary: dict) -> str:
-    """Window and sampling settings in words: a comparison is fair when each model has those that suit it."""
+    """Window and sampling settings in words: a comparison is fair when each model has
+    those that suit it.
+    """
     record = summary.get("generation") or {}
     settings = record.get("sampling")
     if not settings:
@@ -178,7 +184,10 @@ def render(summaries: Mapping[str, dict], *, markdown: bool = False) -> str:
 
 
 def read_summary(path: Path) -> dict:
-    """A summary.json of eval.geneval. Raises ValueError naming the file when it is missing or invalid."""
+    """A summary.json of eval.geneval.
+
+    Raises ValueError naming the file when it is missing or invalid.
+    """
     summary = read_json(path)
     missing = [key for key in ("suite", "detector", "num_images", "skills", "overall") if key not in summary]
     if missing:
@@ -193,9 +202,11 @@ def read_summary(path: Path) -> dict:
 
 
 def by_name(arguments: Sequence[str], what: str) -> dict[str, Path]:
-    """`NAME=PATH` arguments; a bare path is named after its folder, or after itself if it is a folder.
+    """`NAME=PATH` arguments; a bare path is named after its folder, or after itself if
+    it is a folder.
 
-    what: the plural of the arguments, for the message. Raises ValueError for a name given twice.
+    what: the plural of the arguments, for the message. Raises ValueError for a name
+    given twice.
     """
     paths: dict[str, Path] = {}
     for argument in arguments:

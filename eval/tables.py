@@ -8,7 +8,9 @@ Rows = Sequence[Sequence[str]]
 
 
 def aligned(rows: Rows, *, num_left: int = 1) -> list[list[str]]:
-    """The cells padded to their column's width; the first num_left columns are left-aligned."""
+    """The cells padded to their column's width; the first num_left columns are
+    left-aligned.
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         [
@@ -25,7 +27,10 @@ def text(rows: Rows, *, num_left: int = 1) -> list[str]:
 
 
 def markdown(rows: Rows) -> str:
-    """A Markdown table; the first row is its head. The first column is on the left, numbers on the right."""
+    """A Markdown table; the first row is its head.
+
+    The first column is on the left, numbers on the right.
+    """
     head, *body = (f"| {' | '.join(row)} |" for row in rows)
     ruler = "|" + "|".join(["---", *["---:"] * (len(rows[0]) - 1)]) + "|"
     return "\n".join([head, ruler, *body])

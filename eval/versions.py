@@ -16,7 +16,10 @@ PACKAGES = (
 
 
 def installed() -> dict[str, str]:
-    """Name -> version of Python and of the PACKAGES that are installed. Imports none of them."""
+    """Name -> version of Python and of the PACKAGES that are installed.
+
+    Imports none of them.
+    """
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

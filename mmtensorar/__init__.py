@@ -1,1 +1,3 @@
-"""Fine-tune autoregressive image models so that they revise their own tokens (TensorAR, arXiv:2505.16324)."""
+"""Fine-tune autoregressive image models so that they revise their own tokens (TensorAR,
+arXiv:2505.16324).
+"""

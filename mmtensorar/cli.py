@@ -3,8 +3,9 @@
     mmtensorar generate --ckpt recipes/tiny/weights/base --prompt "a red circle" --out out/
     mmtensorar VERB --help
 
-A verb is a function `main(arguments) -> exit code` of a module; most also run as `python -m MODULE`.
-Every command reads its options with `Parser`, and is decorated with `command`.
+A verb is a function `main(arguments) -> exit code` of a module; most also run as
+`python -m MODULE`. Every command reads its options with `Parser`, and is decorated with
+`command`.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Main(Protocol):
 class Verb(NamedTuple):
     """A command's module and function, and one line of help.
 
-    checks: a module whose `check(arguments)` is called before the command's, which is slow, is imported.
+    checks: a module whose `check(arguments)` is called before the command's, which is
+    slow, is imported.
     """
 
     module: str
@@ -82,8 +84,8 @@ _verb: contextvars.ContextVar[str | None] = contextvars.ContextVar("verb", defau
 def command(main: Main) -> Main:
     """Decorate a command's `main`, so that errors are printed as one sentence.
 
-    ValueError and OSError give exit code 2, Ctrl-C gives 130. Any other exception is a bug of ours, and
-    keeps its traceback.
+    ValueError and OSError give exit code 2, Ctrl-C gives 130. Any other exception is a
+    bug of ours, and keeps its traceback.
     """
 
     @functools.wraps(main)
@@ -107,14 +109,19 @@ def command(main: Main) -> Main:
 
 
 def print_any_text() -> None:
-    """Let the output print any text: what a terminal cannot show, and half characters, as escapes."""
+    """Let the output print any text: what a terminal cannot show, and half characters,
+    as escapes.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors != "backslashreplace":
             stream.reconfigure(errors="backslashreplace")
 
 
 def print_error(error: Exception | str) -> None:
-    """Print `error: ...` on stderr. Control characters are shown as escapes, endless names are cut."""
+    """Print `error: ...` on stderr.
+
+    Control characters are shown as escapes, endless names are cut.
+    """
     text = error if isinstance(error, str) else sentence_of(error)
     text = re.sub(r"[^\s:;,'\"]{300,}", lambda found: shortened(found[0]), text)
     text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", lambda found: ascii(found[0])[1:-1], text)
@@ -122,7 +129,10 @@ def print_error(error: Exception | str) -> None:
 
 
 def sentence_of(error: Exception) -> str:
-    """An error in words. Those of Python itself name the file or the text, and no error number."""
+    """An error in words.
+
+    Those of Python itself name the file or the text, and no error number.
+    """
     if isinstance(error, OSError) and error.strerror:
         what = error.strerror[:1].lower() + error.strerror[1:]
         named = isinstance(error.filename, (str, bytes))
@@ -161,11 +171,14 @@ _SENTENCES = (
 
 
 class Parser(argparse.ArgumentParser):
-    """The options of a command. A mistake is one sentence, with the nearest option or value.
+    """The options of a command.
 
-    Like argparse's own class, with three differences: prog, such as `python -m mmtensorar.generate`, is
-    replaced by `mmtensorar VERB` when the command was started so; the help keeps the line breaks of its
-    texts; and the help ends with `example`, the arguments of one call.
+    A mistake is one sentence, with the nearest option or value.
+
+    Like argparse's own class, with three differences: prog, such as
+    `python -m mmtensorar.generate`, is replaced by `mmtensorar VERB` when the command
+    was started so; the help keeps the line breaks of its texts; and the help ends with
+    `example`, the arguments of one call.
     """
 
     def __init__(
@@ -200,21 +213,27 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def parse_args(self, args=None, namespace=None):
-        """As argparse's; an argument that is left over is reported with the nearest option."""
+        """As argparse's; an argument that is left over is reported with the nearest
+        option.
+        """
         options, rest = self.parse_known_args(args, namespace)
         if rest:
             self.error(self._left_over(rest))
         return options
 
     def parse_intermixed_args(self, args=None, namespace=None):
-        """As argparse's; an argument that is left over is reported with the nearest option."""
+        """As argparse's; an argument that is left over is reported with the nearest
+        option.
+        """
         options, rest = self.parse_known_intermixed_args(args, namespace)
         if rest:
             self.error(self._left_over(rest))
         return options
 
     def error(self, message: str) -> NoReturn:
-        """Print one sentence and where the options are explained, on the first rank; exit code 2."""
+        """Print one sentence and where the options are explained, on the first rank;
+        exit code 2.
+        """
         if ranks.is_first():
             print_error(self._sentence(message))
             print(f"{self.prog} --help shows the options", file=sys.stderr, flush=True)
@@ -265,7 +284,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def as_started(prog: str) -> str:
-    """`python -m MODULE ...`, or `mmtensorar VERB ...` when the command was started so."""
+    """`python -m MODULE ...`, or `mmtensorar VERB ...` when the command was started
+    so.
+    """
     verb = _verb.get()
     if verb is None:
         return prog
@@ -308,7 +329,10 @@ def version() -> str:
 
 
 def load(name: str) -> Main:
-    """The function of a verb. Raises ValueError when it needs the checkout and this is an installed copy."""
+    """The function of a verb.
+
+    Raises ValueError when it needs the checkout and this is an installed copy.
+    """
     verb = VERBS[name]
     package = verb.module.split(".")[0]
     if package in CHECKOUT_ONLY:
@@ -330,7 +354,9 @@ def load(name: str) -> Main:
 
 
 def unknown_verb(words: list[str]) -> str:
-    """The message for words that do not start with a verb: the nearest verb, or a list of all."""
+    """The message for words that do not start with a verb: the nearest verb, or a list
+    of all.
+    """
     given = " ".join(word for word in words[:2] if not word.startswith("-"))
     known = [name for name in VERBS if name.split()[0] == words[0]]
     if given == words[0] and known:  # "shards" alone

@@ -1,13 +1,15 @@
-"""Convert released weights to a model folder of this project, and back to their authors' layout.
+"""Convert released weights to a model folder of this project, and back to their
+authors' layout.
 
     mmtensorar convert SRC DST [--image-tokenizer PATH] [--image-size PIXELS] [--kind KIND]
     mmtensorar convert --original CKPT DST [--base PATH] [--drop-tensorar]
 
-SRC is a file or folder as its authors published it, or a Hugging Face id (of one file: OWNER/NAME/FILE). Its
-kind is recognised from its tensors. A backbone becomes a model folder of window 1, for `generate --ckpt DST`
-and `train.init_from`; an image tokenizer becomes a folder for `image_tokenizer.path`. Janus and Open-MAGVIT2
-contain their image tokenizer; LlamaGen's is a separate file. Numbers keep their stored dtype. source.json has
-the SHA-256 of every file that was read.
+SRC is a file or folder as its authors published it, or a Hugging Face id (of one file:
+OWNER/NAME/FILE). Its kind is recognised from its tensors. A backbone becomes a model
+folder of window 1, for `generate --ckpt DST` and `train.init_from`; an image tokenizer
+becomes a folder for `image_tokenizer.path`. Janus and Open-MAGVIT2 contain their image
+tokenizer; LlamaGen's is a separate file. Numbers keep their stored dtype. source.json
+has the SHA-256 of every file that was read.
 
 --original writes a trained model of window 1 as its authors' code reads it:
     llamagen       a .pt file, {"model": tensors}, which its sampling scripts read
@@ -15,12 +17,13 @@ the SHA-256 of every file that was read.
     janus          a folder in the layout of the Janus that training began from (--base; default: the
                    recipe's backbone.path). The parts that we do not load (vision tower, its aligner and
                    lm_head) are copied from there.
-An image tokenizer's folder can be written back too (llamagen_vq, open_magvit2_lfq). Our folder of an
-Open-MAGVIT2 tokenizer holds either raw or averaged weights; both are written under the names of the raw
-ones.
+An image tokenizer's folder can be written back too (llamagen_vq, open_magvit2_lfq). Our
+folder of an Open-MAGVIT2 tokenizer holds either raw or averaged weights; both are
+written under the names of the raw ones.
 
-Neither direction holds more than about one weights file in memory (but PyTorch files older than version 1.6
-are read completely). DST appears when it is complete, and is never replaced.
+Neither direction holds more than about one weights file in memory (but PyTorch files
+older than version 1.6 are read completely). DST appears when it is complete, and is
+never replaced.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""Make a model folder of a run's saved state, or of the average of its weights, without ranks or DeepSpeed.
+"""Make a model folder of a run's saved state, or of the average of its weights, without
+ranks or DeepSpeed.
 
     mmtensorar export runs/NAME [--step 2000 | latest | best] [--average] --out FOLDER
 
-A finished run has already written runs/NAME/model. Use this for earlier steps and for unfinished runs.
+A finished run has already written runs/NAME/model. Use this for earlier steps and for
+unfinished runs.
 """
 
 from __future__ import annotations

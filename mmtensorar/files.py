@@ -1,4 +1,6 @@
-"""Files: atomic writes, SHA-256, text, JSON, and errors that name the file. Imports nothing of ours.
+"""Files: atomic writes, SHA-256, text, JSON, and errors that name the file.
+
+Imports nothing of ours.
 
 Paths are `pathlib.Path`; `write_text` and `move` also take a UPath of an object store.
 """
@@ -26,7 +28,9 @@ MARK = "\ufeff"  # the byte-order mark, which some editors put in front
 
 
 def sha256(path: Path, progress: Callable[[int], Any] = lambda num_bytes: None) -> str:
-    """Hex digest of a file's content. progress is called with the bytes of each block read."""
+    """Hex digest of a file's content. progress is called with the bytes of each block
+    read.
+    """
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**24):
@@ -36,10 +40,11 @@ def sha256(path: Path, progress: Callable[[int], Any] = lambda num_bytes: None) 
 
 
 def fingerprint(path: Path) -> str:
-    """SHA-256 over name, size, and first and last MiB of a file, or of all files in a folder.
+    """SHA-256 over name, size, and first and last MiB of a file, or of all files in a
+    folder.
 
-    Fast at any size, and enough to distinguish trained weights. A path that does not exist (a hub id) is
-    hashed itself.
+    Fast at any size, and enough to distinguish trained weights. A path that does not
+    exist (a hub id) is hashed itself.
     """
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     digest = hashlib.sha256(b"" if files else str(path).encode())
@@ -58,10 +63,12 @@ def fingerprint(path: Path) -> str:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary file to write, which replaces `path` when the block ends without an error.
+    """A temporary file to write, which replaces `path` when the block ends without an
+    error.
 
-    The temporary name is unique, so that two writers of one path (a task and its retry) never mix.
-    The content is flushed to disk before the rename, so that a power cut leaves no empty file.
+    The temporary name is unique, so that two writers of one path (a task and its retry)
+    never mix. The content is flushed to disk before the rename, so that a power cut
+    leaves no empty file.
     """
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -76,9 +83,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def publish(temporary: Path, path: Path) -> None:
     """Give a finished file of the same folder its name; never replaces a file.
 
-    The name is taken in one step: a process that is killed leaves no empty or incomplete file
-    under it. The temporary name remains, except on a file system without hard links. Raises
-    FileExistsError when the name is taken.
+    The name is taken in one step: a process that is killed leaves no empty or
+    incomplete file under it. The temporary name remains, except on a file system
+    without hard links. Raises FileExistsError when the name is taken.
     """
     try:
         os.link(temporary, path)
@@ -97,7 +104,9 @@ def publish(temporary: Path, path: Path) -> None:
 
 @contextmanager
 def temporary_name(folder: Path) -> Iterator[Path]:
-    """A hidden name in a folder for a file that is not finished; a file of it is removed at the end."""
+    """A hidden name in a folder for a file that is not finished; a file of it is
+    removed at the end.
+    """
     temporary = folder / f".{uuid.uuid4().hex}.tmp"
     try:
         yield temporary
@@ -107,9 +116,11 @@ def temporary_name(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_path(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A temporary file or folder, renamed to `path` when the block ends and removed when it fails.
+    """A temporary file or folder, renamed to `path` when the block ends and removed
+    when it fails.
 
-    replace: whether it replaces an existing `path`. Otherwise raises ValueError when `path` exists.
+    replace: whether it replaces an existing `path`. Otherwise raises ValueError when
+    `path` exists.
     """
     if os.path.lexists(path) and not replace:
         raise ValueError(f"{path} exists already; give another name, or remove it")
@@ -128,8 +139,8 @@ def new_path(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def _replace_folder(source: Path, target: Path) -> None:
-    # Renaming onto a folder that holds files fails, so the old one is renamed first, and
-    # deleted only when the new one is in place.
+    # Renaming onto a folder that holds files fails, so the old one is renamed first,
+    # and deleted only when the new one is in place.
     old = target.with_name(target.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     os.replace(target, old)
@@ -166,14 +177,18 @@ def remove(path: Path) -> None:
 
 
 # ---- text ----------------------------------------------------------------------------------------
-# Every text file is read here: UTF-8 without its byte-order mark, in lines that end at LF
-# or CRLF. Python's splitlines also ends lines at a form feed, at U+0085 and at U+2028.
+# Every text file is read here: UTF-8 without its byte-order mark, in lines that end at
+# LF or CRLF. Python's splitlines also ends lines at a form feed, at U+0085 and at
+# U+2028.
 
 
 class NotText(ValueError):
-    """Bytes that are not text in UTF-8. The message can follow "FILE:" or "the caption is".
+    """Bytes that are not text in UTF-8.
 
-    kind: what they are. line, byte: where, from 1, the byte within the line; 0: everywhere.
+    The message can follow "FILE:" or "the caption is".
+
+    kind: what they are. line, byte: where, from 1, the byte within the line; 0:
+    everywhere.
     """
 
     def __init__(self, kind: str, line: int = 0, byte: int = 0):
@@ -204,7 +219,10 @@ def _place(content: bytes, position: int) -> tuple[int, int]:
 
 
 def decode_text(content: bytes, where: str) -> str:
-    """The text of a file's bytes. Raises ValueError, starting with `where`, when it is not UTF-8."""
+    """The text of a file's bytes.
+
+    Raises ValueError, starting with `where`, when it is not UTF-8.
+    """
     try:
         return decode(content)
     except NotText as error:
@@ -212,7 +230,8 @@ def decode_text(content: bytes, where: str) -> str:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, without its byte-order mark; line ends stay as they are.
+    """The text of a UTF-8 file, without its byte-order mark; line ends stay as they
+    are.
 
     Raises ValueError naming file, line and byte when it is not UTF-8, and OSError when
     it cannot be read.
@@ -222,15 +241,18 @@ def read_text(path: Path) -> str:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file, without their ends. Raises like `read_text`, and like `split_lines`."""
+    """The lines of a text file, without their ends.
+
+    Raises like `read_text`, and like `split_lines`.
+    """
     return split_lines(read_text(path), str(path))
 
 
 def split_lines(text: str, where: str) -> list[str]:
     """Lines, which end at LF or CRLF only.
 
-    Raises ValueError, starting with `where`, when all lines end in CR: as one line, they
-    would be one prompt or one row.
+    Raises ValueError, starting with `where`, when all lines end in CR: as one line,
+    they would be one prompt or one row.
     """
     lines = text.split("\n")
     if not lines[-1]:
@@ -250,8 +272,8 @@ def _has_inner_cr(line: str) -> bool:
 class Line(NamedTuple):
     """One line of a text file.
 
-    number: from 1. text: without the line's end. problem: why it cannot be read, None when
-    it can. end: LF, CRLF, or nothing after the last line.
+    number: from 1. text: without the line's end. problem: why it cannot be read, None
+    when it can. end: LF, CRLF, or nothing after the last line.
     """
 
     number: int
@@ -261,7 +283,10 @@ class Line(NamedTuple):
 
 
 def iterate_lines(file: IO[bytes] | io.BufferedIOBase, max_bytes: int = MAX_LINE) -> Iterator[Line]:
-    """The lines of an open file, one after the other. A line of max_bytes or more is a problem."""
+    """The lines of an open file, one after the other.
+
+    A line of max_bytes or more is a problem.
+    """
     number = 0
     while content := file.readline(max_bytes):
         number += 1
@@ -285,7 +310,10 @@ def iterate_lines(file: IO[bytes] | io.BufferedIOBase, max_bytes: int = MAX_LINE
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object in a file. Raises ValueError, naming the file, when it is missing or damaged."""
+    """The JSON object in a file.
+
+    Raises ValueError, naming the file, when it is missing or damaged.
+    """
     try:
         text = read_text(path)
     except FileNotFoundError:
@@ -329,10 +357,11 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def end_last_line(file: BinaryIO, path: Path) -> None:
-    """Make a file of JSON lines, open for reading and appending, ready for the next line.
+    """Make a file of JSON lines, open for reading and appending, ready for the next
+    line.
 
-    A last line that is incomplete, from a process that was killed while it wrote, is removed, and
-    that is printed. A whole one without a line end gets one.
+    A last line that is incomplete, from a process that was killed while it wrote, is
+    removed, and that is printed. A whole one without a line end gets one.
     """
     size = file.seek(0, os.SEEK_END)
     start = file.seek(max(0, size - MAX_LINE))
@@ -351,7 +380,9 @@ def end_last_line(file: BinaryIO, path: Path) -> None:
 
 
 def write_json_lines(path: Path, rows: Iterable[dict]) -> None:
-    """Write one JSON object a line, atomically: nothing is written when `rows` raises."""
+    """Write one JSON object a line, atomically: nothing is written when `rows`
+    raises.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for row in rows:
@@ -359,9 +390,11 @@ def write_json_lines(path: Path, rows: Iterable[dict]) -> None:
 
 
 def check_characters(value: Any, where: str) -> None:
-    """Raise ValueError, starting with `where`, for half a character or a zero one in a value of JSON.
+    """Raise ValueError, starting with `where`, for half a character or a zero one in a
+    value of JSON.
 
-    JSON may write them as escapes (\\ud800, \\u0000), but they are no text, and no name of a file.
+    JSON may write them as escapes (\\ud800, \\u0000), but they are no text, and no name
+    of a file.
     """
     waiting = [value]
     while waiting:

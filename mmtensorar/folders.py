@@ -1,7 +1,10 @@
-"""List folders in one way for everybody: sources of pictures and evaluators. Imports nothing of ours.
+"""List folders in one way for everybody: sources of pictures and evaluators.
 
-Links are followed. Hidden files and folders (.DS_Store, ._a.jpg, .ipynb_checkpoints, .git) are
-left out. Whatever is not read is counted by its reason, and a few names are printed.
+Imports nothing of ours.
+
+Links are followed. Hidden files and folders (.DS_Store, ._a.jpg, .ipynb_checkpoints,
+.git) are left out. Whatever is not read is counted by its reason, and a few names are
+printed.
 """
 
 from __future__ import annotations
@@ -43,7 +46,9 @@ class LeftOut:
             names.append(shown(path.relative_to(self.folder).as_posix() if is_below else str(path)))
 
     def print(self) -> None:
-        """Print a note for each reason: "note: FOLDER: left out 4 (hidden): .a, .b, .c and 1 more"."""
+        """Print a note for each reason: "note: FOLDER: left out 4 (hidden): .a, .b, .c
+        and 1 more".
+        """
         for reason, count in self.counts.items():
             names, verb = self.names[reason], "followed" if reason == FOLLOWED else "left out"
             more = f" and {count - len(names)} more" if count > len(names) else ""
@@ -66,8 +71,8 @@ def is_hidden(name: str) -> bool:
 class FileStatus(NamedTuple):
     """What a listing knows about a file.
 
-    num_bytes: None where a store does not give it. stamp: changes when the file is written;
-    empty where nothing is known.
+    num_bytes: None where a store does not give it. stamp: changes when the file is
+    written; empty where nothing is known.
     """
 
     num_bytes: int | None
@@ -83,17 +88,19 @@ def status_of(status: os.stat_result) -> FileStatus:
 def walk(root: Path, left_out: LeftOut, *, entered: Iterable[Path] = ()) -> dict[Path, FileStatus]:
     """Every plain file below a folder, sorted by the parts of its path.
 
-    Links to files and to folders are followed, out of the folder as well. A folder is entered
-    once: first all that are in the root itself, then those that links lead to, in the order of
-    their names. So a circle of links ends, and no file is read twice because of one. The status
-    is that of the file a link leads to.
+    Links to files and to folders are followed, out of the folder as well. A folder is
+    entered once: first all that are in the root itself, then those that links lead to,
+    in the order of their names. So a circle of links ends, and no file is read twice
+    because of one. The status is that of the file a link leads to.
 
     Args:
-        left_out: Receives what is not read: hidden entries, links without a target, folders
-            that were entered already, devices and pipes; and links out of its folder.
+        left_out: Receives what is not read: hidden entries, links without a target,
+            folders that were entered already, devices and pipes; and links out of its
+            folder.
         entered: Folders that are not entered.
 
-    Raises ValueError when the root is not a folder, and OSError when a folder cannot be read.
+    Raises ValueError when the root is not a folder, and OSError when a folder cannot be
+    read.
     """
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder")
@@ -137,7 +144,9 @@ def _entries(folder: Path, left_out: LeftOut) -> Iterator[tuple[Path, os.stat_re
 
 
 def _status(entry: os.DirEntry) -> os.stat_result | None:
-    """The status of what an entry is or leads to; None for a link that leads nowhere."""
+    """The status of what an entry is or leads to; None for a link that leads
+    nowhere.
+    """
     try:
         return entry.stat()
     except OSError:

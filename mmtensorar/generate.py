@@ -5,9 +5,10 @@
 
 Image j of a prompt has seed --seed + j. The output folder receives {number}_{seed}.png
 and one line per image in prompts.jsonl. If the folder holds images already, or another
-process writes into it, new ones are added and none is replaced. --trace also writes, for
-each image, every window (.windows.safetensors) and the image after each revision, first to
-final, in one strip (.revisions.png). Under a launcher (torchrun) every rank makes its share.
+process writes into it, new ones are added and none is replaced. --trace also writes,
+for each image, every window (.windows.safetensors) and the image after each revision,
+first to final, in one strip (.revisions.png). Under a launcher (torchrun) every rank
+makes its share.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ Prompt = str | int  # a caption, or a class number
 def read_prompts(options: argparse.Namespace) -> list[str] | list[int]:
     """The class numbers of --class, or the prompts of --prompt and --prompts-file.
 
-    Empty lines are skipped. Raises ValueError when nothing is given, or both prompts and
-    class numbers.
+    Empty lines are skipped. Raises ValueError when nothing is given, or both prompts
+    and class numbers.
     """
     prompts = list(options.prompt)
     if options.classes:
@@ -58,19 +59,24 @@ def read_prompts(options: argparse.Namespace) -> list[str] | list[int]:
 
 
 def origin_of(prompt: Prompt, seed: int) -> dict[str, Prompt]:
-    """Prompt or class, and seed of an image, as recorded in prompts.jsonl and in its file."""
+    """Prompt or class, and seed of an image, as recorded in prompts.jsonl and in its
+    file.
+    """
     return {"prompt" if isinstance(prompt, str) else "class": prompt, "seed": seed}
 
 
 def write_images(generator: Generator, prompts: Sequence[Prompt], options: argparse.Namespace) -> list[Path]:
-    """Generate --num-images for each prompt into --out, this rank's share; returns the image files."""
+    """Generate --num-images for each prompt into --out, this rank's share; returns the
+    image files.
+    """
     generator.check(prompts)
     sampling = generator.sampling(**given_settings(options))
     if ranks.is_first():
         print(", ".join(f"{key} {value}" for key, value in generator.runs_as().items()), file=sys.stderr)
     folder = PictureFolder(options.out)
     work = [(prompt, options.seed + image) for prompt in prompts for image in range(options.num_images)]
-    # Whole batches: padding depends on the batch, and any number of ranks should make the same images.
+    # Whole batches: padding depends on the batch, and any number of ranks should make
+    # the same images.
     batches = [work[start : start + options.batch_size] for start in range(0, len(work), options.batch_size)]
     batches = batches[ranks.rank() :: ranks.world_size()]
     num_images = sum(map(len, batches))
@@ -118,7 +124,8 @@ def add_image(
     origin: dict[str, Prompt],
     made_by: dict,
 ) -> Path:
-    """Add an image, and the trace of its windows, to the folder; returns the image file.
+    """Add an image, and the trace of its windows, to the folder; returns the image
+    file.
 
     Args:
         windows: [T, K, F], or None without a trace.
@@ -139,7 +146,10 @@ def add_image(
 def write_trace(
     generator: Generator, windows: Tensor, windows_file: Path, strip_file: Path, origin: dict[str, Prompt]
 ) -> None:
-    """Write an image's windows [T, K, F], and its strip of revisions. Both files record the origin."""
+    """Write an image's windows [T, K, F], and its strip of revisions.
+
+    Both files record the origin.
+    """
     from PIL import Image
     from safetensors.torch import save_file
 

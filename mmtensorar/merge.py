@@ -13,7 +13,10 @@ from mmtensorar.cli import Parser, command
 
 
 def merge(source: Path, target: Path) -> None:
-    """Write a model folder of adapters as one with all weights. Raises ValueError when it has no adapters."""
+    """Write a model folder of adapters as one with all weights.
+
+    Raises ValueError when it has no adapters.
+    """
     index = read_index(source)
     # Imported after the check, since torch takes seconds.
     from mmtensorar.checkpoints import model_folder

@@ -1,12 +1,13 @@
-"""The folder that `generate` writes: names of pictures and traces, and prompts.jsonl.
+"""The folder that `generate` writes: names of pictures and traces, and
+prompts.jsonl.
 
     00012_3.png                    picture number 12 of the folder, of seed 3
     00012_3.windows.safetensors    its trace (--trace), not a picture:
     00012_3.revisions.png          its revisions in one strip
     prompts.jsonl                  one line per picture
 
-Numbers above 99999 have more digits. Several processes may write into one folder at the same
-time: each picture gets a number of its own, and no file is ever replaced.
+Numbers above 99999 have more digits. Several processes may write into one folder at the
+same time: each picture gets a number of its own, and no file is ever replaced.
 """
 
 from __future__ import annotations
@@ -33,9 +34,11 @@ RECORDED = re.compile(rb'"file": "([0-9]{5,})_[0-9]+\.')
 
 
 def is_revisions(path: Path) -> bool:
-    """Whether a file is the strip of revisions of a picture, which is not a picture itself.
+    """Whether a file is the strip of revisions of a picture, which is not a picture
+    itself.
 
-    It has the name that `generate` gives, or its picture is next to it, renamed or converted.
+    It has the name that `generate` gives, or its picture is next to it, renamed or
+    converted.
     """
     if not path.name.endswith(REVISIONS):
         return False
@@ -46,7 +49,9 @@ def is_revisions(path: Path) -> bool:
 
 
 def in_order(path: Path) -> tuple[str, ...]:
-    """The key that sorts paths by their names, and numbers above 99999 after all smaller ones."""
+    """The key that sorts paths by their names, and numbers above 99999 after all
+    smaller ones.
+    """
     return tuple(LONG_NUMBER.sub(_behind_five_digits, part) for part in path.parts)
 
 
@@ -75,11 +80,13 @@ class PictureFolder:
             self._read_lines(record)
 
     def add(self, finished: Mapping[str, Path], seed: int, row: Mapping[str, object]) -> Path:
-        """Give a picture and the files of its trace their names, and append its line to prompts.jsonl.
+        """Give a picture and the files of its trace their names, and append its line to
+        prompts.jsonl.
 
         Args:
-            finished: ending (.png) -> the file, under a `files.temporary_name` of the folder. The
-                picture comes last: a process that is killed leaves no picture without its trace.
+            finished: ending (.png) -> the file, under a `files.temporary_name` of the
+                folder. The picture comes last: a process that is killed leaves no
+                picture without its trace.
             seed: of the picture.
             row: the line, without the name of the file.
 
@@ -97,7 +104,9 @@ class PictureFolder:
         return path
 
     def _name(self, finished: Mapping[str, Path], name: str) -> Path | None:
-        """Give the files a name; None, and no file has it, when one of the names is taken."""
+        """Give the files a name; None, and no file has it, when one of the names is
+        taken.
+        """
         named: dict[Path, Path] = {}
         try:
             for ending, temporary in finished.items():
@@ -121,7 +130,9 @@ class PictureFolder:
 
     @contextmanager
     def _record(self) -> Iterator:
-        """prompts.jsonl, open for reading and appending; the other processes wait until it is closed."""
+        """prompts.jsonl, open for reading and appending; the other processes wait until
+        it is closed.
+        """
         with (self.path / RECORD).open("a+b") as record:
             try:
                 fcntl.flock(record, fcntl.LOCK_EX)
@@ -130,7 +141,9 @@ class PictureFolder:
             yield record
 
     def _read_lines(self, record) -> None:
-        """Count further than all numbers in the lines that were added, by this process or another."""
+        """Count further than all numbers in the lines that were added, by this process
+        or another.
+        """
         record.seek(self._read)
         while line := record.readline(MAX_LINE):
             self._next = max(self._next, *(1 + int(match[1]) for match in RECORDED.finditer(line)), 0)

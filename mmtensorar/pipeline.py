@@ -92,7 +92,9 @@ class Generator:
         )
 
     def runs_as(self) -> dict[str, str]:
-        """Device, precision and attention, on which images may depend besides the settings."""
+        """Device, precision and attention, on which images may depend besides the
+        settings.
+        """
         attention = self.recipe.backbone.model_dump()["attn_implementation"]
         return {"device": self.device.type, "precision": self.precision, "attn_implementation": attention}
 
@@ -106,8 +108,8 @@ class Generator:
     def check(self, prompts: Sequence[str | int]) -> None:
         """Raise ValueError for prompts of the wrong kind.
 
-        A model takes either captions or class numbers. Prints a warning for prompts that
-        are longer than the model's limit, once for each: their end is cut.
+        A model takes either captions or class numbers. Prints a warning for prompts
+        that are longer than the model's limit, once for each: their end is cut.
         """
         if self.caption_encoder.kind == "class":
             # Shards and evaluation suites write class 207 as "207".
@@ -159,8 +161,8 @@ class Generator:
             keep_trace: return the windows of all steps too.
             progress: called with (final tokens, T) whenever more tokens are final.
 
-        Raises ValueError when the numbers of seeds and prompts differ, for prompts of the
-        wrong kind, and when the batch does not fit into the GPU's memory.
+        Raises ValueError when the numbers of seeds and prompts differ, for prompts of
+        the wrong kind, and when the batch does not fit into the GPU's memory.
         """
         if len(prompts) != len(seeds) or not prompts:
             raise ValueError(

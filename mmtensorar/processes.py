@@ -25,7 +25,8 @@ SAVER_THREAD = "run state"  # name of the thread that writes a run state in the 
 
 
 def exit_process(code: int) -> NoReturn:
-    """Wait until the last run state is written, then end this process with an exit code.
+    """Wait until the last run state is written, then end this process with an exit
+    code.
 
     After an error in a process group, the process ends by os._exit. Destroying the
     process group could wait for a rank that has ended already. A normal exit while the
@@ -64,7 +65,9 @@ class StopSignals:
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal's number, as in shells; SIGTERM if another rank received it."""
+        """128 + the signal's number, as in shells; SIGTERM if another rank received
+        it.
+        """
         return 128 + (self.received or signal.SIGTERM)
 
     def install(self) -> None:
@@ -98,8 +101,8 @@ class RunFolderLock:
 
     The lock is on FOLDER/lock, which holds the owner's process id and host. The
     operating system releases it when the process ends, even after a crash. On a file
-    system without locks nothing is locked. A block that ends with an error and has written
-    nothing leaves no folder behind, if there was none before.
+    system without locks nothing is locked. A block that ends with an error and has
+    written nothing leaves no folder behind, if there was none before.
     """
 
     def __init__(
@@ -115,8 +118,8 @@ class RunFolderLock:
             folder: the run folder; it is created.
             timeout_s: seconds to wait for another process to release the lock.
             otherwise: advice for the error message, after "stop it, or".
-            leaves_nothing: remove the lock file at the end, and the folders that were created if
-                they are still empty.
+            leaves_nothing: remove the lock file at the end, and the folders that were
+                created if they are still empty.
         """
         self.folder, self.timeout_s, self.otherwise = folder, timeout_s, otherwise
         self.leaves_nothing = leaves_nothing
@@ -134,8 +137,9 @@ class RunFolderLock:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Its owner may have removed the file since it was opened. Some network file systems
-                # give a file another number each time, hence a few attempts only.
+                # Its owner may have removed the file since it was opened. Some network
+                # file systems give a file another number each time, hence a few
+                # attempts only.
                 attempts += 1
                 if self._is_there(file) or attempts == 10:
                     break
@@ -191,7 +195,9 @@ class RunFolderLock:
 
 
 def release_in_child() -> None:
-    """In a forked child: close the parent's lock files, so that it does not keep them locked."""
+    """In a forked child: close the parent's lock files, so that it does not keep them
+    locked.
+    """
     for file in _locked:
         file.close()
     _locked.clear()

@@ -30,7 +30,9 @@ def local_rank() -> int | None:
 
 
 def device(name: str | None) -> str | None:
-    """Name of the device for this process; under a launcher, unless given, the GPU of its local rank."""
+    """Name of the device for this process; under a launcher, unless given, the GPU of
+    its local rank.
+    """
     number = local_rank()
     if name is not None or number is None:
         return name

@@ -2,8 +2,9 @@
 
     mmtensorar image-tokenizer roundtrip --tokenizer FOLDER_OR_FILE a.png [b.jpg] --out out/
 
-roundtrip encodes images and decodes their codes: the best that a model on this tokenizer can show. For each
-image it writes out/NAME.roundtrip.png, original left and reconstruction right, and prints the PSNR.
+roundtrip encodes images and decodes their codes: the best that a model on this
+tokenizer can show. For each image it writes out/NAME.roundtrip.png, original left and
+reconstruction right, and prints the PSNR.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ EXAMPLE = "--tokenizer recipes/tiny/weights/base/image_tokenizer a.png --out out
 
 
 def psnr(one: Image.Image, other: Image.Image) -> float:
-    """Peak signal-to-noise ratio of two RGB images of one size, in dB over all 8-bit values.
+    """Peak signal-to-noise ratio of two RGB images of one size, in dB over all 8-bit
+    values.
 
     Infinite when they are equal.
     """
@@ -41,7 +43,10 @@ def psnr(one: Image.Image, other: Image.Image) -> float:
 def write_roundtrips(
     image_tokenizer: ImageTokenizer, paths: list[Path], out: Path
 ) -> Iterator[tuple[Path, float]]:
-    """Path and PSNR of each comparison written. Raises ValueError naming an image that cannot be read."""
+    """Path and PSNR of each comparison written.
+
+    Raises ValueError naming an image that cannot be read.
+    """
     from mmtensorar.image_tokenizers import round_trip
 
     size = image_tokenizer.image_size

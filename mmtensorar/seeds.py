@@ -1,4 +1,6 @@
-"""Seeds made by hashing names and numbers, so that similar inputs give unrelated seeds."""
+"""Seeds made by hashing names and numbers, so that similar inputs give unrelated
+seeds.
+"""
 
 from __future__ import annotations
 

@@ -280,7 +280,9 @@ def exchange(run: TrainingRun, losses: torch.Tensor, num_skipped: int, num_cut: 
 
 
 def after_step(run: TrainingRun, result: StepResult) -> None:
-    """Check the step, and validate, sample, log and save when the recipe asks for it."""
+    """Check the step, and validate, sample, log and save when the recipe asks for
+    it.
+    """
     recipe, watch = run.recipe, run.watch
     run.stopped = result.message.stop_requested
     if result.message.save_failed:
@@ -362,7 +364,9 @@ def name_cut(run: TrainingRun, cut: list[str]) -> None:
 
 
 def check_gradient(run: TrainingRun, result: StepResult) -> None:
-    """Stop the run when the gradient's norm is not finite or above train.max_grad_norm."""
+    """Stop the run when the gradient's norm is not finite or above
+    train.max_grad_norm.
+    """
     norm, bound = result.grad_norm, run.recipe.train.max_grad_norm
     if not math.isfinite(norm):
         run.fail(f"the gradient is not finite at step {run.step}: all ranks stop", result.names)
@@ -441,11 +445,14 @@ def finish(run: TrainingRun) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; returns the exit code: 2 after an error, 130 after a second Ctrl-C."""
+    """The command; returns the exit code: 2 after an error, 130 after a second
+    Ctrl-C.
+    """
     options = read_options(arguments)
     print_any_text()
-    # Not `cli.command`: there every process prints its error, since it runs on its own. Here all
-    # ranks raise an error that rank 0 prints, and a rank's own OSError is printed by that rank.
+    # Not `cli.command`: there every process prints its error, since it runs on its own.
+    # Here all ranks raise an error that rank 0 prints, and a rank's own OSError is
+    # printed by that rank.
     try:
         recipe = Recipe.load(options.recipe, options.overrides)
         recipe = recipe.plain() if options.plain else recipe

@@ -1,4 +1,6 @@
-"""The options of `mmtensorar train`, read before torch and DeepSpeed are imported, which takes seconds."""
+"""The options of `mmtensorar train`, read before torch and DeepSpeed are imported,
+which takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def check(arguments: list[str] | None = None) -> None:
-    """End this process with one sentence, on the first rank, when an option or the recipe file is wrong."""
+    """End this process with one sentence, on the first rank, when an option or the
+    recipe file is wrong.
+    """
     options = read_options(arguments)
     try:
         read_settings(options.recipe)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:
-    """`1 sample`, `2 samples`, `0 classes`. plural: where adding s or es does not make it."""
+    """`1 sample`, `2 samples`, `0 classes`.
+
+    plural: where adding s or es does not make it.
+    """
     if number == 1:
         return f"1 {noun}"
     return f"{number} {plural or noun + ('es' if noun.endswith(('s', 'x', 'ch', 'sh')) else 's')}"

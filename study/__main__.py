@@ -1,6 +1,8 @@
-"""Run a grid or write its page: mmtensorar study run|report|across|time|check (docs/study/howto.md).
+"""Run a grid or write its page: mmtensorar study run|report|across|time|check
+(docs/study/howto.md).
 
-The functions import what they need, so that a mistyped option is reported before torch is imported.
+The functions import what they need, so that a mistyped option is reported before torch
+is imported.
 """
 
 from __future__ import annotations
@@ -32,7 +34,10 @@ def seconds(text: str) -> float:
 
 
 def _wanted(grid: Grid, named: Sequence[str] | None) -> list[str]:
-    """The arms that a command is about. Raises ValueError for an unknown name, or one that was removed."""
+    """The arms that a command is about.
+
+    Raises ValueError for an unknown name, or one that was removed.
+    """
     if unknown := set(named or ()) - grid.arms.keys():
         raise ValueError(f"--arms: unknown {', '.join(sorted(unknown))}; there are {', '.join(grid.arms)}")
     for name in named or ():
@@ -64,7 +69,9 @@ def run(options: argparse.Namespace) -> None:
 
 
 def check(options: argparse.Namespace) -> int:
-    """Train and score one arm again; 0 when the score is within the stored score's interval, else 1."""
+    """Train and score one arm again; 0 when the score is within the stored score's
+    interval, else 1.
+    """
     from study import commands, runner, start
     from study.grid import USUAL, Grid
     from study.results import path_of, read
@@ -93,7 +100,9 @@ def check(options: argparse.Namespace) -> int:
 
 
 def time_steps(options: argparse.Namespace) -> None:
-    """Time a few steps of every arm, alone on the machine: runs that share a machine slow each other."""
+    """Time a few steps of every arm, alone on the machine: runs that share a machine
+    slow each other.
+    """
     from study import report, runner, start, timing
     from study.grid import BASE, Grid
     from study.results import path_of

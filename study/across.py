@@ -1,4 +1,6 @@
-"""The page over several worlds, from their stored results: what each arm gains or loses in each world."""
+"""The page over several worlds, from their stored results: what each arm gains or loses
+in each world.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,8 @@ drafts of the next tokens.
 class Point(NamedTuple):
     """An arm with drafts in one grid.
 
-    cost: bits that its final token costs, with its own drafts in view, minus the control's.
+    cost: bits that its final token costs, with its own drafts in view, minus the
+    control's.
     gain: points of score.
     """
 
@@ -72,12 +75,17 @@ class Study(NamedTuple):
         return len({row["seed"] for runs in self.scores.runs.values() for row in runs.rows})
 
     def gain(self, arm: str) -> Interval | None:
-        """Score minus the control's, on the seeds that both have; None where there are none."""
+        """Score minus the control's, on the seeds that both have; None where there are
+        none.
+        """
         by_group = self.scores.minus(arm)
         return None if by_group is None else by_group["overall"]
 
     def bits(self, arm: str, drafts: str) -> np.ndarray | None:
-        """Bits per token at each offset; None without such rows. drafts: those in view, none or own."""
+        """Bits per token at each offset; None without such rows.
+
+        drafts: those in view, none or own.
+        """
         runs = self.scores.usual(arm)
         nats = None if runs is None else mean_of(runs, f"{drafts} nats")
         return None if nats is None else nats / NATS_PER_BIT
@@ -91,7 +99,10 @@ class Study(NamedTuple):
 
 
 def load(path: Path, rows: Sequence[dict]) -> Study:
-    """A grid's file and its rows. Raises ValueError when there is no result of the control."""
+    """A grid's file and its rows.
+
+    Raises ValueError when there is no result of the control.
+    """
     grid, runs = Grid.load(path), collect(rows)
     if (grid.control, USUAL) not in runs:
         raise ValueError(f"{path}: no result of the control, {grid.control}; run it first")
@@ -107,7 +118,10 @@ def _about(studies: Sequence[Study], arm: str) -> str:
 
 
 def leading_table(studies: Sequence[Study]) -> str:
-    """The arms of LEADING that a grid has: points in each world, then Frechet ratios. Empty without any."""
+    """The arms of LEADING that a grid has: points in each world, then Frechet ratios.
+
+    Empty without any.
+    """
     rows = []
     for arm in LEADING:
         gains = [study.gain(arm) for study in studies]
@@ -185,7 +199,9 @@ def _by_grid(all_points: Sequence[Point]) -> dict[str, list[Point]]:
 
 
 def correlations(all_points: Sequence[Point]) -> str:
-    """How well costs predict gains, for each grid: worlds differ too much to be pooled."""
+    """How well costs predict gains, for each grid: worlds differ too much to be
+    pooled.
+    """
     listed = []
     for grid, arms in _by_grid(all_points).items():
         if len(arms) > 2:
@@ -214,7 +230,8 @@ def draw(all_points: Sequence[Point], path: Path) -> None:
                     xytext=(3, 3),
                     textcoords="offset points",
                 )
-    # A model that copies its drafts costs a hundred times more than one that they do not harm.
+    # A model that copies its drafts costs a hundred times more than one that they do
+    # not harm.
     axes.set_xscale("symlog", linthresh=0.1)
     axes.axhline(0, color="#7f7f7f", linewidth=1)
     axes.set_xlabel("bits that the final token costs more than the control's")
@@ -230,8 +247,8 @@ def draw(all_points: Sequence[Point], path: Path) -> None:
 def write(studies: Sequence[Study], folder: Path) -> Path:
     """Write README.md and a plot in the folder; returns the page's path.
 
-    folder/notes.md, if there is one, follows the first table. Raises ValueError for fewer than two
-    studies.
+    folder/notes.md, if there is one, follows the first table. Raises ValueError for
+    fewer than two studies.
     """
     if len(studies) < 2:
         raise ValueError(

@@ -25,14 +25,18 @@ NUM_SCORED = 256  # pictures at a time
 
 
 def quarters(image_tokenizer: ImageTokenizer, codes: Tensor) -> np.ndarray:
-    """Codes [B, T, 1] -> [B, 4 C] float64: the code vectors, averaged over each quarter of the picture."""
+    """Codes [B, T, 1] -> [B, 4 C] float64: the code vectors, averaged over each quarter
+    of the picture.
+    """
     down, across = image_tokenizer.grid
     vectors = image_tokenizer.vectors(codes).unflatten(1, (2, down // 2, 2, across // 2))
     return vectors.mean((2, 4)).flatten(1).double().cpu().numpy()
 
 
 class Classifier(nn.Module):
-    """Pixels [B, 3, H, W] in [-1, 1] -> logits [B, classes]; `features` are those before the last map."""
+    """Pixels [B, 3, H, W] in [-1, 1] -> logits [B, classes]; `features` are those
+    before the last map.
+    """
 
     def __init__(self, num_classes: int):
         super().__init__()
@@ -66,7 +70,9 @@ class Classifier(nn.Module):
 
 
 def read_pictures(folder: Path) -> tuple[Tensor, Tensor]:
-    """All pictures of a class-conditional shard set: pixels [N, 3, H, W] in [-1, 1], class numbers [N]."""
+    """All pictures of a class-conditional shard set: pixels [N, 3, H, W] in [-1, 1],
+    class numbers [N].
+    """
     manifest = Manifest.read(folder)
     pictures, classes = [], []
     for shard in manifest.shards:
@@ -81,7 +87,8 @@ def train_classifier(path: Path, train: Path, validation: Path, num_classes: int
     """Train a classifier and write it, unless path exists.
 
     Args:
-        path: file to write, with the share of validation pictures that it classifies correctly.
+        path: file to write, with the share of validation pictures that it classifies
+            correctly.
         train, validation: class-conditional shard sets.
         num_classes: of both sets.
     """
@@ -111,7 +118,9 @@ def train_classifier(path: Path, train: Path, validation: Path, num_classes: int
 
 
 def load_classifier(path: Path) -> tuple[Classifier, float]:
-    """A classifier in eval mode, and the share of validation pictures that it classifies correctly."""
+    """A classifier in eval mode, and the share of validation pictures that it
+    classifies correctly.
+    """
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
         classifier = Classifier(int(metadata["num_classes"]))

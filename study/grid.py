@@ -14,11 +14,13 @@ from mmtensorar.recipe import Recipe, SamplerSettings, Section, problems_of, rea
 from study.commands import ROOT
 from study.train_image_tokenizer import ImageTokenizerRecipe
 
-# (section, setting) in stored rows of earlier versions -> the value that equals today's behaviour.
+# (section, setting) in stored rows of earlier versions -> the value that equals today's
+# behaviour.
 REMOVED = {("sampler", "stride"): 1, ("tensorar", "max_stride"): 1}
 BASE = "base"  # the arm that is not trained
 USUAL = "as the recipe"  # the sampling of every arm
-# Settings of every training run: no monitors, samples or run states, only the steps and their log.
+# Settings of every training run: no monitors, samples or run states, only the steps and
+# their log.
 ON_ALL = [
     "train.monitors=[]",
     "train.sample_every=0",
@@ -37,8 +39,8 @@ class Arm(Section):
         samplings: names of samplings besides the recipe's own.
         samplings_once: the same, for the first seed only.
         num_seeds: instead of the grid's, when fewer are enough.
-        removed: why its setting is no longer in the code. Its stored rows stay on the page, and it
-            is not run.
+        removed: why its setting is no longer in the code. Its stored rows stay on the
+            page, and it is not run.
     """
 
     about: str
@@ -56,7 +58,8 @@ class FromNothing(Section):
     """A base that is trained on the world's pictures, from nothing.
 
     Args:
-        image_tokenizer: settings of study.train_image_tokenizer; the study sets shards and out.
+        image_tokenizer: settings of study.train_image_tokenizer; the study sets shards
+            and out.
         backbone: architecture of a LlamaGen.
         settings: of the grid's recipe that its training changes, `key=value`.
     """
@@ -80,7 +83,8 @@ class Grid(Section):
         base: the model folder that all arms start from.
         from_nothing: how to make one, instead of base.
         control: the arm that the others are compared with.
-        equal_time: a second arm to compare with: it trains at least as long as the others.
+        equal_time: a second arm to compare with: it trains at least as long as the
+            others.
         num_seeds: of each arm, unless the arm has fewer.
         num_images: pictures of each prompt.
         samplings: name -> settings of the sampler, and batch_size.
@@ -90,7 +94,8 @@ class Grid(Section):
     world: str
     recipe: str
     base: str | None = None
-    # Optional. With `| None` as its type, the reader of recipes does not name a wrong key inside it.
+    # Optional. With `| None` as its type, the reader of recipes does not name a wrong
+    # key inside it.
     from_nothing: FromNothing = None
     control: str
     equal_time: str | None = None
@@ -137,7 +142,11 @@ class Grid(Section):
 
     @classmethod
     def load(cls, path: str | Path) -> Grid:
-        """Read a grid. Raises RecipeError naming the file and each wrong key, also of the arms' recipes."""
+        """Read a grid.
+
+        Raises RecipeError naming the file and each wrong key, also of the arms'
+        recipes.
+        """
         grid = read_recipe(cls, path)
         if grid.from_nothing is not None:
             try:
@@ -154,7 +163,8 @@ class Grid(Section):
         return grid
 
     def made_of(self, name: str, sampling: str) -> dict:
-        """The settings, of training and of sampling, that a row of results depends on, as JSON has them.
+        """The settings, of training and of sampling, that a row of results depends on,
+        as JSON has them.
 
         A row also depends on the base's weights: see `job.fingerprint`.
         """
@@ -171,7 +181,9 @@ class Grid(Section):
         )
 
     def runs(self, wanted: Iterable[str], num_seeds: int) -> list[tuple[int, str]]:
-        """(seed, arm), seed after seed, so that a run that ends early has treated all arms alike."""
+        """(seed, arm), seed after seed, so that a run that ends early has treated all
+        arms alike.
+        """
         arms = {name: arm for name, arm in self.arms.items() if name in wanted and not arm.removed}
         return [
             (seed, name)
@@ -182,7 +194,9 @@ class Grid(Section):
 
 
 def comparable(made_of: dict) -> dict:
-    """What a row was made of (`Grid.made_of`), without settings that only earlier versions had."""
+    """What a row was made of (`Grid.made_of`), without settings that only earlier
+    versions had.
+    """
     return {
         section: {
             name: value for name, value in settings.items() if REMOVED.get((section, name), object()) != value

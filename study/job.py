@@ -1,4 +1,6 @@
-"""One arm with one seed: train it, then measure the model. A job is a process, so several can run at once.
+"""One arm with one seed: train it, then measure the model.
+
+A job is a process, so several can run at once.
 
 Every sampling of an arm is one line of the results. It holds, among others:
 
@@ -48,7 +50,9 @@ ROUNDS = 3  # of drafting, each from the drafts of the round before
 
 
 def recipe_of(grid: Grid, name: str, seed: int, out: Path) -> list[str]:
-    """The overrides that turn the grid's recipe into an arm's; data and first codec depend on the seed."""
+    """The overrides that turn the grid's recipe into an arm's; data and first codec
+    depend on the seed.
+    """
     train, _ = worlds.load(grid.world).sets(out / "data")
     base = start.folder(grid, out)
     return [
@@ -65,7 +69,8 @@ def recipe_of(grid: Grid, name: str, seed: int, out: Path) -> list[str]:
 
 
 def train(grid: Grid, name: str, seed: int, out: Path) -> tuple[Path, dict]:
-    """Train an arm; returns the model folder, and steps, train_seconds and step_seconds (the median).
+    """Train an arm; returns the model folder, and steps, train_seconds and step_seconds
+    (the median).
 
     Raises ValueError when training fails.
     """
@@ -96,16 +101,17 @@ def fingerprint(base: Path) -> str:
 
 @torch.no_grad()
 def probe(model: TensorAR, recipe: Recipe, generator: Generator) -> dict:
-    """Nats per token and accuracy at each offset on data.validation, given three kinds of drafts.
+    """Nats per token and accuracy at each offset on data.validation, given three kinds
+    of drafts.
 
     Args:
         model: the trained model.
         recipe: with data.validation.
         generator: with the model's caption encoder and device.
 
-    Returns lists of one number per offset: "KIND nats" and "KIND accuracy" for KIND none (no drafts
-    in view), own (drafts that the model sampled) and true, and draft_error, the share of own drafts
-    that are wrong. K=1 has none only.
+    Returns lists of one number per offset: "KIND nats" and "KIND accuracy" for KIND
+    none (no drafts in view), own (drafts that the model sampled) and true, and
+    draft_error, the share of own drafts that are wrong. K=1 has none only.
     """
     K, totals, count = model.window, defaultdict(float), 0
     device = generator.device
@@ -218,7 +224,9 @@ def measure(grid: Grid, name: str, seed: int, model_folder: Path, out: Path) -> 
 
 @command
 def main(arguments: list[str] | None = None) -> int:
-    """GRID ARM SEED OUT FILE: train, measure, and write rows of results into FILE, as JSON lines."""
+    """GRID ARM SEED OUT FILE: train, measure, and write rows of results into FILE, as
+    JSON lines.
+    """
     grid_path, name, seed_text, out, target = sys.argv[1:] if arguments is None else arguments
     grid, seed, num_threads = Grid.load(grid_path), int(seed_text), torch.get_num_threads()
     folder, took = train(grid, name, seed, Path(out))

@@ -6,7 +6,10 @@ from pathlib import Path
 
 
 def pyplot():
-    """matplotlib's pyplot without a display. Raises ValueError when matplotlib is not installed."""
+    """matplotlib's pyplot without a display.
+
+    Raises ValueError when matplotlib is not installed.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -18,7 +21,10 @@ def pyplot():
 
 
 def save(figure, path: Path) -> None:
-    """Write and close a figure. Its bytes depend on its content only: the file names no software."""
+    """Write and close a figure.
+
+    Its bytes depend on its content only: the file names no software.
+    """
     figure.tight_layout()
     figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot().close(figure)

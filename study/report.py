@@ -25,7 +25,8 @@ NATS_PER_BIT = np.log(2)
 
 
 def arms_table(scores: Scores, timed: Mapping[str, Mapping[str, float]]) -> str:
-    """Every arm by its recipe's sampling: score, difference from the control, distance, steps and time.
+    """Every arm by its recipe's sampling: score, difference from the control, distance,
+    steps and time.
 
     timed: contents of STEP_TIMES.
     """
@@ -145,7 +146,9 @@ def probes_table(scores: Scores) -> str:
 
 
 def _distance(runs: Runs) -> str:
-    """Mean Frechet distance to three digits and, of several seeds, half the distance between the extremes."""
+    """Mean Frechet distance to three digits and, of several seeds, half the distance
+    between the extremes.
+    """
     values = [row["frechet"] for row in runs.rows]
     digits = max(0, 2 - floor(log10(mean(values)))) if mean(values) > 0 else 0
     text = f"{mean(values):.{digits}f}"
@@ -168,7 +171,9 @@ def _first_bits(nats: np.ndarray | None) -> str:
 
 
 def draw(scores: Scores, path: Path) -> None:
-    """Plot the score of every arm with its interval, best first; the control's as a band."""
+    """Plot the score of every arm with its interval, best first; the control's as a
+    band.
+    """
     grid = scores.grid
     bars = [(name, scores.alone(runs)) for name in grid.arms if (runs := scores.usual(name))]
     bars.sort(key=lambda bar: bar[1].value)

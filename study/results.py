@@ -1,4 +1,6 @@
-"""Stored results of a grid: docs/study/GRID/results.jsonl, one line for each run and sampling."""
+"""Stored results of a grid: docs/study/GRID/results.jsonl, one line for each run and
+sampling.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,10 @@ def path_of(grid: Path) -> Path:
 
 
 def read(path: Path) -> list[dict]:
-    """All rows; none when there is no file. Raises ValueError naming a line that is not a row."""
+    """All rows; none when there is no file.
+
+    Raises ValueError naming a line that is not a row.
+    """
     rows = []
     for where, row in files.read_json_lines(path) if path.is_file() else ():
         if lacks := KEYS - row.keys():
@@ -65,7 +70,9 @@ def missing(grid: Grid, rows: list[dict], wanted: Sequence[str], num_seeds: int)
 
 
 def _check_settings(grid: Grid, name: str, row: dict) -> None:
-    """Raise ValueError when a stored row was made with other settings than the grid and its recipe have."""
+    """Raise ValueError when a stored row was made with other settings than the grid and
+    its recipe have.
+    """
     if row["settings"] != (settings := grid.arms[name].settings):
         raise ValueError(
             f"arms.{name} was run with {row['settings']}, the grid has {settings}: give the arm another "

@@ -1,4 +1,6 @@
-"""Run what is missing of a grid: several jobs at a time, each a process of its own (study.job)."""
+"""Run what is missing of a grid: several jobs at a time, each a process of its own
+(study.job).
+"""
 
 from __future__ import annotations
 
@@ -26,14 +28,19 @@ POLL_S = 1
 
 
 def folder_lock(out: Path) -> RunFolderLock:
-    """A lock on a study's folder. Entering it raises ValueError when another process works there."""
+    """A lock on a study's folder.
+
+    Entering it raises ValueError when another process works there.
+    """
     return RunFolderLock(out, otherwise="choose another --out")
 
 
 def worker_environments(num_workers: int | None) -> list[dict[str, str]]:
-    """The environment variables of each worker: a GPU each, or without GPUs an equal share of the cores.
+    """The environment variables of each worker: a GPU each, or without GPUs an equal
+    share of the cores.
 
-    num_workers: None: one per GPU, or one per core. OMP_NUM_THREADS is kept when it is set.
+    num_workers: None: one per GPU, or one per core. OMP_NUM_THREADS is kept when it is
+    set.
     """
     import torch
 
@@ -63,7 +70,9 @@ class Job:
     started: float = field(default_factory=time.monotonic)
 
     def end(self) -> None:
-        """Stop the job if it still runs, with the training it started, which ends its step and saves."""
+        """Stop the job if it still runs, with the training it started, which ends its
+        step and saves.
+        """
         if self.process.poll() is None:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGTERM)
@@ -150,7 +159,9 @@ def _run_jobs(
     results: Path,
     deadline: float | None,
 ) -> tuple[int, int]:
-    """Run (seed, arm) jobs, as many at a time as environments; returns how many are left and failed."""
+    """Run (seed, arm) jobs, as many at a time as environments; returns how many are
+    left and failed.
+    """
     waiting, free, running, num_failed = list(work), list(environments), [], 0
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         while waiting or running:
@@ -188,7 +199,10 @@ def _start(
 
 
 def _collect(ended: Job, results: Path, num_waiting: int) -> bool:
-    """Append an ended job's rows to the results. A failed job returns False and prints the end of its log."""
+    """Append an ended job's rows to the results.
+
+    A failed job returns False and prints the end of its log.
+    """
     name = f"{ended.arm}, seed {ended.seed}"
     if ended.process.returncode:
         printed = ended.log.read_text(encoding="utf-8", errors="replace").strip()

@@ -1,7 +1,9 @@
-"""Scores of a grid's arms from stored rows: alone, minus the control, and by another sampling.
+"""Scores of a grid's arms from stored rows: alone, minus the control, and by another
+sampling.
 
-Arms are compared on the same seeds and prompts, so that what is hard for both cancels. Intervals
-are 95 %, over seeds and prompts (eval/intervals.py); how much seeds differ is pooled over the arms.
+Arms are compared on the same seeds and prompts, so that what is hard for both cancels.
+Intervals are 95 %, over seeds and prompts (eval/intervals.py); how much seeds differ is
+pooled over the arms.
 """
 
 from __future__ import annotations
@@ -27,7 +29,10 @@ from study.grid import USUAL, Grid
 
 
 class Runs(NamedTuple):
-    """One arm with one sampling. shares: seed -> share of right pictures of each prompt, [prompts]."""
+    """One arm with one sampling.
+
+    shares: seed -> share of right pictures of each prompt, [prompts].
+    """
 
     rows: list[dict]
     shares: dict[int, np.ndarray]
@@ -65,8 +70,9 @@ class Scores:
         groups: of the prompts, see `groups_of`.
 
     Attributes:
-        distances: arm -> its Frechet distance as a multiple of the control's on the same seeds,
-            and the ends of its interval, which are nan where the spread of seeds is unknown.
+        distances: arm -> its Frechet distance as a multiple of the control's on the
+            same seeds, and the ends of its interval, which are nan where the spread of
+            seeds is unknown.
         knows_seeds: whether there are enough seeds to know how they differ.
     """
 
@@ -92,7 +98,8 @@ class Scores:
         return Interval(overall.value, max(0.0, overall.low), min(1.0, overall.high))
 
     def minus(self, arm: str, other: str | None = None) -> dict[str, Interval] | None:
-        """An arm's score minus another's, of each group and overall; None where no seed has both.
+        """An arm's score minus another's, of each group and overall; None where no seed
+        has both.
 
         other: the grid's control (None), or its arm of equal time.
         """
@@ -103,7 +110,9 @@ class Scores:
         return over_seeds(differences, self.groups, self._spreads_minus[other])
 
     def minus_usual(self, arm: str, sampling: str) -> Interval | None:
-        """The same models' score by a sampling minus that by the recipe's own, over prompts."""
+        """The same models' score by a sampling minus that by the recipe's own, over
+        prompts.
+        """
         sampled, usual = self.runs[arm, sampling], self.usual(arm)
         both = sorted(sampled.shares.keys() & usual.shares.keys()) if usual and sampling != USUAL else []
         if not both:
@@ -113,12 +122,16 @@ class Scores:
         return over_seeds(differences, self.groups, same_models)["overall"]
 
     def ratio(self, arm: str) -> str:
-        """An arm's Frechet distance over the control's, with its interval where that is known."""
+        """An arm's Frechet distance over the control's, with its interval where that is
+        known.
+        """
         value, low, high = self.distances[arm]
         return f"{value:.2f}" if np.isnan(low) else f"{value:.2f} [{low:.2f} {high:.2f}]"
 
     def _differences(self, arm: str, other: str) -> np.ndarray | None:
-        """[seeds, prompts] shares minus the other's; None for the other itself, or where no seed has both."""
+        """[seeds, prompts] shares minus the other's; None for the other itself, or
+        where no seed has both.
+        """
         one, two = self.usual(arm), self.usual(other)
         both = sorted(one.shares.keys() & two.shares.keys()) if one and two and arm != other else []
         return np.stack([one.shares[seed] - two.shares[seed] for seed in both]) if both else None
@@ -146,7 +159,9 @@ def percent(score: Interval) -> str:
 
 
 def mean_of(runs: Runs, key: str) -> np.ndarray | None:
-    """Mean over seeds of a row's list, or of one in its probe; None where the rows do not have it."""
+    """Mean over seeds of a row's list, or of one in its probe; None where the rows do
+    not have it.
+    """
     first = runs.rows[0]
     if key in first:
         return np.mean([row[key] for row in runs.rows], axis=0)

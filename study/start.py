@@ -1,4 +1,6 @@
-"""The model that all arms of a grid start from: shipped, or trained from nothing on the world's pictures."""
+"""The model that all arms of a grid start from: shipped, or trained from nothing on the
+world's pictures.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,11 @@ def folder(grid: Grid, out: Path) -> Path:
 
 
 def prepare(grid: Grid, out: Path) -> None:
-    """Make what is missing of the world's shards, their codes, the image tokenizer and the base.
+    """Make what is missing of the world's shards, their codes, the image tokenizer and
+    the base.
 
-    Raises ValueError when that fails, or when something there was made with other settings.
+    Raises ValueError when that fails, or when something there was made with other
+    settings.
     """
     world = worlds.load(grid.world)
     if grid.from_nothing is not None:

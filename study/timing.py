@@ -24,9 +24,11 @@ from study.grid import Grid
 
 
 def steps_in_turns(grid: Grid, names: Sequence[str], out: Path, rounds: int) -> dict[str, list[float]]:
-    """Arm -> seconds of forward, backward and update in each round, on the same samples.
+    """Arm -> seconds of forward, backward and update in each round, on the same
+    samples.
 
-    A first round is not counted. Models and optimizers of all arms are in memory at once.
+    A first round is not counted. Models and optimizers of all arms are in memory at
+    once.
 
     Args:
         grid: the grid.
@@ -74,7 +76,9 @@ def _step(engine, batch: loader.Batch, device: torch.device) -> Callable[[int], 
 
 
 def relative_to_control(grid: Grid, seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Arm -> median seconds of a step, and median ratio to the control's in the same round."""
+    """Arm -> median seconds of a step, and median ratio to the control's in the same
+    round.
+    """
     control = seconds[grid.control]
     return {
         name: {

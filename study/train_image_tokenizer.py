@@ -1,10 +1,11 @@
-"""Train a small JanusVQVAE on the pictures of a shard folder: `python -m study.train_image_tokenizer RECIPE`.
+"""Train a small JanusVQVAE on the pictures of a shard folder:
+`python -m study.train_image_tokenizer RECIPE`.
 
-It makes the tiny image tokenizer that ships with the project, and those of the study's worlds;
-released image tokenizers are used unchanged. The first `warmup_steps` run without quantization.
-Then the codebook starts from encoder outputs. Codes that stay unused are moved onto encoder
-outputs until `revive_until` (a share of the steps). Shapes: B pictures, N = B times the codes
-of one picture, C width of a code, V codes.
+It makes the tiny image tokenizer that ships with the project, and those of the study's
+worlds; released image tokenizers are used unchanged. The first `warmup_steps` run
+without quantization. Then the codebook starts from encoder outputs. Codes that stay
+unused are moved onto encoder outputs until `revive_until` (a share of the steps).
+Shapes: B pictures, N = B times the codes of one picture, C width of a code, V codes.
 """
 
 import math
@@ -28,7 +29,10 @@ from mmtensorar.recipe import Section, read_recipe
 
 
 class ImageTokenizerRecipe(Section):
-    """Settings of one training run. shards: a folder made by data_tools; out: folder to write."""
+    """Settings of one training run.
+
+    shards: a folder made by data_tools; out: folder to write.
+    """
 
     shards: str
     out: str
@@ -83,7 +87,10 @@ class ImageTokenizerRecipe(Section):
 
 
 def load_pictures(folder: Path, size: int) -> np.ndarray:
-    """All pictures of a shard folder, [N, H, W, 3] uint8. Raises ValueError for damage or another size."""
+    """All pictures of a shard folder, [N, H, W, 3] uint8.
+
+    Raises ValueError for damage or another size.
+    """
     manifest = Manifest.read(folder)
     if manifest.image_size != size:
         raise ValueError(
@@ -98,17 +105,20 @@ def load_pictures(folder: Path, size: int) -> np.ndarray:
 
 
 def quantize(features: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest unit row of the codebook [V, C] for unit features [N, C]: rows [N, C] and codes [N]."""
+    """The nearest unit row of the codebook [V, C] for unit features [N, C]: rows [N, C]
+    and codes [N].
+    """
     rows = functional.normalize(codebook, dim=-1)
     codes = (features.detach() @ rows.detach().T).argmax(-1)
     return rows[codes], codes
 
 
 def pixel_weights(pixels: Tensor, foreground: float) -> Tensor:
-    """Weights [B, 1, H, W] of pixels [B, 3, H, W]: 1 for the median colour, up to `foreground` for others.
+    """Weights [B, 1, H, W] of pixels [B, 3, H, W]: 1 for the median colour, up to
+    `foreground` for others.
 
-    Shapes cover a tenth of a picture; without weights, most of the capacity goes into smooth
-    backgrounds.
+    Shapes cover a tenth of a picture; without weights, most of the capacity goes into
+    smooth backgrounds.
     """
     median = pixels.flatten(2).median(-1).values[..., None, None]
     unlike = (pixels - median).abs().amax(1, keepdim=True).div(0.4).clamp(max=1)
@@ -129,11 +139,12 @@ def plain_patches(pixels: Tensor, size: int) -> Tensor:
 
 
 def centre_plain(features: Tensor, colors: Tensor) -> Tensor:
-    """Unit features [N, C], those of plain patches replaced by the mean of their colour.
+    """Unit features [N, C], those of plain patches replaced by the mean of their
+    colour.
 
-    colors: [N], see `plain_patches`. Every feature of the encoder sees the whole picture. Without
-    this, the codes of an empty background also describe the rest of the picture: one background
-    had 15 codes, which a language model cannot predict.
+    colors: [N], see `plain_patches`. Every feature of the encoder sees the whole
+    picture. Without this, the codes of an empty background also describe the rest of
+    the picture: one background had 15 codes, which a language model cannot predict.
     """
     plain = colors >= 0
     _, group = colors[plain].unique(return_inverse=True)
@@ -144,14 +155,15 @@ def centre_plain(features: Tensor, colors: Tensor) -> Tensor:
 
 
 def crop_on_foreground(pixels: Tensor, unlike: Tensor, size: int, stride: int) -> Tensor:
-    """One random crop [B, C, size, size] of each picture, more often where `unlike` is high.
+    """One random crop [B, C, size, size] of each picture, more often where `unlike` is
+    high.
 
     Args:
         pixels: [B, C, H, W].
         unlike: [B, 1, H, W]. Every position keeps a chance.
         size: pixels a side.
-        stride: the pixels of one code. Offsets are its multiples, so that a crop has the same grid
-            of codes as the picture.
+        stride: the pixels of one code. Offsets are its multiples, so that a crop has
+            the same grid of codes as the picture.
     """
     density = functional.avg_pool2d(unlike, size, stride)[:, 0]
     chosen = torch.multinomial(density.flatten(1) + 0.02, 1)[:, 0]
@@ -182,8 +194,8 @@ def build(recipe: ImageTokenizerRecipe) -> torch.nn.Module:
     else:
         for module in model.modules():
             if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
-                # With transformers' initial deviation of 0.02, all features of such a narrow model point in
-                # one direction, and stay there.
+                # With transformers' initial deviation of 0.02, all features of such a
+                # narrow model point in one direction, and stay there.
                 torch.nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
                 torch.nn.init.zeros_(module.bias)
     # Convolutions this narrow run several times faster in this memory layout on CPUs.
@@ -191,7 +203,9 @@ def build(recipe: ImageTokenizerRecipe) -> torch.nn.Module:
 
 
 class Codebook:
-    """The codes of a model in training: how they start, and which are moved because they are unused."""
+    """The codes of a model in training: how they start, and which are moved because
+    they are unused.
+    """
 
     def __init__(self, recipe: ImageTokenizerRecipe, weight: torch.nn.Parameter):
         self.recipe, self.weight = recipe, weight
@@ -204,7 +218,8 @@ class Codebook:
 
     @torch.no_grad()
     def before(self, step: int, flat: Tensor, colors: Tensor) -> None:
-        """Start the codes from features, or move unused ones onto features, where it is due at a step.
+        """Start the codes from features, or move unused ones onto features, where it is
+        due at a step.
 
         Args:
             step: of the training, from warmup_steps on.
@@ -217,7 +232,8 @@ class Codebook:
             self.usage.fill_(1.0)
         elif step % 20 == 0 and step < recipe.revive_until * recipe.steps:
             dead = self.usage < 0.02
-            # With plain_weight a plain patch has its code, and more of them would only make copies.
+            # With plain_weight a plain patch has its code, and more of them would only
+            # make copies.
             pool = flat[colors < 0] if recipe.plain_weight and (colors < 0).any() else flat
             self.weight[dead] = pool[torch.randint(len(pool), (int(dead.sum()),))]
             self.usage[dead] = 1.0
@@ -229,7 +245,9 @@ class Codebook:
 
 
 class Losses(NamedTuple):
-    """Of one step: error is output minus pixels, [B, 3, H, W]; the others are scalars."""
+    """Of one step: error is output minus pixels, [B, 3, H, W]; the others are
+    scalars.
+    """
 
     total: Tensor
     error: Tensor

@@ -1,7 +1,7 @@
 """Fixtures that several files use, and the order of files.
 
-Models are tiny and random: see helpers/fakes.py. Folders that take a second to make are made once
-per test process; tests write into them only under names of their own.
+Models are tiny and random: see helpers/fakes.py. Folders that take a second to make are
+made once per test process; tests write into them only under names of their own.
 """
 
 import json
@@ -16,8 +16,8 @@ from tests.helpers import fork_server
 from tests.helpers.fakes import tiny_llamagen, write_tiny_janus, write_tiny_t5
 from tests.helpers.runs import write_bench
 
-# Files that take long, longest first: with two test processes, a long file that starts last would
-# run alone.
+# Files that take long, longest first: with two test processes, a long file that starts
+# last would run alone.
 LONG_FILES = (
     "tests/training/test_train.py",
     "tests/test_recipes.py",
@@ -44,13 +44,17 @@ def pytest_sessionfinish() -> None:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    """Two test processes share two cores, and sums must not depend on the number of threads."""
+    """Two test processes share two cores, and sums must not depend on the number of
+    threads.
+    """
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def bench(tmp_path_factory) -> Path:
-    """A folder with a tiny Janus, its image tokenizer, shards and a recipe; see helpers/runs.py."""
+    """A folder with a tiny Janus, its image tokenizer, shards and a recipe; see
+    helpers/runs.py.
+    """
     pytest.importorskip("deepspeed")
     torch.set_num_threads(1)
     return write_bench(tmp_path_factory.mktemp("train"))
@@ -58,7 +62,9 @@ def bench(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def ckpt(tmp_path_factory) -> Path:
-    """A tiny model folder of window 3 with a codec that is not fresh; images are 8 x 8, of 16 tokens."""
+    """A tiny model folder of window 3 with a codec that is not fresh; images are 8 x 8,
+    of 16 tokens.
+    """
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("generate")
     write_tiny_janus(folder / "janus")
@@ -84,7 +90,9 @@ def ckpt(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def class_ckpt(ckpt, tmp_path_factory) -> Path:
-    """The model folder of a LlamaGen with 7 classes, which uses the image tokenizer of `ckpt`."""
+    """The model folder of a LlamaGen with 7 classes, which uses the image tokenizer of
+    `ckpt`.
+    """
     folder = tmp_path_factory.mktemp("classes")
     torch.manual_seed(0)
     tiny_llamagen(vocab_size=32, num_tokens=16).save_pretrained(folder / "backbone")

@@ -1,4 +1,6 @@
-"""`mmtensorar VERB`: every verb explains itself, and a wrong command ends in one sentence."""
+"""`mmtensorar VERB`: every verb explains itself, and a wrong command ends in one
+sentence.
+"""
 
 import re
 import runpy
@@ -26,7 +28,9 @@ def test_the_help_of_every_verb_has_an_example(verb, capsys):
 
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_usage_names_the_command_as_it_was_started(verb, capsys):
-    """`mmtensorar generate --help` once began with `usage: python -m mmtensorar.generate`."""
+    """`mmtensorar generate --help` once began with
+    `usage: python -m mmtensorar.generate`.
+    """
     if verb == "train":
         pytest.importorskip("deepspeed")
     with pytest.raises(SystemExit):
@@ -108,7 +112,8 @@ def test_a_wrong_option_is_one_sentence_with_a_hint(words, sentence, capsys):
 
 @pytest.mark.launch
 def test_mistakes_are_reported_before_torch_is_imported():
-    """Importing torch takes seconds, up to a minute on a busy machine; a typing error need not wait for it.
+    """Importing torch takes seconds, up to a minute on a busy machine; a typing error
+    need not wait for it.
 
     All in one process, in which torch cannot be imported.
     """
@@ -151,7 +156,9 @@ for words in {[*wrong, *missing]!r}:
 
 
 def test_only_the_first_rank_prints_a_wrong_option(capsys, monkeypatch):
-    """Under a launcher all ranks read the same command line; eight copies of a sentence hide it."""
+    """Under a launcher all ranks read the same command line; eight copies of a sentence
+    hide it.
+    """
     monkeypatch.setenv("RANK", "3")
     assert refusal(capsys, "shards", "encode-codes", "--xyzzy") == []
 

@@ -1,5 +1,6 @@
-"""One walker lists folders for all sources and evaluators: links are followed and circles end, hidden
-files are left out, and whatever else is not read is counted and named.
+"""One walker lists folders for all sources and evaluators: links are followed and
+circles end, hidden files are left out, and whatever else is not read is counted and
+named.
 """
 
 import os
@@ -110,7 +111,9 @@ def test_a_hidden_folder_that_is_asked_for_is_read(tmp_path):
 
 
 def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
-    """pathlib's rglob passes over a folder without the right to read it, and says nothing."""
+    """pathlib's rglob passes over a folder without the right to read it, and says
+    nothing.
+    """
     tree(tmp_path, "a.png", "shut/b.png")
     scandir = os.scandir
 

@@ -1,4 +1,6 @@
-"""The generate command: a seed gives one image, the trace is read correctly, mistakes are one sentence."""
+"""The generate command: a seed gives one image, the trace is read correctly, mistakes
+are one sentence.
+"""
 
 import json
 from pathlib import Path
@@ -50,7 +52,9 @@ def test_settings_come_from_the_recipe_unless_given(generator):
 
 
 def test_a_number_per_factor_on_the_command_line(ckpt, capsys, tmp_path):
-    """Janus has one factor: a list of two numbers is refused before any image is made."""
+    """Janus has one factor: a list of two numbers is refused before any image is
+    made.
+    """
     command = ["--ckpt", str(ckpt), "--device", "cpu", "--prompt", "a red circle", "--out", str(tmp_path)]
     assert generate.main([*command, "--cfg-scale", "1.9,2.0"]) == 2
     assert (
@@ -112,7 +116,8 @@ def test_command_line_writes_images_trace_and_record(ckpt, generator, tmp_path, 
 @pytest.mark.launch
 @pytest.mark.parametrize("ranks", [False, True], ids=["two_commands", "two_ranks"])
 def test_two_processes_at_once(ckpt, generator, tmp_path, ranks):
-    """Two commands once counted from the same number, and replaced each other's pictures.
+    """Two commands once counted from the same number, and replaced each other's
+    pictures.
 
     Two ranks of one command share the pictures; in batches, as one process makes them.
     """
@@ -146,7 +151,9 @@ def test_two_processes_at_once(ckpt, generator, tmp_path, ranks):
 
 
 def test_an_interrupted_command_leaves_what_is_finished(ckpt, tmp_path, monkeypatch, capsys):
-    """After it the same command adds all its images; nothing is replaced and no number used twice."""
+    """After it the same command adds all its images; nothing is replaced and no number
+    used twice.
+    """
     command = ["--ckpt", str(ckpt), "--device", "cpu", "--out", str(tmp_path), "--batch-size", "2"]
     command += ["--num-images", "3", "--prompt", "a red circle"]
     save, saved = pipeline.save_png, []
@@ -170,7 +177,9 @@ def test_an_interrupted_command_leaves_what_is_finished(ckpt, tmp_path, monkeypa
 
 
 def test_classes_from_the_command_line_and_from_python(class_ckpt, tmp_path):
-    """--class takes several numbers and may be repeated; file names and the record contain the class."""
+    """--class takes several numbers and may be repeated; file names and the record
+    contain the class.
+    """
     command = ["--ckpt", str(class_ckpt), "--device", "cpu", "--out", str(tmp_path), "--trace"]
     assert generate.main([*command, "--class", "3", "6", "--class", "0"]) == 0
     rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]

@@ -1,6 +1,8 @@
-"""JSON may hold half a character (\\\\ud800) or a zero character: every reader names the file and the place.
+"""JSON may hold half a character (\\\\ud800) or a zero character: every reader names
+the file and the place.
 
-Such text ended in `'utf-8' codec can't encode character`, hours later and without a file's name.
+Such text ended in `'utf-8' codec can't encode character`, hours later and without a
+file's name.
 """
 
 import json

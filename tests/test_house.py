@@ -1,5 +1,5 @@
-"""The project's own rules that no linter checks: function lengths, README, links and commands in
-the docs.
+"""The project's own rules that no linter checks: function lengths, README, links and
+commands in the docs.
 """
 
 import ast
@@ -41,7 +41,9 @@ def test_links_have_a_target(page):
 
 
 def commands(page: Path) -> list[str]:
-    """The commands of a page's code blocks: lines that end in a backslash are joined, comments dropped."""
+    """The commands of a page's code blocks: lines that end in a backslash are joined,
+    comments dropped.
+    """
     found = []
     for block in re.findall(r"^```(?:bash|sh)?\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S):
         for line in block.replace("\\\n", " ").splitlines():
@@ -53,7 +55,9 @@ def commands(page: Path) -> list[str]:
 
 @pytest.mark.parametrize("command", sorted({c for page in PAGES for c in commands(page)}))
 def test_commands_in_the_docs_have_their_options(command):
-    """In every `mmtensorar VERB --option` in the docs the verb exists, and its help has the option."""
+    """In every `mmtensorar VERB --option` in the docs the verb exists, and its help has
+    the option.
+    """
     words = command.split()
     verb = next((" ".join(words[:n]) for n in (2, 1) if " ".join(words[:n]) in cli.VERBS), None)
     assert verb, command

@@ -1,7 +1,9 @@
-"""Allowed imports between rooms, read from the source with `ast`, lazy imports included.
+"""Allowed imports between rooms, read from the source with `ast`, lazy imports
+included.
 
-A room is a package or a single module. `ALLOWED` maps a room to the rooms that it may import. This
-also bounds what a room reaches through others, since the list itself has no circle (a test below).
+A room is a package or a single module. `ALLOWED` maps a room to the rooms that it may
+import. This also bounds what a room reaches through others, since the list itself has
+no circle (a test below).
 """
 
 import pytest
@@ -21,8 +23,8 @@ RELEASED = {"mmtensorar.checkpoints.released", "mmtensorar.checkpoints.janus_dee
 MODELS = {"mmtensorar.recipe", "mmtensorar.model", "mmtensorar.captions", "mmtensorar.backbones"} | RELEASED
 PIPELINE = {"mmtensorar.pipeline", "mmtensorar.sampling", "mmtensorar.cli"} | MODELS | GROUND
 
-# A room may import itself and the rooms listed here. Rooms named in full win over the packages that
-# contain them.
+# A room may import itself and the rooms listed here. Rooms named in full win over the
+# packages that contain them.
 ALLOWED: dict[str, set[str]] = {
     **{room: set() for room in GROUND},
     "mmtensorar": set(),
@@ -50,7 +52,8 @@ ALLOWED: dict[str, set[str]] = {
     "eval": {"mmtensorar", "worlds", "data_tools"},
     "study": {"mmtensorar", "worlds", "data_tools", "eval"},
 }
-# Entry points stand above all rooms of the package: commands, which no room's library imports.
+# Entry points stand above all rooms of the package: commands, which no room's library
+# imports.
 ENTRIES = {"train", "train_options", "roundtrip", "generate", "convert", "export", "merge", "cli", "__main__"}
 
 
@@ -113,7 +116,9 @@ def test_only_the_engine_imports_deepspeed(module):
 
 
 def test_scoring_imports_neither_torch_nor_a_model():
-    """Scores can be computed and checked where neither torch nor a model is installed."""
+    """Scores can be computed and checked where neither torch nor a model is
+    installed.
+    """
     for name in (
         "geneval.score",
         "geneval.recorded",

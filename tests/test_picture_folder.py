@@ -1,4 +1,6 @@
-"""A folder of generated pictures: numbers of their own for several processes, and nothing is replaced."""
+"""A folder of generated pictures: numbers of their own for several processes, and
+nothing is replaced.
+"""
 
 import errno
 import fcntl
@@ -62,9 +64,11 @@ def lines(folder: Path) -> list[dict]:
     ids=["one_seed", "two_seeds", "with_traces"],
 )
 def test_two_processes_add_to_one_folder(tmp_path, writers):
-    """Both once counted from the same number, and the later one replaced pictures of the other.
+    """Both once counted from the same number, and the later one replaced pictures of
+    the other.
 
-    Now no content is lost, no number occurs twice, and each line has the file with its content.
+    Now no content is lost, no number occurs twice, and each line has the file with its
+    content.
     """
     running = [
         subprocess.Popen(
@@ -97,8 +101,9 @@ def break_locks(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("broken", [[], [break_links], [break_locks], [break_links, break_locks]])
 def test_nothing_is_replaced_on_any_file_system(tmp_path, monkeypatch, broken):
-    """exFAT has no hard links, some network file systems no locks. A second folder object is a second
-    process that started before the first wrote.
+    """exFAT has no hard links, some network file systems no locks.
+
+    A second folder object is a second process that started before the first wrote.
     """
     for change in broken:
         change(monkeypatch)
@@ -116,7 +121,9 @@ def test_nothing_is_replaced_on_any_file_system(tmp_path, monkeypatch, broken):
 
 @pytest.mark.parametrize("endings", [".png", f"{REVISIONS},.png", f"{WINDOWS},{REVISIONS},.png"])
 def test_a_process_is_killed_at_any_moment(tmp_path, endings):
-    """Whatever it was doing: every picture is whole, and at most the last one has no line."""
+    """Whatever it was doing: every picture is whole, and at most the last one has no
+    line.
+    """
     command = [sys.executable, "-c", WRITER, str(tmp_path), "0", endings, "1000000", "a"]
     process = subprocess.Popen(command, cwd=ROOT)
     while not (tmp_path / "00020_0.png").exists():
@@ -137,7 +144,9 @@ def test_a_process_is_killed_at_any_moment(tmp_path, endings):
 @pytest.mark.parametrize("trace", [False, True])
 @pytest.mark.parametrize("after", [0, 1])
 def test_a_killed_process_leaves_no_empty_picture(tmp_path, monkeypatch, trace, after):
-    """It may leave a hidden file, or a trace; the next picture gets the next free number."""
+    """It may leave a hidden file, or a trace; the next picture gets the next free
+    number.
+    """
     folder, published = PictureFolder(tmp_path), []
 
     def killed(temporary, path):
@@ -177,9 +186,11 @@ def test_a_killed_process_leaves_no_empty_picture(tmp_path, monkeypatch, trace, 
     ],
 )
 def test_numbers_continue(tmp_path, present, record, expected):
-    """After 99999 the count once stayed at 100000, and each picture replaced the one before.
+    """After 99999 the count once stayed at 100000, and each picture replaced the one
+    before.
 
-    A number whose picture was removed is not used again: prompts.jsonl still has its line.
+    A number whose picture was removed is not used again: prompts.jsonl still has its
+    line.
     """
     for name in present:
         (tmp_path / name).write_text(name)
@@ -192,7 +203,9 @@ def test_numbers_continue(tmp_path, present, record, expected):
 
 
 def test_names_sort_by_number():
-    """99999_0.png comes before 100000_0.png, which the alphabet puts first; other names keep their order."""
+    """99999_0.png comes before 100000_0.png, which the alphabet puts first; other names
+    keep their order.
+    """
     names = [
         "00000_0.png",
         "00000_11.png",
@@ -226,7 +239,9 @@ def test_names_sort_by_number():
     ],
 )
 def test_a_line_that_was_cut_short_is_removed(tmp_path, capsys, tail, kept, noted):
-    """A killed process left it, and the next line was once glued to it, so that neither could be read."""
+    """A killed process left it, and the next line was once glued to it, so that neither
+    could be read.
+    """
     first = '{"file": "00000_0.png", "prompt": "a"}\n'
     (tmp_path / "prompts.jsonl").write_text(first + tail)
     add(PictureFolder(tmp_path), 4)

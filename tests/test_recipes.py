@@ -1,10 +1,10 @@
-"""Every recipe of this repository loads, plans, and takes one real training step on small
-stand-ins.
+"""Every recipe of this repository loads, plans, and takes one real training step on
+small stand-ins.
 
-The stand-ins are in a folder under the paths and hub ids that the recipes name, in the layout of
-the released files: official .pt and .ckpt files, folders, shards. So a recipe runs unchanged. It
-fails here if it names a file of another size, codes of another image tokenizer or a prompt that its
-backbone does not accept.
+The stand-ins are in a folder under the paths and hub ids that the recipes name, in the
+layout of the released files: official .pt and .ckpt files, folders, shards. So a recipe
+runs unchanged. It fails here if it names a file of another size, codes of another image
+tokenizer or a prompt that its backbone does not accept.
 """
 
 import importlib.util
@@ -75,7 +75,9 @@ def test_a_header_has_command_hardware_and_expectation(path):
 
 
 def test_every_row_of_the_papers_tables_has_a_recipe():
-    """So has every row of its ablations; exponential, K = 4 and depth 1 are LlamaGen-B's own recipe."""
+    """So has every row of its ablations; exponential, K = 4 and depth 1 are
+    LlamaGen-B's own recipe.
+    """
     rows = ["janus_pro_7b", "open_magvit2/b_256", "open_magvit2/l_256"]
     rows += [
         f"llamagen/{name}" for name in ("b_256", "l_256", "xl_384", "xxl_384", "t2i_xl_256", "t2i_xl_512")
@@ -105,7 +107,8 @@ def test_no_file_repeats_what_it_extends_and_no_two_runs_share_a_folder():
         *bases, (_, stated) = files.read_files(path)
         if bases:
             base = leaves(files.merge(bases))
-            # A section for another module starts from nothing, so it may happen to repeat a value.
+            # A section for another module starts from nothing, so it may happen to
+            # repeat a value.
             replaced = {key for key in PACKAGES if "name" in stated.get(key, {})}
             repeated = {key for key, value in leaves(stated).items() if base.get(key) == value}
             assert not {key for key in repeated if key.partition(".")[0] not in replaced}, path
@@ -116,8 +119,8 @@ def test_no_file_repeats_what_it_extends_and_no_two_runs_share_a_folder():
 @pytest.mark.plan
 @pytest.mark.parametrize("path", LARGE, ids=name_of)
 def test_every_recipe_plans_without_any_file(path, tmp_path, monkeypatch):
-    """Uses the real sizes: a window or a number of heads that the real backbone does not accept
-    fails here.
+    """Uses the real sizes: a window or a number of heads that the real backbone does
+    not accept fails here.
     """
     monkeypatch.chdir(tmp_path)
     recipe = Recipe.load(path)
@@ -131,7 +134,9 @@ def test_every_recipe_plans_without_any_file(path, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def standins(tmp_path_factory, t5_folder) -> Path:
-    """A folder in which every file that a recipe names is a small model of the same kind and layout."""
+    """A folder in which every file that a recipe names is a small model of the same
+    kind and layout.
+    """
     folder = tmp_path_factory.mktemp("standins")
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -151,7 +156,9 @@ def standins(tmp_path_factory, t5_folder) -> Path:
 
 
 def shrink_released(patch: pytest.MonkeyPatch) -> None:
-    """Replace the tables of released sizes by narrow models; every size still has its own width."""
+    """Replace the tables of released sizes by narrow models; every size still has its
+    own width.
+    """
     sizes = {size: (4 * heads, 2, 2) for size, (_, _, heads) in llamagen.SIZES.items()}
     patch.setattr(llamagen, "SIZES", sizes)
     patch.setattr(llamagen, "PIXELS_PER_TOKEN", SCALE * llamagen.PIXELS_PER_TOKEN)
@@ -210,7 +217,10 @@ def llamagen_state(name: str) -> dict:
 
 @pytest.fixture(scope="module")
 def one_process():
-    """A process group of one rank. Process-wide settings of training are restored afterwards."""
+    """A process group of one rank.
+
+    Process-wide settings of training are restored afterwards.
+    """
     pytest.importorskip("deepspeed")
     from mmtensorar.training import distributed
 
@@ -228,12 +238,15 @@ def one_process():
 
 
 def shrunken(path: Path, out: Path, *changes: str) -> Recipe:
-    """The recipe with one step, few samples and small pictures, and otherwise unchanged."""
+    """The recipe with one step, few samples and small pictures, and otherwise
+    unchanged.
+    """
     recipe = Recipe.load(path)
     overrides = [f"run.out={out}", f"data.batch_size={2 * recipe.train.grad_accum}", "data.num_workers=0"]
     overrides += ["train.steps=1", "train.log_every=1", "train.sample_every=1"]
     if recipe.train.parts != "qlora":
-        # Where a CPU has no instructions for bfloat16, it is 70 times slower than float32.
+        # Where a CPU has no instructions for bfloat16, it is 70 times slower than
+        # float32.
         overrides.append("train.precision=fp32")
     if image_size := getattr(recipe.image_tokenizer, "image_size", None):
         # The small image tokenizer has 2 pixels per code.

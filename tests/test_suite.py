@@ -1,4 +1,6 @@
-"""The tests themselves: modules stand alone, and markers are those of pyproject.toml."""
+"""The tests themselves: modules stand alone, and markers are those of
+pyproject.toml.
+"""
 
 import ast
 import tomllib

@@ -1,4 +1,6 @@
-"""Every text file is read in one way: UTF-8, no byte-order mark, lines that end at LF or CRLF only."""
+"""Every text file is read in one way: UTF-8, no byte-order mark, lines that end at LF
+or CRLF only.
+"""
 
 import argparse
 import ast

@@ -1,7 +1,10 @@
-"""Where samples come from. A source is one file in this folder, found by listing the folder.
+"""Where samples come from.
 
-The file defines `SOURCE`: the source's option of make_shards.py, and how its items are read.
-Files whose names begin with an underscore are helpers; `_rows.py` has what several sources need.
+A source is one file in this folder, found by listing the folder.
+
+The file defines `SOURCE`: the source's option of make_shards.py, and how its items are
+read. Files whose names begin with an underscore are helpers; `_rows.py` has what
+several sources need.
 
     from data_tools.sources import Item, Layout, Listing, Source
 
@@ -10,9 +13,9 @@ Files whose names begin with an underscore are helpers; `_rows.py` has what seve
 
     SOURCE = Source("--mine", "what the help says", read)
 
-A source yields its items in an order that depends on their content alone. An item's picture
-is a function without arguments, so that listing a source is cheap, and a worker process opens
-or draws the picture.
+A source yields its items in an order that depends on their content alone. An item's
+picture is a function without arguments, so that listing a source is cheap, and a worker
+process opens or draws the picture.
 """
 
 from __future__ import annotations
@@ -34,11 +37,14 @@ from data_tools.caption_columns import ColumnCount
 class Item(NamedTuple):
     """One picture of a source.
 
-    key: its name in the source. picture: returns its encoded bytes, or the drawn picture.
-    captions: one or several to choose from. meta: content of the json member. group: items of
-    one group are cheap to read together, and stay together when the order is shuffled.
-    problem: why the item cannot be used, None when it can. stamp: changes when the file with the
-    picture is written, and is not part of the sample; empty where that is unknown.
+    key: its name in the source. picture: returns its encoded bytes, or the drawn
+    picture.
+    captions: one or several to choose from. meta: content of the json member. group:
+    items of one group are cheap to read together, and stay together when the order is
+    shuffled.
+    problem: why the item cannot be used, None when it can. stamp: changes when the file
+    with the picture is written, and is not part of the sample; empty where that is
+    unknown.
     """
 
     key: str
@@ -53,9 +59,9 @@ class Item(NamedTuple):
 class Items(Sequence[Item]):
     """A list of items, each pickled: a source may have tens of millions of them.
 
-    As objects, items would take 2.7 times as much memory. Only what this class has pickled
-    itself is unpickled. groups: their names, in order of first use. group_of: the number of
-    each item's group.
+    As objects, items would take 2.7 times as much memory. Only what this class has
+    pickled itself is unpickled. groups: their names, in order of first use. group_of:
+    the number of each item's group.
     """
 
     def __init__(self, items: Iterable[Item] = ()):
@@ -99,12 +105,12 @@ class Layout:
         columns: Counts the rows that have them.
         root: Folder that paths are relative to; None is the folder of the table itself.
         split: Split of a dataset.
-        templates: Captions from class names, with {} for the name. Without templates, class
-            numbers are kept as captions.
+        templates: Captions from class names, with {} for the name. Without templates,
+            class numbers are kept as captions.
         class_names: Folder name or class number -> class name.
         seed, image_size: For sources that draw their pictures.
-        arguments: Values of the source's own options, by their names without dashes in front
-            ("num_samples").
+        arguments: Values of the source's own options, by their names without dashes in
+            front ("num_samples").
     """
 
     image: str = "image"
@@ -121,7 +127,10 @@ class Layout:
 
 
 class Listing(NamedTuple):
-    """The items of a source. classes: names of the classes when captions are class numbers."""
+    """The items of a source.
+
+    classes: names of the classes when captions are class numbers.
+    """
 
     items: Iterator[Item]
     classes: tuple[str, ...] | None = None
@@ -134,17 +143,17 @@ class Source:
     Args:
         option: The option of make_shards.py, such as "--class-folder".
         help: Help text of that option.
-        read: (value of the option, Layout) -> Listing. It raises ValueError, naming the file,
-            line or row, when the source as a whole is invalid or has no items. When a single
-            item is invalid, the reason is the item's `problem`.
+        read: (value of the option, Layout) -> Listing. It raises ValueError, naming the
+            file, line or row, when the source as a whole is invalid or has no items.
+            When a single item is invalid, the reason is the item's `problem`.
         choices: Values that the option takes, None for any path, URL or name.
         has_classes: Whether --class-template can make captions of its class names.
-        is_drawn: The pictures are drawn in random order, and a larger set begins with the
-            samples of a smaller one. So the set is not shuffled, and its name is the option's
-            value alone.
+        is_drawn: The pictures are drawn in random order, and a larger set begins with
+            the samples of a smaller one. So the set is not shuffled, and its name is
+            the option's value alone.
         image_size: Default of --image-size.
-        arguments: The source's own options -> keyword arguments of add_argument. Several
-            sources may declare the same one.
+        arguments: The source's own options -> keyword arguments of add_argument.
+            Several sources may declare the same one.
     """
 
     option: str

@@ -1,4 +1,6 @@
-"""Compressed tars: unpacked into a temporary file, so that any sample can be read alone."""
+"""Compressed tars: unpacked into a temporary file, so that any sample can be read
+alone.
+"""
 
 from __future__ import annotations
 
@@ -39,15 +41,16 @@ OPENERS: dict[str, Callable[[Any], Any]] = {
 
 @lru_cache(maxsize=1)
 def unpacked(path: Path, stamp: str, compression: str) -> BinaryIO:
-    """A temporary file with the plain tar: a process holds one at a time, in the folder of TMPDIR.
+    """A temporary file with the plain tar: a process holds one at a time, in the folder
+    of TMPDIR.
 
     Args:
         path: Of the compressed tar, on disk or a UPath.
         stamp: Of the file, see `storage.FileStatus`: another content is unpacked again.
         compression: See `tars.compression`.
 
-    Raises Damage, naming the file, when it cannot be unpacked, and ValueError when there is no
-    room for it.
+    Raises Damage, naming the file, when it cannot be unpacked, and ValueError when
+    there is no room for it.
     """
     name = shown(str(path))
     if compression not in OPENERS:

@@ -1,4 +1,6 @@
-"""What several sources need: pictures below a folder, rows of a table, captions of classes."""
+"""What several sources need: pictures below a folder, rows of a table, captions of
+classes.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ def find_pictures(
     """Every picture below a folder, sorted; and the files of `expected`.
 
     Args:
-        left_out: Receives what is not read, see `storage.files`, and files with other suffixes.
+        left_out: Receives what is not read, see `storage.files`, and files with other
+            suffixes.
         expected: Suffixes of the files that come second.
         entered: Folders that are not entered.
 
@@ -87,7 +90,8 @@ def _without_text(fields: Mapping[str, Any], column: str) -> str:
 
 
 def match_columns(names: Sequence[str], layout: Layout, where: str) -> Layout:
-    """The layout with its columns as a table spells them: spaces around a name do not count.
+    """The layout with its columns as a table spells them: spaces around a name do not
+    count.
 
     Raises ValueError, naming the option, for a column that is missing or occurs twice.
     """
@@ -139,10 +143,11 @@ def path_in(root: Path, name: Any, where: str) -> Path:
 
 
 def _path_below(root: Path, name: str) -> Path | None:
-    """The path of a name in a folder; None when `..` or an absolute path leads out of it.
+    """The path of a name in a folder; None when `..` or an absolute path leads out of
+    it.
 
-    Links in the folder may lead out of it, as in every source: the one who made the folder
-    put them there.
+    Links in the folder may lead out of it, as in every source: the one who made the
+    folder put them there.
     """
     if not storage.is_local(root):
         path = (root / name).resolve()
@@ -192,7 +197,8 @@ def picture_in(value: Any, column: str, where: str, find: Callable[[str], Path])
         value: Content of the cell.
         column: Name of its column, for messages.
         where: File and row, for messages.
-        find: A path in the cell -> the file. It raises ValueError for a file that is refused.
+        find: A path in the cell -> the file. It raises ValueError for a file that is
+            refused.
     """
     if isinstance(value, dict):
         if value.get("bytes") is None and value.get("path"):
@@ -209,8 +215,8 @@ def picture_in(value: Any, column: str, where: str, find: Callable[[str], Path])
 def class_captions(name: str, layout: Layout) -> tuple[str, ...]:
     """A class's captions by the templates; empty without templates.
 
-    name: folder or number of the class. Where the layout has no name for it, underscores
-    become spaces.
+    name: folder or number of the class. Where the layout has no name for it,
+    underscores become spaces.
     """
     shown = (layout.class_names or {}).get(name, name.replace("_", " "))
     return tuple(template.replace("{}", shown) for template in layout.templates)

@@ -1,4 +1,6 @@
-"""Pictures in one sub-folder per class, like an unpacked ImageNet, or torchvision's ImageFolder."""
+"""Pictures in one sub-folder per class, like an unpacked ImageNet, or torchvision's
+ImageFolder.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,10 @@ from mmtensorar.folders import LeftOut
 def read(location: str, layout: Layout) -> Listing:
     """Every picture below the sub-folders.
 
-    The caption is the class number, or made from the class name by templates. A link from one
-    class into another, or to the folder itself, is left out. Raises ValueError for a class
-    without pictures: leaving it out would shift the later numbers, and keeping it would never
-    train its number.
+    The caption is the class number, or made from the class name by templates. A link
+    from one class into another, or to the folder itself, is left out. Raises ValueError
+    for a class without pictures: leaving it out would shift the later numbers, and
+    keeping it would never train its number.
     """
     root = storage.at(location)
     left_out = LeftOut(root)

@@ -1,4 +1,6 @@
-"""Hugging Face datasets: by their name on the Hub, or saved in a folder (needs `datasets`)."""
+"""Hugging Face datasets: by their name on the Hub, or saved in a folder (needs
+`datasets`).
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,9 @@ from mmtensorar.data.url_cache import is_url
 def read(location: str, layout: Layout) -> Listing:
     """The rows of a split.
 
-    The image column holds Image features or bytes. Captions are texts, lists of texts, or,
-    with templates, a class label. Raises ValueError naming the dataset and the column or row.
+    The image column holds Image features or bytes. Captions are texts, lists of texts,
+    or, with templates, a class label. Raises ValueError naming the dataset and the
+    column or row.
     """
     rows = load_split(location, layout.split)
     layout = match_columns(list(rows.features), layout, location)
@@ -93,7 +96,9 @@ def _items(rows: Any, location: str, layout: Layout, labels: dict[str, Any]) -> 
 
 
 def _stamp(location: str) -> str:
-    """A hash of when the files of a dataset on disk were written; empty for one on the hub."""
+    """A hash of when the files of a dataset on disk were written; empty for one on the
+    hub.
+    """
     if is_url(location) or not Path(location).is_dir():
         return ""
     listed = storage.files(Path(location))
@@ -108,7 +113,10 @@ def _picture(location: str, split: str, column: str, row: int) -> bytes:
 
 
 def _path_in(location: str, name: str, where: str) -> Path:
-    """A picture's file. It must be in the dataset's own folder or in the library's caches."""
+    """A picture's file.
+
+    It must be in the dataset's own folder or in the library's caches.
+    """
     import datasets
 
     path = Path(name).resolve()

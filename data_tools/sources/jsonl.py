@@ -1,4 +1,6 @@
-"""A file with one JSON object a line, which has the path of a picture and its caption."""
+"""A file with one JSON object a line, which has the path of a picture and its
+caption.
+"""
 
 from __future__ import annotations
 

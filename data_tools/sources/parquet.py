@@ -19,8 +19,8 @@ MAX_GROUP = 2 * 10**9  # bytes of pictures
 def read(location: str, layout: Layout) -> Listing:
     """The rows of a file, or of all .parquet files below a folder.
 
-    The image column holds paths, bytes, or Hugging Face's {"bytes", "path"}. The rows of a
-    row group form a group. Raises ValueError naming file and column, or row.
+    The image column holds paths, bytes, or Hugging Face's {"bytes", "path"}. The rows
+    of a row group form a group. Raises ValueError naming file and column, or row.
     """
     return Listing(_items(location, layout))
 
@@ -59,8 +59,8 @@ def _file_items(path: Path, name: str, layout: Layout) -> Iterator[Item]:
             schema = file.schema_arrow
             layout = match_columns(schema.names, layout, str(path))
             has_paths = _holds_paths(arrow, schema, layout, path)
-            # Workers read the bytes of pictures later. Other columns that are neither text nor
-            # numbers are left out.
+            # Workers read the bytes of pictures later. Other columns that are neither
+            # text nor numbers are left out.
             plain = [
                 field.name for field in schema if _is_plain(arrow, field.type) and field.name != layout.image
             ]
@@ -82,7 +82,10 @@ def _file_items(path: Path, name: str, layout: Layout) -> Iterator[Item]:
 
 
 def _holds_paths(arrow: Any, schema: Any, layout: Layout, path: Path) -> bool:
-    """Whether the image column holds paths, not bytes. Raises ValueError when it holds neither."""
+    """Whether the image column holds paths, not bytes.
+
+    Raises ValueError when it holds neither.
+    """
     kind = schema.field(layout.image).type
     if arrow.types.is_binary(kind) or arrow.types.is_large_binary(kind):
         return False
@@ -105,7 +108,9 @@ def _bytes_item(key: str, picture: Any, fields: dict, layout: Layout, where: str
 
 
 def _check_size(file: Any, group: int, column: str, path: Path) -> None:
-    """Raise ValueError for a row group with more bytes of pictures than a worker should hold."""
+    """Raise ValueError for a row group with more bytes of pictures than a worker should
+    hold.
+    """
     metadata = file.metadata.row_group(group)
     columns = (metadata.column(number) for number in range(metadata.num_columns))
     size = sum(

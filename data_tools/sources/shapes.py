@@ -1,4 +1,6 @@
-"""The embedded world `shapes`: scenes drawn from a caption grammar (see worlds/shapes/draw.py)."""
+"""The embedded world `shapes`: scenes drawn from a caption grammar (see
+worlds/shapes/draw.py).
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,10 @@ def read(location: str, layout: Layout) -> Listing:
 
 
 def items(num_samples: int, *, seed: int, size: int) -> Iterator[Item]:
-    """Items of drawn scenes. Item `index` depends on seed and index alone. size: pixels a side."""
+    """Items of drawn scenes.
+
+    Item `index` depends on seed and index alone. size: pixels a side.
+    """
     for index in range(num_samples):
         scene = draw.sample_scene(np.random.default_rng([seed, index]))
         meta = {"source": "shapes", "scene": scene.metadata}

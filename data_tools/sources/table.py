@@ -1,4 +1,6 @@
-"""A CSV (or TSV) file with a header, a column with paths of pictures and columns with captions."""
+"""A CSV (or TSV) file with a header, a column with paths of pictures and columns with
+captions.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ def read(location: str, layout: Layout) -> Listing:
     """The rows of a file, which is tab-separated when its name ends in .tsv.
 
     CSV has quoting. TSV has it only where the whole file agrees with it: see
-    delimited.quoting_of. Raises ValueError naming file and line for a header without the columns.
+    delimited.quoting_of. Raises ValueError naming file and line for a header without
+    the columns.
     """
     path, root = table_file(location, layout)
     return Listing(_items(path, root, layout))
@@ -64,7 +67,8 @@ def rows_of(path: Path, layout: Layout) -> Iterator[Row]:
         image = names.index(layout.image) if layout.image in names else 0
 
         def is_row(cells: list[str]) -> bool:
-            # In TSV the tabs tell. In CSV captions have commas; the picture's name tells.
+            # In TSV the tabs tell. In CSV captions have commas; the picture's name
+            # tells.
             if len(cells) != num_cells:
                 return False
             return delimiter == "\t" or cells[image].strip(' "').lower().endswith(SUFFIXES)

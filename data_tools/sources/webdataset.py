@@ -1,4 +1,6 @@
-"""WebDataset tars, ours or others': members {key}.jpg, {key}.txt, {key}.json, {key}.cls."""
+"""WebDataset tars, ours or others': members {key}.jpg, {key}.txt, {key}.json,
+{key}.cls.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +29,14 @@ COMMON = ("jpeg", "jpg", "png", "webp")  # where there is one of these, others a
 def read(location: str, layout: Layout) -> Listing:
     """The samples of a tar, or of all tars below a folder, in their order.
 
-    The caption is in the txt member, or under the caption keys of the json member, or it is the
-    class number in the cls member (or made from the class name). Other members are not read;
-    their number is printed. If the folder has a manifest of ours, json members are kept and its
-    class names are used. The samples of a compressed tar form a group.
+    The caption is in the txt member, or under the caption keys of the json member, or
+    it is the class number in the cls member (or made from the class name). Other
+    members are not read; their number is printed. If the folder has a manifest of ours,
+    json members are kept and its class names are used. The samples of a compressed tar
+    form a group.
 
-    Raises ValueError for a damaged tar, and one that is compressed in a way that is not read.
+    Raises ValueError for a damaged tar, and one that is compressed in a way that is not
+    read.
     """
     manifest = own_manifest(location)
     class_names = layout.class_names
@@ -217,7 +221,9 @@ def picture_kinds(members: Iterable[str]) -> list[str]:
 
 
 def _compression(path: Path) -> str | None:
-    """How a tar is compressed, by its first bytes, or by its name where they do not show it."""
+    """How a tar is compressed, by its first bytes, or by its name where they do not
+    show it.
+    """
     with tars.TarReader(path) as file:
         found = tars.compression(file.pread(8, 0))
     name = path.name.lower()

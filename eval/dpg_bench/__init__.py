@@ -1,1 +1,4 @@
-"""DPG-Bench: dense prompts, judged by questions to a vision-language model. See score.py."""
+"""DPG-Bench: dense prompts, judged by questions to a vision-language model.
+
+See score.py.
+"""

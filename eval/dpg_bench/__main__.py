@@ -5,14 +5,14 @@
     python -m eval.dpg_bench score --answers FILE --questions dpg_bench.csv      recorded.py
     python -m eval.dpg_bench grids FOLDER --out GRIDS                            grids.py
 
---bench: the folder dpg_bench/ of github.com/TencentQQGYLab/ELLA, with the table of questions and
-the prompts; it does not come with this project. --images: 2 x 2 grids as the official script takes
-them (pictures.py) or, with --single, one sample per file. Both modes of score.py are printed, the
-official one first.
+--bench: the folder dpg_bench/ of github.com/TencentQQGYLab/ELLA, with the table of
+questions and the prompts; it does not come with this project. --images: 2 x 2 grids as
+the official script takes them (pictures.py) or, with --single, one sample per file.
+Both modes of score.py are printed, the official one first.
 
---out receives answers.jsonl, summary.json, cache.jsonl (every answer, so that an interrupted run
-resumes) and with --ckpt the pictures. Under a launcher (torchrun) every rank generates its share,
-and the first rank asks and scores.
+--out receives answers.jsonl, summary.json, cache.jsonl (every answer, so that an
+interrupted run resumes) and with --ckpt the pictures. Under a launcher (torchrun) every
+rank generates its share, and the first rank asks and scores.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ COMMANDS = {"score": "recorded", "grids": "grids"}
 
 
 class Asked(NamedTuple):
-    """A judge's answers: item -> per picture {question id: answer}; and what could not be asked.
+    """A judge's answers: item -> per picture {question id: answer}; and what could not
+    be asked.
 
-    problems: a sentence for each missing, surplus or unreadable picture. unanswered: items with a
-    picture that the table does not have, or that cannot be read.
+    problems: a sentence for each missing, surplus or unreadable picture. unanswered:
+    items with a picture that the table does not have, or that cannot be read.
     """
 
     answers: dict[str, list[dict[int, str]]]
@@ -67,8 +68,8 @@ def ask(
         single: whether a file is one sample, not a grid.
         allow_partial: return what is missing instead of raising.
 
-    Without allow_partial a missing, surplus or unreadable picture raises ValueError, before the
-    first question unless the file has to be read for that.
+    Without allow_partial a missing, surplus or unreadable picture raises ValueError,
+    before the first question unless the file has to be read for that.
     """
     from eval.dpg_bench.answers import Cache
 
@@ -126,7 +127,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Generate or take pictures, ask the judge, print and write the scores. Raises ValueError."""
+    """Generate or take pictures, ask the judge, print and write the scores.
+
+    Raises ValueError.
+    """
     if not harness.has_work(options):
         return
     table = options.bench / pictures.TABLE
@@ -164,8 +168,8 @@ def evaluate(options: argparse.Namespace) -> None:
     if not answers:
         raise ValueError(layout.listed(given.folder, problems))
     scores = report(rows, table, answers, judge.name, problems, unanswered)
-    # A picture of a prompt that the table lacks has lines without answers, so that scoring the
-    # recorded answers again gives the same scores.
+    # A picture of a prompt that the table lacks has lines without answers, so that
+    # scoring the recorded answers again gives the same scores.
     known = {row.item for row in rows}
     empty = {item: [{}] * num_images for item in unanswered if item not in known}
     files.write_json_lines(
@@ -186,7 +190,10 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def read_prompts(bench: Path, rows: Sequence[score.Question]) -> list[dict]:
-    """The prompts of the bench. Raises ValueError when their items are not those of the table."""
+    """The prompts of the bench.
+
+    Raises ValueError when their items are not those of the table.
+    """
     prompts = pictures.read_prompts(bench)
     if differing := sorted({row.item for row in rows} ^ {prompt["item_id"] for prompt in prompts}):
         raise ValueError(

@@ -1,7 +1,7 @@
 """A cache of a judge's answers, so that an interrupted run never asks twice.
 
-A line is one answer: the SHA-256 of the picture's pixels, the question, the judge and the answer.
-The file only grows.
+A line is one answer: the SHA-256 of the picture's pixels, the question, the judge and
+the answer. The file only grows.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def image_hash(image: Image.Image) -> str:
 class Cache:
     """The answers in a file.
 
-    A last line that was cut short is removed. Raises ValueError, naming the line, for other damage.
+    A last line that was cut short is removed. Raises ValueError, naming the line, for
+    other damage.
     """
 
     def __init__(self, path: Path):
@@ -43,7 +44,10 @@ class Cache:
                 self._answers[row["image_sha256"], row["question"], row["judge"]] = row["answer"]
 
     def ask(self, judge: Judge, image: Image.Image, questions: Sequence[str]) -> list[str]:
-        """The judge's answers. Only new questions are asked; their answers are written at once."""
+        """The judge's answers.
+
+        Only new questions are asked; their answers are written at once.
+        """
         picture = image_hash(image)
         new = [q for q in dict.fromkeys(questions) if (picture, q, judge.name) not in self._answers]
         if new:

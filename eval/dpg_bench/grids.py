@@ -1,4 +1,6 @@
-"""Generated pictures as the official script takes them: python -m eval.dpg_bench grids FOLDER --out GRIDS"""
+"""Generated pictures as the official script takes them: python -m eval.dpg_bench grids
+FOLDER --out GRIDS
+"""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 A new judge is a subclass of `Judge` with a name and one of its two methods.
 
-The official numbers come from mPLUG-large VQA. Numbers of another judge are not comparable with
-them, and need a separate column.
+The official numbers come from mPLUG-large VQA. Numbers of another judge are not
+comparable with them, and need a separate column.
 """
 
 from __future__ import annotations
@@ -24,12 +24,17 @@ INSTRUCTION = "Answer with one word, yes or no."
 
 
 class Judge:
-    """A subclass defines one of the two methods. name: identifies the weights and the question's form."""
+    """A subclass defines one of the two methods.
+
+    name: identifies the weights and the question's form.
+    """
 
     name: str
 
     def ask(self, image: Image.Image, question: str) -> str:
-        """The answer to a question about an RGB picture; it counts if it is exactly "yes"."""
+        """The answer to a question about an RGB picture; it counts if it is exactly
+        "yes".
+        """
         return self.ask_all(image, [question])[0]
 
     def ask_all(self, image: Image.Image, questions: Sequence[str]) -> list[str]:
@@ -46,14 +51,17 @@ def load(name: str, device: str | None = None) -> Judge:
 
 
 class VisionLanguage(Judge):
-    """A transformers model of the kind image-text-to-text, used with its processor's chat template."""
+    """A transformers model of the kind image-text-to-text, used with its processor's
+    chat template.
+    """
 
     def __init__(self, model, processor, name: str, device: torch.device, *, batch_size: int = 16):
         if getattr(processor, "chat_template", None) is None or not hasattr(processor, "tokenizer"):
             raise ValueError(f"--judge: {name} has no chat template; expected a vision-language chat model")
         self.model = model.to(device).eval().requires_grad_(False)
         self.processor, self.device, self.batch_size = processor, device, batch_size
-        # A batch is padded to its longest question, on the left: answers are generated on the right.
+        # A batch is padded to its longest question, on the left: answers are generated
+        # on the right.
         processor.tokenizer.padding_side = "left"
         if processor.tokenizer.pad_token is None:
             processor.tokenizer.pad_token = processor.tokenizer.eos_token
@@ -63,7 +71,10 @@ class VisionLanguage(Judge):
 
     @classmethod
     def load(cls, path: str, device: torch.device) -> VisionLanguage:
-        """path: a folder or Hugging Face id. Weights are bf16 on a GPU, float32 on a CPU."""
+        """path: a folder or Hugging Face id.
+
+        Weights are bf16 on a GPU, float32 on a CPU.
+        """
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         folder = locate(path, key="--judge")
@@ -116,14 +127,19 @@ class VisionLanguage(Judge):
 
 
 def plain(text: str) -> str:
-    """A chat model's answer, such as "Yes.", in mPLUG's form: yes or no by the first word, else the text."""
+    """A chat model's answer, such as "Yes.", in mPLUG's form: yes or no by the first
+    word, else the text.
+    """
     words = text.split()
     first = words[0].strip(".,;:!*\"'").lower() if words else ""
     return first if first in ("yes", "no") else text.strip()
 
 
 class MPlug(Judge):
-    """The official judge. ModelScope, which loads it, unpickles downloads: use it if you trust its hub."""
+    """The official judge.
+
+    ModelScope, which loads it, unpickles downloads: use it if you trust its hub.
+    """
 
     def __init__(self, device: torch.device):
         try:

@@ -32,7 +32,10 @@ class Item(NamedTuple):
     is_grid: bool
 
     def samples(self, num: int) -> list[Image.Image]:
-        """Its first samples, in RGB. Raises ValueError naming a file that cannot be read or cut."""
+        """Its first samples, in RGB.
+
+        Raises ValueError naming a file that cannot be read or cut.
+        """
         if not self.is_grid:
             return [layout.open_image(path) for path in self.files[:num]]
         grid = layout.open_image(self.files[0])
@@ -48,7 +51,10 @@ class Item(NamedTuple):
 
 
 def read_prompts(bench: Path) -> list[dict]:
-    """item_id and prompt of each text in bench/prompts/, by name. Raises ValueError when there are none."""
+    """item_id and prompt of each text in bench/prompts/, by name.
+
+    Raises ValueError when there are none.
+    """
     folder = bench / "prompts"
     texts = sorted(_at_top(folder, (".txt",)), key=lambda path: path.stem) if folder.is_dir() else []
     if not texts:
@@ -72,15 +78,17 @@ def survey(
     single: bool,
     unknown: set[str] | None = None,
 ) -> tuple[list[Item], list[str]]:
-    """The pictures of the items, in the items' order; and a sentence for each missing or surplus picture.
+    """The pictures of the items, in the items' order; and a sentence for each missing
+    or surplus picture.
 
     Args:
         folder: of either kind.
         items: ids.
         num_samples: of each item, in a generated folder.
         single: whether a file of an official folder is one sample, not a grid.
-        unknown: receives the names of pictures that belong to none of the items; in a generated
-            folder the item_id of their prompt, or the number of its folder if it has none.
+        unknown: receives the names of pictures that belong to none of the items; in a
+            generated folder the item_id of their prompt, or the number of its folder if
+            it has none.
 
     Raises ValueError when there is no picture at all.
     """
@@ -107,7 +115,9 @@ def survey(
 
 
 def _at_top(folder: Path, suffixes: Collection[str]) -> list[Path]:
-    """The files of a folder itself that have one of some suffixes, by name; prints a note about others."""
+    """The files of a folder itself that have one of some suffixes, by name; prints a
+    note about others.
+    """
     left_out = LeftOut(folder)
     found = []
     for path in walk(folder, left_out):
@@ -145,7 +155,8 @@ def _generated(
 def write_grid(samples: Sequence[Image.Image], path: Path) -> None:
     """Write the official 2 x 2 grid; an equal one may exist.
 
-    Raises ValueError unless there are four samples of one size, and when path is another picture.
+    Raises ValueError unless there are four samples of one size, and when path is
+    another picture.
     """
     sizes = {sample.size for sample in samples}
     if len(samples) != CELLS or len(sizes) != 1:

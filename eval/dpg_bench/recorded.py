@@ -2,8 +2,8 @@
 
     python -m eval.dpg_bench score --answers answers.jsonl[.gz] --questions dpg_bench.csv
 
-A line of the answers is one picture: item_id, image (its number in the item's grid, from 0) and
-answers {question id: text}.
+A line of the answers is one picture: item_id, image (its number in the item's grid,
+from 0) and answers {question id: text}.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ from mmtensorar.words import counted
 
 
 def read_answers(path: Path, num_images: int | None = None) -> dict[str, list[dict[int, str]]]:
-    """Item -> per picture, in order, {question id: answer}. num_images: the first pictures; None: all.
+    """Item -> per picture, in order, {question id: answer}.
 
-    Raises ValueError naming file and line of an answer that is damaged, duplicated or out of order.
+    num_images: the first pictures; None: all.
+
+    Raises ValueError naming file and line of an answer that is damaged, duplicated or
+    out of order.
     """
     by_item: dict[str, dict[int, dict[int, str]]] = {}
     for where, row in files.read_json_lines(path):

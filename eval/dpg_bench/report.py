@@ -1,4 +1,6 @@
-"""DPG-Bench's scores, printed and as JSON: both modes of score.py, with their table and judge."""
+"""DPG-Bench's scores, printed and as JSON: both modes of score.py, with their table and
+judge.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""DPG-Bench's scores from a table of questions and a judge's answers. Pure: text in, numbers out.
+"""DPG-Bench's scores from a table of questions and a judge's answers.
+
+Pure: text in, numbers out.
 
 official    what the script of TencentQQGYLab/ELLA (dpg_bench/compute_dpg_bench.py) computes, quirks
             included. It skips the first question of the table; a later block of rows replaces an
@@ -11,7 +13,8 @@ corrected   all rows, all pictures. A question counts only if all its ancestors 
             missing picture or answer is an error. A parent that the table lacks is ignored, and
             counted.
 
-A picture is one cell of an item's grid, in order. An answer is right only if it is exactly "yes".
+A picture is one cell of an item's grid, in order. An answer is right only if it is
+exactly "yes".
 """
 
 from __future__ import annotations
@@ -29,7 +32,10 @@ YES = "yes"
 
 
 class Question(NamedTuple):
-    """One row of the table. parents: ids of questions of the same item; 0 is no parent."""
+    """One row of the table.
+
+    parents: ids of questions of the same item; 0 is no parent.
+    """
 
     item: str
     id: int
@@ -50,7 +56,8 @@ class Category(NamedTuple):
 class Scores(NamedTuple):
     """Scores of one mode.
 
-    overall: percent, the mean over prompts. per_prompt: item -> the score of each picture, 0 to 1.
+    overall: percent, the mean over prompts. per_prompt: item -> the score of each
+    picture, 0 to 1.
     """
 
     overall: float
@@ -66,7 +73,10 @@ class Scores(NamedTuple):
 
 
 def read_rows(path: Path) -> list[Question]:
-    """All rows of a question table. Raises ValueError naming file and line of a damaged row."""
+    """All rows of a question table.
+
+    Raises ValueError naming file and line of a damaged row.
+    """
     try:
         with path.open("rb") as file:
             rows = list(_questions(iterate_lines(file), path))
@@ -110,7 +120,9 @@ def _question(row: Mapping[str, str], where: str) -> Question:
 
 
 def official_table(rows: Sequence[Question]) -> Table:
-    """The table as the official script reads it: no first row, and the last block of rows of each item."""
+    """The table as the official script reads it: no first row, and the last block of
+    rows of each item.
+    """
     table: Table = {}
     item = None
     for question in rows[1:]:
@@ -122,7 +134,9 @@ def official_table(rows: Sequence[Question]) -> Table:
 
 
 def whole_table(rows: Iterable[Question]) -> dict[str, list[Question]]:
-    """All rows of each item, wherever they are; two rows of one id are two questions with one answer."""
+    """All rows of each item, wherever they are; two rows of one id are two questions
+    with one answer.
+    """
     table: dict[str, list[Question]] = {}
     for question in rows:
         table.setdefault(question.item, []).append(question)
@@ -141,8 +155,10 @@ def official(rows: Sequence[Question], answers: Answers, unanswered: Iterable[st
 
     Args:
         rows: the questions.
-        answers: to the questions. An item that the table does not have fails, whatever its answers.
-        unanswered: further items with a picture, about which nothing could be asked: they fail too.
+        answers: to the questions. An item that the table does not have fails, whatever
+            its answers.
+        unanswered: further items with a picture, about which nothing could be asked:
+            they fail too.
 
     Raises ValueError for a missing answer, or when no item could be scored.
     """
@@ -172,7 +188,8 @@ def official(rows: Sequence[Question], answers: Answers, unanswered: Iterable[st
 def _cascaded(questions: Mapping[int, Question], right: Mapping[int, bool]) -> float:
     """The score of one picture: a question counts if its parents do.
 
-    The rule goes down the table once, so a parent further down still counts when its child is reached.
+    The rule goes down the table once, so a parent further down still counts when its
+    child is reached.
     """
     counts = dict(right)
     for number, question in questions.items():
@@ -188,7 +205,11 @@ def _cascaded(questions: Mapping[int, Question], right: Mapping[int, bool]) -> f
 
 
 def corrected(rows: Sequence[Question], answers: Answers) -> Scores:
-    """See the top. Raises ValueError naming items without pictures or answers, and items not in the table."""
+    """See the top.
+
+    Raises ValueError naming items without pictures or answers, and items not in the
+    table.
+    """
     table = whole_table(rows)
     if absent := [item for item in table if not answers.get(item)]:
         raise ValueError(f"{_count(absent, 'item')} of the table without pictures: {_some(absent)}")

@@ -1,1 +1,4 @@
-"""Class-conditional metrics: FID, sFID, Inception score, precision and recall. See score.py."""
+"""Class-conditional metrics: FID, sFID, Inception score, precision and recall.
+
+See score.py.
+"""

@@ -1,13 +1,15 @@
-"""FID, sFID, Inception score, precision and recall of a model, of pictures, or of recorded features.
+"""FID, sFID, Inception score, precision and recall of a model, of pictures, or of
+recorded features.
 
     python -m eval.fid --ckpt runs/NAME/model --ref imagenet256.npz    generates 50,000, then scores
     python -m eval.fid --images FOLDER_OR_NPZ --ref FOLDER_OR_NPZ      scores pictures of any origin
     python -m eval.fid score --features features.npz                   recorded.py
 
---ref: an .npz of ADM's evaluator (arr_0, and mu, sigma, mu_s, sigma_s, which FID and sFID then use),
-or a folder. --ckpt: a class-conditional model; each class gets as many pictures. --out receives
-summary.json and, so that an interrupted run resumes, features/ and the pictures. Under a launcher
-(torchrun) every rank generates its share, and the first rank scores.
+--ref: an .npz of ADM's evaluator (arr_0, and mu, sigma, mu_s, sigma_s, which FID and
+sFID then use), or a folder. --ckpt: a class-conditional model; each class gets as many
+pictures. --out receives summary.json and, so that an interrupted run resumes, features/
+and the pictures. Under a launcher (torchrun) every rank generates its share, and the
+first rank scores.
 """
 
 from __future__ import annotations
@@ -32,7 +34,10 @@ NUM_IMAGES = 50_000  # of published numbers
 
 
 def class_prompts(generator: Generator) -> list[dict]:
-    """A prompt per class. Raises ValueError for a model that is not class-conditional."""
+    """A prompt per class.
+
+    Raises ValueError for a model that is not class-conditional.
+    """
     if generator.caption_encoder.kind != "class":
         raise ValueError(
             "this model takes captions; FID here is for class-conditional models, or for pictures (--images)"
@@ -64,7 +69,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Generate or take pictures, compute features, print and write the metrics. Raises ValueError."""
+    """Generate or take pictures, compute features, print and write the metrics.
+
+    Raises ValueError.
+    """
     if not harness.has_work(options):
         return
     # A wrong path is reported before hours of generating.

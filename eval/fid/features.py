@@ -1,7 +1,8 @@
-"""Features of many pictures, stored on disk batch by batch, so that an interrupted run resumes.
+"""Features of many pictures, stored on disk batch by batch, so that an interrupted run
+resumes.
 
-A batch's file is named by the hash of its pictures and of the network's name, so that it is never
-used for other pictures.
+A batch's file is named by the hash of its pictures and of the network's name, so that
+it is never used for other pictures.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""FID's Inception network, from torch-fidelity: TensorFlow's graph of 2015, with its weights and resizing.
+"""FID's Inception network, from torch-fidelity: TensorFlow's graph of 2015, with its
+weights and resizing.
 
-ADM's evaluator reads three tensors of that graph. torch-fidelity names two of them: pool [2,048]
-and the logits without their bias [1,008]. The spatial features have no name there: they are the
-first 7 channels of mixed_6/conv, the 1x1 branch of the block Mixed_6d, 17 x 17 x 7 = 2,023 numbers.
+ADM's evaluator reads three tensors of that graph. torch-fidelity names two of them:
+pool [2,048] and the logits without their bias [1,008]. The spatial features have no
+name there: they are the first 7 channels of mixed_6/conv, the 1x1 branch of the block
+Mixed_6d, 17 x 17 x 7 = 2,023 numbers.
 """
 
 from __future__ import annotations
@@ -58,7 +60,10 @@ class Inception:
 
     @classmethod
     def load(cls, path: Path | None, device: torch.device) -> Inception:
-        """path: torch-fidelity's weights file; None: downloaded once, 95 MB. Raises ValueError on failure."""
+        """path: torch-fidelity's weights file; None: downloaded once, 95 MB.
+
+        Raises ValueError on failure.
+        """
         try:
             if path is not None:
                 return cls(torch.load(path, map_location="cpu", weights_only=True), device, path.name)
@@ -84,7 +89,10 @@ class Inception:
 
     @torch.no_grad()
     def __call__(self, pictures: np.ndarray) -> Features:
-        """[N, H, W, 3] uint8 -> features. Raises ValueError when they are not finite."""
+        """[N, H, W, 3] uint8 -> features.
+
+        Raises ValueError when they are not finite.
+        """
         pixels = torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))).to(self.device)
         try:
             pool, logits = self.net(pixels)

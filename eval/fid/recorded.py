@@ -2,8 +2,9 @@
 
     python -m eval.fid score --features features.npz [--split-size 5000] [--out FILE]
 
-The file holds float arrays: ref_pool [N, C] and sample_pool [M, C] for FID, precision and recall,
-ref_spatial and sample_spatial for sFID, sample_logits [M, V] for the Inception score.
+The file holds float arrays: ref_pool [N, C] and sample_pool [M, C] for FID, precision
+and recall, ref_spatial and sample_spatial for sFID, sample_logits [M, V] for the
+Inception score.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ ARRAYS = ("ref_pool", "sample_pool", "ref_spatial", "sample_spatial", "sample_lo
 
 
 def read_features(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a file. Raises ValueError naming the file, and an array that is invalid or not finite."""
+    """The arrays of a file.
+
+    Raises ValueError naming the file, and an array that is invalid or not finite.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ARRAYS if name in file.files}
@@ -54,8 +58,8 @@ def measure(
     Args:
         arrays: features, by the names of ARRAYS.
         split_size: images in a split of the Inception score.
-        statistics: kind of features -> mean and covariance of the reference, instead of those of
-            its array.
+        statistics: kind of features -> mean and covariance of the reference, instead of
+            those of its array.
 
     Raises ValueError when the arrays allow no metric.
     """

@@ -1,10 +1,13 @@
-"""FID, sFID, Inception score, precision and recall from features. Pure: arrays in, numbers out.
+"""FID, sFID, Inception score, precision and recall from features.
+
+Pure: arrays in, numbers out.
 
 The definitions are those of ADM's evaluator (github.com/openai/guided-diffusion,
-evaluations/evaluator.py), which LlamaGen copied, with one exception: ADM computes the distances
-for precision and recall in float16 where they are finite, as they are for Inception features.
-Its published values are therefore some hundredths higher than the exact ones here, and depend on
-the device. Shapes: N images, C width of a feature, V classes.
+evaluations/evaluator.py), which LlamaGen copied, with one exception: ADM computes the
+distances for precision and recall in float16 where they are finite, as they are for
+Inception features. Its published values are therefore some hundredths higher than the
+exact ones here, and depend on the device. Shapes: N images, C width of a feature, V
+classes.
 """
 
 from __future__ import annotations
@@ -26,7 +29,10 @@ class Statistics(NamedTuple):
 
 
 def statistics(features: np.ndarray) -> Statistics:
-    """[N, C] -> mean in the features' dtype, covariance over N - 1. Raises ValueError below two images."""
+    """[N, C] -> mean in the features' dtype, covariance over N - 1.
+
+    Raises ValueError below two images.
+    """
     if features.ndim != 2 or len(features) < 2:
         raise ValueError(f"features have shape {list(features.shape)}; expected [N, C] of two or more images")
     return Statistics(features.mean(axis=0), np.cov(features, rowvar=False).reshape(2 * features.shape[1:]))
@@ -55,7 +61,8 @@ def frechet_distance(one: Statistics, other: Statistics) -> float:
 
 
 def inception_score(logits: np.ndarray, split_size: int = SPLIT_SIZE) -> float:
-    """exp of the mean KL divergence to the split's mean, averaged over splits in the given order.
+    """exp of the mean KL divergence to the split's mean, averaged over splits in the
+    given order.
 
     logits: [N, V] float32. A short last split weighs as much as a full one.
     """
@@ -76,11 +83,13 @@ def inception_score(logits: np.ndarray, split_size: int = SPLIT_SIZE) -> float:
 def precision_recall(
     reference: np.ndarray, samples: np.ndarray, neighbours: int = NEIGHBOURS
 ) -> tuple[float, float]:
-    """Share of samples inside the reference's manifold, and of references inside the samples' manifold.
+    """Share of samples inside the reference's manifold, and of references inside the
+    samples' manifold.
 
-    reference: [N, C]; samples: [M, C]. A manifold is the union of balls around its points, each
-    reaching to the point's k-th neighbour (Kynkäänniemi et al. 2019). Exact, in float64; only a
-    block of rows of distances is in memory. Raises ValueError when there are too few points.
+    reference: [N, C]; samples: [M, C]. A manifold is the union of balls around its
+    points, each reaching to the point's k-th neighbour (Kynkäänniemi et al. 2019).
+    Exact, in float64; only a block of rows of distances is in memory. Raises ValueError
+    when there are too few points.
     """
     for name, points in (("reference", reference), ("samples", samples)):
         if len(points) <= neighbours:

@@ -1,4 +1,7 @@
-"""Pictures for FID: a folder, or an .npz as ADM's evaluator takes them. They are read a batch at a time."""
+"""Pictures for FID: a folder, or an .npz as ADM's evaluator takes them.
+
+They are read a batch at a time.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,10 @@ DAMAGE = (OSError, ValueError, TypeError, KeyError, EOFError, RuntimeError, zipf
 
 
 class Pictures(NamedTuple):
-    """A named set of num pictures. batches: batch size -> arrays [B, H, W, 3] uint8, in order."""
+    """A named set of num pictures.
+
+    batches: batch size -> arrays [B, H, W, 3] uint8, in order.
+    """
 
     name: str
     num: int
@@ -34,14 +40,16 @@ class Pictures(NamedTuple):
 def find(path: Path, *, num_prompts: int | None = None, num_images: int | None = None) -> Pictures:
     """The pictures of a folder or an .npz file.
 
-    A folder in the layout of eval/layout.py gives the first picture of every prompt, then the second
-    of every prompt, and so on: in the order of the files, each split of the Inception score would
-    hold few classes. Any other folder is read in the order of file names (and of the numbers that
-    `generate` gives), subfolders included; what is not read is counted in a note.
+    A folder in the layout of eval/layout.py gives the first picture of every prompt,
+    then the second of every prompt, and so on: in the order of the files, each split of
+    the Inception score would hold few classes. Any other folder is read in the order of
+    file names (and of the numbers that `generate` gives), subfolders included; what is
+    not read is counted in a note.
 
     Args:
         path: folder or file.
-        num_prompts, num_images: of a folder in that layout; None: as its generation.json says.
+        num_prompts, num_images: of a folder in that layout; None: as its
+            generation.json says.
 
     Raises ValueError when there are no pictures, or some are missing.
     """
@@ -122,7 +130,10 @@ def _read_archive(path: Path, size: int) -> Iterator[np.ndarray]:
 
 
 def _header(file, path: Path) -> tuple[int, int, int, int]:
-    """Read a .npy header; returns the shape. Raises ValueError unless pictures follow."""
+    """Read a .npy header; returns the shape.
+
+    Raises ValueError unless pictures follow.
+    """
     formats = np.lib.format
     try:
         version = formats.read_magic(file)
@@ -137,10 +148,12 @@ def _header(file, path: Path) -> tuple[int, int, int, int]:
 
 
 def reference_statistics(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Kind of features, pool or spatial -> mean [C] and covariance [C, C] in an ADM reference file, if any.
+    """Kind of features, pool or spatial -> mean [C] and covariance [C, C] in an ADM
+    reference file, if any.
 
-    They describe the whole training set, of which the file's pictures are 10,000. Raises
-    ValueError for damage, for widths other than Inception's, and for numbers that are not finite.
+    They describe the whole training set, of which the file's pictures are 10,000.
+    Raises ValueError for damage, for widths other than Inception's, and for numbers
+    that are not finite.
     """
     if path.suffix != ".npz":
         return {}

@@ -3,14 +3,15 @@
     python -m eval.geneval --ckpt runs/NAME/model [--suite shapes]     generates, then scores
     python -m eval.geneval --images FOLDER [--suite shapes]            scores pictures in GenEval's layout
 
---out receives results.jsonl (one line per picture), summary.json, report.html and, with --ckpt,
-the pictures. An interrupted generation resumes when the same command is given again; scoring
-starts over. Under a launcher (torchrun) every rank generates its share, and the first rank scores.
+--out receives results.jsonl (one line per picture), summary.json, report.html and, with
+--ckpt, the pictures. An interrupted generation resumes when the same command is given
+again; scoring starts over. Under a launcher (torchrun) every rank generates its share,
+and the first rank scores.
 
-Other commands, one module each: `score` (recorded.py) scores recorded detections, `compare`
-compares models on the same prompts, `watch` scores the saved steps of a run while it trains,
-`self-test` and `convert-detector` are about suite geneval's detector, and
-`python -m eval.geneval.ceiling` measures the bounds of suite shapes.
+Other commands, one module each: `score` (recorded.py) scores recorded detections,
+`compare` compares models on the same prompts, `watch` scores the saved steps of a run
+while it trains, `self-test` and `convert-detector` are about suite geneval's detector,
+and `python -m eval.geneval.ceiling` measures the bounds of suite shapes.
 """
 
 from __future__ import annotations

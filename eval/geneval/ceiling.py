@@ -1,4 +1,5 @@
-"""The highest score that a suite allows, and the score of chance: bounds to compare scores with.
+"""The highest score that a suite allows, and the score of chance: bounds to compare
+scores with.
 
     python -m eval.geneval.ceiling [--image-tokenizer PATH] [--num-images 1000] [--out FILE.json]
 
@@ -37,11 +38,12 @@ Detected = list[tuple[dict, dict]]  # per picture what `judge` takes: rows and c
 def measure(
     suite: Suite, image_tokenizer: ImageTokenizer | None = None, *, num_images: int = 300
 ) -> dict[str, dict]:
-    """{ceiling: {drawn, round_trip (with an image tokenizer)}, chance}, as described at the top.
+    """{ceiling: {drawn, round_trip (with an image tokenizer)}, chance}, as described at
+    the top.
 
-    Each bound is {num_images, skills {skill: share}, overall}, overall being the mean of the
-    skills; the ceilings also have each skill's 95 % interval. Raises ValueError when the suite
-    cannot draw pictures, or for fewer pictures than skills.
+    Each bound is {num_images, skills {skill: share}, overall}, overall being the mean
+    of the skills; the ceilings also have each skill's 95 % interval. Raises ValueError
+    when the suite cannot draw pictures, or for fewer pictures than skills.
     """
     skills = list(dict.fromkeys(prompt["tag"] for prompt in suite.prompts))
     if suite.picture is None:

@@ -1,4 +1,6 @@
-"""Run a detector's self-test: python -m eval.geneval self-test [--detector PATH] [--clip PATH]"""
+"""Run a detector's self-test: python -m eval.geneval self-test [--detector PATH]
+[--clip PATH]
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""GenEval's colour classifier: CLIP ViT-L/14 on the object alone, everything around it grey.
+"""GenEval's colour classifier: CLIP ViT-L/14 on the object alone, everything around it
+grey.
 
-The name in open_clip must be ViT-L-14-quickgelu: under ViT-L-14, current versions run OpenAI's
-weights with another activation function, and the colours are silently wrong. Shapes: N objects,
-D width of an embedding.
+The name in open_clip must be ViT-L-14-quickgelu: under ViT-L-14, current versions run
+OpenAI's weights with another activation function, and the colours are silently wrong.
+Shapes: N objects, D width of an embedding.
 """
 
 from __future__ import annotations
@@ -46,7 +47,10 @@ class ColorClassifier:
 
     @classmethod
     def load(cls, pretrained: str, *, device: torch.device) -> ColorClassifier:
-        """pretrained: open_clip's tag, or a weights file. Raises ValueError when it cannot be loaded."""
+        """pretrained: open_clip's tag, or a weights file.
+
+        Raises ValueError when it cannot be loaded.
+        """
         try:
             import open_clip
         except ImportError:
@@ -63,7 +67,10 @@ class ColorClassifier:
     def classify(
         self, image: Image.Image, objects: Sequence[tuple[str, np.ndarray, Sequence[float]]]
     ) -> list[str]:
-        """The colour of each object. objects: (class name, mask [H, W] bool, box) in an RGB image."""
+        """The colour of each object.
+
+        objects: (class name, mask [H, W] bool, box) in an RGB image.
+        """
         colors: list[str] = []
         for start in range(0, len(objects), BATCH):
             batch = objects[start : start + BATCH]
@@ -77,7 +84,9 @@ class ColorClassifier:
         return colors
 
     def _text(self, name: str) -> Tensor:
-        """[colours, D]: the text embedding of each colour, averaged over the prompts."""
+        """[colours, D]: the text embedding of each colour, averaged over the
+        prompts.
+        """
         if name not in self._texts:
             texts = [prompt.format(color=color, name=name) for color in COLORS for prompt in PROMPTS]
             with self._autocast():

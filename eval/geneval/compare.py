@@ -1,8 +1,9 @@
-"""Several models on the same prompts: python -m eval.geneval compare [NAME=]FOLDER [NAME=]FOLDER ...
+"""Several models on the same prompts: python -m eval.geneval compare [NAME=]FOLDER
+[NAME=]FOLDER ...
 
-A folder is an --out of `python -m eval.geneval`. Each model is compared with the first: the
-difference of the scores, per skill and overall, in points, with a 95 % interval from a paired
-bootstrap over prompts (eval/intervals.py).
+A folder is an --out of `python -m eval.geneval`. Each model is compared with the first:
+the difference of the scores, per skill and overall, in points, with a 95 % interval
+from a paired bootstrap over prompts (eval/intervals.py).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ Shares = Mapping[str, Mapping[str, float]]  # skill -> prompt -> share of its im
 
 
 def read(folder: Path) -> tuple[dict, Shares]:
-    """summary.json, and the share of correct images of each prompt (its whole metadata).
+    """summary.json, and the share of correct images of each prompt (its whole
+    metadata).
 
     Raises ValueError naming the file that is missing or damaged.
     """
@@ -45,7 +47,10 @@ def read(folder: Path) -> tuple[dict, Shares]:
 
 
 def differences(baseline: Shares, other: Shares, seed: int = 0) -> dict[str, Interval]:
-    """Skill, and overall -> other - baseline. Raises ValueError when their prompts differ."""
+    """Skill, and overall -> other - baseline.
+
+    Raises ValueError when their prompts differ.
+    """
     if {tag: prompts.keys() for tag, prompts in baseline.items()} != {
         tag: prompts.keys() for tag, prompts in other.items()
     }:

@@ -1,10 +1,12 @@
-"""Convert mmdet's Mask2Former weights: python -m eval.geneval convert-detector FILE --out FOLDER
+"""Convert mmdet's Mask2Former weights: python -m eval.geneval convert-detector FILE
+--out FOLDER
 
 The folder is one that --detector takes. GenEval's own detector is mmdet 2.x's
-mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco; the weights on the hub are from another training run.
-Names and sizes come from the file's tensors. Both transformers are assumed to have equally many
-heads, as in mmdet's configurations. Checked against mmdet 2.28.2 itself on random weights of two
-sizes: its class and mask logits agree to 6e-6. The released file itself is untested.
+mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco; the weights on the hub are from another
+training run. Names and sizes come from the file's tensors. Both transformers are
+assumed to have equally many heads, as in mmdet's configurations. Checked against mmdet
+2.28.2 itself on random weights of two sizes: its class and mask logits agree to 6e-6.
+The released file itself is untested.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from mmtensorar.checkpoints.released import ReleasedWeights
 from mmtensorar.cli import Parser, command
 
 NUM_LEVELS, NUM_POINTS = 3, 4  # of the deformable attention
-# mmdet's name -> transformers'; \1, \2 are numbers. `_tensors` has the tensors whose layout differs.
+# mmdet's name -> transformers'; \1, \2 are numbers. `_tensors` has the tensors whose
+# layout differs.
 NAMES = {
     r"backbone\.patch_embed\.projection": "swin.embeddings.patch_embeddings.projection",
     r"backbone\.patch_embed\.norm": "swin.embeddings.norm",
@@ -66,7 +69,10 @@ PREFIXES = {  # beginning of mmdet's name -> what goes in front of transformers'
 
 
 def config(shapes: Mapping[str, list[int]]):
-    """The transformers configuration of a file's tensors. Raises KeyError for a tensor that is missing."""
+    """The transformers configuration of a file's tensors.
+
+    Raises KeyError for a tensor that is missing.
+    """
     from transformers import Mask2FormerConfig, SwinConfig
 
     def count(pattern: str) -> int:
@@ -101,7 +107,8 @@ def config(shapes: Mapping[str, list[int]]):
 
 
 def _tensors(name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """One of mmdet's tensors as (name, value) of transformers; nothing for one that transformers computes.
+    """One of mmdet's tensors as (name, value) of transformers; nothing for one that
+    transformers computes.
 
     Raises ValueError for an unknown name.
     """
@@ -162,13 +169,17 @@ def _renamed(name: str) -> str:
 def _merged(value: Tensor) -> Tensor:
     """[..., C * 4] of a patch merging in transformers' order.
 
-    mmdet goes channel by channel, then row by row; transformers pixel by pixel, then column by column.
+    mmdet goes channel by channel, then row by row; transformers pixel by pixel, then
+    column by column.
     """
     return value.unflatten(-1, (-1, 4))[..., [0, 2, 1, 3]].transpose(-1, -2).flatten(-2)
 
 
 def convert(file: Path, out: Path) -> None:
-    """Write a folder that from_pretrained loads. Raises ValueError naming the file when it does not fit."""
+    """Write a folder that from_pretrained loads.
+
+    Raises ValueError naming the file when it does not fit.
+    """
     from transformers import Mask2FormerForUniversalSegmentation
 
     if out.exists() and any(out.iterdir()):
@@ -193,7 +204,8 @@ def convert(file: Path, out: Path) -> None:
         raise ValueError(
             f"{file}: its tensors do not have the shapes of mmdet's Mask2Former ({reason})"
         ) from None
-    # empty_weight belongs to the loss, swin.layernorm to an unused output; transformers makes both.
+    # empty_weight belongs to the loss, swin.layernorm to an unused output; transformers
+    # makes both.
     computed = ("criterion.", "model.pixel_level_module.encoder.swin.layernorm.")
     wanted = {
         name: value.shape for name, value in model.state_dict().items() if not name.startswith(computed)

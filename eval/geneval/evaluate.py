@@ -1,6 +1,8 @@
-"""Pictures to scores on a suite of GenEval-style prompts: options, generation, detection, verdicts, files.
+"""Pictures to scores on a suite of GenEval-style prompts: options, generation,
+detection, verdicts, files.
 
-The command is `python -m eval.geneval`; `watch` calls the same functions for each saved step.
+The command is `python -m eval.geneval`; `watch` calls the same functions for each saved
+step.
 """
 
 from __future__ import annotations
@@ -44,9 +46,9 @@ def score(
         batch_size: pictures that are in memory, and detected, at a time.
         allow_partial: return what is missing instead of raising.
 
-    Returns one result per picture, with the keys of the official scorer plus detections, and a
-    sentence for each picture or prompt that is missing, surplus or unreadable. Without
-    allow_partial such a problem raises ValueError.
+    Returns one result per picture, with the keys of the official scorer plus
+    detections, and a sentence for each picture or prompt that is missing, surplus or
+    unreadable. Without allow_partial such a problem raises ValueError.
     """
     pictures, problems = layout.survey(folder, num_prompts=len(suite.prompts), num_images=num_images)
     each = f"{num_images} image{'s' * (num_images > 1)} each"
@@ -60,7 +62,8 @@ def score(
 
     check()
     prompts = [suites.read_metadata(images[0].parent.parent / "metadata.jsonl", suite) for images in pictures]
-    # As many folders as the suite has prompts, and each with another prompt of it: no prompt is missing.
+    # As many folders as the suite has prompts, and each with another prompt of it: no
+    # prompt is missing.
     problems += foreign_prompts(suite, prompts, pictures)
     check()
     detector = suite.detector()
@@ -82,7 +85,9 @@ def _judged(
     batch: Iterable[tuple[dict, Path]],
     problems: list[str],
 ) -> list[dict]:
-    """Results of one batch of (metadata, path); adds a problem for each picture that cannot be read."""
+    """Results of one batch of (metadata, path); adds a problem for each picture that
+    cannot be read.
+    """
     readable: list[tuple[dict, Path]] = []
     images: list[Image.Image] = []
     for metadata, path in batch:
@@ -113,7 +118,8 @@ def _judged(
 
 
 def foreign_prompts(suite: Suite, prompts: Sequence[dict], pictures: Sequence[Sequence[Path]]) -> list[str]:
-    """A sentence for each folder whose prompt the suite does not have, or has in fewer folders.
+    """A sentence for each folder whose prompt the suite does not have, or has in fewer
+    folders.
 
     Prompts are compared by what they ask for, not by their text.
     """
@@ -205,7 +211,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Generate or take pictures, score them, write the files and print the table. Raises ValueError."""
+    """Generate or take pictures, score them, write the files and print the table.
+
+    Raises ValueError.
+    """
     if not harness.has_work(options):
         return
     choice = suites.DetectorChoice(options.detector, options.clip, options.device)
@@ -254,7 +263,8 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def as_generated(suite: Suite, folder: Path, choice: suites.DetectorChoice) -> Suite:
-    """The suite with as many prompts as a folder's pictures were generated for (--num-prompts).
+    """The suite with as many prompts as a folder's pictures were generated for
+    (--num-prompts).
 
     Returns the given suite where generation.json is missing, or is about other prompts.
     """

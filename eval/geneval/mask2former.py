@@ -1,4 +1,5 @@
-"""GenEval's detector: transformers' Mask2Former (Swin-S, COCO instances), scored as mmdet 2.x does.
+"""GenEval's detector: transformers' Mask2Former (Swin-S, COCO instances), scored as
+mmdet 2.x does.
 
 mmdet does the following, and transformers' own post-processing does not:
 
@@ -8,9 +9,10 @@ mmdet does the following, and transformers' own post-processing does not:
 - The score is the probability of the class times the mean probability inside the mask.
 - The box is that of the mask.
 
-Checked against mmdet 2.28.2 itself on random weights: instances, boxes, masks and scores are equal.
-Two differences remain: OpenCV rounds differently when it resizes, and the weights on the hub are
-from another training run than mmdet's file, which convert_detector.py converts.
+Checked against mmdet 2.28.2 itself on random weights: instances, boxes, masks and
+scores are equal. Two differences remain: OpenCV rounds differently when it resizes, and
+the weights on the hub are from another training run than mmdet's file, which
+convert_detector.py converts.
 Shapes: Q queries, N instances, H W pixels.
 """
 
@@ -50,10 +52,13 @@ def fitted(width: int, height: int) -> tuple[int, int]:
 
 
 def prepare(images: Sequence[Image.Image]) -> tuple[Tensor, tuple[int, int]]:
-    """B RGB pictures of one size -> the model's pixels [B, 3, H, W], and height and width before padding."""
+    """B RGB pictures of one size -> the model's pixels [B, 3, H, W], and height and
+    width before padding.
+    """
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float()
     height, width = fitted(*images[0].size)
-    # Not antialiased, as OpenCV's linear filter is not, and rounded as its 8-bit result is.
+    # Not antialiased, as OpenCV's linear filter is not, and rounded as its 8-bit result
+    # is.
     pixels = functional.interpolate(pixels, (height, width), mode="bilinear", align_corners=False).round()
     padding = (0, -width % MULTIPLE, 0, -height % MULTIPLE)
     pixels = functional.pad(pixels, padding, value=GREY)
@@ -82,7 +87,8 @@ def instances(
     probabilities = class_logits.float().softmax(-1)[:, :-1].flatten()
     scores, pairs = probabilities.topk(min(NUM_INSTANCES, len(probabilities)), sorted=False)
     labels, queries = pairs % num_classes, pairs // num_classes
-    # A query's mask is the same for all its classes, and full-size logits are large: one query at a time.
+    # A query's mask is the same for all its classes, and full-size logits are large:
+    # one query at a time.
     masks, boxes = torch.zeros(len(pairs), *size, dtype=torch.bool), torch.zeros(len(pairs), 4)
     means = torch.zeros(len(pairs))
     for query in queries.unique().tolist():
@@ -102,9 +108,11 @@ def instances(
 
 
 def nonsense(detected: Instances) -> str | None:
-    """Why the instances cannot be right for any picture; None when they are plausible.
+    """Why the instances cannot be right for any picture; None when they are
+    plausible.
 
-    A broken kernel gives scores that are not numbers, or the same score for every instance.
+    A broken kernel gives scores that are not numbers, or the same score for every
+    instance.
     """
     scores = detected.scores
     if not scores.isfinite().all():
@@ -139,7 +147,10 @@ class Mask2FormerDetector(Detector):
     def load(
         cls, path: str, classes: Sequence[str], colors: ColorClassifier, device: torch.device
     ) -> Mask2FormerDetector:
-        """path: a folder or Hugging Face id. Raises ValueError when it cannot be loaded."""
+        """path: a folder or Hugging Face id.
+
+        Raises ValueError when it cannot be loaded.
+        """
         from transformers import Mask2FormerForUniversalSegmentation
 
         folder = locate(path, key="--detector")
@@ -157,7 +168,10 @@ class Mask2FormerDetector(Detector):
 
     @torch.no_grad()
     def find(self, images: Sequence[Image.Image]) -> list[Instances]:
-        """Instances of RGB pictures of one size. Raises ValueError when the model's output is nonsense."""
+        """Instances of RGB pictures of one size.
+
+        Raises ValueError when the model's output is nonsense.
+        """
         pixels, resized = prepare(images)
         try:
             output = self.model(pixel_values=pixels.to(self.device))
@@ -178,7 +192,10 @@ class Mask2FormerDetector(Detector):
     def detect_batch(
         self, images: Sequence[Image.Image], colored: Sequence[Collection[str]] | None = None
     ) -> list[list[Detection]]:
-        """See Detector. A colour is classified for the classes in colored, above MIN_SCORE."""
+        """See Detector.
+
+        A colour is classified for the classes in colored, above MIN_SCORE.
+        """
         detections: list[list[Detection]] = [[] for _ in images]
         colored = [self.classes] * len(images) if colored is None else colored
         for size in dict.fromkeys(image.size for image in images):

@@ -1,8 +1,9 @@
-"""GenEval's 553 prompts, drawn by its published recipe: 80 classes, seed 43, 100 draws a task, no duplicates.
+"""GenEval's 553 prompts, drawn by its published recipe: 80 classes, seed 43, 100 draws
+a task, no duplicates.
 
 They equal the evaluation_metadata.jsonl of github.com/djghosh13/geneval byte for byte
-(tests/eval/test_geneval_recorded.py has its SHA-256), so that nothing needs to be copied or
-downloaded. The order of the draws is part of the recipe; do not change it.
+(tests/eval/test_geneval_recorded.py has its SHA-256), so that nothing needs to be
+copied or downloaded. The order of the draws is part of the recipe; do not change it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import numpy as np
 
 from eval.geneval.score import COLORS, RELATIONS
 
-# COCO's classes in COCO's order, so that an index is a detector's label; three have GenEval's own name.
+# COCO's classes in COCO's order, so that an index is a detector's label; three have
+# GenEval's own name.
 CLASSES = tuple(
     name.strip()
     for name in """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light,

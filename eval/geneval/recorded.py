@@ -30,7 +30,10 @@ VERDICT = ("correct", "reason", "kept")
 
 
 def read_cases(path: Path) -> Iterator[tuple[str, dict]]:
-    """("FILE line N", case). Raises ValueError naming file and line of a case that cannot be scored."""
+    """("FILE line N", case).
+
+    Raises ValueError naming file and line of a case that cannot be scored.
+    """
     for where, case in files.read_json_lines(path):
         if problem := _problem(case):
             raise ValueError(f"{where}: {problem}")
@@ -79,7 +82,9 @@ def score(case: Mapping) -> Verdict:
 
 
 def disagreements(case: Mapping, verdict: Verdict) -> list[str]:
-    """A sentence for each entry that differs from the verdict that a case holds, if it holds one."""
+    """A sentence for each entry that differs from the verdict that a case holds, if it
+    holds one.
+    """
     ours = verdict._asdict()
     return [
         f"{key}: recorded {case[key]!r}, found {ours[key]!r}"
@@ -89,11 +94,13 @@ def disagreements(case: Mapping, verdict: Verdict) -> list[str]:
 
 
 def gaps(cases: Mapping[int, int], num_images: int | None = None) -> list[str]:
-    """A sentence for each prompt that does not have as many images as it must; none for a whole set.
+    """A sentence for each prompt that does not have as many images as it must; none for
+    a whole set.
 
     Args:
         cases: place of a prompt among GenEval's -> number of its images.
-        num_images: how many images of each prompt there must be; None: the most that one has.
+        num_images: how many images of each prompt there must be; None: the most that
+            one has.
     """
     expected = num_images or max(cases.values(), default=1)
     found = [cases.get(index, 0) for index in range(len(prompts()))]

@@ -1,7 +1,8 @@
-"""report.html next to summary.json: a bar per skill, then pictures that passed and failed, with detections.
+"""report.html next to summary.json: a bar per skill, then pictures that passed and
+failed, with detections.
 
-One file without scripts or links, which any browser shows offline. Everything that comes from
-prompts and results is escaped.
+One file without scripts or links, which any browser shows offline. Everything that
+comes from prompts and results is escaped.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ figcaption { font-size: .85rem } .reason { color: #a02c2c; white-space: pre-line
 
 
 def page(summary: dict, results: Sequence[dict], folder: Path) -> str:
-    """The page as text. results: rows of results.jsonl; folder: where their files are."""
+    """The page as text.
+
+    results: rows of results.jsonl; folder: where their files are.
+    """
     mark = " (PARTIAL)" if summary.get("partial") else ""
     title = f"{summary['suite']}: {100 * summary['overall']['accuracy']:.1f} %{mark}"
     facts = {
@@ -96,7 +100,9 @@ def _figure(row: dict, folder: Path) -> str:
 
 
 def drawn(image: Image.Image, detections: Sequence[dict]) -> Image.Image:
-    """An image of SIDE pixels with the boxes, names, colours and scores of its best detections."""
+    """An image of SIDE pixels with the boxes, names, colours and scores of its best
+    detections.
+    """
     scale = SIDE / max(image.size)
     size = tuple(max(1, round(side * scale)) for side in image.size)
     # Enlarged pixels should look like pixels.

@@ -1,11 +1,14 @@
-"""GenEval's verdict on one image, and the summary of many. Pure: detections in, numbers out.
+"""GenEval's verdict on one image, and the summary of many.
 
-The rules are those of GenEval's official scorer (github.com/djghosh13/geneval, commit af4902f),
-checked against its verdicts by tests/parity/test_parity.py; the code is our own. Every number is a
-float32, as in the original: in double precision a score of exactly float32(0.3) would pass a
-threshold of 0.3.
+Pure: detections in, numbers out.
 
-Intervals are 95 % (eval/intervals.py) and allow for several images of one prompt being alike:
+The rules are those of GenEval's official scorer (github.com/djghosh13/geneval, commit
+af4902f), checked against its verdicts by tests/parity/test_parity.py; the code is our
+own. Every number is a float32, as in the original: in double precision a score of
+exactly float32(0.3) would pass a threshold of 0.3.
+
+Intervals are 95 % (eval/intervals.py) and allow for several images of one prompt being
+alike:
 
     skill     Wilson's interval of the share of correct images, with n / d instead of n images,
               d being the design effect
@@ -31,10 +34,13 @@ class Settings:
 
     Args:
         threshold: score above which an object counts.
-        counting_threshold: replaces threshold, for all classes, in prompts tagged counting.
+        counting_threshold: replaces threshold, for all classes, in prompts tagged
+            counting.
         max_objects: kept per class.
-        max_overlap: a box whose IoU with a better one reaches this is dropped; 1 keeps all.
-        position_threshold: share of the two boxes' summed size that an offset must exceed.
+        max_overlap: a box whose IoU with a better one reaches this is dropped; 1 keeps
+            all.
+        position_threshold: share of the two boxes' summed size that an offset must
+            exceed.
     """
 
     threshold: float = 0.3
@@ -68,8 +74,8 @@ def judge(
 
     Args:
         metadata: one line of GenEval's evaluation_metadata.jsonl.
-        detections: class -> rows [x1, y1, x2, y2, score] in any order. Among equal scores the
-            later row comes first.
+        detections: class -> rows [x1, y1, x2, y2, score] in any order. Among equal
+            scores the later row comes first.
         colors: class -> the colour of each row.
         settings: GenEval's numbers.
     """
@@ -107,7 +113,9 @@ def judge(
 
 
 def by_class(detections: Iterable) -> tuple[dict[str, list[list[float]]], dict[str, list[str | None]]]:
-    """Detections with label, box, score and color -> the rows and colours that `judge` takes."""
+    """Detections with label, box, score and color -> the rows and colours that `judge`
+    takes.
+    """
     rows: dict[str, list[list[float]]] = {}
     colors: dict[str, list[str | None]] = {}
     for item in detections:
@@ -117,9 +125,12 @@ def by_class(detections: Iterable) -> tuple[dict[str, list[list[float]]], dict[s
 
 
 def _keep(rows: Sequence, colors: Sequence[str | None], threshold: float, settings: Settings) -> _Objects:
-    """The rows of one class that count, best first: above the threshold, the best few, without overlaps."""
+    """The rows of one class that count, best first: above the threshold, the best few,
+    without overlaps.
+    """
     array = np.asarray(rows, np.float32).reshape(-1, 5)
-    # Reversed after a stable ascending sort: that is how the official scorer orders equal scores.
+    # Reversed after a stable ascending sort: that is how the official scorer orders
+    # equal scores.
     best_first = np.argsort(array[:, 4], kind="stable")[::-1]
     best_first = best_first[array[best_first, 4] > np.float32(threshold)][: settings.max_objects]
     if settings.max_overlap < 1:
@@ -132,7 +143,9 @@ def _keep(rows: Sequence, colors: Sequence[str | None], threshold: float, settin
 
 
 def _iou(a: np.ndarray, b: np.ndarray) -> np.float32:
-    """Intersection over union of two boxes, whose last pixels count as inside (hence + 1)."""
+    """Intersection over union of two boxes, whose last pixels count as inside
+    (hence + 1).
+    """
 
     def area(box: np.ndarray) -> np.float32:
         width, height = np.maximum(box[2:4] - box[:2] + np.float32(1), np.float32(0))
@@ -156,7 +169,9 @@ def _color_problem(clause: Mapping, colors: Sequence[str | None]) -> str:
 def _position_problem(
     name: str, boxes: np.ndarray, relation: str, targets: np.ndarray | None, settings: Settings
 ) -> str | None:
-    """A sentence for the first object without the relation to every target; None when all have it."""
+    """A sentence for the first object without the relation to every target; None when
+    all have it.
+    """
     if targets is None:
         return f"no target for {name} to be {relation}"
     for box in boxes:
@@ -195,8 +210,8 @@ def summarize(results: Iterable[tuple[Mapping, bool]]) -> dict:
         design_effect;
         overall: {accuracy, interval, bootstrap}, the mean of the skills, not of the images.
 
-    bootstrap: limits by a percentile bootstrap over prompts, close to interval, but with no width
-    at 0 and 1. Raises ValueError when there is no image.
+    bootstrap: limits by a percentile bootstrap over prompts, close to interval, but
+    with no width at 0 and 1. Raises ValueError when there is no image.
     """
     prompts: dict[str, dict[str, list[bool]]] = {}  # skill -> prompt -> verdicts
     for metadata, correct in results:

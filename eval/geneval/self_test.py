@@ -1,7 +1,8 @@
-"""Test whether a detector works on this machine. check_detector.py is the command `self-test`.
+"""Test whether a detector works on this machine. check_detector.py is the command
+`self-test`.
 
-Drawn pictures of known content go through detector and colours as a model's pictures do. The test
-fails on what no working detector does:
+Drawn pictures of known content go through detector and colours as a model's pictures
+do. The test fails on what no working detector does:
 
 - scores that are not numbers, or all equal;
 - different scores for a picture in a batch and alone;
@@ -9,8 +10,8 @@ fails on what no working detector does:
 - objects all over an empty picture;
 - no object above the threshold in any drawing.
 
-The number of recognised drawings is printed and does not fail the test: whether the released
-weights recognise all of these drawings is untested.
+The number of recognised drawings is printed and does not fail the test: whether the
+released weights recognise all of these drawings is untested.
 """
 
 from __future__ import annotations
@@ -122,9 +123,9 @@ def _traffic_light(pen: ImageDraw.ImageDraw, side: int) -> None:
 def run(detector: Any) -> dict:
     """Test a detector, a `mask2former.Mask2FormerDetector`.
 
-    Returns {recognised: drawings whose object and colour it recognises, drawings: how many there
-    are, found: label of a drawing -> its best detection}. Raises ValueError for an outcome that no
-    working detector has; see the top of the file.
+    Returns {recognised: drawings whose object and colour it recognises, drawings: how
+    many there are, found: label of a drawing -> its best detection}. Raises ValueError
+    for an outcome that no working detector has; see the top of the file.
     """
     tests, threshold = drawings(), Settings.threshold
     images = [test.image for test in tests]
@@ -152,7 +153,9 @@ def run(detector: Any) -> dict:
 
 
 def _difference(one: list[Detection], other: list[Detection]) -> float:
-    """The largest difference between the scores of two lists of detections, each sorted by score."""
+    """The largest difference between the scores of two lists of detections, each sorted
+    by score.
+    """
     scores = (sorted((item.score for item in objects), reverse=True) for objects in (one, other))
     return max(abs(a - b) for a, b in zip(*scores, strict=True))
 

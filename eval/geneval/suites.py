@@ -1,9 +1,11 @@
-"""Suites: prompts in GenEval's form, the detector that looks at their images, and the scorer's settings.
+"""Suites: prompts in GenEval's form, the detector that looks at their images, and the
+scorer's settings.
 
 `geneval`: GenEval's 553 prompts, detected by Mask2Former and CLIP.
 
 `shapes`: the embedded world, with equally many prompts for each of its six skills.
-worlds/shapes/prompts.py draws them, and explains how they differ from training captions.
+worlds/shapes/prompts.py draws them, and explains how they differ from training
+captions.
 """
 
 import argparse
@@ -36,8 +38,8 @@ class Suite:
         classes: the detector's labels.
         detector: returns the detector, loaded at the first call.
         settings: the scorer's.
-        picture: (number, size in pixels) -> metadata and a correct picture, where the suite can draw
-            them; consecutive numbers cycle through the skills.
+        picture: (number, size in pixels) -> metadata and a correct picture, where the
+            suite can draw them; consecutive numbers cycle through the skills.
     """
 
     name: str
@@ -54,7 +56,9 @@ class Suite:
 
 
 class DetectorChoice(NamedTuple):
-    """Where a learned detector is loaded from, and its device; None is the suite's default."""
+    """Where a learned detector is loaded from, and its device; None is the suite's
+    default.
+    """
 
     detector: str | None = None  # folder or Hugging Face id
     clip: str | None = None  # open_clip's tag, or a weights file
@@ -94,8 +98,9 @@ def load(name: str, num_prompts: int | None = None, choice: DetectorChoice = DEF
 
 def shapes(num_prompts: int | None, choice: DetectorChoice) -> Suite:
     chosen = [prompt for skill in SKILLS for prompt in skill_prompts(skill, num_prompts or NUM_PROMPTS)]
-    # The detector's scores are overlaps with a template, which it filters itself, and not confidences:
-    # GenEval's stricter threshold for counting has no meaning for them.
+    # The detector's scores are overlaps with a template, which it filters itself, and
+    # not confidences: GenEval's stricter threshold for counting has no meaning for
+    # them.
     settings = Settings(counting_threshold=Settings.threshold)
     return Suite("shapes", tuple(chosen), SHAPES, cache(ShapesDetector), settings, picture=correct_picture)
 
@@ -128,7 +133,10 @@ SUITES: dict[str, Callable[[int | None, DetectorChoice], Suite]] = {"shapes": sh
 
 
 def read_metadata(path: Path, suite: Suite) -> dict:
-    """One prompt's metadata.jsonl. Raises ValueError naming the file when the suite cannot judge it."""
+    """One prompt's metadata.jsonl.
+
+    Raises ValueError naming the file when the suite cannot judge it.
+    """
     metadata = read_json(path)
     problem = _problem(metadata, suite)
     if problem:
@@ -137,7 +145,9 @@ def read_metadata(path: Path, suite: Suite) -> dict:
 
 
 def _problem(metadata: dict, suite: Suite) -> str | None:
-    """What makes a value invalid as a specification for this suite's detector; None when it is valid."""
+    """What makes a value invalid as a specification for this suite's detector; None
+    when it is valid.
+    """
     for key in ("tag", "prompt"):
         if not isinstance(metadata.get(key), str):
             return f"expected {key} to be text, got {metadata.get(key)!r}"

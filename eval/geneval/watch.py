@@ -1,17 +1,20 @@
-"""Score the saved steps of a run while it trains: python -m eval.geneval watch runs/NAME [options]
+"""Score the saved steps of a run while it trains: python -m eval.geneval watch
+runs/NAME [options]
 
 Options are those of `python -m eval.geneval`.
 
-It runs next to the training, on the remaining cores or on another GPU (--device cuda:1). Each new
-saved step (train.save_every) is exported, its pictures are generated and scored:
+It runs next to the training, on the remaining cores or on another GPU
+(--device cuda:1). Each new saved step (train.save_every) is exported, its pictures are
+generated and scored:
 
     runs/NAME/scores.jsonl       one line for each scored step
     runs/NAME/tensorboard        curves
     runs/NAME/scores/step_N      pictures and report
 
-It ends when the last saved step of a finished run is scored. After a stopped run it keeps waiting,
-since the run may be resumed; Ctrl-C ends it. Started again, it scores the steps that are newer. If
-training saves faster than this scores, it skips steps in between.
+It ends when the last saved step of a finished run is scored. After a stopped run it
+keeps waiting, since the run may be resumed; Ctrl-C ends it. Started again, it scores
+the steps that are newer. If training saves faster than this scores, it skips steps in
+between.
 """
 
 from __future__ import annotations
@@ -37,7 +40,9 @@ SCORES = "scores.jsonl"
 
 
 def newest(run: Path) -> Path | None:
-    """The last saved step of a run, unless it or a later one has a line in scores.jsonl."""
+    """The last saved step of a run, unless it or a later one has a line in
+    scores.jsonl.
+    """
     last_scored = max((row["step"] for row in read_log(run / SCORES)), default=-1)
     saved = [path.parent for path in run.glob(f"checkpoints/step_*/{sharded_state.STATE}")]
     return max((folder for folder in saved if step_of(folder) > last_scored), key=step_of, default=None)
@@ -91,13 +96,18 @@ def _add_to_curves(run: Path, row: dict) -> None:
 
 
 def _is_finished(run: Path) -> bool:
-    """Whether the run has reached its last step. A run that was extended still has its earlier model."""
+    """Whether the run has reached its last step.
+
+    A run that was extended still has its earlier model.
+    """
     steps = Recipe.load(run / "recipe.yaml").train.steps
     return (run / "model" / INDEX).is_file() and read_index(run / "model")["step"] >= (steps or 0)
 
 
 def watch(run: Path, arguments: list[str], *, average: bool, once: bool, pause_s: float) -> None:
-    """Score saved steps until the run is finished; once: only the newest. Other arguments: see `score`.
+    """Score saved steps until the run is finished; once: only the newest.
+
+    Other arguments: see `score`.
 
     Raises ValueError for a step that cannot be scored.
     """

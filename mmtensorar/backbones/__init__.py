@@ -1,8 +1,9 @@
-"""Backbones: plain next-token image models, divided into the parts that TensorAR needs.
+"""Backbones: plain next-token image models, divided into the parts that TensorAR
+needs.
 
-A backbone does not depend on TensorAR, data or training. There is one file per backbone. The
-recipe's `backbone: {name: ...}` selects it, and the file's Config validates the section.
-mmtensorar/model/protocols.py lists what a file defines.
+A backbone does not depend on TensorAR, data or training. There is one file per
+backbone. The recipe's `backbone: {name: ...}` selects it, and the file's Config
+validates the section. mmtensorar/model/protocols.py lists what a file defines.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ def load(
         section: the recipe's `backbone`.
         weights: False gives random weights, and reads only the configuration.
         device: "meta" (without weights) gives shapes only.
-        sizes_only: for a plan. The sizes of a released model may come from our own table, so that nothing is
-            downloaded; such a backbone cannot be saved.
+        sizes_only: for a plan. The sizes of a released model may come from our own
+            table, so that nothing is downloaded; such a backbone cannot be saved.
 
-    Raises ValueError or OSError, naming the path, when there is no such model or it does not fit.
+    Raises ValueError or OSError, naming the path, when there is no such model or it
+    does not fit.
     """
     return file(section.name).load(section, weights=weights, device=device, sizes_only=sizes_only)
 
@@ -47,5 +49,8 @@ def lazy_weights(section: NamedSection) -> LazyWeights:
 
 
 def caption_encoder(section: NamedSection) -> CaptionEncoder:
-    """The function that turns captions into this backbone's Condition. It can be pickled."""
+    """The function that turns captions into this backbone's Condition.
+
+    It can be pickled.
+    """
     return file(section.name).caption_encoder(section)

@@ -1,4 +1,6 @@
-"""Base of the backbones in our own code: layers, the authors' tensor names, config.json."""
+"""Base of the backbones in our own code: layers, the authors' tensor names,
+config.json.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,12 @@ from mmtensorar.recipe import BackboneConfig
 
 
 class PublishedBackbone(nn.Module):
-    """Base of backbones made of `layers.Block`; see mmtensorar.model.protocols.Backbone.
+    """Base of backbones made of `layers.Block`; see
+    mmtensorar.model.protocols.Backbone.
 
-    A subclass sets `name`, `condition`, `default_sampling`, `pixels_per_token` and `official_names`, builds
-    `prefix`, `embed`, `layers` and `head`, and then calls `init_weights`.
+    A subclass sets `name`, `condition`, `default_sampling`, `pixels_per_token` and
+    `official_names`, builds `prefix`, `embed`, `layers` and `head`, and then calls
+    `init_weights`.
     """
 
     name: str
@@ -60,7 +64,9 @@ class PublishedBackbone(nn.Module):
         self.activation_checkpointing: layers.Checkpointing = False
 
     def init_weights(self, *outputs: nn.Module) -> None:
-        """Draw weights as both originals do: normal with std 0.02, and zero for the maps to logits."""
+        """Draw weights as both originals do: normal with std 0.02, and zero for the
+        maps to logits.
+        """
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -74,7 +80,10 @@ class PublishedBackbone(nn.Module):
     def run_layers(
         self, hidden: Tensor, table: Tensor, pattern: attention.Pattern, cache: kv_cache.KVCache | None
     ) -> Tensor:
-        """[B, S, D] through all layers. table: of `layers.rotary_table`, the rows of these S positions."""
+        """[B, S, D] through all layers.
+
+        table: of `layers.rotary_table`, the rows of these S positions.
+        """
         blocks: Any = self.layers
         policy = self.activation_checkpointing
         return layers.run(blocks, hidden, table, pattern, cache, activation_checkpointing=policy)
@@ -120,7 +129,8 @@ def plan_hint(path: str, unset: list[str], *, wanted: bool) -> Iterator[None]:
 
     Args:
         path: backbone.path, which may not exist.
-        unset: names of the settings that give the sizes of a released model, and are missing.
+        unset: names of the settings that give the sizes of a released model, and are
+            missing.
         wanted: whether this is for a plan.
     """
     try:

@@ -1,10 +1,11 @@
 """Janus and Janus-Pro, text to image, on transformers' own classes.
 
-Only the generation path is built and loaded: language model, generation embeddings, aligner and
-head. It is read from the layout of transformers or of DeepSeek, and saved in that of transformers.
-The vision tower, its aligner and lm_head are not used; the VQ model is an image tokenizer
-(image_tokenizers/janus_vq.py). Prompt, padding and the unconditional prompt follow the official
-sampler (deepseek-ai/Janus at 1daa72f, generation_inference.py).
+Only the generation path is built and loaded: language model, generation embeddings,
+aligner and head. It is read from the layout of transformers or of DeepSeek, and saved
+in that of transformers. The vision tower, its aligner and lm_head are not used; the VQ
+model is an image tokenizer (image_tokenizers/janus_vq.py). Prompt, padding and the
+unconditional prompt follow the official sampler (deepseek-ai/Janus at 1daa72f,
+generation_inference.py).
 Shapes: B batch, P prefix, S rows, T image tokens, D width, V codebook size.
 """
 
@@ -65,13 +66,15 @@ KEYS = {
     "head.head.": "model.generation_head.",
 }
 
-# What else a complete Janus holds, in either layout: image understanding, the text head, the image tokenizer.
+# What else a complete Janus holds, in either layout: image understanding, the text
+# head, the image tokenizer.
 NOT_LOADED = re.compile(
     r"(model\.)?(vision_model|aligner|vqmodel|gen_vision_model)\.|(language_model\.)?lm_head\.|.*\.inv_freq$"
 )
 
-# Sizes of the released models, so that a plan needs no download. From their config.json; the 7B's leaves most
-# to Llama's defaults. Training and generation read the downloaded config and text tokenizer.
+# Sizes of the released models, so that a plan needs no download. From their
+# config.json; the 7B's leaves most to Llama's defaults. Training and generation read
+# the downloaded config and text tokenizer.
 RELEASED = {
     f"{owner}/Janus-Pro-{size}": {
         "text_config": {
@@ -152,7 +155,8 @@ class JanusPrefix(nn.Module):
     def forward(self, condition: Condition, uncond: Tensor) -> Prefix:
         """Token ids -> embeddings.
 
-        The unconditional prompt keeps its length, BOS and begin-of-image; the pads between are attended to.
+        The unconditional prompt keeps its length, BOS and begin-of-image; the pads
+        between are attended to.
         """
         values, mask = condition
         real = mask.long()
@@ -206,7 +210,9 @@ class JanusCacheLayer(DynamicLayer):
 
 
 class JanusBackbone(nn.Module):
-    """See mmtensorar.model.protocols.Backbone. pad_id fills the unconditional prompt."""
+    """See mmtensorar.model.protocols.Backbone. pad_id fills the unconditional
+    prompt.
+    """
 
     name = "janus"
     condition: ConditionKind = "tokens"
@@ -228,7 +234,8 @@ class JanusBackbone(nn.Module):
         self.text_tokenizer: Any = None  # a PreTrainedTokenizerFast
         self._activation_checkpointing: layers.Checkpointing = False
         self.language_model = AutoModel.from_config(config.text_config)
-        # The table moves into the prefix module, which uses it: each parameter has one owner.
+        # The table moves into the prefix module, which uses it: each parameter has one
+        # owner.
         self.prefix = JanusPrefix(self.language_model.embed_tokens, pad_id)
         self.language_model.embed_tokens = None
         self.embed = JanusEmbed(config)
@@ -245,7 +252,8 @@ class JanusBackbone(nn.Module):
 
     @activation_checkpointing.setter
     def activation_checkpointing(self, policy: layers.Checkpointing) -> None:
-        # transformers renamed both methods. It also warns of missing input embeddings; adapters need them.
+        # transformers renamed both methods. It also warns of missing input embeddings;
+        # adapters need them.
         model, verbosity = self.language_model, transformers.logging.get_verbosity()
         transformers.logging.set_verbosity_error()
         if policy:
@@ -283,7 +291,9 @@ class JanusBackbone(nn.Module):
         return Condition(values, torch.ones(num_rows, prompt_len, dtype=torch.bool))
 
     def check_prompts(self, section: Config) -> None:
-        """See Backbone: there is a text tokenizer, with the tokens that prompts need."""
+        """See Backbone: there is a text tokenizer, with the tokens that prompts
+        need.
+        """
         if self.text_tokenizer is None:
             raise ValueError(
                 f"{section.path} has no tokenizer.json: give a folder that has one as --text-tokenizer"
@@ -291,9 +301,11 @@ class JanusBackbone(nn.Module):
         _CaptionEncoder(section)
 
     def save_pretrained(self, folder: str | Path, text_tokenizer: str | Path | None = None) -> None:
-        """Write the generation path in transformers' layout: config.json, safetensors, text tokenizer.
+        """Write the generation path in transformers' layout: config.json, safetensors,
+        text tokenizer.
 
-        text_tokenizer: the folder to copy it from; None writes the one that the backbone was loaded with.
+        text_tokenizer: the folder to copy it from; None writes the one that the
+        backbone was loaded with.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -316,7 +328,8 @@ def max_prompt_tokens(config: JanusConfig | None, section: Config | None = None,
     Args:
         config: the model's; None allows any number.
         section: its max_prompt_tokens is used if it is set.
-        told: model_max_length of the text tokenizer. Where nobody set it, it is 0 or enormous.
+        told: model_max_length of the text tokenizer. Where nobody set it, it is 0 or
+            enormous.
 
     Raises ValueError when the section asks for more than the model has positions for.
     """
@@ -383,7 +396,9 @@ def lazy_weights(section: Config) -> LazyWeights:
 def _locate(
     section: Config, *, weights: bool = True
 ) -> tuple[JanusConfig, Path | ReleasedWeights, Callable[[str], str], Any]:
-    """Configuration, weights, our names -> those in the weights, and the text tokenizer if there is one."""
+    """Configuration, weights, our names -> those in the weights, and the text tokenizer
+    if there is one.
+    """
     folder = locate(section.path, key="backbone.path", weights=weights)
     settings = read_config(folder, *MODEL_TYPES, key="backbone.path")
     source: Path | ReleasedWeights = folder
@@ -433,7 +448,9 @@ def _load_text_tokenizer(source: str | Path, *, required: bool = True) -> Any:
 
 
 class _CaptionEncoder:
-    """Captions -> Condition: the official prompt, BOS in front, left-padded to the longest."""
+    """Captions -> Condition: the official prompt, BOS in front, left-padded to the
+    longest.
+    """
 
     kind: ConditionKind = "tokens"
     num_classes = None
@@ -441,7 +458,8 @@ class _CaptionEncoder:
     def __init__(self, section: Config):
         source = section.text_tokenizer or section.path
         self.text_tokenizer = _load_text_tokenizer(source)
-        # Ids are looked up by name: the 1B and the 7B number their special tokens differently.
+        # Ids are looked up by name: the 1B and the 7B number their special tokens
+        # differently.
         self.bos_id, self.pad_id = self.text_tokenizer.bos_token_id, self.text_tokenizer.pad_token_id
         added = self.text_tokenizer.added_tokens_decoder.values()
         self.special_names = [token.content for token in added if token.special and len(token.content) > 1]
@@ -493,9 +511,11 @@ class _CaptionEncoder:
         return 1 + len(self._encode(self._plain(caption)).ids)
 
     def _encode(self, text: str) -> Any:
-        """The tokens of the prompt without BOS, and the characters of each, of a caption from `_plain`."""
-        # A tokenizer's file may have limits of its own. `encode` runs in this thread: the threads
-        # of `encode_batch` would hang in a forked process.
+        """The tokens of the prompt without BOS, and the characters of each, of a
+        caption from `_plain`.
+        """
+        # A tokenizer's file may have limits of its own. `encode` runs in this thread:
+        # the threads of `encode_batch` would hang in a forked process.
         self.backend.no_truncation()
         self.backend.no_padding()
         return self.backend.encode(PROMPT.format(caption=text), add_special_tokens=False)
@@ -503,15 +523,16 @@ class _CaptionEncoder:
     def _cut(self, text: str) -> list[int]:
         """The prompt of the text's beginning, as long as the limit allows.
 
-        The tokens are exactly those of a shorter caption: the template follows it, as in every
-        prompt, and no character is cut in two.
+        The tokens are exactly those of a shorter caption: the template follows it, as
+        in every prompt, and no character is cut in two.
         """
         first = PROMPT.index("{caption}")
         while (excess := len((encoding := self._encode(text)).ids) + 1 - self.max_tokens) > 0:
             starts = [
                 start for start, stop in encoding.offsets if first <= start < min(stop, first + len(text))
             ]
-            # Tokens at the new end may split into more, so this can take a second round.
+            # Tokens at the new end may split into more, so this can take a second
+            # round.
             text = text[: starts[-excess] - first].rstrip() if excess < len(starts) else ""
         return [self.bos_id, *encoding.ids]
 
@@ -522,14 +543,18 @@ class _CaptionEncoder:
         """Token ids are not text features."""
 
     def _plain(self, caption: str) -> str:
-        """The caption with a space inside the names of special tokens, so that they cannot end the prompt."""
+        """The caption with a space inside the names of special tokens, so that they
+        cannot end the prompt.
+        """
         for name in self.special_names:
             caption = caption.replace(name, f"{name[0]} {name[1:]}")
         return caption
 
 
 def _text_limits(section: Config) -> JanusConfig | None:
-    """The configuration, for its number of positions; None where a folder holds a text tokenizer alone."""
+    """The configuration, for its number of positions; None where a folder holds a text
+    tokenizer alone.
+    """
     folder = locate(section.path, key="backbone.path", weights=False)
     if not (folder / "config.json").is_file():
         return None
@@ -556,7 +581,8 @@ def write_original(
 ) -> str:
     """See BackboneFile: a folder in the layout of the base.
 
-    Every tensor and file of the base is written, with the trained values instead of the base's.
+    Every tensor and file of the base is written, with the trained values instead of the
+    base's.
     """
     path = base()
     try:
@@ -590,8 +616,8 @@ def write_original(
         if not (partial / "tokenizer.json").is_file() and weights.model.text_tokenizer is not None:
             weights.model.text_tokenizer.save_pretrained(partial)
         if widened:
-            # Training in float32 gave numbers that the base's dtype cannot hold. With that dtype in
-            # config.json, transformers would round them again.
+            # Training in float32 gave numbers that the base's dtype cannot hold. With
+            # that dtype in config.json, transformers would round them again.
             config = read_json(partial / "config.json")
             _set_dtype(config)
             (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,10 +1,11 @@
 """LlamaGen's GPT, class-conditional and text-conditional, in code of our own.
 
-It computes what the original does (FoundationVision/LlamaGen at ce98ec4, autoregressive/models/gpt.py)
-and reads its weights: official .pt files, or a folder with config.json and safetensors under the official
-tensor names. The original's dropout (0.1 in training from scratch) is left out.
-Shapes: B batch, P prefix, S rows, T image tokens, D width, H heads, C width of a head or of a caption
-feature.
+It computes what the original does (FoundationVision/LlamaGen at ce98ec4,
+autoregressive/models/gpt.py) and reads its weights: official .pt files, or a folder
+with config.json and safetensors under the official tensor names. The original's dropout
+(0.1 in training from scratch) is left out.
+Shapes: B batch, P prefix, S rows, T image tokens, D width, H heads, C width of a head
+or of a caption feature.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ KEYS = {
     "prefix.null_caption": "cls_embedding.uncond_embedding",
     "prefix.fc": "cls_embedding.cap_proj.fc",
 }
-# The authors' training wraps the state dict (with DeepSpeed in `module`), but not with FSDP.
+# The authors' training wraps the state dict (with DeepSpeed in `module`), but not with
+# FSDP.
 WRAPPERS = ("model", "module", "state_dict")
 # Tables that some versions of the original stored. Here they are computed.
 COMPUTED = re.compile(r"freqs_cis|causal_mask|layers\.\d+\.attention\.kv_cache\..+")
@@ -73,9 +75,9 @@ PIXELS_PER_TOKEN = 16  # a side, with the VQ-16 tokenizer that all released mode
 class Config(BackboneConfig):
     """The recipe's `backbone` section.
 
-    size, condition and image_size describe the model at path, and are checked against it. A file shows its
-    image size only by its official name or its saved arguments; otherwise image_size is required. A plan
-    without the file needs all three.
+    size, condition and image_size describe the model at path, and are checked against
+    it. A file shows its image size only by its official name or its saved arguments;
+    otherwise image_size is required. A plan without the file needs all three.
     """
 
     name: Literal["llamagen"]
@@ -168,7 +170,9 @@ class LlamaGenEmbed(nn.Module):
 
 
 class ClassPrefix(nn.Module):
-    """Class ids [B, 1] -> embeddings [B, 1, D]; the row after the last class is the null class."""
+    """Class ids [B, 1] -> embeddings [B, 1, D]; the row after the last class is the
+    null class.
+    """
 
     def __init__(self, config: Architecture):
         super().__init__()
@@ -184,15 +188,16 @@ class ClassPrefix(nn.Module):
 class TextPrefix(nn.Module):
     """Features of a text encoder [B, P, C], left-padded -> embeddings [B, P, D].
 
-    An uncond row gets the null caption under its own mask, as in the original: it sees as many of the last
-    rows of the null caption as its caption had rows.
+    An uncond row gets the null caption under its own mask, as in the original: it sees
+    as many of the last rows of the null caption as its caption had rows.
     """
 
     null_caption: Tensor
 
     def __init__(self, config: Architecture):
         super().__init__()
-        # It is never trained and keeps its random start, so it must come from the released file.
+        # It is never trained and keeps its random start, so it must come from the
+        # released file.
         start = torch.randn(config.prefix_len, config.caption_dim) / config.caption_dim**0.5
         self.register_buffer("null_caption", start)
         self.fc1 = nn.Linear(config.caption_dim, config.dim, bias=False)
@@ -210,7 +215,8 @@ class TextPrefix(nn.Module):
         return Prefix(self.fc2(functional.gelu(hidden, approximate="tanh")), mask)
 
     def _apply(self, fn, recurse: bool = True):
-        # No optimiser keeps a float32 copy of the buffer, so a cast to bf16 would be saved as it is.
+        # No optimiser keeps a float32 copy of the buffer, so a cast to bf16 would be
+        # saved as it is.
         exact = self.null_caption
         super()._apply(fn, recurse)
         if not exact.is_meta:
@@ -287,7 +293,8 @@ class LlamaGenBackbone(PublishedBackbone):
         table = layers.rotary_table(
             config.prefix_len, config.num_tokens, config.head_dim, config.rope_base, embeds.device
         )[start:stop]
-        # A class is one position and never padded. Reading that from the mask would wait for the GPU.
+        # A class is one position and never padded. Reading that from the mask would
+        # wait for the GPU.
         padding = mask if config.condition == "text" else None
         pattern = attention.pattern(padding, stop - start, stop, self.attn_implementation, embeds.device)
         return self.norm(self.run_layers(embeds, table, pattern, cache))
@@ -372,7 +379,9 @@ def released(size: str, condition: Literal["class", "text"], image_size: int) ->
 
 
 def _inferred(source: ReleasedWeights, image_size: int | None) -> Architecture:
-    """The architecture that a file's tensors imply, with image_size for what they do not show."""
+    """The architecture that a file's tensors imply, with image_size for what they do
+    not show.
+    """
     shapes, path = source.shapes, source.path
     needed = ["tok_embeddings.weight", "layers.0.attention.wqkv.weight", "layers.0.feed_forward.w1.weight"]
     if missing := [name for name in needed if len(shapes.get(name, ())) != 2]:
@@ -427,7 +436,9 @@ def _inferred_condition(source: ReleasedWeights) -> dict[str, Any]:
 
 
 def _image_size_of(source: ReleasedWeights) -> int | None:
-    """Pixels a side of an official file, where its name or the command line saved in it shows them."""
+    """Pixels a side of an official file, where its name or the command line saved in it
+    shows them.
+    """
     if official := OFFICIAL_FILE.fullmatch(source.path.name):
         return int(official[1])
     arguments = source.others.get("args")  # an argparse.Namespace, which may be of another program

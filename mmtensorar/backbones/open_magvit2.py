@@ -1,13 +1,16 @@
-"""Open-MAGVIT2's class-conditional transformer (B, L, XL), whose codes have two factors.
+"""Open-MAGVIT2's class-conditional transformer (B, L, XL), whose codes have two
+factors.
 
-Written from the published description and the tensors of TencentARC/SEED-Voken (at b9a17ea). A decoder
-over positions (the spatial blocks) predicts a token's state. A second, tiny decoder over its two factors
-(the factorised blocks, all in the head) turns the state into logits of the first factor, and, given the
-first factor, into logits of the second.
-Deliberate differences: the rotation returns the dtype it was given, so bfloat16 works, where the original
-fails; classes are dropped by `uncond`, not inside; label and drop-path settings are left out.
-Shapes: B batch, P prefix (1: the class), S rows, T image tokens, F factors, V codebook size, D width,
-H heads, Dh head width.
+Written from the published description and the tensors of TencentARC/SEED-Voken (at
+b9a17ea). A decoder over positions (the spatial blocks) predicts a token's state. A
+second, tiny decoder over its two factors (the factorised blocks, all in the head) turns
+the state into logits of the first factor, and, given the first factor, into logits of
+the second.
+Deliberate differences: the rotation returns the dtype it was given, so bfloat16 works,
+where the original fails; classes are dropped by `uncond`, not inside; label and
+drop-path settings are left out.
+Shapes: B batch, P prefix (1: the class), S rows, T image tokens, F factors, V codebook
+size, D width, H heads, Dh head width.
 """
 
 from __future__ import annotations
@@ -57,7 +60,8 @@ KEYS = {
     "head.norm.": "transformer.norm.",
     "head.heads.": "transformer.head.",
 }
-# Also in such a file: the image tokenizer, and the caches that sampling with the original code leaves there.
+# Also in such a file: the image tokenizer, and the caches that sampling with the
+# original code leaves there.
 OTHERS = re.compile(rf"{re.escape(INSIDE)}|.*\.kv_cache\.")
 WRAPPERS = ("state_dict",)  # where Lightning puts the tensors
 
@@ -89,7 +93,10 @@ class Config(BackboneConfig):
 
 
 class Architecture(Section):
-    """The sizes in config.json. grid: image tokens a side. ffn_width: None follows the official rule."""
+    """The sizes in config.json.
+
+    grid: image tokens a side. ffn_width: None follows the official rule.
+    """
 
     dim: int = Field(ge=1)
     num_heads: int = Field(ge=1)
@@ -102,7 +109,8 @@ class Architecture(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Architecture:
-        # A head turns its first half with the row and its second with the column, in pairs of channels.
+        # A head turns its first half with the row and its second with the column, in
+        # pairs of channels.
         if self.dim % self.num_heads or self.dim // self.num_heads % 4:
             raise ValueError(f"dim is {self.dim}; expected a multiple of 4 times num_heads, {self.num_heads}")
         return self
@@ -114,7 +122,9 @@ class Architecture(Section):
 
     @property
     def hidden(self) -> int:
-        """Width of the feed-forward layers: 8/3 dim, rounded up to a multiple of 256."""
+        """Width of the feed-forward layers: 8/3 dim, rounded up to a multiple of
+        256.
+        """
         return self.ffn_width or layers.ffn_width(self.dim)
 
 
@@ -130,13 +140,15 @@ HUB_IDS = {f"TencentARC/Open-MAGVIT2-AR-{size}-256-resolution": size for size in
 
 
 class FactorAttention(nn.Module):
-    """Causal attention over [state; first factor], with the rotary table of the spatial positions.
+    """Causal attention over [state; first factor], with the rotary table of the spatial
+    positions.
 
-    The state takes the class's row of that table, so its query and key vanish. The first factor takes the row
-    of cell 0, which rotates nothing. So the state sees only its own value, and the first factor sees the
-    state with logit 0, and itself: a softmax over two logits of which one is 0 is a sigmoid. It is written
-    out, because these sequences have length two and there is one for each predicted token; fused kernels are
-    built (and limited in batch size) for the opposite case.
+    The state takes the class's row of that table, so its query and key vanish. The
+    first factor takes the row of cell 0, which rotates nothing. So the state sees only
+    its own value, and the first factor sees the state with logit 0, and itself: a
+    softmax over two logits of which one is 0 is a sigmoid. It is written out, because
+    these sequences have length two and there is one for each predicted token; fused
+    kernels are built (and limited in batch size) for the opposite case.
     """
 
     def __init__(self, dim: int, num_heads: int):
@@ -183,7 +195,10 @@ class ClassEmbedding(nn.Module):
 
 
 class OpenMagvit2Prefix(nn.Module):
-    """Class numbers [B, 1] -> one position. The last row of the table is the null class."""
+    """Class numbers [B, 1] -> one position.
+
+    The last row of the table is the null class.
+    """
 
     def __init__(self, config: Architecture):
         super().__init__()
@@ -196,7 +211,8 @@ class OpenMagvit2Prefix(nn.Module):
 
 
 class OpenMagvit2Head(nn.Module):
-    """See mmtensorar.model.protocols.Head: factorised blocks, final norm and one linear map per factor.
+    """See mmtensorar.model.protocols.Head: factorised blocks, final norm and one linear
+    map per factor.
 
     The first factor is embedded by calling the embedding's own module, which stays the
     only owner of that table.
@@ -221,7 +237,9 @@ class OpenMagvit2Head(nn.Module):
         return self.heads
 
     def states(self, hidden: Tensor, prev: Tensor) -> Tensor:
-        """[..., D], earlier factors [..., f] int64, f = 0 or 1 -> [..., D], what heads[f] takes."""
+        """[..., D], earlier factors [..., f] int64, f = 0 or 1 -> [..., D], what
+        heads[f] takes.
+        """
         states = hidden[..., None, :]
         if prev.shape[-1]:
             states = torch.cat([states, self.shared[0](prev)], dim=-2)
@@ -274,7 +292,10 @@ class OpenMagvit2Backbone(PublishedBackbone):
         self.init_weights(*self.head.heads)
 
     def forward(self, embeds: Tensor, mask: Tensor, cache: kv_cache.KVCache | None = None) -> Tensor:
-        """See Backbone. A class is one position in every row, so nothing is padded and mask is all True."""
+        """See Backbone.
+
+        A class is one position in every row, so nothing is padded and mask is all True.
+        """
         start = 0 if cache is None else cache.length
         stop = start + embeds.shape[1]
         assert mask.shape[1] == stop <= self.num_tokens + 1
@@ -340,7 +361,9 @@ def write_original(
 
 
 def _config(source: Path, size: str | None) -> Architecture:
-    """The config.json that we saved with the weights, else the released model of that size or width."""
+    """The config.json that we saved with the weights, else the released model of that
+    size or width.
+    """
     config = saved_config(Architecture, source, MODEL_TYPE)
     if config is not None:
         if size is not None and config != RELEASED[size]:

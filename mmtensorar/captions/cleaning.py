@@ -1,7 +1,7 @@
 """The caption cleaning that LlamaGen's text-conditional models were trained with.
 
-It follows the steps of FoundationVision/LlamaGen at ce98ec4, in the same order, with regular expressions of
-our own. It needs the packages ftfy and beautifulsoup4.
+It follows the steps of FoundationVision/LlamaGen at ce98ec4, in the same order, with
+regular expressions of our own. It needs the packages ftfy and beautifulsoup4.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal
 
-# original: `clean` twice, as in the original code. original_or_raw: the same, but a caption
-# of which that leaves nothing (Chinese, a link) stays as written. lower: lower case without
-# surrounding white space, as in the original code when its cleaning is off. none: as written.
+# original: `clean` twice, as in the original code. original_or_raw: the same, but a
+# caption of which that leaves nothing (Chinese, a link) stays as written. lower: lower
+# case without surrounding white space, as in the original code when its cleaning is
+# off. none: as written.
 Cleaning = Literal["original", "original_or_raw", "lower", "none"]
 WITH_PACKAGES: tuple[Cleaning, ...] = ("original", "original_or_raw")
 
-# T5 reads 120 tokens, a few hundred characters. Some patterns below take time quadratic in the length.
+# T5 reads 120 tokens, a few hundred characters. Some patterns below take time quadratic
+# in the length.
 MAX_CLEANED_CHARS = 2048
 
 
@@ -47,7 +49,8 @@ def _is_nothing(cleaned: str, caption: str) -> bool:
 
 
 class Emptied:
-    """Counts the captions of which a cleaning leaves nothing, and warns of them by name.
+    """Counts the captions of which a cleaning leaves nothing, and warns of them by
+    name.
 
     The first MAX_WARNINGS are named, and later those whose number is a power of ten.
     """
@@ -74,7 +77,10 @@ class Emptied:
 
 
 def require_packages():
-    """(ftfy, BeautifulSoup). Raises ValueError naming the package that is not installed."""
+    """(ftfy, BeautifulSoup).
+
+    Raises ValueError naming the package that is not installed.
+    """
     try:
         import ftfy
         from bs4 import BeautifulSoup
@@ -92,7 +98,8 @@ _DASHES = (
     "\u301c\u3030\u30a0\ufe31\ufe32\ufe58\ufe63\uff0d"
 )
 
-# (pattern, replacement), in this order: _LINKS before the markup is removed, the others after it.
+# (pattern, replacement), in this order: _LINKS before the markup is removed, the others
+# after it.
 _LINKS = [
     (r"<person>", "person"),
     (
@@ -147,7 +154,9 @@ _EDGES = [
 
 
 def clean(caption: str) -> str:
-    """One pass of the original's cleaning: lower case, no links, markup, product numbers and the like."""
+    """One pass of the original's cleaning: lower case, no links, markup, product
+    numbers and the like.
+    """
     ftfy, soup = require_packages()
     text = urllib.parse.unquote_plus(str(caption)).strip().lower()
     text = _replace(text, _LINKS)

@@ -24,8 +24,9 @@ from mmtensorar.model.conditions import Condition, ConditionKind, Excess, Featur
 class T5Features:
     """Captions -> Condition of features, left-padded to num_slots.
 
-    The encoder is read when the first captions come; until then this can be pickled for loader workers.
-    On a GPU it runs in bf16, as the original's default, on a CPU in float32.
+    The encoder is read when the first captions come; until then this can be pickled for
+    loader workers. On a GPU it runs in bf16, as the original's default, on a CPU in
+    float32.
     """
 
     kind: ConditionKind = "features"
@@ -48,8 +49,8 @@ class T5Features:
             cleaning: see mmtensorar.captions.cleaning.
             device: None is this process's GPU if there is one.
 
-        Raises ValueError when a package that the cleaning needs is missing; at the first captions, when
-        there is no such encoder, or its features are not dim wide.
+        Raises ValueError when a package that the cleaning needs is missing; at the
+        first captions, when there is no such encoder, or its features are not dim wide.
         """
         self.path, self.num_slots, self.dim, self.device = path, num_slots, dim, device
         self.cleaning: Cleaning = cleaning
@@ -79,7 +80,8 @@ class T5Features:
         return FeatureIdentity(self.dim, self.num_slots, self.cleaning, self.path, digest)
 
     def features(self, captions: Sequence[str]) -> list[Tensor]:
-        """B captions -> B features [tokens, C] float32 on the CPU, at most num_slots tokens each.
+        """B captions -> B features [tokens, C] float32 on the CPU, at most num_slots
+        tokens each.
 
         Where the cleaning leaves nothing, they are the features of the end token.
         """
@@ -101,13 +103,18 @@ class T5Features:
         return [row[:length] for row, length in zip(features.float().cpu(), lengths, strict=True)]
 
     def excess(self, caption: str) -> Excess | None:
-        """See CaptionEncoder. Needs the text tokenizer, but not the encoder's weights."""
+        """See CaptionEncoder.
+
+        Needs the text tokenizer, but not the encoder's weights.
+        """
         text, unread = self._text(caption)
         num_tokens = self._count(text)
         return Excess(num_tokens, self.num_slots, unread) if unread or num_tokens > self.num_slots else None
 
     def _text(self, caption: str) -> tuple[str, int]:
-        """The text of a caption that is tokenized, and the number of characters that are not read."""
+        """The text of a caption that is tokenized, and the number of characters that
+        are not read.
+        """
         prepared = caption_cleaning.prepare(caption, self.cleaning)
         read = beginning(prepared, self.num_slots, self._count)
         dropped = 0
@@ -118,8 +125,8 @@ class T5Features:
     def _count(self, text: str) -> int:
         """Tokens of a text, the end token included."""
         if self._counter is None:
-            # Not the one that encodes, which cuts. `encode` runs in this thread: the threads of
-            # `encode_batch` would hang in a forked process.
+            # Not the one that encodes, which cuts. `encode` runs in this thread: the
+            # threads of `encode_batch` would hang in a forked process.
             self._counter = self._load_text_tokenizer(weights=False).backend_tokenizer
             self._counter.no_truncation()
             self._counter.no_padding()
@@ -147,7 +154,8 @@ class T5Features:
                 f"backbone.text_encoder: {self.path} makes features of {encoder.config.d_model}, "
                 f"the backbone was trained with {self.dim}"
             )
-        # Set here, since the setting in the file, which may be "left", overrides a call's argument.
+        # Set here, since the setting in the file, which may be "left", overrides a
+        # call's argument.
         text_tokenizer.padding_side = text_tokenizer.truncation_side = "right"
         return encoder.eval().requires_grad_(False).to(device), text_tokenizer
 
@@ -161,7 +169,10 @@ class ClassNumbers:
         self.num_classes = num_classes
 
     def __call__(self, captions: Sequence[str | int]) -> Condition:
-        """B numbers -> values [B, 1] int64, mask [B, 1] bool. Raises ValueError for another caption."""
+        """B numbers -> values [B, 1] int64, mask [B, 1] bool.
+
+        Raises ValueError for another caption.
+        """
         for caption in captions:
             digits = str(caption).strip()
             if not (digits.isdecimal() and len(digits) < 20 and int(digits) < self.num_classes):
@@ -184,7 +195,8 @@ class ClassNumbers:
 
 
 def left_pad(features: Sequence[Tensor], num_slots: int) -> Condition:
-    """B features [tokens, C] -> values [B, P, C] with P = num_slots, zeros first, and their mask.
+    """B features [tokens, C] -> values [B, P, C] with P = num_slots, zeros first, and
+    their mask.
 
     In LlamaGen the caption's end is next to the image tokens.
     """
@@ -197,7 +209,9 @@ def left_pad(features: Sequence[Tensor], num_slots: int) -> Condition:
 
 
 def encoder_hash(path: str, *, key: str = "backbone.text_encoder") -> str:
-    """SHA-256 over the encoder's tensors of a T5: the same in any file layout, with or without a decoder."""
+    """SHA-256 over the encoder's tensors of a T5: the same in any file layout, with or
+    without a decoder.
+    """
     weights = ReleasedWeights(locate(path, key=key))
     # embed_tokens repeats shared.weight, in those files that hold it.
     of_encoder = re.compile(r"shared\.weight|encoder\.(?!embed_tokens).+")

@@ -1,8 +1,9 @@
 """Convert released weights to model folders, and back to their authors' layout.
 
-Everything that differs between models is in their own files (mmtensorar/model/protocols.py lists it).
-Neither direction holds more than about one weights file in memory, except for PyTorch files older than
-version 1.6, which are read completely.
+Everything that differs between models is in their own files
+(mmtensorar/model/protocols.py lists it). Neither direction holds more than about one
+weights file in memory, except for PyTorch files older than version 1.6, which are read
+completely.
 """
 
 from __future__ import annotations
@@ -41,17 +42,21 @@ def convert(
     image_size: int | None = None,
     **settings: str | None,
 ) -> str:
-    """Make a model folder of a released backbone, or a folder for image_tokenizer.path.
+    """Make a model folder of a released backbone, or a folder for
+    image_tokenizer.path.
 
     Args:
         path: file, folder or hub id of the released weights.
         folder: to write; it must not exist.
         kind: kind of the weights, if their tensors do not show it.
-        image_tokenizer: path of the backbone's image tokenizer, if it is a separate file.
+        image_tokenizer: path of the backbone's image tokenizer, if it is a separate
+            file.
         image_size: pixels a side, if the files do not show it.
-        settings: of the backbone's section: text_tokenizer, text_encoder, caption_cleaning.
+        settings: of the backbone's section: text_tokenizer, text_encoder,
+            caption_cleaning.
 
-    Returns a sentence about the result. Raises ValueError when a file is of the wrong kind, or folder exists.
+    Returns a sentence about the result. Raises ValueError when a file is of the wrong
+    kind, or folder exists.
     """
     source = find(path, kind)
     if source.is_image_tokenizer:
@@ -117,8 +122,11 @@ def _convert_backbone(
 def _write_recipe(
     path: Path, kind: str, backbone: Any, section: NamedSection, tokenizer_section: NamedSection | None
 ) -> None:
-    """Write the recipe of a converted model: window 1, and the authors' sampler settings."""
-    # Without an image tokenizer, the section names the usual one and a path that does not exist.
+    """Write the recipe of a converted model: window 1, and the authors' sampler
+    settings.
+    """
+    # Without an image tokenizer, the section names the usual one and a path that does
+    # not exist.
     placeholder = {"name": backbones.file(kind).IMAGE_TOKENIZER, "path": "none"}
     recipe = {
         "run": {"name": "converted"},
@@ -134,7 +142,10 @@ def _write_recipe(
 
 
 def _section(key: str, source: Source, **settings: Any) -> NamedSection:
-    """The recipe's section of a source, with the settings that are not None. Raises ValueError."""
+    """The recipe's section of a source, with the settings that are not None.
+
+    Raises ValueError.
+    """
     given = {name: value for name, value in settings.items() if value is not None}
     section, problems = named_section(key, {"name": source.kind, "path": str(source.path)} | given)
     if section is None or problems:
@@ -163,16 +174,19 @@ def _record_sources(folder: Path, **sources: Source | None) -> None:
 
 
 def original(folder: Path, target: Path, *, base: str | None = None, drop_tensorar: bool = False) -> str:
-    """Write a model folder, or an image tokenizer's folder, as its authors' code reads it.
+    """Write a model folder, or an image tokenizer's folder, as its authors' code reads
+    it.
 
     Args:
         folder: the model folder, or the folder of an image tokenizer.
         target: file or folder to write; it must not exist.
-        base: for Janus, the released model that training began from. None: follow backbone.path through the
-            recipes of model folders.
-        drop_tensorar: write the backbone of a model whose window is above 1, without its codec.
+        base: for Janus, the released model that training began from. None: follow
+            backbone.path through the recipes of model folders.
+        drop_tensorar: write the backbone of a model whose window is above 1, without
+            its codec.
 
-    Returns a sentence about the result. Raises ValueError when it cannot be written or target exists.
+    Returns a sentence about the result. Raises ValueError when it cannot be written or
+    target exists.
     """
     if not (folder / model_folder.INDEX).is_file() and (folder / "config.json").is_file():
         return _write_image_tokenizer(folder, target)
@@ -216,7 +230,9 @@ def _write_image_tokenizer(folder: Path, target: Path) -> str:
 
 
 def _base_of(folder: Path) -> str:
-    """The released model where training began: backbone.path, followed through recipes of model folders."""
+    """The released model where training began: backbone.path, followed through recipes
+    of model folders.
+    """
     seen = set()
     while folder not in seen:
         seen.add(folder)

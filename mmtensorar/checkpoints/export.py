@@ -1,4 +1,6 @@
-"""Make a model folder of a run state or of its averaged weights, without ranks or DeepSpeed."""
+"""Make a model folder of a run state or of its averaged weights, without ranks or
+DeepSpeed.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""checkpoint.json, the index of a model folder. Reading it imports no torch, so a wrong path is reported
-at once.
+"""checkpoint.json, the index of a model folder.
+
+Reading it imports no torch, so a wrong path is reported at once.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ INDEX = "checkpoint.json"
 
 
 def read_index(folder: str | Path) -> dict:
-    """checkpoint.json of a folder. Raises ValueError when it is missing, damaged, or of another format."""
+    """checkpoint.json of a folder.
+
+    Raises ValueError when it is missing, damaged, or of another format.
+    """
     path = Path(folder) / INDEX
     if not path.is_file():
         hint = ""

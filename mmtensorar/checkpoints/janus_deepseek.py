@@ -1,4 +1,5 @@
-"""Janus as DeepSeek released it: its config.json and tensor names in terms of transformers' Janus.
+"""Janus as DeepSeek released it: its config.json and tensor names in terms of
+transformers' Janus.
 
 Their model_type is multi_modality, and no release of transformers reads it.
 """
@@ -15,7 +16,8 @@ from transformers.models.janus.configuration_janus import JanusConfig
 MODEL_TYPE = "multi_modality"
 VQ = "gen_vision_model."  # prefix of the VQ model's tensors
 
-# How names of mmtensorar.backbones.janus begin -> how DeepSeek's begin; the first match counts.
+# How names of mmtensorar.backbones.janus begin -> how DeepSeek's begin; the first match
+# counts.
 BACKBONE_KEYS = {
     "prefix.embed_tokens.": "language_model.model.embed_tokens.",
     "language_model.": "language_model.model.",
@@ -61,8 +63,9 @@ def config(settings: dict[str, Any], names: Iterable[str], folder: Path, **vq_si
 
     Args:
         settings: the content of config.json.
-        names: the names of all tensors, if known. The levels of the VQ model, which config.json lacks, give
-            the pixels per token; without names it is the released VQ-16.
+        names: the names of all tensors, if known. The levels of the VQ model, which
+            config.json lacks, give the pixels per token; without names it is the
+            released VQ-16.
         folder: for error messages.
         vq_sizes: other settings of the VQ model, from its tensors.
 

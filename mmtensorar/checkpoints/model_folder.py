@@ -39,7 +39,9 @@ ADAPTERS, BASE = "adapters.safetensors", "base.json"
 
 
 class Loaded(NamedTuple):
-    """What a model folder holds. The model is in eval mode on the device that was asked for.
+    """What a model folder holds.
+
+    The model is in eval mode on the device that was asked for.
 
     image_tokenizer: None if the released weights were converted without one.
     """
@@ -54,7 +56,8 @@ class Loaded(NamedTuple):
 
 
 def build(recipe: Recipe, *, weights: bool = True, device: str = "cpu") -> TensorAR:
-    """The recipe's model in float32: its backbone, and a fresh codec drawn under run.seed.
+    """The recipe's model in float32: its backbone, and a fresh codec drawn under
+    run.seed.
 
     weights, device: see `backbones.load`.
     """
@@ -70,7 +73,9 @@ def _around(recipe: Recipe, backbone: backbones.Backbone) -> TensorAR:
 
 
 def skeleton(recipe: Recipe) -> TensorAR:
-    """The model that a recipe trains, with adapters and frozen parts, its parameters on the meta device."""
+    """The model that a recipe trains, with adapters and frozen parts, its parameters on
+    the meta device.
+    """
     with meta_parameters():
         model = _around(recipe, backbones.load(recipe.backbone, weights=False))
     adapters.prepare(model, recipe.train, recipe.lora, seed=recipe.run.seed)
@@ -78,11 +83,13 @@ def skeleton(recipe: Recipe) -> TensorAR:
 
 
 def starting(recipe: Recipe) -> Recipe:
-    """The recipe with backbone.path pointing to the weights that its run starts from.
+    """The recipe with backbone.path pointing to the weights that its run starts
+    from.
 
-    With train.init_from that is the backbone of the model folder. So the recipe's backbone settings are
-    checked against these weights, and the original backbone is not needed any more. Raises ValueError when
-    train.init_from is not a model folder, or holds another kind of backbone.
+    With train.init_from that is the backbone of the model folder. So the recipe's
+    backbone settings are checked against these weights, and the original backbone is
+    not needed any more. Raises ValueError when train.init_from is not a model folder,
+    or holds another kind of backbone.
     """
     if recipe.train.init_from is None:
         return recipe
@@ -104,9 +111,10 @@ def starting(recipe: Recipe) -> Recipe:
 def initial_model(recipe: Recipe) -> TensorAR:
     """The model a run starts from, on the CPU in float32.
 
-    With train.init_from the backbone comes from that model folder, and so does the codec if its tensors have
-    the names and shapes of this recipe's. Otherwise the codec is fresh, drawn under run.seed. Raises
-    ValueError when the folder does not fit the recipe.
+    With train.init_from the backbone comes from that model folder, and so does the
+    codec if its tensors have the names and shapes of this recipe's. Otherwise the codec
+    is fresh, drawn under run.seed. Raises ValueError when the folder does not fit the
+    recipe.
     """
     if recipe.train.init_from is not None:
         check_files(Path(recipe.train.init_from))
@@ -116,10 +124,11 @@ def initial_model(recipe: Recipe) -> TensorAR:
 
 
 def initial_values(recipe: Recipe) -> Callable[[str], Tensor]:
-    """A function from the name of a tensor of `skeleton` to its value at the start of a run.
+    """A function from the name of a tensor of `skeleton` to its value at the start of a
+    run.
 
-    Call it once for each name. Only the codec is in memory; the backbone's tensors are read from the files
-    when they are asked for. Raises ValueError like `initial_model`.
+    Call it once for each name. Only the codec is in memory; the backbone's tensors are
+    read from the files when they are asked for. Raises ValueError like `initial_model`.
     """
     if recipe.train.init_from is not None:
         check_files(Path(recipe.train.init_from))
@@ -172,12 +181,17 @@ def model_to_train(recipe: Recipe) -> TensorAR:
 
 
 def start_fingerprint(recipe: Recipe) -> str:
-    """`files.fingerprint` of the weights that a run starts from. A run resumes only on the same weights."""
+    """`files.fingerprint` of the weights that a run starts from.
+
+    A run resumes only on the same weights.
+    """
     return fingerprint(Path(recipe.train.init_from or recipe.backbone.path))
 
 
 def codec_state(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The entries of a TensorAR state dict that belong to the window encoder and decoder."""
+    """The entries of a TensorAR state dict that belong to the window encoder and
+    decoder.
+    """
     return {name: value for name, value in state_dict.items() if name.startswith(adapters.CODEC_PARTS)}
 
 
@@ -187,8 +201,9 @@ def codec_state(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def save(folder: str | Path, model: TensorAR, recipe: Recipe, *, step: int = 0) -> None:
     """Write the model folder of a model whose parameters are all in this process.
 
-    The folder appears when it is complete, and replaces a model folder of the same name. Raises ValueError
-    when folder exists and is something else, since replacing it would delete it.
+    The folder appears when it is complete, and replaces a model folder of the same
+    name. Raises ValueError when folder exists and is something else, since replacing it
+    would delete it.
     """
     with _model_folder(Path(folder)) as partial:
         recipe.save(partial / "recipe.yaml")
@@ -201,14 +216,16 @@ def save(folder: str | Path, model: TensorAR, recipe: Recipe, *, step: int = 0) 
 def save_state_dict(
     folder: str | Path, state_dict: Mapping[str, Tensor], recipe: Recipe, *, step: int = 0
 ) -> None:
-    """Write the model folder of a state dict, for parameters that are spread over ranks (ZeRO-3).
+    """Write the model folder of a state dict, for parameters that are spread over ranks
+    (ZeRO-3).
 
-    state_dict: all tensors on the CPU, with TensorAR's names. Raises ValueError like `save`, and when names
-    or shapes are not those of the recipe's model.
+    state_dict: all tensors on the CPU, with TensorAR's names. Raises ValueError like
+    `save`, and when names or shapes are not those of the recipe's model.
     """
     _check_free(Path(folder))
-    # The model is built only because it can write its tensors under the released names. On the meta device it
-    # adopts the given tensors; with 7B a second copy in float32 would not fit into memory.
+    # The model is built only because it can write its tensors under the released names.
+    # On the meta device it adopts the given tensors; with 7B a second copy in float32
+    # would not fit into memory.
     model = build(recipe, weights=False, device="meta")
     _check_names(model.state_dict(), state_dict, "the gathered state dict")
     model.load_state_dict(dict(state_dict), strict=True, assign=True)
@@ -220,8 +237,8 @@ def save_adapters(
 ) -> None:
     """Write a model folder of adapters and codec. It appears when it is complete.
 
-    state_dict: what was trained, with TensorAR's names. The backbone's weights are not copied; base.json
-    names them.
+    state_dict: what was trained, with TensorAR's names. The backbone's weights are not
+    copied; base.json names them.
     """
     with _model_folder(Path(folder)) as partial:
         recipe.save(partial / "recipe.yaml")
@@ -267,7 +284,10 @@ def _model_folder(folder: Path) -> Iterator[Path]:
 
 
 def write_index(folder: Path, step: int, progress: Callable[[int], Any] = lambda size: None) -> None:
-    """Write checkpoint.json over all files of a folder. progress: see `files.sha256`."""
+    """Write checkpoint.json over all files of a folder.
+
+    progress: see `files.sha256`.
+    """
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     files = {str(path.relative_to(folder)): sha256(path, progress) for path in paths}
     index = {"format": FORMAT, "step": step, "sha256": files}
@@ -296,7 +316,8 @@ def check_files(folder: str | Path) -> dict:
 
 
 def saved_recipe(folder: str | Path, *, attn_implementation: attention.Implementation = "sdpa") -> Recipe:
-    """The recipe in a model folder, its backbone and image tokenizer pointing into the folder.
+    """The recipe in a model folder, its backbone and image tokenizer pointing into the
+    folder.
 
     attn_implementation: replaces the recipe's, which was chosen for training.
     """
@@ -337,7 +358,9 @@ def load(
     *,
     attn_implementation: attention.Implementation = "sdpa",
 ) -> Loaded:
-    """Load a model folder for generation. Its files are compared with their SHA-256 first.
+    """Load a model folder for generation.
+
+    Its files are compared with their SHA-256 first.
 
     Args:
         folder: the model folder.
@@ -352,8 +375,8 @@ def load(
     index = check_files(folder)
     recipe = saved_recipe(folder, attn_implementation=attn_implementation)
     model = _load_model(folder, recipe)
-    # Only parameters change dtype. Buffers such as rotary frequencies stay in float32, since rounding them
-    # to bfloat16 would move every position.
+    # Only parameters change dtype. Buffers such as rotary frequencies stay in float32,
+    # since rounding them to bfloat16 would move every position.
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model.to(device).eval()
@@ -365,7 +388,10 @@ def load(
 
 
 def _load_model(folder: Path, recipe: Recipe) -> TensorAR:
-    """The model of a folder in float32 on the CPU, adapters folded in. recipe: see `saved_recipe`."""
+    """The model of a folder in float32 on the CPU, adapters folded in.
+
+    recipe: see `saved_recipe`.
+    """
     has_adapters = (folder / ADAPTERS).is_file()
     if has_adapters and fingerprint(Path(recipe.backbone.path)) != read_base(folder)["fingerprint"]:
         raise ValueError(

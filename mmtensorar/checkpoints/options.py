@@ -1,4 +1,6 @@
-"""The options that name an image tokenizer, without importing torch: mistakes are reported at once."""
+"""The options that name an image tokenizer, without importing torch: mistakes are
+reported at once.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,9 @@ from mmtensorar.recipe import known_names
 
 
 def add_image_tokenizer(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Add the options that `checkpoints.recognise.image_tokenizer_from_arguments` reads."""
+    """Add the options that `checkpoints.recognise.image_tokenizer_from_arguments`
+    reads.
+    """
     parser.add_argument(
         "--image-tokenizer",
         "--tokenizer",

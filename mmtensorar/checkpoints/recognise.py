@@ -1,4 +1,6 @@
-"""Which backbone or image tokenizer a released file or folder holds, from its config.json or its tensors."""
+"""Which backbone or image tokenizer a released file or folder holds, from its
+config.json or its tensors.
+"""
 
 from __future__ import annotations
 
@@ -69,14 +71,18 @@ def find(path: str, kind: str | None = None, *, key: str = "SRC", option: str = 
 
 
 def _definitions() -> dict[str, BackboneFile | ImageTokenizerFile]:
-    """Kind -> the module that defines it; backbones first, since they may contain an image tokenizer."""
+    """Kind -> the module that defines it; backbones first, since they may contain an
+    image tokenizer.
+    """
     definitions: dict[str, BackboneFile | ImageTokenizerFile] = {}
     definitions |= {name: backbones.file(name) for name in known_names("backbone")}
     return definitions | {name: image_tokenizers.file(name) for name in known_names("image_tokenizer")}
 
 
 def _kind_by_config(path: Path, key: str) -> str | None:
-    """By model_type; None for a file, or where config.json is missing or has another meaning."""
+    """By model_type; None for a file, or where config.json is missing or has another
+    meaning.
+    """
     if not path.is_dir():
         return None
     kind_of = {model_type: name for name, file in _definitions().items() for model_type in file.MODEL_TYPES}
@@ -94,7 +100,8 @@ def _kind_by_tensors(tensors: ReleasedWeights) -> str | None:
 
 
 def image_tokenizer_at(path: str, *, option: str = "--kind") -> Source:
-    """The image tokenizer at a path or Hugging Face id, in a separate file or inside a backbone's.
+    """The image tokenizer at a path or Hugging Face id, in a separate file or inside a
+    backbone's.
 
     Raises ValueError like `find`.
     """
@@ -115,9 +122,11 @@ def image_tokenizer_inside(source: Source) -> Source | None:
 
 
 def image_tokenizer_from_arguments(options: argparse.Namespace) -> tuple[ImageTokenizer, torch.device]:
-    """The image tokenizer that the options of `checkpoints.options` name, and its device.
+    """The image tokenizer that the options of `checkpoints.options` name, and its
+    device.
 
-    Raises ValueError or OSError when there is no such model or device, or its image size differs.
+    Raises ValueError or OSError when there is no such model or device, or its image
+    size differs.
     """
     device = devices.pick(options.device)
     path, image_size = options.image_tokenizer, options.image_size

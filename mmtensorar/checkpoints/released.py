@@ -1,7 +1,8 @@
-"""Released weights: find, read and write the authors' files (config.json and tensors).
+"""Released weights: find, read and write the authors' files (config.json and
+tensors).
 
-Weights are safetensors or PyTorch files (.pt, .pth, .ckpt, .bin). PyTorch files are read with
-weights_only, so nothing in a downloaded file can run code.
+Weights are safetensors or PyTorch files (.pt, .pth, .ckpt, .bin). PyTorch files are
+read with weights_only, so nothing in a downloaded file can run code.
 """
 
 from __future__ import annotations
@@ -45,17 +46,19 @@ Sizes = TypeVar("Sizes", bound=BaseModel)  # the settings in a config.json
 
 
 def locate(path: str, *, key: str, weights: bool = True) -> Path:
-    """The folder or weights file of a model on this machine, downloaded from Hugging Face if needed.
+    """The folder or weights file of a model on this machine, downloaded from Hugging
+    Face if needed.
 
     A folder whose only weights file has an unusual name stands for that file.
 
     Args:
-        path: a folder or file, a Hugging Face id, or an id followed by a file name (OWNER/NAME/FILE), which
-            downloads only that file.
+        path: a folder or file, a Hugging Face id, or an id followed by a file name
+            (OWNER/NAME/FILE), which downloads only that file.
         key: the recipe's name for the setting, for error messages.
         weights: False neither looks for weights nor downloads them.
 
-    Raises ValueError naming key and path when nothing is there, or when several files could be meant.
+    Raises ValueError naming key and path when nothing is there, or when several files
+    could be meant.
     """
     local = Path(path)
     if not local.exists():
@@ -67,7 +70,9 @@ def locate(path: str, *, key: str, weights: bool = True) -> Path:
 
 
 def _fetch(path: str, key: str, weights: bool) -> Path:
-    """Download a file or folder of the hub, and of a folder only the files that are needed."""
+    """Download a file or folder of the hub, and of a folder only the files that are
+    needed.
+    """
     is_file = Path(path).suffix in WEIGHTS_SUFFIXES
     # Anything that cannot be a hub id was meant as a local path.
     if path.count("/") != 1 + is_file or path.startswith((".", "/", "~")):
@@ -106,7 +111,9 @@ def _has_usual_name(name: str) -> bool:
 
 
 def _weights_among(names: Sequence[str], *, where: Path | str, key: str) -> str:
-    """model.safetensors or pytorch_model.bin, in one file or several; else the only weights file."""
+    """model.safetensors or pytorch_model.bin, in one file or several; else the only
+    weights file.
+    """
     for name in (WEIGHTS, TORCH_WEIGHTS):
         if name in names or f"{name}.index.json" in names:
             return name
@@ -126,7 +133,8 @@ def _weights_among(names: Sequence[str], *, where: Path | str, key: str) -> str:
 def read_config(folder: Path, *model_types: str, key: str) -> dict:
     """config.json of a folder.
 
-    Raises ValueError when it is missing or damaged, or has a model_type that is not in model_types.
+    Raises ValueError when it is missing or damaged, or has a model_type that is not in
+    model_types.
     """
     if folder.is_file():
         raise ValueError(f"{key}: {folder} is a file; expected a folder with config.json")
@@ -161,7 +169,10 @@ def parse_config(architecture: type[Sizes], settings: Mapping[str, Any], folder:
 
 
 def hub_config(kind: type, settings: dict[str, Any], folder: Path):
-    """The settings of a config.json as a configuration of transformers. Raises ValueError naming the file."""
+    """The settings of a config.json as a configuration of transformers.
+
+    Raises ValueError naming the file.
+    """
     try:
         return kind.from_dict(settings)
     except Exception as error:  # any: unchecked settings go through code that expects valid ones
@@ -170,11 +181,12 @@ def hub_config(kind: type, settings: dict[str, Any], folder: Path):
 
 
 def saved_config(architecture: type[Sizes], source: Path, model_type: str) -> Sizes | None:
-    """The config.json that this package saved in a folder or next to a file, as an architecture.
+    """The config.json that this package saved in a folder or next to a file, as an
+    architecture.
 
-    None when there is no config.json, or when it has another model_type: official files have none, or one
-    with another meaning. Raises ValueError naming the file when it is not a JSON object, or a setting is
-    wrong.
+    None when there is no config.json, or when it has another model_type: official files
+    have none, or one with another meaning. Raises ValueError naming the file when it is
+    not a JSON object, or a setting is wrong.
     """
     folder = source if source.is_dir() else source.parent
     if not (folder / "config.json").is_file():
@@ -189,21 +201,25 @@ def saved_config(architecture: type[Sizes], source: Path, model_type: str) -> Si
 
 
 class ReleasedWeights:
-    """The tensors of a file or folder by name. A value is read only when it is asked for.
+    """The tensors of a file or folder by name.
 
-    path: the file or folder. shapes: name -> shape. others: other entries of a PyTorch file, next to the
-    state dict, such as steps or args.
+    A value is read only when it is asked for.
+
+    path: the file or folder. shapes: name -> shape. others: other entries of a PyTorch
+    file, next to the state dict, such as steps or args.
     """
 
     def __init__(self, path: Path, wrappers: Sequence[str] = (), *, optional: bool = False):
         """Read the names and shapes.
 
         Args:
-            path: a weights file, or a folder with model.safetensors or pytorch_model.bin, in one file or in
-                several with an index.
-            wrappers: keys of a PyTorch file that may hold the state dict; the first that exists is taken.
-                Without any of them the file itself is the state dict.
-            optional: a folder without weights, or without some files of its index, counts as empty.
+            path: a weights file, or a folder with model.safetensors or
+                pytorch_model.bin, in one file or in several with an index.
+            wrappers: keys of a PyTorch file that may hold the state dict; the first
+                that exists is taken. Without any of them the file itself is the state
+                dict.
+            optional: a folder without weights, or without some files of its index,
+                counts as empty.
 
         Raises ValueError naming a file that is missing or cannot be read.
         """
@@ -239,7 +255,10 @@ class ReleasedWeights:
                     yield from ((name, opened.get_tensor(name)) for name in in_file)
 
     def value(self, name: str) -> Tensor:
-        """One tensor. Its file stays open, so asking in the order of the files is fastest."""
+        """One tensor.
+
+        Its file stays open, so asking in the order of the files is fastest.
+        """
         file = self._files[name]
         if self._opened is None or self._opened[0] != file:
             is_torch = file.suffix in TORCH_SUFFIXES
@@ -258,7 +277,8 @@ class ReleasedWeights:
 
 @contextmanager
 def meta_parameters() -> Iterator[None]:
-    """Inside the block, new modules get their parameters on the meta device, so they take no memory.
+    """Inside the block, new modules get their parameters on the meta device, so they
+    take no memory.
 
     Buffers stay real, since released files may lack them.
     """
@@ -277,7 +297,8 @@ def meta_parameters() -> Iterator[None]:
 
 
 class LazyWeights(NamedTuple):
-    """A model on the meta device and the files with its values, to be copied tensor by tensor.
+    """A model on the meta device and the files with its values, to be copied tensor by
+    tensor.
 
     So a model larger than the memory can be converted.
     """
@@ -310,16 +331,19 @@ def fill(
     *,
     ignore: Callable[[str], Any] | None = None,
 ) -> None:
-    """Copy released tensors into a model's state, in place. Tensors that state does not need are not read.
+    """Copy released tensors into a model's state, in place.
+
+    Tensors that state does not need are not read.
 
     Args:
         state: our names -> tensors that receive the values.
         source: the released weights, or their path.
         rename: our name -> the name in the files.
-        ignore: whether a tensor of the files that state does not have is expected; None expects any.
+        ignore: whether a tensor of the files that state does not have is expected; None
+            expects any.
 
-    Raises ValueError naming the file and the tensors that are missing, unexpected or of another shape; state
-    is then unchanged.
+    Raises ValueError naming the file and the tensors that are missing, unexpected or of
+    another shape; state is then unchanged.
     """
     weights = source if isinstance(source, ReleasedWeights) else ReleasedWeights(source)
     targets = _match(state, weights, rename, ignore)
@@ -333,7 +357,10 @@ def _match(
     rename: Callable[[str], str],
     ignore: Callable[[str], Any] | None,
 ) -> dict[str, Tensor]:
-    """Names in the released files -> the tensors of state. Raises ValueError like `fill`."""
+    """Names in the released files -> the tensors of state.
+
+    Raises ValueError like `fill`.
+    """
     targets = {rename(name): value for name, value in state.items()}
     problems = []
     if missing := sorted(targets.keys() - source.shapes.keys()):
@@ -356,7 +383,9 @@ def _match(
 
 
 def weight_hash(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, shapes and float32 values: the same weights in any file layout."""
+    """SHA-256 over names, shapes and float32 values: the same weights in any file
+    layout.
+    """
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
         digest.update(name.encode() + str(list(value.shape)).encode())
@@ -368,7 +397,10 @@ def weight_hash(state: Mapping[str, Tensor]) -> str:
 
 
 def write_safetensors(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Write model.safetensors, or files of SHARD_BYTES and an index. Only one of these files is in memory."""
+    """Write model.safetensors, or files of SHARD_BYTES and an index.
+
+    Only one of these files is in memory.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     files: list[list[str]] = []  # names of the tensors in each file
     current: dict[str, Tensor] = {}
@@ -383,7 +415,8 @@ def write_safetensors(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> No
     for name, value in tensors:
         if current and size + value.nbytes > SHARD_BYTES:
             end_file()
-        # A copy: in a PyTorch file several tensors may be views of one storage, which safetensors refuses.
+        # A copy: in a PyTorch file several tensors may be views of one storage, which
+        # safetensors refuses.
         current[name] = value.detach().clone(memory_format=torch.contiguous_format)
         size += value.nbytes
     end_file()
@@ -416,7 +449,9 @@ def write_torch(path: Path, content: Mapping[str, Mapping[str, Tensor]]) -> None
 
 
 class _CountingFile:
-    """A file that moves a progress bar. torch.save takes any object with these two methods."""
+    """A file that moves a progress bar. torch.save takes any object with these two
+    methods.
+    """
 
     def __init__(self, file: IO[bytes], bar: tqdm):
         self.file, self.bar = file, bar
@@ -449,7 +484,9 @@ def _list_some(names: list[str], what: str) -> str:
 
 
 def _weight_files(path: Path, *, optional: bool) -> dict[Path, list[str] | None]:
-    """Weights file -> names that an index puts into it (None without an index), for a file or a folder."""
+    """Weights file -> names that an index puts into it (None without an index), for a
+    file or a folder.
+    """
     if path.is_file():
         return {path: None}
     for name in (WEIGHTS, TORCH_WEIGHTS):
@@ -488,11 +525,15 @@ def _open(path: Path):
 
 
 def _read_torch(path: Path, wrappers: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state dict in a PyTorch file, and what else is in it. Values stay on disk until they are used."""
+    """The state dict in a PyTorch file, and what else is in it.
+
+    Values stay on disk until they are used.
+    """
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     try:
-        # Files that the authors' training saved hold its options as a Namespace, a plain record.
+        # Files that the authors' training saved hold its options as a Namespace, a
+        # plain record.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     # For a file that is not a pickle, the unpickler raises errors of many kinds.
@@ -507,7 +548,8 @@ def _read_torch(path: Path, wrappers: Sequence[str]) -> tuple[dict[str, Tensor],
         AttributeError,
         struct.error,
     ) as error:
-        # torch's message fills a page; the useful part is the class that the file asks for.
+        # torch's message fills a page; the useful part is the class that the file asks
+        # for.
         refused = re.search(r"GLOBAL (\S+)", str(error))
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         reason = f"it holds a {refused[1]}" if refused else first_line

@@ -1,13 +1,14 @@
-"""The run state on disk: what each rank holds of weights and moments, readable by any number of ranks.
+"""The run state on disk: what each rank holds of weights and moments, readable by any
+number of ranks.
 
     STEP_FOLDER/
       rank_00000.safetensors   the rank's flat tensors: FLAT/KEY, where KEY is master, exp_avg, ...
       rank_00000.json          which parts of which parameters they hold, and the file's SHA-256
       state.json               the step, the number of ranks and other counters of the run; written last
 
-A rank's optimizer works on flat tensors. Each is a concatenation of pieces: parts of several parameters.
-Where parameters are cut depends on the number of ranks and on the ZeRO stage. The files record the pieces,
-so that a run with other cuts finds its values.
+A rank's optimizer works on flat tensors. Each is a concatenation of pieces: parts of
+several parameters. Where parameters are cut depends on the number of ranks and on the
+ZeRO stage. The files record the pieces, so that a run with other cuts finds its values.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ class Piece(NamedTuple):
     number: int  # of values
 
 
-# For each flat tensor of a rank, key -> value. A value of the flat tensor's shape has one number per weight.
-# Other values (a step count, a table) belong to the flat tensor as a whole.
+# For each flat tensor of a rank, key -> value. A value of the flat tensor's shape has
+# one number per weight. Other values (a step count, a table) belong to the flat tensor
+# as a whole.
 State = list[dict[str, Any]]
 
 
@@ -71,8 +73,9 @@ def write(
                 numbers[f"{flat}/{key}"] = value
                 continue
             value = value.detach().cpu().contiguous()
-            # Flat in the file too, so that a piece can be read by its position. Some values (bitsandbytes'
-            # tables) are one tensor under several keys, which safetensors refuses to write.
+            # Flat in the file too, so that a piece can be read by its position. Some
+            # values (bitsandbytes' tables) are one tensor under several keys, which
+            # safetensors refuses to write.
             value = value.clone() if value.data_ptr() in seen else value
             seen.add(value.data_ptr())
             tensors[f"{flat}/{key}"] = value.flatten() if value.shape == shapes[flat] else value
@@ -93,7 +96,9 @@ def missing(folder: Path, num_ranks: int) -> list[int]:
 
 
 def digests(folder: Path, num_ranks: int) -> dict[str, str]:
-    """File name -> SHA-256. For files of tensors it is the one that their rank recorded.
+    """File name -> SHA-256.
+
+    For files of tensors it is the one that their rank recorded.
 
     Raises ValueError when a rank's record is damaged.
     """
@@ -136,8 +141,9 @@ def read(
         only: a key, to read no others.
         flats: numbers of flat tensors, to read no others.
 
-    Raises ValueError when the files are damaged, do not hold all values of a piece, or hold 8-bit moments
-    (which are scaled in blocks of a flat tensor) and the ranks were cut differently.
+    Raises ValueError when the files are damaged, do not hold all values of a piece, or
+    hold 8-bit moments (which are scaled in blocks of a flat tensor) and the ranks were
+    cut differently.
     """
     flats = range(len(shapes)) if flats is None else flats
     layouts = [_layout(folder, saved) for saved in range(saved_ranks)]
@@ -213,7 +219,9 @@ def _read_recut(
 def _overlaps(
     piece: Piece, saved_pieces: Sequence[tuple[int, Piece]]
 ) -> Iterator[tuple[int, int, Piece, int]]:
-    """(rank, first, its piece, stop): the values first to stop of the parameter are in both pieces."""
+    """(rank, first, its piece, stop): the values first to stop of the parameter are in
+    both pieces.
+    """
     for saved_rank, saved in saved_pieces:
         first = max(piece.start, saved.start)
         stop = min(piece.start + piece.number, saved.start + saved.number)
@@ -222,7 +230,9 @@ def _overlaps(
 
 
 def _put(flat_values: dict[str, Any], values: dict[str, Any], at: int, number: int, size: int) -> None:
-    """Add the values of a part to those of a flat tensor of this size, from position `at` on."""
+    """Add the values of a part to those of a flat tensor of this size, from position
+    `at` on.
+    """
     for key, value in values.items():
         if not isinstance(value, Tensor) or not value.ndim:
             flat_values[key] = value
@@ -233,7 +243,9 @@ def _put(flat_values: dict[str, Any], values: dict[str, Any], at: int, number: i
 
 
 def _values_by_key(path: Path, layout: dict, only: str | None) -> dict[str, Any]:
-    """Key -> an example of its values in a file; for a tensor of a flat tensor's size, an empty one."""
+    """Key -> an example of its values in a file; for a tensor of a flat tensor's size,
+    an empty one.
+    """
     examples = {name.partition("/")[2]: value for name, value in layout["numbers"].items()}
     with _opened(path) as file:
         for name in file.keys():
@@ -248,7 +260,9 @@ def _values_by_key(path: Path, layout: dict, only: str | None) -> dict[str, Any]
 def _part(
     file, layout: dict, piece: Piece, skip: int, number: int, path: Path, only: str | None
 ) -> dict[str, Any]:
-    """Key -> the values skip to skip + number of a piece in a file, or a value of the whole flat tensor."""
+    """Key -> the values skip to skip + number of a piece in a file, or a value of the
+    whole flat tensor.
+    """
     prefix, size, values = f"{piece.flat}/", layout["sizes"][piece.flat], {}
     for name in file.keys():
         if not name.startswith(prefix) or only not in (None, name.removeprefix(prefix)):
@@ -274,12 +288,14 @@ def _part(
 
 
 def latest(folder: Path) -> dict:
-    """state.json of the step that the file `latest` in folder names; without that file, of the newest step.
+    """state.json of the step that the file `latest` in folder names; without that file,
+    of the newest step.
 
     Raises ValueError when it is not complete.
     """
     if not (folder / "latest").is_file():
-        # It was lost in a copy, or the run was killed before. Steps with state.json are complete.
+        # It was lost in a copy, or the run was killed before. Steps with state.json are
+        # complete.
         return recorded(max((path.parent for path in folder.glob(f"step_*/{STATE}")), key=step_of))
     name = read_text(folder / "latest").strip()
     if not (folder / name / STATE).is_file():

@@ -1,4 +1,6 @@
-"""Checks before training: do the shards fit the image tokenizer, the backbone and the ranks?"""
+"""Checks before training: do the shards fit the image tokenizer, the backbone and the
+ranks?
+"""
 
 from __future__ import annotations
 
@@ -80,7 +82,9 @@ def _check_codes(folder: str, manifest: Manifest, image_tokenizer) -> None:
 
 
 def _check_classes(folder: str, manifest: Manifest, caption_encoder: CaptionEncoder, backbone: str) -> None:
-    """Raise ValueError when the captions are class numbers and do not fit the backbone."""
+    """Raise ValueError when the captions are class numbers and do not fit the
+    backbone.
+    """
     if (classes := manifest.classes) is None:
         return
     if caption_encoder.kind != "class":
@@ -96,7 +100,9 @@ def _check_classes(folder: str, manifest: Manifest, caption_encoder: CaptionEnco
 
 
 def _check_features(folder: str, manifest: Manifest, caption_encoder: CaptionEncoder, backbone: str) -> None:
-    """Raise ValueError unless the cached text features are those that the backbone takes."""
+    """Raise ValueError unless the cached text features are those that the backbone
+    takes.
+    """
     if caption_encoder.kind != "features":
         raise ValueError(
             f"data.text_features is cached, but the {backbone} backbone takes no text features; expected live"
@@ -108,8 +114,8 @@ def _check_features(folder: str, manifest: Manifest, caption_encoder: CaptionEnc
         "most tokens of a caption": (cached.max_tokens, wanted.max_tokens),
         "caption cleaning": (cached.cleaning, wanted.cleaning),
     }
-    # Training on cached features needs no text encoder. If the encoder is on this machine, its
-    # weights are compared, else only its name.
+    # Training on cached features needs no text encoder. If the encoder is on this
+    # machine, its weights are compared, else only its name.
     if wanted.weight_hash is None:
         pairs["text encoder"] = (cached.text_encoder, wanted.text_encoder)
     elif wanted.weight_hash != cached.weight_hash:

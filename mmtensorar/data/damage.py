@@ -12,10 +12,11 @@ ZEROS = 64  # bytes
 
 
 def check_png(content: bytes) -> None:
-    """Raises ValueError for a wrong checksum of a chunk that pixels depend on, and without an end chunk.
+    """Raises ValueError for a wrong checksum of a chunk that pixels depend on, and
+    without an end chunk.
 
-    Pillow does not check the sums of pixels, and fills up with black. Other chunks, and what
-    follows the end chunk, may be damaged.
+    Pillow does not check the sums of pixels, and fills up with black. Other chunks, and
+    what follows the end chunk, may be damaged.
     """
     view, position = memoryview(content), 8
     while position + 12 <= len(content):
@@ -32,9 +33,11 @@ def check_png(content: bytes) -> None:
 
 
 def check_webp(content: bytes) -> None:
-    """Raises ValueError when the pixels' data end in zeros, of which the decoder does not need the last.
+    """Raises ValueError when the pixels' data end in zeros, of which the decoder does
+    not need the last.
 
-    Large areas of one colour may be coded as zeros too, but then all of them are needed.
+    Large areas of one colour may be coded as zeros too, but then all of them are
+    needed.
     """
     for kind, data in _webp_chunks(content):
         if kind not in (b"VP8 ", b"VP8L"):
@@ -55,7 +58,9 @@ def check_webp(content: bytes) -> None:
 
 
 def _webp_chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Kind and data of the chunks of a picture, or of the first frame of an animation."""
+    """Kind and data of the chunks of a picture, or of the first frame of an
+    animation.
+    """
     position = 12
     while position + 8 <= len(content):
         kind, length = (

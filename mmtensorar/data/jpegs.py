@@ -1,8 +1,8 @@
 """JPEG: decode, and recognise pictures of which a part is missing.
 
-libjpeg fills in what is missing and only warns, and Pillow does not pass the warning on. So
-the decoder is fed here piece by piece. It must ask for more bytes before the end of each scan,
-and must not need more after it. This costs no second decoding.
+libjpeg fills in what is missing and only warns, and Pillow does not pass the warning
+on. So the decoder is fed here piece by piece. It must ask for more bytes before the end
+of each scan, and must not need more after it. This costs no second decoding.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from PIL.JpegImagePlugin import JpegImageFile
 START = b"\xff\xd8\xff"
 RESTARTS = range(0xD0, 0xD8)
 DHT, END, SOS, DRI = 0xC4, 0xD9, 0xDA, 0xDD
-# Sequential and progressive frames with Huffman codes. Arithmetic codes may end early, and the
-# decoder cannot wait for the rest of them.
+# Sequential and progressive frames with Huffman codes. Arithmetic codes may end early,
+# and the decoder cannot wait for the rest of them.
 SEQUENTIAL, PROGRESSIVE = (0xC0, 0xC1), 0xC2
 FRAMES = (*SEQUENTIAL, PROGRESSIVE)
 
 SURPLUS = 64  # bytes after the last pixel that are taken for data of lost pixels, not for padding
 ZEROS = 64  # bytes
-# A code of ones is no Huffman code, so that ones never complete more than a few blocks. The
-# decoder reads up to 8 bytes ahead.
+# A code of ones is no Huffman code, so that ones never complete more than a few blocks.
+# The decoder reads up to 8 bytes ahead.
 ONE = b"\xff\x00"
 _AFTER_END = (12 * ONE + b"\xff", b"\x00" + 9 * ONE + b"\xff", b"\x00" + 10 * ONE + b"\xff")
 
@@ -34,10 +34,11 @@ _AFTER_END = (12 * ONE + b"\xff", b"\x00" + 9 * ONE + b"\xff", b"\x00" + 10 * ON
 class Scan(NamedTuple):
     """A run of entropy-coded data.
 
-    start, end: its place in the file; end is None when no marker follows. components: their
-    numbers. band: first and last coefficient. bits: successive approximation, high and low.
-    first_symbols: of each table of AC codes, the symbol whose code is all zeros. interval: of
-    restart markers, in units of num_units, 0 without markers.
+    start, end: its place in the file; end is None when no marker follows. components:
+    their numbers. band: first and last coefficient. bits: successive approximation,
+    high and low.
+    first_symbols: of each table of AC codes, the symbol whose code is all zeros.
+    interval: of restart markers, in units of num_units, 0 without markers.
     """
 
     start: int
@@ -53,8 +54,8 @@ class Scan(NamedTuple):
 class Structure:
     """The markers of a file, as far as they matter here.
 
-    frame: SOF marker. samplings: component -> horizontal and vertical. end: place after the
-    end marker, None without one.
+    frame: SOF marker. samplings: component -> horizontal and vertical. end: place after
+    the end marker, None without one.
     """
 
     frame: int = 0
@@ -87,7 +88,10 @@ _RESTART = re.compile(rb"\xff[\xd0-\xd7]")
 
 
 def read_structure(content: bytes) -> Structure:
-    """The structure up to the end marker. Raises IndexError, KeyError or ValueError when it is invalid."""
+    """The structure up to the end marker.
+
+    Raises IndexError, KeyError or ValueError when it is invalid.
+    """
     found, tables, interval = Structure(), {}, 0
     position = 2
     while (position := content.find(b"\xff", position)) >= 0 and position + 1 < len(content):
@@ -177,9 +181,10 @@ def _check_restarts(content: bytes, structure: Structure, scan: Scan, name: str)
 def _has_no_long_zeros(structure: Structure, scan: Scan) -> bool:
     """Whether many zero bits never occur in a scan's data.
 
-    They do where the code of a block that is like the one before is all zeros, as in tables
-    made for pictures with large areas of one colour. Otherwise they mean hundreds of
-    coefficients of one small value. Refinements are bits of the picture itself.
+    They do where the code of a block that is like the one before is all zeros, as in
+    tables made for pictures with large areas of one colour. Otherwise they mean
+    hundreds of coefficients of one small value. Refinements are bits of the picture
+    itself.
     """
     if structure.frame == PROGRESSIVE and (scan.band[0] == 0 or scan.bits[0] > 0):
         return False
@@ -187,7 +192,9 @@ def _has_no_long_zeros(structure: Structure, scan: Scan) -> bool:
 
 
 def _check_coverage(structure: Structure) -> None:
-    """Raises ValueError unless the scans bring each coefficient to its last bit, in order."""
+    """Raises ValueError unless the scans bring each coefficient to its last bit, in
+    order.
+    """
     last = 63 if structure.frame == PROGRESSIVE else 0
     left: dict[tuple[int, int], int] = {}  # component, coefficient -> bits that are still missing
     for number, scan in enumerate(structure.scans, 1):
@@ -232,9 +239,9 @@ def load(image: JpegImageFile, content: bytes) -> None:
 
     content: the whole file.
 
-    Raises ValueError when data are missing, or more than the pixels need. Not recognised are
-    missing bits of the last few blocks, and changed bits after which the number of blocks is
-    right by chance.
+    Raises ValueError when data are missing, or more than the pixels need. Not
+    recognised are missing bits of the last few blocks, and changed bits after which the
+    number of blocks is right by chance.
     """
     try:
         structure = read_structure(content)
@@ -270,10 +277,11 @@ def _load_single(decoder: _Decoder, content: bytes, scan: Scan) -> None:
 
 
 def _load_several(decoder: _Decoder, content: bytes, structure: Structure) -> None:
-    """The decoder writes pixels after the end marker, so the end of a scan shows in what it leaves unused.
+    """The decoder writes pixels after the end marker, so the end of a scan shows in
+    what it leaves unused.
 
-    After the last block it skips everything up to the next marker. Before that it fetches 6
-    to 8 bytes at a time, when it needs some, and cannot use fewer.
+    After the last block it skips everything up to the next marker. Before that it
+    fetches 6 to 8 bytes at a time, when it needs some, and cannot use fewer.
     """
     position, pending = 0, b""
     for number, scan in enumerate(structure.scans, 1):
@@ -297,7 +305,9 @@ def _load_several(decoder: _Decoder, content: bytes, structure: Structure) -> No
 
 
 def _before_end(content: bytes, scan: Scan) -> int:
-    """A place from which on a scan's data must be needed, its start when it is too short to tell."""
+    """A place from which on a scan's data must be needed, its start when it is too
+    short to tell.
+    """
     assert scan.end is not None
     data = content[scan.start : scan.end]
     useful = len(data.rstrip(b"\xff"))  # a marker may follow any number of these

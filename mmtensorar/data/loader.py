@@ -4,11 +4,12 @@
 
 Which samples a global batch holds, and in which order, depends only on the seed and the
 batch's number, for any number of ranks and workers: see sample_order.py. Each rank has
-several workers (processes); the rank's rows of a batch are divided among them, each worker
-reads the lanes of its rows, and the parts are put together here. What is drawn for a sample
-(its crop, and whether its prompt is dropped) depends on its position too.
+several workers (processes); the rank's rows of a batch are divided among them, each
+worker reads the lanes of its rows, and the parts are put together here. What is drawn
+for a sample (its crop, and whether its prompt is dropped) depends on its position too.
 
-Letters: B rows of a global batch, b rows of a micro batch, T image tokens, F factors, A crops.
+Letters: B rows of a global batch, b rows of a micro batch, T image tokens, F factors, A
+crops.
 """
 
 from __future__ import annotations
@@ -78,11 +79,11 @@ def steps_of(recipe: Recipe) -> int:
 class WorkerSettings:
     """The settings of one worker of one rank; they determine its whole stream.
 
-    sets: folder, manifest and rows of each shard set. row_ranges: for each micro batch of a
-    step, first and stop of this worker's rows in the global batch. use_features: read text
-    features. skip_errors: replace a damaged sample by the next undamaged one. middle_crop: take
-    the middle crop instead of a random one. long_prompts: whose long prompts are damage; None
-    if they are cut.
+    sets: folder, manifest and rows of each shard set. row_ranges: for each micro batch
+    of a step, first and stop of this worker's rows in the global batch. use_features:
+    read text features. skip_errors: replace a damaged sample by the next undamaged one.
+    middle_crop: take the middle crop instead of a random one. long_prompts: whose long
+    prompts are damage; None if they are cut.
     """
 
     sets: tuple[tuple[str, Manifest, int], ...]
@@ -110,8 +111,9 @@ class WorkerSettings:
 class DecodedSample(NamedTuple):
     """One row of a batch.
 
-    name: shard and key. codes: [T, F] uint16. features: [tokens, C] float16, None unless they
-    are cached. skipped: what was wrong with the sample that this one replaces.
+    name: shard and key. codes: [T, F] uint16. features: [tokens, C] float16, None
+    unless they are cached. skipped: what was wrong with the sample that this one
+    replaces.
     """
 
     name: str
@@ -136,8 +138,8 @@ class RawBatch(NamedTuple):
 class Batch(NamedTuple):
     """A micro batch. codes: [b, T, F] int64. condition: b rows. uncond: [b] bool.
 
-    names: shard and key of each row. skipped: one sentence for each damaged sample. cut: one
-    sentence for each prompt that was too long.
+    names: shard and key of each row. skipped: one sentence for each damaged sample.
+    cut: one sentence for each prompt that was too long.
     """
 
     codes: Tensor
@@ -149,7 +151,9 @@ class Batch(NamedTuple):
 
 
 def positions(settings: WorkerSettings, skip: int) -> Iterator[int]:
-    """Positions of the worker's rows, one micro batch after the other, from number `skip` on."""
+    """Positions of the worker's rows, one micro batch after the other, from number
+    `skip` on.
+    """
     for micro in count(skip):
         step, number = divmod(micro, len(settings.row_ranges))
         for row in range(*settings.row_ranges[number]):
@@ -226,7 +230,10 @@ def merge_parts(parts: list[RawBatch]) -> RawBatch:
 
 
 def add_condition(batch: RawBatch, caption_encoder: CaptionEncoder, num_slots: int | None) -> Batch:
-    """Encode the captions. num_slots: P of cached text features, None to use the encoder."""
+    """Encode the captions.
+
+    num_slots: P of cached text features, None to use the encoder.
+    """
     cut: tuple[str, ...] = ()
     if num_slots is not None:
         # With cached features every row has some: _decode_sample requires the member.
@@ -250,7 +257,10 @@ def add_condition(batch: RawBatch, caption_encoder: CaptionEncoder, num_slots: i
 
 
 class WorkerError(NamedTuple):
-    """The message of an error in a worker. A DataLoader would wrap an exception in a traceback."""
+    """The message of an error in a worker.
+
+    A DataLoader would wrap an exception in a traceback.
+    """
 
     sentence: str
 
@@ -296,10 +306,11 @@ def stream(
         recipe: Its sections data, run and train are read.
         caption_encoder: Unused with cached text features.
         rank, world_size: Of this process among all.
-        skip_batches: Micro batches of this rank that are passed over without being read.
+        skip_batches: Micro batches of this rank that are passed over without being
+            read.
 
-    Raises ValueError naming shard and key at the first damaged sample, unless data.on_error
-    is skip.
+    Raises ValueError naming shard and key at the first damaged sample, unless
+    data.on_error is skip.
     """
     data = recipe.data
     manifests = read_manifests(data)
@@ -336,13 +347,16 @@ def stream(
             raise ValueError(part.sentence)
         parts.append(part)
         if len(parts) == len(workers):
-            # Captions are encoded here, so that workers need no text tokenizer with its threads.
+            # Captions are encoded here, so that workers need no text tokenizer with its
+            # threads.
             yield add_condition(merge_parts(parts), caption_encoder, num_slots)
             parts = []
 
 
 def _num_slots(text_features: str, manifests: Mapping[str, Manifest]) -> int | None:
-    """The most tokens that a caption of cached text features may have, None when they are live."""
+    """The most tokens that a caption of cached text features may have, None when they
+    are live.
+    """
     if text_features == "live":
         return None
     return max(text_features_of(manifest, folder).max_tokens for folder, manifest in manifests.items())
@@ -353,10 +367,10 @@ def validation_batches(
 ) -> Iterator[tuple[int, int, Batch]]:
     """Every sample of data.validation once, over all ranks.
 
-    Yields (number of the batch, samples that count, batch). All ranks get the same number of
-    batches; the surplus ones, for which no samples are left, count no samples. Which samples
-    are in which batch does not depend on the number of ranks. Prompts are never dropped, and
-    of several crops the middle one is taken.
+    Yields (number of the batch, samples that count, batch). All ranks get the same
+    number of batches; the surplus ones, for which no samples are left, count no
+    samples. Which samples are in which batch does not depend on the number of ranks.
+    Prompts are never dropped, and of several crops the middle one is taken.
 
     Raises ValueError naming shard and key of a damaged sample.
     """
@@ -398,10 +412,11 @@ def validation_batches(
 def worker_rows(
     batch_size: int, grad_accum: int, rank: int, world_size: int, num_workers: int
 ) -> list[tuple[tuple[int, int], ...]]:
-    """For each worker of a rank: first and stop of its rows in each micro batch of a step.
+    """For each worker of a rank: first and stop of its rows in each micro batch of a
+    step.
 
-    A global batch is the first micro batch of rank 0, of rank 1, ..., then the second of
-    rank 0, and so on. Workers that would have no row are left out.
+    A global batch is the first micro batch of rank 0, of rank 1, ..., then the second
+    of rank 0, and so on. Workers that would have no row are left out.
     """
     b = batch_size // (world_size * grad_accum)
     starts = [(micro * world_size + rank) * b for micro in range(grad_accum)]
@@ -416,8 +431,8 @@ def _as_is(item: Any) -> Any:
 
 def _begin_worker(worker: int) -> None:
     release_in_child()
-    # A worker ignores both signals; the training loop handles them. Ctrl-C reaches every process
-    # of the terminal, and DeepSpeed's launcher then sends SIGTERM to all of them. A worker that
-    # died would end the rank before it could save.
+    # A worker ignores both signals; the training loop handles them. Ctrl-C reaches
+    # every process of the terminal, and DeepSpeed's launcher then sends SIGTERM to all
+    # of them. A worker that died would end the rank before it could save.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -1,6 +1,9 @@
-"""Encode and decode a sample's members: captions, codes, text features. Pictures: `pictures.py`.
+"""Encode and decode a sample's members: captions, codes, text features.
 
-Letters: A crops, T image tokens, F factors, P tokens of a caption, C width of a feature.
+Pictures: `pictures.py`.
+
+Letters: A crops, T image tokens, F factors, P tokens of a caption, C width of a
+feature.
 """
 
 from __future__ import annotations
@@ -33,7 +36,9 @@ def decode_caption(content: bytes, where: str) -> str:
 
 
 def is_empty(caption: str) -> bool:
-    """Whether a caption shows nothing: it holds only white space, control and format characters."""
+    """Whether a caption shows nothing: it holds only white space, control and format
+    characters.
+    """
     return all(letter.isspace() or unicodedata.category(letter) in ("Cc", "Cf") for letter in caption)
 
 
@@ -53,17 +58,25 @@ def encode_features(features: np.ndarray) -> bytes:
 
 
 def decode_codes(content: bytes, where: str) -> np.ndarray:
-    """Content of a codes.npy member -> [A, T, F] uint16. Raises ValueError for anything else."""
+    """Content of a codes.npy member -> [A, T, F] uint16.
+
+    Raises ValueError for anything else.
+    """
     return _decode_array(content, f"{where}: codes.npy", np.uint16, "ATF")
 
 
 def decode_features(content: bytes, where: str) -> np.ndarray:
-    """Content of a t5.npy member -> [P, C] float16. Raises ValueError for anything else."""
+    """Content of a t5.npy member -> [P, C] float16.
+
+    Raises ValueError for anything else.
+    """
     return _decode_array(content, f"{where}: t5.npy", np.float16, "PC")
 
 
 def check_codes(codes: np.ndarray, expected: Codes, where: str) -> None:
-    """Raise ValueError unless codes [A, T, F] have the shape and range in the manifest."""
+    """Raise ValueError unless codes [A, T, F] have the shape and range in the
+    manifest.
+    """
     shape = (expected.crops, expected.grid[0] * expected.grid[1], len(expected.factor_sizes))
     if codes.shape != shape:
         raise ValueError(f"{where}: codes.npy has shape {list(codes.shape)}, the manifest says {list(shape)}")
@@ -101,10 +114,12 @@ def _decode_array(content: bytes, where: str, dtype: type, letters: str) -> np.n
         where: Names shard, key and member.
         letters: The expected axes, one letter each.
 
-    Raises ValueError for any other dtype or number of axes, damage, and arrays of objects.
+    Raises ValueError for any other dtype or number of axes, damage, and arrays of
+    objects.
     """
     try:
-        # This is what np.load does for the format; np.load itself would also open zip archives.
+        # This is what np.load does for the format; np.load itself would also open zip
+        # archives.
         array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
     except MemoryError:
         raise ValueError(f"{where} announces more than fits into memory") from None

@@ -24,7 +24,8 @@ MEMBERS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 FORMATS = (*SHARD_FORMATS, "BMP", "GIF", "TIFF")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".mpo")
 
-# Pillow warns about damaged metadata, one line a picture; pixels and errors are not affected.
+# Pillow warns about damaged metadata, one line a picture; pixels and errors are not
+# affected.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
@@ -48,15 +49,17 @@ def open_picture(path: Path) -> Image.Image:
 def decode_picture(
     content: bytes, where: str, *, upright: bool = False, formats: tuple[str, ...] = FORMATS
 ) -> Image.Image:
-    """An encoded picture as RGB; of an animation, the first frame. Transparent parts become white.
+    """An encoded picture as RGB; of an animation, the first frame.
+
+    Transparent parts become white.
 
     Args:
         where: Start of error messages.
         upright: Turn the picture as its EXIF orientation says.
         formats: Those that are allowed.
 
-    Raises ValueError for anything but a complete picture of at most MAX_PIXELS, and for one
-    whose data are damaged, as far as that shows (docs/data.md).
+    Raises ValueError for anything but a complete picture of at most MAX_PIXELS, and for
+    one whose data are damaged, as far as that shows (docs/data.md).
     """
     try:
         with _opened(content, formats) as image:
@@ -114,7 +117,9 @@ def _load(image: ImageFile.ImageFile, content: bytes) -> None:
 
 
 def _scale_transparent_grey(image: ImageFile.ImageFile) -> None:
-    """Pillow makes 8 bits of a PNG's grey levels of 2 or 4, but not of the one that is transparent."""
+    """Pillow makes 8 bits of a PNG's grey levels of 2 or 4, but not of the one that is
+    transparent.
+    """
     raw_mode = image.tile[0][3]
     if raw_mode in ("L;2", "L;4") and "transparency" in image.info:
         image.info["transparency"] *= 255 // (2 ** int(raw_mode[-1]) - 1)
@@ -150,14 +155,17 @@ def _grey_from_16_bits(image: Image.Image) -> Image.Image:
 def _turn_upright(image: Image.Image) -> None:
     """Turn a picture, in place, as its EXIF orientation says."""
     try:
-        # In place: an error in the other EXIF tags comes after the turn and must not undo it.
+        # In place: an error in the other EXIF tags comes after the turn and must not
+        # undo it.
         ImageOps.exif_transpose(image, in_place=True)
     except Exception:  # damaged EXIF; the picture itself may be good
         pass
 
 
 def _is_upright(image: Image.Image) -> bool:
-    """Whether the EXIF orientation leaves the picture as it is, or is absent or unreadable."""
+    """Whether the EXIF orientation leaves the picture as it is, or is absent or
+    unreadable.
+    """
     try:
         return image.getexif().get(0x0112, 1) == 1
     except Exception:  # damaged EXIF; the picture itself may be good
@@ -168,7 +176,10 @@ def _is_upright(image: Image.Image) -> bool:
 
 
 def encoded_picture(sample: Sample, where: str) -> bytes:
-    """A sample's picture, still encoded. Raises ValueError unless there is exactly one."""
+    """A sample's picture, still encoded.
+
+    Raises ValueError unless there is exactly one.
+    """
     names = [name for name in IMAGE_EXTENSIONS if name in sample.members]
     if len(names) != 1:
         raise ValueError(
@@ -180,7 +191,8 @@ def encoded_picture(sample: Sample, where: str) -> bytes:
 def sample_picture(sample: Sample, where: str, image_size: int) -> Image.Image:
     """A sample's picture as RGB.
 
-    Raises ValueError when it is damaged or does not have the size that the manifest says.
+    Raises ValueError when it is damaged or does not have the size that the manifest
+    says.
     """
     image = decode_picture(encoded_picture(sample, where), where, formats=SHARD_FORMATS)
     if image.size != (image_size, image_size):
@@ -198,19 +210,19 @@ def center_square(
 ) -> Image.Image:
     """The centre square of a picture, scaled to image_size pixels a side.
 
-    The picture is halved while its shorter side is at least twice image_size, then resized
-    with bicubic weights, enlarged if necessary. The pictures that ADM and LlamaGen were trained on
-    were made like this (center_crop_arr).
+    The picture is halved while its shorter side is at least twice image_size, then
+    resized with bicubic weights, enlarged if necessary. The pictures that ADM and
+    LlamaGen were trained on were made like this (center_crop_arr).
 
     Args:
-        shares: Parts of the surplus that are cut at the left and at the top; the default is
-            the centre.
+        shares: Parts of the surplus that are cut at the left and at the top; the
+            default is the centre.
     """
     while min(image.size) >= 2 * image_size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     if max(image.size) > 8 * min(image.size):
-        # Scaling a line of 1 x 60,000 pixels as a whole would take gigabytes, so the surplus
-        # is cut first.
+        # Scaling a line of 1 x 60,000 pixels as a whole would take gigabytes, so the
+        # surplus is cut first.
         short = min(image.size)
         left, top = (
             int((side - min(side, 4 * short)) * share) for side, share in zip(image.size, shares, strict=True)

@@ -1,14 +1,15 @@
 """The order of samples in training, computed from seed and position only.
 
-It is the same for any number of ranks and workers. A global batch has B rows. The shards of
-an epoch are permuted and concatenated. This line of N samples is cut into B equal lanes, and
-the t-th batch of the epoch takes the t-th sample of every lane. So each row of the batch
-reads one lane in order, shard after shard, and only the worker with that row reads the lane.
-Reading is sequential, and no sample is read twice, for any division of rows among workers.
-Within a lane, blocks of a few samples are permuted.
+It is the same for any number of ranks and workers. A global batch has B rows. The
+shards of an epoch are permuted and concatenated. This line of N samples is cut into B
+equal lanes, and the t-th batch of the epoch takes the t-th sample of every lane. So
+each row of the batch reads one lane in order, shard after shard, and only the worker
+with that row reads the lane. Reading is sequential, and no sample is read twice, for
+any division of rows among workers. Within a lane, blocks of a few samples are permuted.
 
-A position counts samples over all epochs: batch i holds positions i * B to (i + 1) * B - 1.
-An epoch may end inside a batch. To resume, a run needs only the number of finished batches.
+A position counts samples over all epochs: batch i holds positions i * B to
+(i + 1) * B - 1. An epoch may end inside a batch. To resume, a run needs only the number
+of finished batches.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ SHARDS, BLOCKS = 0, 1
 
 
 class Location(NamedTuple):
-    """One sample. shard: its number in the manifest. sample: its number in the shard."""
+    """One sample.
+
+    shard: its number in the manifest. sample: its number in the shard.
+    """
 
     shard: int
     sample: int
@@ -69,7 +73,9 @@ class Order:
         return _Epoch(shards, np.cumsum(self.num_samples[shards]))
 
     def block(self, position: int) -> tuple[Block, int]:
-        """The block of a position, and the position's index in the block's output order."""
+        """The block of a position, and the position's index in the block's output
+        order.
+        """
         epoch, offset = divmod(position, self.total)
         turn, lane = divmod(offset, self.rows)
         number, index = divmod(turn, self.block_size)

@@ -1,11 +1,12 @@
 """One or several shard sets as one stream of samples.
 
-Each set owns fixed rows of the global batch, as many as its weight gives it, spread evenly
-over the batch. Within its rows a set has its own order (sample_order.py) and its own epochs,
-so the sample at a position is still computed from seed and position only.
+Each set owns fixed rows of the global batch, as many as its weight gives it, spread
+evenly over the batch. Within its rows a set has its own order (sample_order.py) and its
+own epochs, so the sample at a position is still computed from seed and position only.
 
-A row of the batch reads one lane of its set. When a sample cannot be read, the next good one
-of the lane may replace it. Which one that is depends on the position and the data alone.
+A row of the batch reads one lane of its set. When a sample cannot be read, the next
+good one of the lane may replace it. Which one that is depends on the position and the
+data alone.
 """
 
 from __future__ import annotations
@@ -49,7 +50,10 @@ def read_manifest(folder: str, cache: Cache) -> Manifest:
 
 
 def read_manifests(data: Data) -> dict[str, Manifest]:
-    """Folder -> manifest of each training set. Raises ValueError when a set has no codes."""
+    """Folder -> manifest of each training set.
+
+    Raises ValueError when a set has no codes.
+    """
     cache = shard_cache(data)
     manifests = {folder: read_manifest(folder, cache) for folder in data.weights}
     for folder, manifest in manifests.items():
@@ -95,7 +99,9 @@ def apportion_rows(weights: Mapping[str, float], num_rows: int) -> dict[str, int
 
 
 def spread_rows(rows_per_set: Sequence[int]) -> list[tuple[int, int]]:
-    """For each row of the batch: the number of its set, and the row's number within the set."""
+    """For each row of the batch: the number of its set, and the row's number within the
+    set.
+    """
     ranked = [
         ((row + 0.5) / num_rows, number, row)
         for number, num_rows in enumerate(rows_per_set)
@@ -109,7 +115,10 @@ def spread_rows(rows_per_set: Sequence[int]) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class ShardSet:
-    """One shard set of a mixture. folder: or its URL. rows: of the global batch, that it owns."""
+    """One shard set of a mixture.
+
+    folder: or its URL. rows: of the global batch, that it owns.
+    """
 
     folder: str
     manifest: Manifest
@@ -148,7 +157,8 @@ def shard_sets(
     ordered = []
     for number, (folder, manifest, rows) in enumerate(sets):
         counts = [shard.num_samples for shard in manifest.shards]
-        # Each set has its own seed, so that two sets of equal shards get different orders.
+        # Each set has its own seed, so that two sets of equal shards get different
+        # orders.
         order = Order(counts, rows=rows, seed=seed + (number << 32), shuffle=shuffle * rows // batch_size)
         ordered.append(ShardSet(folder, manifest, rows, order, cache))
     return tuple(ordered)
@@ -169,10 +179,11 @@ class StoredSample(NamedTuple):
 class LaneReader:
     """Reads the sample at a position, and those that may replace it.
 
-    It holds one block of each row's lane, and the offsets of the samples in recent shards.
+    It holds one block of each row's lane, and the offsets of the samples in recent
+    shards.
 
-    extensions: the members that are read. max_shards: shards whose offsets are kept. retry_s:
-    seconds before an unreachable shard is tried again.
+    extensions: the members that are read. max_shards: shards whose offsets are kept.
+    retry_s: seconds before an unreachable shard is tried again.
     """
 
     sets: tuple[ShardSet, ...]
@@ -187,10 +198,11 @@ class LaneReader:
         self.owners = spread_rows([shard_set.rows for shard_set in self.sets])
 
     def candidates(self, position: int) -> Iterator[StoredSample | ValueError]:
-        """The position's sample, or the error of reading it; then its replacements in order.
+        """The position's sample, or the error of reading it; then its replacements in
+        order.
 
-        Replacements are the other samples of the block (which are in memory already), then
-        the rest of the lane, then the other lanes of the set.
+        Replacements are the other samples of the block (which are in memory already),
+        then the rest of the lane, then the other lanes of the set.
         """
         step, row = divmod(position, len(self.owners))
         number, row_of_set = self.owners[row]
@@ -258,7 +270,9 @@ class LaneReader:
     def _find_starts(
         self, shard_set: ShardSet, shard: Shard, path: Path
     ) -> tuple[np.ndarray, ValueError | None]:
-        """Offsets of the intact samples; and an error if their number is not the manifest's."""
+        """Offsets of the intact samples; and an error if their number is not the
+        manifest's.
+        """
         key = (shard_set.folder, shard.name)
         if key not in self._starts:
             starts, damage = intact_starts(path)

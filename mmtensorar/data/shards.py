@@ -1,18 +1,19 @@
 """Shard sets: tars of samples, and the manifest that describes them.
 
-Writers (`data_tools`) and readers (`loader.py`) share this file. A sample is all consecutive
-members of a tar with one key:
+Writers (`data_tools`) and readers (`loader.py`) share this file. A sample is all
+consecutive members of a tar with one key:
 
     {key}.jpg  RGB picture (also png, webp)          {key}.txt     caption, UTF-8
     {key}.codes.npy  uint16 [A, T, F], A crops       {key}.json    source, size, ...
     {key}.t5.npy  float16 [P, C], features of the caption
 
-`pictures.py` and `members.py` decode the members. In a set of classes the caption is the
-class number, and the manifest names the classes. `manifest.json` lists the shards and says
-what is in them. It is written last, so a folder with a manifest is complete.
+`pictures.py` and `members.py` decode the members. In a set of classes the caption is
+the class number, and the manifest names the classes. `manifest.json` lists the shards
+and says what is in them. It is written last, so a folder with a manifest is complete.
 
-Shards are not trusted: nothing is unpickled, nothing is extracted to disk, sizes are checked
-against bounds before they are used, and damage raises a ValueError that names shard and key.
+Shards are not trusted: nothing is unpickled, nothing is extracted to disk, sizes are
+checked against bounds before they are used, and damage raises a ValueError that names
+shard and key.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from mmtensorar.words import counted
 
 MANIFEST = "manifest.json"
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
-# Every extension that a sample may have, and the most bytes that such a member may hold.
+# Every extension that a sample may have, and the most bytes that such a member may
+# hold.
 EXTENSIONS = {
     "jpg": 2**26,
     "png": 2**26,
@@ -48,7 +50,10 @@ PICKLED = ("pkl", "pyd", "pth")
 
 
 class Sample(NamedTuple):
-    """One key of a tar. members: extension (everything after the first dot) -> content."""
+    """One key of a tar.
+
+    members: extension (everything after the first dot) -> content.
+    """
 
     key: str
     members: dict[str, bytes]
@@ -60,10 +65,10 @@ class Sample(NamedTuple):
 def iterate_tar(path: Path | str) -> Iterator[Sample]:
     """Samples of one local, uncompressed tar in their order.
 
-    Raises ValueError naming the shard, and the key if there is one, for a missing, damaged or
-    truncated tar, a member that occurs twice, a key that comes back later, a member that is
-    not a plain file or is too large, a path instead of a name, and an extension that is not
-    in EXTENSIONS.
+    Raises ValueError naming the shard, and the key if there is one, for a missing,
+    damaged or truncated tar, a member that occurs twice, a key that comes back later, a
+    member that is not a plain file or is too large, a path instead of a name, and an
+    extension that is not in EXTENSIONS.
     """
     path = Path(path)
     with tars.TarReader(path) as file:
@@ -84,8 +89,8 @@ def _sample_groups(file: tars.TarReader, path: Path) -> Iterator[tars.Group]:
 def checked_name(path: Path, name: str, size: int) -> tuple[str, str]:
     """Split a member's name into key and extension.
 
-    Raises ValueError unless it is a plain name with a known extension and the member is not
-    too large.
+    Raises ValueError unless it is a plain name with a known extension and the member is
+    not too large.
     """
     if "/" in name or "\\" in name or name.startswith(".") or not name.isprintable():
         raise ValueError(
@@ -107,7 +112,8 @@ def checked_name(path: Path, name: str, size: int) -> tuple[str, str]:
 
 
 def sample_starts(path: Path) -> np.ndarray:
-    """Where the headers of each sample of a tar begin, and where those of the last one end.
+    """Where the headers of each sample of a tar begin, and where those of the last one
+    end.
 
     Content is not read. Returns [n + 1] int64. Raises ValueError like iterate_tar for
     everything that the headers show.
@@ -119,7 +125,8 @@ def sample_starts(path: Path) -> np.ndarray:
 
 
 def intact_starts(path: Path) -> tuple[np.ndarray, ValueError | None]:
-    """Like sample_starts, but up to the first damage; also returns that damage, or None.
+    """Like sample_starts, but up to the first damage; also returns that damage, or
+    None.
 
     The last sample in front of the damage may lack members.
     """
@@ -154,7 +161,10 @@ def read_samples(
 def read_sample(
     file: tars.TarReader, path: Path, start: int, stop: int, extensions: Collection[str]
 ) -> Sample:
-    """The sample between two offsets of an open tar. Only members of `extensions` are read."""
+    """The sample between two offsets of an open tar.
+
+    Only members of `extensions` are read.
+    """
     key = ""
     members: dict[str, bytes] = {}
     for member in tars.iterate_members(file, path, start, stop):
@@ -173,14 +183,17 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-# Bounds pixels or codes along a side and tokens of a caption, so that a damaged manifest
-# cannot make anyone reserve memory for 10**30 of them.
+# Bounds pixels or codes along a side and tokens of a caption, so that a damaged
+# manifest cannot make anyone reserve memory for 10**30 of them.
 MAX_SIDE = 2**13
 Extent = Annotated[int, Field(ge=1, le=MAX_SIDE)]
 
 
 class Shard(_Record):
-    """One tar. name: file name inside the folder. sha256: of the complete file, in hex."""
+    """One tar.
+
+    name: file name inside the folder. sha256: of the complete file, in hex.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+\.tar$")
     num_samples: int = Field(ge=1, le=10**9)
@@ -188,7 +201,8 @@ class Shard(_Record):
 
 
 class Codes(_Record):
-    """The codes.npy members: [crops, grid h * w, factors], each code below its factor's size.
+    """The codes.npy members: [crops, grid h * w, factors], each code below its factor's
+    size.
 
     image_tokenizer, weight_hash: what made them. precision: in which it computed.
     """
@@ -204,8 +218,8 @@ class Codes(_Record):
 class TextFeatures(_Record):
     """The t5.npy members: [at most max_tokens, width].
 
-    text_encoder, weight_hash: what made them. cleaning: how captions were cleaned before, see
-    mmtensorar.captions.cleaning.Cleaning; none is the caption as written.
+    text_encoder, weight_hash: what made them. cleaning: how captions were cleaned
+    before, see mmtensorar.captions.cleaning.Cleaning; none is the caption as written.
     """
 
     text_encoder: str
@@ -218,9 +232,9 @@ class TextFeatures(_Record):
 class Manifest(_Record):
     """What a shard folder holds.
 
-    image_size: pixels a side. source, seed: where the samples came from. classes: names of
-    the classes in the order of their numbers, when the captions are class numbers. made: the
-    settings that the set was made with.
+    image_size: pixels a side. source, seed: where the samples came from. classes: names
+    of the classes in the order of their numbers, when the captions are class numbers.
+    made: the settings that the set was made with.
     """
 
     format: Literal[1] = 1
@@ -255,8 +269,8 @@ class Manifest(_Record):
         Args:
             complete: Check that every shard exists. Their content is not read.
 
-        Raises ValueError when the folder, the manifest or a shard is missing, or the manifest
-        is not valid.
+        Raises ValueError when the folder, the manifest or a shard is missing, or the
+        manifest is not valid.
         """
         folder = _as_path(folder)
         path = folder / MANIFEST
@@ -321,13 +335,17 @@ def iterate_shard(folder: Path | str, shard: Shard) -> Iterator[Sample]:
 
 
 def wrong_count(path: Path | str, num_samples: int, shard: Shard) -> str:
-    """The message for a shard that holds another number of samples than its manifest says."""
+    """The message for a shard that holds another number of samples than its manifest
+    says.
+    """
     samples = counted(num_samples, "sample")
     return f"{path}: {samples}, the manifest says {shard.num_samples}; make the shard again"
 
 
 def _tars_of_others(folder: Path) -> str:
-    """The end of a message about a folder without a manifest: how its tars become a set."""
+    """The end of a message about a folder without a manifest: how its tars become a
+    set.
+    """
     has_tars = isinstance(folder, Path) and any(
         ".tar" in path.name or path.suffix == ".tgz" for path in folder.iterdir()
     )
@@ -363,13 +381,13 @@ def write_tar(path: Path, samples: Iterable[Sample]) -> Shard:
 class Staging:
     """A shard set that is being made.
 
-    Its files are in a hidden folder inside the set's own folder. Until `commit` the folder's
-    present set stays as it was; then the staged set replaces it as a whole.
+    Its files are in a hidden folder inside the set's own folder. Until `commit` the
+    folder's present set stays as it was; then the staged set replaces it as a whole.
 
     Args:
         folder: Of the set; on disk, or a UPath.
-        purpose: Everything that the result depends on, as JSON. A later run with an equal
-            purpose finds the shards that an interrupted one finished.
+        purpose: Everything that the result depends on, as JSON. A later run with an
+            equal purpose finds the shards that an interrupted one finished.
         clean: Remove what was staged for any other purpose.
     """
 
@@ -403,8 +421,8 @@ class Staging:
     def recover(cls, folder: Path) -> None:
         """Finish a commit that was interrupted, if there is one.
 
-        During a commit the folder has no manifest, so that a mixture of old and new shards is
-        never taken for a set.
+        During a commit the folder has no manifest, so that a mixture of old and new
+        shards is never taken for a set.
         """
         for path in folder.glob(f"{cls.PREFIX}*/{MANIFEST}"):
             staged = path.parent

@@ -1,8 +1,9 @@
-"""Read tars by their headers, so that a sample can be read without the samples before it.
+"""Read tars by their headers, so that a sample can be read without the samples before
+it.
 
-Tars are not trusted: names, kinds and sizes of members are checked before a byte
-of content is read, and nothing is extracted. We do not use tarfile, because it cannot start
-in the middle of an archive and takes a broken header for the end of the archive.
+Tars are not trusted: names, kinds and sizes of members are checked before a byte of
+content is read, and nothing is extracted. We do not use tarfile, because it cannot
+start in the middle of an archive and takes a broken header for the end of the archive.
 """
 
 from __future__ import annotations
@@ -73,7 +74,9 @@ class Damage(ValueError):
 
 
 def compression(head: bytes) -> str | None:
-    """The program that compressed a file, by the file's first bytes; None for a plain tar."""
+    """The program that compressed a file, by the file's first bytes; None for a plain
+    tar.
+    """
     return next((name for magic, name in COMPRESSIONS.items() if head.startswith(magic)), None)
 
 
@@ -82,7 +85,8 @@ class TarReader:
 
     Args:
         path: A file on disk or a UPath.
-        content: An open file with the plain tar, when `path` is compressed. It stays open.
+        content: An open file with the plain tar, when `path` is compressed. It stays
+            open.
 
     Raises Damage when the file is missing.
     """
@@ -125,16 +129,17 @@ class TarReader:
 def iterate_members(
     file: TarReader, path: Path, start: int = 0, stop: int | None = None, *, folders: bool = False
 ) -> Iterator[Member]:
-    """Members from the header at `start` to that at `stop`, or to the end of the archive.
+    """Members from the header at `start` to that at `stop`, or to the end of the
+    archive.
 
     Content is not read.
 
     Args:
         folders: Accept folders; they come as empty members whose names end in a slash.
 
-    Raises Damage, naming the path and the previous member, for a broken header, a truncated
-    member, a member that is not a plain file, an archive without its end marker, one that is
-    compressed, and content behind the end marker.
+    Raises Damage, naming the path and the previous member, for a broken header, a
+    truncated member, a member that is not a plain file, an archive without its end
+    marker, one that is compressed, and content behind the end marker.
     """
     size = file.size()
     offset, last = start, "the start" if start == 0 else f"byte {start}"
@@ -172,8 +177,8 @@ def group_members(
             raise ValueError.
         folders: See iterate_members.
 
-    Raises ValueError (Damage like iterate_members) for a key that comes back after another
-    key. An incomplete group in front of the damage is yielded first.
+    Raises ValueError (Damage like iterate_members) for a key that comes back after
+    another key. An incomplete group in front of the damage is yielded first.
     """
     seen: set[str] = set()
     key: str | None = None
@@ -209,7 +214,10 @@ def group_members(
 
 
 def read_content(file: TarReader, member: Member, path: Path) -> bytes:
-    """A member's content. Raises Damage when the file has become shorter since it was opened."""
+    """A member's content.
+
+    Raises Damage when the file has become shorter since it was opened.
+    """
     content = file.pread(member.size, member.offset)
     if len(content) < member.size:
         raise Damage(
@@ -232,10 +240,12 @@ def _check_plain(header: bytes, path: Path) -> None:
 
 
 def _pass_over(file: TarReader, header: bytes, offset: int, path: Path, last: str) -> int:
-    """Where the header after a volume's label, or after records about all members, begins.
+    """Where the header after a volume's label, or after records about all members,
+    begins.
 
-    git archive writes its commit into such a record. Raises Damage for a record that would
-    change what is read: a member is also read without the headers at the start of the tar.
+    git archive writes its commit into such a record. Raises Damage for a record that
+    would change what is read: a member is also read without the headers at the start of
+    the tar.
     """
     size = _checked_size(header, path, last)
     if header[156:157] == LABEL:
@@ -278,8 +288,8 @@ def _read_member(file: TarReader, header: bytes, start: int, path: Path, last: s
     text = _text(_name_in(header) if name is None else name, path, last)
     content = offset + BLOCK
     if kind == FOLDER or (kind == DUMPED_FOLDER and folders) or (kind == b"\0" and text.endswith("/")):
-        # The size of a folder is what it may grow to; nothing follows its header. A name that
-        # ends in a slash is a folder in old tars.
+        # The size of a folder is what it may grow to; nothing follows its header. A
+        # name that ends in a slash is a folder in old tars.
         if not folders:
             raise _not_plain(path, text)
         end = content + (_padded(length) if kind == DUMPED_FOLDER else 0)
@@ -312,7 +322,10 @@ def _name_in(header: bytes) -> bytes:
 
 
 def _extension(file: TarReader, length: int, offset: int, path: Path, last: str, most: int) -> bytes:
-    """The content of an extended header at an offset. Raises Damage when it has more than `most` bytes."""
+    """The content of an extended header at an offset.
+
+    Raises Damage when it has more than `most` bytes.
+    """
     if length > most:
         raise Damage(
             f"{path}: after {last}: an extended header of {length} bytes, more than the {most} allowed"
@@ -327,8 +340,8 @@ def _checked_size(header: bytes, path: Path, last: str) -> int:
     """The size that a header gives. Raises Damage unless its checksum is right."""
     checksum, size = _octal(header[148:156]), _number(header[124:136])
     if len(header) == BLOCK and size is not None:
-        # The checksum is the sum of all bytes, with its own eight counted as spaces. Some old
-        # programs added bytes above 127 as negative numbers.
+        # The checksum is the sum of all bytes, with its own eight counted as spaces.
+        # Some old programs added bytes above 127 as negative numbers.
         total = sum(header) - sum(header[148:156]) + 8 * 32
         high = sum(byte > 127 for byte in header[:148] + header[156:])
         if checksum in (total, total - 256 * high):
@@ -337,7 +350,10 @@ def _checked_size(header: bytes, path: Path, last: str) -> int:
 
 
 def _number(field: bytes) -> int | None:
-    """A number of a header: octal digits, or GNU's binary form. None for anything else."""
+    """A number of a header: octal digits, or GNU's binary form.
+
+    None for anything else.
+    """
     if field[:1] == b"\x80":
         return int.from_bytes(field[1:], "big")
     return _octal(field)
@@ -356,10 +372,11 @@ def _size_in(record: bytes, path: Path, last: str) -> int:
 
 
 def _records(content: bytes, path: Path, last: str) -> dict[str, bytes]:
-    """The records of an extended header that change what is read: name, size, and sparse files.
+    """The records of an extended header that change what is read: name, size, and
+    sparse files.
 
-    A record is "LENGTH KEY=VALUE\\n", where LENGTH counts all of it. Other records may hold any
-    bytes, such as extended attributes, and are passed over.
+    A record is "LENGTH KEY=VALUE\\n", where LENGTH counts all of it. Other records may
+    hold any bytes, such as extended attributes, and are passed over.
     """
     records: dict[str, bytes] = {}
     begin = num_records = 0
@@ -388,9 +405,11 @@ def _text(content: bytes, path: Path, last: str) -> str:
 
 
 def _check_end(file: TarReader, path: Path, offset: int, size: int, last: str) -> None:
-    """A complete tar ends in two or more blocks of zeros; anything else means lost samples.
+    """A complete tar ends in two or more blocks of zeros; anything else means lost
+    samples.
 
-    Their number depends on the size of a record, which `tar -b` sets: up to 16 MiB and more.
+    Their number depends on the size of a record, which `tar -b` sets: up to 16 MiB and
+    more.
     """
     if size - offset < 2 * BLOCK:
         raise Damage(

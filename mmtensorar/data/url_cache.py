@@ -1,9 +1,10 @@
 """Shard sets at a URL, read through a bounded cache on the local disk.
 
-A shard is downloaded completely before it is read: into a partial file, which a later attempt
-or process continues, and which gets its final name only when its SHA-256 is the manifest's.
-All processes of a machine may share one cache: with one lock for each shard, one process
-downloads while the others wait, and a shard that is being read is never removed.
+A shard is downloaded completely before it is read: into a partial file, which a later
+attempt or process continues, and which gets its final name only when its SHA-256 is the
+manifest's. All processes of a machine may share one cache: with one lock for each
+shard, one process downloads while the others wait, and a shard that is being read is
+never removed.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ FINAL = (400, 401, 403, 404, 405, 410, 451)  # HTTP answers that another attempt
 
 
 def is_url(name: str) -> bool:
-    """Whether a name is a URL of SCHEMES. Raises ValueError for any other URL, and for a command."""
+    """Whether a name is a URL of SCHEMES.
+
+    Raises ValueError for any other URL, and for a command.
+    """
     scheme, separator, _ = name.partition("://")
     if name.startswith("pipe:") or (separator and scheme not in SCHEMES):
         raise ValueError(
@@ -64,7 +68,9 @@ def shown(url: str) -> str:
 
 
 def store_errors() -> tuple[type[Exception], ...]:
-    """Errors of object-store libraries that are not OSErrors, from the libraries that are loaded."""
+    """Errors of object-store libraries that are not OSErrors, from the libraries that
+    are loaded.
+    """
     names = [("botocore.exceptions", "BotoCoreError"), ("botocore.exceptions", "ClientError")]
     names += [
         ("gcsfs.retry", "HttpError"),
@@ -130,8 +136,8 @@ class Cache:
     def local_path(self, url: str, shard: Shard) -> Iterator[Path]:
         """The local path of a set's complete shard, for use in a with statement.
 
-        Raises ValueError, naming the URL, when the shard cannot be downloaded, is not the
-        manifest's, or does not fit into the cache.
+        Raises ValueError, naming the URL, when the shard cannot be downloaded, is not
+        the manifest's, or does not fit into the cache.
         """
         url = f"{url.rstrip('/')}/{shard.name}"
         name = hashlib.sha256(f"{url} {shard.sha256}".encode()).hexdigest()[:32]
@@ -148,7 +154,10 @@ class Cache:
                     self._download(url, shard.sha256, path)
 
     def size(self, url: str, shard: Shard) -> int | None:
-        """Bytes of a shard, None if the server does not send it. Raises ValueError like local_path."""
+        """Bytes of a shard, None if the server does not send it.
+
+        Raises ValueError like local_path.
+        """
         url = f"{url.rstrip('/')}/{shard.name}"
         sizes: list[int | None] = []
 
@@ -163,7 +172,10 @@ class Cache:
     # ---- downloading -------------------------------------------------------------------------
 
     def _download(self, url: str, expected: str, path: Path) -> None:
-        """Download a file to `path`. expected: its SHA-256; a wrong file is downloaded once more."""
+        """Download a file to `path`.
+
+        expected: its SHA-256; a wrong file is downloaded once more.
+        """
         partial, wanted = path.with_suffix(".part"), path.with_suffix(".want")
         digest = ""
         try:
@@ -200,7 +212,8 @@ class Cache:
     def _retry(self, url: str, attempt: Callable[[], None], progress: Callable[[], int]) -> None:
         """Call attempt until it succeeds.
 
-        Failures count only while `progress`, the number of bytes received, does not grow.
+        Failures count only while `progress`, the number of bytes received, does not
+        grow.
         """
         failures = 0
         while True:
@@ -229,9 +242,9 @@ class Cache:
     def _make_room(self, num_bytes: int, wanted: Path, url: str) -> None:
         """Reserve num_bytes for a file.
 
-        Removes the least recently used shards until the file fits, then records its size in
-        the file `wanted`, which the other processes count. Waits up to timeout_s for shards
-        that are in use.
+        Removes the least recently used shards until the file fits, then records its
+        size in the file `wanted`, which the other processes count. Waits up to
+        timeout_s for shards that are in use.
         """
         if num_bytes > self.max_bytes:
             raise Refused(
@@ -275,7 +288,10 @@ class Cache:
         return sum(sizes.values()) + num_bytes <= self.max_bytes
 
     def _remove_unused(self, name: str) -> bool:
-        """Remove a shard unless some process uses it. Returns whether it was removed."""
+        """Remove a shard unless some process uses it.
+
+        Returns whether it was removed.
+        """
         try:
             with self._locked(name, fcntl.LOCK_EX | fcntl.LOCK_NB):
                 for suffix in (".tar", ".part", ".want"):
@@ -286,7 +302,8 @@ class Cache:
 
     @contextmanager
     def _locked(self, name: str, mode: int) -> Iterator[None]:
-        # Lock files are empty, and stay: removing one would let two processes lock one name.
+        # Lock files are empty, and stay: removing one would let two processes lock one
+        # name.
         with (self.folder / f"{name}.lock").open("w") as file:
             fcntl.flock(file, mode)
             yield
@@ -304,8 +321,8 @@ def _reason(error: BaseException) -> str:
     return text[:200] or type(error).__name__
 
 
-# Bytes of the whole file (None if unknown), the offset at which the answer begins, and the
-# bytes from there.
+# Bytes of the whole file (None if unknown), the offset at which the answer begins, and
+# the bytes from there.
 Answer = tuple[int | None, int, Generator[bytes, None, None]]
 
 
@@ -320,7 +337,8 @@ def _open_url(url: str, start: int, timeout_s: float) -> Answer:
 
 
 def _open_http(url: str, start: int, timeout_s: float) -> Answer:
-    # urllib: its timeout holds for each read, and it needs no event loop in forked workers.
+    # urllib: its timeout holds for each read, and it needs no event loop in forked
+    # workers.
     headers = {"User-Agent": "mmtensorar"} | ({"Range": f"bytes={start}-"} if start else {})
     try:
         response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout_s)
@@ -356,9 +374,13 @@ def _open_store(url: str, start: int) -> Answer:
 
 
 def _chunks(stream: Any, length: int | None) -> Generator[bytes, None, None]:
-    """The bytes of a stream, at most `length`. Raises OSError when the stream ends before that."""
+    """The bytes of a stream, at most `length`.
+
+    Raises OSError when the stream ends before that.
+    """
     num_bytes = 0
-    # read1 returns what a socket has received; read would lose it when the connection stalls.
+    # read1 returns what a socket has received; read would lose it when the connection
+    # stalls.
     read = getattr(stream, "read1", stream.read)
     with stream:
         while chunk := read(CHUNK if length is None else min(CHUNK, length - num_bytes)):

@@ -1,7 +1,10 @@
-"""Image tokenizers: pixels to discrete codes and back. Frozen, in eval mode, float32, without gradients.
+"""Image tokenizers: pixels to discrete codes and back.
 
-There is one file per image tokenizer. The recipe's `image_tokenizer: {name: ...}` selects it, and
-the file's Config validates the section. mmtensorar/model/protocols.py lists what a file defines.
+Frozen, in eval mode, float32, without gradients.
+
+There is one file per image tokenizer. The recipe's `image_tokenizer: {name: ...}`
+selects it, and the file's Config validates the section. mmtensorar/model/protocols.py
+lists what a file defines.
 Shapes: B batch, H W pixels, T image tokens (raster order), F factors.
 """
 
@@ -31,7 +34,10 @@ def file(name: str) -> ImageTokenizerFile:
 
 
 def section(settings: dict) -> NamedSection:
-    """Validate settings such as {"name": "janus_vq", "path": "FOLDER"}. Raises RecipeError."""
+    """Validate settings such as {"name": "janus_vq", "path": "FOLDER"}.
+
+    Raises RecipeError.
+    """
     validated, problems = named_section("image_tokenizer", settings)
     if validated is None or problems:
         raise RecipeError("; ".join(f"{key}: {text}" for key, text in problems))
@@ -41,7 +47,8 @@ def section(settings: dict) -> NamedSection:
 def load(section: NamedSection) -> ImageTokenizer:
     """The image tokenizer a section names, on the CPU.
 
-    Raises ValueError or OSError, naming the path, when there is no such model or it does not fit.
+    Raises ValueError or OSError, naming the path, when there is no such model or it
+    does not fit.
     """
     return file(section.name).load(section)
 
@@ -49,7 +56,9 @@ def load(section: NamedSection) -> ImageTokenizer:
 def check_fit(
     image_tokenizer: ImageTokenizer, backbone: Backbone, *, image_tokenizer_path: str, backbone_path: str
 ) -> None:
-    """Raise ValueError when an image tokenizer's codes are not those that a backbone predicts."""
+    """Raise ValueError when an image tokenizer's codes are not those that a backbone
+    predicts.
+    """
     makes = (math.prod(image_tokenizer.grid), tuple(image_tokenizer.factor_sizes))
     predicts = (backbone.num_tokens, tuple(backbone.factor_sizes))
     problem = image_tokenizer.misfit(backbone)
@@ -69,8 +78,9 @@ def _describe(num_codes: int, factor_sizes: tuple[int, ...]) -> str:
 class Frozen(nn.Module, ABC):
     """Base of the image tokenizers: always in eval mode, for images of one size.
 
-    A subclass sets the attributes of ImageTokenizer, and defines encode, decode, official_tensors and
-    save_pretrained (or derives from FrozenWithConfig, which has the latter).
+    A subclass sets the attributes of ImageTokenizer, and defines encode, decode,
+    official_tensors and save_pretrained (or derives from FrozenWithConfig, which has
+    the latter).
     """
 
     name: str
@@ -90,7 +100,9 @@ class Frozen(nn.Module, ABC):
             raise ValueError(f"pixels are {size}, the image tokenizer expects {self.image_size} a side")
 
     def misfit(self, backbone: Backbone) -> str | None:
-        """See ImageTokenizer: equal codes are enough, unless a subclass knows better."""
+        """See ImageTokenizer: equal codes are enough, unless a subclass knows
+        better.
+        """
         return None
 
     @abstractmethod
@@ -99,14 +111,18 @@ class Frozen(nn.Module, ABC):
 
 
 class FrozenWithConfig(Frozen):
-    """Base of the image tokenizers that are our own code: they are saved with a config.json of ours."""
+    """Base of the image tokenizers that are our own code: they are saved with a
+    config.json of ours.
+    """
 
     @abstractmethod
     def config_settings(self) -> dict[str, Any]:
         """The settings in config.json, without model_type."""
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors, in float16 where that loses nothing."""
+        """Write config.json and model.safetensors, in float16 where that loses
+        nothing.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file(shrink(self.official_tensors()), folder / WEIGHTS, metadata={"format": "pt"})
@@ -122,7 +138,9 @@ def full_precision(features: Tensor) -> torch.autocast:
 
 
 def shrink(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict to write: on the CPU, in float16 where that loses nothing in any tensor."""
+    """A state dict to write: on the CPU, in float16 where that loses nothing in any
+    tensor.
+    """
     state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     if all(torch.equal(value.half().float(), value) for value in state.values()):
         return {name: value.half() for name, value in state.items()}
@@ -147,7 +165,9 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
 def round_trip(
     image_tokenizer: ImageTokenizer, images: Sequence[Image.Image], *, batch_size: int = 32
 ) -> Iterator[Image.Image]:
-    """RGB images of the image tokenizer's size, encoded and decoded again, batch_size at a time."""
+    """RGB images of the image tokenizer's size, encoded and decoded again, batch_size
+    at a time.
+    """
     device = next(image_tokenizer.parameters()).device
     for start in range(0, len(images), batch_size):
         pixels = to_pixels(images[start : start + batch_size]).to(device)

@@ -62,10 +62,11 @@ class JanusVQ(Frozen):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """[B, 3, H, W] in [-1, 1] -> codes [B, T, 1] int64: the nearest row by angle.
+        """[B, 3, H, W] in [-1, 1] -> codes [B, T, 1] int64: the nearest row by
+        angle.
 
-        transformers' `encode` lacks the normalisation that DeepSeek's has, and gives other codes
-        wherever the rows differ in length.
+        transformers' `encode` lacks the normalisation that DeepSeek's has, and gives
+        other codes wherever the rows differ in length.
         """
         self.check_size(pixels)
         features = self.model.quant_conv(self.model.encoder(pixels)).permute(0, 2, 3, 1)  # [B, h, w, C]
@@ -77,7 +78,9 @@ class JanusVQ(Frozen):
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes [B, T, 1] -> [B, 3, H, W]; rows are normalised when they are looked up."""
+        """Codes [B, T, 1] -> [B, 3, H, W]; rows are normalised when they are looked
+        up.
+        """
         rows: Any = codes[..., 0]
         return self.model.decode(rows)
 
@@ -109,7 +112,8 @@ def load(section: Config) -> JanusVQ:
     else:
         config = hub_config(JanusVQVAEConfig, settings, folder)
     model = JanusVQVAE(config)
-    # codebook_used is a record of the codes that training used, in the original's files.
+    # codebook_used is a record of the codes that training used, in the original's
+    # files.
     fill(
         model.state_dict(),
         source,
@@ -120,7 +124,10 @@ def load(section: Config) -> JanusVQ:
 
 
 def _deepseek_config(settings: dict, source: ReleasedWeights) -> JanusVQVAEConfig:
-    """The VQ model's configuration. DeepSeek's config.json lacks its sizes, so the tensors give them."""
+    """The VQ model's configuration.
+
+    DeepSeek's config.json lacks its sizes, so the tensors give them.
+    """
     inside = {
         name.removeprefix(janus_deepseek.VQ): shape
         for name, shape in source.shapes.items()

@@ -1,8 +1,8 @@
 """LlamaGen's VQ tokenizers, VQ-16 and VQ-8, in code of our own.
 
 They compute what the original does (FoundationVision/LlamaGen at ce98ec4,
-tokenizer/tokenizer_image/vq_model.py) under its tensor names, and read its .pt files. The adversarial
-and quantiser losses are left out: the tokenizer is frozen.
+tokenizer/tokenizer_image/vq_model.py) under its tensor names, and read its .pt files.
+The adversarial and quantiser losses are left out: the tokenizer is frozen.
 Shapes: B batch, H W pixels, h w code grid, T = h * w, C code width, V codebook size.
 """
 
@@ -33,7 +33,8 @@ from mmtensorar.recipe import NamedSection
 SIGNATURES = ("encoder.conv_blocks.0.res.0.conv1.weight",)
 MODEL_TYPES = ("llamagen_vq",)
 ORIGINAL_KEY = "model"
-# The order of the original's reconstruction and demo scripts; its sampling scripts read `model` only.
+# The order of the original's reconstruction and demo scripts; its sampling scripts read
+# `model` only.
 WRAPPERS = ("ema", "model", "state_dict")
 # Only an official file's name says for which backbones it was trained.
 OFFICIAL_FILE = re.compile(r"vq_ds\d+_(c2i|t2i)\.\w+")
@@ -58,7 +59,10 @@ class Config(NamedSection):
 
 
 class Architecture(BaseModel):
-    """The sizes in config.json. *_ch_mult: width of each level in units of ch, from the pixels down."""
+    """The sizes in config.json.
+
+    *_ch_mult: width of each level in units of ch, from the pixels down.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -142,7 +146,9 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution, each followed by attention if attend is set, then the resampling."""
+    """Residual blocks of one resolution, each followed by attention if attend is set,
+    then the resampling.
+    """
 
     def __init__(self, inputs: int, outputs: int, num_blocks: int, *, attend: bool):
         super().__init__()
@@ -190,7 +196,9 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """[B, z_channels, h, w] -> [B, 3, H, W]. conv_blocks.0 has the lowest resolution, and attention."""
+    """[B, z_channels, h, w] -> [B, 3, H, W]. conv_blocks.0 has the lowest resolution,
+    and attention.
+    """
 
     def __init__(self, config: Architecture):
         super().__init__()
@@ -264,7 +272,8 @@ class VQModel(nn.Module):
 class LlamaGenVQ(FrozenWithConfig):
     """See mmtensorar.model.protocols.ImageTokenizer.
 
-    condition: for which LlamaGen backbones it was trained, class or text; None where no file says it.
+    condition: for which LlamaGen backbones it was trained, class or text; None where no
+    file says it.
     """
 
     name = "llamagen_vq"
@@ -293,11 +302,15 @@ class LlamaGenVQ(FrozenWithConfig):
 
     @torch.no_grad()
     def vectors(self, codes: Tensor) -> Tensor:
-        """Codes [B, T, 1] -> [B, T, C], of unit length where the released model has l2_norm."""
+        """Codes [B, T, 1] -> [B, T, C], of unit length where the released model has
+        l2_norm.
+        """
         return self.model.quantize(codes[..., 0].unflatten(1, self.grid)).flatten(2).mT
 
     def misfit(self, backbone: Backbone) -> str | None:
-        """LlamaGen's codebooks for both conditions have one shape, and are not the same."""
+        """LlamaGen's codebooks for both conditions have one shape, and are not the
+        same.
+        """
         if self.condition is None or backbone.name != "llamagen":
             return None
         condition = "class" if backbone.condition == "class" else "text"
@@ -354,7 +367,9 @@ def load(section: Config) -> LlamaGenVQ:
 
 
 def inferred(shapes: Mapping[str, Sequence[int]], path: Path) -> Architecture:
-    """The architecture that the shapes of official tensors imply. Official codebooks are all normalised.
+    """The architecture that the shapes of official tensors imply.
+
+    Official codebooks are all normalised.
 
     Raises ValueError naming path and the tensors that are missing.
     """

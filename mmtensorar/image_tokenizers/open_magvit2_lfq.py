@@ -1,8 +1,10 @@
-"""The lookup-free tokenizer of Open-MAGVIT2: every latent channel is one bit, 18 bits are a code.
+"""The lookup-free tokenizer of Open-MAGVIT2: every latent channel is one bit, 18 bits
+are a code.
 
-Written from the published description and the tensors of TencentARC/SEED-Voken (at b9a17ea). The
-parameters have the released names.
-Shapes: B batch, H W pixels, T image tokens, F factors, Z latent channels (bits), h w latent grid.
+Written from the published description and the tensors of TencentARC/SEED-Voken (at
+b9a17ea). The parameters have the released names.
+Shapes: B batch, H W pixels, T image tokens, F factors, Z latent channels (bits), h w
+latent grid.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ MODEL_TYPES = (MODEL_TYPE,)
 ORIGINAL_KEY = "state_dict"
 # Prefix of the tokenizer's tensors in a file of the AR model.
 INSIDE_AR = "first_stage_model."
-# Prefix of the exponential averages in a file of the tokenizer. The names after it have lost their dots.
+# Prefix of the exponential averages in a file of the tokenizer. The names after it have
+# lost their dots.
 EMA = "model_ema."
 WRAPPERS = ("state_dict",)  # where Lightning puts the tensors
 NUM_GROUPS, NORM_EPS = 32, 1e-6
@@ -36,8 +39,8 @@ NUM_GROUPS, NORM_EPS = 32, 1e-6
 class Config(NamedSection):
     """The recipe's `image_tokenizer` section.
 
-    Published reconstruction scores use the averaged weights. The AR models were trained on the raw ones, and
-    their files hold those.
+    Published reconstruction scores use the averaged weights. The AR models were trained
+    on the raw ones, and their files hold those.
     """
 
     name: Literal["open_magvit2_lfq"]
@@ -52,7 +55,10 @@ class Config(NamedSection):
 
 
 class Architecture(Section):
-    """Sizes of a tokenizer; its config.json. ema: whether the saved weights are averaged ones."""
+    """Sizes of a tokenizer; its config.json.
+
+    ema: whether the saved weights are averaged ones.
+    """
 
     ch: int = Field(default=128, ge=1)
     ch_mult: tuple[int, ...]
@@ -71,7 +77,8 @@ class Architecture(Section):
         return 2 ** (len(self.ch_mult) - 1)
 
 
-# The official files hold no sizes. Their number of levels distinguishes the two released models.
+# The official files hold no sizes. Their number of levels distinguishes the two
+# released models.
 RELEASED = {
     5: Architecture(
         ch_mult=(1, 1, 2, 2, 4), image_size=256
@@ -133,7 +140,8 @@ class Encoder(nn.Module):
 
 
 class AdaptiveGroupNorm(nn.Module):
-    """A group norm whose scale and bias per channel come from statistics of the whole latent.
+    """A group norm whose scale and bias per channel come from statistics of the whole
+    latent.
 
     So the decoder is not local: one changed code moves every pixel.
     """
@@ -159,8 +167,8 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, C, 2h, 2w]."""
-        # The position in the 2 x 2 square is the slow part of the channel number. In pixel_shuffle it is the
-        # fast part, which would give plausible wrong images.
+        # The position in the 2 x 2 square is the slow part of the channel number. In
+        # pixel_shuffle it is the fast part, which would give plausible wrong images.
         x = self.conv1(x).unflatten(1, (2, 2, -1))  # [B, row, column, C, h, w]
         return x.permute(0, 3, 4, 1, 5, 2).flatten(4, 5).flatten(2, 3)
 
@@ -229,7 +237,10 @@ def latents_to_codes(latents: Tensor, factorized_bits: Sequence[int]) -> Tensor:
 
 
 def codes_to_latents(codes: Tensor, factorized_bits: Sequence[int], grid: tuple[int, int]) -> Tensor:
-    """Codes [B, T, F] -> latents [B, Z, h, w] float32, exactly -1 or 1. grid: (h, w), with h * w = T."""
+    """Codes [B, T, F] -> latents [B, Z, h, w] float32, exactly -1 or 1.
+
+    grid: (h, w), with h * w = T.
+    """
     bits = [
         (codes[..., factor, None] >> torch.arange(count, device=codes.device)) & 1
         for factor, count in enumerate(factorized_bits)
@@ -314,7 +325,10 @@ def load(section: Config) -> LFQ:
 
 
 def _released(weights: ReleasedWeights, inside: str) -> Architecture:
-    """The released model with as many levels as the weights have. Raises ValueError when there is none."""
+    """The released model with as many levels as the weights have.
+
+    Raises ValueError when there is none.
+    """
     start = f"{inside}encoder.down."
     levels = len(
         {name.removeprefix(start).split(".")[0] for name in weights.shapes if name.startswith(start)}

@@ -1,4 +1,5 @@
-"""Which parameters are trained: all, the heads, or low-rank adapters on frozen matrices.
+"""Which parameters are trained: all, the heads, or low-rank adapters on frozen
+matrices.
 
 The window codec is always trained completely: it is new, and small. Low-rank adapters
 (LoRA, Hu et al., arXiv:2106.09685) are peft's. With qlora (Dettmers et al.,
@@ -25,13 +26,16 @@ WITH_ADAPTERS = ("lora", "qlora")
 BLOCK = 64  # numbers that share a scale in NF4
 
 
-# When it is imported (peft may do that), bitsandbytes recommends a package for inference in
-# 4 bits on CPUs.
+# When it is imported (peft may do that), bitsandbytes recommends a package for
+# inference in 4 bits on CPUs.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 class Counts(NamedTuple):
-    """One row of the table of trained parameters. part: the first components of their names."""
+    """One row of the table of trained parameters.
+
+    part: the first components of their names.
+    """
 
     part: str
     trained: int
@@ -39,7 +43,8 @@ class Counts(NamedTuple):
 
 
 def prepare(model: nn.Module, train: Train, lora: Lora, *, seed: int) -> None:
-    """Insert adapters if train.parts asks for them, and freeze everything that is not trained.
+    """Insert adapters if train.parts asks for them, and freeze everything that is not
+    trained.
 
     Args:
         model: a TensorAR, changed in place. It may be on the meta device.
@@ -47,8 +52,8 @@ def prepare(model: nn.Module, train: Train, lora: Lora, *, seed: int) -> None:
         lora: the recipe's section.
         seed: run.seed, under which adapters get their first values.
 
-    Raises ValueError when a pattern of train.freeze or lora.targets matches nothing, when
-    nothing is left to train, or a library is missing.
+    Raises ValueError when a pattern of train.freeze or lora.targets matches nothing,
+    when nothing is left to train, or a library is missing.
     """
     if train.parts in WITH_ADAPTERS:
         names = _targeted(model, lora)
@@ -93,7 +98,8 @@ def _shape(parameter: Tensor) -> torch.Size:
 def counts(model: nn.Module, shape_of: Callable[[Tensor], torch.Size] = _shape) -> list[Counts]:
     """Numbers of trained and of all parameters, by part.
 
-    shape_of: gives a parameter's complete shape; under ZeRO-3 each rank holds a share of it.
+    shape_of: gives a parameter's complete shape; under ZeRO-3 each rank holds a share
+    of it.
     """
     sums: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():
@@ -148,7 +154,9 @@ def _matrix(model: nn.Module, name: str) -> nn.Linear:
 
 
 def _insert(model: nn.Module, names: list[str], train: Train, lora: Lora) -> None:
-    """Put peft's adapters around the matrices of these names inside the backbone, in place."""
+    """Put peft's adapters around the matrices of these names inside the backbone, in
+    place.
+    """
     try:
         import peft
     except ImportError as error:
@@ -176,8 +184,8 @@ def _initialise(model: nn.Module, seed: int) -> None:
 def initial(name: str, shape: torch.Size, seed: int) -> Tensor:
     """The first value of an adapter's parameter, float32.
 
-    As in peft: B is 0, A is drawn like a linear map's weight. Each parameter has its own
-    seed, so the order in which they are made has no influence.
+    As in peft: B is 0, A is drawn like a linear map's weight. Each parameter has its
+    own seed, so the order in which they are made has no influence.
     """
     value = torch.zeros(shape)
     if ".lora_A." in name:
@@ -194,7 +202,8 @@ def state(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 def fold(model: nn.Module, train: Train, lora: Lora, adapters: dict[str, Tensor]) -> None:
     """Add adapters to the matrices of a model without adapters, in place.
 
-    adapters: what `state` returns. Raises ValueError when they do not fit lora's settings.
+    adapters: what `state` returns. Raises ValueError when they do not fit lora's
+    settings.
     """
     names = _targeted(model, lora)
     if train.parts == "qlora":
@@ -227,7 +236,10 @@ def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def bitsandbytes_for(setting: str) -> ModuleType:
-    """The library, for a setting that needs it. Raises ValueError, naming the setting, when it is missing."""
+    """The library, for a setting that needs it.
+
+    Raises ValueError, naming the setting, when it is missing.
+    """
     try:
         import bitsandbytes
     except ImportError as error:

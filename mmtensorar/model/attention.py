@@ -5,8 +5,8 @@
     eager              plain tensor operations, to check the others
 
 All three give the same numbers within rounding, padded rows included.
-Shapes: B batch, H query heads, G key/value heads (a divisor of H), S queries, N keys, C width
-of a head. The S queries are at the last S of the N positions.
+Shapes: B batch, H query heads, G key/value heads (a divisor of H), S queries, N keys, C
+width of a head. The S queries are at the last S of the N positions.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ Implementation = Literal["sdpa", "flash_attention_2", "eager"]
 
 
 class Pattern(NamedTuple):
-    """Which query sees which key. Computed once per forward pass, since all layers share it."""
+    """Which query sees which key.
+
+    Computed once per forward pass, since all layers share it.
+    """
 
     implementation: Implementation
     visible: Tensor | None
@@ -70,7 +73,8 @@ def pattern(
     """
     if implementation == "flash_attention_2":
         return Pattern(implementation, None, mask)
-    # is_causal of sdpa aligns the queries with the first keys, so it is right only for S = N.
+    # is_causal of sdpa aligns the queries with the first keys, so it is right only for
+    # S = N.
     if mask is None and (num_queries in (1, num_keys)) and implementation == "sdpa":
         return Pattern(implementation, None, None)
     keys_N = torch.arange(num_keys, device=device)
@@ -82,7 +86,9 @@ def pattern(
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> Tensor:
-    """[B, H, S, C], [B, G, N, C], [B, G, N, C] -> [B, H, S, C], scaled by 1 / sqrt(C)."""
+    """[B, H, S, C], [B, G, N, C], [B, G, N, C] -> [B, H, S, C], scaled by
+    1 / sqrt(C).
+    """
     if pattern.implementation == "flash_attention_2":
         return _flash(query, key, value, pattern.mask)
     # Consecutive query heads share one key head.
@@ -99,7 +105,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> Tenso
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention by flash-attn, whose causal mask is aligned with the last key, as ours is."""
+    """Attention by flash-attn, whose causal mask is aligned with the last key, as ours
+    is.
+    """
     from flash_attn import (  # pyright: ignore[reportMissingImports]
         flash_attn_func,
         flash_attn_varlen_func,
@@ -131,5 +139,7 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
 
 
 def _borders(mask: Tensor) -> Tensor:
-    """[B, N] -> [B + 1] int32: where each row's real positions start in the packed sequence, and the end."""
+    """[B, N] -> [B + 1] int32: where each row's real positions start in the packed
+    sequence, and the end.
+    """
     return functional.pad(mask.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))

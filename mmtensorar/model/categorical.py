@@ -1,4 +1,6 @@
-"""Sampling from a categorical distribution with one random number per token (inverse of the CDF)."""
+"""Sampling from a categorical distribution with one random number per token (inverse of
+the CDF).
+"""
 
 import torch
 from torch import Tensor
@@ -22,5 +24,6 @@ def invert_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
     line = probs.cumsum(-1)
     total = line[..., -1:]
     point = torch.minimum(uniform[..., None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    # right=True: the first token whose slice ends beyond the point, never an empty slice.
+    # right=True: the first token whose slice ends beyond the point, never an empty
+    # slice.
     return torch.searchsorted(line, point, right=True)[..., 0]

@@ -1,7 +1,7 @@
 """The window codec, the two modules that TensorAR adds to a backbone.
 
-The encoder turns K embeddings into one state, the decoder turns one state into K states.
-Both are small query transformers with a residual around the original path
+The encoder turns K embeddings into one state, the decoder turns one state into K
+states. Both are small query transformers with a residual around the original path
 (arXiv:2505.16324). Their last projection starts at zero, so a fresh pair changes
 nothing: encoder(x) == x[..., 0, :] and decoder(h)[..., j, :] == h, bit for bit.
 Neither has an MLP: each costs 4 D^2 per layer, inside the paper's budget of about
@@ -18,8 +18,8 @@ from mmtensorar.model.layers import Linear
 class ZeroLinear(Linear):
     """A linear map that starts at zero.
 
-    reset_parameters writes the zeros, inside the constructor: ZeRO-3 empties a weight as
-    soon as its module is built, so writing zeros afterwards would have no effect.
+    reset_parameters writes the zeros, inside the constructor: ZeRO-3 empties a weight
+    as soon as its module is built, so writing zeros afterwards would have no effect.
     """
 
     def reset_parameters(self) -> None:
@@ -29,10 +29,11 @@ class ZeroLinear(Linear):
 
 
 class Attention(nn.Module):
-    """Multi-head attention: four D x D maps without biases (a key bias would never get a gradient).
+    """Multi-head attention: four D x D maps without biases (a key bias would never get
+    a gradient).
 
-    zero_output: the output map starts at zero. Raises ValueError when num_heads does not
-    divide dim.
+    zero_output: the output map starts at zero. Raises ValueError when num_heads does
+    not divide dim.
     """
 
     def __init__(self, dim: int, num_heads: int, *, zero_output: bool):
@@ -48,14 +49,17 @@ class Attention(nn.Module):
         self.output = (ZeroLinear if zero_output else Linear)(dim, dim, bias=False)
 
     def forward(self, query: Tensor, context: Tensor, visible: Tensor | None = None) -> Tensor:
-        """query [..., Q, D], context [..., C, D], visible [..., C] bool -> [..., Q, D]."""
+        """query [..., Q, D], context [..., C, D], visible [..., C] bool ->
+        [..., Q, D].
+        """
 
         def heads(x: Tensor) -> Tensor:
             return x.unflatten(-1, (self.num_heads, -1)).transpose(-2, -3)
 
         q, k, v = heads(self.query(query)), heads(self.key(context)), heads(self.value(context))
-        # Plain operations: a window has only a few slots, but there are B * T windows, and
-        # fused kernels are made for (and limit the batch size to) the opposite case.
+        # Plain operations: a window has only a few slots, but there are B * T windows,
+        # and fused kernels are made for (and limit the batch size to) the opposite
+        # case.
         scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5  # [..., H, Q, C]
         if visible is not None:
             scores = scores.masked_fill(~visible[..., None, None, :], float("-inf"))
@@ -65,8 +69,8 @@ class Attention(nn.Module):
 
 def _offset_vectors(window: int, dim: int) -> nn.Parameter:
     """[K, D]: one learned vector per offset."""
-    # They are added to inputs of unit RMS, and a fine-tune at 2e-5 barely moves them. At the
-    # usual 0.02 the model could hardly tell the offsets apart.
+    # They are added to inputs of unit RMS, and a fine-tune at 2e-5 barely moves them.
+    # At the usual 0.02 the model could hardly tell the offsets apart.
     return nn.Parameter(0.5 * torch.randn(window, dim))
 
 
@@ -90,7 +94,8 @@ class WindowEncoder(nn.Module):
         _check(window, depth)
         self.norm = nn.RMSNorm(dim, eps=1e-6)
         self.offset_positions = _offset_vectors(window, dim)
-        # Each layer refines the one query over the same window; only the last one starts at zero.
+        # Each layer refines the one query over the same window; only the last one
+        # starts at zero.
         self.layers = nn.ModuleList(
             Attention(dim, num_heads, zero_output=i == depth - 1) for i in range(depth)
         )

@@ -34,7 +34,10 @@ class Prefix(NamedTuple):
 
 
 class FeatureIdentity(NamedTuple):
-    """The settings that text features depend on. Shards record them for cached features."""
+    """The settings that text features depend on.
+
+    Shards record them for cached features.
+    """
 
     width: int | None  # C; None: any
     max_tokens: int  # longer captions are cut
@@ -46,8 +49,9 @@ class FeatureIdentity(NamedTuple):
 class Excess(NamedTuple):
     """How far a prompt exceeds the limit on its tokens.
 
-    num_tokens: all its tokens, those of the backbone's template included; only of the part that
-    was read if the text was too long to read. unread: characters beyond that part.
+    num_tokens: all its tokens, those of the backbone's template included; only of the
+    part that was read if the text was too long to read. unread: characters beyond that
+    part.
     """
 
     num_tokens: int
@@ -60,16 +64,21 @@ class Excess(NamedTuple):
 
 
 class CaptionEncoder(Protocol):
-    """Turns captions into a Condition on the CPU. Loader workers receive a pickled copy."""
+    """Turns captions into a Condition on the CPU.
+
+    Loader workers receive a pickled copy.
+    """
 
     kind: ConditionKind
     num_classes: int | None  # for kind class
 
     def __call__(self, captions: Sequence[Any]) -> Condition:
-        """B captions (class numbers, as str or int, for kind class) -> Condition. Raises ValueError.
+        """B captions (class numbers, as str or int, for kind class) -> Condition.
 
-        A prompt that is longer than the limit is cut at the end of the caption, in the same
-        way in training and sampling.
+        Raises ValueError.
+
+        A prompt that is longer than the limit is cut at the end of the caption, in the
+        same way in training and sampling.
         """
         ...
 
@@ -78,9 +87,15 @@ class CaptionEncoder(Protocol):
         ...
 
     def to(self, device: torch.device) -> None:
-        """Compute on this device, if the encoder computes anything. The result stays on the CPU."""
+        """Compute on this device, if the encoder computes anything.
+
+        The result stays on the CPU.
+        """
         ...
 
     def identity(self) -> FeatureIdentity | None:
-        """For kind features, see FeatureIdentity. Reads the encoder's weights if they are local."""
+        """For kind features, see FeatureIdentity.
+
+        Reads the encoder's weights if they are local.
+        """
         ...

@@ -9,7 +9,9 @@ from torch import Tensor
 
 
 class LayerCache:
-    """Keys and values of one layer, [B, G, max_len, C] each. The first `length` positions are filled.
+    """Keys and values of one layer, [B, G, max_len, C] each.
+
+    The first `length` positions are filled.
 
     The memory is allocated once, at the first append, and `append` returns views of it.
     A cache that grows by concatenation copies all earlier positions at every step.
@@ -21,7 +23,9 @@ class LayerCache:
         self._values: Tensor | None = None
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add S positions, [B, G, S, C] each; return all keys and values so far, [B, G, length, C] each."""
+        """Add S positions, [B, G, S, C] each; return all keys and values so far,
+        [B, G, length, C] each.
+        """
         if self._keys is None or self._values is None:
             B, G, _, C = key.shape
             # The key's dtype, which under autocast is not that of the weights.
@@ -45,5 +49,7 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        """The number of positions that are filled; the same in all layers between two forward passes."""
+        """The number of positions that are filled; the same in all layers between two
+        forward passes.
+        """
         return self.layers[0].length

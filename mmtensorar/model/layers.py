@@ -1,8 +1,9 @@
-"""Transformer layers of LlamaGen and Open-MAGVIT2, under the parameter names of their released weights.
+"""Transformer layers of LlamaGen and Open-MAGVIT2, under the parameter names of their
+released weights.
 
 Both have the same parts: RMS norms, rotary positions on a grid, SwiGLU.
-Shapes: B batch, P prefix, S positions, T image tokens, D width, O output width, V vocabulary,
-H query heads, G key/value heads, C width of a head.
+Shapes: B batch, P prefix, S positions, T image tokens, D width, O output width, V
+vocabulary, H query heads, G key/value heads, C width of a head.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from mmtensorar.model import attention
 from mmtensorar.model.kv_cache import KVCache, LayerCache
 
-# `few_rows_linear` differs from a plain product for at most MAX_ROWS rows and a weight of at
-# least MIN_WEIGHT numbers.
+# `few_rows_linear` differs from a plain product for at most MAX_ROWS rows and a weight
+# of at least MIN_WEIGHT numbers.
 MAX_ROWS, MIN_WEIGHT = 64, 2**19
 
 Checkpointing = bool | Literal["selective"]
@@ -42,7 +43,9 @@ KEPT = [
 
 
 def checkpoint_options(policy: Checkpointing) -> dict[str, Any]:
-    """The options of torch.utils.checkpoint.checkpoint for a policy other than False."""
+    """The options of torch.utils.checkpoint.checkpoint for a policy other than
+    False.
+    """
     # Not reentrant: ZeRO-3 expects one gradient per parameter and backward.
     options: dict[str, Any] = {"use_reentrant": False}
     if policy == "selective":
@@ -51,7 +54,9 @@ def checkpoint_options(policy: Checkpointing) -> dict[str, Any]:
 
 
 def ffn_width(dim: int, *, multiple_of: int = 256, multiplier: float | None = None) -> int:
-    """Hidden width of the feed-forward: 2/3 of 4 D, times multiplier, rounded up to multiple_of."""
+    """Hidden width of the feed-forward: 2/3 of 4 D, times multiplier, rounded up to
+    multiple_of.
+    """
     width = int(2 * 4 * dim / 3)
     if multiplier is not None:
         width = int(multiplier * width)
@@ -66,7 +71,8 @@ def ffn_width(dim: int, *, multiple_of: int = 256, multiplier: float | None = No
 def rotary_table(
     prefix_len: int, num_tokens: int, head_dim: int, base: float, device: torch.device
 ) -> Tensor:
-    """[P + T, C / 2] complex64: cos + i sin of each position's angle, one per pair of channels.
+    """[P + T, C / 2] complex64: cos + i sin of each position's angle, one per pair of
+    channels.
 
     The first half of the pairs turns with the row of the grid, the second half with the
     column. The table is neither a buffer nor a parameter, so a cast of the model to
@@ -79,13 +85,15 @@ def rotary_table(
     by_column = angles[None].expand(side, side, -1)
     angles = torch.cat([by_row, by_column], dim=-1).flatten(0, 1)
     image = torch.polar(torch.ones_like(angles), angles)
-    # cos = sin = 0 for the prefix, not (1, 0): its queries and keys become zero vectors. The
-    # released models were trained this way, and "repairing" it breaks every one of them.
+    # cos = sin = 0 for the prefix, not (1, 0): its queries and keys become zero
+    # vectors. The released models were trained this way, and "repairing" it breaks
+    # every one of them.
     return torch.cat([image.new_zeros(prefix_len, image.shape[1]), image])
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn each pair of neighbouring channels: x [B, S, H, C], table [S, C / 2] -> [B, S, H, C].
+    """Turn each pair of neighbouring channels: x [B, S, H, C], table [S, C / 2] ->
+    [B, S, H, C].
 
     Computed in float32, returned in x's dtype.
     """
@@ -97,7 +105,9 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """RMS norm computed in float32, cast to the input's dtype, then multiplied by the weight."""
+    """RMS norm computed in float32, cast to the input's dtype, then multiplied by the
+    weight.
+    """
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -113,15 +123,16 @@ Kernel = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x @ weight.T + bias, faster for decoding on the CPU: [B, S, ..., D] -> [B, S, ..., O].
+    """x @ weight.T + bias, faster for decoding on the CPU: [B, S, ..., D] ->
+    [B, S, ..., O].
 
-    Decoding computes one position per image, so x has only a few rows. For few rows and a
-    large weight, the product of nn.Linear is bound by neither memory nor arithmetic (MKL in
-    PyTorch 2.15, two threads with AVX-512). Computed as weight @ x.T it takes 0.7 of the
-    time for 16 rows, and a quarter for two. For one row MKL uses a single thread, so the
-    row is doubled: two rows take less than half the time of one. With one thread, or a
-    weight that stays in the cache, this does not pay. Training, whole sequences and GPUs
-    use the plain product.
+    Decoding computes one position per image, so x has only a few rows. For few rows and
+    a large weight, the product of nn.Linear is bound by neither memory nor arithmetic
+    (MKL in PyTorch 2.15, two threads with AVX-512). Computed as weight @ x.T it takes
+    0.7 of the time for 16 rows, and a quarter for two. For one row MKL uses a single
+    thread, so the row is doubled: two rows take less than half the time of one. With
+    one thread, or a weight that stays in the cache, this does not pay. Training, whole
+    sequences and GPUs use the plain product.
     """
     few = x.shape[1] == 1 and x[..., 0].numel() <= MAX_ROWS
     large = weight.numel() >= MIN_WEIGHT and torch.get_num_threads() > 1
@@ -143,19 +154,25 @@ class Linear(nn.Linear):
 
 
 class OutputMap(nn.Linear):
-    """A linear map at the end of a head. It can run another kernel, such as a fused loss.
+    """A linear map at the end of a head.
 
-    Under ZeRO-3 the weight exists only during this module's forward, so a kernel that needs
-    it must run here: `model.loss` passes one that fuses the product with the cross entropy.
+    It can run another kernel, such as a fused loss.
+
+    Under ZeRO-3 the weight exists only during this module's forward, so a kernel that
+    needs it must run here: `model.loss` passes one that fuses the product with the
+    cross entropy.
     """
 
     def forward(self, x: Tensor, *, kernel: Kernel = few_rows_linear) -> Tensor:
-        """kernel(x, weight, bias); by default logits, [B, S, ..., D] -> [B, S, ..., V]."""
+        """kernel(x, weight, bias); by default logits, [B, S, ..., D] ->
+        [B, S, ..., V].
+        """
         return kernel(x, self.weight, self.bias)
 
 
 def use_fast_linear(model: nn.Module) -> None:
-    """Make every plain nn.Linear of another library's model compute `few_rows_linear`, in place.
+    """Make every plain nn.Linear of another library's model compute `few_rows_linear`,
+    in place.
 
     The modules keep their weights and names; subclasses of nn.Linear are left alone.
     """
@@ -165,14 +182,18 @@ def use_fast_linear(model: nn.Module) -> None:
 
 
 def use_output_map(linear: nn.Linear) -> OutputMap:
-    """Turn the last linear map of another library's model into an OutputMap, in place, with its weights."""
+    """Turn the last linear map of another library's model into an OutputMap, in place,
+    with its weights.
+    """
     assert type(linear) in (nn.Linear, Linear)
     linear.__class__ = OutputMap
     return cast(OutputMap, linear)
 
 
 class SelfAttention(nn.Module):
-    """Causal attention over positions. wqkv holds query, key and value, in that order."""
+    """Causal attention over positions. wqkv holds query, key and value, in that
+    order.
+    """
 
     def __init__(self, dim: int, num_heads: int, num_kv_heads: int):
         super().__init__()
@@ -183,7 +204,9 @@ class SelfAttention(nn.Module):
     def forward(
         self, x: Tensor, table: Tensor, pattern: attention.Pattern, cache: LayerCache | None = None
     ) -> Tensor:
-        """x [B, S, D], table: the rotary rows of these S positions, [S, C / 2] -> [B, S, D]."""
+        """x [B, S, D], table: the rotary rows of these S positions, [S, C / 2] ->
+        [B, S, D].
+        """
         H, G = self.heads
         qkv = self.wqkv(x).unflatten(-1, (H + 2 * G, -1))  # [B, S, H + 2G, C]
         query, key = rotate(qkv[:, :, : H + G], table).transpose(1, 2).split(self.heads, dim=1)

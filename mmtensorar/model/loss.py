@@ -1,4 +1,5 @@
-"""The loss of the predicted windows: offset weights, chunks, kernels, and the reported numbers.
+"""The loss of the predicted windows: offset weights, chunks, kernels, and the reported
+numbers.
 
     L = sum_j offset_weights[j] * mean_{b, t} CE(logits[b, t, j], codes[b, t + j])
 
@@ -8,7 +9,8 @@ Heads give logits only; this file chooses how their cross entropy is computed:
     in chunks   logits of a chunk, then cross entropy; the backward computes them again
     liger       Liger's kernel, which fuses the head's last linear map with the cross entropy
 
-Shapes: B batch, T image tokens, K window, F factors, V vocabulary, D width, N rows of B * T.
+Shapes: B batch, T image tokens, K window, F factors, V vocabulary, D width, N rows of
+B * T.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ class LossSettings:
     label_smoothing: share of each target that is spread over all codes, in training.
     z_loss: weight of log(Z)^2 of each prediction in training, which keeps logits from
         drifting (Chowdhery et al., arXiv:2204.02311, section 5).
-    kernel: train.loss_kernel. auto uses Liger's on a GPU if it is installed and supports
+    kernel: train.loss_kernel. auto uses Liger's on a GPU if it is installed and
+    supports
         this head and loss.
     Raises ValueError when chunk_tokens is below 1.
     """
@@ -80,7 +83,8 @@ class LossOutput(NamedTuple):
 
 
 def resolve_offset_weights(spec: Sequence[float] | str | None, window: int) -> list[float]:
-    """The K weights of the loss, from a list of K numbers, a name, or None (1, then 0.1 per draft).
+    """The K weights of the loss, from a list of K numbers, a name, or None (1, then 0.1
+    per draft).
 
     Names: uniform (1, 1, ...), first_only (1, 0, ...), geometric (1, 1/2, 1/4, ...).
     Raises ValueError for another name, another count, or weights that are negative,
@@ -126,13 +130,15 @@ def window_loss(
         hidden: [B, T, D]; row t predicts window t.
         targets: [B, T, K, F] int64, the true windows.
         valid: [T, K] bool; other slots are ignored.
-        offset_states: [..., D] -> [..., K, D], the output decoder (or a view if K is 1).
+        offset_states: [..., D] -> [..., K, D], the output decoder (or a view if K is
+            1).
         head: the backbone's head.
         offset_weights: K weights.
         settings: see LossSettings.
         training: True applies label smoothing and z-loss; False computes accuracies.
 
-    Raises ValueError when the kernel is liger and it does not support this head or loss.
+    Raises ValueError when the kernel is liger and it does not support this head or
+    loss.
     """
     sums = _liger_sums if _uses_liger(head, hidden, settings) else _chunked_sums
     sums_3K = sums(
@@ -144,8 +150,8 @@ def window_loss(
         settings=settings,
         training=training,
     )
-    # T is fixed, so every rank averages over equally many tokens per offset, and the mean over
-    # ranks of these means is the global mean.
+    # T is fixed, so every rank averages over equally many tokens per offset, and the
+    # mean over ranks of these means is the global mean.
     goal_K, loss_K, right_K = sums_3K / (len(hidden) * valid.sum(0))
     weights_K = torch.tensor(tuple(offset_weights), device=loss_K.device)
     return LossOutput((weights_K * goal_K).sum(), loss_K.detach(), None if training else right_K.detach())
@@ -164,11 +170,13 @@ def _chunked_sums(
     settings: LossSettings,
     training: bool,
 ) -> Tensor:
-    """[3, K] float32: goal, cross entropy and number of right tokens, summed over B and valid T.
+    """[3, K] float32: goal, cross entropy and number of right tokens, summed over B and
+    valid T.
 
-    All logits at once would be B * T * K rows of V numbers, by far the largest tensor of a
-    step. They are computed in chunks, and the backward computes each chunk again. The
-    chunks depend on shapes only, so under ZeRO-3 all ranks gather weights in the same order.
+    All logits at once would be B * T * K rows of V numbers, by far the largest tensor
+    of a step. They are computed in chunks, and the backward computes each chunk again.
+    The chunks depend on shapes only, so under ZeRO-3 all ranks gather weights in the
+    same order.
     """
     chunk_sums = partial(
         _chunk_sums, offset_states=offset_states, head=head, settings=settings, training=training
@@ -195,9 +203,11 @@ def _chunk_sums(
     settings: LossSettings,
     training: bool,
 ) -> Tensor:
-    """hidden [N, D], targets [N, K, F], valid [N, K] -> [3, K] float32; see `_chunked_sums`.
+    """hidden [N, D], targets [N, K, F], valid [N, K] -> [3, K] float32; see
+    `_chunked_sums`.
 
-    The losses of a token are summed over its factors; a token is right if all its factors are.
+    The losses of a token are summed over its factors; a token is right if all its
+    factors are.
     """
     # One batch row of N steps, since a head expects [B, S, ...].
     targets_1NKF = targets[None]
@@ -234,10 +244,13 @@ def has_liger() -> bool:
 
 
 def _uses_liger(head: Head, hidden: Tensor, settings: LossSettings) -> bool:
-    """Whether Liger computes the loss. It supports one factor and plain cross entropy.
+    """Whether Liger computes the loss.
+
+    It supports one factor and plain cross entropy.
 
     Only where gradients are needed: the kernel computes them in the forward.
-    Raises ValueError when settings.kernel is liger, and it does not support this head or loss.
+    Raises ValueError when settings.kernel is liger, and it does not support this head
+    or loss.
     """
     if settings.kernel == "torch" or not torch.is_grad_enabled():
         return False
@@ -261,10 +274,11 @@ def _liger_sums(
     settings: LossSettings,
     training: bool,
 ) -> Tensor:
-    """[3, K] float32, as `_chunked_sums`; without the number of right tokens, which stays 0.
+    """[3, K] float32, as `_chunked_sums`; without the number of right tokens, which
+    stays 0.
 
-    Only the decoder runs in chunks, which the backward computes again. The states of all
-    offsets are in memory at once.
+    Only the decoder runs in chunks, which the backward computes again. The states of
+    all offsets are in memory at once.
     """
     K = targets.shape[2]
     chunks = hidden.flatten(0, 1)[None].split(_rows_per_chunk(settings, K), dim=1)
@@ -288,7 +302,8 @@ def _liger_sums(
 
 
 def liger_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, *, targets: Tensor) -> Tensor:
-    """The summed cross entropy of x @ weight.T + bias by Liger's kernel, an OutputMap's `kernel`.
+    """The summed cross entropy of x @ weight.T + bias by Liger's kernel, an OutputMap's
+    `kernel`.
 
     The forward computes logits and their gradients once, one part after the other.
 

@@ -1,10 +1,12 @@
 """The complete interfaces of backbones and image tokenizers.
 
-A file in `mmtensorar/backbones` or `mmtensorar/image_tokenizers` follows two protocols: one for the
-file itself (`BackboneFile`, `ImageTokenizerFile`) and one for the module that its `load` returns
-(`Backbone`, `ImageTokenizer`). tests/backbones/test_contract.py checks every file, found by listing.
+A file in `mmtensorar/backbones` or `mmtensorar/image_tokenizers` follows two protocols:
+one for the file itself (`BackboneFile`, `ImageTokenizerFile`) and one for the module
+that its `load` returns (`Backbone`, `ImageTokenizer`). tests/backbones/test_contract.py
+checks every file, found by listing.
 
-Shapes: B batch, P prefix, S rows, T image tokens, F factors, D width, V vocabulary, H W pixels.
+Shapes: B batch, P prefix, S rows, T image tokens, F factors, D width, V vocabulary, H W
+pixels.
 """
 
 from __future__ import annotations
@@ -26,24 +28,30 @@ from mmtensorar.recipe import BackboneConfig, NamedSection
 class Head(Protocol):
     """An nn.Module that turns hidden states into logits, one factor after the other.
 
-    It computes head(hidden, prev) = output_maps[f](states(hidden, prev)). The loss uses the
-    two halves to replace the last product with another kernel (see `model.loss`).
+    It computes head(hidden, prev) = output_maps[f](states(hidden, prev)). The loss uses
+    the two halves to replace the last product with another kernel (see `model.loss`).
     """
 
     @property
     def output_maps(self) -> Sequence[nn.Module]:
-        """The last linear map of each factor. A `layers.OutputMap` can run a fused loss."""
+        """The last linear map of each factor.
+
+        A `layers.OutputMap` can run a fused loss.
+        """
         ...
 
     def states(self, hidden: Tensor, prev: Tensor) -> Tensor:
-        """What output_maps[f] takes: hidden [..., D], prev [..., f] int64, f = prev.shape[-1].
+        """What output_maps[f] takes: hidden [..., D], prev [..., f] int64,
+        f = prev.shape[-1].
 
         It uses parameters only by calling submodules, as ZeRO-3 needs.
         """
         ...
 
     def __call__(self, hidden: Tensor, prev: Tensor) -> Tensor:
-        """hidden [..., D], earlier factors prev [..., f] int64 -> logits [..., V_f] of factor f."""
+        """hidden [..., D], earlier factors prev [..., f] int64 -> logits [..., V_f] of
+        factor f.
+        """
         ...
 
 
@@ -89,7 +97,8 @@ class Backbone(Protocol):
     head: Head
 
     def __call__(self, embeds: Tensor, mask: Tensor, cache: Any = None) -> Tensor:
-        """Causal hidden states: embeds [B, S, D], mask [B, cached + S] bool -> [B, S, D].
+        """Causal hidden states: embeds [B, S, D], mask [B, cached + S] bool ->
+        [B, S, D].
 
         The S rows follow the positions in the cache. `head` takes the result.
         """
@@ -100,18 +109,23 @@ class Backbone(Protocol):
         ...
 
     def example_condition(self, num_rows: int, prompt_len: int) -> Condition:
-        """A condition of the right shape and dtype, whose values do not matter, for plans.
+        """A condition of the right shape and dtype, whose values do not matter, for
+        plans.
 
         prompt_len: P where the backbone has no `prefix_len`.
         """
         ...
 
     def check_prompts(self, section: BackboneConfig) -> None:
-        """Raise ValueError when a file that `caption_encoder` needs is missing in the released model."""
+        """Raise ValueError when a file that `caption_encoder` needs is missing in the
+        released model.
+        """
         ...
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, model.safetensors and the text tokenizer, for `load` to read."""
+        """Write config.json, model.safetensors and the text tokenizer, for `load` to
+        read.
+        """
         ...
 
     def save_config(self, folder: Path) -> None:
@@ -122,8 +136,9 @@ class Backbone(Protocol):
 class BackboneFile(Protocol):
     """The names that a file in mmtensorar/backbones defines.
 
-    Its functions are described in mmtensorar/backbones/__init__.py, except `write_original`, here.
-    `lazy_weights` returns a `LazyWeights` of mmtensorar/checkpoints/released.py.
+    Its functions are described in mmtensorar/backbones/__init__.py, except
+    `write_original`, here. `lazy_weights` returns a `LazyWeights` of
+    mmtensorar/checkpoints/released.py.
     """
 
     Config: type[BackboneConfig]  # validates the recipe's `backbone` section
@@ -144,14 +159,17 @@ class BackboneFile(Protocol):
         image_tokenizer: ImageTokenizer | None,
         base: Callable[[], str],
     ) -> str:
-        """Write a model of window 1 as its authors' code reads it; returns what was written, for a message.
+        """Write a model of window 1 as its authors' code reads it; returns what was
+        written, for a message.
 
         Args:
             target: the file or folder to write, which does not exist.
             weights: the LazyWeights of a model folder's backbone.
-            image_tokenizer: to write into the same file, where the authors' file holds it.
-            base: returns the path of the released model that training began from, for parts that we do not
-                load. Called only by backbones that need it; raises ValueError when it is unknown.
+            image_tokenizer: to write into the same file, where the authors' file holds
+                it.
+            base: returns the path of the released model that training began from, for
+                parts that we do not load. Called only by backbones that need it; raises
+                ValueError when it is unknown.
         """
         ...
 
@@ -160,7 +178,9 @@ class BackboneFile(Protocol):
 
 
 class ImageTokenizer(Protocol):
-    """Pixels to codes and back: a frozen nn.Module in eval mode and float32, with these parts."""
+    """Pixels to codes and back: a frozen nn.Module in eval mode and float32, with these
+    parts.
+    """
 
     name: str  # the file's
     weight_hash: str  # SHA-256 over names and float32 values: the same weights in any file layout
@@ -177,7 +197,9 @@ class ImageTokenizer(Protocol):
         ...
 
     def vectors(self, codes: Tensor) -> Tensor:
-        """Codes [B, T, F] -> [B, T, C] float32: the vector of each token that the decoder reads."""
+        """Codes [B, T, F] -> [B, T, C] float32: the vector of each token that the
+        decoder reads.
+        """
         ...
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
@@ -189,7 +211,9 @@ class ImageTokenizer(Protocol):
         ...
 
     def misfit(self, backbone: Backbone) -> str | None:
-        """Why this image tokenizer does not belong to a backbone with equal code shapes; None if it may."""
+        """Why this image tokenizer does not belong to a backbone with equal code
+        shapes; None if it may.
+        """
         ...
 
     def official_tensors(self) -> dict[str, Tensor]:

@@ -3,8 +3,8 @@
 It makes a next-token backbone predict K consecutive tokens at each step, so that each
 token is drafted K - 1 times before it is final (arXiv:2505.16324). With K = 1 this is
 plain next-token training.
-Shapes: B batch, P prefix, T image tokens, S windows, K window size, F factors, V vocabulary,
-D width.
+Shapes: B batch, P prefix, T image tokens, S windows, K window size, F factors, V
+vocabulary, D width.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,8 +41,8 @@ class TensorAR(nn.Module):
         encoder, decoder: the codec; None when the window is 1.
         schedule: the rates at which drafts are redrawn in training.
         offset_weights: K weights of the loss; their count is the window.
-        self_drafts: share of the redrawn slots that hold the model's own draft instead of
-            uniform noise. Above 0 it costs one more forward pass.
+        self_drafts: share of the redrawn slots that hold the model's own draft instead
+            of uniform noise. Above 0 it costs one more forward pass.
         loss: how the loss is computed.
 
     Raises ValueError when the window is not between 1 and the number of image tokens.
@@ -83,7 +83,8 @@ class TensorAR(nn.Module):
         generator: Generator | None = None,
         rows: tuple[int, int] | None = None,
     ) -> LossOutput:
-        """Teacher-forced loss over all windows, with drafts made by `drafts.input_windows`.
+        """Teacher-forced loss over all windows, with drafts made by
+        `drafts.input_windows`.
 
         Args:
             codes: [B, T, F] int64.
@@ -97,7 +98,8 @@ class TensorAR(nn.Module):
         clean_BSKF, valid_SK = windows_BTKF[:, :-1], valid_TK[:-1]
 
         def sample_self_drafts(redrawn_BSK: Tensor) -> Tensor:
-            # Without the redrawn slots, since in sampling the model never sees uniform noise.
+            # Without the redrawn slots, since in sampling the model never sees uniform
+            # noise.
             seen_BSK = valid_SK & ~redrawn_BSK
             return self.sample_self_drafts(clean_BSKF, seen_BSK, condition, uncond, generator, rows)
 
@@ -134,7 +136,8 @@ class TensorAR(nn.Module):
     def hidden(self, inputs: Tensor, valid: Tensor, condition: Condition, uncond: Tensor) -> Tensor:
         """The backbone's hidden states [B, S + 1, D]; row t predicts window t.
 
-        Row 0 is the last position of the prefix and has seen no window; row t has seen t.
+        Row 0 is the last position of the prefix and has seen no window; row t has seen
+        t.
 
         Args:
             inputs: windows [B, S, K, F] int64.
@@ -157,7 +160,9 @@ class TensorAR(nn.Module):
         return embeds_BSKD[..., 0, :] if self.encoder is None else self.encoder(embeds_BSKD, valid)
 
     def offset_states(self, hidden: Tensor) -> Tensor:
-        """Hidden states [..., D] -> one state per offset [..., K, D], which the head takes."""
+        """Hidden states [..., D] -> one state per offset [..., K, D], which the head
+        takes.
+        """
         return hidden[..., None, :] if self.decoder is None else self.decoder(hidden)
 
     @torch.no_grad()
@@ -170,10 +175,11 @@ class TensorAR(nn.Module):
         generator: Generator | None = None,
         rows: tuple[int, int] | None = None,
     ) -> Tensor:
-        """The input windows, with drafts that the model samples at temperature 1: [B, S, K, F].
+        """The input windows, with drafts that the model samples at temperature 1:
+        [B, S, K, F].
 
-        Each window's drafts come from the state that has seen the windows before it. The
-        arguments are those of `hidden` and `forward`.
+        Each window's drafts come from the state that has seen the windows before it.
+        The arguments are those of `hidden` and `forward`.
         """
         hidden_BSD = self.hidden(inputs, valid, condition, uncond)[:, :-1]
         uniform_BSKF = drafts.uniform(inputs.shape, generator, rows, inputs.device)
@@ -195,7 +201,9 @@ class TensorAR(nn.Module):
         return self._fill(self.offset_states(hidden), choose)
 
     def _fill(self, states: Tensor, choose: Choose) -> Tensor:
-        """States of some offsets [B, S, k, D] -> their tokens [B, S, k, F] int64; see `draft`."""
+        """States of some offsets [B, S, k, D] -> their tokens [B, S, k, F] int64; see
+        `draft`.
+        """
         tokens = torch.zeros(*states.shape[:-1], 0, dtype=torch.int64, device=states.device)
         for factor in range(len(self.backbone.factor_sizes)):
             logits = self.backbone.head(states, tokens)
@@ -204,10 +212,12 @@ class TensorAR(nn.Module):
 
 
 def _sample(logits: Tensor, factor: int, *, uniform: Tensor) -> Tensor:
-    """Tokens [B, S, k] from logits [B, S, k, V_f] at temperature 1; uniform: [B, S, k, F] in [0, 1)."""
-    # float32 may misplace thin slices of the line by a little, which is good enough for noise.
-    # Logits that are not finite give V_f, which is not a token; the loss then reports the
-    # divergence, where an index out of range would only crash.
+    """Tokens [B, S, k] from logits [B, S, k, V_f] at temperature 1; uniform:
+    [B, S, k, F] in [0, 1).
+    """
+    # float32 may misplace thin slices of the line by a little, which is good enough for
+    # noise. Logits that are not finite give V_f, which is not a token; the loss then
+    # reports the divergence, where an index out of range would only crash.
     tokens = invert_cdf(logits.float().softmax(-1), uniform[..., factor])
     return tokens.clamp(max=logits.shape[-1] - 1)
 

@@ -10,7 +10,8 @@
     strict_yaml.py  YAML 1.2, without duplicate keys
     docs.py         docs/recipe.md
 
-This room imports nothing else of the project. `python -m mmtensorar.recipe RECIPE.yaml` is the command.
+This room imports nothing else of the project. `python -m mmtensorar.recipe RECIPE.yaml`
+is the command.
 """
 
 from mmtensorar.recipe.errors import Problem, Problems, RecipeError, problems_of

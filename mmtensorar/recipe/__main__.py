@@ -1,4 +1,5 @@
-"""Check a recipe and print it resolved, or print its plan: parameters, memory and FLOPs.
+"""Check a recipe and print it resolved, or print its plan: parameters, memory and
+FLOPs.
 
     mmtensorar recipe RECIPE.yaml [key=value ...]    check it and print it resolved
     mmtensorar plan RECIPE.yaml [key=value ...]      parameters, memory and FLOPs
@@ -22,7 +23,10 @@ OTHER_RECIPES = {"study.train_image_tokenizer": "ImageTokenizerRecipe"}
 
 
 def read_any_recipe(path: str, overrides: list[str]) -> Section:
-    """A recipe of training or of another command, recognised by its keys. Raises RecipeError."""
+    """A recipe of training or of another command, recognised by its keys.
+
+    Raises RecipeError.
+    """
     keys = read_settings(path).keys()
     if not keys & Recipe.model_fields.keys():
         for module, name in OTHER_RECIPES.items():

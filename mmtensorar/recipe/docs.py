@@ -1,4 +1,6 @@
-"""docs/recipe.md, made from the schema: `python -m mmtensorar.recipe --docs > docs/recipe.md`."""
+"""docs/recipe.md, made from the schema:
+`python -m mmtensorar.recipe --docs > docs/recipe.md`.
+"""
 
 from __future__ import annotations
 

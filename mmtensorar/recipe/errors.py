@@ -1,4 +1,6 @@
-"""Error messages for recipes: all problems at once, each with its key and the nearest known key."""
+"""Error messages for recipes: all problems at once, each with its key and the nearest
+known key.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ class RecipeError(ValueError):
 
 
 class Problems(ValueError):
-    """Raised by a validator that checks several settings at once; holds a list of Problem."""
+    """Raised by a validator that checks several settings at once; holds a list of
+    Problem.
+    """
 
     def __init__(self, problems: Iterable[Problem]):
         self.problems = list(problems)
@@ -28,7 +32,9 @@ class Problems(ValueError):
 
 
 def report(source: str, problems: list[Problem]) -> str:
-    """The text of a RecipeError: the file and the number of problems, then a line for each."""
+    """The text of a RecipeError: the file and the number of problems, then a line for
+    each.
+    """
     width = max(len(key) for key, _ in problems)
     lines = [f"  {key.ljust(width)}  {text}" if key else f"  {text}" for key, text in problems]
     return "\n".join([f"{source}: {len(problems)} problem{'s' * (len(problems) > 1)}", *lines])
@@ -50,8 +56,8 @@ def problems_of(
 ) -> list[Problem]:
     """The problems in a pydantic error.
 
-    pydantic reports several errors for one setting that is a list or has a choice of types; here
-    they are one problem.
+    pydantic reports several errors for one setting that is a list or has a choice of
+    types; here they are one problem.
 
     Args:
         error: what `model.model_validate(settings)` raised.
@@ -83,7 +89,9 @@ def problems_of(
 
 
 def _of_validator(error: ValueError, path: str) -> list[Problem]:
-    """The problems in an error that one of our validators raised for the setting at `path`."""
+    """The problems in an error that one of our validators raised for the setting at
+    `path`.
+    """
     if isinstance(error, Problems):
         return [(".".join(filter(None, (path, key))), text) for key, text in error.problems]
     return [(path, str(text)) for text in error.args]
@@ -94,7 +102,8 @@ def _locate(
 ) -> tuple[type[BaseModel], FieldInfo | None, list[str]]:
     """(section, setting, key path) of a pydantic error location.
 
-    For an unknown key the setting is None, and the section is the one that lacks the key.
+    For an unknown key the setting is None, and the section is the one that lacks the
+    key.
     """
     field, keys, is_name = None, [], False
     for part in location:
@@ -121,7 +130,8 @@ def _unknown_key(
     if issubclass(section, Section) and (old := section.removed_settings.get(path.rpartition(".")[2])):
         return f"this setting was removed, since {old.reason}"
     known = [".".join([*prefix, *keys]) for keys in _keys(model)]
-    # Sections that are chosen by name are not in the model, but here they are validated.
+    # Sections that are chosen by name are not in the model, but here they are
+    # validated.
     chosen = [
         f"{key}.{name}"
         for key, value in settings.items()
@@ -133,7 +143,8 @@ def _unknown_key(
     if elsewhere := [key for key in [*known, *chosen] if "." in key and key.rpartition(".")[2] == leaf]:
         return f"unknown key; did you mean {' or '.join(dict.fromkeys(elsewhere))}?"
     siblings = [key for key in known if key.rpartition(".")[0] == path.rpartition(".")[0]]
-    # Only the last part is compared: with the section's name in front, all its keys look alike.
+    # Only the last part is compared: with the section's name in front, all its keys
+    # look alike.
     near = _nearest_leaf(path, siblings) or _nearest_leaf(path, known)
     if near and not siblings:  # the key is in a dictionary of sections
         near = f"{path.rpartition('.')[0]}.{near.rpartition('.')[2]}"
@@ -150,7 +161,9 @@ def _keys(model: type[BaseModel]) -> Iterator[tuple[str, ...]]:
 
 
 def _sections_in(kind: Any) -> list[type[Section]]:
-    """The sections in a type: itself, or that in `Section | None` or `dict[str, Section]`."""
+    """The sections in a type: itself, or that in `Section | None` or
+    `dict[str, Section]`.
+    """
     kinds = (kind, *get_args(kind))
     return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)]
 

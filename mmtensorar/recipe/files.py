@@ -1,9 +1,9 @@
 """Recipe files: YAML, `extends`, and `key=value` on top.
 
-A recipe may start from another one, `extends: other.yaml`, a path relative to the file; the base's
-settings come first. Sections are merged key by key. Lists are replaced, and so is a backbone or
-image_tokenizer section that changes the name. Relative paths in settings are relative to the
-working directory.
+A recipe may start from another one, `extends: other.yaml`, a path relative to the file;
+the base's settings come first. Sections are merged key by key. Lists are replaced, and
+so is a backbone or image_tokenizer section that changes the name. Relative paths in
+settings are relative to the working directory.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def read_recipe(model: type[AnySection], path: str | Path, overrides: Sequence[s
         path: the YAML file.
         overrides: `key=value`, with dotted keys and YAML values. The last one wins.
 
-    Raises RecipeError with all problems at once: each key, under the file or the command line that
-    gives it.
+    Raises RecipeError with all problems at once: each key, under the file or the
+    command line that gives it.
     """
     files = read_files(Path(path))
     settings = merge(files)
@@ -65,7 +65,8 @@ def read_recipe(model: type[AnySection], path: str | Path, overrides: Sequence[s
 def _is_about(key: str, text: str, overridden: tuple[str, ...]) -> bool:
     """Whether a problem comes from a setting of the command line.
 
-    A rule's problem is about several settings; its text names those that are not its key.
+    A rule's problem is about several settings; its text names those that are not its
+    key.
     """
     if f"{key}.".startswith(tuple(f"{name}." for name in overridden)):
         return True
@@ -77,16 +78,16 @@ def _is_about(key: str, text: str, overridden: tuple[str, ...]) -> bool:
 def validate(model: type[AnySection], settings: dict) -> tuple[AnySection | None, list[Problem]]:
     """Settings as a model, or None, and the problems.
 
-    Sections that are chosen by name are checked by the Config of the module that they name, so that
-    their problems are reported together with all others.
+    Sections that are chosen by name are checked by the Config of the module that they
+    name, so that their problems are reported together with all others.
     """
     settings, problems = dict(settings), []
     for key in PACKAGES:
         if key in settings:
             section, invalid = named_section(key, settings[key])
             problems += invalid
-            # With an empty section in place of an invalid one (of a type that is valid for
-            # every key), the others are still checked.
+            # With an empty section in place of an invalid one (of a type that is valid
+            # for every key), the others are still checked.
             settings[key] = section or BackboneConfig.model_construct()
     try:
         recipe = model.model_validate(settings)
@@ -106,7 +107,8 @@ def read_settings(path: str | Path) -> dict:
 def read_files(path: Path, extended_by: tuple[Path, ...] = ()) -> list[File]:
     """A recipe file and all files that it extends, base first.
 
-    extended_by: the files that led here by `extends`, to detect a file that extends itself.
+    extended_by: the files that led here by `extends`, to detect a file that extends
+    itself.
     """
     # Not Path.resolve, which raises RuntimeError for a link that leads to itself.
     if os.path.realpath(path) in map(os.path.realpath, extended_by):
@@ -133,7 +135,8 @@ def read_files(path: Path, extended_by: tuple[Path, ...] = ()) -> list[File]:
 
 def merge(files: list[File]) -> dict:
     """The settings of all files, each on top of those before it."""
-    # A copy, since overrides change it in place and _stated_in reads what the files state.
+    # A copy, since overrides change it in place and _stated_in reads what the files
+    # state.
     return copy.deepcopy(functools.reduce(_merged, (settings for _, settings in files)))
 
 
@@ -149,13 +152,17 @@ def _merged(base: dict, top: dict) -> dict:
 
 
 def _neighbour(path: Path) -> str:
-    """`; did you mean PATH?` when a recipe with a similar name is in the same folder."""
+    """`; did you mean PATH?` when a recipe with a similar name is in the same
+    folder.
+    """
     near = did_you_mean(path.name, [other.name for other in path.parent.glob("*.yaml")])
     return near.replace("mean ", f"mean {path.parent}/", 1)
 
 
 def _stated_in(key: str, files: list[File]) -> str:
-    """' (in FILE)' for a setting from an extended file, '' for one in the recipe itself."""
+    """' (in FILE)' for a setting from an extended file, '' for one in the recipe
+    itself.
+    """
     absent = object()
     for path, settings in reversed(files):
         value: object = settings

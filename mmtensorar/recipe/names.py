@@ -1,8 +1,10 @@
-"""Names of backbones, image tokenizers and noise schedules, looked up where they are defined.
+"""Names of backbones, image tokenizers and noise schedules, looked up where they are
+defined.
 
-A backbone or an image tokenizer is a file in its folder, with a `Config` for its section. A noise
-schedule is an entry of `SCHEDULES` in mmtensorar/model/drafts.py. So adding one changes nothing
-here. Their modules (and with them torch) are imported only when a name is checked.
+A backbone or an image tokenizer is a file in its folder, with a `Config` for its
+section. A noise schedule is an entry of `SCHEDULES` in mmtensorar/model/drafts.py. So
+adding one changes nothing here. Their modules (and with them torch) are imported only
+when a name is checked.
 """
 
 from __future__ import annotations
@@ -21,7 +23,10 @@ PACKAGES = {"backbone": "mmtensorar.backbones", "image_tokenizer": "mmtensorar.i
 
 
 def known_names(key: str) -> list[str]:
-    """Valid names in `KEY: {name: ...}`: the modules in its package. key: one of PACKAGES."""
+    """Valid names in `KEY: {name: ...}`: the modules in its package.
+
+    key: one of PACKAGES.
+    """
     folder = Path(__file__).parents[1] / PACKAGES[key].rpartition(".")[2]
     return sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
 
@@ -32,12 +37,16 @@ def known_schedules() -> list[str]:
 
 
 def config_class(key: str, name: str) -> type[NamedSection]:
-    """The class that validates `KEY: {name: NAME, ...}`. name: one of known_names(key)."""
+    """The class that validates `KEY: {name: NAME, ...}`.
+
+    name: one of known_names(key).
+    """
     return importlib.import_module(f"{PACKAGES[key]}.{name}").Config
 
 
 def named_section(key: str, settings: Any) -> tuple[NamedSection | None, list[Problem]]:
-    """A backbone or image_tokenizer section, validated by the Config of the module that it names.
+    """A backbone or image_tokenizer section, validated by the Config of the module that
+    it names.
 
     Returns the section, or None, and the problems.
     """

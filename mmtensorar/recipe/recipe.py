@@ -19,8 +19,9 @@ from mmtensorar.recipe.section import Section, may_change_on_resume
 class Recipe(RecipeSections):
     """The settings of one run.
 
-    The sections backbone and image_tokenizer are validated by the Config class of the module that
-    they name: `backbone: {name: janus, ...}` by mmtensorar/backbones/janus.py.
+    The sections backbone and image_tokenizer are validated by the Config class of the
+    module that they name: `backbone: {name: janus, ...}` by
+    mmtensorar/backbones/janus.py.
     """
 
     @model_validator(mode="after")
@@ -36,7 +37,8 @@ class Recipe(RecipeSections):
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
-        """Read a recipe file and put `key=value` overrides (dotted keys, YAML values) on top.
+        """Read a recipe file and put `key=value` overrides (dotted keys, YAML values)
+        on top.
 
         Raises RecipeError, naming the file and each key, with all problems at once.
         """
@@ -47,7 +49,9 @@ class Recipe(RecipeSections):
         write_text(Path(path), self.dump())
 
     def plain(self) -> Self:
-        """The control for this recipe: the same run without TensorAR (window 1), named NAME_plain."""
+        """The control for this recipe: the same run without TensorAR (window 1), named
+        NAME_plain.
+        """
         return self.model_copy(
             update={
                 "run": self.run.model_copy(update={"name": f"{self.run.name}_plain"}),
@@ -57,9 +61,11 @@ class Recipe(RecipeSections):
 
 
 def fixed_on_resume(recipe: Section) -> dict:
-    """The settings that a resumed run must share with the run it resumes, nested as in the recipe.
+    """The settings that a resumed run must share with the run it resumes, nested as in
+    the recipe.
 
-    Settings declared with `on_resume=True` are left out: they do not affect finished steps.
+    Settings declared with `on_resume=True` are left out: they do not affect finished
+    steps.
     """
     values, fixed = recipe.model_dump(mode="json"), {}
     for name, field in type(recipe).model_fields.items():

@@ -1,7 +1,8 @@
 """Rules between settings of several sections: one function each, listed in RULES.
 
-A rule yields (key, sentence) for settings that do not fit together. The sentence names the value
-and the nearest setting that works. When rules run, each section is already valid by itself.
+A rule yields (key, sentence) for settings that do not fit together. The sentence names
+the value and the nearest setting that works. When rules run, each section is already
+valid by itself.
 """
 
 from __future__ import annotations

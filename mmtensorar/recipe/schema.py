@@ -1,7 +1,9 @@
-"""The sections of a recipe: every setting with its type, bounds, default and description.
+"""The sections of a recipe: every setting with its type, bounds, default and
+description.
 
-To add a setting, add one line here. Rules between settings of several sections are in rules.py.
-`docs/recipe.md` is made from this file: `python -m mmtensorar.recipe --docs > docs/recipe.md`.
+To add a setting, add one line here. Rules between settings of several sections are in
+rules.py. `docs/recipe.md` is made from this file:
+`python -m mmtensorar.recipe --docs > docs/recipe.md`.
 """
 
 from __future__ import annotations
@@ -38,11 +40,13 @@ class Run(Section):
 
 
 class TensorARSettings(Section):
-    """The method. With `window` 1 the model is a plain next-token model without a codec, and the other
+    """The method.
+
+    With `window` 1 the model is a plain next-token model without a codec, and the other
     settings of this section have no effect (`--plain`).
 
-    The defaults are the settings that did least harm in docs/study. The paper has window 4 and schedule
-    exponential.
+    The defaults are the settings that did least harm in docs/study. The paper has
+    window 4 and schedule exponential.
     """
 
     removed_settings = {"max_stride": Removed(1, STRIDES_REMOVED)}
@@ -87,7 +91,8 @@ class TensorARSettings(Section):
     @field_validator("schedule")
     @classmethod
     def _schedule_is_known(cls, value: str | list[float]) -> str | list[float]:
-        # Reading a recipe imports the backbone's module anyway, so looking the names up is free.
+        # Reading a recipe imports the backbone's module anyway, so looking the names up
+        # is free.
         if isinstance(value, str) and value not in (known := known_schedules()):
             expected = f"expected one of {', '.join(known)}, or a rate for each offset, got {value!r}"
             raise ValueError(expected + did_you_mean(value, known))
@@ -95,8 +100,10 @@ class TensorARSettings(Section):
 
 
 class Data(Section):
-    """The training data. A folder may also be a URL (http, https, s3, gs, hf); its shards are downloaded
-    to `cache`.
+    """The training data.
+
+    A folder may also be a URL (http, https, s3, gs, hf); its shards are downloaded to
+    `cache`.
     """
 
     shards: str | Annotated[dict[str, Weight], MinLen(1)] = setting(
@@ -219,8 +226,8 @@ class Optim(Section):
 class Train(Section):
     """The loop. Give either `steps` or `epochs`.
 
-    Other `steps` on resuming stretch the rest of the learning rate's cosine, so such a run is not equal to
-    one that was planned longer from its start.
+    Other `steps` on resuming stretch the rest of the learning rate's cosine, so such a
+    run is not equal to one that was planned longer from its start.
     """
 
     steps: Annotated[int, Ge(1)] | None = setting(
@@ -376,9 +383,11 @@ PerFactor = Number | Annotated[list[Number], MinLen(1)]
 
 
 class SamplerSettings(Section):
-    """How pictures are drawn: samples during training, and the defaults of generation and evaluation.
+    """How pictures are drawn: samples during training, and the defaults of generation
+    and evaluation.
 
-    Each number of the first four may be a list with one per factor of a code (Open-MAGVIT2 has two).
+    Each number of the first four may be a list with one per factor of a code
+    (Open-MAGVIT2 has two).
     """
 
     removed_settings = {"stride": Removed(1, STRIDES_REMOVED)}
@@ -409,7 +418,8 @@ class SamplerSettings(Section):
     )
 
     def per_factor(self, num_factors: int) -> list[SamplerSettings]:
-        """The settings of each factor of a code: a list gives each factor its own number.
+        """The settings of each factor of a code: a list gives each factor its own
+        number.
 
         Raises ValueError for a list that does not hold num_factors numbers.
         """

@@ -1,8 +1,8 @@
 """Sections: strict groups of settings, each declared once.
 
-One `setting(...)` declares bounds, default, description, and whether the setting may change on
-resume. The reader (files.py), the error messages (errors.py), the resume check (recipe.py) and
-docs/recipe.md (docs.py) read this declaration.
+One `setting(...)` declares bounds, default, description, and whether the setting may
+change on resume. The reader (files.py), the error messages (errors.py), the resume
+check (recipe.py) and docs/recipe.md (docs.py) read this declaration.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ def setting(default: Any = ..., *, description: str, on_resume: bool = False, **
     """Declare one setting of a section.
 
     Args:
-        default: the value when a recipe leaves it out; without one the setting is required.
-        description: what it does, for docs/recipe.md and for the help of command options.
+        default: the value when a recipe leaves it out; without one the setting is
+            required.
+        description: what it does, for docs/recipe.md and for the help of command
+            options.
         on_resume: whether a resumed run may have another value than the run it resumes.
         bounds: as for pydantic.Field: ge, gt, le, lt, min_length, pattern.
     """
@@ -49,16 +51,22 @@ def may_change_on_resume(field: FieldInfo) -> bool:
 
 
 class Removed(NamedTuple):
-    """A setting of earlier versions. A saved recipe that has it at its neutral value still loads."""
+    """A setting of earlier versions.
+
+    A saved recipe that has it at its neutral value still loads.
+    """
 
     neutral: Any
     reason: str
 
 
 class Section(BaseModel):
-    """A group of settings. Unknown keys are errors, and values do not change after validation.
+    """A group of settings.
 
-    `removed_settings` lists settings of earlier versions; at their neutral value they are dropped.
+    Unknown keys are errors, and values do not change after validation.
+
+    `removed_settings` lists settings of earlier versions; at their neutral value they
+    are dropped.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -91,7 +99,8 @@ class Section(BaseModel):
 class NamedSection(Section):
     """Base of the sections that name a module: `backbone` and `image_tokenizer`.
 
-    A subclass declares the settings below itself, each with its own type and description.
+    A subclass declares the settings below itself, each with its own type and
+    description.
     """
 
     if TYPE_CHECKING:
@@ -112,7 +121,8 @@ class BackboneConfig(NamedSection):
     def has_sizes(self) -> bool:
         """Whether the model's sizes are known without a download.
 
-        They come from files on this machine, or from the section and our table of released models.
+        They come from files on this machine, or from the section and our table of
+        released models.
         """
         return Path(self.path).exists()
 

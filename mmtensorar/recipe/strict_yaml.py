@@ -8,8 +8,8 @@ Plain values follow YAML 1.2's core schema, and not YAML 1.1 as PyYAML does:
     0x10                  16, as in both
     0o17, 0b11, 1_000     refused: one version reads a number, the other text
 
-Also refused: keys that are not text, keys that occur twice, text with half a character, and what nests
-too deeply.
+Also refused: keys that are not text, keys that occur twice, text with half a character,
+and what nests too deeply.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class Loader(yaml.SafeLoader):
     def _text(self, node: Any) -> str:
         text = self.construct_scalar(node)
         try:
-            # JSON writes characters above U+FFFF as two escapes, of half a character each.
+            # JSON writes characters above U+FFFF as two escapes, of half a character
+            # each.
             text = text.encode("utf-16", "surrogatepass").decode("utf-16")
         except UnicodeDecodeError:
             self._refuse(node, f"{text!r} holds half a character (a lone surrogate)")
@@ -123,7 +124,8 @@ Loader.add_constructor(_TWO_WAYS, Loader._two_ways)
 def load(text: str) -> Any:
     """The value of a YAML document.
 
-    Raises ValueError, with the line and what is wrong there, for what is not the YAML of recipes.
+    Raises ValueError, with the line and what is wrong there, for what is not the YAML
+    of recipes.
     """
     try:
         value = yaml.load(text, Loader=Loader)
@@ -142,7 +144,9 @@ def load(text: str) -> Any:
 
 
 def _check_size(value: Any) -> None:
-    """Raise ValueError for a value that contains itself, or repeats itself without end, by `&a` and `*a`."""
+    """Raise ValueError for a value that contains itself, or repeats itself without end,
+    by `&a` and `*a`.
+    """
     waiting, num_values = [value], 0
     while waiting:
         value = waiting.pop()

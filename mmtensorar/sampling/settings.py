@@ -36,7 +36,10 @@ def merge(settings: SamplerSettings, given: Mapping[str, Any]) -> SamplerSetting
 
 
 def _validated(given: Mapping[str, Any]) -> SamplerSettings:
-    """The settings. Raises ValueError naming each invalid one, in the words of a recipe's errors."""
+    """The settings.
+
+    Raises ValueError naming each invalid one, in the words of a recipe's errors.
+    """
     try:
         return SamplerSettings.model_validate(dict(given))
     except ValidationError as error:
@@ -44,7 +47,9 @@ def _validated(given: Mapping[str, Any]) -> SamplerSettings:
 
 
 def without_removed(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Recorded settings without removed ones, for a comparison with current settings."""
+    """Recorded settings without removed ones, for a comparison with current
+    settings.
+    """
     return {name: value for name, value in recorded.items() if (name, value) not in REMOVED.items()}
 
 

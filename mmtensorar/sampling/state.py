@@ -62,7 +62,9 @@ class DecodeState:
         self.passes = 0  # through the backbone
 
     def prefill(self) -> Tensor:
-        """Run the prompts into a new cache; return hidden states [R, 1, D] of step 0."""
+        """Run the prompts into a new cache; return hidden states [R, 1, D] of step
+        0.
+        """
         values, mask = self.condition.values, self.condition.mask
         uncond = torch.zeros(self.batch, dtype=torch.bool, device=self.device)
         if self.guided:

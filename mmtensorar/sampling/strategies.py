@@ -94,7 +94,9 @@ def with_lookahead(state: DecodeState) -> Iterator[Tensor]:
 
 
 def _shifted(window: Tensor) -> Tensor:
-    """Guess the next step's window [B, 1, K, F]: the same drafts one offset lower, the last one twice."""
+    """Guess the next step's window [B, 1, K, F]: the same drafts one offset lower, the
+    last one twice.
+    """
     return torch.cat([window[:, :, 1:], window[:, :, -1:]], dim=2)
 
 

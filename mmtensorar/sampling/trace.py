@@ -1,7 +1,7 @@
 """Reading the trace of a decoding: what was revised, and when.
 
-A trace is [B, T, K, F]: trace[:, t, j] is token t + j as step t predicted it, 0 past the
-last token. Shapes: B batch, T image tokens, K window, F factors.
+A trace is [B, T, K, F]: trace[:, t, j] is token t + j as step t predicted it, 0 past
+the last token. Shapes: B batch, T image tokens, K window, F factors.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from mmtensorar.model.windows import valid_slots
 
 
 def revised_per_offset(trace: Tensor) -> list[float]:
-    """For each offset but the last, the share of tokens that changed since the step before.
+    """For each offset but the last, the share of tokens that changed since the step
+    before.
 
     trace: [B, T, K, F]. Returns K - 1 shares. A token has changed when any of its
     factors has.

@@ -1,4 +1,6 @@
-"""Measure activation memory by running the model on fake tensors (shapes, no values)."""
+"""Measure activation memory by running the model on fake tensors (shapes, no
+values).
+"""
 
 from __future__ import annotations
 

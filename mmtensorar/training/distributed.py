@@ -1,4 +1,5 @@
-"""The ranks of a run: process group, collectives, and errors that must reach every rank.
+"""The ranks of a run: process group, collectives, and errors that must reach every
+rank.
 
 mmtensorar/ranks.py reads from the environment which rank a process is. This file needs
 no DeepSpeed.

@@ -1,4 +1,5 @@
-"""The DeepSpeed engine: its settings, how it is started, and what training reads from it.
+"""The DeepSpeed engine: its settings, how it is started, and what training reads from
+it.
 
 Only this file and engine_private.py import DeepSpeed. Code that uses undocumented
 attributes of DeepSpeed is in engine_private.py.
@@ -197,7 +198,9 @@ def norm_before_step(engine: Any) -> float | None:
 
 
 def norm_after_step(engine: Any) -> float:
-    """Norm of the gradients of the last update before clipping, measured by DeepSpeed."""
+    """Norm of the gradients of the last update before clipping, measured by
+    DeepSpeed.
+    """
     return float(engine.get_global_grad_norm() or 0.0)
 
 

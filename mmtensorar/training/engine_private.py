@@ -50,8 +50,8 @@ def skip_allreduce(engine: Any) -> None:
     """For one rank without ZeRO: do not sum the gradients over ranks.
 
     DeepSpeed would copy all gradients back and forth for a sum over one rank, 5 % of a
-    step of 60 M parameters. If a new version drops `enable_backward_allreduce`, only this
-    time is lost.
+    step of 60 M parameters. If a new version drops `enable_backward_allreduce`, only
+    this time is lost.
     """
     engine.enable_backward_allreduce = False
 
@@ -75,7 +75,9 @@ def undo_first_step(engine: Any) -> None:
 
 
 def is_partitioned(parameter: Tensor) -> bool:
-    """Whether ZeRO-3 has cut a parameter over the ranks; its own shape is empty then."""
+    """Whether ZeRO-3 has cut a parameter over the ranks; its own shape is empty
+    then.
+    """
     return hasattr(parameter, "ds_id")
 
 
@@ -211,7 +213,10 @@ def set_step(engine: Any, step: int) -> None:
 
 
 def monitor_of(settings: dict) -> Any:
-    """DeepSpeed's monitor. settings: its configuration's sections wandb and csv_monitor."""
+    """DeepSpeed's monitor.
+
+    settings: its configuration's sections wandb and csv_monitor.
+    """
     from deepspeed.monitor.config import get_monitor_config
     from deepspeed.monitor.monitor import MonitorMaster
 

@@ -179,8 +179,8 @@ def activation_bytes(recipe: Recipe, numbers: Iterable[int]) -> dict[int, int]:
     """The most bytes that forward and backward hold besides weights and gradients.
 
     Measured by running both on tensors without values, which takes some seconds. 4-bit
-    matrices count as 16-bit or 32-bit ones, because their forward unpacks them. A batch is
-    padded to its longest prompt; it is measured with prompts as long as the limit.
+    matrices count as 16-bit or 32-bit ones, because their forward unpacks them. A batch
+    is padded to its longest prompt; it is measured with prompts as long as the limit.
 
     numbers: sizes of a micro batch, in samples; the result has one entry for each.
     """
@@ -231,7 +231,9 @@ def example_inputs(model, rows: int, prompt_len: int | None = None) -> tuple[Ten
 
 
 def prompt_tokens(model) -> int:
-    """Tokens of a typical prompt: the backbone's prefix_len if it is fixed, else PROMPT_TOKENS."""
+    """Tokens of a typical prompt: the backbone's prefix_len if it is fixed, else
+    PROMPT_TOKENS.
+    """
     return model.backbone.prefix_len or min(PROMPT_TOKENS, model.backbone.max_prefix_len)
 
 
@@ -276,7 +278,10 @@ class SampleFlops:
         return self.counted.get(prompt_len) or self._interpolated(prompt_len)
 
     def count(self, prompt_len: int) -> int:
-        """Count on tensors without values. The global random numbers stay as they are."""
+        """Count on tensors without values.
+
+        The global random numbers stay as they are.
+        """
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         with torch.random.fork_rng(devices=[]):
@@ -309,7 +314,8 @@ def flops_per_step(
 ) -> tuple[int, int]:
     """(image tokens, FLOPs) of one optimizer step over all ranks.
 
-    prompt_len: tokens of the prompts with padding; None is the backbone's fixed number, or a guess.
+    prompt_len: tokens of the prompts with padding; None is the backbone's fixed number,
+    or a guess.
     recomputed: see `SampleFlops`.
     """
     flops = SampleFlops(recipe, recomputed=recomputed)
@@ -318,7 +324,9 @@ def flops_per_step(
 
 
 def _longest_prompt_line(recipe: Recipe, model) -> list[str]:
-    """FLOPs of a step whose prompts are padded to the limit; nothing where their length is fixed."""
+    """FLOPs of a step whose prompts are padded to the limit; nothing where their length
+    is fixed.
+    """
     if model.backbone.prefix_len:
         return []
     longest = model.backbone.max_prefix_len

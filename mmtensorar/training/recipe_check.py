@@ -1,4 +1,6 @@
-"""What can be checked of a recipe without loading weights: shard folders, paths, the window."""
+"""What can be checked of a recipe without loading weights: shard folders, paths, the
+window.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,12 @@ MODELS = {"backbone": ("path", "text_tokenizer"), "image_tokenizer": ("path",)}
 
 
 def check_files(recipe: Recipe) -> Iterator[str]:
-    """A note about each folder or file that is not on this machine, where another one may train.
+    """A note about each folder or file that is not on this machine, where another one
+    may train.
 
-    Nothing is downloaded. Raises ValueError for a folder that is here and that training would
-    refuse: shards without a manifest or without image codes, a model folder without its index.
+    Nothing is downloaded. Raises ValueError for a folder that is here and that training
+    would refuse: shards without a manifest or without image codes, a model folder
+    without its index.
     """
     folders = [("data.shards", folder) for folder in recipe.data.weights]
     if recipe.data.validation is not None:

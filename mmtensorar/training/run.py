@@ -1,4 +1,6 @@
-"""A training run: the state that train.py's loop works on, and how its parts are set up."""
+"""A training run: the state that train.py's loop works on, and how its parts are set
+up.
+"""
 
 from __future__ import annotations
 
@@ -144,7 +146,9 @@ def lock_run_folder(recipe: Recipe, stack: ExitStack, device: torch.device) -> N
 
 
 def check_fit(recipe: Recipe, image_tokenizer: Any, model: Any) -> None:
-    """Raise ValueError when the backbone predicts other codes than the image tokenizer's."""
+    """Raise ValueError when the backbone predicts other codes than the image
+    tokenizer's.
+    """
     image_tokenizers.check_fit(
         image_tokenizer,
         model.backbone,

@@ -1,4 +1,6 @@
-"""The step log of a run: terminal lines, JSON lines, TensorBoard curves, sample grids."""
+"""The step log of a run: terminal lines, JSON lines, TensorBoard curves, sample
+grids.
+"""
 
 from __future__ import annotations
 

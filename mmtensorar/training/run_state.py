@@ -170,7 +170,8 @@ class Saver:
                 (target / f"rank_{rank:05d}.failed").touch()
 
     def _complete(self, target: Path, recorded: dict) -> None:
-        """On rank 0: wait for the other ranks' files, then make this run state the latest.
+        """On rank 0: wait for the other ranks' files, then make this run state the
+        latest.
 
         Deletes the run states that are not kept.
 
@@ -179,8 +180,8 @@ class Saver:
         """
         pause_s, waited_s, missing = 0.001, 0.0, sharded_state.missing(target, self.num_files)
         while missing:
-            # Ranks exchange nothing but files here: collectives of this thread would mix
-            # with those of training.
+            # Ranks exchange nothing but files here: collectives of this thread would
+            # mix with those of training.
             if failed := sorted(path.stem for path in target.glob("*.failed")):
                 raise OSError(f"{failed[0]} could not write its files")
             if waited_s > PATIENCE_S:
@@ -217,7 +218,8 @@ class Saver:
             (self.folder / "best").unlink(missing_ok=True)
         for path in self.folder.glob("step_*"):
             if path not in kept and path.is_dir():
-                # Renamed first, so that a half-deleted folder never looks like a run state.
+                # Renamed first, so that a half-deleted folder never looks like a run
+                # state.
                 doomed = path.with_name(f"deleted_{path.name}")
                 path.rename(doomed)
                 shutil.rmtree(doomed, ignore_errors=True)
@@ -241,7 +243,8 @@ class Saver:
 
 
 def _state(engine: Any, average: Average | None) -> sharded_state.State:
-    """The tensors of this rank's run state: master copy, moments and average of each flat tensor.
+    """The tensors of this rank's run state: master copy, moments and average of each
+    flat tensor.
 
     They are not copied.
     """
@@ -284,7 +287,9 @@ def check_recorded(folder: Path, expected: Mapping[str, object]) -> dict:
 
 
 def how_to_start_from(run: Path) -> str:
-    """Advice for a run that cannot be resumed: how a new one starts from its weights."""
+    """Advice for a run that cannot be resumed: how a new one starts from its
+    weights.
+    """
     if (run / "model").is_dir():
         return f"to start a new run from its model: another run.name, and train.init_from={run / 'model'}"
     return (
@@ -343,7 +348,8 @@ def _load_moments(optimizer: Any, flat: Tensor, values: Mapping[str, Any]) -> No
     for key, value in values.items():
         is_tensor = isinstance(value, Tensor)
         if key not in moments and is_paged and is_tensor and value.shape == flat.shape:
-            # A buffer of bitsandbytes; with any other, all moments would stay on the GPU.
+            # A buffer of bitsandbytes; with any other, all moments would stay on the
+            # GPU.
             moments[key] = optimizer.get_state_buffer(flat, dtype=value.dtype)
         if is_tensor and isinstance(moments.get(key), Tensor) and moments[key].shape == value.shape:
             moments[key].copy_(value)  # in place: DeepSpeed and bitsandbytes keep references to some

@@ -18,7 +18,8 @@ from mmtensorar.training.engine import gathered_model
 
 
 def check(recipe: Recipe, num_factors: int, caption_encoder: CaptionEncoder) -> None:
-    """Check the settings and prompts of sampling; print a note for each prompt that will be cut.
+    """Check the settings and prompts of sampling; print a note for each prompt that
+    will be cut.
 
     Called before training. Otherwise the error would appear only at the first sample
     grid, or when somebody loads the finished model.

@@ -1,4 +1,6 @@
-"""Measuring a run: time by part of a step, the rate of a matrix product, peak memory."""
+"""Measuring a run: time by part of a step, the rate of a matrix product, peak
+memory.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The embedded world from shards to scores, end to end: what `make demo` runs.
 
-Each stage is a public command, printed before it runs. A stage whose result exists prints so and
-reuses it (pictures are scored again). Everything is written to data/ and runs/ in the checkout.
+Each stage is a public command, printed before it runs. A stage whose result exists
+prints so and reuses it (pictures are scored again). Everything is written to data/ and
+runs/ in the checkout.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python -m recipes.tiny.new_janus --out runs/tiny_start
 
-The text tokenizer is a sentencepiece word model trained on the captions of the shards. The language
-model has random weights, from which `recipes/tiny/base.yaml` trains it.
+The text tokenizer is a sentencepiece word model trained on the captions of the shards.
+The language model has random weights, from which `recipes/tiny/base.yaml` trains it.
 """
 
 from __future__ import annotations
@@ -68,11 +68,13 @@ def train_sentencepiece(lines: list[str], model_type: str) -> list[tuple[str, fl
 
 
 def train_text_tokenizer(captions: list[str]) -> PreTrainedTokenizerFast:
-    """Train sentencepiece on captions and return it as a fast tokenizer with Janus's special tokens first.
+    """Train sentencepiece on captions and return it as a fast tokenizer with Janus's
+    special tokens first.
 
-    Pieces are the words of the captions; other words are split into characters. Sentencepiece's
-    unigram model does not suit such captions: it looks for pieces in the list of distinct words,
-    where "red" occurs once, so it split most colours into letters.
+    Pieces are the words of the captions; other words are split into characters.
+    Sentencepiece's unigram model does not suit such captions: it looks for pieces in
+    the list of distinct words, where "red" occurs once, so it split most colours into
+    letters.
     """
     words = dict(train_sentencepiece(captions, "word"))
     # The characters of the prompt template must be pieces too.
@@ -94,7 +96,10 @@ def train_text_tokenizer(captions: list[str]) -> PreTrainedTokenizerFast:
 
 
 def read_captions(folder: Path, num_shards: int = 4) -> list[str]:
-    """The captions of the first shards of a folder. Raises ValueError for damaged shards."""
+    """The captions of the first shards of a folder.
+
+    Raises ValueError for damaged shards.
+    """
     shards = Manifest.read(folder).shards[:num_shards]
     return [sample.members["txt"].decode() for shard in shards for sample in iterate_shard(folder, shard)]
 
@@ -106,7 +111,8 @@ def config_for(
 
     Args:
         text_tokenizer: gives the number of text tokens and the special ids.
-        image_tokenizer: folder of a VQ model, which gives the number of image tokens and codes.
+        image_tokenizer: folder of a VQ model, which gives the number of image tokens
+            and codes.
         width: D of the language model; one attention head per 32.
         layers: layers of the language model.
     """

@@ -2,8 +2,9 @@
 
     python -m recipes.tiny.ship runs/tiny_base/model recipes/tiny/weights/base
 
-The result is the same model folder with weights rounded to float16, so that it stays small. The best
-sampling settings are known after training only; they can be given here: `sampler.cfg_scale=2`.
+The result is the same model folder with weights rounded to float16, so that it stays
+small. The best sampling settings are known after training only; they can be given here:
+`sampler.cfg_scale=2`.
 """
 
 from __future__ import annotations

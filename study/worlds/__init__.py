@@ -1,4 +1,6 @@
-"""Worlds of a study, one file each: where data come from, the prompts, and which pictures are right."""
+"""Worlds of a study, one file each: where data come from, the prompts, and which
+pictures are right.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,10 @@ from mmtensorar.image_tokenizers import ImageTokenizer
 
 
 class World(Protocol):
-    """A module of this folder is a world, or has one called WORLD. folder: where its data are."""
+    """A module of this folder is a world, or has one called WORLD.
+
+    folder: where its data are.
+    """
 
     FEATURES: str  # describes `features`
 
@@ -23,7 +28,10 @@ class World(Protocol):
         """The shard sets of training and validation."""
 
     def prepare(self, folder: Path) -> None:
-        """Make the missing shard sets, without codes. Raises ValueError when it fails."""
+        """Make the missing shard sets, without codes.
+
+        Raises ValueError when it fails.
+        """
 
     def prompts(self) -> list[tuple[str, str]]:
         """(group, prompt) of each prompt; groups are skills, or classes."""
@@ -32,7 +40,9 @@ class World(Protocol):
         """Whether each picture shows what prompt number `number` asks for."""
 
     def judge(self, folder: Path, image_tokenizer: ImageTokenizer) -> str:
-        """What decides which pictures are right, and how reliably, as a phrase for the page."""
+        """What decides which pictures are right, and how reliably, as a phrase for the
+        page.
+        """
 
     def features(self, folder: Path, image_tokenizer: ImageTokenizer, codes: Tensor) -> np.ndarray:
         """Codes [B, T, 1] -> features [B, C] float64 for the Frechet distance."""

@@ -1,4 +1,5 @@
-"""A world of classes: prompts are class numbers, and a small classifier judges which class was drawn.
+"""A world of classes: prompts are class numbers, and a small classifier judges which
+class was drawn.
 
 The classifier is trained on the same pictures.
 """
@@ -68,7 +69,8 @@ class Classes:
     def _write_shards(self, path: Path, pictures: Pictures) -> None:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / path.name  # the manifest records its name
-            # A folder for every class, also an empty one, so that folder numbers are class numbers.
+            # A folder for every class, also an empty one, so that folder numbers are
+            # class numbers.
             for number in range(len(self.names)):
                 (folder / f"{number:03}").mkdir(parents=True)
             for index, (number, image) in enumerate(pictures):
@@ -86,7 +88,9 @@ class Classes:
         return {}
 
     def classifier(self, folder: Path) -> tuple[Classifier, float]:
-        """The classifier, and the share of validation pictures that it classifies correctly."""
+        """The classifier, and the share of validation pictures that it classifies
+        correctly.
+        """
         if folder not in self._loaded:
             self._loaded[folder] = load_classifier(folder / "classifier.safetensors")
         return self._loaded[folder]
@@ -96,7 +100,9 @@ class Classes:
         return [drawn == wanted for drawn in self.classifier(folder)[0].classes(images)]
 
     def judge(self, folder: Path, image_tokenizer: ImageTokenizer) -> str:
-        """Measured once, on originals and on their round trip through the image tokenizer."""
+        """Measured once, on originals and on their round trip through the image
+        tokenizer.
+        """
         stored = folder / "judge.json"
         if not stored.is_file():
             classifier, originals = self.classifier(folder)

@@ -1,7 +1,9 @@
-"""scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, judged by a small classifier.
+"""scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, judged by a small
+classifier.
 
-Each digit appears several times, a little turned, moved and scaled: the originals are so few that a
-model of half a million parameters memorises them within minutes. Pictures are enlarged twofold.
+Each digit appears several times, a little turned, moved and scaled: the originals are
+so few that a model of half a million parameters memorises them within minutes. Pictures
+are enlarged twofold.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""Crops of the photographs inside scikit-learn and scikit-image; a class is a photograph.
+"""Crops of the photographs inside scikit-learn and scikit-image; a class is a
+photograph.
 
-A small classifier judges which photograph a picture shows. Validation crops come from the same
-photographs and overlap with training crops. Their position and scale differ, and so do their
-tokens, but nothing here measures how a model does on a photograph that it has not seen.
+A small classifier judges which photograph a picture shows. Validation crops come from
+the same photographs and overlap with training crops. Their position and scale differ,
+and so do their tokens, but nothing here measures how a model does on a photograph that
+it has not seen.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ def photographs() -> dict[str, Image.Image]:
 
 
 def pictures(seed: int = 0) -> tuple[list[tuple[int, Image.Image]], list[tuple[int, Image.Image]]]:
-    """(class, crop) of training and of validation: random class, scale and position, half are mirrored."""
+    """(class, crop) of training and of validation: random class, scale and position,
+    half are mirrored.
+    """
     rng, sources = np.random.default_rng(seed), list(photographs().values())
     drawn = []
     for _ in range(NUM_TRAIN + NUM_VALIDATION):

@@ -1,4 +1,6 @@
-"""The embedded world of worlds/shapes, scored by its exact detector (suite `shapes` of eval.geneval)."""
+"""The embedded world of worlds/shapes, scored by its exact detector (suite `shapes` of
+eval.geneval).
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Contracts: every file in backbones/ and image_tokenizers/, found by listing, passes the same
-tests.
+"""Contracts: every file in backbones/ and image_tokenizers/, found by listing, passes
+the same tests.
 
-A new file needs a tiny model in TINY_BACKBONES or TINY_IMAGE_TOKENIZERS below; until it has one it
-fails here.
+A new file needs a tiny model in TINY_BACKBONES or TINY_IMAGE_TOKENIZERS below; until it
+has one it fails here.
 """
 
 import copy
@@ -44,8 +44,8 @@ UNCOND = torch.tensor([False, True, False])
 
 
 class Tiny(NamedTuple):
-    """A backbone with random weights, and three different prompts for it, of different lengths
-    where possible.
+    """A backbone with random weights, and three different prompts for it, of different
+    lengths where possible.
     """
 
     backbone: nn.Module
@@ -76,7 +76,10 @@ def files(folder: str) -> list[str]:
 
 
 def variants() -> list:
-    """One parameter per variant. A file without a tiny model gives one parameter, which then fails."""
+    """One parameter per variant.
+
+    A file without a tiny model gives one parameter, which then fails.
+    """
     return [
         pytest.param((name, variant), id=f"{name}-{variant}" if variant else name)
         for name in files("backbones")
@@ -108,7 +111,9 @@ def image_tokenizer(request) -> nn.Module:
 
 
 def is_a(value, kind) -> bool:
-    """Whether a value has an annotated type, for the annotations that our protocols use."""
+    """Whether a value has an annotated type, for the annotations that our protocols
+    use.
+    """
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any:
         return True
@@ -126,8 +131,8 @@ def is_a(value, kind) -> bool:
 
 
 def check_protocol(subject, protocol: type) -> None:
-    """Every attribute that the protocol annotates exists with its type, and so does every method
-    that it defines.
+    """Every attribute that the protocol annotates exists with its type, and so does
+    every method that it defines.
     """
     hints = get_type_hints(protocol)
     assert hints, "a protocol without attributes would prove nothing"
@@ -144,7 +149,9 @@ def check_protocol(subject, protocol: type) -> None:
 
 @pytest.mark.parametrize("name", files("backbones"))
 def test_a_backbone_file_has_the_names_of_the_protocol(name):
-    """Its Config has the fields of every backbone's section, with a default that works on every machine."""
+    """Its Config has the fields of every backbone's section, with a default that works
+    on every machine.
+    """
     file = importlib.import_module(f"mmtensorar.backbones.{name}")
     check_protocol(file, BackboneFile)
     fields = file.Config.model_fields
@@ -180,8 +187,8 @@ def test_no_two_files_claim_the_same_release(attribute):
 
 @torch.no_grad()
 def test_a_backbone_has_the_parts_of_the_protocol(tiny):
-    """Attributes have the right types, and modules accept and return the shapes that the protocol
-    documents.
+    """Attributes have the right types, and modules accept and return the shapes that
+    the protocol documents.
     """
     backbone, condition = tiny
     assert isinstance(backbone, nn.Module)
@@ -207,7 +214,9 @@ def test_a_backbone_has_the_parts_of_the_protocol(tiny):
 
 @torch.no_grad()
 def test_the_example_condition_is_one_that_the_prefix_takes(tiny):
-    """Plans run the model on it: it has the kind that the backbone declares, and its length."""
+    """Plans run the model on it: it has the kind that the backbone declares, and its
+    length.
+    """
     backbone = tiny.backbone
     example = backbone.example_condition(3, 5)
     assert example.values.dtype == tiny.condition.values.dtype
@@ -224,8 +233,8 @@ def test_the_declarations_of_a_backbone_are_usable(tiny):
 
 
 def test_a_backbone_is_unchanged_by_saving_and_loading(tiny, tmp_path):
-    """Through `save_pretrained` and `load`; tensor by tensor too, for models that do not fit into
-    memory.
+    """Through `save_pretrained` and `load`; tensor by tensor too, for models that do
+    not fit into memory.
     """
     backbone = tiny.backbone
     backbone.save_pretrained(tmp_path)
@@ -247,8 +256,8 @@ def test_a_backbone_is_unchanged_by_saving_and_loading(tiny, tmp_path):
 
 @torch.no_grad()
 def test_fresh_heads_change_nothing_at_offset_0(tiny):
-    """Attaching TensorAR at K = 4 leaves the released model unchanged: the same hidden states, and
-    the same logits of every factor.
+    """Attaching TensorAR at K = 4 leaves the released model unchanged: the same hidden
+    states, and the same logits of every factor.
     """
     backbone, condition = tiny
     plain, fresh = wrap(backbone, 1).eval(), wrap(copy.deepcopy(backbone), 4).eval()
@@ -261,8 +270,8 @@ def test_fresh_heads_change_nothing_at_offset_0(tiny):
     for factor in range(len(backbone.factor_sizes)):
         prev = codes[:, :, None, :factor]
         logits = window_logits(fresh, hidden, prev.expand(-1, -1, 4, -1))
-        # Equal up to rounding, because some processors multiply four rows in another order than one
-        # row.
+        # Equal up to rounding, because some processors multiply four rows in another
+        # order than one row.
         torch.testing.assert_close(
             logits[:, :, 0], window_logits(plain, expected, prev)[:, :, 0], rtol=1e-5, atol=1e-6
         )
@@ -276,7 +285,9 @@ def test_fresh_heads_change_nothing_at_offset_0(tiny):
 @pytest.mark.parametrize("cfg_scale", [1.0, 3.0])
 @pytest.mark.parametrize("window", [1, 4])
 def test_cached_decoding_equals_recomputation(tiny, window, cfg_scale):
-    """Compares every window of every step: the cache, its positions and its mask are exact."""
+    """Compares every window of every step: the cache, its positions and its mask are
+    exact.
+    """
     model = wrap(tiny.backbone, window).eval()
     if window > 1:
         open_codec(model)
@@ -299,7 +310,8 @@ def test_several_rows_after_a_cache(tiny):
     mask = torch.cat([prefix.mask, torch.ones(3, T - 1, dtype=torch.bool)], dim=1)
     cache = backbone.new_cache(P + T - 1)
     parts = [backbone(rows[:, a:b], mask[:, :b], cache) for a, b in ((0, P), (P, P + 4), (P + 4, P + T - 1))]
-    # No other row attends to padded rows, and their values are up to the implementation.
+    # No other row attends to padded rows, and their values are up to the
+    # implementation.
     found, expected = torch.cat(parts, dim=1)[mask], backbone(rows, mask)[mask]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
@@ -307,7 +319,9 @@ def test_several_rows_after_a_cache(tiny):
 @pytest.mark.parametrize("draw", [greedy, None], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("window, cfg_scale", [(1, 1.0), (3, 3.0)])
 def test_an_image_does_not_depend_on_the_other_prompts_of_its_batch(tiny, window, cfg_scale, draw):
-    """Prompts of unequal length in one batch: neither neighbours nor padding change an image."""
+    """Prompts of unequal length in one batch: neither neighbours nor padding change an
+    image.
+    """
     model, condition = wrap(tiny.backbone, window).eval(), tiny.condition
     if window > 1:
         open_codec(model)
@@ -321,7 +335,9 @@ def test_an_image_does_not_depend_on_the_other_prompts_of_its_batch(tiny, window
 
 
 def test_every_trainable_parameter_gets_a_gradient(tiny):
-    """A parameter without a gradient is never trained, and under ZeRO it makes a rank wait."""
+    """A parameter without a gradient is never trained, and under ZeRO it makes a rank
+    wait.
+    """
     model = open_codec(wrap(tiny.backbone, 3))
     model(random_codes(tiny.backbone), tiny.condition, UNCOND, noise()).loss.backward()
     trainable = [(name, p.grad) for name, p in model.named_parameters() if p.requires_grad]
@@ -355,7 +371,8 @@ def test_an_image_tokenizer_is_frozen_and_in_eval_mode(image_tokenizer):
 def test_pixels_become_codes_and_codes_pixels(image_tokenizer):
     """Checks shapes and ranges, also those of the vectors that stand for the codes.
 
-    There are no gradients, a picture has the same codes in any batch, and another size is refused.
+    There are no gradients, a picture has the same codes in any batch, and another size
+    is refused.
     """
     size, (down, across) = image_tokenizer.image_size, image_tokenizer.grid
     pixels = torch.rand(2, 3, size, size) * 2 - 1

@@ -1,7 +1,7 @@
 """Janus: its prompts, and files that fit or are refused by name.
 
-test_parity.py shows that it computes what the original computes; test_contract.py tests what all
-backbones do.
+test_parity.py shows that it computes what the original computes; test_contract.py tests
+what all backbones do.
 """
 
 import json
@@ -24,7 +24,8 @@ from tests.helpers.fakes import tiny_janus
 from tests.parity import FIXTURES, read_tensors, tensors_file
 
 CASE = FIXTURES / "janus" / "t2i_tiny_hf.json"
-# The same weights under DeepSeek's names; both files would be too large for the repository.
+# The same weights under DeepSeek's names; both files would be too large for the
+# repository.
 DEEPSEEK = Path(__file__).resolve().parents[3] / "shared/parity/janus/t2i_tiny_deepseek.safetensors"
 
 
@@ -37,7 +38,9 @@ def reference() -> SimpleNamespace:
 
 @pytest.fixture(scope="module")
 def folder(reference, tmp_path_factory) -> Path:
-    """The fixture's weights as a released checkpoint: config.json and model.safetensors."""
+    """The fixture's weights as a released checkpoint: config.json and
+    model.safetensors.
+    """
     path = tmp_path_factory.mktemp("janus")
     weights = {
         k.removeprefix("weights/"): v for k, v in reference.tensors.items() if k.startswith("weights/")
@@ -66,7 +69,8 @@ def prompts(*rows: Tensor, pad: int = 3) -> Condition:
 def test_unconditional_prompt():
     """The first and last tokens stay.
 
-    All tokens between become pad, which is attended to; padding of the batch stays masked.
+    All tokens between become pad, which is attended to; padding of the batch stays
+    masked.
     """
     backbone = tiny_janus()
     pad, everything = backbone.prefix.pad_id, torch.ones(2, dtype=torch.bool)
@@ -86,7 +90,9 @@ def test_sizes_come_from_the_config(folder, vq):
 
 
 def test_the_vq_model_inside_a_janus_equals_the_separate_one(vq, tmp_path):
-    """Shards record the weight hash, so it must not depend on the file that the weights came from."""
+    """Shards record the weight hash, so it must not depend on the file that the weights
+    came from.
+    """
     vq.save_pretrained(tmp_path)
     alone = image_tokenizers.load(janus_vq.Config(name="janus_vq", path=str(tmp_path)))
     assert alone.weight_hash == vq.weight_hash
@@ -131,7 +137,9 @@ def test_round_trip_is_exact(saved):
 
 
 def test_only_the_generation_path_is_saved(saved):
-    """Vision tower, VQ model and lm_head are not saved: a quarter of the 1B, which nothing here uses."""
+    """Vision tower, VQ model and lm_head are not saved: a quarter of the 1B, which
+    nothing here uses.
+    """
     names = load_file(saved / "model.safetensors").keys()
     parts = {".".join(name.split(".")[:2]) for name in names}
     assert parts == {
@@ -152,7 +160,9 @@ def test_a_missing_tensor_is_named(saved):
 
 @pytest.mark.parametrize("name", ["model.language_model.layers.7.mlp.up_proj.weight", "banana"])
 def test_an_unexpected_tensor_is_named(saved, name):
-    """A model with more layers than its config states used to load as a smaller model."""
+    """A model with more layers than its config states used to load as a smaller
+    model.
+    """
     path = saved / "model.safetensors"
     save_file(load_file(path) | {name: torch.zeros(2)}, path, {"format": "pt"})
     with pytest.raises(ValueError, match=f"unexpected.*{name}"):
@@ -212,8 +222,8 @@ def deepseek_folder(reference, tmp_path) -> Path:
 
 
 def test_both_layouts_load_as_the_same_model(deepseek_folder, folder, vq, tmp_path):
-    """Weights, sizes and weight hash are equal, so shards encoded with one layout fit a recipe with
-    the other.
+    """Weights, sizes and weight hash are equal, so shards encoded with one layout fit a
+    recipe with the other.
     """
     deepseek, hub = load(deepseek_folder), load(folder)
     assert all(torch.equal(value, hub.state_dict()[name]) for name, value in deepseek.state_dict().items())
@@ -301,7 +311,9 @@ def test_the_prompt_is_the_official_one():
 
 
 def test_captions_become_left_padded_prompts(tmp_path):
-    """BOS once in front, begin-of-image last in every row, pads before the shorter prompt."""
+    """BOS once in front, begin-of-image last in every row, pads before the shorter
+    prompt.
+    """
     write_text_tokenizer(tmp_path, WORDS)
     encode = backbones.caption_encoder(janus.Config(name="janus", path=str(tmp_path)))
     condition = encode(["a red circle", "circle", ""])
@@ -314,7 +326,9 @@ def test_captions_become_left_padded_prompts(tmp_path):
 
 
 def test_a_caption_cannot_end_the_prompt(tmp_path):
-    """Names of special tokens in a caption are text: begin-of-image occurs once, at the end."""
+    """Names of special tokens in a caption are text: begin-of-image occurs once, at the
+    end.
+    """
     write_text_tokenizer(tmp_path, WORDS)
     encode = backbones.caption_encoder(janus.Config(name="janus", path=str(tmp_path)))
     (row,) = encode(["a <begin_of_image> red <|Assistant|> circle <bos>"]).values.tolist()
@@ -337,15 +351,18 @@ def test_a_text_tokenizer_without_begin_of_image_is_refused(tmp_path):
 
 
 def test_activation_checkpointing_changes_nothing_but_memory():
-    """Loss and gradients are equal. The layers run twice, which shows that the switch works."""
+    """Loss and gradients are equal.
+
+    The layers run twice, which shows that the switch works.
+    """
     torch.manual_seed(0)
     backbone = tiny_janus().train()
     model = TensorAR(backbone, None, None, FixedSchedule("none"), offset_weights=[1.0])
     codes = torch.randint(11, (2, 9, 1))
     condition = prompts(torch.tensor([1, 4, 5, 6]), torch.tensor([1, 6]), pad=0)
     runs = []
-    # Counted before the forward call, because the second call stops inside, as soon as it has what
-    # the backward pass needs.
+    # Counted before the forward call, because the second call stops inside, as soon as
+    # it has what the backward pass needs.
     backbone.language_model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs[-1].append("layer 0"))
     results = []
     for policy in (False, True, "selective"):

@@ -1,7 +1,8 @@
-"""LlamaGen: padding, attention, files that fit or are refused by name, and conditions.
+"""LlamaGen: padding, attention, files that fit or are refused by name, and
+conditions.
 
-test_parity.py shows that it computes what the original computes; test_contract.py tests what all
-backbones do.
+test_parity.py shows that it computes what the original computes; test_contract.py tests
+what all backbones do.
 """
 
 import argparse
@@ -51,7 +52,10 @@ def codes_of(backbone, batch: int = 3) -> Tensor:
 
 @torch.no_grad()
 def test_padding_never_affects_the_output():
-    """The null caption has values in every slot. Under a short caption's mask only its last slots count."""
+    """The null caption has values in every slot.
+
+    Under a short caption's mask only its last slots count.
+    """
     backbone = tiny_llamagen("text")
     condition, everything = llamagen_condition(backbone), torch.ones(3, dtype=torch.bool)
     model, codes = wrap(backbone, 1), codes_of(backbone)
@@ -93,8 +97,8 @@ def test_activation_checkpointing_changes_nothing_but_memory(backbone):
 
 
 def stand_in_flash_attn() -> SimpleNamespace:
-    """The two functions of the flash-attn package that we call, as its documentation defines them,
-    without a GPU.
+    """The two functions of the flash-attn package that we call, as its documentation
+    defines them, without a GPU.
     """
 
     def one(query, key, value):  # [S, H, C], [N, G, C]; causal, aligned at the last key
@@ -122,8 +126,8 @@ def stand_in_flash_attn() -> SimpleNamespace:
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("num_queries", [7, 3, 1])
 def test_all_implementations_agree(monkeypatch, num_queries, padded):
-    """Tested on a whole sequence, a few rows after a cache, and one row; also with padded rows and
-    zero keys.
+    """Tested on a whole sequence, a few rows after a cache, and one row; also with
+    padded rows and zero keys.
     """
     monkeypatch.setitem(sys.modules, "flash_attn", stand_in_flash_attn())
     query, key, value = torch.randn(3, 4, num_queries, 8), torch.randn(3, 2, 7, 8), torch.randn(3, 2, 7, 8)
@@ -192,7 +196,9 @@ def equal(a, b) -> bool:
 
 @pytest.fixture
 def released(monkeypatch):
-    """A tiny model in place of the released B, at 256 pixels, which cannot be read from a file alone."""
+    """A tiny model in place of the released B, at 256 pixels, which cannot be read from
+    a file alone.
+    """
     monkeypatch.setitem(llamagen.SIZES, "B", (16, 2, 2))
     return {condition: tiny_llamagen(condition, num_tokens=256, num_kv_heads=2) for condition in CONDITIONS}
 
@@ -210,7 +216,8 @@ def test_round_trip_is_exact(backbone, tmp_path):
 def test_the_null_caption_is_saved_and_keeps_its_precision(tmp_path):
     """It is not a parameter.
 
-    If it were lost, or rounded to bf16 with the weights, every guided image would change.
+    If it were lost, or rounded to bf16 with the weights, every guided image would
+    change.
     """
     backbone = tiny_llamagen("text")
     assert "prefix.null_caption" not in dict(backbone.named_parameters())
@@ -240,8 +247,8 @@ def test_the_null_caption_is_saved_and_keeps_its_precision(tmp_path):
     ids=["model", "module", "state_dict", "bare", "freqs_cis"],
 )
 def test_official_pt_files_load(released, condition, wrap_up, tmp_path):
-    """Width, depth, classes and caption slots come from the tensors, everything else from the
-    released model.
+    """Width, depth, classes and caption slots come from the tensors, everything else
+    from the released model.
     """
     path = tmp_path / "weights.pt"
     torch.save(wrap_up(official_state(released[condition])), path)
@@ -252,7 +259,9 @@ def test_official_pt_files_load(released, condition, wrap_up, tmp_path):
 
 
 def test_a_wrong_file_is_refused_by_name(released, tmp_path):
-    """Every error is one sentence that names the tensors, and comes before any value is copied."""
+    """Every error is one sentence that names the tensors, and comes before any value is
+    copied.
+    """
     path = tmp_path / "c2i.pt"
 
     def refused(problem: str, settings: dict | None = None, **changes: Tensor | None) -> None:
@@ -365,7 +374,9 @@ def test_released_sizes_and_the_papers_budget(size, condition, parameters, budge
 
 
 def test_class_numbers_are_the_captions_of_a_class_conditional_model(tmp_path):
-    """So ImageNet-style shards need no other schema, and `generate --prompt 6` works."""
+    """So ImageNet-style shards need no other schema, and `generate --prompt 6`
+    works.
+    """
     tiny_llamagen().save_pretrained(tmp_path)
     encode = backbones.caption_encoder(llamagen.Config(name="llamagen", path=str(tmp_path)))
     condition = encode(["3", " 6\n"])
@@ -448,15 +459,17 @@ def test_captions_of_another_shape_are_refused():
     ],
 )
 def test_cleaning(caption, expected):
-    """The expected texts were worked out by hand, from the description of the original's steps."""
+    """The expected texts were worked out by hand, from the description of the
+    original's steps.
+    """
     pytest.importorskip("ftfy")
     pytest.importorskip("bs4")
     assert cleaning.prepare(caption, "original") == expected
 
 
 def test_cleaning_a_long_caption_terminates():
-    """Patterns with lookahead took minutes for the 64 KiB that a caption may have, while all ranks
-    waited.
+    """Patterns with lookahead took minutes for the 64 KiB that a caption may have,
+    while all ranks waited.
     """
     pytest.importorskip("ftfy")
     long = "a.a." * 16000
@@ -480,7 +493,10 @@ def test_cleaning_names_the_missing_package(monkeypatch):
 @pytest.mark.launch
 @pytest.mark.parametrize("condition", ["class", "text"])
 def test_two_ranks_train_under_zero_3(condition, t5_folder, tmp_path):
-    """From shards to a model folder that loads. The null caption, a buffer, is still exact after a step."""
+    """From shards to a model folder that loads.
+
+    The null caption, a buffer, is still exact after a step.
+    """
     pytest.importorskip("deepspeed")
     from mmtensorar import image_tokenizers
     from mmtensorar.checkpoints import model_folder

@@ -1,7 +1,8 @@
-"""A backbone or an image tokenizer is one new file: everything else accepts it without another
-edit.
+"""A backbone or an image tokenizer is one new file: everything else accepts it without
+another edit.
 
-The new file is put into a copy of the package made of links, and used in its own process.
+The new file is put into a copy of the package made of links, and used in its own
+process.
 """
 
 import os
@@ -186,7 +187,8 @@ def load(section):
     return image_tokenizer
 """
 
-# In the other process: release, recognise, convert, recipe, plan, generate, convert back.
+# In the other process: release, recognise, convert, recipe, plan, generate, convert
+# back.
 USE = """
 import sys
 from pathlib import Path
@@ -236,7 +238,9 @@ assert convert.main([str(work / "vq.pt"), str(work / "vq")]) == 0, "an image tok
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory) -> Path:
-    """A folder with a copy of the package, made of links, with one more file in two of its subpackages."""
+    """A folder with a copy of the package, made of links, with one more file in two of
+    its subpackages.
+    """
     root = tmp_path_factory.mktemp("package")
     source, copy = Path(mmtensorar.__file__).parent, root / "mmtensorar"
     copy.mkdir()
@@ -254,8 +258,8 @@ def package(tmp_path_factory) -> Path:
 
 @pytest.mark.launch
 def test_one_file_is_enough(package, tmp_path):
-    """Its released files are recognised and converted; recipe, plan, loss and the conversion back
-    work too.
+    """Its released files are recognised and converted; recipe, plan, loss and the
+    conversion back work too.
     """
     environment = os.environ | {"PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", USE, str(tmp_path)]

@@ -1,7 +1,7 @@
 """Open-MAGVIT2: two factors in bf16 and under ZeRO-3, and its files.
 
-test_parity.py shows that it computes what the original computes; test_contract.py tests what all
-backbones do.
+test_parity.py shows that it computes what the original computes; test_contract.py tests
+what all backbones do.
 """
 
 import json
@@ -44,8 +44,8 @@ def random_codes(batch: int = 3, num_tokens: int = 9, sizes: tuple[int, ...] = (
 
 
 def test_the_factorised_attention_equals_the_spatial_one():
-    """For two positions it equals causal attention with the first two rows of the positions' rotary
-    table.
+    """For two positions it equals causal attention with the first two rows of the
+    positions' rotary table.
     """
     factor = open_magvit2.FactorAttention(32, 2)
     spatial = layers.SelfAttention(32, 2, 2)
@@ -69,7 +69,9 @@ def test_sdpa_and_eager_agree():
 
 
 def test_bits_by_hand():
-    """Lowest bit first, zero is the negative side, and the full index is pre + 4 post for 2 + 3 bits."""
+    """Lowest bit first, zero is the negative side, and the full index is pre + 4 post
+    for 2 + 3 bits.
+    """
     latents = torch.tensor([0.1, -1, 0, 2, 3])[None, :, None, None]
     assert latents_to_codes(latents, (2, 3)).tolist() == [[[1, 6]]]
     assert latents_to_codes(latents, (5,)).tolist() == [[[25]]]
@@ -81,7 +83,9 @@ def test_bits_by_hand():
 
 
 def test_chunked_loss_equals_whole_loss():
-    """Two factors, K = 4, and chunks that split a batch row: loss and gradients are equal."""
+    """Two factors, K = 4, and chunks that split a batch row: loss and gradients are
+    equal.
+    """
     backbone, codes, condition = tiny_open_magvit2(), random_codes(), class_condition(0, 3, 4)
     codec = open_codec(wrap(backbone, 4))
     results = []
@@ -106,7 +110,9 @@ def test_chunked_loss_equals_whole_loss():
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["bf16 weights", "autocast"])
 def test_bf16_trains_and_is_near_fp32(autocast):
-    """The original fails here: its rotation returns float32, and attention receives two dtypes."""
+    """The original fails here: its rotation returns float32, and attention receives two
+    dtypes.
+    """
     model = wrap(tiny_open_magvit2(), 3)
     codes, condition = random_codes(), class_condition(0, 3, 4)
     whole = model(codes, condition, UNCOND, noise()).loss
@@ -117,8 +123,8 @@ def test_bf16_trains_and_is_near_fp32(autocast):
         output = model(codes, condition, UNCOND, noise())
     output.loss.backward()
     assert output.loss.item() == pytest.approx(whole.item(), rel=0.02)
-    # A fresh codec passes no gradient through its zero projection, but every gradient that exists
-    # must be finite.
+    # A fresh codec passes no gradient through its zero projection, but every gradient
+    # that exists must be finite.
     gradients = {name: p.grad for name, p in model.named_parameters()}
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients.values())
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -182,7 +188,9 @@ def test_dropout_is_off_by_default_and_in_eval():
 
 @pytest.fixture(scope="module")
 def magvit_bench(tmp_path_factory) -> Path:
-    """A folder with a tiny backbone and image tokenizer, shards of class numbers, and a recipe."""
+    """A folder with a tiny backbone and image tokenizer, shards of class numbers, and a
+    recipe.
+    """
     pytest.importorskip("deepspeed")
     from tests.helpers.shards import write_shards
 
@@ -198,7 +206,8 @@ def magvit_bench(tmp_path_factory) -> Path:
         # Without noise, so that ranks draw no random numbers.
         "tensorar": {"window": 3, "num_heads": 2, "schedule": "none"},
         "data": {"shards": str(folder / "shards"), "batch_size": 4, "shuffle": 0, "uncond_rate": 0},
-        # With a small eps Adam turns rounding noise in gradients near zero into full steps.
+        # With a small eps Adam turns rounding noise in gradients near zero into full
+        # steps.
         "optim": {"lr": 3e-3, "eps": 1e-2},
         "train": {
             "steps": 2,
@@ -206,8 +215,8 @@ def magvit_bench(tmp_path_factory) -> Path:
             "save_every": 0,
             "precision": "fp32",
             "activation_checkpointing": True,
-            # Few steps, because the head, and the table that it shares, runs many times per step
-            # and again in the backward pass.
+            # Few steps, because the head, and the table that it shares, runs many times
+            # per step and again in the backward pass.
             "loss_chunk_tokens": 12,
         },
         "sampler": {"cfg_scale": [1.9, 2.0], "temperature": [1.1, 1.0]},
@@ -219,8 +228,8 @@ def magvit_bench(tmp_path_factory) -> Path:
 
 @pytest.mark.launch
 def test_zero_3_on_two_ranks_equals_one_rank(magvit_bench):
-    """Where the head uses the embedding's table, ZeRO-3 must gather it there too, and sum both
-    gradients.
+    """Where the head uses the embedding's table, ZeRO-3 must gather it there too, and
+    sum both gradients.
     """
     from tests.helpers.runs import rows, run
 
@@ -257,8 +266,8 @@ def load(path: Path, **settings) -> open_magvit2.OpenMagvit2Backbone:
 
 
 def pickled(saved: Path, **changes: Tensor | None) -> Path:
-    """The saved model as an official file: Lightning's pickle with the image tokenizer inside, next
-    to config.json.
+    """The saved model as an official file: Lightning's pickle with the image tokenizer
+    inside, next to config.json.
     """
     state = load_file(saved / "model.safetensors")
     state |= {"first_stage_model.encoder.conv_in.weight": torch.zeros(1)} | changes
@@ -279,8 +288,8 @@ def test_round_trip_is_exact(saved):
 
 
 def test_a_parameter_has_one_owner(saved):
-    """The head looks the first factor up in the embedding's table: one parameter, saved once,
-    trained by both.
+    """The head looks the first factor up in the embedding's table: one parameter, saved
+    once, trained by both.
     """
     backbone = load(saved)
     assert backbone.head.shared[0] is backbone.embed.pre_emb
@@ -288,8 +297,8 @@ def test_a_parameter_has_one_owner(saved):
 
 
 def test_wrong_files_are_refused_by_name(saved):
-    """The error lists missing and unexpected tensors, the first ten of each with the count, and
-    then wrong shapes.
+    """The error lists missing and unexpected tensors, the first ten of each with the
+    count, and then wrong shapes.
     """
     name = "transformer.spatial_blocks.1.ffn_norm.weight"
     state = load_file(saved / "model.safetensors")
@@ -335,7 +344,9 @@ def test_a_wrong_pickle_is_refused_by_name(saved, tmp_path):
 
 
 def test_an_official_file_of_unknown_width_is_refused(saved):
-    """Without config.json the width distinguishes B, L and XL; then everything has to fit."""
+    """Without config.json the width distinguishes B, L and XL; then everything has to
+    fit.
+    """
     path = pickled(saved)
     (path / "config.json").unlink()
     with pytest.raises(
@@ -388,7 +399,9 @@ def load_lfq(path: Path, **settings) -> open_magvit2_lfq.LFQ:
 def official(
     folder: Path, raw: open_magvit2_lfq.LFQ, ema: open_magvit2_lfq.LFQ | None, prefix: str = ""
 ) -> Path:
-    """A tokenizer checkpoint as training saves it, or (with a prefix) the same inside an AR checkpoint."""
+    """A tokenizer checkpoint as training saves it, or (with a prefix) the same inside
+    an AR checkpoint.
+    """
     raw.save_pretrained(folder)
     (folder / "model.safetensors").unlink()
     state = {prefix + name: value for name, value in raw.state_dict().items()}

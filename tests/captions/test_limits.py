@@ -1,7 +1,8 @@
-"""One long caption once took the memory of a run: every row of a batch is padded to the longest prompt.
+"""One long caption once took the memory of a run: every row of a batch is padded to the
+longest prompt.
 
-Prompts have a limit. What exceeds it is cut in the same way in training and sampling, or refused,
-and every command names it with both numbers.
+Prompts have a limit. What exceeds it is cut in the same way in training and sampling,
+or refused, and every command names it with both numbers.
 """
 
 import json
@@ -45,7 +46,9 @@ LONG = {
 
 
 def write_byte_tokenizer(folder) -> None:
-    """A text tokenizer with one token for each byte, and merges for "red"; its limit is unset."""
+    """A text tokenizer with one token for each byte, and merges for "red"; its limit is
+    unset.
+    """
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *letters, "re", "red"])}
     fast = Tokenizer(models.BPE(vocab=vocabulary, merges=[("r", "e"), ("re", "d")]))
@@ -69,7 +72,9 @@ def bytes_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def words_folder(tmp_path_factory):
-    """A tiny Janus with 256 positions, of which 16 are image tokens; each word is one token."""
+    """A tiny Janus with 256 positions, of which 16 are image tokens; each word is one
+    token.
+    """
     folder = tmp_path_factory.mktemp("words")
     write_tiny_janus(folder)
     return folder
@@ -94,7 +99,9 @@ def test_a_prompt_within_the_limit_keeps_its_tokens(bytes_folder, caption):
 
 @pytest.mark.parametrize("kind", LONG)
 def test_a_long_prompt_is_exactly_that_of_a_shorter_caption(bytes_folder, kind):
-    """The template stays whole, no character is cut in two, and company changes nothing."""
+    """The template stays whole, no character is cut in two, and company changes
+    nothing.
+    """
     encoder, caption = encoder_of(bytes_folder, max_prompt_tokens=LIMIT), LONG[kind]
     row, empty = row_of(encoder, caption), row_of(encoder, "")
     head, tail = len("<|User|>: ") + 1, len("\n\n<|Assistant|>:") + 1
@@ -128,7 +135,9 @@ def test_a_text_of_a_megabyte_is_read_only_as_far_as_needed(bytes_folder, monkey
 
 @pytest.mark.parametrize("gap", [" ", "\n", "red "])
 def test_white_space_is_not_the_end_of_a_text(words_folder, gap):
-    """This tokenizer drops white space, so a word after 100,000 spaces is still within the limit."""
+    """This tokenizer drops white space, so a word after 100,000 spaces is still within
+    the limit.
+    """
     encoder = encoder_of(words_folder)
     text = "red " + gap * 10**5 + "circle"
     if gap == "red ":
@@ -139,7 +148,9 @@ def test_white_space_is_not_the_end_of_a_text(words_folder, gap):
 
 @pytest.mark.parametrize("told, wanted, expected", [(None, None, 240), (50, None, 50), (50, 90, 90)])
 def test_the_limit_is_the_recipes_or_the_models(words_folder, tmp_path, told, wanted, expected):
-    """Positions left by the image tokens, and what the text tokenizer's file says; at most 256."""
+    """Positions left by the image tokens, and what the text tokenizer's file says; at
+    most 256.
+    """
     write_tiny_janus(tmp_path)
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | ({"model_max_length": told} if told else {})))
@@ -177,7 +188,9 @@ def test_captions_of_t5_are_named_when_they_are_cut(t5_folder, caption):
 
 
 def test_what_the_cleaning_does_not_read_is_named(t5_folder):
-    """It reads 2,048 characters: of an address without spaces nothing is left, and yet words follow."""
+    """It reads 2,048 characters: of an address without spaces nothing is left, and yet
+    words follow.
+    """
     encoder = T5Features(str(t5_folder), num_slots=5, dim=6, cleaning="original")
     excess = encoder.excess("http://" + "x" * 3000 + " a red circle")
     assert excess.unread == 3020 - 2048 and str(excess.unread) in str(excess)
@@ -218,7 +231,9 @@ def stream_of(folder, encoder, **data):
 def test_training_cuts_one_long_caption_among_many_and_names_it(
     words_folder, bytes_folder, tmp_path, kind, num_workers
 ):
-    """The batch is padded to the limit at most, and the other rows keep their tokens."""
+    """The batch is padded to the limit at most, and the other rows keep their
+    tokens.
+    """
     folder = write_set(tmp_path, words_folder, LONG[kind])
     encoder = encoder_of(bytes_folder, max_prompt_tokens=LIMIT)
     recipe, batches = stream_of(folder, encoder, num_workers=num_workers)
@@ -237,7 +252,9 @@ def test_training_cuts_one_long_caption_among_many_and_names_it(
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("kind", ["one endless word", "Chinese, three tokens each", "a little too long"])
 def test_a_refused_prompt_is_a_damaged_sample(words_folder, bytes_folder, tmp_path, kind, num_workers):
-    """It stops the run by name, or the next sample replaces it, as data.on_error says."""
+    """It stops the run by name, or the next sample replaces it, as data.on_error
+    says.
+    """
     folder = write_set(tmp_path, words_folder, LONG[kind])
     encoder = encoder_of(bytes_folder, max_prompt_tokens=LIMIT)
     settings = {"long_prompts": "refuse", "num_workers": num_workers}
@@ -267,7 +284,9 @@ def test_sample_prompts_are_checked_before_training(bytes_folder, capsys):
 
 @pytest.mark.launch
 def test_a_run_records_what_it_cuts(bench, tmp_path):
-    """In the log, in cut_prompts.jsonl, and at the end; a refused sample stops the run with one sentence."""
+    """In the log, in cut_prompts.jsonl, and at the end; a refused sample stops the run
+    with one sentence.
+    """
     folder = write_set(tmp_path, bench / "janus", "red " * 5000)
     data = [f"data.shards={folder}", f"data.validation={folder}", "train.validate_every=4"]
     done = run(bench, "run.name=cut", *data)
@@ -335,7 +354,9 @@ def test_checking_shards_counts_what_is_too_long(words_folder, tmp_path, capsys)
 
 @pytest.mark.plan
 def test_the_plan_counts_prompts_as_long_as_the_limit(words_folder, tmp_path):
-    """Memory is that of the worst batch; FLOPs are given for a typical and for the longest prompt."""
+    """Memory is that of the worst batch; FLOPs are given for a typical and for the
+    longest prompt.
+    """
     settings = {
         "run": {"name": "x"},
         "backbone": {"name": "janus", "path": str(words_folder), "max_prompt_tokens": 50},

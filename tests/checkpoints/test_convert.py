@@ -1,5 +1,5 @@
-"""Conversion: released files become folders that generate the same tokens and convert back bit for
-bit.
+"""Conversion: released files become folders that generate the same tokens and convert
+back bit for bit.
 
 Wrong files are named.
 """
@@ -41,7 +41,9 @@ from tests.helpers.fakes import (
 
 @pytest.fixture(autouse=True)
 def released(monkeypatch):
-    """Tiny models in place of the released ones, whose sizes cannot be read from a file alone."""
+    """Tiny models in place of the released ones, whose sizes cannot be read from a file
+    alone.
+    """
     torch.set_num_threads(1)
     torch.manual_seed(0)
     monkeypatch.setitem(llamagen.SIZES, "B", (16, 2, 2))
@@ -57,7 +59,9 @@ def run(*arguments) -> int:
 
 
 def refused(capsys, *arguments) -> str:
-    """The error of a conversion that fails: one sentence, exit code 2, and nothing is written."""
+    """The error of a conversion that fails: one sentence, exit code 2, and nothing is
+    written.
+    """
     capsys.readouterr()
     assert run(*arguments) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -93,7 +97,9 @@ def state(path: Path, *keys: str) -> dict[str, Tensor]:
 
 
 def write_vq(path: Path, codebook_size: int = 11, levels: int = 5) -> llamagen_vq.LlamaGenVQ:
-    """A LlamaGen VQ file: averaged weights, raw weights, and the usage record of the codes."""
+    """A LlamaGen VQ file: averaged weights, raw weights, and the usage record of the
+    codes.
+    """
     sizes = dict(codebook_size=codebook_size, code_dim=4, ch=32, num_res_blocks=1, z_channels=8)
     mult = dict(encoder_ch_mult=[1] * levels, decoder_ch_mult=[1] * levels)
     vq = llamagen_vq.LlamaGenVQ(llamagen_vq.VQModel(llamagen_vq.Architecture(**sizes, **mult)), 64)
@@ -130,8 +136,8 @@ def write_open_magvit2(path: Path, inside: bool = True) -> None:
 
 
 def write_deepseek(hub: Path, folder: Path) -> dict[str, Tensor]:
-    """Convert the Janus of a folder from transformers' layout to DeepSeek's: two .bin files with an
-    index.
+    """Convert the Janus of a folder from transformers' layout to DeepSeek's: two .bin
+    files with an index.
     """
     source = load_file(hub / "model.safetensors")
     section = janus.Config(name="janus", path=str(hub))
@@ -186,7 +192,9 @@ def hub(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("condition", ["class", "text"])
 def test_llamagen_there_and_back(condition, tmp_path):
-    """The folder generates what the file generates, records its source, and converts back bit for bit."""
+    """The folder generates what the file generates, records its source, and converts
+    back bit for bit.
+    """
     source, vq_file, folder = tmp_path / "gpt.pt", tmp_path / "vq.pt", tmp_path / "out" / "model"
     write_llamagen(source, condition)
     vq = write_vq(vq_file)
@@ -213,15 +221,17 @@ def test_llamagen_there_and_back(condition, tmp_path):
     del expected[llamagen_vq.USAGE]
     assert equal(state(tmp_path / "vq_back.pt", "model"), expected)
     assert not [path for path in tmp_path.rglob("*") if path.suffix == ".partial"]
-    # A run that starts from the folder is refused for its image size, not for the shape of a
-    # tensor.
+    # A run that starts from the folder is refused for its image size, not for the shape
+    # of a tensor.
     settings = [f"train.init_from={folder}", "backbone.image_size=128"]
     with pytest.raises(ValueError, match="image_size is 128, but .*backbone is for 64 pixels"):
         model_folder.initial_model(Recipe.load(folder / "recipe.yaml", settings))
 
 
 def test_open_magvit2_there_and_back(tmp_path):
-    """One file holds backbone and image tokenizer, and so does the file that is written back."""
+    """One file holds backbone and image tokenizer, and so does the file that is written
+    back.
+    """
     source, folder = tmp_path / "ar.ckpt", tmp_path / "model"
     write_open_magvit2(source)
     assert run(source, folder) == 0
@@ -245,7 +255,9 @@ def test_open_magvit2_there_and_back(tmp_path):
 
 
 def test_an_image_tokenizer_is_converted_without_a_backbone(hub, tmp_path):
-    """Image tokenizers are recognised by their tensors; image_tokenizers.load accepts the folder."""
+    """Image tokenizers are recognised by their tensors; image_tokenizers.load accepts
+    the folder.
+    """
     lfq = open_magvit2_lfq.LFQ(open_magvit2_lfq.RELEASED[2])
     torch.save({"state_dict": lfq.state_dict() | {"loss.logvar": torch.zeros(1)}}, tmp_path / "lfq.ckpt")
     vq = write_vq(tmp_path / "vq.pt")
@@ -267,7 +279,9 @@ def test_an_image_tokenizer_is_converted_without_a_backbone(hub, tmp_path):
 
 
 def test_values_keep_their_stored_dtype_and_weights_are_split_into_files(monkeypatch, tmp_path):
-    """A bf16 model is not expanded to float32, and at most one shard of it is in memory."""
+    """A bf16 model is not expanded to float32, and at most one shard of it is in
+    memory.
+    """
     monkeypatch.setattr(weights, "SHARD_BYTES", 2000)
     write_llamagen(tmp_path / "c2i_B_64.pt", dtype=torch.bfloat16)
     assert (
@@ -356,7 +370,9 @@ def test_janus_goes_back_to_transformers(hub, tmp_path):
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_a_bf16_janus_stays_bf16_where_that_loses_nothing(hub, exact, tmp_path):
-    """Otherwise its config says float32: transformers would round the trained weights back to bf16."""
+    """Otherwise its config says float32: transformers would round the trained weights
+    back to bf16.
+    """
     half = tmp_path / "half"
     shutil.copytree(hub, half)
     tensors = {name: value.bfloat16() for name, value in load_file(hub / "model.safetensors").items()}
@@ -397,8 +413,8 @@ def test_generate_reads_a_converted_folder(hub, tmp_path):
     options = ["--ckpt", str(tmp_path / "model"), "--prompt", "a red circle", "--out", str(tmp_path / "out")]
     assert generate.main(options) == 0
     assert len(list((tmp_path / "out").glob("*.png"))) == 1
-    # Our own parts can be converted too: a backbone without an image tokenizer, or with one given
-    # separately.
+    # Our own parts can be converted too: a backbone without an image tokenizer, or with
+    # one given separately.
     parts = tmp_path / "model"
     assert run(parts / "backbone", tmp_path / "again", "--image-tokenizer", parts / "image_tokenizer") == 0
     assert equal(
@@ -409,12 +425,13 @@ def test_generate_reads_a_converted_folder(hub, tmp_path):
 
 
 def test_converting_janus_back_needs_the_original_folder(hub, tmp_path, capsys):
-    """No checkpoint holds the vision tower, so the original must be available, with the weights
-    that the model started from.
+    """No checkpoint holds the vision tower, so the original must be available, with the
+    weights that the model started from.
     """
     shutil.copytree(hub, tmp_path / "moved")
     assert run(tmp_path / "moved", tmp_path / "model") == 0
-    # Trained from the converted folder's backbone: its recipe leads back to the original.
+    # Trained from the converted folder's backbone: its recipe leads back to the
+    # original.
     recipe = Recipe.load(tmp_path / "model" / "recipe.yaml")
     section = recipe.backbone.model_copy(update={"path": str(tmp_path / "model" / "backbone")})
     model = model_folder.load(tmp_path / "model").model
@@ -476,8 +493,8 @@ def test_wrong_files_are_refused_by_name(tmp_path, capsys):
 
 
 def test_an_image_tokenizer_of_another_backbone_is_refused(hub, tmp_path, capsys):
-    """The mismatch shows in the number of codes or the size of the codebook, and where both agree
-    in the official name.
+    """The mismatch shows in the number of codes or the size of the codebook, and where
+    both agree in the official name.
     """
     write_llamagen(tmp_path / "gpt.pt")
     write_vq(tmp_path / "vq_ds16_c2i.pt", levels=4)

@@ -1,4 +1,6 @@
-"""Consolidated checkpoints: what is saved loads again, and a broken folder is named in one sentence."""
+"""Consolidated checkpoints: what is saved loads again, and a broken folder is named in
+one sentence.
+"""
 
 import importlib
 import json
@@ -41,7 +43,9 @@ def make(bench, window: int, *, num_heads: int = 2, **train) -> Recipe:
 
 @pytest.fixture(scope="module")
 def saved(bench):
-    """A window-3 checkpoint with a codec that is not fresh, and the weights that it must hold."""
+    """A window-3 checkpoint with a codec that is not fresh, and the weights that it
+    must hold.
+    """
     recipe = make(bench, 3)
     model = model_folder.initial_model(recipe)
     with torch.no_grad():
@@ -90,7 +94,8 @@ def test_window_1_has_no_codec_file(bench, saved):
 def test_init_from_takes_the_codec_only_when_it_fits(bench, saved):
     same = model_folder.initial_model(make(bench, 3, init_from=str(bench / "model")))
     assert equal(same.state_dict(), saved)
-    # The number of heads changes no shape: the saved codec would load, and compute something else.
+    # The number of heads changes no shape: the saved codec would load, and compute
+    # something else.
     for window, num_heads in (4, 2), (3, 4):
         other = model_folder.initial_model(
             make(bench, window, num_heads=num_heads, init_from=str(bench / "model"))
@@ -105,7 +110,9 @@ def test_init_from_takes_the_codec_only_when_it_fits(bench, saved):
 
 
 def test_init_from_needs_nothing_else(bench, saved):
-    """It once needed the original's files too, and compared names and shapes only with those."""
+    """It once needed the original's files too, and compared names and shapes only with
+    those.
+    """
     recipe = make(bench, 3, init_from=str(bench / "model"))
     gone = recipe.model_copy(
         update={"backbone": recipe.backbone.model_copy(update={"path": str(bench / "gone")})}
@@ -195,8 +202,8 @@ def test_loading_needs_no_deepspeed():
 def test_a_model_read_tensor_by_tensor_equals_one_read_whole(bench, saved, settings):
     """This is how ZeRO-3 reads a model.
 
-    The modules have no values; every tensor is read from the files when it is needed; buffers that
-    no file has exist.
+    The modules have no values; every tensor is read from the files when it is needed;
+    buffers that no file has exist.
     """
     if "init_from" in settings:
         settings = {"init_from": str(bench / "model")}

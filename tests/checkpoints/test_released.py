@@ -1,4 +1,6 @@
-"""Finding the files of released models: what is downloaded, from where, and what is refused."""
+"""Finding the files of released models: what is downloaded, from where, and what is
+refused.
+"""
 
 import json
 

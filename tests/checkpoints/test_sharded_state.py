@@ -14,8 +14,8 @@ PARAMETERS = {"a": 70, "b": 5, "c": 1, "d": 33}
 
 
 def cut(num_ranks: int, seed: int) -> list[tuple[list[Piece], list[torch.Size]]]:
-    """For every rank its pieces and the shapes of its flat tensors: the pieces are in any order,
-    with padding between them.
+    """For every rank its pieces and the shapes of its flat tensors: the pieces are in
+    any order, with padding between them.
     """
     rng, found = random.Random(seed), []
     stretches = []
@@ -125,8 +125,8 @@ def test_a_copy_does_not_follow_the_weights():
 
 
 def test_copies_that_all_ranks_hold_are_read_once(tmp_path):
-    """Without ZeRO every rank holds everything: rank 0's file serves any number of ranks, also for
-    8-bit moments.
+    """Without ZeRO every rank holds everything: rank 0's file serves any number of
+    ranks, also for 8-bit moments.
     """
     layout, shapes = [Piece("a", 0, 0, 0, 70)], [torch.Size([70])]
     state = [{"master": torch.randn(70), "state1": torch.randint(9, (70,), dtype=torch.uint8)}]
@@ -139,7 +139,9 @@ def test_copies_that_all_ranks_hold_are_read_once(tmp_path):
 
 
 def test_values_that_were_read_do_not_keep_the_file_open(tmp_path):
-    """Some network file systems cannot delete a mapped file, and others do not free its space."""
+    """Some network file systems cannot delete a mapped file, and others do not free its
+    space.
+    """
     write(tmp_path / "one", cut(1, 0))
     for cut_to in (cut(1, 0), cut(2, 0)):
         held = sharded_state.read(tmp_path / "one", 0, len(cut_to), 1, *cut_to[0])

@@ -1,7 +1,7 @@
 """Pictures that lost data and open all the same are errors, and good ones never are.
 
-Decoders fill up what is missing: a JPEG with grey, a PNG with black, a WEBP by smearing. Such
-pictures used to be kept, with up to half of their pixels wrong.
+Decoders fill up what is missing: a JPEG with grey, a PNG with black, a WEBP by
+smearing. Such pictures used to be kept, with up to half of their pixels wrong.
 """
 
 import io
@@ -95,7 +95,9 @@ def test_jpegs_with_one_scan_per_component(damage):
 
 
 def test_missing_scans_and_restart_markers():
-    """A progressive file that stops between two scans is a blurred picture, which no decoder warns of."""
+    """A progressive file that stops between two scans is a blurred picture, which no
+    decoder warns of.
+    """
     good = encoded(photograph(), "JPEG", **PROGRESSIVE)
     scans = jpegs.read_structure(good).scans
     for scan in scans[:-1]:
@@ -138,7 +140,9 @@ def test_good_jpegs_are_never_refused_nor_changed(progressive, subsampling):
 
 
 def test_what_is_around_the_picture_does_not_matter():
-    """Thumbnails, profiles and comments in front, fill bytes, and whatever follows the end marker."""
+    """Thumbnails, profiles and comments in front, fill bytes, and whatever follows the
+    end marker.
+    """
     exif, thumbnail = Image.Exif(), encoded(photograph(16, 16), "JPEG")
     exif[0x010E] = "a description"
     content = encoded(
@@ -210,7 +214,9 @@ def test_libraries_that_let_truncated_pictures_pass_do_not_matter(kind, monkeypa
 
 
 def test_good_pngs_and_webps_are_not_refused():
-    """Large areas of one colour may be zeros in a WEBP, and what follows a PNG's end is not the picture."""
+    """Large areas of one colour may be zeros in a WEBP, and what follows a PNG's end is
+    not the picture.
+    """
     assert features.check("webp")
     white = Image.new("RGB", (700, 700), "white")
     half = white.copy()

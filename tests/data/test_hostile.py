@@ -1,5 +1,5 @@
-"""Harmful files, given to every reader: nothing in them is executed, and nothing is written outside
-the set.
+"""Harmful files, given to every reader: nothing in them is executed, and nothing is
+written outside the set.
 """
 
 import io
@@ -48,7 +48,9 @@ MEMBERS = {
 
 
 def with_member(folder: Path, name: str, content: bytes) -> None:
-    """Put a member into the first sample of a good set, in place of one of its members."""
+    """Put a member into the first sample of a good set, in place of one of its
+    members.
+    """
     path = folder / "00000.tar"
     with tarfile.open(path) as tar:
         found = [(member, tar.extractfile(member).read()) for member in tar]

@@ -1,5 +1,5 @@
-"""The loader: the batches of a rank depend only on recipe, rank and world size, and damage is one
-sentence.
+"""The loader: the batches of a rank depend only on recipe, rank and world size, and
+damage is one sentence.
 """
 
 import json
@@ -44,8 +44,8 @@ def numbers(batches) -> list[int]:
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_skipping_batches_equals_reading_them(folder, num_workers):
-    """A resumed run reads exactly the batches it would have read: inside an epoch, at its end, and
-    epochs later.
+    """A resumed run reads exactly the batches it would have read: inside an epoch, at
+    its end, and epochs later.
     """
     recipe = make_recipe(folder, num_workers=num_workers)
     whole = take(recipe, 20)  # 80 rows from a set of 22 samples
@@ -86,7 +86,9 @@ def many(tmp_path_factory) -> Path:
 def global_batches(
     folder: Path, world_size: int, num_workers: int, steps: int, *, skip: int = 0, grad_accum: int = 1
 ) -> list:
-    """The samples and random draws of all ranks per step, in the order of the global batch."""
+    """The samples and random draws of all ranks per step, in the order of the global
+    batch.
+    """
     recipe = make_recipe(folder, batch_size=16, num_workers=num_workers, shuffle=48, grad_accum=grad_accum)
     ranks = [
         take(recipe, steps * grad_accum, rank=rank, world_size=world_size, skip=skip * grad_accum)
@@ -137,7 +139,9 @@ def test_the_uncond_rate_is_the_share_of_rows_without_prompt(folder):
 
 
 def test_ranks_share_the_shards_and_the_batch(tmp_path):
-    """In an epoch no two ranks read the same sample, and together they read all samples."""
+    """In an epoch no two ranks read the same sample, and together they read all
+    samples.
+    """
     folder = write_set(tmp_path / "set", [3] * 8)
     recipe = make_recipe(folder, batch_size=12, grad_accum=2)
     # 4 batches of 12 / (2 * 2) rows.
@@ -192,7 +196,9 @@ def test_preflight_names_both_sides_of_a_mismatch(folder, other, sentence):
     ],
 )
 def test_classes_need_a_backbone_with_the_same_number_of_classes(tmp_path, encoder, sentence):
-    """A text-conditional model would be trained on the captions 0, 1 and 2 without an error."""
+    """A text-conditional model would be trained on the captions 0, 1 and 2 without an
+    error.
+    """
     folder = write_set(tmp_path / "set", [2])
     Manifest.read(folder).model_copy(update={"classes": ("cat", "dog", "owl")}).write(folder)
     recipe = make_recipe(folder)
@@ -226,7 +232,9 @@ def test_shards_without_codes_are_refused(tmp_path):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_damage_is_one_sentence_naming_shard_and_key(tmp_path, num_workers):
-    """This also holds for damage in a worker process, whose exceptions arrive wrapped in a traceback."""
+    """This also holds for damage in a worker process, whose exceptions arrive wrapped
+    in a traceback.
+    """
     folder = write_set(tmp_path / "set", [2, 2])
     for path in folder.glob("*.tar"):
         path.write_bytes(path.read_bytes()[:-10000])
@@ -236,7 +244,9 @@ def test_damage_is_one_sentence_naming_shard_and_key(tmp_path, num_workers):
 
 
 def test_a_code_outside_the_codebook_is_refused(tmp_path):
-    """On a GPU it would fail in an assertion of the embedding kernel, far from its cause."""
+    """On a GPU it would fail in an assertion of the embedding kernel, far from its
+    cause.
+    """
     folder = write_set(tmp_path / "set", [1])
     codes = np.array([[[1], [1000]]], np.uint16)
     write_tar(folder / "00000.tar", [Sample("bad", {"txt": b"0", "codes.npy": encode_codes(codes)})])
@@ -369,8 +379,8 @@ def with_wrong_code(members: dict) -> dict:
 def damaged(tmp_path) -> Path:
     """40 samples in 4 shards.
 
-    Samples 3 and 25 have bad members, and the third shard is truncated, which loses its last
-    samples.
+    Samples 3 and 25 have bad members, and the third shard is truncated, which loses its
+    last samples.
     """
     folder = write_set(tmp_path / "set", [10, 10, 10, 10])
     damage(folder, "00000.tar", {"000000003"}, without_caption)
@@ -459,7 +469,9 @@ def test_validation_reads_every_sample_once_with_equal_batches_on_all_ranks(many
 
 @pytest.mark.parametrize(("crops", "middle"), [(1, 0), (2, 0), (5, 4), (10, 4)])
 def test_validation_takes_the_middle_crop(tmp_path, crops, middle):
-    """encode_codes writes crops in this order: four corners, the centre, and then their mirror images."""
+    """encode_codes writes crops in this order: four corners, the centre, and then their
+    mirror images.
+    """
     write_set(tmp_path / "set", [4, 3], crops=crops)
     recipe = make_recipe(tmp_path / "set")
     recipe.data = recipe.data.model_copy(

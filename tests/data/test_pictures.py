@@ -1,4 +1,6 @@
-"""One function opens pictures: data tools and evaluators see the same pixels of any kind of file."""
+"""One function opens pictures: data tools and evaluators see the same pixels of any
+kind of file.
+"""
 
 import io
 import re
@@ -129,7 +131,9 @@ def kind(request, tmp_path_factory) -> tuple[Path, np.ndarray]:
 
 
 def test_evaluators_see_the_picture_that_8_bits_would_give(kind, tmp_path):
-    """Grey of 16 bits used to become white in evaluators, and transparent parts black."""
+    """Grey of 16 bits used to become white in evaluators, and transparent parts
+    black.
+    """
     path, expected = kind
     Image.fromarray(expected).save(tmp_path / "a.png")
     for folder in (path.parent, tmp_path):
@@ -195,7 +199,10 @@ def test_sizes_are_bounded_before_decoding(tmp_path, monkeypatch):
 
 
 def test_nothing_else_opens_pictures():
-    """The benchmark compares with Pillow alone. Pictures of shards have the three formats of shards only."""
+    """The benchmark compares with Pillow alone.
+
+    Pictures of shards have the three formats of shards only.
+    """
     allowed = {"mmtensorar/data/pictures.py", "mmtensorar/data/damage.py", "benchmarks/data.py"}
     packages = ("mmtensorar", "data_tools", "eval", "study", "worlds", "benchmarks")
     found = {

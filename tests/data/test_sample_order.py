@@ -1,5 +1,5 @@
-"""The order of samples depends only on seed and position: each sample comes once per epoch, and
-blocks are bounded.
+"""The order of samples depends only on seed and position: each sample comes once per
+epoch, and blocks are bounded.
 """
 
 import time
@@ -35,8 +35,8 @@ def test_every_epoch_holds_every_sample_once(counts, rows, shuffle):
 
 @pytest.mark.parametrize(("counts", "rows", "shuffle"), CASES)
 def test_a_block_is_read_shard_by_shard(counts, rows, shuffle):
-    """Reading is sequential: each shard of a block comes once, with rising samples, and the next
-    block starts where it ended.
+    """Reading is sequential: each shard of a block comes once, with rising samples, and
+    the next block starts where it ended.
     """
     order = Order(counts, rows=rows, seed=1, shuffle=shuffle)
     lanes: dict[int, list[Location]] = {}
@@ -78,8 +78,8 @@ def test_an_order_of_no_samples_is_refused():
 def test_a_job_of_1024_ranks_and_8_readers_each():
     """100,000 shards.
 
-    Every reader has rows, the readers together read each sample once per epoch, and planning takes
-    little time.
+    Every reader has rows, the readers together read each sample once per epoch, and
+    planning takes little time.
     """
     tracemalloc.start()
     began = time.process_time()
@@ -94,8 +94,8 @@ def test_a_job_of_1024_ranks_and_8_readers_each():
             assert stop - first == 2
             rows[first:stop] += 1
     assert (rows == 1).all()
-    # Lanes are cut from one line without a gap, and their lengths differ by at most one sample, so
-    # no reader runs out before the others.
+    # Lanes are cut from one line without a gap, and their lengths differ by at most one
+    # sample, so no reader runs out before the others.
     bounds = np.array([order._bounds(Block(0, lane, 0))[0] for lane in range(batch_size)] + [order.total])
     lengths = np.diff(bounds)
     assert bounds[0] == 0 and lengths.sum() == counts.sum() and lengths.max() - lengths.min() <= 1

@@ -65,7 +65,9 @@ def test_equal_samples_give_equal_bytes(tmp_path):
 
 
 def test_every_truncation_is_refused(tmp_path):
-    """tarfile accepts a tar that ends between two members as complete: samples would be lost silently."""
+    """tarfile accepts a tar that ends between two members as complete: samples would be
+    lost silently.
+    """
     whole = write_tar(tmp_path / "whole.tar", SAMPLES)
     content = (tmp_path / whole.name).read_bytes()
     end = 6 * 512  # three members, with one header and one block each
@@ -189,7 +191,9 @@ def test_random_damage_to_codes_is_always_one_sentence():
 
 
 def test_features_round_trip_and_are_checked():
-    """A feature that is not finite would give a loss that is not finite, far from its cause."""
+    """A feature that is not finite would give a loss that is not finite, far from its
+    cause.
+    """
     features = np.arange(6, dtype=np.float16).reshape(3, 2)
     assert np.array_equal(decode_features(encode_features(features), "here"), features)
     for wrong in (npy(features.astype(np.float32)), npy(features[None]), b""):
@@ -216,7 +220,9 @@ def picture(mode="RGB", size=(4, 3), kind="PNG", **options) -> bytes:
 
 
 def test_transparent_parts_become_white():
-    """A bare conversion would show the colour under the transparent parts, which is mostly black."""
+    """A bare conversion would show the colour under the transparent parts, which is
+    mostly black.
+    """
     image = decode_picture(picture("RGBA"), "here")
     assert image.mode == "RGB" and image.getpixel((0, 0)) == (255, 255, 255)
 
@@ -326,7 +332,9 @@ def test_a_file_that_is_not_a_manifest_is_refused(tmp_path, content):
 
 
 def test_a_set_is_replaced_as_a_whole(tmp_path):
-    """Until the commit the old set stays; after the commit no shard of the old set is left."""
+    """Until the commit the old set stays; after the commit no shard of the old set is
+    left.
+    """
     old = make_manifest(tmp_path, "00000.tar", "00001.tar")
     old.write(tmp_path)
     staging = Staging(tmp_path, "new")
@@ -339,8 +347,8 @@ def test_a_set_is_replaced_as_a_whole(tmp_path):
 
 @pytest.mark.parametrize("calls", range(1, 7))
 def test_a_commit_interrupted_anywhere_is_finished_later(tmp_path, monkeypatch, calls):
-    """After a kill between any two renames, the folder has the old set, the new set, or no
-    manifest, but never a mixture.
+    """After a kill between any two renames, the folder has the old set, the new set, or
+    no manifest, but never a mixture.
     """
     import os
 

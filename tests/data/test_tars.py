@@ -1,5 +1,5 @@
-"""Reading tars by their headers: the result equals tarfile's, damage is located, hostile members
-are never opened.
+"""Reading tars by their headers: the result equals tarfile's, damage is located,
+hostile members are never opened.
 """
 
 import io
@@ -103,7 +103,10 @@ def test_members_that_are_not_plain_files_are_refused(tmp_path, kind):
 
 
 def header(name: bytes, size: int | bytes, kind: bytes = b"0", *, is_signed: bool = False) -> bytes:
-    """A header; size: a number, or the field as it is. is_signed: bytes above 127 count as negative."""
+    """A header; size: a number, or the field as it is.
+
+    is_signed: bytes above 127 count as negative.
+    """
     field = size if isinstance(size, bytes) else b"%011o" % size
     head = bytearray(
         struct.pack("100s8s8s8s12s12s8s1s", name, b"0644", b"0", b"0", field, b"0", b" " * 8, kind)
@@ -115,8 +118,8 @@ def header(name: bytes, size: int | bytes, kind: bytes = b"0", *, is_signed: boo
 
 
 def test_announced_sizes_are_not_trusted(tmp_path):
-    """A member larger than its file, or an extended header of gigabytes, is refused before anything
-    is allocated.
+    """A member larger than its file, or an extended header of gigabytes, is refused
+    before anything is allocated.
     """
     path = tmp_path / "a.tar"
     path.write_bytes(header(b"a.txt", 2**32) + bytes(1024))
@@ -224,7 +227,9 @@ VALID = {
 
 @pytest.mark.parametrize("kind", VALID)
 def test_valid_tars_of_other_programs_are_read(tmp_path, kind):
-    """Attributes of files with raw bytes, and more than a MiB of zeros at the end, were called damage."""
+    """Attributes of files with raw bytes, and more than a MiB of zeros at the end, were
+    called damage.
+    """
     (tmp_path / "a.tar").write_bytes(VALID[kind])
     assert pairs(tmp_path / "a.tar") == SAME
     # Each sample alone, as training reads it.
@@ -294,7 +299,9 @@ def test_what_is_not_read_is_refused_by_a_sentence(tmp_path, kind):
 
 
 def test_a_header_of_endless_records_is_refused(tmp_path):
-    """Each record was copied with all that follow it: 16 MiB of them would have taken hours."""
+    """Each record was copied with all that follow it: 16 MiB of them would have taken
+    hours.
+    """
     (tmp_path / "a.tar").write_bytes(member(b"x", b"6 a=b\n" * 2**21, b"x") + A + B + END)
     with pytest.raises(tars.Damage, match="a damaged extended header"):
         pairs(tmp_path / "a.tar")

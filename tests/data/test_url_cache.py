@@ -35,8 +35,8 @@ pytestmark = pytest.mark.server
 class Server(ThreadingHTTPServer):
     """A server for files, with planned failures.
 
-    files: path -> content. trouble: path -> list of failures, one per request. After them requests
-    succeed.
+    files: path -> content. trouble: path -> list of failures, one per request. After
+    them requests succeed.
     """
 
     daemon_threads = True
@@ -69,7 +69,10 @@ class Handler(BaseHTTPRequestHandler):
             self.send_content(self.server.files[name], now)
 
     def send_content(self, content: bytes, now: str | None) -> None:
-        """Answer with the content from the start that the request asks for. now: what goes wrong."""
+        """Answer with the content from the start that the request asks for.
+
+        now: what goes wrong.
+        """
         if now == "lie":
             content = content[::-1]
         wanted = self.headers.get("Range") if now != "no range" else None
@@ -361,8 +364,8 @@ def test_a_store_that_does_not_answer_is_tried_again_and_then_named(tmp_path, mo
 
 
 def test_a_failed_download_reserves_no_space(tmp_path, server):
-    """A file that reserves room used to stay for ever after a failed download, and nothing else
-    fitted into the cache.
+    """A file that reserves room used to stay for ever after a failed download, and
+    nothing else fitted into the cache.
     """
     one, two = put(server, "00000.tar", 60_000), put(server, "00001.tar", 60_000)
     server.trouble["00000.tar"] = ["lie", 404]
@@ -387,8 +390,8 @@ def test_an_unavailable_shard_is_requested_once(tmp_path, server, served):
 
 
 def test_object_stores_go_through_fsspec(tmp_path, monkeypatch):
-    """fsspec's in-memory store stands for them: resuming, truncation and a missing file work the
-    same way.
+    """fsspec's in-memory store stands for them: resuming, truncation and a missing file
+    work the same way.
     """
     import fsspec
 

@@ -1,4 +1,6 @@
-"""Checking, repairing and inspecting shard sets; ordinary WebDataset readers can read them."""
+"""Checking, repairing and inspecting shard sets; ordinary WebDataset readers can read
+them.
+"""
 
 import json
 import shutil
@@ -53,8 +55,8 @@ def rewrite(folder: Path, name: str, change) -> None:
 
 @pytest.fixture
 def damaged(tmp_path, whole) -> Path:
-    """One damage of every kind: a bad caption, a key that another shard has, a duplicate picture, a
-    truncated tar.
+    """One damage of every kind: a bad caption, a key that another shard has, a
+    duplicate picture, a truncated tar.
     """
     folder = tmp_path / "set"
     shutil.copytree(whole, folder)

@@ -1,4 +1,6 @@
-"""Captions of which the cleaning leaves nothing: counted, named, found later, and kept on request."""
+"""Captions of which the cleaning leaves nothing: counted, named, found later, and kept
+on request.
+"""
 
 import io
 import json
@@ -78,7 +80,9 @@ def test_other_captions_are_cleaned_as_before(caption):
 
 
 def test_encoding_counts_and_names_them_and_a_check_finds_them(tmp_path, folder, t5, capsys):
-    """Chinese captions, links and '...' became the features of an empty prompt without a word."""
+    """Chinese captions, links and '...' became the features of an empty prompt without
+    a word.
+    """
     assert encode(folder, t5, "original") == 0
     told = capsys.readouterr()
     assert "left nothing: 4" in told.out and "original_or_raw" in told.out

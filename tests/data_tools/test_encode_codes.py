@@ -247,8 +247,8 @@ def test_bf16_is_recorded_and_looks_codes_up_in_full_precision(tmp_path, plain, 
 
 
 def test_llamagen_looks_codes_up_in_full_precision_under_autocast():
-    """1,000 rows so close to each other that bf16 cannot distinguish them; the nearest code of
-    every row is the row itself.
+    """1,000 rows so close to each other that bf16 cannot distinguish them; the nearest
+    code of every row is the row itself.
     """
     torch.manual_seed(0)
     rows = torch.nn.functional.normalize(1 + 1e-2 * torch.randn(1000, 8), dim=-1)

@@ -1,4 +1,6 @@
-"""Text features in shards: training reads from them what the text encoder would have computed."""
+"""Text features in shards: training reads from them what the text encoder would have
+computed.
+"""
 
 import io
 import json
@@ -174,7 +176,9 @@ def test_interrupted_encoding_resumes_and_leaves_a_complete_set_meanwhile(folder
 
 
 def test_the_hash_is_of_the_encoder_in_any_layout(t5, tmp_path):
-    """Released files also hold T5's decoder, and some of them hold the embeddings twice."""
+    """Released files also hold T5's decoder, and some of them hold the embeddings
+    twice.
+    """
     state = load_file(t5 / "model.safetensors")
     twice = state["shared.weight"].clone()
     more = {"decoder.final_layer_norm.weight": torch.ones(6), "encoder.embed_tokens.weight": twice}
@@ -286,7 +290,9 @@ def test_mistakes_are_sentences(folder, t5, tmp_path, capsys):
 
 
 def test_features_that_float16_cannot_hold_are_refused(folder, t5, tmp_path, capsys):
-    """Infinite features would end training days later, with a loss that is not finite."""
+    """Infinite features would end training days later, with a loss that is not
+    finite.
+    """
     state = load_file(t5 / "model.safetensors")
     state["encoder.final_layer_norm.weight"] *= 1e6
     loud = tmp_path / "loud"

@@ -1,7 +1,8 @@
-"""Everything in a place that a command points at is read, or counted and named with the reason.
+"""Everything in a place that a command points at is read, or counted and named with the
+reason.
 
-`ln -s ../c b/more` gave one of two samples, and `a.tar.gz` beside `b.tar` was passed over: exit
-code 0 and no word in both cases.
+`ln -s ../c b/more` gave one of two samples, and `a.tar.gz` beside `b.tar` was passed
+over: exit code 0 and no word in both cases.
 """
 
 import io
@@ -120,7 +121,9 @@ def test_hidden_files_and_checkpoints_of_notebooks_are_left_out(tmp_path, capsys
 
 
 def test_classes_behind_links(tmp_path, capsys):
-    """A link to the whole folder, or from one class into another, does not mix the classes."""
+    """A link to the whole folder, or from one class into another, does not mix the
+    classes.
+    """
     classes(tmp_path / "b", HALF[0])
     classes(tmp_path / "c", HALF[1])
     for color in HALF[1]:
@@ -212,7 +215,9 @@ def test_compressed_tars_are_read_beside_plain_ones(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["a.tar.gz", "a.tar"])
 def test_a_compressed_tar_by_its_own_name(tmp_path, name):
-    """What a file is, its first bytes say: a tar that is compressed may have any name."""
+    """What a file is, its first bytes say: a tar that is compressed may have any
+    name.
+    """
     path = compressed(tmp_path / "a.tar.gz", members(COLORS)).rename(tmp_path / name)
     assert make(tmp_path / "set", "--tars", path) == 0
     assert_right(tmp_path / "set")

@@ -1,4 +1,6 @@
-"""The commands from pictures to codes: reproducible, resumable, and one sentence for every user error."""
+"""The commands from pictures to codes: reproducible, resumable, and one sentence for
+every user error.
+"""
 
 import io
 import json
@@ -105,8 +107,8 @@ def test_the_same_seed_gives_the_same_bytes_with_one_and_two_workers(tmp_path):
 
 @pytest.mark.launch
 def test_the_tool_starts_without_torch():
-    """Worker processes import the tool again where processes are spawned; importing torch alone
-    would cost seconds per process.
+    """Worker processes import the tool again where processes are spawned; importing
+    torch alone would cost seconds per process.
     """
     command = (
         "import sys; sys.path[0] = '.'; import data_tools.make_shards; assert 'torch' not in sys.modules"
@@ -289,8 +291,8 @@ def test_an_error_in_a_worker_process_is_one_sentence_too(tmp_path, pictures):
 
 @pytest.fixture
 def classes(tmp_path) -> Path:
-    """Three classes of one, two and one picture, a hidden folder, and a picture outside the class
-    folders.
+    """Three classes of one, two and one picture, a hidden folder, and a picture outside
+    the class folders.
     """
     folder = tmp_path / "classes"
     for name in ("n02/a.JPEG", "n10/a.png", "n10/deep/b.png", "cat/c.webp", ".cache/x.png", "readme.png"):
@@ -300,7 +302,8 @@ def classes(tmp_path) -> Path:
 
 
 def test_sorted_sub_folders_give_the_class_numbers(tmp_path, classes, capsys):
-    """The order is that of torchvision's ImageFolder, with which LlamaGen's models were trained.
+    """The order is that of torchvision's ImageFolder, with which LlamaGen's models were
+    trained.
 
     The manifest stores the names.
     """
@@ -430,8 +433,8 @@ def test_what_does_not_fit_the_tokenizer_is_refused(tmp_path, monkeypatch, capsy
 
 
 def ramp_set(folder: Path, size: int) -> Path:
-    """Three pictures whose red rises from left to right, so that every crop differs from its mirror
-    image.
+    """Three pictures whose red rises from left to right, so that every crop differs
+    from its mirror image.
     """
     folder.mkdir()
     for name, offset in (("a", 0), ("b", 5), ("c", 10)):
@@ -442,8 +445,9 @@ def ramp_set(folder: Path, size: int) -> Path:
 
 
 def test_ten_crops_are_corners_and_centre_and_their_mirror_images():
-    """Computed by hand: a picture of 5 x 5 pixels is cut to 2 x 2. A value is 10 times the row plus
-    the column.
+    """Computed by hand: a picture of 5 x 5 pixels is cut to 2 x 2.
+
+    A value is 10 times the row plus the column.
     """
     pixels = (torch.arange(5)[:, None] * 10 + torch.arange(5)).expand(3, 5, 5)
     crops = encode_codes.crops_of(pixels, 2, 10)
@@ -454,7 +458,9 @@ def test_ten_crops_are_corners_and_centre_and_their_mirror_images():
 
 
 def test_ten_crops_are_cached_per_picture(tmp_path, monkeypatch, capsys):
-    """A row of codes.npy equals the codes of encoding that crop alone, for any batch size."""
+    """A row of codes.npy equals the codes of encoding that crop alone, for any batch
+    size.
+    """
     assert make(tmp_path / "set", "--folder", ramp_set(tmp_path / "in", 18), "--image-size", 18) == 0
     assert encode(tmp_path / "set", FakeImageTokenizer(), monkeypatch, "--crops", "10") == 0
     assert Manifest.read(tmp_path / "set").codes.crops == 10
@@ -534,7 +540,9 @@ def test_round_trip_with_the_janus_tokenizer_and_the_loader(tmp_path):
 
 
 def rewrite(folder: Path, change, *, hashed: bool = True) -> None:
-    """Apply `change(samples)` to the first shard; with `hashed`, also update the manifest."""
+    """Apply `change(samples)` to the first shard; with `hashed`, also update the
+    manifest.
+    """
     manifest = Manifest.read(folder)
     first = manifest.shards[0]
     written = write_tar(folder / first.name, change(list(iterate_tar(folder / first.name))))

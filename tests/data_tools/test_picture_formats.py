@@ -1,4 +1,6 @@
-"""Every source treats a kind of picture alike: what it reads, what it keeps, and what it refuses."""
+"""Every source treats a kind of picture alike: what it reads, what it keeps, and what
+it refuses.
+"""
 
 import csv
 import io
@@ -120,7 +122,9 @@ OTHERS = {
 
 @every_source
 def test_all_sources_read_the_same_formats(source: Source, tmp_path):
-    """A folder used to leave BMP, GIF and TIFF out, and a table of them to be an error."""
+    """A folder used to leave BMP, GIF and TIFF out, and a table of them to be an
+    error.
+    """
     assert make(tmp_path / "set", *source(tmp_path, OTHERS), "--format", "png") == 0
     samples = found(tmp_path / "set")
     assert set(samples) == {name.split(".")[0] for name in OTHERS}
@@ -131,7 +135,9 @@ def test_all_sources_read_the_same_formats(source: Source, tmp_path):
 
 @every_source
 def test_keep_keeps_pictures_of_shard_formats_and_makes_jpg_of_others(source: Source, tmp_path):
-    """Pillow calls some cameras' JPEGs MPO, which used to be a KeyError with --format keep."""
+    """Pillow calls some cameras' JPEGs MPO, which used to be a KeyError with --format
+    keep.
+    """
     kept = {
         "camera.jpg": mpo(),
         "progressive.jpg": encoded(SQUARE, "JPEG", progressive=True),

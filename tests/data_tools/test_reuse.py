@@ -1,6 +1,7 @@
 """A finished set is reused only while its source has the same pictures.
 
-A picture that was edited into one of the same size in bytes gave the old set, with its old pixels.
+A picture that was edited into one of the same size in bytes gave the old set, with its
+old pixels.
 """
 
 import csv
@@ -119,7 +120,9 @@ def test_a_time_that_was_restored_is_noticed(tmp_path, captioned, capsys):
 
 @pytest.mark.parametrize("what", ["times", "no times", "a copy"])
 def test_equal_pictures_are_reused_after_a_comparison(tmp_path, captioned, capsys, what):
-    """Files that were only copied have other times; sets of earlier versions recorded none."""
+    """Files that were only copied have other times; sets of earlier versions recorded
+    none.
+    """
     out = tmp_path / "set"
     assert make(out, "--folder", captioned, "--samples-per-shard", 4, "--validation-share", 0.4) == 0
     before = content(out)

@@ -1,4 +1,6 @@
-"""Every source gives the same pictures with their own captions, and problems in a source are named."""
+"""Every source gives the same pictures with their own captions, and problems in a
+source are named.
+"""
 
 import csv
 import io
@@ -90,7 +92,9 @@ def test_parquet_files_become_shards(tmp_path, files, kind):
 
 
 def test_a_folder_of_parquet_files_stays_in_row_groups(tmp_path):
-    """Rows of a row group are read together, so they stay together in the shuffled order."""
+    """Rows of a row group are read together, so they stay together in the shuffled
+    order.
+    """
     import pyarrow.parquet
 
     (tmp_path / "rows").mkdir()
@@ -144,8 +148,8 @@ def test_a_dataset_of_labels_takes_a_template(tmp_path, files, capsys):
 
 
 def test_tars_of_other_tools_become_shards(tmp_path, capsys):
-    """The names begin with ./, there are folders and a pickle that is never opened, and captions
-    are in txt, in json, or made from a class number.
+    """The names begin with ./, there are folders and a pickle that is never opened, and
+    captions are in txt, in json, or made from a class number.
     """
     members = {"./": b"", "./a/": b""}
     for number, color in enumerate(COLORS):
@@ -409,8 +413,8 @@ def test_the_bytes_do_not_depend_on_workers_or_interruptions(tmp_path, mixed, mo
 
 
 def test_a_validation_split_takes_nothing_twice_and_does_not_move(tmp_path):
-    """Whether a picture is in the validation split depends on the picture alone, not on its
-    caption, the seed, the order or the number of samples.
+    """Whether a picture is in the validation split depends on the picture alone, not on
+    its caption, the seed, the order or the number of samples.
     """
     for count, seed in ((60, 0), (90, 0), (60, 1)):
         folder = tmp_path / f"in{count}"
@@ -430,7 +434,10 @@ def test_a_validation_split_takes_nothing_twice_and_does_not_move(tmp_path):
 
 @pytest.mark.parametrize("kind", ["csv", "parquet", "tars"])
 def test_a_picture_with_several_captions_is_on_one_side(tmp_path, kind):
-    """COCO's layout has one row per caption. If rows were split, most pictures would be in both sets."""
+    """COCO's layout has one row per caption.
+
+    If rows were split, most pictures would be in both sets.
+    """
     import pyarrow.parquet
 
     rows = [
@@ -494,7 +501,9 @@ def test_a_split_that_leaves_one_side_empty_writes_neither(tmp_path, captioned, 
 
 
 def test_long_thin_pictures_need_little_memory(tmp_path, capsys):
-    """A picture of 30,000 x 1 pixels, scaled to 384 at its shorter side, has 11 million columns."""
+    """A picture of 30,000 x 1 pixels, scaled to 384 at its shorter side, has 11 million
+    columns.
+    """
     folder = tmp_path / "in"
     folder.mkdir()
     for number, size in enumerate([(1, 30_000), (30_000, 1), (3, 200)]):
@@ -554,8 +563,8 @@ def test_duplicates_by_picture_or_by_sample(tmp_path, captioned):
 
 
 def test_a_row_group_too_large_to_hold_is_refused(tmp_path, monkeypatch, capsys):
-    """pyarrow writes a million rows into one row group by default, and a worker holds all pictures
-    of a row group.
+    """pyarrow writes a million rows into one row group by default, and a worker holds
+    all pictures of a row group.
     """
     import pyarrow.parquet
 

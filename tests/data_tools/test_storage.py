@@ -1,5 +1,5 @@
-"""Shards made from URLs, into URLs, and on Ray have the same content as local shards made by
-processes.
+"""Shards made from URLs, into URLs, and on Ray have the same content as local shards
+made by processes.
 
 The object store is moto's S3 server on this machine.
 """

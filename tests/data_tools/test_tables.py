@@ -1,4 +1,6 @@
-"""Rows and columns of every kind of table: one bad row or name takes nothing else with it."""
+"""Rows and columns of every kind of table: one bad row or name takes nothing else with
+it.
+"""
 
 import csv
 import io
@@ -97,7 +99,9 @@ OF_TABLES = (write_csv, write_tsv, write_parquet, write_dataset)
 @pytest.mark.parametrize("extra", [(), ("--on-error", "skip"), ("--dry-run",)])
 @pytest.mark.parametrize("column", ["shrot", "Short", "image_text"])
 def test_a_column_that_no_row_has_is_an_error(tmp_path, pictures, capsys, write, extra, column):
-    """Half of the samples were missing, with exit code 0, when the second name was misspelt."""
+    """Half of the samples were missing, with exit code 0, when the second name was
+    misspelt.
+    """
     rows: Rows = [{"caption": f"long {n}", "short": n} for n in NAMES]
     source = write(pictures, rows)
     code = make(tmp_path / "set", *source, "--caption-columns", f"caption,{column}", *extra)
@@ -184,7 +188,9 @@ def test_columns_of_a_source_without_any_are_told(tmp_path, capsys):
 
 
 def read(folder: Path, name: str, content: bytes) -> list[tuple[str, str]]:
-    """(picture, caption) of each row, or ("line", its number) of one that cannot be read."""
+    """(picture, caption) of each row, or ("line", its number) of one that cannot be
+    read.
+    """
     (folder / name).write_bytes(content)
     rows = []
     for item in table.read(str(folder / name), Layout()).items:
@@ -212,7 +218,9 @@ TSV, CSV = b"image\tcaption\n", b"image,caption\n"
     ],
 )
 def test_quotes_in_tsv_swallow_nothing(pictures, content, expected):
-    """A cell that began with a quote swallowed the lines up to the next quote: 3 rows became 1."""
+    """A cell that began with a quote swallowed the lines up to the next quote: 3 rows
+    became 1.
+    """
     assert read(pictures, "list.tsv", TSV + content) == list(zip(NAMES, expected, strict=True))
 
 
@@ -305,7 +313,9 @@ def test_a_row_that_cannot_be_read_is_named_and_can_be_skipped(tmp_path, picture
 @pytest.mark.parametrize("text", ["a caption", 'one, "two"', "two\nlines, yes", '"'])
 @pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
 def test_one_bad_line_costs_at_most_its_own_row(tmp_path, delimiter, text, quoting):
-    """Any line of quotes, delimiters and bytes that are not text, anywhere in the file."""
+    """Any line of quotes, delimiters and bytes that are not text, anywhere in the
+    file.
+    """
     rng = random.Random(0)
     suffix = "csv" if delimiter == "," else "tsv"
     pieces = [b'"', b'""', delimiter.encode(), b"a", b"x.png", b" ", b"\xff", b"\0"]

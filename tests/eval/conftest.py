@@ -1,4 +1,6 @@
-"""Test files that import an optional package at their top are left out where it is not installed."""
+"""Test files that import an optional package at their top are left out where it is not
+installed.
+"""
 
 from importlib.util import find_spec
 

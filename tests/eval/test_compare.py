@@ -1,4 +1,6 @@
-"""Comparing models on the same prompts: a paired bootstrap, on cases whose answer is known."""
+"""Comparing models on the same prompts: a paired bootstrap, on cases whose answer is
+known.
+"""
 
 import json
 import shutil
@@ -26,8 +28,8 @@ def test_overall_is_the_mean_of_the_skills_and_the_interval_grows_with_noise():
     other = {"a": {str(i): float(i % 2) for i in range(50)}, "b": {"x": 1.0, "y": 1.0}}
     difference, low, high = differences(one, other)["overall"]
     assert difference == 0.75 and 0.6 < low < 0.75 < high < 0.9
-    # The standard error of 50 coins is 0.0707; the interval reaches 1.96 times that, and half of it
-    # counts overall.
+    # The standard error of 50 coins is 0.0707; the interval reaches 1.96 times that,
+    # and half of it counts overall.
     assert high - low == pytest.approx(2 * 1.96 * 0.0707 / 2, rel=0.1)
     with pytest.raises(ValueError, match="prompts differ"):
         differences(one, {"a": one["a"]})

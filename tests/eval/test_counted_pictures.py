@@ -1,4 +1,6 @@
-"""Which files of a folder are pictures: strips of `generate --trace` are not; and their order."""
+"""Which files of a folder are pictures: strips of `generate --trace` are not; and their
+order.
+"""
 
 from pathlib import Path
 
@@ -26,7 +28,9 @@ def of_fid(folder: Path) -> list[int]:
 
 
 def test_traces_of_generate_are_not_counted(ckpt, tmp_path, capsys):
-    """FID once counted each strip as a picture, of another size or, with a window of one, of the same."""
+    """FID once counted each strip as a picture, of another size or, with a window of
+    one, of the same.
+    """
     command = ["--ckpt", str(ckpt), "--device", "cpu", "--out", str(tmp_path), "--num-images", "3"]
     assert generate.main([*command, "--prompt", "a red circle", "--trace"]) == 0
     assert len(list(tmp_path.glob("*.png"))) == 6
@@ -88,7 +92,9 @@ def test_fid_reads_in_the_order_of_numbers(tmp_path, names):
 
 @pytest.mark.parametrize("extra", ["00000.revisions.png", "00000_0.png", "00001.jpg", "copy.webp"])
 def test_geneval_and_the_gallery_name_what_they_leave_out(tmp_path, capsys, extra):
-    """Only NNNNN.png is a picture in GenEval's layout; others were passed over without a word."""
+    """Only NNNNN.png is a picture in GenEval's layout; others were passed over without
+    a word.
+    """
     suite = suites.load("shapes", 1)
     for index, metadata in enumerate(suite.prompts):
         write(layout.image_path(tmp_path, index, 0), size=(64, 64))

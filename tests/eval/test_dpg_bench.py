@@ -1,5 +1,5 @@
-"""DPG-Bench: official numbers with all their quirks, and corrected numbers, on tables worked out by
-hand.
+"""DPG-Bench: official numbers with all their quirks, and corrected numbers, on tables
+worked out by hand.
 """
 
 import json
@@ -22,7 +22,9 @@ def question(item: str, number: int, parents: str = "0", category: str = "entity
 
 
 def said(*pictures: str) -> list[dict[int, str]]:
-    """Answers: one text per picture, with y or n for every question, starting at question 1."""
+    """Answers: one text per picture, with y or n for every question, starting at
+    question 1.
+    """
     return [
         {i: "yes" if letter == "y" else "no" for i, letter in enumerate(picture, 1)} for picture in pictures
     ]
@@ -39,7 +41,9 @@ def test_a_question_counts_while_its_parents_do():
 
 
 def test_a_parent_further_down_counts_late():
-    """The official scorer has not zeroed that parent yet; the corrected scorer looks at all ancestors."""
+    """The official scorer has not zeroed that parent yet; the corrected scorer looks at
+    all ancestors.
+    """
     rows = [SKIPPED, question("a", 1, "2"), question("a", 2, "3"), question("a", 3)]
     assert official(rows, {"a": said("yyn")}).per_prompt == {"a": [1 / 3]}
     assert corrected(rows[1:], {"a": said("yyn")}).per_prompt == {"a": [0.0]}
@@ -48,7 +52,10 @@ def test_a_parent_further_down_counts_late():
 
 
 def test_a_missing_parent_drops_the_prompt_when_it_is_reached():
-    """It is not reached after a parent that is 0. So whether a prompt fails depends on the answers."""
+    """It is not reached after a parent that is 0.
+
+    So whether a prompt fails depends on the answers.
+    """
     rows = [SKIPPED, question("a", 1), question("a", 2, "1,9"), question("b", 1)]
     answers = {"a": said("yy"), "b": said("y")}
     assert official(rows, answers).failed == ["a"] and official(rows, answers).overall == 100
@@ -74,7 +81,10 @@ def test_the_first_row_is_skipped_and_a_later_block_replaces_an_earlier_one():
 
 
 def test_categories():
-    """Official: the last picture, before the dependency rule. Corrected: all pictures, after it."""
+    """Official: the last picture, before the dependency rule.
+
+    Corrected: all pictures, after it.
+    """
     rows = [
         SKIPPED,
         question("a", 1, "0", "entity - whole"),

@@ -1,4 +1,6 @@
-"""DPG-Bench from pictures to scores: folders, cache, and a vision-language model with random weights."""
+"""DPG-Bench from pictures to scores: folders, cache, and a vision-language model with
+random weights.
+"""
 
 import json
 from pathlib import Path
@@ -22,8 +24,8 @@ HEADER = (
 
 
 class Reader(judges.Judge):
-    """Answers yes if the question names the colour of the picture's first pixel, and counts the
-    questions.
+    """Answers yes if the question names the colour of the picture's first pixel, and
+    counts the questions.
     """
 
     name = "reader"
@@ -95,8 +97,8 @@ def test_from_grids_to_both_scores(bench, grids, judge, tmp_path, capsys):
     assert printed.index("official: DPG-Bench score") < printed.index("corrected: DPG-Bench score")
     assert "judge: reader" in printed and "NOT the official table" in printed
     summary = json.loads((out / "summary.json").read_text())
-    # The first question of the table (item a) is skipped in the official mode, but its child names
-    # it.
+    # The first question of the table (item a) is skipped in the official mode, but its
+    # child names it.
     assert summary["official"]["failed"] == ["a"] and summary["official"]["dpg_score"] == 25
     assert summary["corrected"]["dpg_score"] == 37.5 and summary["items_found"] == 2
     assert summary["answers_given"] == {"yes": 7, "no": 9}
@@ -114,7 +116,10 @@ def test_from_grids_to_both_scores(bench, grids, judge, tmp_path, capsys):
 
 
 def test_an_interrupted_run_asks_nothing_twice(bench, grids, judge, tmp_path):
-    """Also when it was killed in the middle of a line. Equal pictures count as one picture."""
+    """Also when it was killed in the middle of a line.
+
+    Equal pictures count as one picture.
+    """
     out = tmp_path / "out"
     assert run(bench, "--images", grids, "--out", out) == 0
     assert judge.asked == 4 * 2, "of eight samples, four are different"
@@ -209,7 +214,9 @@ def test_pictures_of_unknown_prompts_fail_in_the_official_mode(names, bench, gri
 
 @pytest.mark.parametrize("item, name", [("x", "x"), ("A", "A"), (None, "00002")])
 def test_generated_pictures_of_unknown_prompts_fail_too(bench, judge, tmp_path, item, name):
-    """They have the item_id of their prompt, or without one the number of their folder."""
+    """They have the item_id of their prompt, or without one the number of their
+    folder.
+    """
     folder = tmp_path / "generated"
     for number, item_id in enumerate(["7", "a", item]):
         for image in range(2):
@@ -233,8 +240,8 @@ def test_an_unreadable_picture_fails_in_the_official_mode(bench, grids, judge, t
 
 
 def test_a_model_folder_is_scored(bench, ckpt, judge, tmp_path, capsys):
-    """Pictures are generated, questions asked, and grids of the official script written; a second
-    run makes nothing.
+    """Pictures are generated, questions asked, and grids of the official script
+    written; a second run makes nothing.
     """
     out = tmp_path / "out"
     assert run(bench, "--ckpt", ckpt, "--out", out) == 0
@@ -265,7 +272,9 @@ def test_a_model_folder_is_scored(bench, ckpt, judge, tmp_path, capsys):
 
 @pytest.mark.parametrize("present, refused", [("equal", False), ("another", True), ("damaged", True)])
 def test_grids_replace_no_picture(tmp_path, capsys, present, refused):
-    """Grids of a second model once replaced those of the first, in part when it had fewer prompts."""
+    """Grids of a second model once replaced those of the first, in part when it had
+    fewer prompts.
+    """
     for number, color in enumerate(COLORS):
         path = layout.image_path(tmp_path / "model", 0, number)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -315,8 +324,8 @@ def tiny(tmp_path_factory) -> judges.Judge:
 
 
 def test_an_answer_does_not_depend_on_its_batch(tiny):
-    """Padding to the longest question changes nothing; the answer depends on the picture or on the
-    question.
+    """Padding to the longest question changes nothing; the answer depends on the
+    picture or on the question.
     """
     questions = ["is there a circle ?", "red ?", "is the circle red or is there a blue circle ?"]
     found = {}

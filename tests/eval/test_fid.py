@@ -26,7 +26,10 @@ def test_frechet_distance_by_hand():
 
 
 def test_fewer_images_than_dimensions():
-    """The covariances are singular. The distance is still a number, and a set has distance 0 to itself."""
+    """The covariances are singular.
+
+    The distance is still a number, and a set has distance 0 to itself.
+    """
     points = np.random.default_rng(0).normal(size=(5, 20)).astype(np.float32)
     assert distance(points, points) == pytest.approx(0, abs=1e-4)
     with pytest.raises(ValueError, match="two or more images"):
@@ -36,7 +39,10 @@ def test_fewer_images_than_dimensions():
 
 
 def test_inception_score_by_hand():
-    """Certain, and V classes equally often: V. Undecided: 1. A short last split counts like the others."""
+    """Certain, and V classes equally often: V.
+
+    Undecided: 1. A short last split counts like the others.
+    """
     sure = np.eye(4, dtype=np.float32) * 1000
     assert score.inception_score(sure) == pytest.approx(4)
     assert score.inception_score(np.zeros((5, 4), np.float32)) == pytest.approx(1)
@@ -45,8 +51,8 @@ def test_inception_score_by_hand():
 
 
 def test_precision_and_recall_by_hand(monkeypatch):
-    """Points on a line, one neighbour: the balls of the reference have radius 1, those of the
-    samples radius 4.
+    """Points on a line, one neighbour: the balls of the reference have radius 1, those
+    of the samples radius 4.
     """
     reference = np.array([[0.0], [1], [10], [11]])
     samples = np.array([[0.5], [4.5], [20], [24]])

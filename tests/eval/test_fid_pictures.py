@@ -1,4 +1,6 @@
-"""FID from pictures: their sources, the real Inception class with random weights, the whole command."""
+"""FID from pictures: their sources, the real Inception class with random weights, the
+whole command.
+"""
 
 import json
 
@@ -108,8 +110,8 @@ def test_foreign_files_are_refused(tmp_path):
 
 @pytest.mark.slow
 def test_a_damaged_archive_is_one_sentence_wherever_it_is_damaged(tmp_path):
-    """Also inside deflated content, where zlib raises the error, and for an array that is not an
-    archive.
+    """Also inside deflated content, where zlib raises the error, and for an array that
+    is not an archive.
     """
     np.savez_compressed(
         tmp_path / "whole.npz", arr_0=noise(30), mu=np.zeros(2048), sigma=np.zeros((2048, 2048))
@@ -166,7 +168,9 @@ def test_pictures_of_two_sizes_and_damaged_ones_are_named(tmp_path):
 
 @pytest.mark.slow
 def test_the_three_tensors_of_adm(weights):
-    """Pool as torch-fidelity computes it; logits without bias; spatial from the 1x1 branch of Mixed_6d."""
+    """Pool as torch-fidelity computes it; logits without bias; spatial from the 1x1
+    branch of Mixed_6d.
+    """
     network = inception.Inception.load(weights, torch.device("cpu"))
     pictures = noise(3, side=40)
     found = network(pictures)
@@ -213,7 +217,9 @@ def test_metrics_are_those_of_torch_fidelity():
 
 
 def test_an_interrupted_run_resumes(tmp_path):
-    """Features that were computed are not computed again, except for other pictures or another network."""
+    """Features that were computed are not computed again, except for other pictures or
+    another network.
+    """
     calls = []
 
     def network(batch):
@@ -238,7 +244,9 @@ def test_an_interrupted_run_resumes(tmp_path):
 
 @pytest.fixture
 def narrow(monkeypatch):
-    """Only the network's first channels: the matrix root of all 2,048 takes half a minute."""
+    """Only the network's first channels: the matrix root of all 2,048 takes half a
+    minute.
+    """
     whole = inception.Inception.__call__
 
     def few(self, batch):
@@ -249,7 +257,10 @@ def narrow(monkeypatch):
 
 @pytest.mark.slow
 def test_from_pictures_to_the_summary(tmp_path, weights, narrow, monkeypatch, capsys):
-    """If the reference's file holds statistics, they are used. The same pictures have distance 0."""
+    """If the reference's file holds statistics, they are used.
+
+    The same pictures have distance 0.
+    """
     pictures = noise(6)
     folder = write_folder(tmp_path / "mine", pictures)
     network = inception.Inception.load(weights, torch.device("cpu"))
@@ -279,7 +290,10 @@ def test_from_pictures_to_the_summary(tmp_path, weights, narrow, monkeypatch, ca
 
 @pytest.mark.slow
 def test_a_class_conditional_model_is_scored(tmp_path, class_ckpt, ckpt, weights, narrow, capsys):
-    """Every class has equally many pictures. A second run makes none, and computes the same."""
+    """Every class has equally many pictures.
+
+    A second run makes none, and computes the same.
+    """
     folder = write_folder(tmp_path / "ref", noise(5))
     out = tmp_path / "out"
     arguments = [

@@ -1,4 +1,6 @@
-"""Evaluation from pictures or a model folder to table and gallery; no test needs a trained model."""
+"""Evaluation from pictures or a model folder to table and gallery; no test needs a
+trained model.
+"""
 
 import json
 import shutil
@@ -49,7 +51,9 @@ def draw_prompt(folder: Path, index: int, scene: Scene, num_images: int, num_emp
 
 
 def draw_folder(folder: Path, *, wrong: int = 0, per_skill: int = 2, num_images: int = NUM_IMAGES) -> Path:
-    """The suite's first prompts of each skill; in the first `wrong` prompts one picture is empty."""
+    """The suite's first prompts of each skill; in the first `wrong` prompts one picture
+    is empty.
+    """
     for index, metadata in enumerate(suites.load("shapes", per_skill).prompts):
         scene = scene_of(metadata["prompt"], metadata["tag"])
         draw_prompt(folder, index, scene, num_images, num_empty=int(index < wrong))
@@ -57,7 +61,9 @@ def draw_folder(folder: Path, *, wrong: int = 0, per_skill: int = 2, num_images:
 
 
 def run(*arguments) -> int:
-    """Of pictures that `draw_folder` drew, unless the arguments ask for other numbers."""
+    """Of pictures that `draw_folder` drew, unless the arguments ask for other
+    numbers.
+    """
     numbers = ("--num-prompts", 2, "--num-images", NUM_IMAGES) if "--images" in arguments else ()
     return geneval.main([str(argument) for argument in (*numbers, *arguments, "--suite", "shapes")])
 
@@ -173,8 +179,8 @@ def ask_for_a_bench(folder: Path) -> str:
     "damage", [remove_image, remove_prompt, cut_image, write_text_as_image, remove_metadata, ask_for_a_bench]
 )
 def test_damage_is_an_error_that_names_the_file(images, capsys, damage):
-    """The official scorer ignores missing pictures, which raises the score of a run that failed
-    half-way.
+    """The official scorer ignores missing pictures, which raises the score of a run
+    that failed half-way.
     """
     named = damage(images)
     assert run("--images", images) == 2
@@ -208,7 +214,9 @@ def test_a_number_that_two_files_have_is_an_error(images, capsys):
 
 
 def test_a_partial_score_is_allowed_and_marked_everywhere(images, capsys):
-    """The summary lists what is missing or unreadable, and every print of the score is marked."""
+    """The summary lists what is missing or unreadable, and every print of the score is
+    marked.
+    """
     cut_image(images)
     remove_image(images)
     (images / "00007").rename(images / "elsewhere")
@@ -266,7 +274,9 @@ def a_prompt_too_many(folder: Path) -> str:
 
 
 def its_record_says_so(folder: Path) -> str:
-    """A folder of `--ckpt --num-prompts 2` that lost its end: the largest number is not the expected one."""
+    """A folder of `--ckpt --num-prompts 2` that lost its end: the largest number is not
+    the expected one.
+    """
     draw_folder(folder)
     record = {"suite": "shapes", "num_prompts": 12, "num_images": NUM_IMAGES, "sampling": {}}
     record["prompts_sha256"] = harness.prompts_hash(suites.load("shapes", 2).prompts)
@@ -281,8 +291,10 @@ NOT_WHOLE += [one_prompt_twice, a_prompt_too_many, its_record_says_so]
 
 @pytest.mark.parametrize("make", NOT_WHOLE)
 def test_a_set_is_whole_when_it_has_every_prompt_and_picture(tmp_path, capsys, make):
-    """Three pictures of one skill once gave an `overall` without a word. Now a set that is not whole is
-    refused, and marked wherever it is printed when it is scored all the same.
+    """Three pictures of one skill once gave an `overall` without a word.
+
+    Now a set that is not whole is refused, and marked wherever it is printed when it is
+    scored all the same.
     """
     named = make(tmp_path / "set")
     numbers = () if make is its_record_says_so else ("--num-prompts", 2, "--num-images", NUM_IMAGES)
@@ -360,7 +372,9 @@ def test_the_official_prompts_must_be_whole_too(tmp_path, capsys, kept, problem)
     ],
 )
 def test_a_summary_of_an_earlier_version_is_marked_by_its_numbers(scored, tmp_path, capsys, change, lacks):
-    """It may not name what is missing: a whole set was the largest number that existed."""
+    """It may not name what is missing: a whole set was the largest number that
+    existed.
+    """
     summary = json.loads((scored["good"] / "summary.json").read_text())
     del summary["prompts_expected"], summary["images_expected"]
     if "skills" in change:
@@ -396,7 +410,9 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_generation_resumes_and_refuses_other_settings(ckpt, tmp_path, capsys):
-    """Missing images are made again exactly; a folder with other settings is not changed."""
+    """Missing images are made again exactly; a folder with other settings is not
+    changed.
+    """
     command = (
         "--ckpt",
         ckpt,
@@ -432,7 +448,9 @@ def test_generation_resumes_and_refuses_other_settings(ckpt, tmp_path, capsys):
 
 
 def test_ranks_share_the_images(ckpt, tmp_path, monkeypatch):
-    """The first rank scores, and waits for the images of the other ranks before that."""
+    """The first rank scores, and waits for the images of the other ranks before
+    that.
+    """
     command = (
         "--ckpt",
         ckpt,
@@ -536,7 +554,8 @@ def test_gallery(scored, tmp_path):
     x, y = gallery.CAPTION_WIDTH, 2 * gallery.FONT_SIZE
     block = 2 * cell + gallery.BETWEEN
     assert sheet.size == (x + 2 * block, y + 12 * cell)
-    # Second picture of the first prompt: correct in the first folder, empty in the second.
+    # Second picture of the first prompt: correct in the first folder, empty in the
+    # second.
     assert sheet.getpixel((x + cell, y)) == gallery.GREEN
     assert sheet.getpixel((x + block + cell, y)) == gallery.RED
 
@@ -563,8 +582,8 @@ def test_a_gallery_of_unknown_kind_is_refused_and_nothing_written(scored, tmp_pa
 
 
 def test_the_report_shows_bars_and_pictures_and_runs_no_code(scored, tmp_path):
-    """Names and reasons come from other people's files: on the page they are only text, whatever
-    they contain.
+    """Names and reasons come from other people's files: on the page they are only text,
+    whatever they contain.
     """
     text = (scored["worse"] / "report.html").read_text()
     for skill in (*SKILLS, "overall"):

@@ -16,8 +16,8 @@ CASES = Path(__file__).resolve().parents[3] / "shared" / "eval" / "geneval" / "s
 
 
 def test_the_prompts_are_the_official_ones_byte_for_byte():
-    """The hashes are those of evaluation_metadata.jsonl and generation_prompts.txt of the original
-    repository.
+    """The hashes are those of evaluation_metadata.jsonl and generation_prompts.txt of
+    the original repository.
     """
     metadata = "".join(json.dumps(prompt) + "\n" for prompt in prompts())
     assert (
@@ -79,7 +79,9 @@ def test_recorded_detections_are_scored_and_compared(tmp_path, capsys):
     ],
 )
 def test_recorded_cases_that_are_not_a_whole_set_are_marked(tmp_path, capsys, indices, options, lacks):
-    """Every prompt must have its images: as many as asked for, or as the prompt with the most."""
+    """Every prompt must have its images: as many as asked for, or as the prompt with
+    the most.
+    """
     path = write(tmp_path / "cases.jsonl", *(case(prompt_index=index) for index in indices))
     arguments = ["score", "--detections", str(path), "--out", str(tmp_path / "results.jsonl"), *options]
     assert command.main(arguments) == 0

@@ -1,6 +1,7 @@
 """GenEval's verdict on cases worked out by hand.
 
-test_parity.py shows that it equals the official scorer's verdict on 1,500 recorded images.
+test_parity.py shows that it equals the official scorer's verdict on 1,500 recorded
+images.
 """
 
 import numpy as np
@@ -21,7 +22,9 @@ def box(x: float, y: float, score: float = 0.95, side: float = 10) -> list[float
 
 
 def test_the_threshold_is_strict_and_in_float32():
-    """float32(0.3) as a double is above 0.3, but must not pass; the next float32 must pass."""
+    """float32(0.3) as a double is above 0.3, but must not pass; the next float32 must
+    pass.
+    """
     metadata = prompt("single_object", {"class": "star", "count": 1})
     assert (
         judge(metadata, {"star": [box(0, 0, 0.30000001192092896)]}, {}).reason == "expected star>=1, found 0"
@@ -63,13 +66,13 @@ def test_among_equal_scores_the_later_row_comes_first():
         (100, 50, "right of"),
         (50, 0, "above"),
         (50, 100, "below"),
-        # 50 apart on both axes; sizes sum to 20, so 48 are left: 48 / 70.7 = 0.68, above 0.5 on
-        # both.
+        # 50 apart on both axes; sizes sum to 20, so 48 are left: 48 / 70.7 = 0.68,
+        # above 0.5 on both.
         (0, 0, "left of and above"),
         # 2 apart, and distances up to 0.1 * 20 = 2 do not count: no relation.
         (48, 50, ""),
-        # 3 apart: 1 is left, and 1 / 3 = 0.33 by the unshrunk length, so there is no relation
-        # either.
+        # 3 apart: 1 is left, and 1 / 3 = 0.33 by the unshrunk length, so there is no
+        # relation either.
         (47, 50, ""),
         (45, 50, "left of"),  # 3 / 5 = 0.6
         (50, 50, ""),  # equal centres
@@ -98,8 +101,8 @@ def test_a_failed_target_is_named():
 
 
 def test_suppression_and_the_cut_before_it():
-    """Two equal boxes and a distant one: suppression leaves two, but max_objects 2 drops the
-    distant one before that.
+    """Two equal boxes and a distant one: suppression leaves two, but max_objects 2
+    drops the distant one before that.
     """
     metadata = prompt("two_object", {"class": "star", "count": 2})
     stars = {"star": [box(0, 0, 0.9), box(0, 0, 0.8), box(50, 0, 0.7)]}
@@ -131,11 +134,12 @@ def test_the_wilson_interval_of_known_cases():
 
 
 def test_equal_images_of_a_prompt_widen_the_interval():
-    """Four copies of one verdict hold as much information as one image: a design effect of at most
-    4.
+    """Four copies of one verdict hold as much information as one image: a design effect
+    of at most 4.
 
-    10 prompts, half right, each four times: the variance of the clusters is 10/9 * 10 * 4 / 40^2 =
-    1/36, and the independent variance is 1/4 / 40 = 1/160. Their ratio 4.44 is cut to 4.
+    10 prompts, half right, each four times: the variance of the clusters is
+    10/9 * 10 * 4 / 40^2 = 1/36, and the independent variance is 1/4 / 40 = 1/160. Their
+    ratio 4.44 is cut to 4.
     """
     copies = [[True] * 4] * 5 + [[False] * 4] * 5
     assert design_effect([copies]) == 4
@@ -150,8 +154,9 @@ def test_equal_images_of_a_prompt_widen_the_interval():
 
 
 def test_overall_is_the_mean_of_skills():
-    """8 images of one skill, 2 of the other: (1 + 0) / 2, not 8 / 10. The interval is not empty,
-    though both scores are extreme.
+    """8 images of one skill, 2 of the other: (1 + 0) / 2, not 8 / 10.
+
+    The interval is not empty, though both scores are extreme.
     """
     results = [({"tag": "a", "prompt": i}, True) for i in range(8)] + [
         ({"tag": "b", "prompt": i}, False) for i in range(2)

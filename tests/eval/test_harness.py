@@ -1,5 +1,5 @@
-"""A new evaluator is one folder: options, generation, resuming and the summary come from
-eval/harness.py.
+"""A new evaluator is one folder: options, generation, resuming and the summary come
+from eval/harness.py.
 """
 
 import importlib
@@ -60,7 +60,9 @@ def main(arguments=None):
 
 @pytest.fixture
 def brightness(tmp_path, monkeypatch):
-    """The evaluator's main; its folder is added to the package, and removed afterwards."""
+    """The evaluator's main; its folder is added to the package, and removed
+    afterwards.
+    """
     folder = tmp_path / "evaluators" / "brightness"
     folder.mkdir(parents=True)
     (folder / "__init__.py").write_text("")
@@ -120,7 +122,9 @@ def test_a_new_evaluator_allows_partial_pictures(brightness, images, tmp_path):
 
 
 def test_a_new_evaluator_generates_and_resumes(brightness, tmp_path, capsys):
-    """Existing pictures are kept, a missing picture is made again exactly, other settings are refused."""
+    """Existing pictures are kept, a missing picture is made again exactly, other
+    settings are refused.
+    """
     out = tmp_path / "out"
     arguments = ["--ckpt", str(CKPT), "--out", str(out), "--device", "cpu", "--seed", "7"]
     assert brightness(arguments) == 0
@@ -144,7 +148,9 @@ def test_a_new_evaluator_generates_and_resumes(brightness, tmp_path, capsys):
 def test_a_folder_that_another_evaluator_works_in_is_refused(
     brightness, images, tmp_path, capsys, source, out
 ):
-    """Two evaluators once wrote pictures and results into one folder, each over the other's."""
+    """Two evaluators once wrote pictures and results into one folder, each over the
+    other's.
+    """
     out = tmp_path / out
     if out.name == "there":
         out.mkdir()
@@ -162,7 +168,9 @@ def test_a_folder_that_another_evaluator_works_in_is_refused(
 
 @pytest.mark.parametrize("name", ["geneval", "dpg_bench", "fid"])
 def test_every_evaluator_locks_its_folder(images, tmp_path, capsys, monkeypatch, name):
-    """Before a detector or a network is loaded, and in the default folder of results too."""
+    """Before a detector or a network is loaded, and in the default folder of results
+    too.
+    """
     from eval.dpg_bench import judges
 
     if name == "fid":
@@ -192,7 +200,9 @@ def test_a_refused_evaluation_leaves_no_folder(brightness, images, tmp_path, out
 
 @pytest.mark.launch
 def test_two_evaluators_at_once(ckpt, tmp_path):
-    """Of two processes with different seeds, one fills the folder, and the other is refused."""
+    """Of two processes with different seeds, one fills the folder, and the other is
+    refused.
+    """
     out = tmp_path / "out"
     command = [
         "-m",
@@ -234,7 +244,9 @@ def test_two_evaluators_at_once(ckpt, tmp_path):
     ],
 )
 def test_of_two_settings_one_is_recorded(tmp_path, monkeypatch, ours, theirs, refused):
-    """Ranks of two runs that start at once: both see no record, and the first to write it has the folder."""
+    """Ranks of two runs that start at once: both see no record, and the first to write
+    it has the folder.
+    """
     publish = harness.publish
 
     def too_late(temporary, path):

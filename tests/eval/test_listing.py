@@ -1,6 +1,6 @@
-"""Evaluators list folders like the data tools: links are followed, hidden files are left out, and
-whatever is not scored is counted and named. FID counted the copies in .ipynb_checkpoints, and none of
-them looked behind a link.
+"""Evaluators list folders like the data tools: links are followed, hidden files are
+left out, and whatever is not scored is counted and named. FID counted the copies in
+.ipynb_checkpoints, and none of them looked behind a link.
 """
 
 import shutil
@@ -43,7 +43,9 @@ def seen_by_dpg(root: Path) -> list[int]:
 
 
 def seen_in_layout(root: Path) -> list[int]:
-    """What GenEval scores, DPG-Bench of generated pictures, FID of a model and the gallery."""
+    """What GenEval scores, DPG-Bench of generated pictures, FID of a model and the
+    gallery.
+    """
     found, problems = layout.survey(root)
     assert not problems
     return [layout.open_image(path).getpixel((0, 0))[0] for images in found for path in images]

@@ -1,4 +1,6 @@
-"""GenEval's detector: mmdet's scores, boxes and masks on hand-made logits; the pipeline on tiny models."""
+"""GenEval's detector: mmdet's scores, boxes and masks on hand-made logits; the pipeline
+on tiny models.
+"""
 
 import copy
 import json
@@ -49,7 +51,9 @@ def test_an_empty_mask_gives_zeros():
 
 
 def test_padding_is_cut_off_before_the_mask_gets_the_pictures_size():
-    """The right half of the padded input is padding: detections there are nowhere in the picture."""
+    """The right half of the padded input is padding: detections there are nowhere in
+    the picture.
+    """
     masks = torch.full((1, 4, 8), -HOT)
     masks[0, :, 4:] = HOT
     found = instances(logits_of([0.9, 0.1]), masks, (32, 64), (32, 30), (100, 94))
@@ -67,7 +71,9 @@ def test_only_the_likeliest_hundred_pairs_are_instances():
 
 
 def test_pictures_are_fitted_padded_and_normalised():
-    """Sizes as mmcv's: 512 x 512 -> 800 x 800; a long picture is limited to 1333; padding is grey 128."""
+    """Sizes as mmcv's: 512 x 512 -> 800 x 800; a long picture is limited to 1333;
+    padding is grey 128.
+    """
     assert (
         fitted(512, 512) == (800, 800)
         and fitted(1000, 500) == (667, 1333)
@@ -145,7 +151,9 @@ def folder(tmp_path_factory):
 
 
 def test_the_pipeline_runs_from_pictures_to_scores(folder, classifier, tmp_path, monkeypatch, capsys):
-    """Suite geneval on pictures of two prompts: both get a verdict, and the summary names the models."""
+    """Suite geneval on pictures of two prompts: both get a verdict, and the summary
+    names the models.
+    """
     from eval.geneval import __main__ as command
     from eval.geneval.colors import ColorClassifier
     from eval.geneval.prompts import prompts
@@ -197,7 +205,9 @@ def test_the_pipeline_runs_from_pictures_to_scores(folder, classifier, tmp_path,
 
 
 class Seeing:
-    """A detector for self_test: it returns prepared objects, by the number of the picture in the batch."""
+    """A detector for self_test: it returns prepared objects, by the number of the
+    picture in the batch.
+    """
 
     name, device = "seeing", torch.device("cpu")
 
@@ -228,7 +238,9 @@ def test_a_detector_that_sees_nothing_or_too_much_is_refused():
 
 
 def test_the_drawings_show_the_requested_colours():
-    """Three different pictures, with the requested colours in the middle of the object."""
+    """Three different pictures, with the requested colours in the middle of the
+    object.
+    """
     tests = self_test.drawings()
     assert len({test.image.tobytes() for test in tests}) == 3 and all(
         test.image.size == (512, 512) for test in tests
@@ -354,7 +366,9 @@ def test_mmdet_weights_become_the_same_model(folder, mmdet_file, tmp_path):
 
 
 def test_patches_are_merged_as_by_unfolding():
-    """mmdet unfolds 2 x 2 positions; transformers' module with the converted weights computes the same."""
+    """mmdet unfolds 2 x 2 positions; transformers' module with the converted weights
+    computes the same.
+    """
     from transformers.models.swin.modeling_swin import SwinPatchMerging
 
     torch.manual_seed(0)
@@ -397,8 +411,8 @@ def test_files_that_are_not_an_mmdet_mask2former_are_refused(mmdet_file, tmp_pat
 
 
 def test_a_folder_of_other_prompts_is_not_the_suite(tmp_path):
-    """A folder that repeats one easy prompt, or has another prompt, is reported; a prompt in other
-    words is not.
+    """A folder that repeats one easy prompt, or has another prompt, is reported; a
+    prompt in other words is not.
     """
     from eval.geneval import suites
     from eval.geneval.evaluate import foreign_prompts

@@ -1,8 +1,10 @@
-"""Random text in every option of every command: `python -m tests.fuzz.command_lines --cases 2000`.
+"""Random text in every option of every command:
+`python -m tests.fuzz.command_lines --cases 2000`.
 
-A command must end with exit code 0, or with 2 and one `error:` line that is a sentence. Anything else
-is a failure: a traceback, a message of Python's own such as `embedded null byte`, a command that
-takes longer than TIME_LIMIT_S. Case i of a seed is always the same.
+A command must end with exit code 0, or with 2 and one `error:` line that is a sentence.
+Anything else is a failure: a traceback, a message of Python's own such as
+`embedded null byte`, a command that takes longer than TIME_LIMIT_S. Case i of a seed is
+always the same.
 """
 
 from __future__ import annotations
@@ -120,7 +122,9 @@ class Failure(NamedTuple):
 
 
 def write_files(folder: Path) -> list[str]:
-    """Write files and links that no command can use; returns their names, and names of nothing."""
+    """Write files and links that no command can use; returns their names, and names of
+    nothing.
+    """
     (folder / "folder" / "inside").mkdir(parents=True)
     (folder / "broken").symlink_to(folder / "gone")
     (folder / "loop").symlink_to(folder / "loop")
@@ -180,7 +184,9 @@ def judge(words: list[str]) -> str | None:
 
 @contextlib.contextmanager
 def in_work_folder() -> Iterator[list[str]]:
-    """Work in a temporary folder with the files of `write_files`, without the network."""
+    """Work in a temporary folder with the files of `write_files`, without the
+    network.
+    """
     before = os.getcwd()
     with (
         tempfile.TemporaryDirectory() as folder,

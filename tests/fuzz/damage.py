@@ -122,7 +122,10 @@ def _with_checksum(header: bytearray) -> bytes:
 
 
 def change_header(content: bytes, rng: Rng) -> bytes:
-    """Change size, type, name or checksum in one header. Usually the checksum is corrected afterwards."""
+    """Change size, type, name or checksum in one header.
+
+    Usually the checksum is corrected afterwards.
+    """
     start = int(rng.choice(_headers(content)))
     header = bytearray(content[start : start + 512])
     choice = rng.integers(4)
@@ -163,8 +166,8 @@ def change_header(content: bytes, rng: Rng) -> bytes:
 
 
 def extended_header(content: bytes, rng: Rng) -> bytes:
-    """Put a pax or GNU header before a member: a long name, a huge size, broken records, or
-    hundreds of headers.
+    """Put a pax or GNU header before a member: a long name, a huge size, broken
+    records, or hundreds of headers.
     """
     start = int(rng.choice(_headers(content)))
     records = (

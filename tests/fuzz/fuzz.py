@@ -1,10 +1,12 @@
-"""Damage good shards in many ways and check that every reader reports it: `python -m tests.fuzz`.
+"""Damage good shards in many ways and check that every reader reports it:
+`python -m tests.fuzz`.
 
-A case takes a good set, changes one of its files (bits, lengths, tar headers, names, arrays,
-pictures, captions, the manifest) and lets every reader read it. A reader must return every sample,
-or name the damaged file in one sentence (a ValueError), or, if it skips, count what is missing.
-Anything else is a failure: another exception, a process that dies, hangs or takes a lot of memory,
-and samples that are lost silently. Case i of a seed is always the same.
+A case takes a good set, changes one of its files (bits, lengths, tar headers, names,
+arrays, pictures, captions, the manifest) and lets every reader read it. A reader must
+return every sample, or name the damaged file in one sentence (a ValueError), or, if it
+skips, count what is missing. Anything else is a failure: another exception, a process
+that dies, hangs or takes a lot of memory, and samples that are lost silently. Case i of
+a seed is always the same.
 """
 
 from __future__ import annotations
@@ -32,8 +34,9 @@ BAD = ("crash", "hang", "memory", "silent loss")
 
 
 class Verdict(NamedTuple):
-    """kind: refused, unharmed, changed, skipped, or one of BAD. detail: the sentence, or what went
-    wrong.
+    """kind: refused, unharmed, changed, skipped, or one of BAD.
+
+    detail: the sentence, or what went wrong.
     """
 
     kind: str
@@ -152,7 +155,8 @@ def fuzz(
         limit_s: A reader that takes longer hangs.
         keep: Folder for the sets at which a reader failed.
 
-    Returns the counts of (reader, verdict), the failures in words, and the number of cases.
+    Returns the counts of (reader, verdict), the failures in words, and the number of
+    cases.
     """
     counts: Counter[tuple[str, str]] = Counter()
     failures: list[str] = []

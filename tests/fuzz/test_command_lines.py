@@ -1,4 +1,6 @@
-"""Every command ends bad text with a sentence and exit code 2; the fuzzer finds commands that do not."""
+"""Every command ends bad text with a sentence and exit code 2; the fuzzer finds
+commands that do not.
+"""
 
 import subprocess
 import sys
@@ -80,6 +82,8 @@ def test_errors_of_python_are_sentences(error, sentence, capsys):
     ],
 )
 def test_bytes_that_are_not_text_are_refused(words):
-    """A terminal or a script in Latin-1 passes such bytes; the answer was a UnicodeEncodeError."""
+    """A terminal or a script in Latin-1 passes such bytes; the answer was a
+    UnicodeEncodeError.
+    """
     done = subprocess.run([sys.executable, "-m", "mmtensorar", *words], cwd=ROOT, capture_output=True)
     assert done.returncode == 2 and b"not UTF-8" in done.stderr and b"Traceback" not in done.stderr

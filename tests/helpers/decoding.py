@@ -1,4 +1,6 @@
-"""Shared by tests of decoding: settings without guidance, models, seeds, and decoding without a cache."""
+"""Shared by tests of decoding: settings without guidance, models, seeds, and decoding
+without a cache.
+"""
 
 import torch
 from torch import Tensor
@@ -23,7 +25,9 @@ def generators(*seeds: int) -> list[torch.Generator]:
 
 @torch.no_grad()
 def recompute(model: TensorAR, condition: Condition, cfg_scale: float) -> Tensor:
-    """The greedy trace [B, T, K, F] without a cache: every step computes the whole sequence again."""
+    """The greedy trace [B, T, K, F] without a cache: every step computes the whole
+    sequence again.
+    """
     T, F, B = model.backbone.num_tokens, len(model.backbone.factor_sizes), len(condition.values)
     valid = valid_slots(T, model.window)
     trace = torch.zeros(B, 0, model.window, F, dtype=torch.int64)

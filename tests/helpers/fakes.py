@@ -33,7 +33,10 @@ class FakeCache:
 
 
 class FakePrefix(nn.Module):
-    """Prompt ids -> embeddings. An uncond row keeps its length, but all its words become the same."""
+    """Prompt ids -> embeddings.
+
+    An uncond row keeps its length, but all its words become the same.
+    """
 
     def __init__(self, dim: int, num_words: int):
         super().__init__()
@@ -111,8 +114,8 @@ class FakeBackbone(nn.Module):
             k, v = cache.append(k, v)
         causal = torch.arange(start + S)[None] <= torch.arange(start, start + S)[:, None]
         visible = causal & mask[:, None, :]
-        # A padded row attends to nothing. It attends to itself here, so that it does not become
-        # NaN.
+        # A padded row attends to nothing. It attends to itself here, so that it does
+        # not become NaN.
         visible = visible | (torch.arange(start + S)[None] == torch.arange(start, start + S)[:, None])
         scores = (q @ k.transpose(1, 2) * D**-0.5).masked_fill(~visible, float("-inf"))
         return self.norm(x + scores.softmax(-1) @ v)
@@ -126,7 +129,10 @@ def fake_condition(batch: int = 3, length: int = 5) -> Condition:
 
 
 def tiny_janus(num_codes: int = 11, side: int = 3):
-    """A real Janus with random weights: width 16, side * side image tokens. It accepts fake_condition."""
+    """A real Janus with random weights: width 16, side * side image tokens.
+
+    It accepts fake_condition.
+    """
     from mmtensorar.backbones import janus
 
     text = dict(
@@ -137,8 +143,8 @@ def tiny_janus(num_codes: int = 11, side: int = 3):
 
 
 def write_tiny_janus(folder: Path, num_codes: int = 32, side: int = 4, width: int = 32) -> None:
-    """A random Janus with a word-level text tokenizer, in the released layout; its VQ model in
-    folder/vq.
+    """A random Janus with a word-level text tokenizer, in the released layout; its VQ
+    model in folder/vq.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import JanusForConditionalGeneration, PreTrainedTokenizerFast
@@ -213,7 +219,9 @@ def _janus_config(num_codes: int, side: int, *, hidden_size: int, **text):
 
 
 def tiny_janus_vq():
-    """Janus's VQ model as in transformers, with random weights: pictures of 6 pixels, 3 x 3 codes of 11."""
+    """Janus's VQ model as in transformers, with random weights: pictures of 6 pixels, 3
+    x 3 codes of 11.
+    """
     from mmtensorar.image_tokenizers import janus_vq
 
     text = dict(vocab_size=12, intermediate_size=24)
@@ -221,7 +229,9 @@ def tiny_janus_vq():
 
 
 def tiny_llamagen_vq():
-    """LlamaGen's image tokenizer with random weights: pictures of 8 pixels, 4 x 4 codes of 16."""
+    """LlamaGen's image tokenizer with random weights: pictures of 8 pixels, 4 x 4 codes
+    of 16.
+    """
     from mmtensorar.image_tokenizers import llamagen_vq
 
     sizes = dict(codebook_size=16, code_dim=4, ch=32, num_res_blocks=1, z_channels=8)
@@ -230,8 +240,8 @@ def tiny_llamagen_vq():
 
 
 def tiny_lfq(**changes):
-    """Open-MAGVIT2's image tokenizer with random weights: pictures of 6 pixels, 3 x 3 codes of 2 +
-    3 bits.
+    """Open-MAGVIT2's image tokenizer with random weights: pictures of 6 pixels, 3 x 3
+    codes of 2 + 3 bits.
     """
     from mmtensorar.image_tokenizers import open_magvit2_lfq
 
@@ -240,8 +250,8 @@ def tiny_lfq(**changes):
 
 
 def tiny_llamagen(condition: str = "class", **changes):
-    """A real LlamaGen with random weights: width 16, 9 image tokens; its captions have 5 slots of 6
-    numbers.
+    """A real LlamaGen with random weights: width 16, 9 image tokens; its captions have
+    5 slots of 6 numbers.
     """
     from mmtensorar.backbones import llamagen
 
@@ -253,14 +263,16 @@ def tiny_llamagen(condition: str = "class", **changes):
     with torch.no_grad():
         for parameter in backbone.parameters():
             if parameter.ndim > 1:
-                # So large that rounding does not change the most likely token; the head starts at
-                # zero.
+                # So large that rounding does not change the most likely token; the head
+                # starts at zero.
                 parameter.normal_(std=0.5)
     return backbone
 
 
 def write_tiny_t5(folder: Path, seed: int = 0) -> None:
-    """A random T5 encoder of width 6 whose text tokenizer has one id per word and adds the end token."""
+    """A random T5 encoder of width 6 whose text tokenizer has one id per word and adds
+    the end token.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
@@ -290,7 +302,9 @@ def llamagen_condition(backbone, batch: int = 3) -> Condition:
 
 
 def tiny_open_magvit2(side: int = 3):
-    """A real Open-MAGVIT2 with random weights: width 32, side * side tokens of 2 + 3 bits, 5 classes."""
+    """A real Open-MAGVIT2 with random weights: width 32, side * side tokens of 2 + 3
+    bits, 5 classes.
+    """
     from mmtensorar.backbones import open_magvit2
 
     config = open_magvit2.Architecture(
@@ -306,7 +320,8 @@ def tiny_open_magvit2(side: int = 3):
     backbone = open_magvit2.OpenMagvit2Backbone(config)
     with torch.no_grad():
         for parameter in backbone.parameters():
-            # So large that rounding does not change the most likely token; norms stay about 1.
+            # So large that rounding does not change the most likely token; norms stay
+            # about 1.
             parameter.copy_(torch.randn(parameter.shape) * 0.3 + (parameter.ndim == 1))
     return backbone
 
@@ -317,8 +332,8 @@ def class_condition(*classes: int) -> Condition:
 
 
 def write_tiny_vlm(folder: Path) -> None:
-    """A random LLaVA in Hugging Face's layout, which answers questions about 8 x 8 pictures with
-    one of five words.
+    """A random LLaVA in Hugging Face's layout, which answers questions about 8 x 8
+    pictures with one of five words.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (

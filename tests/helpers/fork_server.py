@@ -1,12 +1,13 @@
-"""A process that has imported everything and forks one child for each run that a test asks for.
+"""A process that has imported everything and forks one child for each run that a test
+asks for.
 
-Importing torch, transformers, deepspeed and this package takes about 10 seconds. A fork of a
-process that has imported them starts in a tenth of a second. The server itself starts no thread and
-no process group, so a child is as good as a fresh process.
+Importing torch, transformers, deepspeed and this package takes about 10 seconds. A fork
+of a process that has imported them starts in a tenth of a second. The server itself
+starts no thread and no process group, so a child is as good as a fresh process.
 
-Run as a module, this file is the server: it reads one JSON request per line from standard input,
-and answers every request with one JSON line on standard output. When its input ends, it kills the
-runs that are left.
+Run as a module, this file is the server: it reads one JSON request per line from
+standard input, and answers every request with one JSON line on standard output. When
+its input ends, it kills the runs that are left.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """The environment of a run on CPU: this process's own without the variables of launchers, plus
-    `changes`.
+    """The environment of a run on CPU: this process's own without the variables of
+    launchers, plus `changes`.
     """
     kept = {name: value for name, value in os.environ.items() if name not in OF_LAUNCHERS}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -46,7 +47,8 @@ def environment(**changes: str) -> dict[str, str]:
 class Run:
     """A forked run.
 
-    pid is its process, which leads its own process group; out and err are the files of its output.
+    pid is its process, which leads its own process group; out and err are the files of
+    its output.
     """
 
     def __init__(self, server: ForkServer, command: list[str], pid: int, out: Path, err: Path):
@@ -55,7 +57,9 @@ class Run:
         self._server = server
 
     def poll(self) -> int | None:
-        """The exit code (minus the signal's number after a signal), or None while the run lasts."""
+        """The exit code (minus the signal's number after a signal), or None while the
+        run lasts.
+        """
         if self.returncode is None:
             self.returncode = self._server.ask(poll=self.pid)["code"]
         return self.returncode
@@ -76,7 +80,9 @@ class Run:
         self.wait(60)
 
     def communicate(self, *, timeout_s: float) -> subprocess.CompletedProcess:
-        """Wait for the end, as subprocess.run does; past the timeout, kill the run and raise."""
+        """Wait for the end, as subprocess.run does; past the timeout, kill the run and
+        raise.
+        """
         try:
             code = self.wait(timeout_s)
         finally:
@@ -118,10 +124,12 @@ class ForkServer:
         """Start `python COMMAND`.
 
         Args:
-            command: a script's path, or -m and a module, or -c and code; then arguments.
+            command: a script's path, or -m and a module, or -c and code; then
+                arguments.
             env: the whole environment; by default `environment()`.
             cwd: the folder in which it starts.
-            output_of: a run whose output files this one writes into too, as ranks under a launcher do.
+            output_of: a run whose output files this one writes into too, as ranks under
+                a launcher do.
         """
         words = [str(word) for word in command]
         out, err = (self._folder_file(kind) for kind in ("out", "err"))
@@ -149,7 +157,10 @@ class ForkServer:
 
 @functools.cache
 def shared() -> ForkServer:
-    """The one server of this test process. It starts at its first use; conftest.py closes it at the end."""
+    """The one server of this test process.
+
+    It starts at its first use; conftest.py closes it at the end.
+    """
     return ForkServer()
 
 
@@ -162,7 +173,8 @@ def close_shared() -> None:
 # ---- the server's side ---------------------------------------------------------------------------
 
 
-# Imports of the runs, including late ones: inside functions, or through transformers' lazy modules.
+# Imports of the runs, including late ones: inside functions, or through transformers'
+# lazy modules.
 IMPORTS = (
     "deepspeed",
     "torch.utils.tensorboard",
@@ -179,14 +191,14 @@ def import_everything() -> None:
     for name in IMPORTS:
         with suppress(ImportError):  # an extra that is not installed; runs that need it fail later
             importlib.import_module(name)
-    # DeepSpeed asks for the processor's name whenever it loads an operator, which starts a process
-    # and takes a second.
+    # DeepSpeed asks for the processor's name whenever it loads an operator, which
+    # starts a process and takes a second.
     with suppress(ImportError):
         import cpuinfo
 
         cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
-    # The garbage collector need not look through what is imported in each run. At the end it must:
-    # libraries complain of leaks otherwise.
+    # The garbage collector need not look through what is imported in each run. At the
+    # end it must: libraries complain of leaks otherwise.
     gc.freeze()
     atexit.register(gc.unfreeze)
 

@@ -19,7 +19,8 @@ GRID, NUM_CODES = (1, 2), 1000
 def write_set(folder: Path, counts: list[int], crops: int = 1, first: int = 0) -> Path:
     """Write shards in which sample i has the caption "i" and the codes [i, i].
 
-    Numbers start at `first`. With several crops, crop a of sample i has the codes [i, a].
+    Numbers start at `first`. With several crops, crop a of sample i has the codes
+    [i, a].
     """
     folder.mkdir()
     image = io.BytesIO()
@@ -55,7 +56,9 @@ def make_recipe(folder: Path, *, batch_size=4, grad_accum=1, seed=3, **settings)
 
 
 class NumberEncoder:
-    """A CaptionEncoder for captions that are numbers, as a text-conditional backbone would have one."""
+    """A CaptionEncoder for captions that are numbers, as a text-conditional backbone
+    would have one.
+    """
 
     kind, num_classes = "tokens", None
 

@@ -32,7 +32,9 @@ def wrap(backbone, window: int, *, depth: int = 1, schedule=LINEAR, weights=None
 
 @torch.no_grad()
 def open_codec(model: TensorAR) -> TensorAR:
-    """Move the projections away from zero, as training does, so that the codec has an effect."""
+    """Move the projections away from zero, as training does, so that the codec has an
+    effect.
+    """
     for part in (model.encoder, model.decoder):
         part.layers[-1].output.weight.normal_(std=0.5)
     return model
@@ -55,5 +57,7 @@ def gradients(model: TensorAR, codes: Tensor) -> dict[str, Tensor | None]:
 
 
 def window_logits(model: TensorAR, hidden: Tensor, prev: Tensor) -> Tensor:
-    """hidden [B, S, D], earlier factors prev [B, S, K, f] -> logits [B, S, K, V_f] of factor f."""
+    """hidden [B, S, D], earlier factors prev [B, S, K, f] -> logits [B, S, K, V_f] of
+    factor f.
+    """
     return model.backbone.head(model.offset_states(hidden), prev)

@@ -26,7 +26,10 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
 
 
 def png(size: tuple[int, int], bits: int, color: int, rows: list[bytes], transparent: bytes = b"") -> bytes:
-    """A PNG from its packed rows. color: 0 is grey, 2 RGB, 3 palette. transparent: the tRNS chunk."""
+    """A PNG from its packed rows.
+
+    color: 0 is grey, 2 RGB, 3 palette. transparent: the tRNS chunk.
+    """
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return (
@@ -56,13 +59,17 @@ def data_start(jpeg: bytes) -> int:
 
 
 def place_in(content: bytes, share: float) -> int:
-    """A place in a picture's data: of a JPEG, between the headers and the end marker."""
+    """A place in a picture's data: of a JPEG, between the headers and the end
+    marker.
+    """
     start = data_start(content) if content.startswith(b"\xff\xd8") else 0
     return start + int((len(content) - 2 - start) * share)
 
 
 def closed(content: bytes, share: float = 0.5) -> bytes:
-    """A JPEG of which the rest is missing, with an end marker: what repair tools make."""
+    """A JPEG of which the rest is missing, with an end marker: what repair tools
+    make.
+    """
     return content[: place_in(content, share)].rstrip(b"\xff") + END
 
 

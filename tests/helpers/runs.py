@@ -1,7 +1,8 @@
 """Training runs as a user starts them, and the contents of their run folders.
 
-A `bench` is a folder with recipe.yaml, the models that it names, and shards (see conftest.py); its
-runs are in bench/runs. Runs are forked (see fork_server.py) unless a test is about a launcher.
+A `bench` is a folder with recipe.yaml, the models that it names, and shards (see
+conftest.py); its runs are in bench/runs. Runs are forked (see fork_server.py) unless a
+test is about a launcher.
 """
 
 from __future__ import annotations
@@ -29,13 +30,15 @@ from tests.helpers.shards import write_shards
 
 TRAIN = ROOT / "mmtensorar" / "train.py"
 SIDE, NUM_CODES = 4, 32  # 4x4 tokens out of 32 codes
-# Adam's first update is lr times the sign of the gradient. Without a large eps, rounding noise in a
-# gradient near zero becomes a full step, and a comparison would only compare noise.
+# Adam's first update is lr times the sign of the gradient. Without a large eps,
+# rounding noise in a gradient near zero becomes a full step, and a comparison would
+# only compare noise.
 ALIKE = ("optim.eps=0.01", "train.grad_accum=1")
 
 
 def write_bench(folder: Path) -> Path:
-    """Write a tiny Janus, its image tokenizer, shards, and a recipe of 4 steps in float32.
+    """Write a tiny Janus, its image tokenizer, shards, and a recipe of 4 steps in
+    float32.
 
     Returns the folder.
     """
@@ -47,7 +50,8 @@ def write_bench(folder: Path) -> Path:
         "tensorar": {"window": 3, "num_heads": 2},
         "data": {"shards": str(folder / "shards"), "batch_size": 4, "shuffle": 0, "uncond_rate": 0.5},
         "optim": {"lr": 1e-2, "warmup_steps": 1},
-        # Where a CPU has no instructions for bfloat16, it is 70 times slower than float32.
+        # Where a CPU has no instructions for bfloat16, it is 70 times slower than
+        # float32.
         "train": {"steps": 4, "grad_accum": 2, "log_every": 1, "save_every": 2, "precision": "fp32"},
         "zero": {"stage": 0},
     }
@@ -65,7 +69,9 @@ def free_port() -> int:
 
 
 def fork_ranks(*command: object, ranks: int = 1, cwd: Path = ROOT, **variables: str) -> list[fork_server.Run]:
-    """Fork `python COMMAND` once for each rank; several ranks form a gloo group, as under a launcher."""
+    """Fork `python COMMAND` once for each rank; several ranks form a gloo group, as
+    under a launcher.
+    """
     server = fork_server.shared()
     if ranks == 1:
         return [server.start(*command, env=environment(**variables), cwd=cwd)]
@@ -123,7 +129,9 @@ def launch(bench: Path, *arguments: str, ranks: int) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen, *, timeout_s: int) -> subprocess.CompletedProcess:
-    """Wait until launcher, ranks and workers have all closed the output; past the timeout, end them."""
+    """Wait until launcher, ranks and workers have all closed the output; past the
+    timeout, end them.
+    """
     try:
         out, err = process.communicate(timeout=timeout_s)
     finally:
@@ -138,7 +146,9 @@ def endless(name: str) -> list[str]:
 
 
 def signal_after_a_step(number: int, process, bench: Path, name: str) -> None:
-    """Send a signal to the process group of a run (forked or launched) once it has logged a step."""
+    """Send a signal to the process group of a run (forked or launched) once it has
+    logged a step.
+    """
     deadline = time.monotonic() + 240
     while process.poll() is None and time.monotonic() < deadline and not rows(bench, name):
         time.sleep(0.1)
@@ -147,7 +157,10 @@ def signal_after_a_step(number: int, process, bench: Path, name: str) -> None:
 
 
 def cut(bench: Path, name: str, suffix: str = "cut", *, step: int = 2) -> str:
-    """Copy a finished run, as if it had been stopped after a step. Returns the copy's name."""
+    """Copy a finished run, as if it had been stopped after a step.
+
+    Returns the copy's name.
+    """
     copy = bench / "runs" / f"{name}_{suffix}"
     shutil.copytree(bench / "runs" / name, copy)
     shutil.rmtree(copy / "model")

@@ -13,7 +13,9 @@ CAPTIONS = (("a red circle", "a blue square"), ("a green circle", "a red square"
 
 
 def write_shards(folder: Path, image_tokenizer, captions_of_shards=CAPTIONS) -> None:
-    """Two shards of two samples: with batch 4 every step reads the whole set, whatever ranks share it."""
+    """Two shards of two samples: with batch 4 every step reads the whole set, whatever
+    ranks share it.
+    """
     folder.mkdir()
     rng = np.random.default_rng(0)
     image = io.BytesIO()

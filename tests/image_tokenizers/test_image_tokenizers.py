@@ -1,5 +1,5 @@
-"""Image tokenizers alone: pixels and pictures convert back exactly, and the round trip gives a
-picture and its PSNR.
+"""Image tokenizers alone: pixels and pictures convert back exactly, and the round trip
+gives a picture and its PSNR.
 """
 
 import math
@@ -45,8 +45,8 @@ def test_pixels_and_pictures_are_inverse():
 
 
 def test_psnr_by_hand():
-    """Every value wrong by 51 = 255 / 5 gives 20 log10(5); if only one of three channels is wrong,
-    10 log10(3) more.
+    """Every value wrong by 51 = 255 / 5 gives 20 log10(5); if only one of three
+    channels is wrong, 10 log10(3) more.
     """
     black, grey, blue = (Image.new("RGB", (2, 2), color) for color in ("black", (51, 51, 51), (0, 0, 51)))
     assert command.psnr(black, grey) == pytest.approx(20 * math.log10(5))

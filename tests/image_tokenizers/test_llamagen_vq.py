@@ -1,5 +1,5 @@
-"""LlamaGen's image tokenizers: official files load, wrong files are refused, and codes survive
-saving and loading.
+"""LlamaGen's image tokenizers: official files load, wrong files are refused, and codes
+survive saving and loading.
 """
 
 import json
@@ -34,8 +34,8 @@ def test_sizes(vq):
 
 
 def test_codes_are_the_nearest_rows(vq):
-    """A picture made of codebook rows is quantised: the nearest row of every row is itself,
-    whatever its stored length.
+    """A picture made of codebook rows is quantised: the nearest row of every row is
+    itself, whatever its stored length.
     """
     with torch.no_grad():
         codes = torch.arange(16).view(1, 4, 4)
@@ -65,8 +65,8 @@ def test_released_sizes(released):
 
 @pytest.mark.parametrize("wrapper", ["ema", "model", "state_dict", None])
 def test_official_files_load(vq, wrapper, tmp_path):
-    """Files load under any of their keys, ema before model, and with the usage record, which
-    nothing depends on.
+    """Files load under any of their keys, ema before model, and with the usage record,
+    which nothing depends on.
     """
     state = state_of(vq) | {llamagen_vq.USAGE: torch.zeros(65536)}
     other = {name: torch.zeros_like(value) for name, value in state.items()}

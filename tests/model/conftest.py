@@ -1,4 +1,6 @@
-"""Fixtures of the model's tests: one thread and one seed for each test, and the small backbones."""
+"""Fixtures of the model's tests: one thread and one seed for each test, and the small
+backbones.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""train.parts: all, heads, lora and qlora train only their own parameters, and load to the same outputs."""
+"""train.parts: all, heads, lora and qlora train only their own parameters, and load to
+the same outputs.
+"""
 
 import json
 import shutil
@@ -59,7 +61,8 @@ def batch(recipe: Recipe, model):
 
 
 def losses(model, inputs) -> torch.Tensor:
-    # In train mode, because for inference on a CPU bitsandbytes rounds the NF4 scales once more.
+    # In train mode, because for inference on a CPU bitsandbytes rounds the NF4 scales
+    # once more.
     with torch.no_grad():
         return model.train()(*inputs, torch.Generator().manual_seed(2)).loss_per_offset
 

@@ -1,4 +1,6 @@
-"""Layers of our own backbones: the matrix product for few rows equals the plain product."""
+"""Layers of our own backbones: the matrix product for few rows equals the plain
+product.
+"""
 
 import pytest
 import torch
@@ -15,8 +17,8 @@ from mmtensorar.model.layers import MAX_ROWS, Linear, OutputMap, use_fast_linear
     "shape", [(1, 1, 24), (2, 1, 24), (5, 1, 4, 24), (MAX_ROWS, 1, 24), (99, 1, 24), (2, 3, 24)]
 )
 def test_a_product_of_few_rows_equals_the_plain_one(monkeypatch, shape, bias):
-    """Tested with one position per row, with and without window slots, and where the plain product
-    is used.
+    """Tested with one position per row, with and without window slots, and where the
+    plain product is used.
     """
     monkeypatch.setattr(layers, "MIN_WEIGHT", 1)
     torch.set_num_threads(2)
@@ -47,7 +49,9 @@ def test_a_model_with_fast_linear_maps_keeps_its_weights():
 
 
 def test_an_output_map_runs_the_given_kernel():
-    """The layer passes its own weight and bias: under ZeRO-3 no other module can read them."""
+    """The layer passes its own weight and bias: under ZeRO-3 no other module can read
+    them.
+    """
     plain = nn.Linear(4, 3)
     weight, x = plain.weight, torch.randn(2, 5, 4)
     output_map = use_output_map(plain)

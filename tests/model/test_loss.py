@@ -34,7 +34,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_loss_per_offset_is_a_mean_over_valid_slots(backbone):
     """Offset j has T - j targets.
 
-    The expected loss is computed token by token from the logits, and weighted afterwards.
+    The expected loss is computed token by token from the logits, and weighted
+    afterwards.
     """
     K, T = 3, backbone.num_tokens
     model = open_codec(wrap(backbone, K, weights=[1, 0.5, 0.25], schedule=FixedSchedule("none")))
@@ -206,7 +207,10 @@ print("equal")
 
 @pytest.mark.launch
 def test_ligers_loss_equals_ours():
-    """Runs the real kernel in Triton's interpreter, which needs no GPU. Losses and gradients are equal."""
+    """Runs the real kernel in Triton's interpreter, which needs no GPU.
+
+    Losses and gradients are equal.
+    """
     pytest.importorskip("liger_kernel")
     done = subprocess.run(
         [sys.executable, "-c", LIGER],

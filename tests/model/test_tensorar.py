@@ -1,4 +1,6 @@
-"""The model: fresh heads change nothing, windows leak nothing, the loss is the sum it is defined as."""
+"""The model: fresh heads change nothing, windows leak nothing, the loss is the sum it
+is defined as.
+"""
 
 import pytest
 import torch
@@ -41,8 +43,8 @@ def constant_rate(rate: float):
 
 @pytest.mark.parametrize("window, depth", [(2, 1), (3, 1), (4, 1), (3, 2)])
 def test_fresh_heads_change_nothing(backbone, window, depth):
-    """Training starts exactly at the released model: offset 0 gives its logits bit for bit, with or
-    without noise.
+    """Training starts exactly at the released model: offset 0 gives its logits bit for
+    bit, with or without noise.
     """
     plain, model = wrap(backbone, 1), wrap(backbone, window, depth=depth)
     codes = random_codes(backbone)
@@ -80,7 +82,9 @@ def test_window_1_is_next_token_training(backbone):
 
 
 def test_slots_past_the_end_have_no_influence():
-    """These slots hold zeros, and code 0 is a real token: only the mask keeps them out."""
+    """These slots hold zeros, and code 0 is a real token: only the mask keeps them
+    out.
+    """
     model = open_codec(wrap(FakeBackbone(), 3))
     windows, valid = (
         torch.ones(1, 2, 3, 1, dtype=torch.int64),
@@ -103,7 +107,9 @@ def test_the_order_in_a_window_matters():
 
 
 def rows_that_change(model: TensorAR, token: int) -> list[int]:
-    """Rows whose hidden state or logits, in a training step, differ when one token differs."""
+    """Rows whose hidden state or logits, in a training step, differ when one token
+    differs.
+    """
     backbone = model.backbone
     codes = random_codes(backbone)
     changed = codes.clone()
@@ -129,7 +135,10 @@ def rows_that_change(model: TensorAR, token: int) -> list[int]:
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_drafts_that_are_pure_noise_leak_nothing(backbone, depth):
-    """Row t predicts tokens t, t+1, ... With rate 1 its only true inputs are tokens before t."""
+    """Row t predicts tokens t, t+1, ...
+
+    With rate 1 its only true inputs are tokens before t.
+    """
     for token in range(backbone.num_tokens - 1):
         model = open_codec(wrap(backbone, 3, depth=depth, schedule=constant_rate(1.0)))
         assert rows_that_change(model, token) == list(range(token + 1, backbone.num_tokens)), token
@@ -138,8 +147,8 @@ def test_drafts_that_are_pure_noise_leak_nothing(backbone, depth):
 
 
 def test_clean_drafts_do_leak(backbone):
-    """Shows that the test above can fail: with rate 0, row t receives tokens t and t+1 and could
-    copy them.
+    """Shows that the test above can fail: with rate 0, row t receives tokens t and t+1
+    and could copy them.
     """
     model = open_codec(wrap(backbone, 3, schedule=FixedSchedule("none")))
     # Token 4 is at offset 2 of window 2, which is an input of row 3.
@@ -151,10 +160,11 @@ def test_clean_drafts_do_leak(backbone):
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_every_parameter_gets_a_gradient(backbone, depth):
-    """A parameter without a gradient is never trained, and under ZeRO it makes a rank wait.
+    """A parameter without a gradient is never trained, and under ZeRO it makes a rank
+    wait.
 
-    At the zero start the layers behind the projections receive a tensor of zeros. After the
-    projections have moved, every gradient is nonzero.
+    At the zero start the layers behind the projections receive a tensor of zeros. After
+    the projections have moved, every gradient is nonzero.
     """
     model = wrap(backbone, 3, depth=depth)
     codes = random_codes(backbone)
@@ -168,7 +178,9 @@ def test_every_parameter_gets_a_gradient(backbone, depth):
 
 
 def test_zero_start_survives_no_reset():
-    """ZeRO-3 empties a weight while its module is built, so the zeros must come from the constructor."""
+    """ZeRO-3 empties a weight while its module is built, so the zeros must come from
+    the constructor.
+    """
     for part in (WindowEncoder(8, 2, num_heads=2, depth=2), WindowDecoder(8, 2, num_heads=2, depth=2)):
         assert part.layers[0].output.weight.any() and not part.layers[1].output.weight.any()
         with torch.no_grad():
@@ -202,7 +214,9 @@ def test_sizes_that_do_not_fit_are_refused():
 
 
 def test_noise_follows_the_generator_alone():
-    """The same generator gives the same loss, whatever the state of the global generator."""
+    """The same generator gives the same loss, whatever the state of the global
+    generator.
+    """
     model, codes = open_codec(wrap(FakeBackbone(), 3)), torch.zeros(BATCH, 6, 1, dtype=torch.int64)
     losses = []
     for seed in (1, 1, 2):
@@ -231,7 +245,8 @@ def inputs_of(
 
 @pytest.mark.parametrize("name", ["one_factor", "two_factors"])
 def test_self_drafts_are_what_the_model_samples(name):
-    """With rate 1 every draft is sampled from the model, which here always predicts one token.
+    """With rate 1 every draft is sampled from the model, which here always predicts one
+    token.
 
     Offset 0 stays true. A batch that is split gives the same drafts.
     """
@@ -251,8 +266,8 @@ def test_self_drafts_are_what_the_model_samples(name):
     )
     windows, _ = inputs_of(model, codes)
     assert torch.equal(windows[:, :, 0], clean[:, :, 0])
-    # Whether a slot is redrawn does not depend on its token, so drafts are right no more often than
-    # the model.
+    # Whether a slot is redrawn does not depend on its token, so drafts are right no
+    # more often than the model.
     assert (windows[:, :, 1:] == predicted).all() and (clean[:, :, 1:] != predicted).any()
     validated, _ = inputs_of(model, codes, training=False)
     assert torch.equal(validated, windows), "validation would measure inputs that the model never sees"

@@ -1,4 +1,6 @@
-"""Windows and noise: indices checked by eye, schedules against formulas, noise by counting."""
+"""Windows and noise: indices checked by eye, schedules against formulas, noise by
+counting.
+"""
 
 import math
 
@@ -24,7 +26,10 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def test_slide_by_hand():
-    """Row t holds tokens t, t+1, t+2, and zeros past the end. All of training depends on this order."""
+    """Row t holds tokens t, t+1, t+2, and zeros past the end.
+
+    All of training depends on this order.
+    """
     windows, valid = slide(torch.tensor([[[5], [6], [7], [8]]]), 3)
     assert windows[0, :, :, 0].tolist() == [[5, 6, 7], [6, 7, 8], [7, 8, 0], [8, 0, 0]]
     assert valid.int().tolist() == [[1, 1, 1], [1, 1, 1], [1, 1, 0], [1, 0, 0]]
@@ -71,14 +76,20 @@ def test_window_outside_the_image_is_refused(window):
     ],
 )
 def test_formulas_at_window_4(name, rates):
-    """The documented formulas, with u = offset / 4. A mistake here would silently change the method."""
+    """The documented formulas, with u = offset / 4.
+
+    A mistake here would silently change the method.
+    """
     assert FixedSchedule(name).rates(4).tolist() == pytest.approx(rates, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("window", [1, 2, 4, 16])
 def test_rates_start_at_exactly_0_and_grow(name, window):
-    """Offset 0 is the final token and stays true; later drafts are noisier. Only `full` reaches rate 1."""
+    """Offset 0 is the final token and stays true; later drafts are noisier.
+
+    Only `full` reaches rate 1.
+    """
     rates = FixedSchedule(name).rates(window)
     assert rates[0] == 0 and (rates.diff() >= 0).all() and (rates <= 1).all()
     if name not in ("none", "full"):
@@ -102,8 +113,8 @@ def test_an_unknown_schedule_is_refused_and_the_known_ones_are_listed():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_share_of_changed_tokens_follows_the_schedule(name):
-    """A redraw may pick the same token, so rate * (1 - 1/V) of the tokens change; per offset,
-    within 5 sigma.
+    """A redraw may pick the same token, so rate * (1 - 1/V) of the tokens change; per
+    offset, within 5 sigma.
     """
     N, K, V = 20_000, 4, 5
     windows = torch.full((1, N, K, 1), 3)
@@ -116,8 +127,8 @@ def test_share_of_changed_tokens_follows_the_schedule(name):
 
 
 def test_redraws_are_uniform_over_the_codebook():
-    """Every token of the codebook is drawn equally often, including the first, the last and the old
-    token.
+    """Every token of the codebook is drawn equally often, including the first, the last
+    and the old token.
     """
     N, V = 20_000, 5
     noisy = input_windows(torch.full((1, N, 1, 1), 3), fixed([1.0], 1, N), (V,), generator=seeded())
@@ -127,11 +138,11 @@ def test_redraws_are_uniform_over_the_codebook():
 
 
 def test_all_factors_of_a_token_are_redrawn_together():
-    """With one factor redrawn, a token would combine two halves that the image tokenizer never
-    produced together.
+    """With one factor redrawn, a token would combine two halves that the image
+    tokenizer never produced together.
 
-    In codebooks this large a redraw practically always changes a factor, so both change or neither
-    does.
+    In codebooks this large a redraw practically always changes a factor, so both change
+    or neither does.
     """
     V = 2**40
     windows = torch.zeros(1, 2000, 1, 2, dtype=torch.int64)
@@ -150,7 +161,9 @@ def test_every_factor_stays_in_its_own_codebook():
 
 
 def test_redraws_are_independent_for_rows_positions_and_offsets():
-    """Random numbers shared along any of these would noise whole windows, rows or batches together."""
+    """Random numbers shared along any of these would noise whole windows, rows or
+    batches together.
+    """
     V = 2**40
     noisy = input_windows(
         torch.zeros(8, 8, 8, 1, dtype=torch.int64),
@@ -164,7 +177,9 @@ def test_redraws_are_independent_for_rows_positions_and_offsets():
 
 
 def test_rate_0_never_and_rate_1_always():
-    """Both ends are exact, not only likely: offset 0 must be true in each of billions of tokens."""
+    """Both ends are exact, not only likely: offset 0 must be true in each of billions
+    of tokens.
+    """
     V = 2**40
     windows = torch.full((4, 1000, 2, 1), 3)
     noisy = input_windows(windows, fixed([0.0, 1.0], 4, 1000), (V,), generator=seeded())

@@ -1,7 +1,8 @@
-"""Run every call of every fixture and compare the outputs; see tests/parity/__init__.py.
+"""Run every call of every fixture and compare the outputs; see
+tests/parity/__init__.py.
 
-Exit codes: 0, all calls passed (optional ones may be skipped) and all scores are equal; 1, a call
-failed or a score differs; 2, something cannot be run.
+Exit codes: 0, all calls passed (optional ones may be skipped) and all scores are equal;
+1, a call failed or a score differs; 2, something cannot be run.
 """
 
 from __future__ import annotations
@@ -59,7 +60,10 @@ class Result(NamedTuple):
 
 
 def read_cases(folder: Path) -> list[Case]:
-    """The cases of a folder, checked as far as is possible without running them. Raises BadManifest."""
+    """The cases of a folder, checked as far as is possible without running them.
+
+    Raises BadManifest.
+    """
     if not folder.is_dir():
         raise BadManifest(f"{folder}: no such folder")
     cases = []
@@ -68,8 +72,8 @@ def read_cases(folder: Path) -> list[Case]:
             manifest = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, OSError) as error:
             raise BadManifest(f"{path}: cannot be read as JSON ({error})") from None
-        # Other files, such as facts.json, are not cases. A file with tensors next to it must be a
-        # case.
+        # Other files, such as facts.json, are not cases. A file with tensors next to it
+        # must be a case.
         if isinstance(manifest, dict) and ("calls" in manifest or tensors_file(path).is_file()):
             cases.append(read_case(path, manifest))
     if not cases:
@@ -97,7 +101,8 @@ def read_case(path: Path, manifest: dict) -> Case:
 
 
 def check_call(call: object, number: int, path: Path, tensors: dict[str, Tensor]) -> None:
-    """Check one call of a manifest: its id, and that its inputs and outputs are recorded.
+    """Check one call of a manifest: its id, and that its inputs and outputs are
+    recorded.
 
     number: the place of the call in the manifest's list. Raises BadManifest.
     """
@@ -128,8 +133,8 @@ def check_rule(rule: object, where: str) -> None:
 
 
 def matching(name: str, tensors: dict[str, Tensor]) -> Iterator[str]:
-    """Recorded tensors that an output's name stands for: the tensor itself, or with a trailing *
-    all that begin with it.
+    """Recorded tensors that an output's name stands for: the tensor itself, or with a
+    trailing * all that begin with it.
     """
     if name.endswith("*"):
         yield from (stored for stored in sorted(tensors) if stored.startswith(name[:-1]))
@@ -157,7 +162,9 @@ def build(case: Case):
 
 
 def inputs_of(case: Case, call: dict) -> dict[str, Tensor]:
-    """All inputs, and the recorded outputs that the call's arguments name, in a sentence or alone."""
+    """All inputs, and the recorded outputs that the call's arguments name, in a
+    sentence or alone.
+    """
     named = set(re.findall(r"outputs/[\w/.]+", json.dumps(call.get("args", {}))))
     return {
         name: value for name, value in case.tensors.items() if name.startswith("inputs/") or name in named
@@ -181,8 +188,8 @@ def compare(output: str, found: Tensor | None, expected: Tensor, rule: dict) -> 
         "allclose": lambda: rule["atol"] + rule["rtol"] * expected.abs(),
         "max_abs_diff": lambda: torch.full_like(expected, rule["max"]),
     }[comparison]()
-    # Compared with an infinite record the relative limit would be infinite too, and every number
-    # would pass.
+    # Compared with an infinite record the relative limit would be infinite too, and
+    # every number would pass.
     limit = torch.where(expected.isfinite(), limit, 0)
     outside = int((~(difference <= limit)).sum())
     return Result(
@@ -191,7 +198,9 @@ def compare(output: str, found: Tensor | None, expected: Tensor, rule: dict) -> 
 
 
 def run_call(case: Case, adapter, subject, call: dict) -> list[Result] | None:
-    """The comparisons of a call; None when it is optional and our implementation does not expose it."""
+    """The comparisons of a call; None when it is optional and our implementation does
+    not expose it.
+    """
     recorded = [
         (name, rule) for pattern, rule in call["outputs"].items() for name in matching(pattern, case.tensors)
     ]
@@ -202,7 +211,8 @@ def run_call(case: Case, adapter, subject, call: dict) -> list[Result] | None:
             return None
         found, problem = {}, f"not supported: {reason}"
     except Exception as error:
-        # Whatever error our code raises, it is the failure of this call; the other calls still run.
+        # Whatever error our code raises, it is the failure of this call; the other
+        # calls still run.
         found, problem = {}, f"{type(error).__name__}: {error}"
     else:
         return [compare(name, found.get(name), case.tensors[name], rule) for name, rule in recorded]
@@ -238,7 +248,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def compare_scores(folder: Path, read) -> int:
-    """Print how many values of an evaluator's folder are equal, and every value that is not.
+    """Print how many values of an evaluator's folder are equal, and every value that is
+    not.
 
     Returns the number of unequal values.
     """
@@ -256,7 +267,10 @@ def compare_scores(folder: Path, read) -> int:
 
 
 def report(name: str, results: list[Result] | None) -> str:
-    """Print the line of a call, and one line per output that failed. Returns the verdict."""
+    """Print the line of a call, and one line per output that failed.
+
+    Returns the verdict.
+    """
     if results is None:
         print(f"{name:<50} {'optional, not exposed':<30} {'':>10}  skipped")
         return "skipped"

@@ -1,9 +1,9 @@
-"""Metrics on features: features.npz and expected.json {"expected": {name: {value, rel_tol or
-abs_tol}}}.
+"""Metrics on features: features.npz and expected.json {"expected": {name: {value,
+rel_tol or abs_tol}}}.
 
-A name begins with the metric: fid, sfid, inception_score, precision or recall. Then it says on
-what: nothing (reference against samples), _reversed, _ref_with_itself, _first_A_ref_B_sample,
-_sample_is_A_ref_then_B_sample or _split_N.
+A name begins with the metric: fid, sfid, inception_score, precision or recall. Then it
+says on what: nothing (reference against samples), _reversed, _ref_with_itself,
+_first_A_ref_B_sample, _sample_is_A_ref_then_B_sample or _split_N.
 """
 
 from __future__ import annotations

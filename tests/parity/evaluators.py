@@ -1,8 +1,8 @@
-"""Folders of evaluator fixtures: official verdicts and scores, compared with ours on the same
-input.
+"""Folders of evaluator fixtures: official verdicts and scores, compared with ours on
+the same input.
 
-The files of a folder show its kind. Every reader yields (name, difference or None) for every value
-that it compares.
+The files of a folder show its kind. Every reader yields (name, difference or None) for
+every value that it compares.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ TOLERANCE = 1e-9
 
 
 def reader(folder: Path):
-    """The function that compares a folder's values; None for a folder of another kind."""
+    """The function that compares a folder's values; None for a folder of another
+    kind.
+    """
     if class_conditional.matches(folder):
         return class_conditional.check
     for start, check in (("scoring_cases.jsonl", geneval), ("scoring_answers.jsonl", dpg)):
@@ -49,7 +51,9 @@ def _equal(what: str, found, expected) -> tuple[str, str | None]:
 
 
 def geneval(folder: Path) -> Differences:
-    """Compares the verdict of every case; also the prompts and the summary where they exist."""
+    """Compares the verdict of every case; also the prompts and the summary where they
+    exist.
+    """
     metadata = folder / "evaluation_metadata.jsonl"
     if metadata.is_file():
         official = [row for _, row in files.read_json_lines(metadata)]
@@ -74,13 +78,14 @@ def geneval(folder: Path) -> Differences:
 
 
 def dpg(folder: Path) -> Differences:
-    """Compares for every run the overall score, the items left out, every category and the pictures
-    of every prompt.
+    """Compares for every run the overall score, the items left out, every category and
+    the pictures of every prompt.
     """
     rows = dpg_score.read_rows(folder / "scoring_questions.csv")
     answers = read_answers(_one(folder, "scoring_answers.jsonl*"))
     for run in read_json(folder / "scoring_expected.json")["runs"]:
-        # Nothing is asked about a picture of an unknown prompt, so it may have no line of answers.
+        # Nothing is asked about a picture of an unknown prompt, so it may have no line
+        # of answers.
         given = {item: answers.get(item, [])[: run["pic_num"]] for item in run["images"]}
         scores, name = dpg_score.official(rows, given), run["name"]
         yield _equal(f"{name} dpg_score", scores.overall, run["dpg_score"])

@@ -1,4 +1,6 @@
-"""Janus, text to image, in the layouts of transformers (weight_layout hf) and of DeepSeek (deepseek)."""
+"""Janus, text to image, in the layouts of transformers (weight_layout hf) and of
+DeepSeek (deepseek).
+"""
 
 from __future__ import annotations
 
@@ -34,8 +36,8 @@ class Subject(NamedTuple):
 
 
 def load(manifest: dict, weights: dict[str, Tensor]) -> Subject:
-    """Loads from the files that a user would have: .bin in DeepSeek's layout, safetensors in
-    transformers' layout.
+    """Loads from the files that a user would have: .bin in DeepSeek's layout,
+    safetensors in transformers' layout.
     """
     layout, pad_id = manifest["weight_layout"], manifest["special_ids"]["pad"]
     if layout not in ("hf", "deepseek"):
@@ -114,8 +116,8 @@ def uncond_ids(subject: Subject, prompts: Tensor) -> Tensor:
 
 
 def gradients(model: TensorAR, prompts: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-    """The loss, and the gradient of every parameter under DeepSeek's name, which the records of
-    both layouts use.
+    """The loss, and the gradient of every parameter under DeepSeek's name, which the
+    records of both layouts use.
     """
     model.zero_grad()
     mask = torch.ones(prompts.shape, dtype=torch.bool)

@@ -1,4 +1,6 @@
-"""LlamaGen: the GPT (kind gpt), the VQ tokenizers (vq) and the sampler's filters (sampler)."""
+"""LlamaGen: the GPT (kind gpt), the VQ tokenizers (vq) and the sampler's filters
+(sampler).
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,9 @@ def named(text: str, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def load_gpt(config: dict, weights: dict[str, Tensor]) -> TensorAR:
-    """Loads from the files that a user would have: config.json and safetensors under the official names."""
+    """Loads from the files that a user would have: config.json and safetensors under
+    the official names.
+    """
     if (model_type := config["model_type"]) not in ("c2i", "t2i"):
         raise ValueError(f"model_type is {model_type!r}, expected c2i or t2i")
     architecture = llamagen.Architecture(
@@ -95,14 +99,18 @@ def load_gpt(config: dict, weights: dict[str, Tensor]) -> TensorAR:
 
 
 def condition_of(values: Tensor, mask: Tensor | None) -> Condition:
-    """Class ids [B], or caption features [B, P, C] with the mask of those that are real."""
+    """Class ids [B], or caption features [B, P, C] with the mask of those that are
+    real.
+    """
     if values.ndim == 1:
         values = values[:, None]
     return Condition(values, torch.ones(values.shape[:2], dtype=torch.bool) if mask is None else mask.bool())
 
 
 def teacher_forced(subject: Subject, inputs: dict[str, Tensor], *, padded: bool) -> tuple[Tensor, Condition]:
-    """Codes [B, T, 1] and condition of the forward call, which the other calls refer to."""
+    """Codes [B, T, 1] and condition of the forward call, which the other calls refer
+    to.
+    """
     args = subject.args["forward"]
     mask, values = None, named(args["cond"], inputs)
     if padded and args.get("attn_mask"):
@@ -183,8 +191,8 @@ def generated(model: TensorAR, args: dict, inputs: dict[str, Tensor]) -> dict[st
         raw.append(logits[:, 0, 0])
         if settings.cfg_scale == 1 or num_guided is None or len(raw) <= num_guided:
             return None
-        # The return value of a hook replaces the output. Equal rows make guidance give the
-        # conditional logits.
+        # The return value of a hook replaces the output. Equal rows make guidance give
+        # the conditional logits.
         return logits.chunk(2)[0].repeat(2, 1, 1, 1)
 
     hook = model.backbone.head.register_forward_hook(keep_raw)
@@ -202,7 +210,8 @@ def generated(model: TensorAR, args: dict, inputs: dict[str, Tensor]) -> dict[st
 
 
 def filtered(args: dict, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    # The original treats a temperature of 0 as a very small one; ours has greedy decoding for that.
+    # The original treats a temperature of 0 as a very small one; ours has greedy
+    # decoding for that.
     probs = filters.probabilities(
         named(args["logits"], inputs),
         temperature=max(args["temperature"], 1e-5),

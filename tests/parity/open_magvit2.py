@@ -1,7 +1,8 @@
-"""Open-MAGVIT2: rebuilds the model of a fixture through the loaders of the package, and runs its
-calls.
+"""Open-MAGVIT2: rebuilds the model of a fixture through the loaders of the package, and
+runs its calls.
 
-The weights go through a file in the official format, so that the loaders' renaming is tested too.
+The weights go through a file in the official format, so that the loaders' renaming is
+tested too.
 
 Shapes: B batch, T tokens, F factors, V codebook size, Z bits, h w latent grid.
 """
@@ -35,7 +36,10 @@ from tests.parity import Unsupported
 
 @dataclass
 class Subject:
-    """The models built from a fixture's weights. lfq: one tokenizer per kind of weights, raw and ema."""
+    """The models built from a fixture's weights.
+
+    lfq: one tokenizer per kind of weights, raw and ema.
+    """
 
     bits: tuple[int, ...]
     model: TensorAR | None = None
@@ -56,8 +60,8 @@ def load(manifest: dict, weights: dict[str, Tensor]) -> Subject:
         return subject
     if "ddconfig" in config:
         bits = tuple(config["factorized_bits"])
-        # Pictures of any size are encoded below, and their size can differ from the configuration's
-        # resolution.
+        # Pictures of any size are encoded below, and their size can differ from the
+        # configuration's resolution.
         lfq_settings = _lfq_settings(config["ddconfig"], bits, 1)
         return Subject(
             bits, lfq={kind: _load_lfq(weights, lfq_settings, ema=kind == "ema") for kind in ("raw", "ema")}
@@ -66,7 +70,10 @@ def load(manifest: dict, weights: dict[str, Tensor]) -> Subject:
 
 
 def run(subject: Subject, call: dict, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All outputs of a call, under their full names. Raises Unsupported for an unknown call."""
+    """All outputs of a call, under their full names.
+
+    Raises Unsupported for an unknown call.
+    """
     args = call.get("args", {})
     inputs = {name.removeprefix("inputs/"): value for name, value in inputs.items()}
     if "cfg_scale" in args:
@@ -129,7 +136,9 @@ def _load_lfq(
 
 
 class _checkpoint(TemporaryDirectory):
-    """A temporary folder with the weights as Lightning pickles them and the sizes as our config.json."""
+    """A temporary folder with the weights as Lightning pickles them and the sizes as
+    our config.json.
+    """
 
     def __init__(self, weights: dict[str, Tensor], model_type: str, config):
         super().__init__()
@@ -208,8 +217,8 @@ class _Recorder:
 def _generate(subject: Subject, args: dict, class_ids: Tensor) -> dict[str, Tensor]:
     backbone = subject.model.backbone
     scales = args["cfg_scale"]
-    # In the original a scale below 1 switches guidance off; here 0 would give the unconditional
-    # picture.
+    # In the original a scale below 1 switches guidance off; here 0 would give the
+    # unconditional picture.
     if scales is None or max(scales if isinstance(scales, list) else [scales]) <= 1:
         scales = 1.0
     settings = SamplerSettings(cfg_scale=scales, **_filters(args))

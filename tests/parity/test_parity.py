@@ -29,7 +29,9 @@ def write_case(folder: Path, manifest: dict, tensors: dict[str, Tensor], name: s
 
 
 def top_2_of_3() -> tuple[dict, dict[str, Tensor]]:
-    """A case that can be worked out by hand: of the probabilities .5, .3, .2 the two largest stay."""
+    """A case that can be worked out by hand: of the probabilities .5, .3, .2 the two
+    largest stay.
+    """
     close = {"compare": "allclose", "atol": 1e-6, "rtol": 1e-6}
     call = {
         "id": "s0",
@@ -54,8 +56,8 @@ def run(*folders: Path) -> int:
 @pytest.mark.parity
 @pytest.mark.parametrize("fixtures", [FIXTURES, SHARED], ids=["shipped", "shared"])
 def test_every_recorded_call_passes(fixtures, capsys):
-    """All calls that are not optional, in every case of this repository and of the shared folder
-    next to it.
+    """All calls that are not optional, in every case of this repository and of the
+    shared folder next to it.
     """
     folders = [fixtures / family for family in FAMILIES]
     if fixtures is SHARED and not SHARED.is_dir():
@@ -109,8 +111,8 @@ def test_one_changed_number_fails(case, output, change, tmp_path, capsys):
 
 @pytest.mark.launch
 def test_a_case_by_hand(tmp_path, capsys):
-    """Run as a user runs it: exit code 0, and a line per call with its comparisons and largest
-    difference.
+    """Run as a user runs it: exit code 0, and a line per call with its comparisons and
+    largest difference.
     """
     folder = write_case(tmp_path / "mine", *top_2_of_3())
     (folder / "facts.json").write_text(json.dumps({"about": "no calls, so no case"}))
@@ -154,7 +156,9 @@ def test_equal_infinities_are_equal():
 
 
 def test_only_optional_calls_may_be_left_out(tmp_path, capsys, monkeypatch):
-    """A skipped call is not counted as passed, and a call that is not optional fails."""
+    """A skipped call is not counted as passed, and a call that is not optional
+    fails.
+    """
     manifest, tensors = top_2_of_3()
 
     def refuse(subject, call, inputs):
@@ -253,8 +257,8 @@ def test_missing_files_are_refused(tmp_path, capsys):
 
 
 def test_every_member_of_a_star_is_compared(tmp_path, capsys, monkeypatch):
-    """outputs/x/* stands for all recorded names that begin with outputs/x/; one missing or wrong
-    tensor fails the call.
+    """outputs/x/* stands for all recorded names that begin with outputs/x/; one missing
+    or wrong tensor fails the call.
     """
     manifest, tensors = top_2_of_3()
     manifest["calls"][0]["outputs"] = {"outputs/s0/*": {"compare": "max_abs_diff", "max": 0.5}}
@@ -323,7 +327,8 @@ YES = {"1": "yes"}
 
 
 def write_dpg(folder: Path, pic_num: int, lines: list[dict], images: list[str], failed: list[str]) -> None:
-    """A made-up fixture: prompt a is answered yes, prompt b yes and no, in each of pic_num pictures.
+    """A made-up fixture: prompt a is answered yes, prompt b yes and no, in each of
+    pic_num pictures.
 
     The first row, the only one of prompt `first`, is skipped by the official script.
     """
@@ -367,9 +372,11 @@ def write_dpg(folder: Path, pic_num: int, lines: list[dict], images: list[str], 
     ids=["answered", "empty", "one_picture", "no_lines", "only_in_the_skipped_row", "all_kinds"],
 )
 def test_pictures_of_unknown_prompts_are_failures(tmp_path, capsys, pic_num, lines, images):
-    """The official script finds no questions for such a picture, and prints it as failed.
+    """The official script finds no questions for such a picture, and prints it as
+    failed.
 
-    Ours once left it out of the failures. It may have answers, or none, since nothing is asked.
+    Ours once left it out of the failures. It may have answers, or none, since nothing
+    is asked.
     """
     given = [{"item_id": item, "image": image, "answers": answers} for item, image, answers in lines]
     write_dpg(tmp_path, pic_num, given, images, sorted(images))
@@ -384,7 +391,9 @@ def test_pictures_of_unknown_prompts_are_failures(tmp_path, capsys, pic_num, lin
 @pytest.mark.parity
 @pytest.mark.skipif(not SCORES.is_dir(), reason="the evaluator fixtures are not beside this checkout")
 def test_unknown_pictures_among_the_official_cases(tmp_path, capsys):
-    """The recorded runs with further pictures of unknown prompts: only the failures change."""
+    """The recorded runs with further pictures of unknown prompts: only the failures
+    change.
+    """
     folder = shutil.copytree(SCORES / "dpg_bench", tmp_path / "dpg_bench", copy_function=shutil.copyfile)
     expected = json.loads((folder / "scoring_expected.json").read_text())
     for number, each in enumerate(expected["runs"]):
@@ -396,7 +405,10 @@ def test_unknown_pictures_among_the_official_cases(tmp_path, capsys):
 
 
 def test_metrics_on_features_are_compared(tmp_path, capsys):
-    """Equal sets have no distance, and all points inside. An unknown metric cannot be run."""
+    """Equal sets have no distance, and all points inside.
+
+    An unknown metric cannot be run.
+    """
     pytest.importorskip("scipy")
     points = np.arange(10, dtype=np.float32)[:, None] ** 2
     np.savez(tmp_path / "features.npz", ref_pool=points, sample_pool=points)

@@ -46,7 +46,9 @@ BASE = ROOT / "recipes/tiny/weights/base"
     ],
 )
 def test_what_can_be_checked_without_weights_is_checked(tmp_path, monkeypatch, capsys, overrides, sentence):
-    """A wrong folder or a too large window was found only when training had loaded the model."""
+    """A wrong folder or a too large window was found only when training had loaded the
+    model.
+    """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     write_set(tmp_path / "uncoded", [1])
@@ -87,7 +89,9 @@ def test_main_prints_the_page_of_settings(capsys):
 
 
 def test_the_recipe_of_the_image_tokenizer_is_checked_and_printed_too(capsys):
-    """It used to be refused, with a list of the keys that a recipe of the other kind has."""
+    """It used to be refused, with a list of the keys that a recipe of the other kind
+    has.
+    """
     assert __main__.main([str(IMAGE_TOKENIZER), "steps=700"]) == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     assert (printed["steps"], printed["num_embeddings"], printed["embed_dim"]) == (700, 1024, 8)

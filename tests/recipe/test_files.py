@@ -1,4 +1,6 @@
-"""Recipe files: what they extend, what the command line changes, and a saved recipe loads again."""
+"""Recipe files: what they extend, what the command line changes, and a saved recipe
+loads again.
+"""
 
 import subprocess
 import sys
@@ -36,7 +38,9 @@ def problems(path: Path, *overrides: str) -> list[str]:
     ],
 )
 def test_a_broken_file_is_named_with_its_line(path, text, problem):
-    """Plain YAML takes the last of two equal keys, so half of an edit would be ignored."""
+    """Plain YAML takes the last of two equal keys, so half of an edit would be
+    ignored.
+    """
     broken = path.with_name("broken.yaml")
     broken.write_text(text)
     with pytest.raises(RecipeError, match=problem) as caught:
@@ -98,7 +102,8 @@ def test_an_override_that_cannot_be_applied_is_one_problem(path, override, key):
         (["train.stesp=3"], {"the command line": ["train.stesp"]}),
         (["train.steps=three", "optim.lr=-1"], {"the command line": ["optim.lr", "train.steps"]}),
         (["train={steps: 0}"], {"the command line": ["train.steps"]}),
-        # Rules about two settings: the recipe was right before the command line changed one of them.
+        # Rules about two settings: the recipe was right before the command line changed
+        # one of them.
         (["train.grad_accum=3"], {"the command line": ["data.batch_size"]}),
         (["tensorar.window=3"], {"the command line": ["tensorar.offset_weights"]}),
         (["train.epochs=1"], {"the command line": ["train.steps"]}),
@@ -106,7 +111,9 @@ def test_an_override_that_cannot_be_applied_is_one_problem(path, override, key):
     ],
 )
 def test_a_mistake_of_the_command_line_is_not_blamed_on_the_file(path, overrides, blocks):
-    """`train.stesp=3` once printed `recipes/x.yaml: 1 problem`, and people searched the file for it."""
+    """`train.stesp=3` once printed `recipes/x.yaml: 1 problem`, and people searched the
+    file for it.
+    """
     path.write_text(path.read_text().replace("{window: 4}", "{window: 2, offset_weights: [1, 1]}"))
     Recipe.load(path)
     found: dict[str, list[str]] = {}
@@ -130,7 +137,9 @@ def test_mistakes_of_both_are_listed_apart(path):
 
 
 def test_extends_merges_sections_and_replaces_lists(path):
-    """A variant states only its differences; a list is one value and is not appended to."""
+    """A variant states only its differences; a list is one value and is not appended
+    to.
+    """
     (path.parent / "deep").mkdir()
     middle, top = path.with_name("middle.yaml"), path.parent / "deep" / "top.yaml"
     middle.write_text(
@@ -144,8 +153,8 @@ def test_extends_merges_sections_and_replaces_lists(path):
 
 
 def test_another_backbone_takes_no_settings_of_the_one_it_replaces(path):
-    """Open-MAGVIT2 extends a LlamaGen recipe: it has no image_size, so keeping that setting would
-    be an error.
+    """Open-MAGVIT2 extends a LlamaGen recipe: it has no image_size, so keeping that
+    setting would be an error.
     """
     top, changed = path.with_name("top.yaml"), path.with_name("changed.yaml")
     llamagen = "{name: llamagen, path: a.pt, image_size: 256}"
@@ -158,8 +167,8 @@ def test_another_backbone_takes_no_settings_of_the_one_it_replaces(path):
 
 
 def test_a_problem_in_a_base_is_reported_with_its_file(path):
-    """In a chain of three files the report names the file to edit, also for a rule about several
-    sections.
+    """In a chain of three files the report names the file to edit, also for a rule
+    about several sections.
     """
     (path.parent / "deep").mkdir()
     middle, top = path.with_name("middle.yaml"), path.parent / "deep" / "top.yaml"
@@ -191,7 +200,9 @@ def test_a_missing_base_is_reported_with_the_file_that_extends_it(path):
 
 
 def test_a_resolved_recipe_loads_again(path, tmp_path):
-    """The copy in a run folder is the record of the run: it has every setting, with the same meaning."""
+    """The copy in a run folder is the record of the run: it has every setting, with the
+    same meaning.
+    """
     overrides = [
         "optim.lr=2e-5",
         "tensorar.offset_weights=[1, 0, 0, 0]",

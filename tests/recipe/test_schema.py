@@ -1,4 +1,6 @@
-"""Sections and rules: a typo is never ignored, and all problems are reported at once."""
+"""Sections and rules: a typo is never ignored, and all problems are reported at
+once.
+"""
 
 from pathlib import Path
 
@@ -23,7 +25,9 @@ def problems(path: Path, *overrides: str) -> dict[str, str]:
 
 
 def test_all_problems_at_once_with_the_nearest_key(path):
-    """The report as the style guide shows it: one run of the command finds every typo."""
+    """The report as the style guide shows it: one run of the command finds every
+    typo.
+    """
     with pytest.raises(RecipeError) as caught:
         Recipe.load(path, ["tensorar.windw=3", "data.batch_size=four"])
     assert str(caught.value).splitlines() == [
@@ -34,8 +38,8 @@ def test_all_problems_at_once_with_the_nearest_key(path):
 
 
 def test_problems_in_named_sections_are_reported_with_the_others(path):
-    """backbone and image_tokenizer are checked by other classes, but their problems are in the same
-    report.
+    """backbone and image_tokenizer are checked by other classes, but their problems are
+    in the same report.
     """
     report = problems(path, "backbone.pth=x", "image_tokenizer.name=janus_qv", "train.steps=0")
     assert report.keys() == {"backbone.pth", "image_tokenizer.name", "train.steps"}
@@ -78,8 +82,8 @@ def test_problems_in_named_sections_are_reported_with_the_others(path):
     ],
 )
 def test_one_mistake_is_one_problem(path, override, key, text):
-    """The problem states what was found, what was expected and where, however many errors pydantic
-    gives for it.
+    """The problem states what was found, what was expected and where, however many
+    errors pydantic gives for it.
     """
     report = problems(path, override)
     assert report.keys() == {key} and text in report[key]
@@ -102,7 +106,9 @@ def test_settings_do_not_change_after_validation(path):
 
 
 def test_schedules_of_the_paper_use_no_self_drafts_by_default(path):
-    """Self-drafts are on by default only for the schedule that they were measured with."""
+    """Self-drafts are on by default only for the schedule that they were measured
+    with.
+    """
     shares = {
         given: Recipe.load(path, [*given]).tensorar.self_drafts
         for given in (
@@ -137,8 +143,8 @@ def test_sampler_settings_are_split_per_factor(path):
 
 
 def test_saved_recipes_with_removed_settings_load(path):
-    """Model folders and run folders of earlier versions hold these settings, nearly always without
-    an effect.
+    """Model folders and run folders of earlier versions hold these settings, nearly
+    always without an effect.
     """
     saved = ["tensorar.max_stride=1", "sampler.stride=1", "zero.nvme_path=null"]
     assert Recipe.load(path, saved) == Recipe.load(path)
@@ -229,7 +235,9 @@ def test_every_condition_of_a_rule_names_its_setting(path, key, overrides):
 
 
 def test_broken_rules_are_reported_together(path):
-    """These rules check the whole recipe; the first broken rule used to hide the others."""
+    """These rules check the whole recipe; the first broken rule used to hide the
+    others.
+    """
     report = problems(
         path,
         "tensorar.offset_weights=[1, 0.5]",

@@ -1,4 +1,6 @@
-"""A setting is declared once: bounds, default, description and whether it may change on resume."""
+"""A setting is declared once: bounds, default, description and whether it may change on
+resume.
+"""
 
 from pathlib import Path
 
@@ -32,8 +34,8 @@ class RecipeWithOneMore(Recipe):
 
 
 def test_adding_a_setting_touches_one_place(path):
-    """The setting is read, bounded, suggested, documented and compared on resume, from its
-    declaration alone.
+    """The setting is read, bounded, suggested, documented and compared on resume, from
+    its declaration alone.
     """
     recipe = read_recipe(RecipeWithOneMore, path, ["train.patience=2", "train.dither=0.5"])
     assert (recipe.train.patience, recipe.train.dither) == (2, 0.5)

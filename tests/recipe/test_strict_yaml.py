@@ -1,4 +1,6 @@
-"""Values of recipes and of key=value are what a person reads, and what is written reads back unchanged."""
+"""Values of recipes and of key=value are what a person reads, and what is written reads
+back unchanged.
+"""
 
 import math
 

@@ -1,4 +1,6 @@
-"""benchmarks/decode.py times runs that make equal tokens, and refuses what it cannot run."""
+"""benchmarks/decode.py times runs that make equal tokens, and refuses what it cannot
+run.
+"""
 
 import pytest
 
@@ -8,7 +10,9 @@ TINY = "--dim 16 --layers 2 --heads 2 --codes 11 --tokens 9 --runs 1 --threads 1
 
 
 def test_the_benchmark_compares_equal_tokens(capsys):
-    """Our decoder and transformers' generate make the same greedy images while they are timed."""
+    """Our decoder and transformers' generate make the same greedy images while they are
+    timed.
+    """
     assert benchmark.main(["janus", *TINY]) == 0
     table = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert [row[0].strip() for row in table[2:]] == ["1", "8"]

@@ -1,4 +1,6 @@
-"""Decoding: cache and batch neighbours do not change the result, and a seed gives one image."""
+"""Decoding: cache and batch neighbours do not change the result, and a seed gives one
+image.
+"""
 
 import copy
 
@@ -36,8 +38,8 @@ def rows(condition: Condition, start: int, stop: int) -> Condition:
 @pytest.mark.parametrize("window", [1, 3])
 @pytest.mark.parametrize("name", ["one_factor", "two_factors"])  # test_contract.py tests the real backbones
 def test_cached_decode_equals_recomputation(name, window, cfg_scale):
-    """Compares every window of every step, with prompts of unequal length: cache, positions and
-    mask are exact.
+    """Compares every window of every step, with prompts of unequal length: cache,
+    positions and mask are exact.
     """
     model, condition = make(name, window), fake_condition()
     settings = SamplerSettings(cfg_scale=cfg_scale)
@@ -49,7 +51,9 @@ def test_cached_decode_equals_recomputation(name, window, cfg_scale):
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_guidance_changes_the_image(name):
-    """Otherwise the comparison above could pass with guidance left out on both sides."""
+    """Otherwise the comparison above could pass with guidance left out on both
+    sides.
+    """
     model = make(name, 3)
     one, six = (
         decode(model, fake_condition(), SamplerSettings(cfg_scale=scale), draw=greedy).codes
@@ -75,8 +79,8 @@ def test_an_image_does_not_depend_on_the_other_prompts_of_its_batch(window, cfg_
 
 
 def test_every_row_draws_from_its_own_generator():
-    """A seed gives one image whatever its neighbours are: with other seeds, other prompts, or in
-    another order.
+    """A seed gives one image whatever its neighbours are: with other seeds, other
+    prompts, or in another order.
     """
     model, condition = make("two_factors", 3), fake_condition()
     first = decode(model, condition, PLAIN, generator=generators(1, 2, 3)).codes
@@ -89,7 +93,10 @@ def test_every_row_draws_from_its_own_generator():
 
 
 def test_one_generator_for_the_batch_and_none():
-    """Rows that share one generator differ from each other. Without a generator the global seed is used."""
+    """Rows that share one generator differ from each other.
+
+    Without a generator the global seed is used.
+    """
     model = make("one_factor", 3)
     same = Condition(torch.ones(4, 2, dtype=torch.int64), torch.ones(4, 2, dtype=torch.bool))
     codes = decode(model, same, PLAIN, generator=torch.Generator().manual_seed(0)).codes
@@ -105,8 +112,8 @@ def test_one_generator_for_the_batch_and_none():
 
 @pytest.mark.parametrize("name, window", [("one_factor", 1), ("one_factor", 6), ("two_factors", 3)])
 def test_the_trace_holds_the_image(name, window):
-    """Offset 0 of step t is the final token t; slots past the image are 0; every code is in its
-    codebook.
+    """Offset 0 of step t is the final token t; slots past the image are 0; every code
+    is in its codebook.
     """
     model = make(name, window)
     decoded = decode(model, fake_condition(), PLAIN, keep_trace=True)
@@ -133,7 +140,9 @@ def test_one_backbone_step_per_token(window, cfg_scale, batch_rows):
 
 
 def test_drafts_are_fed_back():
-    """A draft must reach the next step, or nothing could be refined: other drafts give another image."""
+    """A draft must reach the next step, or nothing could be refined: other drafts give
+    another image.
+    """
     model = make("one_factor", 3)
 
     def no_drafts(logits: Tensor, uniform: Tensor) -> Tensor:
@@ -146,13 +155,13 @@ def test_drafts_are_fed_back():
 
 
 def test_a_fresh_codec_generates_the_plain_models_image():
-    """Zero-initialised heads do not change the logits of offset 0, so before training a window has
-    no effect.
+    """Zero-initialised heads do not change the logits of offset 0, so before training a
+    window has no effect.
     """
     plain = wrap(FakeBackbone(), 1).eval()
     fresh = wrap(copy.deepcopy(plain.backbone), 3).eval()
-    # This also holds for sampling: final tokens have their own random numbers, the same for every
-    # window.
+    # This also holds for sampling: final tokens have their own random numbers, the same
+    # for every window.
     for draw in (greedy, None):
         images = [
             decode(model, fake_condition(), PLAIN, draw=draw, generator=generators(1, 2, 3)).codes
@@ -174,8 +183,8 @@ def test_a_single_number_applies_to_every_factor():
 
 
 def test_every_factor_has_its_own_guidance():
-    """The first factor of the first token does not depend on the second factor's scale; the second
-    factor does.
+    """The first factor of the first token does not depend on the second factor's scale;
+    the second factor does.
     """
     model = make("two_factors", 1)
     seen = {}

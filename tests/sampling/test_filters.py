@@ -1,4 +1,6 @@
-"""Filters computed by hand, and the tokens that random numbers pick from the filtered distribution."""
+"""Filters computed by hand, and the tokens that random numbers pick from the filtered
+distribution.
+"""
 
 import pytest
 import torch
@@ -40,7 +42,8 @@ def shares(settings: dict, *probabilities: float) -> list[float]:
 def test_filters_by_hand(settings, expected):
     """Temperature, then top_k, then top_p, on probabilities 0.5, 0.3, 0.2.
 
-    top_p once raised a TypeError at its first use: torch's stable sort accepts dim by name only.
+    top_p once raised a TypeError at its first use: torch's stable sort accepts dim by
+    name only.
     """
     assert shares(settings, 0.5, 0.3, 0.2) == pytest.approx(expected, abs=1e-6)
     assert shares(settings, 0.2, 0.5, 0.3) == pytest.approx([expected[2], expected[0], expected[1]], abs=1e-6)
@@ -73,15 +76,17 @@ def test_a_random_number_selects_the_slice_that_contains_it(number, token):
 
 @pytest.mark.parametrize("number, token", [(0.0, 1), (1 - 2**-53, 2)])
 def test_a_filtered_token_is_never_selected(number, token):
-    """Tokens filtered out at both ends of the codebook are not picked, for the smallest and the
-    largest number.
+    """Tokens filtered out at both ends of the codebook are not picked, for the smallest
+    and the largest number.
     """
     numbers = torch.tensor([[number]], dtype=torch.float64)
     assert draw_tokens(logits_of(0.1, 0.4, 0.3, 0.2), numbers, SamplerSettings(top_k=2)).item() == token
 
 
 def test_greedy_drafts_are_greedy_at_drafts_only():
-    """Offset 0 is drawn, here from the last slice; offsets 1 and 2 take the most likely token."""
+    """Offset 0 is drawn, here from the last slice; offsets 1 and 2 take the most likely
+    token.
+    """
     logits = logits_of(0.5, 0.3, 0.2).expand(1, 3, 3)
     high = torch.full((1, 3), 0.99, dtype=torch.float64)
     assert draw_tokens(logits, high, SamplerSettings()).tolist() == [[2, 2, 2]]

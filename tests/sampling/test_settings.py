@@ -1,4 +1,6 @@
-"""Sampling settings are declared once; options, checks and records are derived from the declaration."""
+"""Sampling settings are declared once; options, checks and records are derived from the
+declaration.
+"""
 
 import argparse
 import ast
@@ -24,7 +26,9 @@ def parse(*arguments: str) -> dict:
 
 
 def test_every_setting_has_an_option():
-    """Options have no default of their own: a setting that is not given comes from the recipe."""
+    """Options have no default of their own: a setting that is not given comes from the
+    recipe.
+    """
     assert parse() == dict.fromkeys(SamplerSettings.model_fields)
     assert all(
         field.description for field in SamplerSettings.model_fields.values()
@@ -101,8 +105,8 @@ def test_settings_out_of_range_are_refused(given, problem):
 
 
 def test_every_factor_has_its_own_settings():
-    """A list has one number per factor, a single number is for all factors; a list of another
-    length is refused.
+    """A list has one number per factor, a single number is for all factors; a list of
+    another length is refused.
     """
     both = SamplerSettings(temperature=[0.5, 2.0], top_k=3, top_p=[0.9, 1], greedy_drafts=True)
     assert both.per_factor(2) == [
@@ -114,7 +118,9 @@ def test_every_factor_has_its_own_settings():
 
 
 def test_settings_are_read_without_torch():
-    """Commands report a mistyped option before they import torch, which takes seconds."""
+    """Commands report a mistyped option before they import torch, which takes
+    seconds.
+    """
     tree = ast.parse(Path(settings.__file__).read_text(encoding="utf-8"))
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
@@ -123,8 +129,8 @@ def test_settings_are_read_without_torch():
 
 
 def test_records_of_earlier_versions_compare_equal():
-    """An evaluation that an earlier version started can resume, although its record names removed
-    settings.
+    """An evaluation that an earlier version started can resume, although its record
+    names removed settings.
     """
     today = SamplerSettings(top_k=20).model_dump(mode="json")
     assert settings.without_removed(today | {"greedy": False, "stride": 1}) == settings.without_removed(today)

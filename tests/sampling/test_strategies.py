@@ -1,5 +1,5 @@
-"""Strategies: lookahead gives the image of the plain one-token strategy, and a new strategy is one
-function.
+"""Strategies: lookahead gives the image of the plain one-token strategy, and a new
+strategy is one function.
 """
 
 import pytest
@@ -23,8 +23,8 @@ def seed():
 @pytest.mark.parametrize("window, cfg_scale", [(1, 1.0), (3, 3.0)])
 @pytest.mark.parametrize("name", ["one_factor", "two_factors", "janus"])
 def test_lookahead_gives_the_image_of_one_step_at_a_time(name, window, cfg_scale, draw):
-    """Every window is equal, for any number of guesses per pass, and every pass yields at least one
-    token.
+    """Every window is equal, for any number of guesses per pass, and every pass yields
+    at least one token.
     """
     model = make(name, window)
 
@@ -42,7 +42,9 @@ def test_lookahead_gives_the_image_of_one_step_at_a_time(name, window, cfg_scale
 
 
 def test_lookahead_saves_passes_where_guesses_are_right():
-    """A model that always predicts the same token confirms all its guesses, from the second pass on."""
+    """A model that always predicts the same token confirms all its guesses, from the
+    second pass on.
+    """
     model = make("one_factor", 3)
     T, done = model.backbone.num_tokens, []
     model.backbone.head.forward = lambda states, prev: torch.eye(11)[4].expand(*states.shape[:-1], 11)
@@ -53,13 +55,18 @@ def test_lookahead_saves_passes_where_guesses_are_right():
 
 
 def test_a_new_strategy_is_one_function():
-    """Register a strategy, use it through `decode` by its name and by its settings, then remove it."""
+    """Register a strategy, use it through `decode` by its name and by its settings,
+    then remove it.
+    """
     model, ran = make("two_factors", 3), []
     expected = decode(model, fake_condition(), PLAIN, generator=generators(1, 2, 3), keep_trace=True)
 
     @strategy("twice", when=lambda settings: settings.greedy_drafts)
     def twice(state):
-        """Predicts every window twice. This changes nothing, because a step has its own random numbers."""
+        """Predicts every window twice.
+
+        This changes nothing, because a step has its own random numbers.
+        """
         ran.append(state.num_tokens)
         hidden = state.prefill()
         for step in range(state.num_tokens):

@@ -6,7 +6,9 @@ from mmtensorar.sampling.trace import revised_per_offset, revisions
 
 
 def test_revised_tokens_are_counted_by_offset():
-    """Two of three tokens are drafted before they are final; the last window has a slot past the end."""
+    """Two of three tokens are drafted before they are final; the last window has a slot
+    past the end.
+    """
     trace = torch.tensor([[[1, 2], [2, 3], [4, 0]], [[1, 5], [6, 7], [8, 0]]])[
         ..., None
     ]  # [B=2, T=3, K=2, F=1]

@@ -1,4 +1,6 @@
-"""Studies: mistakes in a grid, one arm from training to its row, intervals, pages made from stored rows."""
+"""Studies: mistakes in a grid, one arm from training to its row, intervals, pages made
+from stored rows.
+"""
 
 import json
 import os
@@ -43,7 +45,9 @@ PROMPTS = [("circles", "a red circle"), ("circles", "a blue circle"), ("squares"
 
 
 class World:
-    """The shards of the training test; a picture is right when its mean is above grey."""
+    """The shards of the training test; a picture is right when its mean is above
+    grey.
+    """
 
     def __init__(self, folder: Path):
         self.shards = folder / "shards"
@@ -175,7 +179,9 @@ def test_every_grid_of_the_repository_loads(path):
 
 @pytest.mark.launch
 def test_an_arm_is_trained_and_measured(bench, grid_file, forked_commands, tmp_path):
-    """Rows are complete, and the probe of a model without drafts equals its validation loss."""
+    """Rows are complete, and the probe of a model without drafts equals its validation
+    loss.
+    """
     torch.set_num_threads(1)
     grid = Grid.load(grid_file)
     folder, took = job.train(grid, "k3", 5, tmp_path)
@@ -286,7 +292,8 @@ def grounds() -> tuple[list, list]:
 
 @pytest.mark.launch
 def test_a_base_is_made_from_nothing(grid_file, forked_commands, tmp_path, monkeypatch):
-    """From the pictures of a world of classes to codes, an image tokenizer and a trained LlamaGen.
+    """From the pictures of a world of classes to codes, an image tokenizer and a
+    trained LlamaGen.
 
     Nothing is made twice.
     """
@@ -440,11 +447,11 @@ def test_the_page_is_made_from_stored_rows_alone(grid_file, tmp_path):
     )
     assert "| 3 | 1.50 | 1.50 |" in page
     line = next(line for line in page.splitlines() if line.startswith("| `k3` | +"))
-    # With circles, one prompt gains half of its pictures in every seed; with squares, the only
-    # prompt loses half.
+    # With circles, one prompt gains half of its pictures in every seed; with squares,
+    # the only prompt loses half.
     assert line == "| `k3` | +25.0 [-24.0 +74.0] | -50.0 [-50.0 -50.0] |"
-    # Greedy drafts gain half of the pictures of one prompt out of three; it is the only prompt of
-    # its group.
+    # Greedy drafts gain half of the pictures of one prompt out of three; it is the only
+    # prompt of its group.
     assert (
         "| `k3` | greedy | 3 | 75.0 [75.0 75.0] | +25.0 [+25.0 +25.0] | 0.500 ±0.000 |" in page
         and (tmp_path / "scores.png").is_file()
@@ -510,8 +517,8 @@ def test_worlds_are_compared_in_one_table(grid_file, tmp_path, capsys):
 
 
 def test_a_frechet_distance_is_divided_by_the_controls_of_the_same_seed(grid_file):
-    """The spread of the logarithms over seeds is pooled over the arms, because one arm gives too
-    few values.
+    """The spread of the logarithms over seeds is pooled over the arms, because one arm
+    gives too few values.
     """
     distances = {"plain": [1.0, 2.0, 4.0], "base": [2.0, 4.0, 8.0], "k3": [0.5, 2.0, 8.0], "own": [3.0]}
     rows = [
@@ -527,7 +534,8 @@ def test_a_frechet_distance_is_divided_by_the_controls_of_the_same_seed(grid_fil
         for seed, value in enumerate([1.0, 2.0, 4.0])
     ]
     known = scores.Scores(Grid.load(grid_file), scores.collect(rows), ["a", "a", "b"])
-    # Logarithms base 2: 1, 1, 1; -1, 0, 1; 0, 0, 0: a variance of 2 over six degrees of freedom.
+    # Logarithms base 2: 1, 1, 1; -1, 0, 1; 0, 0, 0: a variance of 2 over six degrees of
+    # freedom.
     half = 2.4469 * (2 / 6) ** 0.5
     for arm, exponent, number in (("base", 1, 3), ("k3", 0, 3), ("own", np.log2(3), 1)):
         value, low, high = known.distances[arm]
@@ -571,8 +579,8 @@ def test_intervals_include_the_variation_of_seeds_and_prompts():
     "seed_spread, prompt_spread", [(0.0, 0.15), (0.02, 0.15), (0.06, 0.15), (0.035, 0.35)]
 )
 def test_intervals_have_the_stated_coverage(seed_spread, prompt_spread):
-    """Simulated studies of eight arms and three seeds with a known truth: about 95 % of the
-    intervals contain it.
+    """Simulated studies of eight arms and three seeds with a known truth: about 95 % of
+    the intervals contain it.
     """
     rng, held, groups = np.random.default_rng(0), [], ["a"] * 30 + ["b"] * 30
     for _ in range(60):
@@ -612,8 +620,8 @@ def test_a_study_runs_only_what_is_missing(grid_file, tmp_path, monkeypatch, cap
     )
     assert asked == [("plain", 0), ("k3", 0), ("own", 0)]
     assert [each["arm"] for each in read(results)] == ["base", "plain", "k3", "own"]
-    # Sampler settings without a row are missing, and rows of other settings do not belong to this
-    # grid.
+    # Sampler settings without a row are missing, and rows of other settings do not
+    # belong to this grid.
     rows, grid = read(results), Grid.load(grid_file)
     assert missing(grid, rows, list(grid.arms), 1) == [(0, "k3")]
     rows.append(row("k3", 0, {"0": "1"}, "greedy"))

@@ -1,4 +1,6 @@
-"""The image tokenizer's trainer: its recipe is strict, and its output loads as an image tokenizer."""
+"""The image tokenizer's trainer: its recipe is strict, and its output loads as an image
+tokenizer.
+"""
 
 from pathlib import Path
 
@@ -20,7 +22,9 @@ SHIPPED = Path(__file__).resolve().parents[2] / "recipes/tiny/image_tokenizer.ya
 
 
 def test_a_few_steps_write_an_image_tokenizer(tmp_path, capsys):
-    """Trains on crops, then on whole pictures, and writes a folder that the recipes' janus_vq loads."""
+    """Trains on crops, then on whole pictures, and writes a folder that the recipes'
+    janus_vq loads.
+    """
     shards, out = tmp_path / "shards", tmp_path / "out"
     made = ["--synthesize", "shapes", "--num-samples", "8", "--out", str(shards), "--workers", "1"]
     assert make_shards.main(made) == 0
@@ -57,8 +61,8 @@ def test_mistakes_are_sentences(tmp_path, capsys):
 
 
 def test_crops_are_aligned_with_the_codes_and_cover_the_foreground():
-    """One bright pixel in the last cell: nearly every crop of 16 contains it, and starts on a
-    multiple of 8.
+    """One bright pixel in the last cell: nearly every crop of 16 contains it, and
+    starts on a multiple of 8.
     """
     pixels = torch.arange(64.0).expand(200, 1, 64, 64).clone()
     pixels[:, :, 60, 60] = 1e4
@@ -77,8 +81,9 @@ def test_the_recipe_is_validated():
 
 
 def test_patches_of_one_colour_share_their_features():
-    """Two pictures in patches of 2 pixels: grey, compression noise, a white line. The grey patches
-    become equal.
+    """Two pictures in patches of 2 pixels: grey, compression noise, a white line.
+
+    The grey patches become equal.
     """
     pixels = torch.zeros(2, 3, 4, 4)
     pixels[0, :, 0, 0] = 0.02  # noise

@@ -1,4 +1,6 @@
-"""activation_memory: the peak bytes of a computation, measured on tensors without values."""
+"""activation_memory: the peak bytes of a computation, measured on tensors without
+values.
+"""
 
 import torch
 from torch import nn
@@ -33,9 +35,9 @@ def test_tensors_that_existed_before_do_not_count():
 
 
 def test_measuring_a_step_needs_no_memory_for_it():
-    """Measuring a step needs no memory for it: the model is on the meta device, so nothing is
-    computed. A chain of layers keeps the input of every layer for the backward pass. The gradients
-    of the parameters are not counted.
+    """Measuring a step needs no memory for it: the model is on the meta device, so
+    nothing is computed. A chain of layers keeps the input of every layer for the
+    backward pass. The gradients of the parameters are not counted.
     """
     with torch.device("meta"):
         model = nn.Sequential(
@@ -44,6 +46,6 @@ def test_measuring_a_step_needs_no_memory_for_it():
     rows = 4096
     found = activation_memory.of_a_step(model, lambda model: model(torch.zeros(rows, 4096)).sum())
     one = rows * 4096 * 4
-    # The input and the output of every ReLU are kept; the backward pass holds a few more for a
-    # while.
+    # The input and the output of every ReLU are kept; the backward pass holds a few
+    # more for a while.
     assert 11 * one <= found <= 15 * one

@@ -1,4 +1,6 @@
-"""The moving average of the weights: its values, and swapping it in and out in place."""
+"""The moving average of the weights: its values, and swapping it in and out in
+place.
+"""
 
 import pytest
 import torch
@@ -23,7 +25,9 @@ def test_the_average_equals_one_computed_by_hand():
 
 
 def test_views_of_the_weights_see_the_average_and_then_the_weights_again():
-    """DeepSpeed's partitions are views of one flat tensor, so the swap has to be in place."""
+    """DeepSpeed's partitions are views of one flat tensor, so the swap has to be in
+    place.
+    """
     flat = torch.arange(6.0)
     view, average = flat[2:4], Average([flat], 0.9)
     flat.add_(10)

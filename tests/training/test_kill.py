@@ -1,7 +1,9 @@
-"""A run killed with SIGKILL at twenty random moments ends like a run that was never killed.
+"""A run killed with SIGKILL at twenty random moments ends like a run that was never
+killed.
 
-The process that is killed is a fork of a process that has imported everything, so twenty starts
-cost only seconds. Run as a module, this file is the process that forks and kills.
+The process that is killed is a fork of a process that has imported everything, so
+twenty starts cost only seconds. Run as a module, this file is the process that forks
+and kills.
 """
 
 import json
@@ -29,7 +31,10 @@ pytestmark = pytest.mark.launch
 
 
 def child(arguments: list[str], keys: Path) -> int:
-    """Fork a run that also records the sample names of every step. Returns its process id."""
+    """Fork a run that also records the sample names of every step.
+
+    Returns its process id.
+    """
     pid = os.fork()
     if pid:
         return pid
@@ -55,7 +60,9 @@ def child(arguments: list[str], keys: Path) -> int:
 
 
 def in_a_checkpoint(folder: Path) -> bool:
-    """Whether a checkpoint is being written: its folder exists, but `latest` does not name it yet."""
+    """Whether a checkpoint is being written: its folder exists, but `latest` does not
+    name it yet.
+    """
     found = sorted(path.name for path in folder.glob("step_*"))
     latest = folder / "latest"
     return bool(found) and (not latest.is_file() or latest.read_text() < found[-1])
@@ -73,8 +80,8 @@ def main(recipe: str, folder: str, seed: str) -> None:
     for kill in range(NUM_KILLS):
         before = num_lines(keys)
         pid = child(arguments, keys)
-        # One third of the kills come during a checkpoint, one third in the first steps, and one
-        # third at any time after the start.
+        # One third of the kills come during a checkpoint, one third in the first steps,
+        # and one third at any time after the start.
         steps, wait_s = (1, rng.uniform(0, 0.2)) if kill % 3 == 1 else (0, rng.uniform(0, 1.2))
         began = None
         while True:
@@ -95,7 +102,9 @@ def main(recipe: str, folder: str, seed: str) -> None:
 
 
 def test_a_run_killed_at_twenty_random_moments_ends_with_the_same_weights(tmp_path):
-    """The samples and losses of every step equal those of a run that was never killed."""
+    """The samples and losses of every step equal those of a run that was never
+    killed.
+    """
     write_tiny_janus(tmp_path / "janus", NUM_CODES, SIDE)
     recipe = {
         "run": {"name": "whole", "out": str(tmp_path / "runs")},

@@ -1,5 +1,5 @@
-"""Every allowed combination of ZeRO stage, parts, precision, optimiser and offloading trains, saves
-and resumes.
+"""Every allowed combination of ZeRO stage, parts, precision, optimiser and offloading
+trains, saves and resumes.
 """
 
 import itertools
@@ -41,7 +41,9 @@ def settings(folder, stage, parts, precision, optimizer, offload, **train):
 
 
 def step(engine) -> float:
-    """One update on one sample: on a CPU without bfloat16 instructions every sample takes long."""
+    """One update on one sample: on a CPU without bfloat16 instructions every sample
+    takes long.
+    """
     codes = torch.arange(16).view(1, 16, 1)
     condition = Condition(torch.full((1, 3), 5), torch.ones(1, 3, dtype=torch.bool))
     loss = engine(codes, condition, torch.zeros(1, dtype=torch.bool), torch.Generator().manual_seed(0)).loss
@@ -60,8 +62,8 @@ def go_through(folder: Path, stage: int, parts: str) -> None:
 
     cpu, allowed = torch.device("cpu"), 0
     for precision, (optimizer, offload) in itertools.product(PRECISIONS, OPTIMIZERS):
-        # To save time, 8-bit moments are not repeated in fp32, and optimisers other than plain
-        # AdamW are tried only with parts=all.
+        # To save time, 8-bit moments are not repeated in fp32, and optimisers other
+        # than plain AdamW are tried only with parts=all.
         if precision == "fp32" and optimizer == "adamw_8bit":
             continue
         if parts != "all" and (optimizer, offload) != ("adamw", "none"):
@@ -90,8 +92,8 @@ def go_through(folder: Path, stage: int, parts: str) -> None:
 
 
 def main(folder: Path) -> None:
-    """Run the matrix in its own process: DeepSpeed fails on a second process group after the first
-    has ended.
+    """Run the matrix in its own process: DeepSpeed fails on a second process group
+    after the first has ended.
     """
     from mmtensorar.training import distributed
 

@@ -1,6 +1,7 @@
 """Training on several nodes, which are processes on this machine.
 
-When one node is lost, the other continues. Two hosts train together through the launcher.
+When one node is lost, the other continues. Two hosts train together through the
+launcher.
 """
 
 import json
@@ -69,12 +70,12 @@ def wait_for(
 
 
 def test_a_run_survives_the_loss_of_a_node(bench, tmp_path):
-    """torchrun with one to two nodes: when one node is killed, the other restarts alone from the
-    last run state. The losses equal those of a run on one node.
+    """torchrun with one to two nodes: when one node is killed, the other restarts alone
+    from the last run state. The losses equal those of a run on one node.
     """
     steps, folder = 60, bench / "runs" / "elastic"
-    # Drafts sampled from the model would amplify rounding: a token near a tie would be drawn
-    # differently.
+    # Drafts sampled from the model would amplify rounding: a token near a tie would be
+    # drawn differently.
     settings = [
         "zero.stage=2",
         f"train.steps={steps}",
@@ -82,7 +83,8 @@ def test_a_run_survives_the_loss_of_a_node(bench, tmp_path):
         "train.save_every=1",
         *ALIKE,
     ]
-    # Both torchruns are forked, so the second one joins at once, well before the last call.
+    # Both torchruns are forked, so the second one joins at once, well before the last
+    # call.
     conditions = "last_call_timeout=8,join_timeout=60,keep_alive_interval=1,keep_alive_max_attempt=3"
     port = free_port()
     command = [
@@ -104,7 +106,8 @@ def test_a_run_survives_the_loss_of_a_node(bench, tmp_path):
         for _ in range(2):
             nodes += fork_ranks(*command, cwd=bench)
             logs.append(nodes[-1].out)
-            # The node that listens first keeps the rendezvous, so it must be the one that survives.
+            # The node that listens first keeps the rendezvous, so it must be the one
+            # that survives.
             wait_for(lambda: listens(port), nodes, logs, timeout_s=120)
         wait_for(lambda: latest.is_file() and latest.read_text() >= "step_000003", nodes, logs, timeout_s=120)
         saved = json.loads((folder / "checkpoints" / latest.read_text() / "state.json").read_text())
@@ -142,7 +145,9 @@ def _namespaces_work() -> bool:
 
 @pytest.fixture
 def two_hosts():
-    """Two network namespaces, each with its own address, connected by a virtual cable."""
+    """Two network namespaces, each with its own address, connected by a virtual
+    cable.
+    """
     if not _namespaces_work():
         pytest.skip("network namespaces need root and iproute2")
     names = [f"mmtensorar_{os.getpid()}_{host}" for host in "ab"]
@@ -166,7 +171,9 @@ def two_hosts():
 
 
 def test_two_hosts_train_together_through_the_launcher(bench, two_hosts, tmp_path):
-    """deepspeed with a hostfile is started on both hosts; only the cable connects them."""
+    """deepspeed with a hostfile is started on both hosts; only the cable connects
+    them.
+    """
     (tmp_path / "hostfile").write_text("".join(f"{address} slots=1\n" for _, address in two_hosts))
     hosts, logs = [], []
     # The launcher reserves a few ports after this one.

@@ -1,4 +1,6 @@
-"""Optimisers: the learning rate and weight decay of every parameter group, and refused settings."""
+"""Optimisers: the learning rate and weight decay of every parameter group, and refused
+settings.
+"""
 
 import pytest
 import torch

@@ -16,8 +16,8 @@ from tests.helpers.fakes import write_tiny_janus
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
-# Parameters of language model, generation embeddings, aligner and head, counted on the released
-# configurations.
+# Parameters of language model, generation embeddings, aligner and head, counted on the
+# released configurations.
 @pytest.mark.plan
 @pytest.mark.parametrize("size, expected", [("1b", 1_485_053_952), ("7b", 6_591_791_104)])
 def test_backbone_counts_are_the_released_models(size, expected):
@@ -26,14 +26,14 @@ def test_backbone_counts_are_the_released_models(size, expected):
     assert all(parameter.is_meta for parameter in model.parameters()), "a plan must not allocate the model"
     counts = plan.parameters(model)
     assert counts["backbone"] == expected
-    # Two attention-sized modules have a little more than 8 D^2 parameters, about the paper's 8.6
-    # D^2.
+    # Two attention-sized modules have a little more than 8 D^2 parameters, about the
+    # paper's 8.6 D^2.
     assert 8 <= counts["tensorar"] / model.backbone.dim**2 <= 8.6
     assert counts["trainable"] == counts["backbone"] + counts["tensorar"]
 
 
-# Parameters of the released models, and the percentage that TensorAR adds according to the paper
-# (its class-conditional table).
+# Parameters of the released models, and the percentage that TensorAR adds according to
+# the paper (its class-conditional table).
 @pytest.mark.plan
 @pytest.mark.parametrize(
     "name, expected, most",
@@ -48,7 +48,9 @@ def test_backbone_counts_are_the_released_models(size, expected):
     ],
 )
 def test_the_recipes_keep_to_the_papers_budget(name, expected, most, tmp_path, monkeypatch, capsys):
-    """Read from the printed plan at depth 1, without any file of the model on this machine."""
+    """Read from the printed plan at depth 1, without any file of the model on this
+    machine.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(plan, "activation_bytes", lambda recipe, numbers: {})
     assert main([str(RECIPES / f"{name}.yaml"), "--plan"]) == 0
@@ -64,8 +66,8 @@ def test_the_recipes_keep_to_the_papers_budget(name, expected, most, tmp_path, m
 
 
 def test_flops_of_a_factorised_head():
-    """Six FLOPs per weight and token; the weights of the factorised blocks see three positions per
-    token.
+    """Six FLOPs per weight and token; the weights of the factorised blocks see three
+    positions per token.
     """
     plain = Recipe.load(
         RECIPES / "open_magvit2" / "b_256.yaml",
@@ -79,7 +81,9 @@ def test_flops_of_a_factorised_head():
 def bytes_of(
     stage: int, trained: int = 800, precision: str = "bf16", num_gpus: int = 8, **settings
 ) -> plan.Memory:
-    """Bytes for 800 parameters, some of them trained, with two micro-batches per step."""
+    """Bytes for 800 parameters, some of them trained, with two micro-batches per
+    step.
+    """
     changes = [f"zero.stage={stage}", f"train.precision={precision}", "train.grad_accum=2"]
     recipe = Recipe.load(
         RECIPES / "janus_pro_7b.yaml", changes + [f"{key}={value}" for key, value in settings.items()]
@@ -119,7 +123,8 @@ def test_activations_grow_with_the_batch_and_shrink_with_checkpointing():
         active(2, f"train.activation_checkpointing={policy}") for policy in ("false", "selective", "true")
     )
     assert again < 0.6 * selected < 0.6 * kept
-    # From some batch size on, memory is linear in the batch size, and the plan extrapolates it.
+    # From some batch size on, memory is linear in the batch size, and the plan
+    # extrapolates it.
     few = Recipe.load(
         RECIPES / "tiny/tensorar.yaml", [f"backbone.path={RECIPES / 'tiny/weights/base/backbone'}"]
     )
@@ -128,7 +133,9 @@ def test_activations_grow_with_the_batch_and_shrink_with_checkpointing():
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """Recipes for a model with a few layers, whose FLOPs are counted in less than a second."""
+    """Recipes for a model with a few layers, whose FLOPs are counted in less than a
+    second.
+    """
     folder = tmp_path_factory.mktemp("plan")
     write_tiny_janus(folder / "janus", num_codes=256, side=8, width=64)
     common = [f"backbone.path={folder / 'janus'}", "tensorar.num_heads=2"]
@@ -137,8 +144,8 @@ def tiny(tmp_path_factory):
 
 @pytest.mark.plan
 def test_flops_of_a_step_are_near_six_per_weight_and_token(tiny):
-    """At window 1 the FLOPs are 6 N per token for the transformer, plus attention and the tokens of
-    the prompt.
+    """At window 1 the FLOPs are 6 N per token for the transformer, plus attention and
+    the tokens of the prompt.
     """
     recipe = tiny("tensorar.window=1")
     tokens, flops = plan.flops_per_step(recipe, prompt_len=1, recomputed=False)
@@ -150,7 +157,8 @@ def test_flops_of_a_step_are_near_six_per_weight_and_token(tiny):
 
 
 def test_other_prompt_lengths_follow_exactly_from_three(tiny):
-    """The step log needs the FLOPs for every prompt length, but counting one length takes a second.
+    """The step log needs the FLOPs for every prompt length, but counting one length
+    takes a second.
 
     Lengths that were not counted follow exactly from three that were.
     """
@@ -165,8 +173,8 @@ def test_other_prompt_lengths_follow_exactly_from_three(tiny):
 
 @pytest.mark.plan
 def test_recomputation_counts_in_the_flops(tiny):
-    """The loss in chunks computes decoder and head a fourth time; activation checkpointing does the
-    same to the layers.
+    """The loss in chunks computes decoder and head a fourth time; activation
+    checkpointing does the same to the layers.
     """
     plain = ["tensorar.window=4", "tensorar.schedule=exponential"]
 
@@ -188,16 +196,16 @@ def test_recomputation_counts_in_the_flops(tiny):
     assert chunked - complete == pytest.approx(
         2 * tokens * (4 * sizes["head"] + 5 * sizes["decoder"]), rel=0.06
     )
-    # The tolerance covers attention, which costs nearly as much as the weights of such narrow
-    # layers, and the prompt.
+    # The tolerance covers attention, which costs nearly as much as the weights of such
+    # narrow layers, and the prompt.
     assert 1 < (checkpointed - complete) / (2 * tokens * sizes["layers"]) < 2.2
     assert plan.flops_per_step(tiny(*plain, again), recomputed=False)[1] == complete
 
 
 @pytest.mark.plan
 def test_self_drafts_cost_one_more_forward_pass(tiny):
-    """Self-drafts add one forward pass: a third of a step that recomputes nothing, except for the
-    head, which runs over the first slot of every window only.
+    """Self-drafts add one forward pass: a third of a step that recomputes nothing,
+    except for the head, which runs over the first slot of every window only.
     """
     shares = [tiny(f"tensorar.self_drafts={share}") for share in (0, 1)]
     plain, drafted = (plan.flops_per_step(recipe, recomputed=False)[1] for recipe in shares)
@@ -217,8 +225,8 @@ def test_the_report_loads_no_weights(monkeypatch):
 
 
 def test_a_plan_without_files_names_the_settings_it_needs(tmp_path, monkeypatch, capsys):
-    """The released sizes are known, but a missing file does not show which size it is: the recipe
-    must set it.
+    """The released sizes are known, but a missing file does not show which size it is:
+    the recipe must set it.
     """
     monkeypatch.chdir(tmp_path)
     for name, unsaid in (("llamagen", ["size", "image_size"]), ("open_magvit2", ["size"])):
@@ -240,8 +248,8 @@ def test_an_average_of_the_weights_is_counted_in_memory():
 
 @pytest.mark.plan
 def test_a_plan_leaves_nothing_behind():
-    """Planning once left tables of the layers without values, and the next training in the same
-    process failed on them.
+    """Planning once left tables of the layers without values, and the next training in
+    the same process failed on them.
     """
     layers.rotary_table.cache_clear()
     recipe = Recipe.load(RECIPES / "llamagen/b_256.yaml")

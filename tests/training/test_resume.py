@@ -1,4 +1,6 @@
-"""A run that cannot be resumed: the message names how a new one starts from its weights."""
+"""A run that cannot be resumed: the message names how a new one starts from its
+weights.
+"""
 
 import pytest
 

@@ -113,7 +113,9 @@ def test_only_one_process_locks_a_run_folder(tmp_path):
 
 @pytest.mark.parametrize("name", ["run", "runs/deep/run"])
 def test_a_refused_run_leaves_no_folder(tmp_path, name):
-    """`train` with a wrong shard folder used to leave runs/NAME/lock, which the next run stumbled over."""
+    """`train` with a wrong shard folder used to leave runs/NAME/lock, which the next
+    run stumbled over.
+    """
     with pytest.raises(ValueError, match="refused"), processes.RunFolderLock(tmp_path / name):
         raise ValueError("refused")
     assert not any(tmp_path.iterdir())
@@ -133,7 +135,10 @@ def test_a_failed_run_keeps_what_was_there_or_was_written(tmp_path):
 
 
 def test_a_child_does_not_keep_the_lock(tmp_path):
-    """Loader workers are forked. A worker that outlived its rank would keep the run folder locked."""
+    """Loader workers are forked.
+
+    A worker that outlived its rank would keep the run folder locked.
+    """
     folder = tmp_path / "run"
     with processes.RunFolderLock(folder) as lock:
         processes.release_in_child()
@@ -177,8 +182,8 @@ def test_rank_0_waits_for_a_limited_time(make, monkeypatch):
 
 
 def test_without_the_file_latest_the_newest_run_state_is_used(make):
-    """A copy of a run once lost the file `latest`: the run started from scratch and deleted its
-    checkpoints.
+    """A copy of a run once lost the file `latest`: the run started from scratch and
+    deleted its checkpoints.
     """
     saver = make()
     assert saving.latest_step(saver.folder) is None

@@ -1,4 +1,6 @@
-"""The message of a step: every rank packs its values, and all ranks unpack the mean over the ranks."""
+"""The message of a step: every rank packs its values, and all ranks unpack the mean
+over the ranks.
+"""
 
 import torch
 

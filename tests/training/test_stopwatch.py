@@ -10,7 +10,9 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("bf16_rate, warned", [(1e9, True), (49e9, True), (60e9, False)])
 def test_slow_bfloat16_names_the_setting(monkeypatch, bf16_rate, warned):
-    """On a CPU without AVX-512 bf16 a run took 70 times as long, and no message explained why."""
+    """On a CPU without AVX-512 bf16 a run took 70 times as long, and no message
+    explained why.
+    """
     monkeypatch.setattr(stopwatch, "matmul_rate", lambda device, dtype: 100e9)
     warning = stopwatch.slow_bfloat16(CPU, bf16_rate)
     assert (warning is not None) == warned

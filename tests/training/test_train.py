@@ -1,4 +1,6 @@
-"""The training command: resuming is exact, ZeRO-3 equals plain training, errors are one sentence."""
+"""The training command: resuming is exact, ZeRO-3 equals plain training, errors are one
+sentence.
+"""
 
 import json
 import re
@@ -55,8 +57,8 @@ def whole_run(bench):
 
 
 def test_resumed_run_equals_uninterrupted_run(bench, whole_run):
-    """After a stop at step 2, steps 3 and 4 repeat bit for bit: data, noise, weights, moments and
-    learning rate.
+    """After a stop at step 2, steps 3 and 4 repeat bit for bit: data, noise, weights,
+    moments and learning rate.
     """
     name = cut(bench, "whole")
     done = run(bench, f"run.name={name}", "--resume", "train.monitors=[csv]")
@@ -70,7 +72,10 @@ def test_resumed_run_equals_uninterrupted_run(bench, whole_run):
 
 
 def test_a_run_resumes_at_a_lower_learning_rate(bench, whole_run):
-    """A run that stopped at a spike prints this advice. Resuming prints every setting that changed."""
+    """A run that stopped at a spike prints this advice.
+
+    Resuming prints every setting that changed.
+    """
     name = cut(bench, "whole", "slower")
     done = run(
         bench,
@@ -100,7 +105,9 @@ def test_a_run_does_not_resume_on_other_shards(bench, whole_run):
 
 
 def test_a_run_does_not_resume_on_other_starting_weights(bench, whole_run):
-    """Once a fine-tune resumed although the weights it had started from had been replaced."""
+    """Once a fine-tune resumed although the weights it had started from had been
+    replaced.
+    """
     name = cut(bench, "whole", "other_start")
     janus = bench / "janus_retrained"
     shutil.copytree(bench / "janus", janus)
@@ -130,7 +137,9 @@ def test_a_damaged_run_state_is_reported_in_one_sentence(bench, whole_run):
 
 
 def test_a_run_killed_before_it_wrote_its_model_folder_writes_it_on_resume(bench, whole_run):
-    """The last checkpoint exists but model/ does not: resuming writes it without another step."""
+    """The last checkpoint exists but model/ does not: resuming writes it without
+    another step.
+    """
     copy = bench / "runs" / "unwritten"
     shutil.copytree(bench / "runs" / "whole", copy)
     shutil.rmtree(copy / "model")
@@ -162,7 +171,9 @@ def test_run_folder_is_complete(bench, whole_run):
 
 
 def test_bfloat16_on_two_ranks_saves_its_master_copy_and_resumes_exactly(bench):
-    """Two steps of few samples: on a CPU without bfloat16 instructions a step takes seconds."""
+    """Two steps of few samples: on a CPU without bfloat16 instructions a step takes
+    seconds.
+    """
     settings = ["train.precision=bf16", "zero.stage=3", "train.steps=2", "train.save_every=1"]
     settings += ["data.batch_size=2", "train.grad_accum=1"]
     done = run(bench, "run.name=bf16", *settings, ranks=2)
@@ -191,11 +202,12 @@ def two_ranks(bench):
 
 
 def test_zero_3_on_two_ranks_equals_one_rank(bench, two_ranks):
-    """Every step has the same samples, dropped prompts and noise, also with another micro-batch
-    size.
+    """Every step has the same samples, dropped prompts and noise, also with another
+    micro-batch size.
 
-    Without ZeRO, DeepSpeed began with a step of zero gradients, so the first updates were a third
-    too small. A step changes the loss by about 0.1 %, and a tolerance of 1 % hid that.
+    Without ZeRO, DeepSpeed began with a step of zero gradients, so the first updates
+    were a third too small. A step changes the loss by about 0.1 %, and a tolerance of
+    1 % hid that.
     """
     one = run(bench, "run.name=one", *ALIKE, "train.grad_accum=2", "train.save_every=0", EMA)
     assert one.returncode == 0, one.stderr[-3000:]
@@ -205,7 +217,8 @@ def test_zero_3_on_two_ranks_equals_one_rank(bench, two_ranks):
         0 <= share <= 1 for share in two_ranks[3]["revised_per_offset"]
     )
     assert model_folder.check_files(bench / "runs" / "two" / "model")["step"] == 4
-    # The average kept in partitions equals the average of the whole, and differs from the model.
+    # The average kept in partitions equals the average of the whole, and differs from
+    # the model.
     alone, pieces = (
         model_folder.load(bench / "runs" / name / "model_ema").model.state_dict() for name in ("one", "two")
     )
@@ -224,8 +237,8 @@ def test_the_other_zero_stages_compute_the_same(bench, two_ranks, stage):
 
 
 def exported_alike(bench: Path, name: str) -> None:
-    """Models exported from a checkpoint equal those that the run wrote, whichever rank and stage
-    wrote it.
+    """Models exported from a checkpoint equal those that the run wrote, whichever rank
+    and stage wrote it.
     """
     from mmtensorar.export import main
 
@@ -239,8 +252,8 @@ def exported_alike(bench: Path, name: str) -> None:
 
 
 def test_a_run_resumes_on_other_numbers_of_ranks_and_other_stages(bench, two_ranks):
-    """The run uses two ranks under ZeRO-3, one under ZeRO-2, two without ZeRO, and one under
-    ZeRO-1.
+    """The run uses two ranks under ZeRO-3, one under ZeRO-2, two without ZeRO, and one
+    under ZeRO-1.
 
     Its losses and models equal those of a run that never changed, up to rounding.
     """
@@ -272,8 +285,8 @@ def test_a_run_resumes_on_other_numbers_of_ranks_and_other_stages(bench, two_ran
 
 
 def test_resumed_zero_3_on_two_ranks_equals_uninterrupted_run(bench, two_ranks):
-    """Every rank restores its own share of the weights and moments, and its own position in the
-    data.
+    """Every rank restores its own share of the weights and moments, and its own
+    position in the data.
     """
     name = cut(bench, "two")
     done = run(bench, f"run.name={name}", "zero.stage=3", *ALIKE, EMA, "--resume", ranks=2)
@@ -377,8 +390,8 @@ def test_a_skipped_sample_is_logged_with_its_shard_and_key_and_counted(bench, ho
 
 
 def test_the_validation_loss_does_not_depend_on_the_ranks(bench, holed):
-    """Five samples in batches of two: on two ranks, one of the four batches only keeps the ranks in
-    step.
+    """Five samples in batches of two: on two ranks, one of the four batches only keeps
+    the ranks in step.
     """
     folder = bench / "validation"
     shutil.copytree(bench / "shards", folder)
@@ -499,8 +512,8 @@ def test_a_spike_of_the_gradient_stops_and_names_the_samples(bench):
 
 @pytest.mark.parametrize("code", [0, 2])
 def test_a_process_of_a_group_exits_with_its_own_code(code):
-    """While threads of the process group run, the normal end of the interpreter may abort, which
-    gives another exit code.
+    """While threads of the process group run, the normal end of the interpreter may
+    abort, which gives another exit code.
     """
     lines = """
 from mmtensorar import processes
@@ -514,7 +527,9 @@ processes.exit_process({})
 
 
 def test_backbone_and_image_tokenizer_of_different_models_are_refused(bench):
-    """The shards fit the image tokenizer, so the mistake can only be seen once the model is built."""
+    """The shards fit the image tokenizer, so the mistake can only be seen once the
+    model is built.
+    """
     write_tiny_janus(bench / "other", num_codes=NUM_CODES + 1, side=SIDE)
     done = run(bench, "run.name=other", f"backbone.path={bench / 'other'}")
     assert done.returncode == 2

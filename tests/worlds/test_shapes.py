@@ -1,4 +1,6 @@
-"""The shapes world: captions and pictures agree, and the exact detector reads them back."""
+"""The shapes world: captions and pictures agree, and the exact detector reads them
+back.
+"""
 
 from pathlib import Path
 
@@ -43,7 +45,9 @@ def test_the_detector_confirms_what_was_drawn():
 
 @pytest.mark.shipped
 def test_the_shipped_base_is_complete_small_and_good_enough():
-    """It has at most 8 MB; 95 % of the pictures survive its image tokenizer; it generates."""
+    """It has at most 8 MB; 95 % of the pictures survive its image tokenizer; it
+    generates.
+    """
     loaded = model_folder.load(SHIPPED)  # compares every file with its sha256
     assert sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) <= 8e6
     bounds = measure(suites.load("shapes"), loaded.image_tokenizer, num_images=200)

@@ -1,1 +1,3 @@
-"""The world `shapes`: draw.py draws pictures, detect.py finds shapes in them, prompts.py evaluates."""
+"""The world `shapes`: draw.py draws pictures, detect.py finds shapes in them,
+prompts.py evaluates.
+"""

@@ -1,4 +1,6 @@
-"""Detectors: image -> list of Detection. The detector of the shapes world has no learned part.
+"""Detectors: image -> list of Detection.
+
+The detector of the shapes world has no learned part.
 
 `ShapesDetector` works in six steps:
 
@@ -33,7 +35,8 @@ MIN_SCORE = 0.70
 class Detection:
     """One object in an image.
 
-    box: (x1, y1, x2, y2) in pixels. score: in [0, 1]. color: None when it was not judged.
+    box: (x1, y1, x2, y2) in pixels. score: in [0, 1]. color: None when it was not
+    judged.
     """
 
     label: str
@@ -45,7 +48,8 @@ class Detection:
 class Detector:
     """Base of every suite's detector. A subclass defines `detect` or `detect_batch`.
 
-    name: identifies the detector: two detectors with different results have different names.
+    name: identifies the detector: two detectors with different results have different
+    names.
     """
 
     name: str
@@ -64,7 +68,8 @@ class Detector:
         return [self.detect(image) for image in images]
 
     def self_test(self) -> dict | None:
-        """Result on pictures of known content, for the summary; None for an exact detector.
+        """Result on pictures of known content, for the summary; None for an exact
+        detector.
 
         Raises ValueError for a result that no working detector has.
         """
@@ -108,7 +113,9 @@ def _regions(mask: np.ndarray) -> list[np.ndarray]:
 
 
 def _ground(pixels: np.ndarray) -> np.ndarray:
-    """[H, W, 3], a plane for each channel that fits the two outermost pixels on each side."""
+    """[H, W, 3], a plane for each channel that fits the two outermost pixels on each
+    side.
+    """
     height, width = pixels.shape[:2]
     rows, columns = np.mgrid[0:height, 0:width].astype(np.float32)
     plane = np.stack([np.ones_like(rows), rows / height, columns / width], -1)
@@ -138,7 +145,8 @@ class ShapesDetector(Detector):
         r, c = region.T
         median = np.median(pixels[r, c], axis=0)
         nearest = int(np.linalg.norm(palette - median, axis=1).argmin())
-        # At least half of the pixels must be near that colour: a blob of several colours is no object.
+        # At least half of the pixels must be near that colour: a blob of several
+        # colours is no object.
         near = np.linalg.norm(pixels[r, c] - palette[nearest], axis=1) < 60
         if near.mean() < 0.5:
             return None

@@ -1,8 +1,9 @@
-"""The embedded world `shapes`: coloured shapes on plain grounds, drawn from a caption grammar.
+"""The embedded world `shapes`: coloured shapes on plain grounds, drawn from a caption
+grammar.
 
-The grammar has GenEval's six skills. The world is a test bench: small enough to train on with
-two CPU cores, exact enough to be scored without a learned detector (`detect.py`). Scores on
-it are never GenEval scores.
+The grammar has GenEval's six skills. The world is a test bench: small enough to train
+on with two CPU cores, exact enough to be scored without a learned detector
+(`detect.py`). Scores on it are never GenEval scores.
 
 Every caption is `TEMPLATE % phrase`; for each skill the phrase is
 
@@ -10,8 +11,9 @@ Every caption is `TEMPLATE % phrase`; for each skill the phrase is
     counting        three hearts (two to four)     colors       a red circle
     position        a circle left of a star        color_attr   a red circle and a blue star
 
-What a caption leaves open (colour, size, position, ground) is drawn at random. In a quarter of
-the position captions both shapes also have a colour ("a red circle left of a blue star").
+What a caption leaves open (colour, size, position, ground) is drawn at random. In a
+quarter of the position captions both shapes also have a colour ("a red circle left of a
+blue star").
 """
 
 from dataclasses import dataclass
@@ -21,13 +23,15 @@ import numpy as np
 from PIL import Image
 
 SKILLS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-# How often each is drawn for training: twice as often if several shapes must be right at once.
+# How often each is drawn for training: twice as often if several shapes must be right
+# at once.
 SKILL_SHARES = (0.1, 0.2, 0.2, 0.1, 0.2, 0.2)
 RELATIONS = ("left of", "right of", "above", "below")
 TEMPLATES = ("a photo of %s", "%s", "a picture of %s", "an image of %s")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 
-# GenEval's ten colours, in its order. The values are ours: far apart from each other and from every ground.
+# GenEval's ten colours, in its order. The values are ours: far apart from each other
+# and from every ground.
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (220, 30, 35),
     "orange": (255, 140, 0),
@@ -41,7 +45,8 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "white": (250, 250, 250),
 }
 
-# Muted and of middle brightness, so that black and white shapes are as visible as the others.
+# Muted and of middle brightness, so that black and white shapes are as visible as the
+# others.
 GROUNDS: tuple[tuple[int, int, int], ...] = (
     (140, 140, 140),
     (125, 140, 155),
@@ -51,7 +56,9 @@ GROUNDS: tuple[tuple[int, int, int], ...] = (
 
 
 def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Five-pointed star: inside unless the point lies behind the edge between its nearest tip and notch."""
+    """Five-pointed star: inside unless the point lies behind the edge between its
+    nearest tip and notch.
+    """
     angle = np.arctan2(u, -v) % (2 * np.pi / 5)
     angle = np.abs(angle - np.pi / 5)  # 0 at a notch, pi/5 at a tip
     radius = np.hypot(u, v)
@@ -87,7 +94,10 @@ class Object:
 
 @dataclass(frozen=True)
 class Scene:
-    """The meaning of a caption. relation: where objects[0] is relative to objects[1]."""
+    """The meaning of a caption.
+
+    relation: where objects[0] is relative to objects[1].
+    """
 
     skill: str
     caption: str
@@ -96,7 +106,9 @@ class Scene:
 
     @property
     def metadata(self) -> dict:
-        """The scene as one GenEval prompt specification (one line of its evaluation_metadata.jsonl)."""
+        """The scene as one GenEval prompt specification (one line of its
+        evaluation_metadata.jsonl).
+        """
         include: list[dict] = []
         if self.skill == "counting":
             shape, count = self.objects[0].shape, len(self.objects)
@@ -185,11 +197,12 @@ def coverage(shape: str, radius: float, x: float, y: float, size: int) -> np.nda
 def _place(
     rng: np.random.Generator, count: int, relation: str | None, size: int
 ) -> list[tuple[float, float, float]]:
-    """Centres and radii (x, y, radius) of shapes that touch neither each other nor the border.
+    """Centres and radii (x, y, radius) of shapes that touch neither each other nor the
+    border.
 
-    They are drawn by rejection. Centres are on a lattice of 8 pixels, the pixels of one image
-    code, and there are only a few radii in whole pixels (at size 64), so that a small model
-    sees each outline often, at the same offset from the lattice.
+    They are drawn by rejection. Centres are on a lattice of 8 pixels, the pixels of one
+    image code, and there are only a few radii in whole pixels (at size 64), so that a
+    small model sees each outline often, at the same offset from the lattice.
     """
     unit = size / 64
     radii = {1: (11, 13, 16, 18), 2: (9, 11, 13), 3: (9, 11), 4: (9,)}[count]
@@ -212,21 +225,26 @@ def _place(
             dx, dy = x - a, y - b
             along, across = (dx, dy) if relation in ("left of", "right of") else (dy, dx)
             wanted = -1 if relation in ("left of", "above") else 1
-            # Clearly in that direction: by GenEval's rule a diagonal would satisfy two relations.
+            # Clearly in that direction: by GenEval's rule a diagonal would satisfy two
+            # relations.
             if along * wanted <= 0 or abs(across) > 0.45 * abs(along):
                 continue
         return placed
 
 
 def draw(scene: Scene, rng: np.random.Generator, size: int = 64) -> Image.Image:
-    """An RGB picture of a scene: anti-aliased, upright shapes that do not touch. size: pixels a side."""
+    """An RGB picture of a scene: anti-aliased, upright shapes that do not touch.
+
+    size: pixels a side.
+    """
     pixels = np.full((size, size, 3), GROUNDS[rng.integers(len(GROUNDS))], np.float32)
     free = [name for name in COLORS if name not in {o.color for o in scene.objects}]
     shared = free[rng.integers(len(free))]
     for item, (x, y, radius) in zip(
         scene.objects, _place(rng, len(scene.objects), scene.relation, size), strict=True
     ):
-        # Counted shapes share a colour; otherwise each open colour is drawn independently.
+        # Counted shapes share a colour; otherwise each open colour is drawn
+        # independently.
         name = item.color or (shared if scene.skill == "counting" else free[rng.integers(len(free))])
         # Only the box around the shape changes; (left, top) is its corner.
         half = int(radius) + 2

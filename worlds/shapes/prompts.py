@@ -1,11 +1,12 @@
-"""The fixed prompts that the shapes world is evaluated on, and correct pictures of them.
+"""The fixed prompts that the shapes world is evaluated on, and correct pictures of
+them.
 
-Draw n of skill s comes from default_rng([20_000, s, n]). A caption that the skill already has
-is skipped, so the first prompts are the same for any number of prompts. Training pictures come
-from default_rng([seed, index]): data made with any --seed except 20000 and 30000 shares no draw
-with these prompts, or with the pictures of `correct_picture`. The grammar is small, though: it has
-32 captions of a single object, and training sees them all. The prompts measure pictures for
-known words, not new words.
+Draw n of skill s comes from default_rng([20_000, s, n]). A caption that the skill
+already has is skipped, so the first prompts are the same for any number of prompts.
+Training pictures come from default_rng([seed, index]): data made with any --seed except
+20000 and 30000 shares no draw with these prompts, or with the pictures of
+`correct_picture`. The grammar is small, though: it has 32 captions of a single object,
+and training sees them all. The prompts measure pictures for known words, not new words.
 """
 
 from itertools import count
