@@ -54,7 +54,7 @@ def check_webp(content: bytes) -> None:
                 image.load()
         except OSError:
             continue
-        raise ValueError(f"its data have a gap: the last {num_zeros} bytes are zeros")
+        raise ValueError(f"its data has a gap: the last {num_zeros} bytes are zeros")
 
 
 def _webp_chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:

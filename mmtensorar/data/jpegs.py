@@ -273,7 +273,7 @@ def _load_single(decoder: _Decoder, content: bytes, scan: Scan) -> None:
             raise ValueError("its data have more blocks than its size; part of them is damaged")
         decoder.feed(content[stop : scan.end] + 8 * ONE)
     if not decoder.is_done:
-        raise ValueError("truncated: its data end early")
+        raise ValueError("truncated: its data ends early")
 
 
 def _load_several(decoder: _Decoder, content: bytes, structure: Structure) -> None:

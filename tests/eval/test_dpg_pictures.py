@@ -159,7 +159,7 @@ def corrupt(folder: Path) -> str:
 def closed(folder: Path) -> str:
     """Half of a JPEG, closed by an end marker; and one whose name says PNG."""
     (folder / "a.png").write_bytes(pictures_of.closed(pictures_of.encoded(pictures_of.photograph(), "JPEG")))
-    return "a.png: unreadable image (truncated: its data end early)"
+    return "a.png: unreadable image (truncated: its data ends early)"
 
 
 def zeroed(folder: Path) -> str:

@@ -1,6 +1,7 @@
-"""Damage good shards in many ways and check that every reader reports it.
+"""Damage good files in many ways and check that every reader reports it.
 
     python -m tests.fuzz --seconds 60
+    python -m tests.fuzz --subject sources --seconds 60
     python -m tests.fuzz --case 17 --keep failed     one case again, and the set at which a reader failed
 
 The exit code is 1 when a reader failed. See fuzz.py for what a reader must do.
@@ -13,8 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.fuzz.fuzz import fuzz, table
-from tests.fuzz.readers import READERS
+from tests.fuzz.fuzz import SUBJECTS, fuzz, table
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,6 +27,13 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument(
+        "--subject",
+        choices=SUBJECTS,
+        default="shards",
+        help="shard sets, or what they are made from (default: shards)",
+    )
+    parser.add_argument("--num-cases", type=int, help="(default: as many as fit into --seconds)")
     parser.add_argument("--seconds", type=float, default=60, help="(default: 60)")
     parser.add_argument("--seed", type=int, default=0, help="of the cases (default: 0)")
     parser.add_argument("--case", type=int, help="run only this case")
@@ -34,13 +41,17 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.seconds <= 0 or options.seed < 0 or (options.case is not None and options.case < 0):
         parser.error("--seconds must be above 0, --seed and --case at least 0")
-    cases = None if options.case is None else range(options.case, options.case + 1)
+    cases, seconds = None, options.seconds
+    if options.num_cases is not None:
+        cases, seconds = range(options.num_cases), float("inf")
+    if options.case is not None:
+        cases = range(options.case, options.case + 1)
     began = time.monotonic()
     counts, failures, tried = fuzz(
-        options.seed, seconds=options.seconds, cases=cases, keep=options.keep, readers=READERS
+        options.seed, seconds=seconds, cases=cases, keep=options.keep, subject=SUBJECTS[options.subject]
     )
     rate = tried / (time.monotonic() - began)
-    print(f"{tried} cases, {rate:.0f} a second, each read by {len(READERS)} readers\n")
+    print(f"{tried} cases, {rate:.0f} a second, read {sum(counts.values())} times\n")
     print(table(counts))
     for failure in failures[:20]:
         print(f"\n{failure}", file=sys.stderr)

@@ -352,11 +352,13 @@ def _write_unchecked(path: Path, samples: list[Sample]) -> None:
 class Damage(NamedTuple):
     """The damage and the file that was damaged.
 
-    left: number of samples that a reader without the manifest can know of.
+    left: number of samples that a reader without the manifest can know of. must_report:
+    the damage must be reported.
     """
 
     what: str
     left: int = NUM_SHARDS * PER_SHARD
+    must_report: bool = False
 
 
 def damage(folder: Path, rng: Rng) -> Damage:

@@ -1,12 +1,13 @@
-"""Damage good shards in many ways and check that every reader reports it:
+"""Damage good files in many ways and check that every reader reports it:
 `python -m tests.fuzz`.
 
-A case takes a good set, changes one of its files (bits, lengths, tar headers, names,
-arrays, pictures, captions, the manifest) and lets every reader read it. A reader must
-return every sample, or name the damaged file in one sentence (a ValueError), or, if it
-skips, count what is missing. Anything else is a failure: another exception, a process
-that dies, hangs or takes a lot of memory, and samples that are lost silently. Case i of
-a seed is always the same.
+There are two subjects: shard sets (damage.py, readers.py), and what they are made from:
+tables, prompts files and tars of pictures (sources.py). A case changes one file (bits,
+lengths, tar headers, names, arrays, pictures, captions, lines, the manifest) and lets
+every reader of it read it. A reader must return every sample, or name the damaged file
+in one sentence (a ValueError), or, if it skips, count what is missing. Anything else is
+a failure: another exception, a process that dies, hangs or takes a lot of memory, and
+samples that are lost silently. Case i of a seed is always the same.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +28,8 @@ import numpy as np
 from tqdm import tqdm
 
 from mmtensorar.data.shards import Manifest
-from tests.fuzz.damage import NUM_SHARDS, PER_SHARD, damage, write_good
+from tests.fuzz import sources
+from tests.fuzz.damage import NUM_SHARDS, PER_SHARD, Damage, Rng, damage, write_good
 from tests.fuzz.readers import READERS, Reader
 
 TIME_LIMIT_S, MEMORY_LIMIT = 10.0, 2**31
@@ -43,10 +46,52 @@ class Verdict(NamedTuple):
     detail: str = ""
 
 
-def judge(read: Reader, folder: Path, expected: int, is_changed: bool) -> Verdict:
+class Subject(NamedTuple):
+    """What is damaged.
+
+    Args:
+        write_good: Writes good files into a new folder.
+        damage: Changes one of them.
+        readers: Name -> reader.
+        expected: Folder, reader's name, damage -> the number of samples that the reader
+            must account for; None when it does not read the damaged file.
+    """
+
+    write_good: Callable[[Path], None]
+    damage: Callable[[Path, Rng], Damage]
+    readers: dict[str, Reader]
+    expected: Callable[[Path, str, Damage], int | None]
+
+
+def _expected_of_shards(folder: Path, reader: str, done: Damage) -> int:
+    if "--tars" in reader:  # without the manifest, tars do not show how many samples there were
+        return min(done.left, NUM_SHARDS * PER_SHARD)
+    try:
+        return min(Manifest.read(folder).num_samples, NUM_SHARDS * PER_SHARD)
+    except (ValueError, OSError):
+        return 0
+
+
+def _expected_of_sources(folder: Path, reader: str, done: Damage) -> int | None:
+    return done.left if reader.partition(",")[0] == done.what.partition(" ")[0] else None
+
+
+SHARDS = Subject(write_good, damage, READERS, _expected_of_shards)
+SOURCES = Subject(sources.write_good, sources.damage, sources.readers(), _expected_of_sources)
+SUBJECTS = {"shards": SHARDS, "sources": SOURCES}
+
+
+def judge(
+    read: Reader, folder: Path, expected: int, is_changed: bool, *, must_report: bool = False
+) -> Verdict:
     """The verdict on a reader with a damaged folder.
 
-    expected: number of samples that it must account for.
+    Args:
+        read: The reader.
+        folder: The damaged folder.
+        expected: Number of samples that it must account for.
+        is_changed: Whether the damage changed a file.
+        must_report: Whether reading all samples is a failure.
     """
     try:
         names, num_missing = read(folder)
@@ -64,37 +109,33 @@ def judge(read: Reader, folder: Path, expected: int, is_changed: bool) -> Verdic
         return Verdict("silent loss", detail)
     if num_missing:
         return Verdict("skipped")
+    if must_report and is_changed:
+        return Verdict("silent loss", "an incomplete picture was read without a word")
     return Verdict("changed" if is_changed else "unharmed")
 
 
 # ---- cases, in a child process ---------------------------------------------------------------
 
 
-def run_case(good: Path, work: Path, seed: int, case: int, readers: dict[str, Reader]) -> list[tuple]:
+def run_case(good: Path, work: Path, seed: int, case: int, subject: Subject) -> list[tuple]:
     """(reader, damage, verdict) for every reader on one case."""
     rng = np.random.default_rng([seed, case])
     folder = work / "set"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(good, folder)
-    done = damage(folder, rng)
+    done = subject.damage(folder, rng)
     changed = any((folder / path.name).read_bytes() != path.read_bytes() for path in good.iterdir())
     verdicts = []
-    for name, read in readers.items():
-        expected = _announced(folder)
-        if "--tars" in name:  # without the manifest, tars do not show how many samples there were
-            expected = min(done.left, NUM_SHARDS * PER_SHARD)
-        verdicts.append((name, done.what, judge(read, folder, expected, changed)))
+    for name, read in subject.readers.items():
+        expected = subject.expected(folder, name, done)
+        if expected is not None:
+            verdict = judge(read, folder, expected, changed, must_report=done.must_report)
+            verdicts.append((name, done.what, verdict))
+            shutil.rmtree(folder / sources.OUT, ignore_errors=True)
     return verdicts
 
 
-def _announced(folder: Path) -> int:
-    try:
-        return min(Manifest.read(folder).num_samples, NUM_SHARDS * PER_SHARD)
-    except (ValueError, OSError):
-        return 0
-
-
-def serve(pipe, good: Path, work: Path, seed: int, readers: dict[str, Reader]) -> None:
+def serve(pipe, good: Path, work: Path, seed: int, subject: Subject) -> None:
     """In a child process: run the cases that come through the pipe."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # hides the notes that sources print
     work.mkdir(parents=True, exist_ok=True)
@@ -104,7 +145,7 @@ def serve(pipe, good: Path, work: Path, seed: int, readers: dict[str, Reader]) -
     pipe.send(None)
     while (case := pipe.recv()) is not None:
         try:
-            pipe.send(run_case(good, work, seed, case, readers))
+            pipe.send(run_case(good, work, seed, case, subject))
         except Exception:  # a bug of the fuzzer, which must be reported too
             pipe.send(Verdict("crash", f"of the fuzzer itself: {traceback.format_exc()}"))
 
@@ -112,10 +153,10 @@ def serve(pipe, good: Path, work: Path, seed: int, readers: dict[str, Reader]) -
 class Child:
     """A process that runs cases, so that a crash or a hang ends only that process."""
 
-    def __init__(self, good: Path, work: Path, seed: int, readers: dict[str, Reader]):
+    def __init__(self, good: Path, work: Path, seed: int, subject: Subject):
         self.pipe, theirs = multiprocessing.Pipe()
         self.process = multiprocessing.get_context("fork").Process(
-            target=serve, args=(theirs, good, work, seed, readers), daemon=True
+            target=serve, args=(theirs, good, work, seed, subject), daemon=True
         )
         self.process.start()
         theirs.close()
@@ -141,7 +182,7 @@ def fuzz(
     *,
     seconds: float = float("inf"),
     cases: range | None = None,
-    readers: dict[str, Reader] = READERS,
+    subject: Subject = SHARDS,
     limit_s: float = TIME_LIMIT_S,
     keep: Path | None = None,
 ) -> tuple[Counter[tuple[str, str]], list[str], int]:
@@ -151,7 +192,7 @@ def fuzz(
         seed: Of the cases.
         seconds: Stop after this time.
         cases: Their numbers; None is 0, 1, 2, ...
-        readers: Name -> reader.
+        subject: What is damaged, and who reads it.
         limit_s: A reader that takes longer hangs.
         keep: Folder for the sets at which a reader failed.
 
@@ -166,15 +207,15 @@ def fuzz(
         tqdm(desc="fuzzing", unit=" cases", disable=None) as progress,
     ):
         good, work = Path(temporary) / "good", Path(temporary) / "work"
-        write_good(good)
-        child = Child(good, work, seed, readers)
+        subject.write_good(good)
+        child = Child(good, work, seed, subject)
         for case in cases if cases is not None else iter(range(10**12)):
             if time.monotonic() > deadline:
                 break
             verdicts = child.run(case, limit_s)
             if isinstance(verdicts, Verdict):  # the child cannot be used again
                 child.stop()
-                child = Child(good, work, seed, readers)
+                child = Child(good, work, seed, subject)
                 verdicts = [("a reader", "?", verdicts)]
             for name, done, verdict in verdicts:
                 counts[name, verdict.kind] += 1

@@ -21,6 +21,15 @@ def test_our_readers_give_every_sample_or_a_sentence():
     assert counts["training, skip", "skipped"] > 20
 
 
+@pytest.mark.slow
+def test_no_row_or_picture_of_a_source_is_lost():
+    counts, failures, tried = fuzz.fuzz(7, cases=range(200), subject=fuzz.SOURCES)
+    assert not failures
+    assert tried == 200 and sum(counts.values()) > tried
+    for name in fuzz.SOURCES.readers:
+        assert counts[name, "refused"] + counts[name, "skipped"] > 5
+
+
 def of_good_shards(folder):
     """A reader that reads correctly, but ends a damaged shard silently."""
     manifest = Manifest.read(folder)
@@ -66,7 +75,8 @@ def greedy(folder):
     ],
 )
 def test_wrong_readers_are_reported(reader, kind, tmp_path):
-    _, failures, tried = fuzz.fuzz(0, cases=range(8), readers={"wrong": reader}, limit_s=0.5, keep=tmp_path)
+    subject = fuzz.SHARDS._replace(readers={"wrong": reader})
+    _, failures, tried = fuzz.fuzz(0, cases=range(8), subject=subject, limit_s=0.5, keep=tmp_path)
     assert tried == 8 and any(kind in failure for failure in failures)
     assert any(tmp_path.iterdir())  # the set on which the reader failed, for inspection
 
@@ -77,7 +87,7 @@ def test_a_case_is_always_the_same(tmp_path):
         fuzz.write_good(tmp_path / name / "good")
         work = tmp_path / name / "work"
         work.mkdir()
-        fuzz.run_case(tmp_path / name / "good", work, seed=3, case=5, readers={})
+        fuzz.run_case(tmp_path / name / "good", work, 3, 5, fuzz.SHARDS._replace(readers={}))
         found.append({path.name: path.read_bytes() for path in (work / "set").iterdir()})
     assert found[0] == found[1]
 
@@ -85,6 +95,7 @@ def test_a_case_is_always_the_same(tmp_path):
 def test_the_command_reports_and_exits(capsys, monkeypatch):
     assert command.main(["--case", "3"]) == 0
     assert "1 cases" in capsys.readouterr().out
-    monkeypatch.setattr(command, "READERS", {"wrong": with_a_bare_error})
+    wrong = fuzz.SHARDS._replace(readers={"wrong": with_a_bare_error})
+    monkeypatch.setitem(command.SUBJECTS, "shards", wrong)
     assert command.main(["--case", "3"]) == 1
     assert "1 failures" in capsys.readouterr().out
