@@ -230,7 +230,7 @@ def check_class(caption: str, where: str, classes: tuple[str, ...] | None) -> No
 
 
 def check_shard(
-    folder: Path, shard: Shard, manifest: Manifest, caption_encoder: CaptionEncoder | None
+    folder: Path, shard: Shard, manifest: Manifest, caption_encoder: CaptionEncoder | None = None
 ) -> CheckedShard:
     """Check one shard, up to the point where it can no longer be read."""
     path = folder / shard.name

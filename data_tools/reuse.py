@@ -21,6 +21,7 @@ from data_tools.sources import Item, Items
 from data_tools.storage import local_copy
 from mmtensorar.data.shards import Manifest, iterate_tar, read_sample, sample_starts
 from mmtensorar.data.tars import TarReader
+from mmtensorar.files import read_lines
 
 STATE = "source_state"  # its key in Manifest.made
 
@@ -84,7 +85,7 @@ def _changed_left_out(path: Path, items: Items, settings: SampleSettings) -> str
 
     A name may have several items, one for each caption. Duplicates are not compared.
     """
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    rows = [json.loads(line) for line in read_lines(path) if line]
     left = Counter(row["name"] for row in rows if not row["reason"].startswith("duplicate"))
     names = set(left)
     if names:

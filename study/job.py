@@ -128,7 +128,7 @@ def probe(model: TensorAR, recipe: Recipe, generator: Generator) -> dict:
             noise = torch.Generator().manual_seed(number)
             drafts, slots = clean, blind
             for _ in range(ROUNDS):
-                sampled = model.own_drafts(drafts, slots, condition, uncond, noise)
+                sampled = model.sample_self_drafts(drafts, slots, condition, uncond, noise)
                 drafts, slots = torch.cat([clean[:, :, :1], sampled[:, :, 1:]], dim=2), in_view
             inputs |= {"true": (clean, in_view), "own": (drafts, in_view)}
             wrong = (drafts != clean).any(-1) & in_view

@@ -281,7 +281,8 @@ def test_one_real_training_step(path, standins, one_process, tmp_path, monkeypat
     if recipe.train.init_from is not None:  # the run whose model it starts from
         before = shrunken(path, tmp_path, "train.init_from=null")
         model_folder.save(Path(recipe.train.init_from), model_folder.initial_model(before), before)
-    assert "activations" in plan.report(recipe)
+    if path.stem in ("b_256", "t2i_xl_256", "janus_pro_1b"):  # one of each kind
+        assert "activations" in plan.report(recipe)
     train(recipe)
     (row,) = run_log.read_log(recipe.run_dir / "log.jsonl")
     assert len(row["loss_per_offset"]) == recipe.tensorar.window

@@ -81,7 +81,7 @@ def json_lines(path: Path, text: bytes):
 
 def model_config(path: Path, text: bytes):
     (path.parent / "config.json").write_bytes(text)
-    return released._settings(path.parent)
+    return released.read_config(path.parent, None, key="path")
 
 
 def manifest(path: Path, text: bytes):
@@ -164,7 +164,7 @@ READERS = {
     dpg_answers: ANSWER,
     zipped_answers: ANSWER,
     judges_cache: CACHED,
-    recipe: b"run:\n  name: r\u00e9\n".decode("unicode_escape").encode(),
+    recipe: "run:\n  name: r\u00e9\n".encode(),
     class_names: b'{"n01": "tench"}',
     json_object: OBJECT,
     json_lines: OBJECT + b"\n" + OBJECT,

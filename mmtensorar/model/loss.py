@@ -48,8 +48,8 @@ class LossSettings:
     z_loss: weight of log(Z)^2 of each prediction in training, which keeps logits from
         drifting (Chowdhery et al., arXiv:2204.02311, section 5).
     kernel: train.loss_kernel. auto uses Liger's on a GPU if it is installed and
-    supports
-        this head and loss.
+        supports this head and loss.
+
     Raises ValueError when chunk_tokens is below 1.
     """
 

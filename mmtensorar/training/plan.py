@@ -11,18 +11,20 @@ stage 2 the gradients too, stage 3 all. Activations: measured on tensors without
 FLOPs: counted by `torch.utils.flop_counter` in a forward and backward pass on tensors
 without values. It counts matrix products, with 2 FLOPs for one multiplication and
 addition. Attention counts as a complete matrix; kernels that skip the part above the
-diagonal do half of that.
+diagonal do half of that. Of a stack of equal layers one and two are counted, and the
+rest follows exactly.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable
 from fractions import Fraction
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -240,6 +242,27 @@ def prompt_tokens(model) -> int:
 # ---- FLOPs ---------------------------------------------------------------------------------------
 
 
+def _stacks(backbone: nn.Module) -> dict[str, nn.ModuleList]:
+    """Name -> list of layers, of the outermost lists of three or more equal layers."""
+    stacks: dict[str, nn.ModuleList] = {}
+    for name, module in backbone.named_modules():
+        is_inside = any(name.startswith(f"{outer}.") for outer in stacks)
+        if isinstance(module, nn.ModuleList) and len(module) > 2 and not is_inside:
+            if len({_shapes(layer) for layer in module}) == 1:
+                stacks[name] = module
+    return stacks
+
+
+def _shapes(layer: nn.Module) -> tuple:
+    named = layer.named_parameters()
+    return type(layer), tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in named)
+
+
+def _set_submodule(module: nn.Module, name: str, submodule: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(module.get_submodule(parent), last, submodule)
+
+
 class SampleFlops:
     """FLOPs of forward and backward of one sample, by the length of its prompt.
 
@@ -254,9 +277,15 @@ class SampleFlops:
         when the loss is computed in chunks. Chunks are counted as on one rank. On many
         ranks with a small micro batch, one chunk may be enough.
         """
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
         recipe = _without_4_bits(recipe)
+        # Global random numbers stay as they are, here and in `_count_with`.
         with torch.random.fork_rng(devices=[]):
             model = meta_model(recipe)
+        self.without_values = FakeTensorMode(allow_non_fake_inputs=True)
+        with self.without_values:
+            model.to_empty(device="cpu")
         K, T = model.window, model.backbone.num_tokens
         in_chunks = recipe.data.batch_size // recipe.train.grad_accum * T > max(
             1, recipe.train.loss_chunk_tokens // K
@@ -264,40 +293,48 @@ class SampleFlops:
         # One sample is counted for the whole batch, so its loss is in chunks when the
         # batch's loss is.
         chunk = K * math.ceil(T / 2) if recomputed and in_chunks else K * T
-        self.recipe = _changed(recipe, loss_chunk_tokens=chunk)
-        self.checkpointing: layers.Checkpointing = (
-            recipe.train.activation_checkpointing if recomputed else False
-        )
+        model.loss_settings = dataclasses.replace(model.loss_settings, chunk_tokens=chunk)
+        model.backbone.activation_checkpointing = recomputed and recipe.train.activation_checkpointing
+        self.model = model.train()
         self.typical_prompt_len = prompt_tokens(model)
         self.num_tokens = T
         self.counted: dict[int, int] = {}
 
     def __call__(self, prompt_len: int) -> int:
+        """FLOPs of a sample whose prompt has this many tokens, with padding."""
         if prompt_len not in self.counted and len(self.counted) < 3:
             self.counted[prompt_len] = self.count(prompt_len)
         return self.counted.get(prompt_len) or self._interpolated(prompt_len)
 
     def count(self, prompt_len: int) -> int:
-        """Count on tensors without values.
+        """Count with one and with two of a stack of equal layers, and add the others."""
+        stacks = _stacks(self.model.backbone)
+        shortest = {name: 1 for name in stacks}
+        total = first = self._count_with(stacks, shortest, prompt_len)
+        for name, stack in stacks.items():
+            second = self._count_with(stacks, shortest | {name: 2}, prompt_len)
+            total += (len(stack) - 1) * (second - first)
+        return total
 
-        The global random numbers stay as they are.
-        """
-        from torch._subclasses.fake_tensor import FakeTensorMode
-
-        with torch.random.fork_rng(devices=[]):
-            model = meta_model(self.recipe)
-        model.backbone.activation_checkpointing = self.checkpointing
-        model.train()
+    def _count_with(self, stacks: dict[str, nn.ModuleList], lengths: dict[str, int], prompt_len: int) -> int:
+        """Count with the first layers of each stack only. lengths: stack -> layers."""
+        backbone = self.model.backbone
+        for name, stack in stacks.items():
+            _set_submodule(backbone, name, stack[: lengths[name]])
         counter = FlopCounterMode(display=False)
         try:
-            with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True):
-                model.to_empty(device="cpu")
-                # As plain matrix products: fused kernels recompute, each in its own
-                # way.
-                with counter, sdpa_kernel(SDPBackend.MATH):
-                    model(*example_inputs(model, 1, prompt_len)).loss.backward()
+            # As plain matrix products: fused kernels recompute, each in its own way.
+            with (
+                torch.random.fork_rng(devices=[]),
+                self.without_values,
+                counter,
+                sdpa_kernel(SDPBackend.MATH),
+            ):
+                self.model(*example_inputs(self.model, 1, prompt_len)).loss.backward()
         finally:
             layers.rotary_table.cache_clear()  # a table without values would serve the next real model
+            for name, stack in stacks.items():
+                _set_submodule(backbone, name, stack)
         return counter.get_total_flops()
 
     def _interpolated(self, prompt_len: int) -> int:
@@ -323,21 +360,22 @@ def flops_per_step(
     return recipe.data.batch_size * flops.num_tokens, recipe.data.batch_size * per_sample
 
 
-def _longest_prompt_line(recipe: Recipe, model) -> list[str]:
+# ---- report --------------------------------------------------------------------------------------
+
+
+def _longest_prompt_line(recipe: Recipe, sample_flops: SampleFlops) -> list[str]:
     """FLOPs of a step whose prompts are padded to the limit; nothing where their length
     is fixed.
     """
-    if model.backbone.prefix_len:
+    backbone = sample_flops.model.backbone
+    if backbone.prefix_len:
         return []
-    longest = model.backbone.max_prefix_len
-    _, flops = flops_per_step(recipe, prompt_len=longest)
+    longest = backbone.max_prefix_len
+    flops = recipe.data.batch_size * sample_flops(longest)
     return [
         f"             {flops:.3g} FLOPs with {longest}, the most that a prompt has (longer ones are cut, or "
         "refused: data.long_prompts)"
     ]
-
-
-# ---- report --------------------------------------------------------------------------------------
 
 
 def report(recipe: Recipe, *, activations: bool = True) -> str:
@@ -350,7 +388,9 @@ def report(recipe: Recipe, *, activations: bool = True) -> str:
     model = meta_model(recipe)
     counts = parameters(model)
     share = counts["tensorar"] / counts["backbone"]
-    tokens, flops = flops_per_step(recipe)
+    sample_flops = SampleFlops(recipe, recomputed=True)
+    tokens = recipe.data.batch_size * sample_flops.num_tokens
+    flops = recipe.data.batch_size * sample_flops(prompt_tokens(model))
     lines = [
         f"{recipe.backbone.path}, window {model.window}, depth {recipe.tensorar.depth}",
         f"parameters   backbone   {counts['backbone']:>15,}",
@@ -360,7 +400,7 @@ def report(recipe: Recipe, *, activations: bool = True) -> str:
         f"step         {counted(recipe.data.batch_size, 'image')}, {tokens:,} image tokens, "
         f"{tokens * model.window:,} predictions",
         f"             {flops:.3g} FLOPs with {prompt_tokens(model)} prompt tokens an image, with padding",
-        *_longest_prompt_line(recipe, model),
+        *_longest_prompt_line(recipe, sample_flops),
         _run_line(recipe, tokens, flops),
         _disk_line(recipe, counts),
     ]

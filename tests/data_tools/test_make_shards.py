@@ -17,6 +17,7 @@ from PIL import Image
 
 from data_tools import check_shards, encode_codes, make_shards, pipeline
 from mmtensorar import image_tokenizers
+from mmtensorar.checkpoints import recognise
 from mmtensorar.data import members
 from mmtensorar.data.members import decode_codes
 from mmtensorar.data.pictures import decode_picture
@@ -256,9 +257,9 @@ def test_a_bad_file_is_named(tmp_path, pictures, capsys, name, damage, expected)
         (b'{"image": "/etc/passwd", "caption": "x"}', "list.jsonl:2: image '/etc/passwd' lies outside"),
         (b'{"image": "loop.jpg", "caption": "x"}', "list.jsonl:2: image 'loop.jpg' is not a file"),
         (b'{"image": "gone.jpg", "caption": "x"}', "list.jsonl:2: image 'gone.jpg' is not a file"),
-        (b'{"image": "\\u0000", "caption": "x"}', "list.jsonl:2: image"),
+        (b'{"image": "\\u0000", "caption": "x"}', "list.jsonl:2: '\\x00' holds a zero character"),
         (b'{"image": "a.jpg", "caption": "\xff"}', "list.jsonl:2: not JSON"),
-        (b'{"image": "a.jpg", "caption": "\\ud800"}', "list.jsonl:2: the caption is not UTF-8"),
+        (b'{"image": "a.jpg", "caption": "\\ud800"}', "list.jsonl:2: '\\ud800' holds half a character"),
         (b'{"image": "a.jpg", "caption": " "}', "list.jsonl:2: no caption in 'caption': 'caption' is empty"),
     ],
 )
@@ -345,6 +346,16 @@ def test_a_caption_that_is_not_a_class_number_is_listed(tmp_path, classes, capsy
 # ---- encode_codes ----------------------------------------------------------------------------
 
 
+class TheCaptions:
+    """A caption encoder that gives the captions themselves."""
+
+    def __call__(self, captions):
+        return captions
+
+    def excess(self, caption):
+        return None
+
+
 class FakeImageTokenizer:
     """The mean red of every quarter of a 16-pixel picture, as one of 32 codes."""
 
@@ -365,7 +376,7 @@ class FakeImageTokenizer:
 
 def encode(folder: Path, image_tokenizer, monkeypatch, *arguments: str) -> int:
     monkeypatch.setattr(
-        encode_codes,
+        recognise,
         "image_tokenizer_from_arguments",
         lambda options: (image_tokenizer, torch.device("cpu")),
     )
@@ -525,8 +536,8 @@ def test_round_trip_with_the_janus_tokenizer_and_the_loader(tmp_path):
         train=Train(steps=1),
         backbone=SimpleNamespace(name="fake"),
     )
-    checks.preflight(recipe, image_tokenizer, lambda captions: captions, world_size=2)
-    codes, captions, uncond, *_ = next(loader.stream(recipe, lambda captions: captions, rank=0, world_size=1))
+    checks.preflight(recipe, image_tokenizer, TheCaptions(), world_size=2)
+    codes, captions, uncond, *_ = next(loader.stream(recipe, TheCaptions(), rank=0, world_size=1))
     pictures = {
         sample.members["txt"].decode(): sample.members["jpg"] for sample in all_samples(tmp_path / "set")
     }
@@ -584,7 +595,7 @@ def tiny_jpeg() -> bytes:
             with_member("codes.npy", members.encode_codes(np.zeros((1, 5, 1), np.uint16))),
             "has shape [1, 5, 1]",
         ),
-        (lambda samples: samples[:1], "00000.tar: 1 samples, the manifest says 2"),
+        (lambda samples: samples[:1], "00000.tar: 1 sample, the manifest says 2"),
         (
             lambda samples: [samples[0], samples[1]._replace(key="000000002")],
             "sample 000000002: the key is also in 00000",

@@ -291,7 +291,7 @@ def test_a_folder_that_is_not_a_set_is_not_written_into(store, captioned, capsys
 def test_invalid_locations_are_refused(place, captioned, capsys):
     with pytest.raises(SystemExit):
         make(place, "--folder", captioned)
-    assert "argument --out: " in capsys.readouterr().err
+    assert "--out: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("place", ["pipe:ls", "ftp://host/files", "github://a:b@/x"])

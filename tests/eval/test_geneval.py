@@ -106,7 +106,7 @@ def test_more_prompts_than_the_grammar_has_is_an_error():
 def test_an_unknown_suite_ends_before_torch_is_imported():
     code = (
         "import sys; from eval.geneval.__main__ import main; "
-        "code = main(['--ckpt', 'nowhere', '--suite', 'shape']); "
+        "code = main(['--ckpt', 'recipes/tiny/weights/base', '--suite', 'shape']); "
         "sys.exit(100 if 'torch' in sys.modules else code)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -399,7 +399,7 @@ def test_results_that_were_cut_are_not_compared(scored, tmp_path, capsys):
 
 def test_a_missing_folder_is_an_error(tmp_path, capsys):
     assert run("--images", tmp_path / "none") == 2
-    assert capsys.readouterr().err == f"error: no folder {tmp_path / 'none'}\n"
+    assert capsys.readouterr().err == f"error: --images: {tmp_path / 'none'} does not exist\n"
 
 
 # ---- from a checkpoint ---------------------------------------------------------------------------
