@@ -242,10 +242,10 @@ def prompt_tokens(model) -> int:
 # ---- FLOPs ---------------------------------------------------------------------------------------
 
 
-def _stacks(backbone: nn.Module) -> dict[str, nn.ModuleList]:
+def _stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
     """Name -> list of layers, of the outermost lists of three or more equal layers."""
     stacks: dict[str, nn.ModuleList] = {}
-    for name, module in backbone.named_modules():
+    for name, module in model.named_modules():
         is_inside = any(name.startswith(f"{outer}.") for outer in stacks)
         if isinstance(module, nn.ModuleList) and len(module) > 2 and not is_inside:
             if len({_shapes(layer) for layer in module}) == 1:
@@ -308,7 +308,7 @@ class SampleFlops:
 
     def count(self, prompt_len: int) -> int:
         """Count with one and with two of a stack of equal layers, and add the others."""
-        stacks = _stacks(self.model.backbone)
+        stacks = _stacks(self.model)
         shortest = {name: 1 for name in stacks}
         total = first = self._count_with(stacks, shortest, prompt_len)
         for name, stack in stacks.items():
@@ -318,9 +318,8 @@ class SampleFlops:
 
     def _count_with(self, stacks: dict[str, nn.ModuleList], lengths: dict[str, int], prompt_len: int) -> int:
         """Count with the first layers of each stack only. lengths: stack -> layers."""
-        backbone = self.model.backbone
         for name, stack in stacks.items():
-            _set_submodule(backbone, name, stack[: lengths[name]])
+            _set_submodule(self.model, name, stack[: lengths[name]])
         counter = FlopCounterMode(display=False)
         try:
             # As plain matrix products: fused kernels recompute, each in its own way.
@@ -334,7 +333,7 @@ class SampleFlops:
         finally:
             layers.rotary_table.cache_clear()  # a table without values would serve the next real model
             for name, stack in stacks.items():
-                _set_submodule(backbone, name, stack)
+                _set_submodule(self.model, name, stack)
         return counter.get_total_flops()
 
     def _interpolated(self, prompt_len: int) -> int:

@@ -180,9 +180,9 @@ def test_flops_of_equal_layers_follow_exactly_from_two(name, parts, monkeypatch)
     recipe = Recipe.load(RECIPES / f"{name}.yaml", [f"train.parts={parts}"])
     flops = plan.SampleFlops(recipe, recomputed=True)
     found = flops.count(flops.typical_prompt_len)
-    stacks = plan._stacks(flops.model.backbone)
+    stacks = plan._stacks(flops.model)
     assert stacks and all(len(stack) > 2 for stack in stacks.values())
-    monkeypatch.setattr(plan, "_stacks", lambda backbone: {})
+    monkeypatch.setattr(plan, "_stacks", lambda model: {})
     assert found == flops.count(flops.typical_prompt_len)
 
 
