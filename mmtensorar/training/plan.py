@@ -243,9 +243,13 @@ def prompt_tokens(model) -> int:
 
 
 def _stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """Name -> list of layers, of the outermost lists of three or more equal layers."""
+    """Name -> list of layers, of the backbone's outermost lists of three or more equal
+    layers.
+    """
     stacks: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
+        if not name.startswith("backbone."):
+            continue
         is_inside = any(name.startswith(f"{outer}.") for outer in stacks)
         if isinstance(module, nn.ModuleList) and len(module) > 2 and not is_inside:
             if len({_shapes(layer) for layer in module}) == 1:
