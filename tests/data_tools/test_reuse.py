@@ -169,6 +169,33 @@ def test_a_picture_that_was_left_out_and_repaired_is_noticed(tmp_path, captioned
     assert "red.png has changed" in fails(capsys, make(tmp_path / "set", *arguments))
 
 
+@pytest.mark.parametrize("mode", ["samples", "pictures"])
+@pytest.mark.parametrize("edited", ["b", "a", "both", "touched"])
+@pytest.mark.parametrize("captions", ["first", "each"])
+def test_a_duplicate_that_was_edited_is_noticed(tmp_path, capsys, mode, edited, captions):
+    """The set was reused, and the new picture was lost."""
+    root = tmp_path / "files"
+    root.mkdir()
+    for name in "abc":
+        (root / f"{name}.png").write_bytes(of_one_size("blue" if name == "c" else BEFORE))
+        (root / f"{name}.json").write_text('{"caption": ["one", "two"]}')
+    arguments = ("--folder", root, "--deduplicate", mode, "--captions", captions)
+    assert make(tmp_path / "set", *arguments) == 0
+    for name in {"both": "ab", "touched": ""}.get(edited, edited):
+        (root / f"{name}.png").write_bytes(of_one_size(AFTER))
+    os.utime(root / "c.png", ns=(0, 0))
+    capsys.readouterr()
+    if edited == "touched":
+        assert make(tmp_path / "set", *arguments) == 0 and "reusing" in capsys.readouterr().out
+        return
+    sentence = fails(capsys, make(tmp_path / "set", *arguments))
+    assert "a.png has changed" in sentence or "b.png has changed" in sentence
+    assert make(tmp_path / "set", *arguments, "--overwrite") == 0
+    assert len(made(tmp_path / "set")) == (2 + (edited != "both")) * (
+        2 if captions == "each" and mode == "samples" else 1
+    )
+
+
 def test_work_that_was_interrupted_does_not_keep_an_old_picture(tmp_path, captioned, monkeypatch):
     from data_tools import pipeline
 
