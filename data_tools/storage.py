@@ -93,8 +93,12 @@ def files(
     return found
 
 
-def stamp(path: Path) -> str:
-    """The stamp of a file on disk: it changes when the file is written."""
+def stamp(path: Path | Any) -> str:
+    """The stamp of a file: it changes when the file is written. Some stores do not say
+    when.
+    """
+    if not is_local(path):
+        return hashlib.sha256(str(path.fs.ukey(path.path)).encode()).hexdigest()[:16]
     return listing.status_of(path.stat()).stamp
 
 
@@ -143,7 +147,7 @@ def with_suffix(name: str, *suffixes: str) -> tuple[Path | Any, dict[Path | Any,
     """
     path = at(name)
     if path.is_file():
-        return path, {path: FileStatus(None, stamp(path) if is_local(path) else _store_stamp(path))}
+        return path, {path: FileStatus(None, stamp(path))}
     if is_local(path) and not path.is_dir():
         raise ValueError(f"{path}: no such file or folder")
     if ".tar" in suffixes and (path / MANIFEST).is_file():
@@ -184,10 +188,6 @@ def note_unlisted(folder: Path, manifest: Manifest) -> None:
         if is_tar and path.name not in names and not listing.is_hidden(path.name):
             left_out.add(f"not in {MANIFEST}", path)
     left_out.print()
-
-
-def _store_stamp(path: Any) -> str:
-    return hashlib.sha256(str(path.fs.ukey(path.path)).encode()).hexdigest()[:16]
 
 
 def folders(root: Path | Any, left_out: LeftOut) -> tuple[str, ...]:

@@ -70,6 +70,16 @@ def parquet(root: Path, color: str) -> tuple[str, Path, Path]:
     return "--parquet", root / "rows.parquet", root / "b.png"
 
 
+def parquet_bytes(root: Path, color: str) -> tuple[str, Path, Path]:
+    import pyarrow.parquet
+
+    pictures = [of_one_size(color if name == "b" else BEFORE) for name in CAPTIONS]
+    rows = pyarrow.table({"image": pictures, "caption": list(CAPTIONS.values())})
+    plain = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    pyarrow.parquet.write_table(rows, root / "rows.parquet", **plain)
+    return "--parquet", root, root / "rows.parquet"
+
+
 def tar(root: Path, color: str) -> tuple[str, Path, Path]:
     members = {}
     for name, caption in CAPTIONS.items():
@@ -80,7 +90,7 @@ def tar(root: Path, color: str) -> tuple[str, Path, Path]:
     return "--tars", root, write_tar(root / "some.tar", members)
 
 
-SOURCES = [folder, class_folder, jsonl, table, parquet, tar]
+SOURCES = [folder, class_folder, jsonl, table, parquet, parquet_bytes, tar]
 
 
 @pytest.fixture(params=SOURCES, ids=lambda source: source.__name__)
@@ -106,6 +116,26 @@ def test_a_picture_of_the_same_size_is_noticed(tmp_path, source, capsys):
     assert make(tmp_path / "set", option, place, "--overwrite") == 0
     pictures = (Image.open(io.BytesIO(sample.members["jpg"])) for sample in made(tmp_path / "set"))
     assert sorted(image.getpixel((8, 8))[1] > 200 for image in pictures) == [False, False, True]
+
+
+def test_another_time_alone_is_no_change(tmp_path, source, capsys):
+    """A Parquet file whose time differed was another set at once."""
+    option, place, edited = source(BEFORE)
+    assert make(tmp_path / "set", option, place) == 0
+    os.utime(edited, ns=(0, 0))
+    capsys.readouterr()
+    assert make(tmp_path / "set", option, place) == 0
+    printed = capsys.readouterr().out
+    assert "comparing the pictures" in printed and "reusing" in printed
+
+
+def test_a_time_that_was_restored_over_another_picture_is_noticed(tmp_path, source, capsys):
+    option, place, edited = source(BEFORE)
+    assert make(tmp_path / "set", option, place) == 0
+    status = edited.stat()
+    source(AFTER)
+    os.utime(edited, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert "has changed since it was made" in fails(capsys, make(tmp_path / "set", option, place))
 
 
 def test_a_time_that_was_restored_is_noticed(tmp_path, captioned, capsys):

@@ -247,6 +247,32 @@ def test_a_bad_table_is_named(tmp_path, files, capsys, text, expected):
     assert expected in fails(capsys, make(tmp_path / "set", "--csv", files / "list.csv"))
 
 
+@pytest.mark.parametrize("kind", ["path", "bytes", "struct"])
+@pytest.mark.parametrize(
+    "column", ["caption", "note", "captions"], ids=["a caption", "another column", "a list of captions"]
+)
+def test_text_that_is_not_utf8_is_a_problem_of_its_row(tmp_path, files, capsys, kind, column):
+    """One such caption ended the work, without the name of a file or row."""
+    import pyarrow
+    import pyarrow.parquet
+
+    table = arrow_table(kind)
+    raw = [f"a {color} picture".encode() for color in COLORS]
+    raw[3] = b"\xff\xfeb"
+    broken = pyarrow.array(raw).cast(pyarrow.binary()).view(pyarrow.string())
+    if column == "captions":
+        broken = pyarrow.ListArray.from_arrays(list(range(len(raw) + 1)), broken)
+    table = table.drop_columns([column] if column in table.column_names else [])
+    path = files / "rows.parquet"
+    pyarrow.parquet.write_table(table.append_column(column, broken), path, row_group_size=2)
+    arguments = ("--parquet", path, "--caption-columns", "caption" if column == "note" else column)
+    sentence = f"rows.parquet: row group 1, row 1: column {column!r} holds text that is not UTF-8"
+    assert sentence in fails(capsys, make(tmp_path / "set", *arguments))
+    assert make(tmp_path / "set", *arguments, "--on-error", "skip") == 0
+    assert_right(tmp_path / "set", [color for color in COLORS if color != COLORS[3]])
+    assert sentence in json.loads((tmp_path / "set" / "left_out.jsonl").read_text())["reason"]
+
+
 def test_a_bad_parquet_file_is_named(tmp_path, capsys):
     import pyarrow.parquet
 
