@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from data_tools import storage
 from data_tools.sources import Item, Layout, Listing, Source
-from data_tools.sources._rows import captions_in, class_captions, match_columns, picture_in
+from data_tools.sources._rows import captions_in, check_class_names, class_captions, match_columns, picture_in
 from mmtensorar.data.url_cache import is_url
 
 
@@ -34,6 +35,10 @@ def read(location: str, layout: Layout) -> Listing:
             f"{location}: column {next(iter(labels))!r} holds class numbers; "
             "add --class-template 'a photo of a {}'"
         )
+    if layout.templates and not labels:
+        print(f"note: {location}: --class-template has no effect: no caption is a class", file=sys.stderr)
+    known = {name for feature in labels.values() for name in feature.names}
+    check_class_names(sorted(known), layout, location)
     return Listing(_items(rows, location, layout, labels))
 
 
@@ -131,5 +136,6 @@ SOURCE = Source(
     "--dataset",
     "a Hugging Face dataset: NAME on the hub, or a folder that save_to_disk wrote",
     read,
+    uses=("--image-column", "--split"),
     has_classes=True,
 )

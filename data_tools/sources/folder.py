@@ -76,4 +76,6 @@ def _captions(content: bytes, path: Path, layout: Layout) -> tuple[tuple[str, ..
     return captions, {key: value for key, value in fields.items() if key not in layout.captions}
 
 
-SOURCE = Source("--folder", "images with a .txt or .json caption of the same name, at any depth", read)
+SOURCE = Source(
+    "--folder", "images with a .txt or .json caption of the same name, at any depth", read, uses=()
+)

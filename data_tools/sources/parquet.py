@@ -177,4 +177,5 @@ SOURCE = Source(
     "--parquet",
     "a Parquet file, or a folder of them, with columns image (path, bytes or both) and caption",
     read,
+    uses=("--image-column", "--image-root"),
 )

@@ -104,5 +104,8 @@ def _is_quoted(path: Path, delimiter: str, layout: Layout) -> bool:
 
 
 SOURCE = Source(
-    "--csv", "a CSV file with a header and columns image (a path) and caption; .tsv for tabs", read
+    "--csv",
+    "a CSV file with a header and columns image (a path) and caption; .tsv for tabs",
+    read,
+    uses=("--image-column", "--image-root"),
 )
