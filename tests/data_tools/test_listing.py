@@ -151,6 +151,39 @@ def test_classes_behind_links(tmp_path, capsys):
     ]
 
 
+@pytest.mark.parametrize(
+    ("link", "target", "first"),
+    [
+        ("kitty", "lime", "the class 'lime'"),
+        ("a", "red", "the class 'red'"),
+        ("pet", "../b/blue", "the class 'blue'"),
+        ("all", ".", "the whole folder"),
+        ("kitty", "far", "the class 'far'"),
+    ],
+)
+def test_a_class_that_is_another_one_is_refused(tmp_path, capsys, link, target, first):
+    """The same pictures had two class numbers, without a word."""
+    classes(tmp_path / "b", COLORS)
+    if target == "far":
+        (tmp_path / "c").mkdir()
+        (tmp_path / "c" / "1.png").write_bytes(picture("red"))
+        (tmp_path / "b" / "far").symlink_to("../c")
+    (tmp_path / "b" / link).symlink_to(target)
+    sentence = fails(capsys, make(tmp_path / "set", "--class-folder", tmp_path / "b"))
+    assert f"{link!r} is {first} under another name" in sentence
+
+
+def test_a_folder_that_two_classes_link_to_has_one_class(tmp_path, capsys):
+    classes(tmp_path / "b", COLORS)
+    (tmp_path / "extra").mkdir()
+    (tmp_path / "extra" / "2.png").write_bytes(picture("blue"))
+    for color in ("blue", "red", "yellow"):
+        (tmp_path / "b" / color / "more").symlink_to("../../extra")
+    assert make(tmp_path / "set", "--class-folder", tmp_path / "b") == 0
+    assert len(captions(tmp_path / "set")) == len(COLORS) + 1
+    assert "left out 2 (a folder that is listed already): red/more" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_rows_reach_pictures_behind_links(tmp_path, kind):
     import pyarrow.parquet
