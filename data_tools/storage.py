@@ -23,6 +23,20 @@ from mmtensorar.data.shards import EXTENSIONS, MANIFEST, Manifest
 from mmtensorar.data.url_cache import is_url, shown
 from mmtensorar.folders import FileStatus, LeftOut
 
+# Files that are tars by their names. Those of the second kind are refused.
+TARS = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz")
+REFUSED_TARS = (
+    ".tar.lz4",
+    ".tar.lz",
+    ".tlz",
+    ".tar.lzma",
+    ".tar.z",
+    ".taz",
+    ".tar.br",
+    ".tar.lzo",
+    ".tar.sz",
+)
+
 
 def at(name: str) -> Path | Any:
     """The path that a name or URL means.
@@ -178,14 +192,15 @@ def _shards(folder: Path | Any) -> dict[Path | Any, FileStatus]:
 
 
 def note_unlisted(folder: Path, manifest: Manifest) -> None:
-    """Print a note when a set's folder holds tars that its manifest does not name:
-    nobody reads them.
+    """Print a note when a set's folder holds tars, at any depth, that its manifest does
+    not name: nobody reads them.
     """
     left_out = LeftOut(folder)
     names = {shard.name for shard in manifest.shards}
-    for path in sorted(folder.iterdir()):
-        is_tar = ".tar" in path.name.lower() or path.suffix.lower() == ".tgz"
-        if is_tar and path.name not in names and not listing.is_hidden(path.name):
+    for path in listing.walk(folder, LeftOut(folder)):  # unfinished work is hidden
+        name = path.name.lower()
+        is_tar = ".tar" in name or name.endswith((*TARS, *REFUSED_TARS))
+        if is_tar and path.relative_to(folder).as_posix() not in names:
             left_out.add(f"not in {MANIFEST}", path)
     left_out.print()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data_tools import storage
 from data_tools.sources import Item, Layout, Listing, Source
-from data_tools.sources._packed import READ, REFUSED, unpacked
+from data_tools.sources._packed import unpacked
 from data_tools.sources._rows import SUFFIXES, captions_in, class_captions, parse_object
 from mmtensorar.data import tars
 from mmtensorar.data.members import decode_caption
@@ -89,7 +89,7 @@ class TarSet:
     notes: Counter[str] = field(default_factory=Counter)
 
     def items(self, location: str) -> Iterator[Item]:
-        path, files = storage.with_suffix(location, *READ, *REFUSED)
+        path, files = storage.with_suffix(location, *storage.TARS, *storage.REFUSED_TARS)
         num_samples, left_out = 0, LeftOut(path)
         for file, status in files.items():
             name = file.relative_to(path).as_posix() if file != path else path.name
@@ -256,7 +256,7 @@ def _compression(path: Path) -> str | None:
     with tars.TarReader(path) as file:
         found = tars.compression(file.pread(8, 0))
     name = path.name.lower()
-    return found or (name.rpartition(".")[2] if name.endswith(REFUSED) else None)
+    return found or (name.rpartition(".")[2] if name.endswith(storage.REFUSED_TARS) else None)
 
 
 def _read(path: Path, member: tars.Member, stamp: str, packed: str | None) -> bytes:
