@@ -133,7 +133,7 @@ def path_in(root: Path, name: Any, where: str) -> Path:
     if not isinstance(name, str):
         raise ValueError(f"{where}: the image is {type(name).__name__}; expected a path")
     local = storage.is_local(root)
-    path = root if "\0" in name or (not local and "://" in name) else _path_below(root, name)
+    path = root if "\0" in name or (not local and "://" in name) else path_below(root, name)
     if path is None or (not local and path == root):
         raise ValueError(
             f"{where}: image {name!r} lies outside {root}; --image-root names the folder of the pictures"
@@ -143,7 +143,7 @@ def path_in(root: Path, name: Any, where: str) -> Path:
     return path
 
 
-def _path_below(root: Path, name: str) -> Path | None:
+def path_below(root: Path, name: str) -> Path | None:
     """The path of a name in a folder; None when `..` or an absolute path leads out of
     it.
 

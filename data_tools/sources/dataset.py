@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from functools import lru_cache, partial
@@ -14,7 +15,14 @@ from typing import Any
 
 from data_tools import storage
 from data_tools.sources import Item, Layout, Listing, Source
-from data_tools.sources._rows import captions_in, check_class_names, class_captions, match_columns, picture_in
+from data_tools.sources._rows import (
+    captions_in,
+    check_class_names,
+    class_captions,
+    match_columns,
+    path_below,
+    picture_in,
+)
 from mmtensorar.data.url_cache import is_url
 
 
@@ -120,16 +128,19 @@ def _picture(location: str, split: str, column: str, row: int) -> bytes:
 def _path_in(location: str, name: str, where: str) -> Path:
     """A picture's file.
 
-    It must be in the dataset's own folder or in the library's caches.
+    It must be in the dataset's own folder or in the library's caches. Links in these
+    may lead out of them, as in every source.
     """
     import datasets
 
-    path = Path(name).resolve()
-    roots = [Path(datasets.config.HF_CACHE_HOME).resolve(), Path(datasets.config.HF_DATASETS_CACHE).resolve()]
-    roots += [Path(location).resolve()] if Path(location).is_dir() else []
-    if not path.is_file() or not any(path.is_relative_to(root) for root in roots):
-        raise ValueError(f"{where}: image {name!r} is not a file of the dataset")
-    return path
+    roots = [Path(datasets.config.HF_CACHE_HOME), Path(datasets.config.HF_DATASETS_CACHE)]
+    roots += [Path(location)] if Path(location).is_dir() else []
+    for root in roots:
+        for spelled in (Path(os.path.abspath(root)), root.resolve()):
+            path = path_below(spelled, os.path.abspath(name))
+            if path is not None and path.is_file():
+                return path
+    raise ValueError(f"{where}: image {name!r} is not a file of the dataset")
 
 
 SOURCE = Source(

@@ -125,6 +125,40 @@ def test_a_saved_dataset_becomes_shards(tmp_path, files, capsys):
     assert "no split 'train'; found test" in fails(capsys, make(tmp_path / "other", *arguments))
 
 
+@pytest.mark.parametrize("kind", ["a file", "a folder", "the place", "both", "outside"])
+def test_a_dataset_of_a_folder_follows_links(tmp_path, files, capsys, monkeypatch, kind):
+    """A picture through a link was "not a file of the dataset"."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    place = tmp_path / "place"
+    place.mkdir()
+    pictures = place / "pictures"
+    if kind in ("a folder", "both"):
+        pictures.symlink_to("../files")
+    else:
+        pictures.mkdir()
+        for color in COLORS:
+            (pictures / f"{color}.png").symlink_to(files / f"{color}.png")
+    if kind in ("the place", "both"):
+        place = tmp_path / "other"
+        place.symlink_to("place")
+    rows = {
+        "image": [
+            str((files if kind == "outside" else place / "pictures") / f"{color}.png") for color in COLORS
+        ],
+        "caption": [f"a {color} picture" for color in COLORS],
+    }
+    found = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image(decode=False))
+    monkeypatch.setattr("data_tools.sources.dataset.load_split", lambda location, split: found)
+    code = make(tmp_path / "set", "--dataset", place)
+    if kind == "outside":
+        assert "is not a file of the dataset" in fails(capsys, code)
+    else:
+        assert code == 0
+        assert_right(tmp_path / "set")
+
+
 def test_a_dataset_of_labels_takes_a_template(tmp_path, files, capsys):
     import datasets
 
