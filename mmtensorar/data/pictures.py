@@ -22,7 +22,11 @@ MAX_BYTES = 2**30  # of a file that is not in a shard
 SHARD_FORMATS = ("JPEG", "PNG", "WEBP")
 MEMBERS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 FORMATS = (*SHARD_FORMATS, "BMP", "GIF", "TIFF")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".mpo")
+# Files whose names end so are taken for pictures, where no row names them.
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".mpo"),
+    *(".jpe", ".jfif", ".apng"),
+)
 
 # Pillow warns about damaged metadata, one line a picture; pixels and errors are not
 # affected.

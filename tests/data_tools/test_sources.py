@@ -285,7 +285,8 @@ def test_our_own_shards_can_be_sharded_again(tmp_path):
     [
         (
             {"a.txt": b"x"},
-            "sample a: expected one of bmp, gif, jpeg, jpg, mpo, png, tif, tiff, webp, found txt",
+            "sample a: expected one of apng, bmp, gif, jfif, jpe, jpeg, jpg, mpo, png, tif, tiff, webp, "
+            "found txt",
         ),
         ({"a.png": b"", "a.txt": b"\xff"}, "sample a: the caption is not UTF-8"),
         ({"a.png": b"", "a.json": b"[" * 100_000}, "sample a: the json member: not JSON"),
