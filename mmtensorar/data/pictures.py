@@ -116,6 +116,8 @@ def _load(image: ImageFile.ImageFile, content: bytes) -> None:
         damage.check_png(content)
         _scale_transparent_grey(image)
     image.load()
+    if image.format == "PNG":
+        damage.check_png_rows(image, content)
     if image.format == "WEBP":
         damage.check_webp(content)
 
