@@ -88,13 +88,17 @@ def _items(rows: Any, location: str, layout: Layout, labels: dict[str, Any]) -> 
     """labels: column -> feature, of the columns that hold class labels."""
     fingerprint = rows._fingerprint  # of everything that the rows were made from
     stamp = _stamp(location)
-    for row, fields in enumerate(rows.select_columns(list(layout.captions))):
+    for row, fields in enumerate(_fields(rows.select_columns(list(layout.captions)))):
         where = f"{location}: split {layout.split}, row {row}"
         meta = {
             "source": "dataset",
             "name": f"{Path(location).name} {layout.split} {row}",
             "fingerprint": fingerprint,
         }
+        if fields is None:
+            problem = f"{where}: a column of captions holds text that is not UTF-8"
+            yield Item(f"{layout.split} {row}", bytes, (), meta, problem=problem)
+            continue
         for name, feature in labels.items():
             if fields[name] is not None and fields[name] >= 0:
                 fields[name] = list(class_captions(feature.int2str(fields[name]), layout))
@@ -106,6 +110,23 @@ def _items(rows: Any, location: str, layout: Layout, labels: dict[str, Any]) -> 
             yield Item(f"{layout.split} {row}", picture, captions, meta, stamp=stamp)
         except ValueError as error:
             yield Item(f"{layout.split} {row}", picture, (), meta, problem=str(error))
+
+
+def _fields(rows: Any) -> Iterator[dict[str, Any] | None]:
+    """The rows; None for one with text that is not UTF-8."""
+    num_rows = 0
+    try:
+        for fields in rows:  # in batches, which is faster than one by one
+            yield fields
+            num_rows += 1
+    except UnicodeDecodeError:
+        pass
+    for row in range(num_rows, len(rows)):
+        try:
+            fields = rows[row]
+        except UnicodeDecodeError:
+            fields = None
+        yield fields
 
 
 def _stamp(location: str) -> str:

@@ -125,6 +125,25 @@ def test_a_saved_dataset_becomes_shards(tmp_path, files, capsys):
     assert "no split 'train'; found test" in fails(capsys, make(tmp_path / "other", *arguments))
 
 
+@pytest.mark.parametrize("bad", [[0], [3], [2, 5]])
+@pytest.mark.parametrize("is_list", [False, True])
+def test_text_of_a_dataset_that_is_not_utf8_is_a_problem_of_its_row(tmp_path, capsys, bad, is_list):
+    import datasets
+    import pyarrow
+
+    raw = [b"\xff\xfeb" if row in bad else f"a {color} picture".encode() for row, color in enumerate(COLORS)]
+    text = pyarrow.array(raw).cast(pyarrow.binary()).view(pyarrow.string())
+    text = pyarrow.ListArray.from_arrays(list(range(len(raw) + 1)), text) if is_list else text
+    table = pyarrow.table({"image": [picture(color) for color in COLORS], "caption": text})
+    datasets.Dataset(datasets.table.InMemoryTable(table)).save_to_disk(tmp_path / "saved")
+    capsys.readouterr()
+    sentence = f"saved: split train, row {bad[0]}: a column of captions holds text that is not UTF-8"
+    assert sentence in fails(capsys, make(tmp_path / "set", "--dataset", tmp_path / "saved"))
+    assert make(tmp_path / "set", "--dataset", tmp_path / "saved", "--on-error", "skip") == 0
+    assert_right(tmp_path / "set", [color for row, color in enumerate(COLORS) if row not in bad])
+    assert sentence in (tmp_path / "set" / "left_out.jsonl").read_text()
+
+
 @pytest.mark.parametrize("kind", ["a file", "a folder", "the place", "both", "outside"])
 def test_a_dataset_of_a_folder_follows_links(tmp_path, files, capsys, monkeypatch, kind):
     """A picture through a link was "not a file of the dataset"."""
