@@ -33,6 +33,8 @@ from mmtensorar.data.shards import (
 )
 from mmtensorar.files import move, write_text
 
+DUPLICATE = "duplicate of "  # and the name of the first one: why a sample is left out
+
 
 @dataclass(frozen=True)
 class SetSettings:
@@ -193,7 +195,7 @@ def find_duplicates(parts: Iterable[Part], items: Sequence[Item], *, pictures: b
         for kept in part.kept:
             number = first.setdefault(kept.picture if pictures else kept.digest, kept.number)
             if number != kept.number:
-                reason = f"duplicate of {items[number].key}"
+                reason = DUPLICATE + items[number].key
                 duplicates.append(LeftOut(kept.number, items[kept.number].key, reason))
     return duplicates
 

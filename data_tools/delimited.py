@@ -16,7 +16,7 @@ from mmtensorar.files import Line
 MAX_CELL = 2**20  # characters
 MAX_ROW_LINES = 1000  # that a quoted cell may span
 
-IsRow = Callable[[list[str]], bool]  # whether some cells are a whole row
+IsRow = Callable[[list[str]], bool]  # whether the cells of a line look like a row's
 
 
 class Row(NamedTuple):
@@ -48,7 +48,7 @@ def quoted_rows(
     Args:
         lines: Of the file.
         delimiter: Between cells.
-        is_row: A row of which two lines are rows by themselves has swallowed one.
+        is_row: A row of which two lines look like rows by themselves has swallowed one.
         strict: Characters after a closing quote are a problem.
     """
     csv.field_size_limit(MAX_CELL)
@@ -97,7 +97,7 @@ def _quoted_row(
         elif not strict and len(used) == 1 and (cells := _lenient(first.text, delimiter)):
             return Row(first.number, cells), used
         return Row(first.number, [], f"not CSV ({problem})"), used
-    if len(used) > 1 and sum(_is_whole(line.text, delimiter, is_row) for line in used) > 1:
+    if len(used) > 1 and sum(_looks_whole(line.text, delimiter, is_row) for line in used) > 1:
         problem = (
             f"not CSV (a quote opens in this row, and closes in line {used[-1].number}, after other rows)"
         )
@@ -117,7 +117,7 @@ def _one_line(text: str, delimiter: str) -> list[str]:
         return []
 
 
-def _is_whole(text: str, delimiter: str, is_row: IsRow) -> bool:
+def _looks_whole(text: str, delimiter: str, is_row: IsRow) -> bool:
     return is_row(text.split(delimiter)) or is_row(_lenient(text, delimiter))
 
 
@@ -139,7 +139,7 @@ class Quoting(NamedTuple):
     num_unpaired: int
 
 
-def quoting_of(lines: Iterable[Line], delimiter: str, num_cells: int) -> Quoting:
+def quoting_of(lines: Iterable[Line], delimiter: str, num_cells: int, is_row: IsRow) -> Quoting:
     """Whether the rows of a file without a standard, such as TSV, are quoted
     consistently.
 
@@ -150,6 +150,7 @@ def quoting_of(lines: Iterable[Line], delimiter: str, num_cells: int) -> Quoting
     Args:
         lines: Of the file, without the header.
         num_cells: Of the header.
+        is_row: See `quoted_rows`.
     """
     plain_wrong = 0
 
@@ -160,7 +161,7 @@ def quoting_of(lines: Iterable[Line], delimiter: str, num_cells: int) -> Quoting
             yield line
 
     unpaired = wrong = 0
-    for row in quoted_rows(counted(), delimiter, lambda cells: len(cells) == num_cells):
+    for row in quoted_rows(counted(), delimiter, is_row):
         if row.cells:
             wrong += len(row.cells) != num_cells
         else:

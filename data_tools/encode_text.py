@@ -29,7 +29,7 @@ if __name__ == "__main__":  # Python puts a script's own folder here; imports st
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, get_args
 
@@ -83,7 +83,7 @@ class CutCaptions:
 
 def encode_samples(
     samples: Iterable[Sample],
-    path: Path,
+    name_of: Callable[[Sample], str],
     encoder: T5Features,
     expected: TextFeatures,
     *,
@@ -94,7 +94,7 @@ def encode_samples(
 
     Args:
         samples: Samples of a shard.
-        path: The shard's path, for messages.
+        name_of: Name of a sample, for messages.
         encoder: Encodes the captions.
         expected: The manifest's entry, see features_of.
         batch_size: Captions encoded at a time.
@@ -104,7 +104,7 @@ def encode_samples(
 
     samples = iter(samples)
     while batch := list(islice(samples, batch_size)):
-        names = [f"{path}: sample {sample.key}" for sample in batch]
+        names = [name_of(sample) for sample in batch]
         captions = [_caption(sample, name) for sample, name in zip(batch, names, strict=True)]
         for number, excess in excesses(encoder, captions):
             cut.add(names[number], excess)
@@ -157,8 +157,11 @@ def encode(folder: Path, encoder: T5Features, *, batch_size: int) -> None:
 
         def encoded(shard: Shard) -> Iterator[Sample]:
             samples = iterate_shard(folder, shard)
-            path = folder / shard.name
-            return encode_samples(samples, path, encoder, expected, batch_size=batch_size, cut=cut)
+
+            def name_of(sample: Sample) -> str:
+                return f"{folder / shard.name}: sample {sample.key}"
+
+            return encode_samples(samples, name_of, encoder, expected, batch_size=batch_size, cut=cut)
 
         rewrite(folder, manifest, encoded, desc="encoding", unit="captions", text_features=expected)
         for note in cut.notes():

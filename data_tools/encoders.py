@@ -5,6 +5,7 @@ pass.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,7 +71,7 @@ def load_text_encoder(options: argparse.Namespace) -> Encoder:
     size, cut = options.batch_size, encode_text.CutCaptions()
 
     def encode(samples: Iterable[Sample], path: Path) -> Iterator[Sample]:
-        return encode_text.encode_samples(samples, path, encoder, expected, batch_size=size, cut=cut)
+        return encode_text.encode_samples(samples, item_name, encoder, expected, batch_size=size, cut=cut)
 
     def notes() -> list[str]:
         count = encoder.emptied.count
@@ -78,6 +79,15 @@ def load_text_encoder(options: argparse.Namespace) -> Encoder:
         return [*emptied, *cut.notes()]
 
     return Encoder({"text_features": expected}, encode, notes)
+
+
+def item_name(sample: Sample) -> str:
+    """The item that a sample was made of, as its json member says.
+
+    The part that the sample is in has another name when the set is finished.
+    """
+    meta = json.loads(sample.members["json"])
+    return f"{meta.get('source')} {meta.get('name') or f'item {int(sample.key)}'}"
 
 
 def load_image_tokenizer(options: argparse.Namespace) -> Encoder:

@@ -22,7 +22,7 @@ from data_tools.argument_types import (
     whole,
 )
 from data_tools.pipeline import LEFT_OUT
-from data_tools.sources import Source, known_sources
+from data_tools.sources import READING, Source, known_sources
 from mmtensorar.cli import Parser
 
 Sources = Mapping[str, Source]
@@ -307,11 +307,23 @@ def _goes_with_its_source(options: argparse.Namespace, default: Callable, source
     return None
 
 
+def _goes_with_sources_that_use_it(
+    options: argparse.Namespace, default: Callable, sources: Sources
+) -> str | None:
+    for option in READING:
+        if option in sources[options.source].uses:
+            continue
+        if _first_given(options, default, option.lstrip("-").replace("-", "_")):
+            return f"{option} goes with {_any_of([s.option for s in sources.values() if option in s.uses])}"
+    return None
+
+
 def _templates_need_classes(options: argparse.Namespace, default: Callable, sources: Sources) -> str | None:
-    if not options.class_template or sources[options.source].has_classes:
+    option = _first_given(options, default, "class_template", "class_names")
+    if option is None or sources[options.source].has_classes:
         return None
     with_classes = [source.option for source in sources.values() if source.has_classes]
-    return f"--class-template goes with {_any_of(with_classes)}"
+    return f"{option} goes with {_any_of(with_classes)}"
 
 
 def _templates_hold_a_name(options: argparse.Namespace, default: Callable, sources: Sources) -> str | None:
@@ -334,6 +346,7 @@ RULES: tuple[Rule, ...] = (
     _goes_with_text_encoder,
     _goes_with_any_encoder,
     _goes_with_its_source,
+    _goes_with_sources_that_use_it,
     _templates_hold_a_name,
     _templates_need_classes,
     _address_needs_ray,

@@ -8,15 +8,17 @@ made before it was recorded), every sample is made again in memory and compared.
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from data_tools.build_stages import DUPLICATE
 from data_tools.executors import Executor
-from data_tools.samples import FilteredOut, SampleSettings, make_sample
+from data_tools.samples import FilteredOut, MadeSample, SampleSettings, make_sample
 from data_tools.sources import Item, Items
 from data_tools.storage import local_copy
 from mmtensorar.data.shards import Manifest, iterate_tar, read_sample, sample_starts
@@ -50,8 +52,10 @@ def changed_item(
 
     Raises ValueError for a damaged shard.
     """
-    if left_out is not None and (name := _changed_left_out(left_out, items, settings)):
-        return name
+    if left_out is not None:
+        pictures = (manifest.made or {}).get("deduplicate") == "pictures"
+        if name := _changed_left_out(left_out, items, settings, pictures=pictures):
+            return name
     tasks = []
     for shard in manifest.shards:
         first, last = _key_range(folder / shard.name)
@@ -74,31 +78,45 @@ def changed_in_shard(path: Path, first: int, items: Items, settings: SampleSetti
             number = _number(sample.key) - first
             if not 0 <= number < len(items):
                 return f"sample {sample.key}"
-            made = _members(sample.key, items[number], settings)
-            if made is None or made.items() - sample.members.items():
+            made = _made(sample.key, items[number], settings)
+            if made is None or made.sample.members.items() - sample.members.items():
                 return items[number].key
     return None
 
 
-def _changed_left_out(path: Path, items: Items, settings: SampleSettings) -> str | None:
-    """The name of an item that was left out, and would be kept now.
+def _changed_left_out(path: Path, items: Items, settings: SampleSettings, *, pictures: bool) -> str | None:
+    """The name of an item that was left out, and would be kept now, or left out for
+    another reason.
 
-    A name may have several items, one for each caption. Duplicates are not compared.
+    A name may have several items, one for each caption. pictures: duplicates are
+    samples with the same picture, not also the same caption.
     """
-    rows = [json.loads(line) for line in read_lines(path) if line]
-    left = Counter(row["name"] for row in rows if not row["reason"].startswith("duplicate"))
-    names = set(left)
-    if names:
-        for item in items:
-            if item.key in names and _members("0", item, settings) is None:
-                left[item.key] -= 1
+    left: Counter[str] = Counter()
+    duplicates: Counter[tuple[str, str]] = Counter()  # of (name, name of the first)
+    for row in (json.loads(line) for line in read_lines(path) if line):
+        if row["reason"].startswith(DUPLICATE):
+            duplicates[row["name"], row["reason"].removeprefix(DUPLICATE)] += 1
+        else:
+            left[row["name"]] += 1
+    names = {*left, *chain.from_iterable(duplicates)}
+    digests = defaultdict[str, list[str]](list)
+    for item in items if names else ():
+        if item.key not in names:
+            continue
+        if (made := _made("0", item, settings)) is not None:
+            digests[item.key].append(made.picture if pictures else made.digest)
+        elif item.key in left:
+            left[item.key] -= 1
+    for (name, first), number in duplicates.items():
+        if sum(digest in digests[first] for digest in digests[name]) < number:
+            return name
     return next((name for name, number in left.items() if number > 0), None)
 
 
-def _members(key: str, item: Item, settings: SampleSettings) -> dict[str, bytes] | None:
-    """The members of an item's sample; None when it is left out."""
+def _made(key: str, item: Item, settings: SampleSettings) -> MadeSample | None:
+    """An item's sample; None when it is left out."""
     try:
-        return make_sample(key, item, settings).sample.members
+        return make_sample(key, item, settings)
     except (FilteredOut, ValueError, MemoryError):
         return None
 

@@ -23,6 +23,20 @@ from mmtensorar.data.shards import EXTENSIONS, MANIFEST, Manifest
 from mmtensorar.data.url_cache import is_url, shown
 from mmtensorar.folders import FileStatus, LeftOut
 
+# Files that are tars by their names. Those of the second kind are refused.
+TARS = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz")
+REFUSED_TARS = (
+    ".tar.lz4",
+    ".tar.lz",
+    ".tlz",
+    ".tar.lzma",
+    ".tar.z",
+    ".taz",
+    ".tar.br",
+    ".tar.lzo",
+    ".tar.sz",
+)
+
 
 def at(name: str) -> Path | Any:
     """The path that a name or URL means.
@@ -93,8 +107,12 @@ def files(
     return found
 
 
-def stamp(path: Path) -> str:
-    """The stamp of a file on disk: it changes when the file is written."""
+def stamp(path: Path | Any) -> str:
+    """The stamp of a file: it changes when the file is written. Some stores do not say
+    when.
+    """
+    if not is_local(path):
+        return hashlib.sha256(str(path.fs.ukey(path.path)).encode()).hexdigest()[:16]
     return listing.status_of(path.stat()).stamp
 
 
@@ -143,7 +161,7 @@ def with_suffix(name: str, *suffixes: str) -> tuple[Path | Any, dict[Path | Any,
     """
     path = at(name)
     if path.is_file():
-        return path, {path: FileStatus(None, stamp(path) if is_local(path) else _store_stamp(path))}
+        return path, {path: FileStatus(None, stamp(path))}
     if is_local(path) and not path.is_dir():
         raise ValueError(f"{path}: no such file or folder")
     if ".tar" in suffixes and (path / MANIFEST).is_file():
@@ -174,20 +192,17 @@ def _shards(folder: Path | Any) -> dict[Path | Any, FileStatus]:
 
 
 def note_unlisted(folder: Path, manifest: Manifest) -> None:
-    """Print a note when a set's folder holds tars that its manifest does not name:
-    nobody reads them.
+    """Print a note when a set's folder holds tars, at any depth, that its manifest does
+    not name: nobody reads them.
     """
     left_out = LeftOut(folder)
     names = {shard.name for shard in manifest.shards}
-    for path in sorted(folder.iterdir()):
-        is_tar = ".tar" in path.name.lower() or path.suffix.lower() == ".tgz"
-        if is_tar and path.name not in names and not listing.is_hidden(path.name):
+    for path in listing.walk(folder, LeftOut(folder)):  # unfinished work is hidden
+        name = path.name.lower()
+        is_tar = ".tar" in name or name.endswith((*TARS, *REFUSED_TARS))
+        if is_tar and path.relative_to(folder).as_posix() not in names:
             left_out.add(f"not in {MANIFEST}", path)
     left_out.print()
-
-
-def _store_stamp(path: Any) -> str:
-    return hashlib.sha256(str(path.fs.ukey(path.path)).encode()).hexdigest()[:16]
 
 
 def folders(root: Path | Any, left_out: LeftOut) -> tuple[str, ...]:

@@ -104,16 +104,16 @@ def walk(root: Path, left_out: LeftOut, *, entered: Iterable[Path] = ()) -> dict
     """
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder")
-    known = {_identity(path) for path in entered} | {_identity(root)}
+    known = {identity(path) for path in entered} | {identity(root)}
     files: dict[Path, FileStatus] = {}
     folders, links = deque([root]), []  # still to be entered; links: a heap of (parts, path)
     while folders or links:
         folder = folders.popleft() if folders else heapq.heappop(links)[1]
         if folder != root:
-            if (identity := _identity(folder)) in known:
+            if (current := identity(folder)) in known:
                 left_out.add("a folder that is listed already", folder)
                 continue
-            known.add(identity)
+            known.add(current)
         for path, status, is_link in _entries(folder, left_out):
             if stat.S_ISREG(status.st_mode):
                 files[path] = status_of(status)
@@ -155,7 +155,8 @@ def _status(entry: os.DirEntry) -> os.stat_result | None:
         raise
 
 
-def _identity(folder: Path) -> object:
+def identity(folder: Path) -> object:
+    """Equal for two paths of one folder, with and without links."""
     status = os.stat(folder)
     # Some network file systems have no inode numbers.
     return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(folder)

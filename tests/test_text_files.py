@@ -132,9 +132,8 @@ def json_beside_a_picture(path: Path, text: bytes):
 
 
 def member(path: Path, text: bytes, kind: str):
-    return items(
-        webdataset, write_tar(path, {"a.png": picture("red"), f"a.{kind}": text}), class_names={"0": "x"}
-    )
+    names = {"0": "x"} if kind == "cls" else None
+    return items(webdataset, write_tar(path, {"a.png": picture("red"), f"a.{kind}": text}), class_names=names)
 
 
 def text_member(path: Path, text: bytes):

@@ -33,6 +33,8 @@ from PIL import Image
 
 from data_tools.caption_columns import ColumnCount
 
+READING = ("--image-column", "--image-root", "--split")  # options that not all sources use
+
 
 class Item(NamedTuple):
     """One picture of a source.
@@ -148,6 +150,7 @@ class Source:
             When a single item is invalid, the reason is the item's `problem`.
         choices: Values that the option takes, None for any path, URL or name.
         has_classes: Whether --class-template can make captions of its class names.
+        uses: Options of reading that have an effect; others of READING are refused.
         is_drawn: The pictures are drawn in random order, and a larger set begins with
             the samples of a smaller one. So the set is not shuffled, and its name is
             the option's value alone.
@@ -161,6 +164,7 @@ class Source:
     read: Callable[[str, Layout], Listing]
     choices: tuple[str, ...] | None = None
     has_classes: bool = False
+    uses: tuple[str, ...] = READING
     is_drawn: bool = False
     image_size: int = 384
     arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

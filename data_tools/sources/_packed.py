@@ -18,9 +18,6 @@ from data_tools.storage import shown
 from mmtensorar.data.tars import Damage
 
 BLOCK = 2**20  # bytes
-# Files that are tars by their names. Those of the second kind are refused.
-READ = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz")
-REFUSED = (".tar.lz4", ".tar.lz", ".tlz", ".tar.lzma", ".tar.z", ".taz", ".tar.br", ".tar.lzo", ".tar.sz")
 
 
 def _open_zstd(file: BinaryIO) -> Any:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -132,7 +133,7 @@ def path_in(root: Path, name: Any, where: str) -> Path:
     if not isinstance(name, str):
         raise ValueError(f"{where}: the image is {type(name).__name__}; expected a path")
     local = storage.is_local(root)
-    path = root if "\0" in name or (not local and "://" in name) else _path_below(root, name)
+    path = root if "\0" in name or (not local and "://" in name) else path_below(root, name)
     if path is None or (not local and path == root):
         raise ValueError(
             f"{where}: image {name!r} lies outside {root}; --image-root names the folder of the pictures"
@@ -142,7 +143,7 @@ def path_in(root: Path, name: Any, where: str) -> Path:
     return path
 
 
-def _path_below(root: Path, name: str) -> Path | None:
+def path_below(root: Path, name: str) -> Path | None:
     """The path of a name in a folder; None when `..` or an absolute path leads out of
     it.
 
@@ -210,6 +211,30 @@ def picture_in(value: Any, column: str, where: str, find: Callable[[str], Path])
 
 
 # ---- classes ---------------------------------------------------------------------------------
+
+
+def check_class_names(classes: Iterable[str], layout: Layout, where: str) -> None:
+    """Print notes on classes that --class-names does not name, and on names of no
+    class.
+
+    Raises ValueError when there are both: then a class is probably misspelt.
+    """
+    if layout.class_names is None:
+        return
+    classes = list(classes)
+    unnamed = [name for name in classes if name not in layout.class_names]
+    unknown = sorted(layout.class_names.keys() - set(classes))
+    if unnamed and unknown:
+        raise ValueError(
+            f"{where}: --class-names has {quoted(unknown)}, which no class is called, "
+            f"and no name for {quoted(unnamed)}"
+        )
+    notes = [f"classes without a name in --class-names: {quoted(unnamed)}"] if unnamed else []
+    notes += [f"names in --class-names without a class: {quoted(unknown)}"] if unknown else []
+    if not layout.templates:
+        notes.append("--class-names has no effect without --class-template")
+    for note in notes:
+        print(f"note: {where}: {note}", file=sys.stderr)
 
 
 def class_captions(name: str, layout: Layout) -> tuple[str, ...]:

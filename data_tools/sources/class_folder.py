@@ -10,22 +10,24 @@ from pathlib import Path
 
 from data_tools import storage
 from data_tools.sources import Item, Layout, Listing, Source
-from data_tools.sources._rows import class_captions, find_pictures
+from data_tools.sources._rows import check_class_names, class_captions, find_pictures
 from data_tools.storage import read_file
-from mmtensorar.folders import LeftOut
+from mmtensorar.folders import LeftOut, identity
 
 
 def read(location: str, layout: Layout) -> Listing:
     """Every picture below the sub-folders.
 
     The caption is the class number, or made from the class name by templates. A link
-    from one class into another, or to the folder itself, is left out. Raises ValueError
-    for a class without pictures: leaving it out would shift the later numbers, and
-    keeping it would never train its number.
+    in a class to the whole folder, to another class, or to a folder that an earlier
+    class has read is left out. Raises ValueError for a class that is another one by a
+    link, and for a class without pictures: leaving it out would shift the later
+    numbers, and keeping it would never train its number.
     """
     root = storage.at(location)
     left_out = LeftOut(root)
     names = class_names(root, left_out)
+    check_class_names(names, layout, str(root))
     return Listing(_items(root, names, layout, left_out), None if layout.templates else names)
 
 
@@ -40,13 +42,27 @@ def class_names(root: Path, left_out: LeftOut) -> tuple[str, ...]:
     names = storage.folders(root, left_out)
     if not names:
         raise ValueError(f"{root}: no sub-folders in it; expected one per class")
+    if storage.is_local(root):
+        _check_distinct(root, names)
     return names
 
 
+def _check_distinct(root: Path, names: tuple[str, ...]) -> None:
+    known = {identity(root): "the whole folder"}
+    # Folders before links, so that the message names the link.
+    for name in sorted(names, key=lambda name: ((root / name).is_symlink(), name)):
+        first = known.setdefault(identity(root / name), f"the class {name!r}")
+        if first != f"the class {name!r}":
+            raise ValueError(f"{root}: {name!r} is {first} under another name; remove the link")
+
+
 def _items(root: Path, names: tuple[str, ...], layout: Layout, left_out: LeftOut) -> Iterator[Item]:
+    others = {root, *(root / name for name in names)} if storage.is_local(root) else set()
     for number, name in enumerate(names):
-        others = [root, *(root / other for other in names if other != name)] if storage.is_local(root) else []
-        for path, status in find_pictures(root / name, left_out, entered=others)[0].items():
+        found = find_pictures(root / name, left_out, entered=others - {root / name})[0]
+        if storage.is_local(root):
+            others |= {path.parent for path in found}  # links of later classes may lead there
+        for path, status in found.items():
             meta = {"source": "class_folder", "name": path.relative_to(root).as_posix(), "class": name}
             captions = class_captions(name, layout) or (str(number),)
             meta["num_bytes"] = status.num_bytes
@@ -58,5 +74,6 @@ SOURCE = Source(
     "--class-folder",
     "images in one sub-folder per class; the sorted names give the class numbers",
     read,
+    uses=(),
     has_classes=True,
 )

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import sys
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from pathlib import Path
@@ -13,7 +15,14 @@ from typing import Any
 
 from data_tools import storage
 from data_tools.sources import Item, Layout, Listing, Source
-from data_tools.sources._rows import captions_in, class_captions, match_columns, picture_in
+from data_tools.sources._rows import (
+    captions_in,
+    check_class_names,
+    class_captions,
+    match_columns,
+    path_below,
+    picture_in,
+)
 from mmtensorar.data.url_cache import is_url
 
 
@@ -34,6 +43,10 @@ def read(location: str, layout: Layout) -> Listing:
             f"{location}: column {next(iter(labels))!r} holds class numbers; "
             "add --class-template 'a photo of a {}'"
         )
+    if layout.templates and not labels:
+        print(f"note: {location}: --class-template has no effect: no caption is a class", file=sys.stderr)
+    known = {name for feature in labels.values() for name in feature.names}
+    check_class_names(sorted(known), layout, location)
     return Listing(_items(rows, location, layout, labels))
 
 
@@ -75,13 +88,17 @@ def _items(rows: Any, location: str, layout: Layout, labels: dict[str, Any]) -> 
     """labels: column -> feature, of the columns that hold class labels."""
     fingerprint = rows._fingerprint  # of everything that the rows were made from
     stamp = _stamp(location)
-    for row, fields in enumerate(rows.select_columns(list(layout.captions))):
+    for row, fields in enumerate(_fields(rows.select_columns(list(layout.captions)))):
         where = f"{location}: split {layout.split}, row {row}"
         meta = {
             "source": "dataset",
             "name": f"{Path(location).name} {layout.split} {row}",
             "fingerprint": fingerprint,
         }
+        if fields is None:
+            problem = f"{where}: a column of captions holds text that is not UTF-8"
+            yield Item(f"{layout.split} {row}", bytes, (), meta, problem=problem)
+            continue
         for name, feature in labels.items():
             if fields[name] is not None and fields[name] >= 0:
                 fields[name] = list(class_captions(feature.int2str(fields[name]), layout))
@@ -93,6 +110,23 @@ def _items(rows: Any, location: str, layout: Layout, labels: dict[str, Any]) -> 
             yield Item(f"{layout.split} {row}", picture, captions, meta, stamp=stamp)
         except ValueError as error:
             yield Item(f"{layout.split} {row}", picture, (), meta, problem=str(error))
+
+
+def _fields(rows: Any) -> Iterator[dict[str, Any] | None]:
+    """The rows; None for one with text that is not UTF-8."""
+    num_rows = 0
+    try:
+        for fields in rows:  # in batches, which is faster than one by one
+            yield fields
+            num_rows += 1
+    except UnicodeDecodeError:
+        pass
+    for row in range(num_rows, len(rows)):
+        try:
+            fields = rows[row]
+        except UnicodeDecodeError:
+            fields = None
+        yield fields
 
 
 def _stamp(location: str) -> str:
@@ -115,21 +149,25 @@ def _picture(location: str, split: str, column: str, row: int) -> bytes:
 def _path_in(location: str, name: str, where: str) -> Path:
     """A picture's file.
 
-    It must be in the dataset's own folder or in the library's caches.
+    It must be in the dataset's own folder or in the library's caches. Links in these
+    may lead out of them, as in every source.
     """
     import datasets
 
-    path = Path(name).resolve()
-    roots = [Path(datasets.config.HF_CACHE_HOME).resolve(), Path(datasets.config.HF_DATASETS_CACHE).resolve()]
-    roots += [Path(location).resolve()] if Path(location).is_dir() else []
-    if not path.is_file() or not any(path.is_relative_to(root) for root in roots):
-        raise ValueError(f"{where}: image {name!r} is not a file of the dataset")
-    return path
+    roots = [Path(datasets.config.HF_CACHE_HOME), Path(datasets.config.HF_DATASETS_CACHE)]
+    roots += [Path(location)] if Path(location).is_dir() else []
+    for root in roots:
+        for spelled in (Path(os.path.abspath(root)), root.resolve()):
+            path = path_below(spelled, os.path.abspath(name))
+            if path is not None and path.is_file():
+                return path
+    raise ValueError(f"{where}: image {name!r} is not a file of the dataset")
 
 
 SOURCE = Source(
     "--dataset",
     "a Hugging Face dataset: NAME on the hub, or a folder that save_to_disk wrote",
     read,
+    uses=("--image-column", "--split"),
     has_classes=True,
 )

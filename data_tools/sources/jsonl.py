@@ -42,4 +42,6 @@ def _items(path: Path, root: Path, layout: Layout) -> Iterator[Item]:
         raise ValueError(f"{path}: no lines in it")
 
 
-SOURCE = Source("--jsonl", 'lines {"image": path, "caption": text}', read)
+SOURCE = Source(
+    "--jsonl", 'lines {"image": path, "caption": text}', read, uses=("--image-column", "--image-root")
+)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from pathlib import Path
@@ -66,19 +65,40 @@ def _file_items(path: Path, name: str, layout: Layout) -> Iterator[Item]:
             ]
             paths = [layout.image] if has_paths else []
             columns = [*paths, *dict.fromkeys([*layout.captions, *plain])]
-            stamp = _stamp(path)
+            stamp = storage.stamp(path)
             for group in range(file.num_row_groups):
                 _check_size(file, group, layout.image, path)
-                rows = file.read_row_group(group, columns=columns).to_pylist()
-                for row, fields in enumerate(rows):
+                for row, fields in enumerate(_fields(file.read_row_group(group, columns=columns))):
                     key, where = f"{name} {group} {row}", f"{path}: row group {group}, row {row}"
-                    if has_paths:
+                    if isinstance(fields, str):
+                        problem = f"{where}: column {fields!r} holds text that is not UTF-8"
+                        yield Item(key, bytes, (), {"source": "parquet", "name": key}, problem=problem)
+                    elif has_paths:
                         yield row_item(key, fields, layout, root, where, "parquet")
                     else:
                         picture = partial(_picture, path, stamp, group, row, layout.image, root)
-                        yield _bytes_item(key, picture, fields, layout, where, f"{name} {group} {stamp}")
+                        item = _bytes_item(key, picture, fields, layout, where)
+                        yield item._replace(group=f"{name} {group}", stamp=stamp)
     except (arrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a complete Parquet file ({error})") from error
+
+
+def _fields(table: Any) -> list[dict[str, Any] | str]:
+    """The rows of a table; for a row with text that is not UTF-8, the column's name."""
+    try:
+        return table.to_pylist()
+    except UnicodeDecodeError:
+        return [_row_fields(table.slice(number, 1)) for number in range(table.num_rows)]
+
+
+def _row_fields(row: Any) -> dict[str, Any] | str:
+    fields = {}
+    for name in row.column_names:
+        try:
+            fields[name] = row.column(name).to_pylist()[0]
+        except UnicodeDecodeError:
+            return name
+    return fields
 
 
 def _holds_paths(arrow: Any, schema: Any, layout: Layout, path: Path) -> bool:
@@ -96,7 +116,7 @@ def _holds_paths(arrow: Any, schema: Any, layout: Layout, path: Path) -> bool:
     raise ValueError(f"{path}: column {layout.image!r} holds {kind}; expected paths or bytes of pictures")
 
 
-def _bytes_item(key: str, picture: Any, fields: dict, layout: Layout, where: str, group: str) -> Item:
+def _bytes_item(key: str, picture: Any, fields: dict, layout: Layout, where: str) -> Item:
     """The item of a row whose picture is in the file. picture: reads it."""
     others = {k: v for k, v in fields.items() if k not in layout.captions and v is not None}
     meta = {"source": "parquet", "name": key} | ({"fields": others} if others else {})
@@ -104,7 +124,7 @@ def _bytes_item(key: str, picture: Any, fields: dict, layout: Layout, where: str
         captions, problem = captions_in(fields, layout, where), None
     except ValueError as error:
         captions, problem = (), str(error)
-    return Item(key, picture, captions, meta, group, problem)
+    return Item(key, picture, captions, meta, problem=problem)
 
 
 def _check_size(file: Any, group: int, column: str, path: Path) -> None:
@@ -134,14 +154,6 @@ def _is_plain(arrow: Any, kind: Any) -> bool:
     )
 
 
-def _stamp(path: Path) -> str:
-    """Digest of size and modification time: hashing all bytes would take too long."""
-    if not storage.is_local(path):
-        return hashlib.sha256(str(path.fs.ukey(path.path)).encode()).hexdigest()[:16]
-    status = path.stat()
-    return hashlib.sha256(f"{status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:16]
-
-
 def _picture(path: Path, stamp: str, group: int, row: int, column: str, root: Path) -> bytes:
     where = f"{path}: row group {group}, row {row}"
     value = _column(path, stamp, group, column)[row].as_py()
@@ -152,7 +164,7 @@ def _picture(path: Path, stamp: str, group: int, row: int, column: str, root: Pa
 def _column(path: Path, stamp: str, group: int, column: str) -> Any:
     """The encoded pictures of a row group: all that a worker holds of a file."""
     arrow = _arrow()
-    if _stamp(path) != stamp:
+    if storage.stamp(path) != stamp:
         raise ValueError(f"{path}: it changed while it was read")
     try:
         with path.open("rb") as stream, arrow.parquet.ParquetFile(stream) as file:
@@ -165,4 +177,5 @@ SOURCE = Source(
     "--parquet",
     "a Parquet file, or a folder of them, with columns image (path, bytes or both) and caption",
     read,
+    uses=("--image-column", "--image-root"),
 )

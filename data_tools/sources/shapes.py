@@ -40,6 +40,7 @@ SOURCE = Source(
     "--synthesize",
     "draw an embedded world",
     read,
+    uses=(),
     choices=("shapes",),
     is_drawn=True,
     image_size=64,

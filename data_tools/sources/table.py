@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_tools import storage
-from data_tools.delimited import Row, plain_rows, quoted_rows, quoting_of
+from data_tools.delimited import IsRow, Row, plain_rows, quoted_rows, quoting_of
 from data_tools.sources import Item, Layout, Listing, Source
 from data_tools.sources._rows import SUFFIXES, match_columns, row_item, table_file
 from mmtensorar.files import iterate_lines
@@ -52,7 +52,7 @@ def _items(path: Path, root: Path, layout: Layout) -> Iterator[Item]:
 def rows_of(path: Path, layout: Layout) -> Iterator[Row]:
     """The rows of a file, header first. layout: names the column of pictures."""
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    with_quotes = delimiter == "," or _is_quoted(path, delimiter)
+    with_quotes = delimiter == "," or _is_quoted(path, delimiter, layout)
     with storage.open_file(path) as file:
         lines = iterate_lines(file)
         if not with_quotes:
@@ -62,27 +62,41 @@ def rows_of(path: Path, layout: Layout) -> Iterator[Row]:
         if header is None:
             return
         yield header
-        num_cells = len(header.cells)
-        names = [name.strip() for name in header.cells]
-        image = names.index(layout.image) if layout.image in names else 0
-
-        def is_row(cells: list[str]) -> bool:
-            # In TSV the tabs tell. In CSV captions have commas; the picture's name
-            # tells.
-            if len(cells) != num_cells:
-                return False
-            return delimiter == "\t" or cells[image].strip(' "').lower().endswith(SUFFIXES)
-
-        yield from quoted_rows(lines, delimiter, is_row)
+        yield from quoted_rows(lines, delimiter, _row_test(header.cells, delimiter, layout))
 
 
-def _is_quoted(path: Path, delimiter: str) -> bool:
+def _row_test(header: list[str], delimiter: str, layout: Layout) -> IsRow:
+    """Whether the cells of a line look like a row's.
+
+    The name of a picture tells, in its column from the left or from the right: a
+    caption with commas that lacks its quotes has too many cells. In TSV the number of
+    cells tells too.
+    """
+    names = [name.strip() for name in header]
+    image = names.index(layout.image) if layout.image in names else 0
+
+    def is_row(cells: list[str]) -> bool:
+        if delimiter == "\t" and len(cells) == len(header):
+            return True
+        if len(cells) < min(2, len(header)):
+            return False
+        places = (image, image - len(header) + len(cells))
+        return any(
+            0 <= place < len(cells) and cells[place].strip(' "').lower().endswith(SUFFIXES)
+            for place in places
+        )
+
+    return is_row
+
+
+def _is_quoted(path: Path, delimiter: str, layout: Layout) -> bool:
     with storage.open_file(path) as file:
         lines = iterate_lines(file)
         header = next(quoted_rows(lines, delimiter, lambda cells: False), None)
         if header is None:
             return False
-        quoting = quoting_of(lines, delimiter, len(header.cells))
+        is_row = _row_test(header.cells, delimiter, layout)
+        quoting = quoting_of(lines, delimiter, len(header.cells), is_row)
     if quoting.num_unpaired and not quoting.is_used:
         note = f"quotes are read as characters; rows where they do not pair up: {quoting.num_unpaired}"
         print(f"note: {path}: {note}", file=sys.stderr)
@@ -90,5 +104,8 @@ def _is_quoted(path: Path, delimiter: str) -> bool:
 
 
 SOURCE = Source(
-    "--csv", "a CSV file with a header and columns image (a path) and caption; .tsv for tabs", read
+    "--csv",
+    "a CSV file with a header and columns image (a path) and caption; .tsv for tabs",
+    read,
+    uses=("--image-column", "--image-root"),
 )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data_tools import storage
 from data_tools.sources import Item, Layout, Listing, Source
-from data_tools.sources._packed import READ, REFUSED, unpacked
+from data_tools.sources._packed import unpacked
 from data_tools.sources._rows import SUFFIXES, captions_in, class_captions, parse_object
 from mmtensorar.data import tars
 from mmtensorar.data.members import decode_caption
@@ -30,10 +30,11 @@ def read(location: str, layout: Layout) -> Listing:
     """The samples of a tar, or of all tars below a folder, in their order.
 
     The caption is in the txt member, or under the caption keys of the json member, or
-    it is the class number in the cls member (or made from the class name). Other
-    members are not read; their number is printed. If the folder has a manifest of ours,
-    json members are kept and its class names are used. The samples of a compressed tar
-    form a group.
+    it is the class number in the cls member (or made from the class name). With
+    templates or class names the cls member comes first; captions that are not used then
+    are counted, and so are samples without a class. Other members are not read; their
+    number is printed. If the folder has a manifest of ours, json members are kept and
+    its class names are used. The samples of a compressed tar form a group.
 
     Raises ValueError for a damaged tar, and one that is compressed in a way that is not
     read.
@@ -46,6 +47,7 @@ def read(location: str, layout: Layout) -> Listing:
         replace(layout, class_names=class_names),
         keeps_meta=manifest is not None,
         is_numbered=manifest is not None and manifest.classes is not None,
+        by_class=bool(layout.templates or layout.class_names),
     )
     classes = None
     if class_names and not layout.templates:
@@ -75,16 +77,19 @@ class TarSet:
     """How the tars are read.
 
     keeps_meta: keep the content of json members. is_numbered: txt members hold class
-    numbers. ignored: counts members of other kinds.
+    numbers. by_class: captions are made of classes. ignored: counts members of other
+    kinds. notes: counts samples whose caption is not where the options ask for it.
     """
 
     layout: Layout
     keeps_meta: bool
     is_numbered: bool
+    by_class: bool = False
     ignored: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
 
     def items(self, location: str) -> Iterator[Item]:
-        path, files = storage.with_suffix(location, *READ, *REFUSED)
+        path, files = storage.with_suffix(location, *storage.TARS, *storage.REFUSED_TARS)
         num_samples, left_out = 0, LeftOut(path)
         for file, status in files.items():
             name = file.relative_to(path).as_posix() if file != path else path.name
@@ -98,6 +103,8 @@ class TarSet:
         if self.ignored:
             kinds = ", ".join(f"{count} {kind}" for kind, count in self.ignored.most_common(5))
             print(f"note: left out members of other kinds: {kinds}", file=sys.stderr)
+        for note, count in self.notes.items():
+            print(f"note: {path}: {note}: {count}", file=sys.stderr)
         if not num_samples:
             raise ValueError(f"{path}: no samples in it")
 
@@ -138,8 +145,26 @@ class TarSet:
         return Item(key, read, captions, {"num_bytes": picture.size} | meta)
 
     def _captions(self, sample: TarSample) -> tuple[str, ...]:
-        members, columns = sample.group.members, self.layout.captions
+        members = sample.group.members
         sample.check_sizes((*TEXT, "json", "cls"))
+        if self.by_class and not self.is_numbered:
+            # A column that is named, and exists, comes before a template.
+            if "cls" in members and not (self.layout.templates and self.layout.captions_given):
+                if any(kind in members for kind in (*TEXT, "json")):
+                    self.notes["samples with a class, whose .txt or .json is not the caption"] += 1
+                return self._class_member_captions(sample)
+            if not self.layout.templates:
+                raise ValueError(
+                    f"{sample.where}: no class number; with --class-names expected a cls member, "
+                    f"found {', '.join(members)}"
+                )
+            if "cls" not in members:
+                self.notes["samples without a class, where --class-template has no effect"] += 1
+        return self._text_captions(sample) or self._class_member_captions(sample)
+
+    def _text_captions(self, sample: TarSample) -> tuple[str, ...]:
+        """From the txt or json member; empty when there is a class instead."""
+        members, columns = sample.group.members, self.layout.captions
         for extension in TEXT:
             if extension in members:
                 self.layout.columns.num_texts += 1
@@ -151,6 +176,10 @@ class TarSet:
                 return captions_in(fields, self.layout, sample.where)
             if self.layout.captions_given:  # they are in no row, perhaps
                 self.layout.columns.add(fields, columns)
+        return ()
+
+    def _class_member_captions(self, sample: TarSample) -> tuple[str, ...]:
+        members = sample.group.members
         if "cls" not in members:
             raise ValueError(
                 f"{sample.where}: no caption; expected a txt or json member, found {', '.join(members)}"
@@ -164,7 +193,7 @@ class TarSet:
         names = self.layout.class_names
         if names is None:
             raise ValueError(
-                f"{where}: a class number and no caption; "
+                f"{where}: a class number without a name; "
                 "add --class-names, and --class-template for captions"
             )
         if number not in names:
@@ -227,7 +256,7 @@ def _compression(path: Path) -> str | None:
     with tars.TarReader(path) as file:
         found = tars.compression(file.pread(8, 0))
     name = path.name.lower()
-    return found or (name.rpartition(".")[2] if name.endswith(REFUSED) else None)
+    return found or (name.rpartition(".")[2] if name.endswith(storage.REFUSED_TARS) else None)
 
 
 def _read(path: Path, member: tars.Member, stamp: str, packed: str | None) -> bytes:
@@ -243,5 +272,6 @@ SOURCE = Source(
     "a folder of WebDataset tars, or one tar, also compressed: captions in .txt or .json members, "
     "classes in .cls",
     read,
+    uses=(),
     has_classes=True,
 )

@@ -91,7 +91,11 @@ def _questions(lines: Iterator[Line], path: Path) -> Iterator[Question]:
     header: list[str] = []
 
     def is_row(cells: list[str]) -> bool:
-        return len(cells) == len(header) and cells[header.index("proposition_id")].strip().isdecimal()
+        # Also of a row with a wrong number of cells: it is named, and not swallowed.
+        if not set(COLUMNS) <= set(header):
+            return False
+        item, number = header.index("item_id"), header.index("proposition_id")
+        return len(cells) > max(item, number) and bool(cells[item]) and cells[number].strip().isdecimal()
 
     # Not strict: the official script's pandas takes text after a closing quote.
     for line, cells, problem in quoted_rows(lines, ",", is_row, strict=False):
@@ -99,6 +103,8 @@ def _questions(lines: Iterator[Line], path: Path) -> Iterator[Question]:
         if problem is not None:
             raise ValueError(f"{where}: {problem}")
         if header:
+            if len(cells) > len(header):  # pandas refuses these too
+                raise ValueError(f"{where}: {len(cells)} cells, but the header has {len(header)}")
             yield _question(dict(zip(header, cells, strict=False)), where)
             continue
         header = cells

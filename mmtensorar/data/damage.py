@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import zlib
 from collections.abc import Iterator
 
@@ -30,6 +31,43 @@ def check_png(content: bytes) -> None:
             return
         position = end + 4
     raise ValueError("truncated: it has no end chunk")
+
+
+CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of a PNG's colour types
+# First column and row, and steps between columns and rows, of the passes of interlacing.
+PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+
+
+def check_png_rows(image: Image.Image, content: bytes) -> None:
+    """Raises ValueError when the rows of a PNG end early although its data are valid.
+
+    Pillow leaves missing rows black, so that only a picture with a black end is
+    unpacked once more, and one whose rows are interlaced. image: as Pillow loaded it.
+    """
+    width, height, bits, color, _, _, interlaced = struct.unpack(">IIBBBBB", content[16:29])
+    if not interlaced and any(image.crop((0, height - 1, width, height)).tobytes()):
+        return
+    expected = 0
+    for left, top, across, down in PASSES if interlaced else ((0, 0, 1, 1),):
+        columns, rows = max(0, width - left + across - 1) // across, max(0, height - top + down - 1) // down
+        expected += rows * (1 + (columns * bits * CHANNELS[color] + 7) // 8) if columns else 0
+    found, stream = 0, zlib.decompressobj()
+    for data in _png_data(content):
+        while data and not stream.eof and found < expected:
+            found += len(stream.decompress(data, 2**20))
+            data = stream.unconsumed_tail
+    if found < expected:
+        raise ValueError(f"truncated: {found} bytes of rows, expected {expected}")
+
+
+def _png_data(content: bytes) -> Iterator[bytes]:
+    """The packed rows, in the parts in which a PNG has them."""
+    position = 8
+    while position + 12 <= len(content):
+        length = int.from_bytes(content[position : position + 4], "big")
+        if content[position + 4 : position + 8] == b"IDAT":
+            yield content[position + 8 : position + 8 + length]
+        position += 12 + length
 
 
 def check_webp(content: bytes) -> None:

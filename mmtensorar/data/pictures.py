@@ -22,7 +22,11 @@ MAX_BYTES = 2**30  # of a file that is not in a shard
 SHARD_FORMATS = ("JPEG", "PNG", "WEBP")
 MEMBERS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 FORMATS = (*SHARD_FORMATS, "BMP", "GIF", "TIFF")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".mpo")
+# Files whose names end so are taken for pictures, where no row names them.
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".mpo"),
+    *(".jpe", ".jfif", ".apng"),
+)
 
 # Pillow warns about damaged metadata, one line a picture; pixels and errors are not
 # affected.
@@ -112,6 +116,8 @@ def _load(image: ImageFile.ImageFile, content: bytes) -> None:
         damage.check_png(content)
         _scale_transparent_grey(image)
     image.load()
+    if image.format == "PNG":
+        damage.check_png_rows(image, content)
     if image.format == "WEBP":
         damage.check_webp(content)
 

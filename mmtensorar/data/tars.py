@@ -31,6 +31,8 @@ COMPRESSIONS = {
     b"\x04\x22\x4d\x18": "lz4",
     b"LZIP": "lzip",
     b"\x1f\x9d": "compress",
+    # Frames to skip, of any of these kinds, with which pzstd begins a file.
+    **{bytes((0x50 + kind, 0x2A, 0x4D, 0x18)): "zstd" for kind in range(16)},
 }
 
 

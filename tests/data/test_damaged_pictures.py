@@ -5,6 +5,7 @@ smearing. Such pictures used to be kept, with up to half of their pixels wrong.
 """
 
 import io
+import zlib
 from functools import partial
 
 import numpy as np
@@ -211,6 +212,53 @@ def test_libraries_that_let_truncated_pictures_pass_do_not_matter(kind, monkeypa
     content = encoded(photograph(), kind)
     with pytest.raises(ValueError, match="^here: unreadable image"):
         decode_picture(content[: len(content) // 2], "here")
+
+
+def png_rows(height: int, bits: int, color: int, *, share: float) -> bytes:
+    """A PNG, 24 pixels wide, of which only a share of the rows is there."""
+    channels = {0: 1, 2: 3, 4: 2, 6: 4}[color]
+    rows = [bytes([0x55]) * (24 * bits * channels // 8)] * int(height * share)
+    return pictures.png((24, height), bits, color, rows)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+@pytest.mark.parametrize(
+    ("bits", "color"), [(8, 2), (8, 0), (1, 0), (2, 0), (16, 0), (16, 2), (8, 4), (8, 6), (16, 6)]
+)
+def test_missing_rows_of_pngs(bits, color, share):
+    """All checksums are right and the data are whole, but the lower half was black."""
+    decode_picture(png_rows(90, bits, color, share=1), "here")
+    with pytest.raises(ValueError, match=r"^here: unreadable image \(.*truncated"):
+        decode_picture(png_rows(90, bits, color, share=share), "here")
+
+
+def interlaced(num_passes: int, pixel: int = 200) -> bytes:
+    """A grey PNG of 16 x 16 pixels, with the first of its passes."""
+    shapes = ((2, 2), (2, 2), (4, 2), (4, 4), (8, 4), (8, 8), (16, 8))[:num_passes]
+    rows = [bytes([pixel]) * width for width, height in shapes for _ in range(height)]
+    content = bytearray(pictures.png((16, 16), 8, 0, rows))
+    content[28] = 1
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    return bytes(content)
+
+
+@pytest.mark.parametrize("num_passes", range(1, 8))
+def test_missing_passes_of_interlaced_pngs(num_passes):
+    if num_passes == 7:
+        assert np.all(np.asarray(decode_picture(interlaced(7), "here")) == 200)
+    else:
+        with pytest.raises(ValueError, match="truncated"):
+            decode_picture(interlaced(num_passes), "here")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "LA", "RGBA", "I;16"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 30), (30, 1), (33, 20), (400, 300)])
+def test_pngs_with_a_black_end_are_whole(mode, size):
+    image = Image.new("RGBA", size)
+    image.paste(photograph(size[0], (size[1] + 1) // 2), (0, 0))
+    image = image.convert("L").convert("I").convert("I;16") if mode == "I;16" else image.convert(mode)
+    content = encoded(image, "PNG")
+    assert decode_picture(content, "here").size == size
 
 
 def test_good_pngs_and_webps_are_not_refused():

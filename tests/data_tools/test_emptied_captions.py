@@ -18,6 +18,7 @@ from mmtensorar.data.members import decode_features, encode_features
 from mmtensorar.data.shards import Manifest, Sample, iterate_tar, write_tar
 from tests.helpers.fakes import write_tiny_t5
 from tests.helpers.sources import make, picture
+from tests.helpers.sources import write_tar as pack_tar
 
 EMPTIED = [
     "红色的圆",
@@ -118,6 +119,30 @@ def test_shards_made_with_features_count_them(tmp_path, t5, capsys):
     kept = ("--caption-cleaning", "original_or_raw")
     assert make(tmp_path / "kept", "--folder", source, "--text-encoder", t5, "--max-tokens", 5, *kept) == 0
     assert "nothing" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["folder", "jsonl", "tars"])
+def test_captions_are_named_by_their_item(tmp_path, t5, capsys, kind):
+    """The part of unfinished work that was named is gone when the set is made."""
+    source, long = tmp_path / "files", "a red circle " * 9
+    source.mkdir()
+    for number, caption in enumerate([EMPTIED[0], long]):
+        (source / f"{number}.png").write_bytes(picture("red"))
+        (source / f"{number}.txt").write_text(caption, encoding="utf-8")
+    rows = [{"image": "0.png", "caption": EMPTIED[0]}, {"image": "1.png", "caption": long}]
+    (tmp_path / "files" / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    members = {path.name: path.read_bytes() for path in sorted(source.glob("?.*"))}
+    (tmp_path / "tars").mkdir()
+    tar = pack_tar(tmp_path / "tars" / "a.tar", members)
+    place, empty, cut = {
+        "folder": (source, "folder 0.png", "folder 1.png"),
+        "jsonl": (source / "rows.jsonl", "jsonl 0.png", "jsonl 1.png"),
+        "tars": (tar, "webdataset a.tar 0", "webdataset a.tar 1"),
+    }[kind]
+    assert make(tmp_path / "set", f"--{kind}", place, "--text-encoder", t5, "--max-tokens", 5) == 0
+    err = capsys.readouterr().err
+    assert f"{empty}: caption cleaning" in err and f"{cut}: the caption has" in err
+    assert ".unfinished" not in err
 
 
 def test_prompts_are_named_when_they_are_encoded(t5, capsys):

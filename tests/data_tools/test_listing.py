@@ -151,6 +151,39 @@ def test_classes_behind_links(tmp_path, capsys):
     ]
 
 
+@pytest.mark.parametrize(
+    ("link", "target", "first"),
+    [
+        ("kitty", "lime", "the class 'lime'"),
+        ("a", "red", "the class 'red'"),
+        ("pet", "../b/blue", "the class 'blue'"),
+        ("all", ".", "the whole folder"),
+        ("kitty", "far", "the class 'far'"),
+    ],
+)
+def test_a_class_that_is_another_one_is_refused(tmp_path, capsys, link, target, first):
+    """The same pictures had two class numbers, without a word."""
+    classes(tmp_path / "b", COLORS)
+    if target == "far":
+        (tmp_path / "c").mkdir()
+        (tmp_path / "c" / "1.png").write_bytes(picture("red"))
+        (tmp_path / "b" / "far").symlink_to("../c")
+    (tmp_path / "b" / link).symlink_to(target)
+    sentence = fails(capsys, make(tmp_path / "set", "--class-folder", tmp_path / "b"))
+    assert f"{link!r} is {first} under another name" in sentence
+
+
+def test_a_folder_that_two_classes_link_to_has_one_class(tmp_path, capsys):
+    classes(tmp_path / "b", COLORS)
+    (tmp_path / "extra").mkdir()
+    (tmp_path / "extra" / "2.png").write_bytes(picture("blue"))
+    for color in ("blue", "red", "yellow"):
+        (tmp_path / "b" / color / "more").symlink_to("../../extra")
+    assert make(tmp_path / "set", "--class-folder", tmp_path / "b") == 0
+    assert len(captions(tmp_path / "set")) == len(COLORS) + 1
+    assert "left out 2 (a folder that is listed already): red/more" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_rows_reach_pictures_behind_links(tmp_path, kind):
     import pyarrow.parquet
@@ -177,6 +210,31 @@ def test_captions_without_a_picture_are_counted(tmp_path, captioned, capsys):
     assert "left out 1 (no picture of that name): lost.txt" in err
     assert "left out 1 (its .txt is used): red.json" in err
     assert "a.tar" in err and "left out 1 (a link without a target): b.gif" in err
+
+
+@pytest.mark.parametrize(
+    ("picture_suffix", "text", "unused"),
+    [
+        (".PNG", ".TXT", ()),
+        (".png", ".Txt", ()),
+        (".PNG", ".JSON", ()),
+        (".png", ".txt", (".TXT", ".json")),
+        (".Png", ".TXT", (".JSON",)),
+    ],
+)
+def test_the_case_of_a_suffix_does_not_count(tmp_path, capsys, picture_suffix, text, unused):
+    """A.PNG beside A.TXT had no caption."""
+    for suffix in (text, *unused):
+        right = suffix == text
+        content = "a red picture" if right else "another"
+        content = json.dumps({"caption": content}) if suffix.lower() == ".json" else content
+        (tmp_path / f"A{suffix}").write_text(content)
+    (tmp_path / f"A{picture_suffix}").write_bytes(picture("red"))
+    assert make(tmp_path / "set", "--folder", tmp_path) == 0
+    assert captions(tmp_path / "set") == ["a red picture"]
+    err = capsys.readouterr().err
+    assert (f"left out {len(unused)} (its {text} is used)" in err) == bool(unused)
+    assert "no picture" not in err
 
 
 # ---- compressed tars -------------------------------------------------------------------------
@@ -211,6 +269,30 @@ def test_compressed_tars_are_read_beside_plain_ones(tmp_path, name):
     write_tar(tmp_path / "b" / "b.tar", members(HALF[1]))
     assert make(tmp_path / "set", "--tars", tmp_path / "b") == 0
     assert_right(tmp_path / "set")
+
+
+@pytest.mark.parametrize("kind", [0x50, 0x5A, 0x5F])
+@pytest.mark.parametrize("name", ["a.tar.zst", "a.tzst", "a.tar"])
+def test_zstd_may_begin_with_a_frame_to_skip(tmp_path, name, kind):
+    """pzstd writes the length of each part into one."""
+    whole = compressed(tmp_path / "a.tar.zst", members(COLORS)).read_bytes()
+    skipped = bytes((kind, 0x2A, 0x4D, 0x18, 4, 0, 0, 0)) + len(whole).to_bytes(4, "little")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / name).write_bytes(skipped + whole + skipped)
+    assert make(tmp_path / "set", "--tars", tmp_path / "b") == 0
+    assert_right(tmp_path / "set")
+
+
+@pytest.mark.parametrize("name", ["00009.txz", "b.tzst", "b.tar.lz4", "more/00001.tar", "more/deep/b.TGZ"])
+def test_a_tar_that_a_set_does_not_name_is_told(tmp_path, captioned, capsys, name):
+    out = tmp_path / "set"
+    assert make(out, "--folder", captioned) == 0
+    (out / name).parent.mkdir(parents=True, exist_ok=True)
+    (out / name).write_bytes(b"x")
+    note = f"left out 1 (not in manifest.json): {name}"
+    capsys.readouterr()
+    assert make(tmp_path / "again", "--tars", out) == 0 and note in capsys.readouterr().err
+    assert check_shards.main([str(out)]) == 0 and note in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["a.tar.gz", "a.tar"])

@@ -120,15 +120,24 @@ OTHERS = {
 }
 
 
+# Other spellings of names.
+SPELLED = {
+    "jfif.jfif": encoded(SQUARE, "JPEG"),
+    "jpe.JPE": encoded(SQUARE, "JPEG"),
+    "apng.apng": encoded(SQUARE, "PNG"),
+}
+
+
 @every_source
 def test_all_sources_read_the_same_formats(source: Source, tmp_path):
-    """A folder used to leave BMP, GIF and TIFF out, and a table of them to be an
+    """A folder used to leave BMP, GIF, TIFF and JFIF out, and a table of them to be an
     error.
     """
-    assert make(tmp_path / "set", *source(tmp_path, OTHERS), "--format", "png") == 0
+    files = OTHERS | SPELLED
+    assert make(tmp_path / "set", *source(tmp_path, files), "--format", "png") == 0
     samples = found(tmp_path / "set")
-    assert set(samples) == {name.split(".")[0] for name in OTHERS}
-    for name, content in OTHERS.items():
+    assert set(samples) == {name.split(".")[0] for name in files}
+    for name, content in files.items():
         expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
         np.testing.assert_array_equal(pixels(samples[name.split(".")[0]]), expected)
 

@@ -70,6 +70,16 @@ def parquet(root: Path, color: str) -> tuple[str, Path, Path]:
     return "--parquet", root / "rows.parquet", root / "b.png"
 
 
+def parquet_bytes(root: Path, color: str) -> tuple[str, Path, Path]:
+    import pyarrow.parquet
+
+    pictures = [of_one_size(color if name == "b" else BEFORE) for name in CAPTIONS]
+    rows = pyarrow.table({"image": pictures, "caption": list(CAPTIONS.values())})
+    plain = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    pyarrow.parquet.write_table(rows, root / "rows.parquet", **plain)
+    return "--parquet", root, root / "rows.parquet"
+
+
 def tar(root: Path, color: str) -> tuple[str, Path, Path]:
     members = {}
     for name, caption in CAPTIONS.items():
@@ -80,7 +90,7 @@ def tar(root: Path, color: str) -> tuple[str, Path, Path]:
     return "--tars", root, write_tar(root / "some.tar", members)
 
 
-SOURCES = [folder, class_folder, jsonl, table, parquet, tar]
+SOURCES = [folder, class_folder, jsonl, table, parquet, parquet_bytes, tar]
 
 
 @pytest.fixture(params=SOURCES, ids=lambda source: source.__name__)
@@ -106,6 +116,26 @@ def test_a_picture_of_the_same_size_is_noticed(tmp_path, source, capsys):
     assert make(tmp_path / "set", option, place, "--overwrite") == 0
     pictures = (Image.open(io.BytesIO(sample.members["jpg"])) for sample in made(tmp_path / "set"))
     assert sorted(image.getpixel((8, 8))[1] > 200 for image in pictures) == [False, False, True]
+
+
+def test_another_time_alone_is_no_change(tmp_path, source, capsys):
+    """A Parquet file whose time differed was another set at once."""
+    option, place, edited = source(BEFORE)
+    assert make(tmp_path / "set", option, place) == 0
+    os.utime(edited, ns=(0, 0))
+    capsys.readouterr()
+    assert make(tmp_path / "set", option, place) == 0
+    printed = capsys.readouterr().out
+    assert "comparing the pictures" in printed and "reusing" in printed
+
+
+def test_a_time_that_was_restored_over_another_picture_is_noticed(tmp_path, source, capsys):
+    option, place, edited = source(BEFORE)
+    assert make(tmp_path / "set", option, place) == 0
+    status = edited.stat()
+    source(AFTER)
+    os.utime(edited, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert "has changed since it was made" in fails(capsys, make(tmp_path / "set", option, place))
 
 
 def test_a_time_that_was_restored_is_noticed(tmp_path, captioned, capsys):
@@ -167,6 +197,33 @@ def test_a_picture_that_was_left_out_and_repaired_is_noticed(tmp_path, captioned
     assert make(tmp_path / "set", *arguments) == 0
     (captioned / "red.png").write_bytes(good)
     assert "red.png has changed" in fails(capsys, make(tmp_path / "set", *arguments))
+
+
+@pytest.mark.parametrize("mode", ["samples", "pictures"])
+@pytest.mark.parametrize("edited", ["b", "a", "both", "touched"])
+@pytest.mark.parametrize("captions", ["first", "each"])
+def test_a_duplicate_that_was_edited_is_noticed(tmp_path, capsys, mode, edited, captions):
+    """The set was reused, and the new picture was lost."""
+    root = tmp_path / "files"
+    root.mkdir()
+    for name in "abc":
+        (root / f"{name}.png").write_bytes(of_one_size("blue" if name == "c" else BEFORE))
+        (root / f"{name}.json").write_text('{"caption": ["one", "two"]}')
+    arguments = ("--folder", root, "--deduplicate", mode, "--captions", captions)
+    assert make(tmp_path / "set", *arguments) == 0
+    for name in {"both": "ab", "touched": ""}.get(edited, edited):
+        (root / f"{name}.png").write_bytes(of_one_size(AFTER))
+    os.utime(root / "c.png", ns=(0, 0))
+    capsys.readouterr()
+    if edited == "touched":
+        assert make(tmp_path / "set", *arguments) == 0 and "reusing" in capsys.readouterr().out
+        return
+    sentence = fails(capsys, make(tmp_path / "set", *arguments))
+    assert "a.png has changed" in sentence or "b.png has changed" in sentence
+    assert make(tmp_path / "set", *arguments, "--overwrite") == 0
+    assert len(made(tmp_path / "set")) == (2 + (edited != "both")) * (
+        2 if captions == "each" and mode == "samples" else 1
+    )
 
 
 def test_work_that_was_interrupted_does_not_keep_an_old_picture(tmp_path, captioned, monkeypatch):

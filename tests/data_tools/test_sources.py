@@ -125,6 +125,59 @@ def test_a_saved_dataset_becomes_shards(tmp_path, files, capsys):
     assert "no split 'train'; found test" in fails(capsys, make(tmp_path / "other", *arguments))
 
 
+@pytest.mark.parametrize("bad", [[0], [3], [2, 5]])
+@pytest.mark.parametrize("is_list", [False, True])
+def test_text_of_a_dataset_that_is_not_utf8_is_a_problem_of_its_row(tmp_path, capsys, bad, is_list):
+    import datasets
+    import pyarrow
+
+    raw = [b"\xff\xfeb" if row in bad else f"a {color} picture".encode() for row, color in enumerate(COLORS)]
+    text = pyarrow.array(raw).cast(pyarrow.binary()).view(pyarrow.string())
+    text = pyarrow.ListArray.from_arrays(list(range(len(raw) + 1)), text) if is_list else text
+    table = pyarrow.table({"image": [picture(color) for color in COLORS], "caption": text})
+    datasets.Dataset(datasets.table.InMemoryTable(table)).save_to_disk(tmp_path / "saved")
+    capsys.readouterr()
+    sentence = f"saved: split train, row {bad[0]}: a column of captions holds text that is not UTF-8"
+    assert sentence in fails(capsys, make(tmp_path / "set", "--dataset", tmp_path / "saved"))
+    assert make(tmp_path / "set", "--dataset", tmp_path / "saved", "--on-error", "skip") == 0
+    assert_right(tmp_path / "set", [color for row, color in enumerate(COLORS) if row not in bad])
+    assert sentence in (tmp_path / "set" / "left_out.jsonl").read_text()
+
+
+@pytest.mark.parametrize("kind", ["a file", "a folder", "the place", "both", "outside"])
+def test_a_dataset_of_a_folder_follows_links(tmp_path, files, capsys, monkeypatch, kind):
+    """A picture through a link was "not a file of the dataset"."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    place = tmp_path / "place"
+    place.mkdir()
+    pictures = place / "pictures"
+    if kind in ("a folder", "both"):
+        pictures.symlink_to("../files")
+    else:
+        pictures.mkdir()
+        for color in COLORS:
+            (pictures / f"{color}.png").symlink_to(files / f"{color}.png")
+    if kind in ("the place", "both"):
+        place = tmp_path / "other"
+        place.symlink_to("place")
+    rows = {
+        "image": [
+            str((files if kind == "outside" else place / "pictures") / f"{color}.png") for color in COLORS
+        ],
+        "caption": [f"a {color} picture" for color in COLORS],
+    }
+    found = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image(decode=False))
+    monkeypatch.setattr("data_tools.sources.dataset.load_split", lambda location, split: found)
+    code = make(tmp_path / "set", "--dataset", place)
+    if kind == "outside":
+        assert "is not a file of the dataset" in fails(capsys, code)
+    else:
+        assert code == 0
+        assert_right(tmp_path / "set")
+
+
 def test_a_dataset_of_labels_takes_a_template(tmp_path, files, capsys):
     import datasets
 
@@ -189,6 +242,54 @@ def test_class_members_of_tars_keep_their_numbers(tmp_path, capsys):
     assert captions(tmp_path / "set") == [str(number) for number in range(len(COLORS))]
 
 
+def tar_of_classes(path: Path, texts: dict[str, bytes]) -> Path:
+    """Pictures with their classes and, beside them, other captions: kind -> content."""
+    members = {}
+    for number, color in enumerate(COLORS[:3]):
+        members |= {f"{number}.png": picture(color), f"{number}.cls": str(number).encode()}
+        members |= {f"{number}.{kind}": value for kind, value in texts.items()}
+    return write_tar(path, members)
+
+
+@pytest.fixture
+def color_names(tmp_path) -> Path:
+    names = tmp_path / "names.json"
+    names.write_text(json.dumps({str(number): color for number, color in enumerate(COLORS[:3])}))
+    return names
+
+
+@pytest.mark.parametrize(
+    "texts", [{"txt": b"x"}, {"json": b'{"caption": "x"}'}, {"caption": b"x", "json": b"{}"}]
+)
+def test_options_of_classes_have_an_effect_beside_text(tmp_path, capsys, texts, color_names):
+    """A template had none, and a set of class numbers had texts for captions."""
+    source = ("--tars", tar_of_classes(tmp_path / "a.tar", texts), "--class-names", color_names)
+    assert make(tmp_path / "numbers", *source) == 0
+    assert captions(tmp_path / "numbers") == ["0", "1", "2"]
+    assert Manifest.read(tmp_path / "numbers").classes == COLORS[:3]
+    assert "whose .txt or .json is not the caption: 3" in capsys.readouterr().err
+    assert make(tmp_path / "named", *source, "--class-template", "a {} picture") == 0
+    assert_right(tmp_path / "named", COLORS[:3])
+    assert make(tmp_path / "plain", *source[:2], "--class-template", "a {}") == 2
+    assert "add --class-names" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["txt", "text", "json"])
+def test_samples_without_a_class_are_told(tmp_path, capsys, kind, color_names):
+    text = b'{"caption": "x"}' if kind == "json" else b"x"
+    path = write_tar(
+        tmp_path / "a.tar",
+        {"0.png": picture("red"), "0.cls": b"0", "1.png": picture("blue"), f"1.{kind}": text},
+    )
+    source = ("--tars", path, "--class-names", color_names)
+    assert make(tmp_path / "set", *source, "--class-template", "a {}") == 0
+    assert captions(tmp_path / "set") == ["a red", "x"]
+    assert "without a class, where --class-template has no effect: 1" in capsys.readouterr().err
+    assert f"sample 1: no class number; with --class-names expected a cls member, found png, {kind}" in fails(
+        capsys, make(tmp_path / "numbers", *source)
+    )
+
+
 def test_our_own_shards_can_be_sharded_again(tmp_path):
     """Pictures that already have the right size stay as they are, byte for byte."""
     assert make(tmp_path / "one", "--synthesize", "shapes", "--num-samples", 7) == 0
@@ -203,7 +304,8 @@ def test_our_own_shards_can_be_sharded_again(tmp_path):
     [
         (
             {"a.txt": b"x"},
-            "sample a: expected one of bmp, gif, jpeg, jpg, mpo, png, tif, tiff, webp, found txt",
+            "sample a: expected one of apng, bmp, gif, jfif, jpe, jpeg, jpg, mpo, png, tif, tiff, webp, "
+            "found txt",
         ),
         ({"a.png": b"", "a.txt": b"\xff"}, "sample a: the caption is not UTF-8"),
         ({"a.png": b"", "a.json": b"[" * 100_000}, "sample a: the json member: not JSON"),
@@ -245,6 +347,32 @@ def test_a_link_in_a_tar_is_refused(tmp_path, capsys):
 def test_a_bad_table_is_named(tmp_path, files, capsys, text, expected):
     (files / "list.csv").write_bytes(text)
     assert expected in fails(capsys, make(tmp_path / "set", "--csv", files / "list.csv"))
+
+
+@pytest.mark.parametrize("kind", ["path", "bytes", "struct"])
+@pytest.mark.parametrize(
+    "column", ["caption", "note", "captions"], ids=["a caption", "another column", "a list of captions"]
+)
+def test_text_that_is_not_utf8_is_a_problem_of_its_row(tmp_path, files, capsys, kind, column):
+    """One such caption ended the work, without the name of a file or row."""
+    import pyarrow
+    import pyarrow.parquet
+
+    table = arrow_table(kind)
+    raw = [f"a {color} picture".encode() for color in COLORS]
+    raw[3] = b"\xff\xfeb"
+    broken = pyarrow.array(raw).cast(pyarrow.binary()).view(pyarrow.string())
+    if column == "captions":
+        broken = pyarrow.ListArray.from_arrays(list(range(len(raw) + 1)), broken)
+    table = table.drop_columns([column] if column in table.column_names else [])
+    path = files / "rows.parquet"
+    pyarrow.parquet.write_table(table.append_column(column, broken), path, row_group_size=2)
+    arguments = ("--parquet", path, "--caption-columns", "caption" if column == "note" else column)
+    sentence = f"rows.parquet: row group 1, row 1: column {column!r} holds text that is not UTF-8"
+    assert sentence in fails(capsys, make(tmp_path / "set", *arguments))
+    assert make(tmp_path / "set", *arguments, "--on-error", "skip") == 0
+    assert_right(tmp_path / "set", [color for color in COLORS if color != COLORS[3]])
+    assert sentence in json.loads((tmp_path / "set" / "left_out.jsonl").read_text())["reason"]
 
 
 def test_a_bad_parquet_file_is_named(tmp_path, capsys):
@@ -296,6 +424,52 @@ def test_captions_in_several_columns(tmp_path, two_captions):
         assert len(found) == len(COLORS) and set(found) <= {*COLORS, *long}
         draws.add(tuple(found))
     assert len(draws) > 1
+
+
+CLASSES = ("n01", "n02", "polar_bear")
+
+
+def folder_of_classes(root: Path) -> list[object]:
+    for name in CLASSES:
+        (root / name).mkdir(parents=True)
+        (root / name / "a.png").write_bytes(picture("red"))
+    return ["--class-folder", root]
+
+
+def dataset_of_classes(root: Path) -> list[object]:
+    import datasets
+
+    features = {"image": datasets.Value("binary"), "caption": datasets.ClassLabel(names=list(CLASSES))}
+    rows = {"image": [picture("red")] * 3, "caption": [0, 1, 2]}
+    datasets.Dataset.from_dict(rows, datasets.Features(features)).save_to_disk(root)
+    return ["--dataset", root]
+
+
+@pytest.mark.parametrize("write", [folder_of_classes, dataset_of_classes])
+@pytest.mark.parametrize(
+    ("names", "expected", "note"),
+    [
+        ({"n1": "tench"}, None, "--class-names has 'n1', which no class is called, and no name for 'n01',"),
+        ({"n01": "a", "n02": "b", "polar bear": "c"}, None, "and no name for 'polar_bear'"),
+        ({"N01": "a", "n02": "b"}, None, "has 'N01'"),
+        ({"n01": "tench"}, ["a n02", "a polar bear", "a tench"], "classes without a name in --class-names: "),
+        (
+            {"n01": "a", "n02": "b", "polar_bear": "c", "n03": "d"},
+            ["a a", "a b", "a c"],
+            "names in --class-names without a class: 'n03'",
+        ),
+    ],
+)
+def test_names_that_fit_no_class_are_told(tmp_path, capsys, write, names, expected, note):
+    """The caption was "a n01", with exit code 0."""
+    (tmp_path / "names.json").write_text(json.dumps(names))
+    source = (*write(tmp_path / "classes"), "--class-names", tmp_path / "names.json")
+    capsys.readouterr()
+    code = make(tmp_path / "set", *source, "--class-template", "a {}")
+    if expected is None:
+        assert note in fails(capsys, code)
+    else:
+        assert code == 0 and captions(tmp_path / "set") == expected and note in capsys.readouterr().err
 
 
 def test_class_names_become_captions(tmp_path):
@@ -647,6 +821,10 @@ def test_nothing_left_is_an_error_with_its_reasons(tmp_path, mixed, capsys):
         (("--max-aspect", 0.5), "at least 1"),
         (("--class-template", "a photo"), "has no {}"),
         (("--class-template", "a {}"), "goes with --class-folder"),
+        (("--class-names", "names.json"), "goes with --class-folder"),
+        (("--image-column", "picture"), "--image-column goes with --dataset, --jsonl, --parquet or --csv"),
+        (("--image-root", "."), "--image-root goes with --jsonl, --parquet or --csv"),
+        (("--split", "test"), "--split goes with --dataset"),
         (("--num-samples", 3), "goes with --synthesize"),
     ],
 )

@@ -272,6 +272,28 @@ def test_a_row_that_cannot_be_read_takes_no_other_with_it(pictures, content, exp
     assert read(pictures, "list.csv", CSV + content) == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "lines"),
+    [
+        ("list.csv", b'image,caption\n0.png,"a cat\n1.png,b, with commas\n2.png,c, more"\n3.png,d\n', "234"),
+        ("list.csv", b'image,caption\n0.png,"a cat\n\n1.png,b, with commas"\n3.png,d\n', "24"),
+        ("list.csv", b'image,caption\n0.png,"a cat\nalone\n1.png,b, with commas"\n3.png,d\n', "234"),
+        ("list.csv", b'caption,image\n"a cat,0.png\nb, with commas,1.png\nc",2.png\nd,3.png\n', "23"),
+        ("list.csv", b'image,size,caption\n0.png,1,"a\n1.png,"\n3.png,1,d\n', "23"),
+        ("list.tsv", b'image\tcaption\n0.png\t"a cat\n1.png\tb\tc"\n3.png\td\n', "3"),
+    ],
+)
+def test_a_quote_swallows_no_row_of_a_wrong_number_of_cells(pictures, name, content, lines):
+    """Two of four rows were lost without a word: a swallowed row counted only with the
+    right number of cells.
+    """
+    for number in range(4):
+        (pictures / f"{number}.png").write_bytes(picture("red"))
+    rows = read(pictures, name, content)
+    assert [row[1] for row in rows if row[0] == "line"] == list(lines)
+    assert rows[-1] == ("3", "d")
+
+
 def test_a_quote_over_very_many_lines_is_a_problem_of_its_row(tmp_path):
     path = tmp_path / "list.csv"
     path.write_bytes(b'a.png,"' + b"b.png\n" * 5000 + b'"\nc.png,three\n')

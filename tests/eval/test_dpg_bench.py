@@ -174,3 +174,32 @@ def test_a_table_of_other_columns_is_refused(tmp_path):
     (tmp_path / "t.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="no column item_id, proposition_id, dependency, tuple"):
         score.read_rows(tmp_path / "t.csv")
+
+
+A_ROW = "{},t,,{},0,x,y,entity - whole (cat),{}\n"
+
+
+@pytest.mark.parametrize(
+    ("rows", "line", "sentence"),
+    [
+        ([("a", 1, "is it red, or blue?")], 2, "10 cells, but the header has 9"),
+        ([("a", 1, "a cat?"), ("a", 2, '"red", "blue", or green?')], 3, "11 cells"),
+        ([("a", 1, '"is it red?'), ("a", 2, "x, or y"), ("b", 1, 'a dog?"')], 2, "a quote opens in this row"),
+        ([("a", 1, '"is it red?'), ("a", 2, 'red, or blue?"'), ("b", 1, "a dog?")], 2, "a quote opens"),
+        ([("a", 1, "a cat?"), ("b", 1, '"red?'), ("b", 2, "x, y, z"), ("b", 3, 'no"')], 3, "a quote opens"),
+    ],
+)
+def test_commas_and_quotes_lose_no_question(tmp_path, rows, line, sentence):
+    """A question was cut at its comma, and a stray quote swallowed the rows after it."""
+    (tmp_path / "t.csv").write_text(HEADER + "".join(A_ROW.format(*row) for row in rows))
+    with pytest.raises(ValueError, match=rf"t\.csv line {line}: .*{sentence}"):
+        score.read_rows(tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize(
+    "text", ['"is it red, or blue?"', '"""red"", or blue?"', '"red,\nor blue?"', '"a" b']
+)
+def test_quoted_questions_stay_whole(tmp_path, text):
+    (tmp_path / "t.csv").write_text(HEADER + A_ROW.format("a", 1, text) + A_ROW.format("a", 2, "a cat?"))
+    rows = score.read_rows(tmp_path / "t.csv")
+    assert [row.id for row in rows] == [1, 2] and rows[0].text.endswith(text[-3:].strip('"'))
