@@ -52,7 +52,7 @@ CALLS = [
     "merge {} {}",
     "image-tokenizer roundtrip {} --tokenizer ./nowhere --out {}",
     "shards make --workers 1 --folder {} --out {}",
-    "shards make --workers 1 --jsonl {} --out o/{} --image-root {} --caption-columns {} --class-names {}",
+    "shards make --workers 1 --jsonl {} --out o/{} --image-root {} --caption-columns {}",
     "shards make --workers 1 --csv {} --out o/c --image-column {}",
     "shards make --workers 1 --parquet {} --out o/p",
     "shards make --workers 1 --tars {} --out o/t",
