@@ -28,7 +28,7 @@ WINDOWS, REVISIONS = ".windows.safetensors", ".revisions.png"
 PICTURES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".mpo")
 NUMBERED = re.compile(r"([0-9]{5,})_([0-9]+)\.")  # how the names of pictures and traces begin
 LONG_NUMBER = re.compile(r"^[0-9]{6,}(?![0-9A-Za-z])")
-RECORDED = re.compile(rb'"file": "([0-9]{5,})_[0-9]+\.')
+RECORDED = re.compile(rb'"file": "([0-9]{5,200})_[0-9]+\.')  # as long as names of files
 
 
 # ---- reading -------------------------------------------------------------------------------------

@@ -86,9 +86,11 @@ def problems_of(
             value = settings
             for key in keys:
                 value = value[key]
-            problems.append(
-                (path, f"expected {type_in_words(field.annotation, field.metadata)}, got {value!r}")
-            )
+            hint = ""
+            if field.annotation in (str, str | None) and isinstance(value, (bool, int, float)):
+                hint = "; text that looks like this is written in quotes, such as '\"0042\"' in a shell"
+            words = type_in_words(field.annotation, field.metadata)
+            problems.append((path, f"expected {words}, got {value!r}{hint}"))
     return list(dict.fromkeys(problems))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from eval.dpg_bench import __main__ as command
-from eval.dpg_bench import report, score
+from eval.dpg_bench import recorded, report, score
 from eval.dpg_bench.score import Question, corrected, official
 
 HEADER = (
@@ -174,3 +174,11 @@ def test_a_table_of_other_columns_is_refused(tmp_path):
     (tmp_path / "t.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="no column item_id, proposition_id, dependency, tuple"):
         score.read_rows(tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize("digits", [19, 400, 5000])
+def test_the_id_of_a_question_has_few_digits(tmp_path, digits):
+    path = tmp_path / "answers.jsonl"
+    path.write_text(json.dumps({"item_id": "a", "image": 0, "answers": {"9" * digits: "yes"}}) + "\n")
+    with pytest.raises(ValueError, match=r"answers.jsonl line 1: expected answers as"):
+        recorded.read_answers(path)
