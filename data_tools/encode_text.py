@@ -78,7 +78,18 @@ class CutCaptions:
         """A sentence on how many there were, if any."""
         if not self.count:
             return []
-        return [f"{counted(self.count, 'caption')} longer than --max-tokens, which were cut"]
+        were = "was" if self.count == 1 else "were"
+        return [
+            f"{counted(self.count, 'caption')} encoded now {were} longer than --max-tokens and {were} cut"
+        ]
+
+
+def print_cut(cut: CutCaptions) -> None:
+    """Print once how many captions all ranks have cut. All ranks call this."""
+    cut.count = sum_over_ranks(cut.count)
+    if ranks.is_first():
+        for note in cut.notes():
+            print(f"note: {note}", file=sys.stderr)
 
 
 def encode_samples(
@@ -164,8 +175,7 @@ def encode(folder: Path, encoder: T5Features, *, batch_size: int) -> None:
             return encode_samples(samples, name_of, encoder, expected, batch_size=batch_size, cut=cut)
 
         rewrite(folder, manifest, encoded, desc="encoding", unit="captions", text_features=expected)
-        for note in cut.notes():
-            print(f"note: {note}", file=sys.stderr)
+        print_cut(cut)
         print_once(
             f"{folder}: {counted(manifest.num_samples, 'caption')} with {name}, cleaning {encoder.cleaning}"
         )

@@ -232,6 +232,7 @@ def pictures(
         if not ranks.is_first():
             return None
         warn_ignored(options, ignored)
+        read_record(options.images)  # damage is reported before the hours of scoring
         path = options.images.resolve()
         name = f"{path.name if path.is_dir() else path.stem}_{suite}"
         out = options.out or default_out or Path("runs/eval") / name

@@ -5,7 +5,8 @@ Reading here is strict: images that are missing, surplus, or that share a number
 an error that lists them. Pictures anywhere else in the folder are counted in a note.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -17,6 +18,7 @@ from mmtensorar.picture_folder import is_revisions
 
 STRIP = "a strip of revisions, of generate --trace"
 RECORD = "generation.json"  # the model and settings that made the images; see harness.py
+MAX_NAMED = 10_000  # missing prompts and images that get a sentence each
 
 
 def image_path(folder: Path, prompt_index: int, image_index: int) -> Path:
@@ -45,19 +47,14 @@ def survey(
         prompt: _by_number(folder, (path / "samples").glob("*.png"), problems)
         for prompt, path in folders.items()
     }
-    _note_others(folder, {path for numbered in images.values() for path in numbered.values()})
+    _note_others(folder)
     if not any(images.values()):
         raise ValueError(f"{folder} holds no images; expected {image_path(Path(), 0, 0)}")
     if num_prompts is None:
         num_prompts = max(images) + 1
     if num_images is None:
         num_images = max(max(numbered, default=-1) for numbered in images.values()) + 1
-    for prompt in range(num_prompts):
-        if prompt not in images:
-            problems.append(f"{prompt:05d} is missing, the folder of prompt {prompt} of {num_prompts}")
-            continue
-        missing = [number for number in range(num_images) if number not in images[prompt]]
-        problems += [f"{image_path(Path(), prompt, number)} is missing" for number in missing]
+    _add_missing(images, num_prompts, num_images, problems)
     for prompt, numbered in images.items():
         problems += [
             f"{path.relative_to(folder)} is one too many"
@@ -73,6 +70,42 @@ def survey(
     return ordered, problems
 
 
+def _add_missing(
+    images: Mapping[int, Collection[int]], num_prompts: int, num_images: int, problems: list[str]
+) -> None:
+    """Add a sentence for each missing prompt and image, and for each gap when they are
+    more than MAX_NAMED.
+
+    A stray number, such as a date, may leave a gap of millions.
+    """
+    for first, last in _gaps(images, num_prompts):
+        if last - first < MAX_NAMED - len(problems):
+            problems += [
+                f"{prompt:05d} is missing, the folder of prompt {prompt} of {num_prompts}"
+                for prompt in range(first, last + 1)
+            ]
+        else:
+            number = last - first + 1
+            problems.append(f"{first:05d} to {last:05d} are missing, the folders of {number} prompts")
+    for prompt in sorted(prompt for prompt in images if prompt < num_prompts):
+        for first, last in _gaps(images[prompt], num_images):
+            if last - first < MAX_NAMED - len(problems):
+                paths = (image_path(Path(), prompt, number) for number in range(first, last + 1))
+                problems += [f"{path} is missing" for path in paths]
+            else:
+                path, number = image_path(Path(), prompt, first), last - first + 1
+                problems.append(f"{path} to {last:05d}.png are missing, {number} images")
+
+
+def _gaps(numbers: Iterable[int], end: int) -> Iterator[tuple[int, int]]:
+    """First and last number of each gap between the numbers, from 0 to before end."""
+    first = 0
+    for number in [*sorted(number for number in numbers if number < end), end]:
+        if number > first:
+            yield first, number - 1
+        first = number + 1
+
+
 def no_picture(path: Path) -> str | None:
     """What a file is that has a picture's name and is none of a model; None when it is
     one.
@@ -84,15 +117,25 @@ def no_picture(path: Path) -> str | None:
     return None
 
 
-def _note_others(folder: Path, images: Collection[Path]) -> None:
+def _note_others(folder: Path) -> None:
     """Print a note about pictures that do not have the name of an image of the
     layout.
     """
     left_out = LeftOut(folder)
     for path in walk(folder, left_out):
-        if path.suffix.lower() in SUFFIXES and path not in images:
+        if path.suffix.lower() in SUFFIXES and not _is_in_layout(path.relative_to(folder)):
             left_out.add(STRIP if is_revisions(path) else "not NNNNN/samples/NNNNN.png", path)
     left_out.print()
+
+
+def _is_in_layout(path: Path) -> bool:
+    return (
+        len(path.parts) == 3
+        and _has_number(Path(path.parts[0]))
+        and path.parts[1] == "samples"
+        and path.suffix == ".png"
+        and _has_number(path)
+    )
 
 
 def _by_number(folder: Path, paths: Iterable[Path], problems: list[str]) -> dict[int, Path]:
@@ -114,7 +157,16 @@ def _has_number(path: Path) -> bool:
 def image_files(
     folder: Path, *, num_prompts: int | None = None, num_images: int | None = None
 ) -> list[list[Path]]:
-    """The files of `survey`. Raises ValueError listing its problems."""
+    """The files of `survey`. Raises ValueError listing its problems.
+
+    num_prompts, num_images: as of `survey`; None takes what generation.json says, if it
+    does.
+    """
+    record = read_record(folder)
+    num_prompts, num_images = (
+        num_prompts or record.get("num_prompts"),
+        num_images or record.get("num_images"),
+    )
     images, problems = survey(folder, num_prompts=num_prompts, num_images=num_images)
     if problems:
         raise ValueError(listed(folder, problems))
@@ -138,5 +190,40 @@ def open_image(path: Path) -> Image.Image:
 
 
 def read_record(folder: Path) -> dict:
-    """generation.json of a folder of images; empty when there is none."""
-    return files.read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
+    """generation.json of a folder of images; empty when there is none.
+
+    Raises ValueError naming the file when it is damaged, and like `check_record`.
+    """
+    path = folder / RECORD
+    if not path.is_file():
+        return {}
+    record = files.read_json(path)
+    check_record(record, str(path))
+    return record
+
+
+def check_record(record: Mapping[str, object], where: str) -> None:
+    """Raise ValueError, starting with `where`, for a value of a kind that
+    generation.json never has.
+    """
+    for key in ("num_prompts", "num_images"):
+        value = record.get(key)
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"{where}: {key} is {_shown(value)}; expected a number of 1 or more")
+    kinds = {
+        "seed": (int, "a number"),
+        "window": (int, "a number"),
+        "checkpoint": (str, "text"),
+        "suite": (str, "text"),
+        "prompts_sha256": (str, "text"),
+        "sampling": (dict, "an object"),
+    }
+    for key, (kind, expected) in kinds.items():
+        value = record.get(key)
+        if value is not None and type(value) is not kind:
+            raise ValueError(f"{where}: {key} is {_shown(value)}; expected {expected}")
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from eval import tables
+from eval import layout, tables
 from eval.geneval import suites
 from mmtensorar.cli import Parser, command
 from mmtensorar.files import read_json
@@ -192,6 +192,8 @@ def read_summary(path: Path) -> dict:
     missing = [key for key in ("suite", "detector", "num_images", "skills", "overall") if key not in summary]
     if missing:
         raise ValueError(f"{path}: not a summary of eval.geneval, it has no {', '.join(missing)}")
+    if isinstance(record := summary.get("generation"), dict):
+        layout.check_record(record, f"{path}: generation")
     try:
         if not isinstance(summary["skills"], dict):
             raise TypeError(f"skills, {summary['skills']!r}")

@@ -170,6 +170,13 @@ _SENTENCES = (
 )
 
 
+def _whole_number(text: str) -> int:
+    """As int, without underscores between digits, which recipes refuse too."""
+    if "_" in text:
+        raise ValueError(text)
+    return int(text)
+
+
 class Parser(argparse.ArgumentParser):
     """The options of a command.
 
@@ -201,6 +208,7 @@ class Parser(argparse.ArgumentParser):
         settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(prog=prog, epilog=epilog, **settings)
         self.passes_on = passes_on
+        self.register("type", int, _whole_number)
         self._words: list[str] = []
 
     def parse_known_args(self, args=None, namespace=None):  # argparse's names

@@ -249,7 +249,9 @@ def read_lines(path: Path) -> list[str]:
 
 
 def split_lines(text: str, where: str) -> list[str]:
-    """Lines, which end at LF or CRLF only.
+    """Lines, which end at LF or CRLF only, without byte-order marks in front.
+
+    Files that were joined have one in the middle.
 
     Raises ValueError, starting with `where`, when all lines end in CR: as one line,
     they would be one prompt or one row.
@@ -259,7 +261,7 @@ def split_lines(text: str, where: str) -> list[str]:
         del lines[-1]
     if len(lines) == 1 and _has_inner_cr(lines[0]):
         raise ValueError(f"{where}: {_CR_ALONE}")
-    return [line.removesuffix("\r") for line in lines]
+    return [line.removesuffix("\r").lstrip(MARK) for line in lines]
 
 
 _CR_ALONE = "its lines end in CR alone; expected LF or CRLF"

@@ -24,10 +24,11 @@ from mmtensorar.files import MAX_LINE, end_last_line, publish
 
 RECORD = "prompts.jsonl"
 WINDOWS, REVISIONS = ".windows.safetensors", ".revisions.png"
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # endings that a picture may have been converted to
+# Endings that a picture may have been converted to.
+PICTURES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".mpo")
 NUMBERED = re.compile(r"([0-9]{5,})_([0-9]+)\.")  # how the names of pictures and traces begin
 LONG_NUMBER = re.compile(r"^[0-9]{6,}(?![0-9A-Za-z])")
-RECORDED = re.compile(rb'"file": "([0-9]{5,})_[0-9]+\.')
+RECORDED = re.compile(rb'"file": "([0-9]{5,200})_[0-9]+\.')  # as long as names of files
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -37,14 +38,15 @@ def is_revisions(path: Path) -> bool:
     """Whether a file is the strip of revisions of a picture, which is not a picture
     itself.
 
-    It has the name that `generate` gives, or its picture is next to it, renamed or
-    converted.
+    It has the name that `generate` gives, or its picture is next to it. Both may have
+    been renamed, or converted to another kind of picture.
     """
-    if not path.name.endswith(REVISIONS):
+    name, dot, kind = path.stem.rpartition(".")
+    if f"{dot}{kind}" != Path(REVISIONS).stem or path.suffix.lower() not in PICTURES:
         return False
-    name = path.name.removesuffix(REVISIONS)
+    endings = (*PICTURES, *map(str.upper, PICTURES))
     return NUMBERED.match(path.name) is not None or any(
-        path.with_name(name + ending).is_file() for ending in PICTURES
+        path.with_name(name + ending).is_file() for ending in endings
     )
 
 

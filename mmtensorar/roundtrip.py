@@ -4,7 +4,8 @@
 
 roundtrip encodes images and decodes their codes: the best that a model on this
 tokenizer can show. For each image it writes out/NAME.roundtrip.png, original left and
-reconstruction right, and prints the PSNR.
+reconstruction right, and prints the PSNR. It replaces no
+file of another image.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def write_roundtrips(
 ) -> Iterator[tuple[Path, float]]:
     """Path and PSNR of each comparison written.
 
-    Raises ValueError naming an image that cannot be read.
+    Raises ValueError naming an image that cannot be read, and one whose comparison
+    would replace that of another.
     """
     from mmtensorar.image_tokenizers import round_trip
 
@@ -60,9 +62,21 @@ def write_roundtrips(
         both.paste(image, (0, 0))
         both.paste(reconstruction, (size, 0))
         target = out / f"{path.stem}.roundtrip.png"
+        if target.exists() and not _shows(target, image):
+            raise ValueError(f"{target} exists and shows another image than {path}; choose another --out")
+        out.mkdir(parents=True, exist_ok=True)
         with atomic_path(target) as temporary:
             both.save(temporary, "PNG")
         yield target, psnr(image, reconstruction)
+
+
+def _shows(target: Path, image: Image.Image) -> bool:
+    """Whether an earlier comparison is of this image."""
+    try:
+        original = open_picture(target).crop((0, 0, *image.size))
+    except ValueError:
+        return False
+    return original.tobytes() == image.tobytes()
 
 
 def parser() -> Parser:
@@ -100,7 +114,6 @@ def main(arguments: list[str] | None = None) -> int:
     from mmtensorar.checkpoints.recognise import image_tokenizer_from_arguments
 
     image_tokenizer, _ = image_tokenizer_from_arguments(options)
-    options.out.mkdir(parents=True, exist_ok=True)
     ratios = []
     for path, ratio in write_roundtrips(image_tokenizer, options.images, options.out):
         ratios.append(ratio)

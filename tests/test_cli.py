@@ -72,6 +72,9 @@ def test_a_mistyped_option_is_one_sentence(verb, capsys):
         ("generate --ckpt x --num-images \u00b2", "--num-images: expected a whole number of at least 1, got"),
         ("generate --ckpt x --temperature hot", "--temperature: expected a number, or one per factor"),
         ("generate --ckpt x --cfg-scale 1,x", "--cfg-scale: expected a number, or one per factor, separated"),
+        ("generate --ckpt x --seed 1_0", "--seed: expected a whole number, got '1_0'"),
+        ("eval geneval --images x --num-images 1_0", "--num-images: expected a whole number"),
+        ("image-tokenizer roundtrip a --tokenizer x --image-size 2_5", "--image-size: expected a whole"),
         ("generate --ckpt x --seed ten", "--seed: expected a whole number, got 'ten'"),
         (
             "generate --ckpt x --prompt",

@@ -257,3 +257,11 @@ def test_strips_of_revisions_are_not_pictures(tmp_path, name):
     assert is_revisions(tmp_path / name) and not is_revisions(picture)
     picture.unlink()
     assert is_revisions(tmp_path / name) == name[0].isdigit(), "a picture of this name, without a trace"
+
+
+@pytest.mark.parametrize("digits", [201, 4400, 9000])
+def test_numbers_that_no_name_has_are_not_counted(tmp_path, digits):
+    (tmp_path / "prompts.jsonl").write_text(f'{{"file": "{"9" * digits}_0.png"}}\n')
+    (tmp_path / "new").touch()
+    path = PictureFolder(tmp_path).add({".png": tmp_path / "new"}, 0, {"prompt": "x"})
+    assert path.name == "00000_0.png"

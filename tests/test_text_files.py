@@ -199,6 +199,17 @@ def test_marks_and_line_ends_change_nothing(tmp_path, reader):
         assert reader(tmp_path / "file", other) == expected, other
 
 
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("joined", [[b"a", MARK + b"b"], [MARK + b"a", MARK + b"b"], [b"a", b"b", MARK * 2]])
+def test_marks_of_joined_files_are_in_no_line(tmp_path, joined, end):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(end.join(joined) + end)
+    expected = ["a", "b", ""][: len(joined)]
+    assert read_lines(path) == expected
+    with path.open("rb") as file:
+        assert [line.text for line in iterate_lines(file)] == expected
+
+
 @readers
 def test_other_line_ends_of_python_are_characters(tmp_path, reader):
     """Prompts were split at U+2028 and the like."""

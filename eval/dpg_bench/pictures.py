@@ -137,7 +137,7 @@ def _generated(
     folder: Path, items: Collection[str], num_samples: int, unknown: set[str]
 ) -> tuple[list[Item], list[str]]:
     # A folder may hold more samples of a prompt than are asked about.
-    num_images = max(num_samples, layout.read_record(folder).get("num_images", num_samples))
+    num_images = max(num_samples, layout.read_record(folder).get("num_images") or 0)
     pictures, problems = layout.survey(folder, num_images=num_images)
     by_item: dict[str, list[Path]] = {}
     for images in pictures:

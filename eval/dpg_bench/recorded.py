@@ -19,6 +19,8 @@ from mmtensorar import files
 from mmtensorar.cli import command
 from mmtensorar.words import counted
 
+MAX_DIGITS = 18  # of a question's id
+
 
 def read_answers(path: Path, num_images: int | None = None) -> dict[str, list[dict[int, str]]]:
     """Item -> per picture, in order, {question id: answer}.
@@ -35,7 +37,10 @@ def read_answers(path: Path, num_images: int | None = None) -> dict[str, list[di
             raise ValueError(
                 f"{where}: expected item_id, image (0 or more) and answers, got {str(row)[:100]}"
             )
-        if not all(key.isdecimal() and isinstance(text, str) for key, text in answers.items()):
+        if not all(
+            key.isdecimal() and len(key) <= MAX_DIGITS and isinstance(text, str)
+            for key, text in answers.items()
+        ):
             raise ValueError(f"{where}: expected answers as {{question id: text}}")
         if image in (pictures := by_item.setdefault(item, {})):
             raise ValueError(f"{where}: item {item} has picture {image} twice")

@@ -64,6 +64,9 @@ class Inception:
 
         Raises ValueError on failure.
         """
+        if path is not None and not path.is_file():
+            found = "a folder; expected a file" if path.is_dir() else "no such file"
+            raise ValueError(f"--inception: {path}: {found}")
         try:
             if path is not None:
                 return cls(torch.load(path, map_location="cpu", weights_only=True), device, path.name)

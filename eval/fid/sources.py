@@ -58,11 +58,6 @@ def find(path: Path, *, num_prompts: int | None = None, num_images: int | None =
     if not path.is_dir():
         raise ValueError(f"{path} is neither a folder nor an .npz file")
     if (path / layout.RECORD).is_file() or num_prompts is not None:
-        record = layout.read_record(path)
-        num_prompts, num_images = (
-            num_prompts or record.get("num_prompts"),
-            num_images or record.get("num_images"),
-        )
         prompts = layout.image_files(path, num_prompts=num_prompts, num_images=num_images)
         files = [images[number] for number in range(len(prompts[0])) for images in prompts]
     else:

@@ -26,6 +26,8 @@ from eval.geneval.score import COLORS, Settings, Verdict, judge, summarize
 from mmtensorar import files
 from mmtensorar.cli import Parser, command
 
+LARGEST = 3.4e38  # what float32 holds
+_KIND = {int: "whole number", float: "number"}
 VERDICT = ("correct", "reason", "kept")
 
 
@@ -43,11 +45,11 @@ def read_cases(path: Path) -> Iterator[tuple[str, dict]]:
 def _problem(case: Mapping) -> str | None:
     index = case.get("prompt_index")
     if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(prompts()):
-        return f"prompt_index is {index!r}, expected 0 to {len(prompts()) - 1}"
+        return f"prompt_index is {_shown(index)}, expected 0 to {len(prompts()) - 1}"
     detections, colors, options = (case.get(key, {}) for key in ("detections", "colors", "options"))
     for key, value in (("detections", detections), ("colors", colors), ("options", options)):
         if not isinstance(value, dict):
-            return f"{key} is {value!r}, expected an object"
+            return f"{key} is {_shown(value)}, expected an object"
     for name, rows in detections.items():
         if not isinstance(rows, list) or not all(_is_row(row) for row in rows):
             return f"detections of {name}: expected rows [x1, y1, x2, y2, score] of numbers"
@@ -59,19 +61,29 @@ def _problem(case: Mapping) -> str | None:
         ):
             return (
                 f"colors of {name}: expected one of GenEval's colours for each of its {len(rows)} rows, "
-                f"got {given!r}"
+                f"got {_shown(given)}"
             )
     known = asdict(Settings())
     for name, value in options.items():
         if name not in known:
             return f"options: {name!r} is not a setting; known are {', '.join(known)}"
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            return f"options: {name} is {value!r}, expected a number"
+        if not _is_number(value) or (type(known[name]) is int and type(value) is not int):
+            return f"options: {name} is {_shown(value)}, expected a {_KIND[type(known[name])]}"
     return None
 
 
 def _is_row(row: object) -> bool:
-    return isinstance(row, list) and len(row) == 5 and all(type(number) in (int, float) for number in row)
+    return isinstance(row, list) and len(row) == 5 and all(map(_is_number, row))
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value is a number that fits into 32 bits; NaN does not."""
+    return type(value) in (int, float) and abs(value) <= LARGEST  # type: ignore[operator]
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def score(case: Mapping) -> Verdict:

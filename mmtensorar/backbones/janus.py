@@ -33,6 +33,7 @@ from mmtensorar.checkpoints import janus_deepseek
 from mmtensorar.checkpoints.released import (
     LazyWeights,
     ReleasedWeights,
+    building,
     fill,
     hub_config,
     locate,
@@ -375,7 +376,8 @@ def load(
         backbone.max_prefix_len = max_prompt_tokens(config, section)
         return backbone
     config, source, rename, text_tokenizer = _locate(section, weights=weights)
-    backbone = build(config, None if text_tokenizer is None else text_tokenizer.pad_token_id, device)
+    with building(Path(section.path)):
+        backbone = build(config, None if text_tokenizer is None else text_tokenizer.pad_token_id, device)
     backbone.text_tokenizer = text_tokenizer
     told = 0 if text_tokenizer is None else text_tokenizer.model_max_length
     backbone.max_prefix_len = max_prompt_tokens(config, section, told)
@@ -387,7 +389,8 @@ def load(
 def lazy_weights(section: Config) -> LazyWeights:
     """See mmtensorar.backbones.lazy_weights."""
     config, source, rename, text_tokenizer = _locate(section)
-    backbone = build(config, None if text_tokenizer is None else text_tokenizer.pad_token_id, "meta")
+    with building(Path(section.path)):
+        backbone = build(config, None if text_tokenizer is None else text_tokenizer.pad_token_id, "meta")
     backbone.text_tokenizer = text_tokenizer
     source = source if isinstance(source, ReleasedWeights) else ReleasedWeights(source)
     return LazyWeights(backbone, source, rename, transformers_name, NOT_LOADED.match)

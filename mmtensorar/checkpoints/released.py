@@ -180,6 +180,24 @@ def hub_config(kind: type, settings: dict[str, Any], folder: Path):
         raise ValueError(f"{folder / 'config.json'}: not a valid {kind.__name__} ({reason[:300]})") from None
 
 
+@contextmanager
+def building(folder: Path) -> Iterator[None]:
+    """Any error of code that builds a model of transformers becomes a sentence.
+
+    Its settings are unchecked: an activation may be unknown, a size negative. Raises
+    ValueError naming the folder's config.json.
+    """
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or "no reason given"
+        raise ValueError(
+            f"{folder / 'config.json'}: no model can be built of it ({type(error).__name__}: {reason[:300]})"
+        ) from None
+
+
 def saved_config(architecture: type[Sizes], source: Path, model_type: str) -> Sizes | None:
     """The config.json that this package saved in a folder or next to a file, as an
     architecture.

@@ -115,6 +115,8 @@ def _load(image: ImageFile.ImageFile, content: bytes) -> None:
     if image.format == "PNG":
         damage.check_png(content)
         _scale_transparent_grey(image)
+        if image.tile[0][3] == "RGB;16B" and "transparency" in image.info:
+            _whiten_transparent_color(image, content)
     image.load()
     if image.format == "PNG":
         damage.check_png_rows(image, content)
@@ -129,6 +131,22 @@ def _scale_transparent_grey(image: ImageFile.ImageFile) -> None:
     raw_mode = image.tile[0][3]
     if raw_mode in ("L;2", "L;4") and "transparency" in image.info:
         image.info["transparency"] *= 255 // (2 ** int(raw_mode[-1]) - 1)
+
+
+def _whiten_transparent_color(image: ImageFile.ImageFile, content: bytes) -> None:
+    """Load a PNG of 16 bits a channel, with the transparent colour white.
+
+    Pillow keeps the upper 8 bits, and compares them with the lower ones of that colour.
+    """
+    color = image.info.pop("transparency")
+    with Image.open(io.BytesIO(content), formats=["PNG"]) as lower:
+        # As if the bytes were in the other order, which gives the lower 8 bits.
+        lower.tile = [lower.tile[0]._replace(args="RGB;16L")]
+        is_transparent = np.ones((image.height, image.width), bool)
+        for upper_bits, lower_bits, level in zip(image.split(), lower.split(), color, strict=True):
+            is_transparent &= np.asarray(upper_bits) == level >> 8
+            is_transparent &= np.asarray(lower_bits) == level & 255
+    image.paste("white", mask=Image.fromarray(is_transparent))
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

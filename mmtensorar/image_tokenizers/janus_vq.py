@@ -18,6 +18,7 @@ from transformers.models.janus.modeling_janus import JanusVQVAE
 from mmtensorar.checkpoints import janus_deepseek
 from mmtensorar.checkpoints.released import (
     ReleasedWeights,
+    building,
     fill,
     hub_config,
     locate,
@@ -111,7 +112,8 @@ def load(section: Config) -> JanusVQ:
         prefix = janus_deepseek.VQ
     else:
         config = hub_config(JanusVQVAEConfig, settings, folder)
-    model = JanusVQVAE(config)
+    with building(folder):
+        model = JanusVQVAE(config)
     # codebook_used is a record of the codes that training used, in the original's
     # files.
     fill(

@@ -13,6 +13,8 @@ from pydantic.fields import FieldInfo
 
 from mmtensorar.recipe.section import Section, type_in_words
 
+MAX_KEY, WIDEST = 120, 48  # characters of a key that are printed, and to which keys are padded
+
 Problem = tuple[str, str]
 """(key path such as `train.steps`, what is wrong with it)."""
 
@@ -35,7 +37,9 @@ def report(source: str, problems: list[Problem]) -> str:
     """The text of a RecipeError: the file and the number of problems, then a line for
     each.
     """
-    width = max(len(key) for key, _ in problems)
+    # A key that someone mistyped may have thousands of characters.
+    problems = [(key if len(key) <= MAX_KEY else f"{key[:MAX_KEY]}...", text) for key, text in problems]
+    width = min(WIDEST, max(len(key) for key, _ in problems))
     lines = [f"  {key.ljust(width)}  {text}" if key else f"  {text}" for key, text in problems]
     return "\n".join([f"{source}: {len(problems)} problem{'s' * (len(problems) > 1)}", *lines])
 
@@ -82,9 +86,11 @@ def problems_of(
             value = settings
             for key in keys:
                 value = value[key]
-            problems.append(
-                (path, f"expected {type_in_words(field.annotation, field.metadata)}, got {value!r}")
-            )
+            hint = ""
+            if field.annotation in (str, str | None) and isinstance(value, (bool, int, float)):
+                hint = "; text that looks like this is written in quotes, such as '\"0042\"' in a shell"
+            words = type_in_words(field.annotation, field.metadata)
+            problems.append((path, f"expected {words}, got {value!r}{hint}"))
     return list(dict.fromkeys(problems))
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from mmtensorar import backbones
 from mmtensorar.checkpoints.index import read_index
+from mmtensorar.checkpoints.recognise import WRAPPERS
+from mmtensorar.checkpoints.released import ReleasedWeights
 from mmtensorar.data.shard_mixture import codes_of, text_features_of
 from mmtensorar.data.shards import Manifest
 from mmtensorar.data.url_cache import is_url
@@ -26,7 +28,7 @@ def check_files(recipe: Recipe) -> Iterator[str]:
 
     Nothing is downloaded. Raises ValueError for a folder that is here and that training
     would refuse: shards without a manifest or without image codes, a model folder
-    without its index.
+    without its index, an image tokenizer without readable weights.
     """
     folders = [("data.shards", folder) for folder in recipe.data.weights]
     if recipe.data.validation is not None:
@@ -49,6 +51,9 @@ def check_files(recipe: Recipe) -> Iterator[str]:
                 is_id = path.count("/") == 1 and not path.startswith((".", "/", "~"))
                 instead = "; it is taken for a model of the Hugging Face Hub" if is_id else ""
                 yield f"{section}.{key}: {path} does not exist here{instead}"
+    tokenizer: Any = recipe.image_tokenizer
+    if Path(tokenizer.path).exists():
+        ReleasedWeights(Path(tokenizer.path), WRAPPERS)  # reads the tensors' names alone
     if (start := recipe.train.init_from) is not None:
         if Path(start).exists():
             read_index(start)
@@ -59,14 +64,22 @@ def check_files(recipe: Recipe) -> Iterator[str]:
 def check_sizes(recipe: Recipe) -> Iterator[str]:
     """A note when the backbone's sizes are not known on this machine.
 
-    Raises ValueError when the window or the codec's heads do not fit them.
+    Raises ValueError when its folder holds no model, and when the window, the codec's
+    heads or the number of prompt tokens do not fit it.
     """
     backbone: Any = recipe.backbone
-    if recipe.tensorar.window == 1:
-        return
+    window = recipe.tensorar.window
     if not backbone.has_sizes():
-        yield "tensorar.window: not compared with the backbone, whose sizes are not known here"
+        if window > 1:
+            yield "tensorar.window: not compared with the backbone, whose sizes are not known here"
         return
+    text_tokenizer = getattr(backbone, "text_tokenizer", None)
+    if window == 1 and text_tokenizer is not None and not Path(text_tokenizer).exists():
+        return  # it would be downloaded
     section = backbone.model_copy(update={"attn_implementation": "sdpa"})  # which needs no GPU
     model = backbones.load(section, weights=False, device="meta", sizes_only=True)
-    tensorar.build(model, recipe.tensorar)
+    if window > 1:
+        tensorar.build(model, recipe.tensorar)
+    needed = [getattr(section, key, None) for key in MODELS["backbone"]]
+    if all(path is None or Path(path).exists() for path in needed):
+        model.check_prompts(section)

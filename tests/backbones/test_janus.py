@@ -188,6 +188,18 @@ def test_another_model_type_is_refused(saved, model_type):
         load(saved)
 
 
+@pytest.mark.parametrize(
+    "setting, value",
+    [("hidden_act", "x"), ("head_dim", -1), ("num_hidden_layers", "six"), ("vocab_size", -5)],
+)
+def test_settings_of_which_no_model_can_be_built(saved, setting, value):
+    settings = json.loads((saved / "config.json").read_text())
+    settings["text_config"][setting] = value
+    (saved / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"config\.json: (no model can be built of it|not a valid Janus)"):
+        load(saved)
+
+
 def test_absent_and_unreadable_files_are_named(saved, tmp_path):
     with pytest.raises(ValueError, match="backbone.path: no folder .*nowhere"):
         load(tmp_path / "nowhere")

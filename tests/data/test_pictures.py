@@ -213,3 +213,23 @@ def test_nothing_else_opens_pictures():
     }
     assert found == allowed
     assert set(pictures.MEMBERS) == set(pictures.SHARD_FORMATS)
+
+
+@pytest.mark.parametrize(
+    "color, expected",
+    [
+        ((0x1234, 0, 0), [255, 18, 0]),
+        ((0x1200, 0, 0), [18, 255, 0]),
+        ((0x0012, 0, 0), [18, 18, 0]),
+        ((0, 0, 0), [18, 18, 255]),
+        ((0x1234, 0, 1), [18, 18, 0]),
+    ],
+)
+def test_the_transparent_colour_of_16_bits_is_compared_whole(color, expected):
+    """Pillow compares the lower 8 bits of it with the upper ones of pixels."""
+    row = struct.pack(">9H", 0x1234, 0, 0, 0x1200, 0, 0, 0, 0, 0)
+    content = png((3, 1), 16, 2, [row], struct.pack(">3H", *color))
+    pixels = np.asarray(decode_picture(content, "a.png"))[0]
+    assert pixels[:, 0].tolist() == expected
+    assert pixels[:, 1].tolist() == [255 * (level == 255) for level in expected]
+    assert pictures.kept_extension(content) is None

@@ -326,3 +326,30 @@ def test_damage_is_reported_by_the_check_and_by_the_loader(folder, t5, backbone,
     stream = loader.stream(make_recipe(folder, backbone, t5, "cached"), None, rank=0, world_size=1)
     with pytest.raises(ValueError, match="sample 000000000: (no )?t5.npy"):
         [next(stream) for _ in range(2)]
+
+
+@pytest.mark.parametrize(
+    "number, sentences",
+    [
+        (0, []),
+        (1, ["1 caption encoded now was longer than --max-tokens and was cut"]),
+        (6, ["6 captions encoded now were longer than --max-tokens and were cut"]),
+    ],
+)
+def test_cut_captions_are_counted_in_a_sentence(number, sentences):
+    cut = encode_text.CutCaptions()
+    cut.count = number
+    assert cut.notes() == sentences
+
+
+@pytest.mark.parametrize("others", [0, 3, 40])
+def test_cut_captions_of_all_ranks_are_one_number(monkeypatch, capsys, tmp_path, others):
+    """Each rank printed its own."""
+    cut = encode_text.CutCaptions()
+    cut.count = 2
+    monkeypatch.setattr(encode_text, "sum_over_ranks", lambda number: number + others)
+    encode_text.print_cut(cut)
+    assert capsys.readouterr().err.startswith(f"note: {2 + others} captions encoded now")
+    monkeypatch.setattr(encode_text.ranks, "is_first", lambda: False)
+    encode_text.print_cut(cut)
+    assert capsys.readouterr().err == ""

@@ -12,7 +12,8 @@ from eval import gallery, layout
 from eval.dpg_bench import pictures
 from eval.fid import sources
 from eval.geneval import evaluate, suites
-from mmtensorar import generate
+from mmtensorar import generate, picture_folder
+from mmtensorar.data.pictures import SUFFIXES
 
 
 def write(path: Path, value: int = 0, size: tuple[int, int] = (4, 4)) -> None:
@@ -66,6 +67,20 @@ def test_fid_leaves_the_grids_of_genevals_script_out(tmp_path, capsys, num_promp
     expected = [10 * prompt + image for prompt in range(num_prompts) for image in range(num_images)]
     assert sorted(of_fid(tmp_path)) == [*expected, 99]
     assert f"left out {num_prompts} (GenEval's grid " in capsys.readouterr().err
+
+
+def test_every_kind_of_picture_may_be_a_strip():
+    assert set(SUFFIXES) <= set(picture_folder.PICTURES)
+
+
+@pytest.mark.parametrize("ending", [".jpg", ".JPEG", ".webp", ".bmp", ".tif"])
+@pytest.mark.parametrize("name", ["00000_0", "cat"])
+def test_strips_are_left_out_after_a_conversion(tmp_path, capsys, name, ending):
+    write(tmp_path / f"{name}{ending}", 7)
+    write(tmp_path / f"{name}.revisions{ending}", 200)
+    (value,) = of_fid(tmp_path)
+    assert abs(value - 7) < 3
+    assert f"left out 1 ({layout.STRIP}): {name}.revisions{ending}" in capsys.readouterr().err
 
 
 def test_pictures_with_such_a_name_and_no_trace_are_counted(tmp_path, capsys):

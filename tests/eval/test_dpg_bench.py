@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from eval.dpg_bench import __main__ as command
-from eval.dpg_bench import report, score
+from eval.dpg_bench import recorded, report, score
 from eval.dpg_bench.score import Question, corrected, official
 
 HEADER = (
@@ -203,3 +203,11 @@ def test_quoted_questions_stay_whole(tmp_path, text):
     (tmp_path / "t.csv").write_text(HEADER + A_ROW.format("a", 1, text) + A_ROW.format("a", 2, "a cat?"))
     rows = score.read_rows(tmp_path / "t.csv")
     assert [row.id for row in rows] == [1, 2] and rows[0].text.endswith(text[-3:].strip('"'))
+
+
+@pytest.mark.parametrize("digits", [19, 400, 5000])
+def test_the_id_of_a_question_has_few_digits(tmp_path, digits):
+    path = tmp_path / "answers.jsonl"
+    path.write_text(json.dumps({"item_id": "a", "image": 0, "answers": {"9" * digits: "yes"}}) + "\n")
+    with pytest.raises(ValueError, match=r"answers.jsonl line 1: expected answers as"):
+        recorded.read_answers(path)

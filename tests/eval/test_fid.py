@@ -4,9 +4,10 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from eval.fid import __main__ as command
-from eval.fid import score
+from eval.fid import inception, score
 
 
 def distance(one: np.ndarray, other: np.ndarray) -> float:
@@ -102,3 +103,11 @@ def test_mistakes_are_sentences(tmp_path, capsys):
         assert command.main(["score", "--features", str(tmp_path / name)]) == 2
         error = capsys.readouterr().err
         assert name in error and sentence in error and error.count("\n") == 1, error
+
+
+@pytest.mark.parametrize(
+    "name, found", [("nowhere", "no such file"), (".", "a folder"), ("a/b.pth", "no such")]
+)
+def test_a_missing_file_of_inception_is_named(tmp_path, name, found):
+    with pytest.raises(ValueError, match=f"^--inception: .*: {found}"):
+        inception.Inception.load(tmp_path / name, torch.device("cpu"))

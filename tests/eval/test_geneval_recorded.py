@@ -132,3 +132,22 @@ def test_damaged_files_are_named(tmp_path, capsys):
         error = capsys.readouterr().err
         assert name in error and error.count("\n") == 1
     assert not (tmp_path / "results.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"detections": {"bench": [[0, 0, 9, 10**400, 0.9]]}}, "expected rows"),
+        ({"detections": {"bench": [[0, 0, 9, float("nan"), 0.9]]}}, "expected rows"),
+        ({"detections": {"bench": [[0, 0, 9, -1e39, 0.9]]}}, "expected rows"),
+        ({"options": {"threshold": 10**400}}, "options: threshold is 1000"),
+        ({"options": {"max_objects": 1.5}}, "options: max_objects is 1.5, expected a whole number"),
+        ({"prompt_index": 10**400}, "prompt_index is 1000"),
+    ],
+)
+def test_numbers_that_no_detector_writes_are_a_sentence(tmp_path, capsys, changes, sentence):
+    path = write(tmp_path / "cases.jsonl", case(), case(**changes))
+    assert score(path, tmp_path / "results.jsonl") == 2
+    printed = capsys.readouterr().err
+    assert f"error: {path} line 2: {sentence}" in printed.replace("detections of bench: ", "")
+    assert len(printed) < 500

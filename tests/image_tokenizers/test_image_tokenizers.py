@@ -93,3 +93,23 @@ def test_mistakes_are_sentences(vq, tmp_path, capsys):
     assert "image_size is 16, but" in sentence(vq, out, tmp_path / "a.png", "--image-size", "16")
     assert "device is 'tpu9'" in sentence(vq, out, tmp_path / "a.png", "--device", "tpu9")
     assert "expected one of janus_vq" in sentence(vq, out, tmp_path / "a.png", "--name", "vq")
+
+
+@pytest.mark.parametrize("later", ["more/a.png", "more/a.webp", "more/a.bmp"])
+def test_a_comparison_of_another_image_is_not_replaced(vq, tmp_path, capsys, later):
+    (tmp_path / "more").mkdir()
+    picture().save(tmp_path / "a.png")
+    Image.new("RGB", (8, 8), "red").save(tmp_path / later)
+    out = tmp_path / "out"
+    for _ in range(2):  # the same image again
+        assert roundtrip(vq, out, tmp_path / "a.png") == 0
+    before = (out / "a.roundtrip.png").read_bytes()
+    assert roundtrip(vq, out, tmp_path / later) == 2
+    assert "exists and shows another image" in capsys.readouterr().err
+    assert (out / "a.roundtrip.png").read_bytes() == before
+
+
+def test_a_refused_image_leaves_no_folder(vq, tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    assert roundtrip(vq, tmp_path / "out", tmp_path / "text.png") == 2
+    assert not (tmp_path / "out").exists()

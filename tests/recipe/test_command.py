@@ -36,6 +36,23 @@ BASE = ROOT / "recipes/tiny/weights/base"
         (["image_tokenizer.path=./gone"], "note: image_tokenizer.path: ./gone does not exist here"),
         (["backbone.path=models/janus"], "it is taken for a model of the Hugging Face Hub"),
         (["backbone.path=models/janus"], "note: tensorar.window: not compared with the backbone"),
+        (["backbone.path=here", "tensorar.window=1"], "error: backbone.path: here has no config.json"),
+        (
+            ["backbone.max_prompt_tokens=100000", "tensorar.window=1"],
+            "error: backbone.max_prompt_tokens is 100000, but the model has 256 positions",
+        ),
+        (
+            ["backbone.max_prompt_tokens=5", "tensorar.window=1"],
+            "error: backbone.max_prompt_tokens is 5, but a prompt without a caption has 8 tokens",
+        ),
+        (["backbone.max_prompt_tokens=5"], "error: backbone.max_prompt_tokens is 5, but a prompt"),
+        (["backbone.text_tokenizer=here"], "error: here: there is no tokenizer.json"),
+        (
+            ["backbone.text_tokenizer=./gone", "tensorar.window=1"],
+            "note: backbone.text_tokenizer: ./gone does not exist here",
+        ),
+        (["image_tokenizer.path=here"], "error: here/model.safetensors is missing"),
+        (["image_tokenizer.path=recipe.yaml"], "error: recipe.yaml: cannot be read as"),
         (["tensorar.window=65"], "error: tensorar.window is 65; expected 1 to 64"),
         (["tensorar.num_heads=7"], "error: tensorar.num_heads is 7; expected a divisor"),
         (

@@ -87,3 +87,17 @@ def test_settings_are_compared_as_json_on_resume(path):
     recipe = Recipe.load(path, ["optim.betas=[0.8, 0.9]"])
     recipe.save(path.with_name("recipe.yaml"))
     assert fixed_on_resume(Recipe.load(path.with_name("recipe.yaml"))) == fixed_on_resume(recipe)
+
+
+@pytest.mark.parametrize("word", ["a/" * 3000, "x" * 6000 + "=3", "train." + "y" * 6000 + "=3"])
+def test_a_key_of_thousands_of_characters_is_shortened(path, word):
+    with pytest.raises(RecipeError) as caught:
+        Recipe.load(path, [word, "train.stepz=3"])
+    assert len(str(caught.value)) < 2500 and "did you mean train.steps?" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["0042", "true", "7.5"])
+def test_text_that_looks_like_another_value_needs_quotes(path, text):
+    with pytest.raises(RecipeError, match="run.name .*is written in quotes"):
+        Recipe.load(path, [f"run.name={text}"])
+    assert Recipe.load(path, [f'run.name="{text}"']).run.name == text
