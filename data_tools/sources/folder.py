@@ -18,8 +18,9 @@ from mmtensorar.folders import LeftOut
 def read(location: str, layout: Layout) -> Listing:
     """Every picture below a folder.
 
-    The caption is in the .txt file (in any case) of the same name, or in the .json file of the same
-    name under the keys of layout.captions. Raises ValueError when there is no picture.
+    The caption is in the .txt file (in any case) of the same name, or in the .json file
+    of the same name under the keys of layout.captions. Raises ValueError when there is
+    no picture.
     """
     root = storage.at(location)
     if storage.is_local(root) and not root.is_dir():

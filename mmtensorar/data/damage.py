@@ -34,7 +34,8 @@ def check_png(content: bytes) -> None:
 
 
 CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of a PNG's colour types
-# First column and row, and steps between columns and rows, of the passes of interlacing.
+# First column and row, and steps between columns and rows, of the passes of
+# interlacing.
 PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 
 

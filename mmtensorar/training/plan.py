@@ -311,7 +311,9 @@ class SampleFlops:
         return self.counted.get(prompt_len) or self._interpolated(prompt_len)
 
     def count(self, prompt_len: int) -> int:
-        """Count with one and with two of a stack of equal layers, and add the others."""
+        """Count with one and with two of a stack of equal layers, and add the
+        others.
+        """
         stacks = _stacks(self.model)
         shortest = {name: 1 for name in stacks}
         total = first = self._count_with(stacks, shortest, prompt_len)

@@ -190,7 +190,9 @@ A_ROW = "{},t,,{},0,x,y,entity - whole (cat),{}\n"
     ],
 )
 def test_commas_and_quotes_lose_no_question(tmp_path, rows, line, sentence):
-    """A question was cut at its comma, and a stray quote swallowed the rows after it."""
+    """A question was cut at its comma, and a stray quote swallowed the rows after
+    it.
+    """
     (tmp_path / "t.csv").write_text(HEADER + "".join(A_ROW.format(*row) for row in rows))
     with pytest.raises(ValueError, match=rf"t\.csv line {line}: .*{sentence}"):
         score.read_rows(tmp_path / "t.csv")
