@@ -93,7 +93,7 @@ def _changed_left_out(path: Path, items: Items, settings: SampleSettings, *, pic
     """
     left: Counter[str] = Counter()
     duplicates: Counter[tuple[str, str]] = Counter()  # of (name, name of the first)
-    for row in (json.loads(line) for line in read_lines(path) if line):
+    for row in left_out_rows(path):
         if row["reason"].startswith(DUPLICATE):
             duplicates[row["name"], row["reason"].removeprefix(DUPLICATE)] += 1
         else:
@@ -111,6 +111,27 @@ def _changed_left_out(path: Path, items: Items, settings: SampleSettings, *, pic
         if sum(digest in digests[first] for digest in digests[name]) < number:
             return name
     return next((name for name, number in left.items() if number > 0), None)
+
+
+def left_out_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a set's list of what was left out. Raises ValueError for a damaged one,
+    naming its line.
+    """
+    rows = []
+    for number, line in enumerate(read_lines(path), 1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+            rows.append({key: row[key] for key in ("name", "reason")})
+            valid = all(isinstance(value, str) for value in rows[-1].values())
+        except (ValueError, TypeError, KeyError, RecursionError):
+            valid = False
+        if not valid:
+            raise ValueError(
+                f"{path} line {number}: expected name and reason; delete the file, or add --overwrite"
+            )
+    return rows
 
 
 def _made(key: str, item: Item, settings: SampleSettings) -> MadeSample | None:

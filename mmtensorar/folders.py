@@ -43,7 +43,8 @@ class LeftOut:
         names = self.names.setdefault(reason, [])
         if len(names) < self.NUM_NAMES:
             is_below = path.is_relative_to(self.folder)
-            names.append(shown(path.relative_to(self.folder).as_posix() if is_below else str(path)))
+            name = path.relative_to(self.folder).as_posix() if is_below else str(path)
+            names.append(shown(str(path) if name == "." else name))
 
     def print(self) -> None:
         """Print a note for each reason: "note: FOLDER: left out 4 (hidden): .a, .b, .c

@@ -117,6 +117,8 @@ def match_columns(names: Sequence[str], layout: Layout, where: str) -> Layout:
 def table_file(location: str, layout: Layout) -> tuple[Path, Path]:
     """A table's path, and the folder that the paths in it are relative to."""
     path = storage.at(location)
+    if storage.is_local(path) and path.is_dir():
+        raise ValueError(f"{path} is a folder; expected the file of a table")
     if not path.is_file():
         raise ValueError(
             f"{path}: no such file{'' if storage.is_local(path) else ', or it cannot be reached'}"

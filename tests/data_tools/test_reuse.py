@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from data_tools import reuse
 from mmtensorar.data.shards import MANIFEST, Manifest
 from tests.helpers.sources import content, fails, made, make, picture, write_tar
 
@@ -268,3 +269,13 @@ def test_a_damaged_set_whose_source_changed_can_be_overwritten(tmp_path, caption
     assert "damaged or cut" in fails(capsys, make(tmp_path / "set", "--folder", captioned))
     assert make(tmp_path / "set", "--folder", captioned, "--overwrite") == 0
     assert (tmp_path / "set" / "00000.tar").read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "line", ["[1]", '{"name": "a"', '{"name": "a"}', '{"name": 1, "reason": "x"}', "null"]
+)
+def test_a_damaged_list_of_what_was_left_out_is_named(tmp_path, line):
+    path = tmp_path / "left_out.jsonl"
+    path.write_text('{"name": "a", "reason": "damaged"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=r"left_out\.jsonl line 2: expected name and reason"):
+        reuse.left_out_rows(path)
