@@ -4,7 +4,8 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 # Where bytecode is not kept, each process compiles torch and transformers anew, for 10 of the 13 s of a start.
 export PYTHONDONTWRITEBYTECODE :=
-# Three test processes for two cores, since launched runs often wait, each with one thread. A file's tests stay in one process, in the order of tests/conftest.py.
+# Three test processes for two cores, since launched runs often wait; each has one thread. The tests of a
+# file stay in one process, in the order of tests/conftest.py.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 # Everything in process: no marker of pyproject.toml.
 FAST := not launch and not server and not plan and not shipped and not parity and not slow

@@ -16,7 +16,7 @@ from tests.helpers import fork_server
 from tests.helpers.fakes import tiny_llamagen, write_tiny_janus, write_tiny_t5
 from tests.helpers.runs import write_bench
 
-# Files that take long, longest first: with two test processes, a long file that starts
+# Files that take long, longest first: with few test processes, a long file that starts
 # last would run alone.
 LONG_FILES = (
     "tests/training/test_train.py",
