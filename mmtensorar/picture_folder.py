@@ -25,7 +25,8 @@ from mmtensorar.files import MAX_LINE, end_last_line, publish
 RECORD = "prompts.jsonl"
 WINDOWS, REVISIONS = ".windows.safetensors", ".revisions.png"
 # Endings that a picture may have been converted to.
-PICTURES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".mpo")
+PICTURES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+PICTURES += (".mpo",)
 NUMBERED = re.compile(r"([0-9]{5,})_([0-9]+)\.")  # how the names of pictures and traces begin
 LONG_NUMBER = re.compile(r"^[0-9]{6,}(?![0-9A-Za-z])")
 RECORDED = re.compile(rb'"file": "([0-9]{5,200})_[0-9]+\.')  # as long as names of files

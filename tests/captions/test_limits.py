@@ -203,7 +203,7 @@ def test_encoding_into_shards_counts_and_names_what_is_cut(t5_folder, tmp_path, 
     assert encode_text.main([str(folder), *options]) == 0
     printed = capsys.readouterr().err
     assert "sample 01: the caption has " in printed and "(limit 5)" in printed
-    assert "note: 1 caption longer" in printed
+    assert "1 caption encoded now was longer than --max-tokens" in printed
 
 
 # ---- shards and training ---------------------------------------------------------------------
