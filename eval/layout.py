@@ -107,8 +107,9 @@ def _gaps(numbers: Iterable[int], end: int) -> Iterator[tuple[int, int]]:
 
 
 def no_picture(path: Path) -> str | None:
-    """What a file is that has a picture's name and is none of a model; None when it is
-    one.
+    """What a file is, when it has a picture's name but a model did not generate it.
+
+    None when it is a generated picture.
     """
     if is_revisions(path):
         return STRIP

@@ -34,7 +34,7 @@ YES = "yes"
 class Question(NamedTuple):
     """One row of the table.
 
-    parents: ids of questions of the same item; 0 is no parent.
+    parents: ids of questions of the same item; 0 means that there is none.
     """
 
     item: str
