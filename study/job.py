@@ -172,7 +172,7 @@ def draw(
         if generator.device.type == "cuda":
             torch.cuda.synchronize()
         seconds += time.perf_counter() - began
-        passes += decoded.passes * len(batch)
+        passes += sum(decoded.passes)
         revised.append(revised_per_offset(decoded.trace))
         features.append(world.features(data_folder, generator.image_tokenizer, decoded.codes))
         for (number, _), image in zip(batch, generator.pictures(decoded.codes), strict=True):

@@ -75,18 +75,28 @@ class PublishedBackbone(nn.Module):
 
     def new_cache(self, max_len: int) -> kv_cache.KVCache:
         """See Backbone."""
-        return kv_cache.KVCache(len(self.layers), max_len)
+        return kv_cache.KVCache(len(self.layers), max_len, self.attn_implementation)
 
     def run_layers(
-        self, hidden: Tensor, table: Tensor, pattern: attention.Pattern, cache: kv_cache.KVCache | None
+        self, hidden: Tensor, table: Tensor, padding: Tensor | None, cache: kv_cache.KVCache | None
     ) -> Tensor:
         """[B, S, D] through all layers.
 
-        table: of `layers.rotary_table`, the rows of these S positions.
+        Args:
+            table: of `layers.rotary_table`.
+            padding: [B, S] bool, False where a position is padding; None if none is.
+                Behind a cache it is read in the first pass only.
         """
         blocks: Any = self.layers
         policy = self.activation_checkpointing
-        return layers.run(blocks, hidden, table, pattern, cache, activation_checkpointing=policy)
+        B, S, _ = hidden.shape
+        if cache is None:
+            rows = table[:S]
+            pattern = attention.pattern(padding, S, S, self.attn_implementation, hidden.device)
+        else:
+            step = cache.begin(B, S, hidden.device, padding)
+            rows, pattern = layers.rotary_rows(table, step), step.pattern
+        return layers.run(blocks, hidden, rows, pattern, cache, activation_checkpointing=policy)
 
     def example_condition(self, num_rows: int, prompt_len: int) -> Condition:
         """See Backbone: class numbers."""

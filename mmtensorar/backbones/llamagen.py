@@ -285,19 +285,18 @@ class LlamaGenBackbone(PublishedBackbone):
         values = torch.zeros(num_rows, self.prefix_len, self.config.caption_dim)
         return Condition(values, torch.ones(num_rows, self.prefix_len, dtype=torch.bool))
 
-    def forward(self, embeds: Tensor, mask: Tensor, cache: kv_cache.KVCache | None = None) -> Tensor:
+    def forward(
+        self, embeds: Tensor, mask: Tensor | None, cache: kv_cache.KVCache | None = None
+    ) -> Tensor:
         """See Backbone."""
-        start = 0 if cache is None else cache.length
-        stop = start + embeds.shape[1]
         config = self.config
         table = layers.rotary_table(
             config.prefix_len, config.num_tokens, config.head_dim, config.rope_base, embeds.device
-        )[start:stop]
+        )
         # A class is one position and never padded. Reading that from the mask would
         # wait for the GPU.
         padding = mask if config.condition == "text" else None
-        pattern = attention.pattern(padding, stop - start, stop, self.attn_implementation, embeds.device)
-        return self.norm(self.run_layers(embeds, table, pattern, cache))
+        return self.norm(self.run_layers(embeds, table, padding, cache))
 
 
 # ---- files ---------------------------------------------------------------------------------------

@@ -291,19 +291,17 @@ class OpenMagvit2Backbone(PublishedBackbone):
         self.head = OpenMagvit2Head(config, self.embed.pre_emb, dropout)
         self.init_weights(*self.head.heads)
 
-    def forward(self, embeds: Tensor, mask: Tensor, cache: kv_cache.KVCache | None = None) -> Tensor:
+    def forward(
+        self, embeds: Tensor, mask: Tensor | None, cache: kv_cache.KVCache | None = None
+    ) -> Tensor:
         """See Backbone.
 
         A class is one position in every row, so nothing is padded and mask is all True.
         """
-        start = 0 if cache is None else cache.length
-        stop = start + embeds.shape[1]
-        assert mask.shape[1] == stop <= self.num_tokens + 1
         head_dim = self.dim // self.config.num_heads
-        table = layers.rotary_table(1, self.num_tokens, head_dim, ROTARY_BASE, embeds.device)[start:stop]
-        pattern = attention.pattern(None, stop - start, stop, self.attn_implementation, embeds.device)
+        table = layers.rotary_table(1, self.num_tokens, head_dim, ROTARY_BASE, embeds.device)
         hidden = functional.dropout(embeds, self.dropout, self.training)
-        return self.run_layers(hidden, table, pattern, cache)
+        return self.run_layers(hidden, table, None, cache)
 
 
 # ---- files ---------------------------------------------------------------------------------------

@@ -31,7 +31,9 @@ class Pattern(NamedTuple):
     visible: Tensor | None
     """[B, 1, S, N] or [1, 1, S, N] bool, for sdpa and eager. None: causal, without padding."""
     mask: Tensor | None
-    """[B, N] bool, for flash-attn, which receives the real positions without the padding."""
+    """[B, N] bool, for flash-attn, which receives the keys without the others."""
+    queries: Tensor | None = None
+    """[B, S] bool, for flash-attn: the queries that are not padding. None: the last S columns of mask."""
 
 
 def require(implementation: Implementation, *, key: str, dtype: torch.dtype | None = None) -> None:
@@ -51,6 +53,15 @@ def require(implementation: Implementation, *, key: str, dtype: torch.dtype | No
             f"{key} is flash_attention_2, which computes in bf16 or fp16, not in {dtype}; "
             "use sdpa for float32"
         )
+
+
+def padding(mask: Tensor) -> Tensor | None:
+    """The mask [B, N], or None if nothing is padded, which allows faster kernels.
+
+    Waits for the GPU. A tensor without values counts as padded.
+    """
+    without_values = mask.is_meta or type(mask) is not Tensor
+    return mask if without_values or not bool(mask.all()) else None
 
 
 def pattern(
@@ -85,12 +96,43 @@ def pattern(
     return Pattern(implementation, visible, None)
 
 
+def cached_pattern(
+    places: Tensor, num_keys: int, real: Tensor | None, implementation: Implementation, *, level: bool
+) -> Pattern:
+    """The pattern of S new positions behind a cache, whose rows may hold different
+    numbers of positions.
+
+    Args:
+        places: [B, S] int64, of the queries among the keys.
+        num_keys: N.
+        real: [B, P] bool, False where a position of the prefix is padding; None if none
+            is.
+        implementation: the one that will run.
+        level: all rows have the same places, which are the last S of the N keys.
+    """
+    if level and real is None and (places.shape[1] == 1 or implementation == "flash_attention_2"):
+        # Every query sees all keys, or flash-attn's own causal mask is right.
+        visible = None if implementation != "eager" else places.new_ones(1, 1, 1, num_keys, dtype=torch.bool)
+        return Pattern(implementation, visible, None)
+    keys_N = torch.arange(num_keys, device=places.device)
+    if real is not None:
+        real = functional.pad(real, (0, num_keys - real.shape[1]), value=True)
+    if implementation == "flash_attention_2":
+        mask = keys_N <= places[:, -1:]
+        mask = mask if real is None else mask & real
+        return Pattern(implementation, None, mask, torch.ones_like(places, dtype=torch.bool))
+    visible = keys_N <= (places[:1] if level else places)[..., None]  # [B or 1, S, N]
+    if real is not None:
+        visible = visible & real[:, None]
+    return Pattern(implementation, visible[:, None], None)
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> Tensor:
     """[B, H, S, C], [B, G, N, C], [B, G, N, C] -> [B, H, S, C], scaled by
     1 / sqrt(C).
     """
     if pattern.implementation == "flash_attention_2":
-        return _flash(query, key, value, pattern.mask)
+        return _flash(query, key, value, pattern)
     # Consecutive query heads share one key head.
     repeats = query.shape[1] // key.shape[1]
     if pattern.implementation == "eager":
@@ -104,7 +146,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> Tenso
     )
 
 
-def _flash(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+def _flash(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> Tensor:
     """Attention by flash-attn, whose causal mask is aligned with the last key, as ours
     is.
     """
@@ -118,10 +160,12 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
             f"flash_attention_2 computes in bf16 or fp16, not in {query.dtype}; use sdpa for float32"
         )
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [B, S, H, C]
+    mask = pattern.mask
     if mask is None:
         return flash_attn_func(query, key, value, causal=True).transpose(1, 2)
-    # The real positions of all rows end to end, with the borders between rows.
-    real = mask[:, -query.shape[1] :]
+    # The visible positions of all rows end to end, with the borders between rows. The
+    # queries of a row are its last positions, which flash-attn's causal mask expects.
+    real = mask[:, -query.shape[1] :] if pattern.queries is None else pattern.queries
     packed = flash_attn_varlen_func(
         query[real],
         key[mask],

@@ -11,9 +11,12 @@ Shapes: B batch, S windows, K window size, F factors.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Generator, Tensor
+
+from mmtensorar.model import noise
 
 Schedule = Callable[[Sequence[int], Generator | None], Tensor]
 """((B, S, K), generator) -> rates [B, S, K] float32 in [0, 1], with rates[..., 0] = 0."""
@@ -171,7 +174,27 @@ def uniform(
 
     generator, rows: see `redraw`.
     """
+    return _rows_of(partial(torch.rand, dtype=torch.float32), shape, generator, rows, device)
+
+
+def random_keys(
+    shape: Sequence[int], generator: Generator | None, rows: tuple[int, int] | None, device: torch.device
+) -> Tensor:
+    """int64 keys for `noise.draw`, of a shape whose first axis is the batch.
+
+    generator, rows: see `redraw`.
+    """
+    return _rows_of(noise.random_keys, shape, generator, rows, device)
+
+
+def _rows_of(
+    make: Callable[..., Tensor],
+    shape: Sequence[int],
+    generator: Generator | None,
+    rows: tuple[int, int] | None,
+    device: torch.device,
+) -> Tensor:
     first, number = rows or (0, shape[0])
     draw_device = device if generator is None else generator.device
-    numbers = torch.rand((number, *shape[1:]), generator=generator, device=draw_device)
+    numbers = make((number, *shape[1:]), generator=generator, device=draw_device)
     return numbers[first : first + shape[0]].to(device)

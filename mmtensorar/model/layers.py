@@ -18,7 +18,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from mmtensorar.model import attention
+from mmtensorar.model import attention, kv_cache
 from mmtensorar.model.kv_cache import KVCache, LayerCache
 
 # `few_rows_linear` differs from a plain product for at most MAX_ROWS rows and a weight
@@ -91,14 +91,25 @@ def rotary_table(
     return torch.cat([image.new_zeros(prefix_len, image.shape[1]), image])
 
 
+def rotary_rows(table: Tensor, step: kv_cache.Pass) -> Tensor:
+    """The rows of a rotary table [P + T, C / 2] for the new positions of a pass behind a
+    cache: [S, C / 2], or [R, S, C / 2] where the rows are at different places.
+
+    Positions past the image, whose results nobody uses, get the last row.
+    """
+    if step.start is not None and step.used <= len(table):
+        return table[step.start : step.used]
+    return table[step.places_RS.clamp(max=len(table) - 1)]
+
+
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn each pair of neighbouring channels: x [B, S, H, C], table [S, C / 2] ->
-    [B, S, H, C].
+    """Turn each pair of neighbouring channels: x [B, S, H, C], table [S, C / 2] or
+    [B, S, C / 2] -> [B, S, H, C].
 
     Computed in float32, returned in x's dtype.
     """
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * table[:, None]).flatten(-2).type_as(x)
+    return torch.view_as_real(pairs * table[..., None, :]).flatten(-2).type_as(x)
 
 
 # ---- layers --------------------------------------------------------------------------------------
@@ -204,8 +215,8 @@ class SelfAttention(nn.Module):
     def forward(
         self, x: Tensor, table: Tensor, pattern: attention.Pattern, cache: LayerCache | None = None
     ) -> Tensor:
-        """x [B, S, D], table: the rotary rows of these S positions, [S, C / 2] ->
-        [B, S, D].
+        """x [B, S, D], table: the rotary rows of these S positions, [S, C / 2] or
+        [B, S, C / 2] -> [B, S, D].
         """
         H, G = self.heads
         qkv = self.wqkv(x).unflatten(-1, (H + 2 * G, -1))  # [B, S, H + 2G, C]
@@ -265,7 +276,7 @@ def run(
     Args:
         blocks: of the backbone, in order.
         x: [B, S, D].
-        table: the rotary rows of these S positions, [S, C / 2].
+        table: the rotary rows of these S positions, [S, C / 2] or [B, S, C / 2].
         pattern: see attention.pattern.
         cache: None for a whole sequence.
         activation_checkpointing: see Checkpointing; no effect without gradients.

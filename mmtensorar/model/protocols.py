@@ -18,10 +18,11 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from mmtensorar.model.conditions import CaptionEncoder, Condition, ConditionKind
+from mmtensorar.model.kv_cache import KVCache
 from mmtensorar.model.layers import Checkpointing
 from mmtensorar.recipe import BackboneConfig, NamedSection
 
-# ---- heads and caches ----------------------------------------------------------------------------
+# ---- heads ---------------------------------------------------------------------------------------
 
 
 @runtime_checkable
@@ -55,21 +56,6 @@ class Head(Protocol):
         ...
 
 
-class CacheLayer(Protocol):
-    """The keys and values of one layer."""
-
-    def crop(self, length: int, /) -> None:
-        """Forget all positions from length on."""
-        ...
-
-
-class Cache(Protocol):
-    """A key-value cache. `kv_cache.KVCache` is one."""
-
-    @property
-    def layers(self) -> Sequence[CacheLayer]: ...
-
-
 # ---- backbones -----------------------------------------------------------------------------------
 
 
@@ -96,15 +82,16 @@ class Backbone(Protocol):
     prefix: nn.Module  # (Condition, uncond [B] bool) -> Prefix; uncond rows get the null prompt
     head: Head
 
-    def __call__(self, embeds: Tensor, mask: Tensor, cache: Any = None) -> Tensor:
-        """Causal hidden states: embeds [B, S, D], mask [B, cached + S] bool ->
-        [B, S, D].
+    def __call__(self, embeds: Tensor, mask: Tensor | None, cache: Any = None) -> Tensor:
+        """Causal hidden states: embeds [B, S, D], mask [B, S] bool -> [B, S, D].
 
-        The S rows follow the positions in the cache. `head` takes the result.
+        With a cache, of `new_cache`, the S rows follow the positions that the cache
+        holds of each row of the batch. The mask is read in the first pass, that of the
+        prefix; later it is None. `head` takes the result.
         """
         ...
 
-    def new_cache(self, max_len: int) -> Cache:
+    def new_cache(self, max_len: int) -> KVCache:
         """An empty key-value cache for max_len positions."""
         ...
 

@@ -13,8 +13,7 @@ from functools import partial
 import torch
 from torch import Generator, Tensor, nn
 
-from mmtensorar.model import drafts
-from mmtensorar.model.categorical import invert_cdf
+from mmtensorar.model import drafts, noise
 from mmtensorar.model.codec import WindowDecoder, WindowEncoder
 from mmtensorar.model.conditions import Condition
 from mmtensorar.model.drafts import FixedSchedule, Schedule
@@ -182,14 +181,14 @@ class TensorAR(nn.Module):
         The arguments are those of `hidden` and `forward`.
         """
         hidden_BSD = self.hidden(inputs, valid, condition, uncond)[:, :-1]
-        uniform_BSKF = drafts.uniform(inputs.shape, generator, rows, inputs.device)
+        keys_BSKF = drafts.random_keys(inputs.shape, generator, rows, inputs.device)
         num_windows = max(1, self.loss_settings.chunk_tokens // (self.window * len(inputs)))
         chunks = zip(
-            hidden_BSD.split(num_windows, 1), uniform_BSKF[:, :, 1:].split(num_windows, 1), strict=True
+            hidden_BSD.split(num_windows, 1), keys_BSKF[:, :, 1:].split(num_windows, 1), strict=True
         )
         sampled = [
-            self._fill(self.offset_states(hidden)[:, :, 1:], partial(_sample, uniform=uniform))
-            for hidden, uniform in chunks
+            self._fill(self.offset_states(hidden)[:, :, 1:], partial(_sample, keys=keys))
+            for hidden, keys in chunks
         ]
         return torch.cat([inputs[:, :, :1], torch.cat(sampled, dim=1)], dim=2)
 
@@ -211,15 +210,9 @@ class TensorAR(nn.Module):
         return tokens
 
 
-def _sample(logits: Tensor, factor: int, *, uniform: Tensor) -> Tensor:
-    """Tokens [B, S, k] from logits [B, S, k, V_f] at temperature 1; uniform:
-    [B, S, k, F] in [0, 1).
-    """
-    # float32 may misplace thin slices of the line by a little, which is good enough for
-    # noise. Logits that are not finite give V_f, which is not a token; the loss then
-    # reports the divergence, where an index out of range would only crash.
-    tokens = invert_cdf(logits.float().softmax(-1), uniform[..., factor])
-    return tokens.clamp(max=logits.shape[-1] - 1)
+def _sample(logits: Tensor, factor: int, *, keys: Tensor) -> Tensor:
+    """Tokens [B, S, k] from logits [B, S, k, V_f] at temperature 1; keys: [B, S, k, F]."""
+    return noise.draw(logits, keys[..., factor])
 
 
 def build(

@@ -409,11 +409,11 @@ class SamplerSettings(Section):
     greedy_drafts: bool = setting(
         False, description="drafts (offsets above 0) are the likeliest tokens", on_resume=True
     )
-    lookahead: int = setting(
-        1,
-        ge=1,
-        description="steps guessed at once, of which a pass keeps those that it confirms: the same picture, "
-        "up to rounding, in fewer passes",
+    lookahead: Literal["auto"] | Annotated[int, Ge(1)] = setting(
+        "auto",
+        description="steps fed per pass, all but the first of them guessed, of which a pass keeps those that "
+        "it confirms: the same picture, up to rounding, in fewer passes; 1 is one token at a time; auto "
+        "chooses from measured times",
         on_resume=True,
     )
 

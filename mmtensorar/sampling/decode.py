@@ -18,6 +18,7 @@ from mmtensorar.model.conditions import Condition
 from mmtensorar.model.tensorar import TensorAR
 from mmtensorar.recipe import SamplerSettings
 from mmtensorar.sampling.noise import Draw, Generators
+from mmtensorar.sampling.pace import MOST_STEPS
 from mmtensorar.sampling.state import DecodeState
 from mmtensorar.sampling.strategies import strategy_for
 
@@ -28,7 +29,8 @@ class Decoded(NamedTuple):
     codes: Tensor  # [B, T, F] int64
     # [B, T, K, F] int64: trace[:, t] is the window of step t, 0 past the last token.
     trace: Tensor | None
-    passes: int = 0  # through the backbone, including the one over the prefix
+    # of each picture through the backbone, including the one over the prefix
+    passes: tuple[int, ...] = ()
 
 
 @torch.no_grad()
@@ -52,7 +54,7 @@ def decode(
             number. With cfg_scale 1 for every factor no unconditional rows are
             computed.
         draw: replaces the settings' temperature, top_k, top_p and greedy_drafts:
-            (logits [N, K, V] after guidance, numbers [N, K] in [0, 1))
+            (logits [N, K, V] after guidance, keys [N, K] of the noise)
             -> tokens [N, K]. It is called for one factor after the other.
         strategy: a name of STRATEGIES; None chooses by the settings.
         generator: one for the batch; or one per row, which makes a row independent of
@@ -64,12 +66,10 @@ def decode(
     not have F numbers, or the strategy is unknown.
     """
     run = strategy_for(settings, strategy)
-    state = DecodeState(model, condition, settings, draw=draw, generator=generator)
-    windows, done = [], 0
-    for final in run(state):  # [B, n, K, F]
-        windows.append(final)
-        done += final.shape[1]
+    most_steps = MOST_STEPS if settings.lookahead == "auto" else settings.lookahead
+    state = DecodeState(model, condition, settings, draw=draw, generator=generator, most_steps=most_steps)
+    for _ in run(state):
         if progress is not None:
-            progress(done, state.num_tokens)
-    trace = torch.cat(windows, dim=1)
-    return Decoded(trace[:, :, 0].clone(), trace if keep_trace else None, state.passes)
+            progress(state.num_final, state.num_tokens)
+    trace = state.windows_BTKF[:, : state.num_tokens]
+    return Decoded(trace[:, :, 0].clone(), trace.clone() if keep_trace else None, tuple(state.passes))

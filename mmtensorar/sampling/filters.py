@@ -1,4 +1,4 @@
-"""From logits to probabilities: guidance, temperature, top-k, top-p.
+"""What is drawn from: guidance, temperature, top-k and top-p, on logits.
 
 Pure functions of tensors, applied in this order.
 Shapes: V vocabulary; any axes in front.
@@ -27,22 +27,23 @@ def keep_top_k(logits: Tensor, count: int) -> Tensor:
     return logits.masked_fill(logits < edge, float("-inf"))
 
 
-def keep_top_p(probs: Tensor, share: float) -> Tensor:
-    """Probabilities [..., V] with 0 for the unlikely tail; 1 keeps all.
+def keep_top_p(logits: Tensor, share: float) -> Tensor:
+    """Logits [..., V] with -inf for the unlikely tail; 1 keeps all.
 
-    The likeliest tokens are kept until their sum exceeds `share`; the result is not
-    normalised again.
+    The likeliest tokens are kept until their probabilities together exceed `share`.
     """
     if share >= 1:
-        return probs
-    ordered, order = probs.sort(dim=-1, descending=True, stable=True)
+        return logits
+    ordered, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
     # A token stays when those before it do not yet exceed the share, so the first
     # always stays.
-    stays = ordered.cumsum(-1) - ordered <= share
-    return torch.zeros_like(probs).scatter(-1, order, ordered * stays)
+    goes = ordered.cumsum(-1) - ordered > share
+    return logits.masked_fill(goes.scatter(-1, order, goes), float("-inf"))
 
 
-def probabilities(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Logits [..., V] -> float64 [..., V], not normalised; 0 where filtered out."""
-    kept = keep_top_k(logits.float() / temperature, top_k)
-    return keep_top_p(kept.double().softmax(-1), top_p)
+def filtered(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Logits [..., V] of any dtype -> float32 [..., V], -inf where filtered out.
+
+    Their softmax is the distribution that a token is drawn from.
+    """
+    return keep_top_p(keep_top_k(logits.float() / temperature, top_k), top_p)

@@ -1,9 +1,9 @@
-"""The random numbers of each token, and the token that a number draws.
+"""Which noise a token is drawn with, and the token that it draws.
 
-Every token has its own number in [0, 1), drawn before decoding starts. So nothing that
-happens while decoding (batch, lookahead, filters) can shift the stream of an image.
-Shapes: B batch, T image tokens, K window, F factors, V vocabulary; N any number of
-windows.
+Each picture has a key, and each of its tokens a key made from it, its place and its
+factor (see `mmtensorar.model.noise`). So nothing that happens while decoding (batch,
+order, lookahead, filters) can change the noise of a token.
+Shapes: B batch, K window, V vocabulary; m consecutive steps, N any number of windows.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from mmtensorar.model.categorical import invert_cdf
+from mmtensorar.model import noise
 from mmtensorar.sampling import filters
 
-# (logits [N, K, V], numbers [N, K] float64 in [0, 1)) -> tokens [N, K] int64, called
-# for one factor after the other.
+# (logits [N, K, V], keys [N, K] int64) -> tokens [N, K] int64, called for one factor
+# after the other.
 Draw = Callable[[Tensor, Tensor], Tensor]
 # An element of SamplerSettings.per_factor, where every list is replaced by one number.
 # Any, since the declared types still allow lists.
@@ -26,13 +26,8 @@ FactorSettings = Any
 Generators = Generator | Sequence[Generator] | None
 
 
-def token_numbers(
-    num_tokens: int, window: int, num_factors: int, batch: int, generator: Generators
-) -> Tensor:
-    """One number in [0, 1) for each slot and factor of each step: [B, T, F, K] float64.
-
-    The numbers of the final tokens (offset 0) are drawn first. So they are the same for
-    any window, and models with different windows are compared on equal numbers.
+def picture_keys(batch: int, generator: Generators) -> Tensor:
+    """One key for each picture: [B] int64.
 
     Args:
         generator: one for the batch; or one per row, which makes a row independent of
@@ -40,34 +35,50 @@ def token_numbers(
 
     Raises ValueError when the number of generators is not B.
     """
-    final, drafts = (
-        _uniform((num_tokens, num_factors, slots), batch, generator) for slots in (1, window - 1)
-    )
-    return torch.cat([final, drafts], dim=-1)
-
-
-def _uniform(shape: tuple[int, ...], batch: int, generator: Generators) -> Tensor:
-    """[B, *shape] float64 in [0, 1), on the generators' device."""
     if generator is None or isinstance(generator, Generator):
         device = None if generator is None else generator.device
-        return torch.rand(batch, *shape, generator=generator, device=device, dtype=torch.float64)
+        return noise.random_keys((batch,), generator, device)
     if len(generator) != batch:
         raise ValueError(f"{len(generator)} generators for {batch} rows; expected one generator per row")
-    rows = [torch.rand(shape, generator=g, device=g.device, dtype=torch.float64) for g in generator]
-    return torch.stack(rows)
+    return torch.stack([noise.random_keys((), each, each.device) for each in generator])
 
 
-def draw_tokens(logits: Tensor, numbers: Tensor, settings: FactorSettings) -> Tensor:
-    """Logits [N, K, V], numbers [N, K] -> tokens [N, K], by one factor's settings."""
-    probs = filters.probabilities(
+def token_keys(
+    pictures: Tensor, steps: Tensor, window: int, factor: int, num_factors: int, *, coupled: bool
+) -> Tensor:
+    """The keys of the windows of some steps, for one factor: [B, m, K] int64.
+
+    A final token (offset 0) has the key of its place. It is the same for any window, so
+    models with different windows are compared on equal noise.
+
+    Args:
+        pictures: [B] keys.
+        steps: [B, m].
+        coupled: a draft has the key of the place that it is a draft of, so it is what
+            the final token will be if the model learns nothing in between. Otherwise
+            each draft has a key of its own.
+    """
+    offsets_K = torch.arange(window, device=steps.device)
+    pictures = pictures[:, None, None]
+    if coupled:
+        places_BmK = steps[..., None] + offsets_K
+        return noise.child_keys(pictures, places_BmK * num_factors + factor)
+    places_BmK = steps[..., None].expand(*steps.shape, window)
+    keys_BmK = noise.child_keys(pictures, places_BmK * num_factors + factor)
+    return torch.where(offsets_K == 0, keys_BmK, noise.child_keys(keys_BmK, offsets_K))
+
+
+def draw_tokens(logits: Tensor, keys: Tensor, settings: FactorSettings) -> Tensor:
+    """Logits [N, K, V], keys [N, K] -> tokens [N, K], by one factor's settings."""
+    kept = filters.filtered(
         logits, temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p
     )
-    tokens = invert_cdf(probs, numbers)
+    tokens = noise.draw(kept, keys)
     if settings.greedy_drafts:
-        tokens[:, 1:] = greedy(logits[:, 1:], numbers)
+        tokens[:, 1:] = greedy(logits[:, 1:], keys)
     return tokens
 
 
-def greedy(logits: Tensor, numbers: Tensor) -> Tensor:
-    """The likeliest tokens; the numbers are not used. A `draw` for `decode`."""
+def greedy(logits: Tensor, keys: Tensor) -> Tensor:
+    """The likeliest tokens; the keys are not used. A `draw` for `decode`."""
     return logits.argmax(-1)

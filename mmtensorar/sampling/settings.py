@@ -106,8 +106,11 @@ def _option_type(name: str, field: FieldInfo) -> Callable[[str], Any]:
     """The type of a setting's option: a number, or a list with one per factor."""
     kinds = set(_parts(field.annotation))
     kind = next(kind for kind in (float, int, str) if kind in kinds)
+    named = [kind for kind in kinds if isinstance(kind, str)]  # of a Literal
 
     def parse(text: str) -> Any:
+        if text in named:
+            return text
         values = [kind(part) for part in text.split(",")] if list in kinds else [kind(text)]
         value = values if len(values) > 1 else values[0]
         try:
@@ -117,7 +120,7 @@ def _option_type(name: str, field: FieldInfo) -> Callable[[str], Any]:
         return value
 
     # The message is "expected NAME, got TEXT".
-    words = {int: "a whole number", float: "a number", str: "text"}[kind]
+    words = " or ".join([*named, {int: "a whole number", float: "a number", str: "text"}[kind]])
     parse.__name__ = words + (", or one per factor, separated by commas" if list in kinds else "")
     return parse
 

@@ -1,13 +1,15 @@
-"""The state of decoding between steps: the model, its cache, and how tokens are drawn.
+"""The state of decoding between passes: the model, its cache, and the tokens so far.
 
-Drafts are revised in the window, never in the cache. The cache only grows, except that
-`rewind` drops the steps that lookahead guessed wrong.
-Shapes: B batch, R rows (B, or 2B with guidance), P prefix, T image tokens, K window, F
-factors, V vocabulary, D width; m consecutive steps.
+Each picture goes on at its own pace. Of a picture at step t, the windows of the steps
+before t are final; all of them but the last have been fed to the backbone.
+Shapes: B batch, A pictures that are not finished, R rows of the backbone (A, or 2A with
+guidance, the two of a picture next to each other), P prefix, T image tokens, K window,
+F factors, V vocabulary, D width; m consecutive steps.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -15,21 +17,28 @@ from torch import Tensor
 
 from mmtensorar.model.conditions import Condition
 from mmtensorar.model.tensorar import TensorAR
-from mmtensorar.model.windows import valid_slots
 from mmtensorar.recipe import SamplerSettings
 from mmtensorar.sampling import filters
-from mmtensorar.sampling.noise import Draw, FactorSettings, Generators, draw_tokens, token_numbers
+from mmtensorar.sampling.noise import (
+    Draw,
+    FactorSettings,
+    Generators,
+    draw_tokens,
+    picture_keys,
+    token_keys,
+)
 
 
 class DecodeState:
-    """One batch of images in the making, for a strategy to advance.
+    """One batch of pictures in the making, for a strategy to advance.
 
-    A strategy calls `prefill` once. From then on `predict` turns hidden states into
-    windows, and `feed` turns the windows of some steps into the hidden states of the
-    steps after them. A window depends only on its step, the rows fed before it and its
-    own random numbers. So the order of computation does not change it.
+    A strategy calls `prefill` once. From then on `predict` turns hidden states into the
+    windows of the next steps, `keep` makes the first ones final, and `feed` turns windows
+    into the hidden states of the steps after them. A window depends only on its step,
+    the windows fed before it and its own noise. So the order of computation does not
+    change it.
 
-    Args: see `decode`.
+    Args: see `decode`. most_steps: the largest m that the strategy will feed.
 
     Raises ValueError when the number of generators is not B, or a list of settings does
     not have F numbers.
@@ -43,6 +52,7 @@ class DecodeState:
         *,
         draw: Draw | None = None,
         generator: Generators = None,
+        most_steps: int = 1,
     ):
         backbone = model.backbone
         self.model, self.settings = model, settings
@@ -50,79 +60,167 @@ class DecodeState:
         self.num_factors = len(backbone.factor_sizes)
         self.device = next(model.parameters()).device
         self.condition = condition.to(self.device)
-        self.batch = len(condition.values)
+        B = len(condition.values)
         factors: list[FactorSettings] = settings.per_factor(self.num_factors)
         self.draws = [draw or partial(draw_tokens, settings=factor) for factor in factors]
         self.cfg_scales = [factor.cfg_scale for factor in factors]
         # The unconditional rows are computed only if some factor uses them.
         self.guided = any(scale != 1 for scale in self.cfg_scales)
-        numbers = token_numbers(self.num_tokens, self.window, self.num_factors, self.batch, generator)
-        self.numbers_BTFK = numbers.to(self.device)
-        self.valid_TK = valid_slots(self.num_tokens, self.window, self.device)
-        self.passes = 0  # through the backbone
+        self.most_steps = min(most_steps, self.num_tokens)
+        # Final windows, and behind them what was predicted of later ones.
+        self.windows_BTKF = torch.zeros(
+            B, self.num_tokens + self.most_steps, self.window, self.num_factors,
+            dtype=torch.int64, device=self.device,
+        )
+        self.passes = [0] * B  # of each picture, through the backbone
+        # Of the pictures that are not finished:
+        self.pictures = list(range(B))  # their numbers in the batch
+        self.steps = [0] * B  # their t
+        self._rows_A = torch.arange(B, device=self.device)
+        self._steps_A = torch.zeros(B, dtype=torch.int64, device=self.device)
+        self._keys_A = picture_keys(B, generator).to(self.device)
+
+    # ---- passes ----------------------------------------------------------------------
 
     def prefill(self) -> Tensor:
         """Run the prompts into a new cache; return hidden states [R, 1, D] of step
         0.
         """
-        values, mask = self.condition.values, self.condition.mask
-        uncond = torch.zeros(self.batch, dtype=torch.bool, device=self.device)
+        values, mask = self.condition
+        uncond = torch.zeros(len(values), dtype=torch.bool, device=self.device)
         if self.guided:
-            values, mask = values.repeat(2, *[1] * (values.ndim - 1)), mask.repeat(2, 1)
-            uncond = torch.cat([uncond, ~uncond])
+            values, mask = self._to_rows(values), self._to_rows(mask)
+            uncond = torch.stack([uncond, ~uncond], dim=1).flatten()
         backbone = self.model.backbone
-        prefix = backbone.prefix(self.condition._replace(values=values, mask=mask), uncond)
+        prefix = backbone.prefix(Condition(values, mask), uncond)
         self.prefix_len = prefix.mask.shape[1]
-        # The last window is never fed, hence T - 1 rows after the prefix.
-        seen = prefix.mask.new_ones(len(values), self.num_tokens - 1)
-        self.mask_RS = torch.cat([prefix.mask, seen], dim=1)
-        self.cache = backbone.new_cache(self.mask_RS.shape[1])
-        self.passes += 1
+        # The last window is never fed. The steps past it only fill up a pass.
+        self.cache = backbone.new_cache(self.prefix_len + self.num_tokens - 1 + self.most_steps)
+        self._count_pass()
         return backbone(prefix.embeds, prefix.mask, self.cache)[:, -1:]
 
-    def predict(self, hidden: Tensor, first: int) -> Tensor:
-        """Draw the windows of steps first to first + m - 1.
+    def feed(self, windows: Tensor) -> Tensor:
+        """Feed the windows [A, m, K, F] of the steps t - 1 to t + m - 2.
 
-        hidden: [R, m, D]. Returns [B, m, K, F] int64, with 0 in slots past the last
+        Returns hidden states [R, m, D], those of the steps t to t + m - 1.
+        """
+        valid_AmK = self._valid(windows.shape[1], first=-1)
+        self._rewind()
+        embeds = self.model.encode(self._to_rows(windows), self._to_rows(valid_AmK))
+        self._count_pass()
+        return self.model.backbone(embeds, None, self.cache)
+
+    def predict(self, hidden: Tensor) -> Tensor:
+        """Draw the windows of the steps t to t + m - 1.
+
+        hidden: [R, m, D]. Returns [A, m, K, F] int64, with 0 in slots past the last
         token.
         """
-        windows_BmKF = self.model.draft(hidden, partial(self._choose, first))[: self.batch]
-        return self.mask_invalid(windows_BmKF, first)
+        rows_per_picture = 2 if self.guided else 1
+        windows_AmKF = self.model.draft(hidden, self._choose)[::rows_per_picture]
+        return windows_AmKF * self._valid(hidden.shape[1], first=0)[..., None]
 
-    def mask_invalid(self, windows: Tensor, first: int) -> Tensor:
-        """Windows [B, m, K, F] of steps from `first` on, with 0 past the last token."""
-        return windows * self.valid_TK[first : first + windows.shape[1], :, None]
+    def keep(self, windows: Tensor, num_final: Sequence[int] | None = None) -> None:
+        """Make the predicted windows [A, m, K, F] of the steps from t on final.
 
-    def _choose(self, first: int, logits_RmKV: Tensor, factor: int) -> Tensor:
+        The rest serve as guesses. Pictures with T final windows leave the batch.
+
+        num_final: how many of them are final, for each picture; None is all.
+        """
+        m = windows.shape[1]
+        places_Am = self._steps_A[:, None] + torch.arange(m, device=self.device)
+        self.windows_BTKF[self._rows_A[:, None], places_Am] = windows
+        self.known = [step + m for step in self.steps]  # the steps before it have a window
+        if num_final is None:
+            self._steps_A = self._steps_A + m
+            self.steps = [step + m for step in self.steps]
+        else:
+            steps = (step + more for step, more in zip(self.steps, num_final, strict=True))
+            self.steps = [min(step, self.num_tokens) for step in steps]
+            self._steps_A = torch.tensor(self.steps, device=self.device)
+        if max(self.steps) >= self.num_tokens:
+            self._drop_finished()
+
+    def guesses(self, m: int) -> Tensor:
+        """The window of step t - 1, which is final, and guesses of the m - 1 after it:
+        [A, m, K, F].
+
+        A guess is what the last pass predicted. Where it predicted nothing, it is the
+        last window that it did predict, with its drafts one offset lower per step.
+        """
+        steps_Am = self._steps_A[:, None] - 1 + torch.arange(m, device=self.device)
+        known_A = torch.tensor(self.known, device=self.device)
+        source_Am = torch.minimum(steps_Am, known_A[:, None] - 1)
+        offsets_K = torch.arange(self.window, device=self.device)
+        offsets_AmK = ((steps_Am - source_Am)[..., None] + offsets_K).clamp(max=self.window - 1)
+        windows = self.windows_BTKF[self._rows_A[:, None, None], source_Am[..., None], offsets_AmK]
+        return windows * self._valid(m, first=-1)[..., None]
+
+    # ---- pictures --------------------------------------------------------------------
+
+    @property
+    def num_final(self) -> int:
+        """Final tokens of a picture, the mean over the batch, rounded down."""
+        B = len(self.passes)
+        return (self.num_tokens * (B - len(self.pictures)) + sum(self.steps)) // B
+
+    @property
+    def remaining(self) -> int:
+        """Steps of the picture that has most of them left; 0 when all are finished."""
+        return self.num_tokens - min(self.steps, default=self.num_tokens)
+
+    def _drop_finished(self) -> None:
+        """Let the last pictures move to the places of the finished ones."""
+        alive = [index for index, step in enumerate(self.steps) if step < self.num_tokens]
+        tail = [index for index in alive if index >= len(alive)]
+        order = [
+            index if self.steps[index] < self.num_tokens else tail.pop() for index in range(len(alive))
+        ]
+        self.pictures = [self.pictures[index] for index in order]
+        self.steps = [self.steps[index] for index in order]
+        self.known = [self.known[index] for index in order]
+        index_A = torch.tensor(order, dtype=torch.int64, device=self.device)
+        self._rows_A, self._steps_A = self._rows_A[index_A], self._steps_A[index_A]
+        self._keys_A = self._keys_A[index_A]
+        if order:
+            self.cache.keep_rows(order, 2 if self.guided else 1)
+
+    def _rewind(self) -> None:
+        """Drop from the cache what was fed of steps that are not final."""
+        longest = max(self.steps)
+        lengths_R = self._to_rows(self.prefix_len + self._steps_A - 1)
+        level = longest == min(self.steps)
+        self.cache.rewind(lengths_R, self.prefix_len + longest - 1, level=level)
+
+    def _count_pass(self) -> None:
+        for picture in self.pictures:
+            self.passes[picture] += 1
+
+    # ---- tokens ----------------------------------------------------------------------
+
+    def _choose(self, logits_RmKV: Tensor, factor: int) -> Tensor:
         """Tokens [R, m, K] of one factor.
 
-        All rows of an image get the same token: the guided one goes to both before the
-        logits of the next factor are computed.
+        The two rows of a picture get the same token: the guided one goes to both before
+        the logits of the next factor are computed.
         """
         logits = logits_RmKV.float()
         if self.guided:
-            cond, uncond = logits.chunk(2)
+            cond, uncond = logits.unflatten(0, (-1, 2)).unbind(1)
             logits = filters.guide(cond, uncond, self.cfg_scales[factor])
-        steps = logits.shape[1]
-        numbers_BmK = self.numbers_BTFK[:, first : first + steps, factor]
-        tokens = self.draws[factor](logits.flatten(0, 1), numbers_BmK.flatten(0, 1))
-        return self._to_rows(tokens.unflatten(0, (self.batch, steps)))
+        A, m = logits.shape[:2]
+        steps_Am = self._steps_A[:, None] + torch.arange(m, device=self.device)
+        keys_AmK = token_keys(
+            self._keys_A, steps_Am, self.window, factor, self.num_factors, coupled=False
+        )
+        tokens = self.draws[factor](logits.flatten(0, 1), keys_AmK.flatten(0, 1))
+        return self._to_rows(tokens.unflatten(0, (A, m)))
 
-    def feed(self, windows: Tensor, first: int) -> Tensor:
-        """Feed the windows [B, m, K, F] of steps first to first + m - 1.
+    def _valid(self, m: int, *, first: int) -> Tensor:
+        """[A, m, K] bool: slots inside the image, of m steps from t + first on."""
+        slots_mK = torch.arange(m, device=self.device)[:, None] + torch.arange(self.window, device=self.device)
+        return self._steps_A[:, None, None] + first + slots_mK < self.num_tokens
 
-        Returns hidden states [R, m, D], those of the steps first + 1 to first + m.
-        """
-        stop = first + windows.shape[1]
-        embeds = self.model.encode(self._to_rows(windows), self.valid_TK[first:stop])
-        self.passes += 1
-        return self.model.backbone(embeds, self.mask_RS[:, : self.prefix_len + stop], self.cache)
-
-    def rewind(self, step: int) -> None:
-        """Drop from the cache what was fed from this step on."""
-        for layer in self.cache.layers:
-            layer.crop(self.prefix_len + step)
-
-    def _to_rows(self, images: Tensor) -> Tensor:
-        """[B, ...] -> [R, ...]: all rows of an image continue with the same window."""
-        return images.repeat(2 if self.guided else 1, *[1] * (images.ndim - 1))
+    def _to_rows(self, pictures: Tensor) -> Tensor:
+        """[A, ...] -> [R, ...]: both rows of a picture continue with the same window."""
+        return pictures.repeat_interleave(2, 0) if self.guided else pictures

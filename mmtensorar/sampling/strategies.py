@@ -1,25 +1,27 @@
 """Strategies: in which order the windows of an image are computed.
 
 To add one, write one function here. A strategy is a generator function of a
-`DecodeState`. It yields the windows of the steps in order, [B, n, K, F] each time, as
-soon as they are final; `decode` concatenates them and reports progress.
-`@strategy(NAME, when=...)` makes it known: `decode` takes the last one whose `when`
-accepts the sampling settings, or the one that its caller names.
-Shapes: B batch, T image tokens, K window, F factors, m consecutive steps.
+`DecodeState`, which it advances until no step remains. It yields after every pass, so
+that `decode` can report progress. `@strategy(NAME, when=...)` makes it known: `decode`
+takes the last one whose `when` accepts the sampling settings, or the one that its
+caller names.
+Shapes: A pictures that are not finished, T image tokens, K window, F factors, m
+consecutive steps.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from mmtensorar.recipe import SamplerSettings
+from mmtensorar.sampling.pace import pace_of
 from mmtensorar.sampling.state import DecodeState
 
-Run = Callable[[DecodeState], Iterator[Tensor]]
+Run = Callable[[DecodeState], Iterator[None]]
 
 
 class Strategy(NamedTuple):
@@ -57,54 +59,47 @@ def strategy_for(settings: SamplerSettings, name: str | None = None) -> Run:
 
 
 @strategy("one_at_a_time", when=lambda settings: True)
-def one_at_a_time(state: DecodeState) -> Iterator[Tensor]:
+def one_at_a_time(state: DecodeState) -> Iterator[None]:
     """One window per pass, T passes: each is fed before the next is predicted."""
-    hidden = state.prefill()
-    for step in range(state.num_tokens):
-        window = state.predict(hidden, step)
-        yield window
-        if step + 1 < state.num_tokens:
-            hidden = state.feed(window, step)
+    state.keep(state.predict(state.prefill()))
+    yield
+    while state.remaining:
+        state.keep(state.predict(state.feed(state.guesses(1))))
+        yield
 
 
-@strategy("lookahead", when=lambda settings: settings.lookahead > 1)
-def with_lookahead(state: DecodeState) -> Iterator[Tensor]:
-    """Feed several steps per pass, the later ones guessed; keep what the pass confirms.
+@strategy("lookahead", when=lambda settings: settings.lookahead != 1)
+def with_lookahead(state: DecodeState) -> Iterator[None]:
+    """Feed several steps per pass, all but the first guessed; keep what the pass
+    confirms.
 
-    Every step has its own random numbers, so the image is that of `one_at_a_time`, up
-    to rounding, in fewer passes. In a batch, only the steps that are confirmed in all
-    images are kept.
+    The prediction that follows a right guess is that of `one_at_a_time`, since each
+    token has its own noise. So the picture is the same, up to rounding, in fewer passes.
+    Each picture of a batch goes on by as many steps as were confirmed in it.
     """
-    exact = state.predict(state.prefill(), 0)  # the window of step t
-    yield exact
-    guesses = exact[:, :0]  # of the steps after t, left by the pass before
-    t, last = 0, state.num_tokens - 1
-    while t < last:
-        steps = min(state.settings.lookahead, last - t)
-        fed = torch.cat([exact, guesses[:, : steps - 1]], dim=1)
-        while fed.shape[1] < steps:
-            fed = torch.cat([fed, _shifted(fed[:, -1:])], dim=1)
-        fed = state.mask_invalid(fed, t)
-        predicted = state.predict(state.feed(fed, t), t + 1)  # of steps t + 1 to t + m
-        confirmed = _count_equal(fed[:, 1:], predicted[:, :-1])
-        yield predicted[:, : confirmed + 1]
-        exact, guesses = predicted[:, confirmed : confirmed + 1], predicted[:, confirmed + 1 :]
-        t += confirmed + 1
-        state.rewind(t)
+    state.keep(state.predict(state.prefill()))
+    yield
+    pace = pace_of(state.model) if state.settings.lookahead == "auto" else None
+    while state.remaining:
+        began, pictures = time.perf_counter(), len(state.steps)
+        limit = min(state.most_steps, state.remaining)
+        m = limit if pace is None else pace.choose(pictures, limit)
+        # One more guess than is fed shows what feeding it would have brought.
+        guesses = state.guesses(m + 1)
+        fed = guesses[:, :m]
+        predicted = state.predict(state.feed(fed))
+        confirmed = _count_equal(guesses[:, 1:], predicted).tolist()  # the one wait for the device
+        state.keep(predicted, [min(1 + count, m) for count in confirmed])
+        if pace is not None:
+            pace.record(pictures, m, time.perf_counter() - began, confirmed)
+        yield
 
 
-def _shifted(window: Tensor) -> Tensor:
-    """Guess the next step's window [B, 1, K, F]: the same drafts one offset lower, the
-    last one twice.
-    """
-    return torch.cat([window[:, :, 1:], window[:, :, -1:]], dim=2)
+def _count_equal(guessed: Tensor, predicted: Tensor) -> Tensor:
+    """[A]: the number of steps of each picture, from the first on, whose guesses are
+    right.
 
-
-def _count_equal(guessed: Tensor, predicted: Tensor) -> int:
-    """The number of steps, from the first on, whose guesses are right in all images.
-
-    guessed, predicted: [B, m, K, F]. A guess equal to the prediction was right, and so
+    guessed, predicted: [A, m, K, F]. A guess equal to the prediction was right, and so
     is all that was computed from it.
     """
-    equal_m = (guessed == predicted).flatten(2).all(-1).all(0)
-    return int(equal_m.long().cumprod(0).sum())
+    return (guessed == predicted).flatten(2).all(-1).long().cumprod(1).sum(1)

@@ -296,7 +296,7 @@ def test_cached_decoding_equals_recomputation(tiny, window, cfg_scale):
     assert torch.equal(decoded.trace, recompute(model, tiny.condition, cfg_scale))
     settings = SamplerSettings(cfg_scale=cfg_scale, lookahead=3)
     ahead = decode(model, tiny.condition, settings, draw=greedy, keep_trace=True)
-    assert torch.equal(ahead.trace, decoded.trace) and ahead.passes <= decoded.passes
+    assert torch.equal(ahead.trace, decoded.trace) and max(ahead.passes) <= max(decoded.passes)
     assert len(decoded.codes.flatten(1).unique(dim=0)) > 1, "equal images would prove little"
 
 
@@ -309,7 +309,8 @@ def test_several_rows_after_a_cache(tiny):
     rows = torch.cat([prefix.embeds, torch.randn(3, T - 1, backbone.dim)], dim=1)
     mask = torch.cat([prefix.mask, torch.ones(3, T - 1, dtype=torch.bool)], dim=1)
     cache = backbone.new_cache(P + T - 1)
-    parts = [backbone(rows[:, a:b], mask[:, :b], cache) for a, b in ((0, P), (P, P + 4), (P + 4, P + T - 1))]
+    parts = [backbone(rows[:, :P], prefix.mask, cache)]
+    parts += [backbone(rows[:, a:b], None, cache) for a, b in ((P, P + 4), (P + 4, P + T - 1))]
     # No other row attends to padded rows, and their values are up to the
     # implementation.
     found, expected = torch.cat(parts, dim=1)[mask], backbone(rows, mask)[mask]

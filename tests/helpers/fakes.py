@@ -5,31 +5,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from mmtensorar.model import attention
 from mmtensorar.model.conditions import Condition, Prefix
+from mmtensorar.model.kv_cache import KVCache
 
 PAD = 0
-
-
-class FakeCache:
-    def __init__(self, max_len: int):
-        self.max_len, self.length = max_len, 0
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-
-    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        self.keys.append(key)
-        self.values.append(value)
-        self.length += key.shape[1]
-        assert self.length <= self.max_len, "decode asked for more places than it announced"
-        return torch.cat(self.keys, 1), torch.cat(self.values, 1)
-
-    @property
-    def layers(self) -> list["FakeCache"]:
-        return [self]
-
-    def crop(self, length: int) -> None:
-        self.keys, self.values = ([torch.cat(each, 1)[:, :length]] for each in (self.keys, self.values))
-        self.length = min(self.length, length)
 
 
 class FakePrefix(nn.Module):
@@ -98,27 +78,23 @@ class FakeBackbone(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.calls: list[tuple[int, int]] = []
 
-    def new_cache(self, max_len: int) -> FakeCache:
-        return FakeCache(max_len)
+    def new_cache(self, max_len: int) -> KVCache:
+        return KVCache(1, max_len, "eager")
 
-    def forward(self, embeds: Tensor, mask: Tensor, cache: FakeCache | None = None) -> Tensor:
-        B, S, D = embeds.shape
+    def forward(self, embeds: Tensor, mask: Tensor | None, cache: KVCache | None = None) -> Tensor:
+        B, S, _ = embeds.shape
         self.calls.append((B, S))
-        start = 0 if cache is None else cache.length
-        assert mask.shape == (B, start + S)
         # Left padding must not shift the positions of real tokens.
-        places = (mask.long().cumsum(1) - 1).clamp(min=0)[:, start:]
+        if cache is None:
+            pattern = attention.pattern(mask, S, S, "eager")
+            places = (mask.long().cumsum(1) - 1).clamp(min=0)
+        else:
+            pattern, places = cache.begin(B, S, embeds.device, mask).pattern, cache.positions_RS
         x = embeds + self.places(places)
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        q, k, v = (part[:, None] for part in self.qkv(x).chunk(3, dim=-1))  # one head
         if cache is not None:
-            k, v = cache.append(k, v)
-        causal = torch.arange(start + S)[None] <= torch.arange(start, start + S)[:, None]
-        visible = causal & mask[:, None, :]
-        # A padded row attends to nothing. It attends to itself here, so that it does
-        # not become NaN.
-        visible = visible | (torch.arange(start + S)[None] == torch.arange(start, start + S)[:, None])
-        scores = (q @ k.transpose(1, 2) * D**-0.5).masked_fill(~visible, float("-inf"))
-        return self.norm(x + scores.softmax(-1) @ v)
+            k, v = cache.layers[0].append(k, v)
+        return self.norm(x + attention.attend(q, k, v, pattern)[:, 0])
 
 
 def fake_condition(batch: int = 3, length: int = 5) -> Condition:

@@ -212,13 +212,13 @@ def generated(model: TensorAR, args: dict, inputs: dict[str, Tensor]) -> dict[st
 def filtered(args: dict, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     # The original treats a temperature of 0 as a very small one; ours has greedy
     # decoding for that.
-    probs = filters.probabilities(
+    kept = filters.filtered(
         named(args["logits"], inputs),
         temperature=max(args["temperature"], 1e-5),
         top_k=args["top_k"],
         top_p=args["top_p"],
     )
-    probs = (probs / probs.sum(-1, keepdim=True)).float()
+    probs = kept.softmax(-1)
     return {"probs": probs, "argmax": probs.argmax(-1, keepdim=True)}
 
 

@@ -207,11 +207,11 @@ class _Recorder:
         self.seen: list[list[Tensor]] = [[] for _ in self.settings]
         self.calls = 0
 
-    def __call__(self, logits: Tensor, uniform: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor, keys: Tensor) -> Tensor:
         factor = self.calls % len(self.settings)
         self.calls += 1
         self.seen[factor].append(logits[:, 0])
-        return draw_tokens(logits, uniform, self.settings[factor])
+        return draw_tokens(logits, keys, self.settings[factor])
 
 
 def _generate(subject: Subject, args: dict, class_ids: Tensor) -> dict[str, Tensor]:
@@ -241,8 +241,7 @@ def _filters(args: dict) -> dict:
 
 
 def _filtered(args: dict, logits: Tensor) -> Tensor:
-    probs = filters.probabilities(logits, **_filters(args))
-    return (probs / probs.sum(-1, keepdim=True)).float()
+    return filters.filtered(logits, **_filters(args)).softmax(-1)
 
 
 # ---- the tokenizer -------------------------------------------------------------------------------

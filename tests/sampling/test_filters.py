@@ -1,14 +1,13 @@
-"""Filters computed by hand, and the tokens that random numbers pick from the filtered
-distribution.
-"""
+"""Filters computed by hand, and which noise each token is drawn with."""
 
 import pytest
 import torch
 from torch import Tensor
 
+from mmtensorar.model import noise
 from mmtensorar.recipe import SamplerSettings
 from mmtensorar.sampling import filters
-from mmtensorar.sampling.noise import draw_tokens, greedy, token_numbers
+from mmtensorar.sampling.noise import draw_tokens, greedy, picture_keys, token_keys
 
 
 def logits_of(*probabilities: float) -> Tensor:
@@ -17,8 +16,7 @@ def logits_of(*probabilities: float) -> Tensor:
 
 
 def shares(settings: dict, *probabilities: float) -> list[float]:
-    probs = filters.probabilities(logits_of(*probabilities), **settings)[0, 0]
-    return (probs / probs.sum()).tolist()
+    return filters.filtered(logits_of(*probabilities), **settings)[0, 0].softmax(-1).tolist()
 
 
 @pytest.mark.parametrize(
@@ -65,36 +63,33 @@ def test_guidance_by_hand():
     assert filters.guide(cond, uncond, 2.0).tolist() == [5.0, 0.0]
 
 
-@pytest.mark.parametrize(
-    "number, token", [(0.0, 0), (0.49, 0), (0.51, 1), (0.79, 1), (0.81, 2), (1 - 2**-53, 2)]
-)
-def test_a_random_number_selects_the_slice_that_contains_it(number, token):
-    """The slices are [0, .5), [.5, .8), [.8, 1)."""
-    numbers = torch.tensor([[number]], dtype=torch.float64)
-    assert draw_tokens(logits_of(0.5, 0.3, 0.2), numbers, SamplerSettings()).item() == token
-
-
-@pytest.mark.parametrize("number, token", [(0.0, 1), (1 - 2**-53, 2)])
-def test_a_filtered_token_is_never_selected(number, token):
-    """Tokens filtered out at both ends of the codebook are not picked, for the smallest
-    and the largest number.
-    """
-    numbers = torch.tensor([[number]], dtype=torch.float64)
-    assert draw_tokens(logits_of(0.1, 0.4, 0.3, 0.2), numbers, SamplerSettings(top_k=2)).item() == token
-
-
 def test_greedy_drafts_are_greedy_at_drafts_only():
-    """Offset 0 is drawn, here from the last slice; offsets 1 and 2 take the most likely
-    token.
-    """
-    logits = logits_of(0.5, 0.3, 0.2).expand(1, 3, 3)
-    high = torch.full((1, 3), 0.99, dtype=torch.float64)
-    assert draw_tokens(logits, high, SamplerSettings()).tolist() == [[2, 2, 2]]
-    assert draw_tokens(logits, high, SamplerSettings(greedy_drafts=True)).tolist() == [[2, 0, 0]]
-    assert greedy(logits, high).tolist() == [[0, 0, 0]]
+    """Offset 0 is drawn; offsets 1 and 2 take the most likely token."""
+    logits = logits_of(0.5, 0.3, 0.2).expand(500, 3, 3)
+    keys = noise.random_keys((500, 3), torch.Generator().manual_seed(0))
+    drawn = draw_tokens(logits, keys, SamplerSettings())
+    drafts_greedy = draw_tokens(logits, keys, SamplerSettings(greedy_drafts=True))
+    assert torch.equal(drawn[:, 0], drafts_greedy[:, 0]) and len(drawn[:, 0].unique()) == 3
+    assert not drafts_greedy[:, 1:].any() and drawn[:, 1:].any()
+    assert not greedy(logits, keys).any()
 
 
-def test_final_tokens_have_the_same_numbers_whatever_the_window():
-    one, four = (token_numbers(5, window, 2, 1, [torch.Generator().manual_seed(3)]) for window in (1, 4))
-    assert one.shape == (1, 5, 2, 1) and four.shape == (1, 5, 2, 4)
+def test_final_tokens_have_the_same_noise_whatever_the_window():
+    pictures, steps = picture_keys(2, [torch.Generator().manual_seed(seed) for seed in (3, 4)]), torch.arange(5)
+    steps = steps.expand(2, 5)
+    one, four = (token_keys(pictures, steps, window, 1, 2, coupled=False) for window in (1, 4))
+    assert one.shape == (2, 5, 1) and four.shape == (2, 5, 4)
     assert torch.equal(one[..., 0], four[..., 0])
+    assert len(four.unique()) == four.numel(), "every draft has noise of its own"
+    other = token_keys(pictures, steps, 4, 0, 2, coupled=False)
+    assert not set(other.flatten().tolist()) & set(four.flatten().tolist()), "and so has every factor"
+
+
+def test_a_coupled_draft_has_the_noise_of_its_place():
+    """So a draft is what the final token will be, if the model learns nothing in
+    between.
+    """
+    pictures, steps = picture_keys(1, torch.Generator().manual_seed(0)), torch.arange(5)[None]
+    keys = token_keys(pictures, steps, 3, 0, 1, coupled=True)
+    for offset in (1, 2):
+        assert torch.equal(keys[:, : 5 - offset, offset], keys[:, offset:, 0])

@@ -40,6 +40,7 @@ def test_every_setting_has_an_option():
         "greedy_drafts": False,
         "lookahead": 4,
     }
+    assert parse("--lookahead", "auto")["lookahead"] == "auto"
 
 
 def test_a_new_setting_is_one_field(monkeypatch):

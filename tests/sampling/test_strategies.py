@@ -1,16 +1,21 @@
-"""Strategies: lookahead gives the image of the plain one-token strategy, and a new
-strategy is one function.
+"""Strategies: lookahead gives the picture of one token at a time, and a new strategy is
+one function.
 """
+
+from collections import Counter
 
 import pytest
 import torch
 
+from mmtensorar.model.conditions import Condition
 from mmtensorar.recipe import SamplerSettings
+from mmtensorar.sampling import filters
 from mmtensorar.sampling.decode import decode
 from mmtensorar.sampling.noise import greedy
 from mmtensorar.sampling.strategies import STRATEGIES, strategy
 from tests.helpers.decoding import PLAIN, generators, make
-from tests.helpers.fakes import fake_condition
+from tests.helpers.fakes import FakeBackbone, fake_condition
+from tests.helpers.models import wrap
 
 
 @pytest.fixture(autouse=True)
@@ -19,26 +24,38 @@ def seed():
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("draw", [greedy, None], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("window, cfg_scale", [(1, 1.0), (3, 3.0)])
+SAMPLERS = {
+    "plain": {},
+    "temperature": {"temperature": 0.7},
+    "top_k": {"top_k": 4},
+    "top_p": {"top_p": 0.8},
+    "all": {"temperature": 1.5, "top_k": 6, "top_p": 0.9, "greedy_drafts": True},
+}
+
+
+@pytest.mark.parametrize("sampler", [*SAMPLERS, "greedy"])
+@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("window, cfg_scale", [(1, 1.0), (1, 2.0), (3, 3.0)])
 @pytest.mark.parametrize("name", ["one_factor", "two_factors", "janus"])
-def test_lookahead_gives_the_image_of_one_step_at_a_time(name, window, cfg_scale, draw):
-    """Every window is equal, for any number of guesses per pass, and every pass yields
-    at least one token.
+def test_lookahead_gives_the_picture_of_one_step_at_a_time(name, window, cfg_scale, batch, sampler):
+    """Every window is equal, for any number of steps per pass, in a batch whose prompts
+    have different lengths and whose pictures go on at different paces.
     """
     model = make(name, window)
+    draw = greedy if sampler == "greedy" else None
 
-    def traced(lookahead: int):
-        settings = SamplerSettings(cfg_scale=cfg_scale, temperature=0.9, lookahead=lookahead)
-        numbers = generators(1, 2, 3)
-        return decode(model, fake_condition(), settings, draw=draw, generator=numbers, keep_trace=True)
+    def traced(lookahead):
+        settings = SamplerSettings(cfg_scale=cfg_scale, lookahead=lookahead, **SAMPLERS.get(sampler, {}))
+        numbers = generators(*range(batch))
+        condition = fake_condition(batch)
+        return decode(model, condition, settings, draw=draw, generator=numbers, keep_trace=True)
 
     expected, T = traced(1), model.backbone.num_tokens
-    assert expected.passes == T and len(expected.codes.unique()) > 1
-    for lookahead in (2, 3, T + 5):
+    assert expected.passes == (T,) * batch and len(expected.codes.unique()) > 1
+    for lookahead in (2, 3, T + 5, "auto"):
         ahead = traced(lookahead)
         assert torch.equal(ahead.trace, expected.trace), lookahead
-        assert ahead.passes <= T
+        assert max(ahead.passes) <= T
 
 
 def test_lookahead_saves_passes_where_guesses_are_right():
@@ -50,8 +67,77 @@ def test_lookahead_saves_passes_where_guesses_are_right():
     model.backbone.head.forward = lambda states, prev: torch.eye(11)[4].expand(*states.shape[:-1], 11)
     settings = SamplerSettings(cfg_scale=1.0, lookahead=T)
     decoded = decode(model, fake_condition(), settings, draw=greedy, progress=lambda t, total: done.append(t))
-    assert (decoded.codes == 4).all() and decoded.passes <= 4 < T
+    assert (decoded.codes == 4).all() and max(decoded.passes) <= 4 < T
     assert done == sorted(set(done)) and done[-1] == T
+
+
+def test_each_picture_of_a_batch_goes_on_at_its_own_pace():
+    """In a batch a picture takes as many passes as alone, and leaves when it is
+    finished.
+    """
+    model = make("janus", 1)
+    settings = SamplerSettings(cfg_scale=2.0, temperature=0.5, lookahead=4)
+    condition = fake_condition(8)
+    together = decode(model, condition, settings, generator=generators(*range(8)))
+    alone = []
+    for row in range(8):
+        one = Condition(condition.values[row : row + 1], condition.mask[row : row + 1])
+        alone += decode(model, one, settings, generator=generators(row)).passes
+    assert together.passes == tuple(alone) and len(set(alone)) > 1
+    rows = []
+    model.backbone.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["inputs_embeds"])), with_kwargs=True
+    )
+    decode(model, condition, settings, generator=generators(*range(8)))
+    assert sum(rows) == 2 * sum(alone) and rows == sorted(rows, reverse=True)
+
+
+def enumerated(model, condition, settings) -> dict[tuple[int, ...], float]:
+    """The exact probability of every picture of a model with one factor."""
+    T, V = model.backbone.num_tokens, model.backbone.factor_sizes[0]
+    codes = torch.cartesian_prod(*[torch.arange(V)] * T)
+    rows = Condition(*(part[:1].expand(len(codes), -1) for part in condition))
+    logits = []
+    for uncond in (False, True):
+        hidden = model.hidden(
+            codes[:, :-1, None, None], torch.ones(T - 1, 1, dtype=torch.bool), rows, torch.full((len(codes),), uncond)
+        )
+        logits.append(model.backbone.head(hidden, codes.new_zeros(*codes.shape, 0)))
+    guided = logits[1] + settings.cfg_scale * (logits[0] - logits[1])
+    kept = filters.filtered(
+        guided, temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p
+    )
+    chosen = kept.double().log_softmax(-1).gather(-1, codes[..., None])[..., 0].sum(-1)
+    return dict(zip(map(tuple, codes.tolist()), chosen.exp().tolist(), strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "sampler", [{}, {"temperature": 0.6, "cfg_scale": 2.0}, {"top_k": 2}, {"top_p": 0.7, "cfg_scale": 0.5}]
+)
+def test_pictures_of_lookahead_have_their_exact_probabilities(sampler):
+    """Of a model that is so small that all 81 pictures can be enumerated, 20,000 are
+    drawn.
+
+    A rule that keeps a guess because its old probability was high would fail here.
+    """
+    model = wrap(FakeBackbone((3,), num_tokens=4), 1).eval()
+    settings = SamplerSettings(**{"cfg_scale": 1.0, "lookahead": 3, **sampler})
+    condition = fake_condition(1)
+    exact = enumerated(model, condition, settings)
+    assert sum(exact.values()) == pytest.approx(1)
+    many = Condition(*(part.expand(20_000, -1) for part in condition))
+    decoded = decode(model, many, settings, generator=torch.Generator().manual_seed(0))
+    assert sum(decoded.passes) < 20_000 * 4
+    counts = Counter(map(tuple, decoded.codes[..., 0].tolist()))
+    assert not [picture for picture in counts if exact[picture] == 0]
+    # Pictures that are expected less than 5 times are counted together.
+    rare = [picture for picture in exact if 0 < 20_000 * exact[picture] < 5]
+    cells = [(counts[picture], exact[picture]) for picture in exact if 20_000 * exact[picture] >= 5]
+    cells += [(sum(counts[picture] for picture in rare), sum(exact[picture] for picture in rare))] if rare else []
+    chi_square = sum((count - 20_000 * share) ** 2 / (20_000 * share) for count, share in cells)
+    freedom = len(cells) - 1
+    assert chi_square < freedom + 5 * (2 * freedom) ** 0.5
 
 
 def test_a_new_strategy_is_one_function():
@@ -65,16 +151,16 @@ def test_a_new_strategy_is_one_function():
     def twice(state):
         """Predicts every window twice.
 
-        This changes nothing, because a step has its own random numbers.
+        This changes nothing, because each token has its own noise.
         """
         ran.append(state.num_tokens)
         hidden = state.prefill()
-        for step in range(state.num_tokens):
-            state.predict(hidden, step)
-            window = state.predict(hidden, step)
-            yield window
-            if step + 1 < state.num_tokens:
-                hidden = state.feed(window, step)
+        while state.remaining:
+            state.predict(hidden)
+            state.keep(state.predict(hidden))
+            yield
+            if state.remaining:
+                hidden = state.feed(state.guesses(1))
 
     try:
         numbers = generators(1, 2, 3)
