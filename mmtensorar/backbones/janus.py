@@ -23,7 +23,7 @@ import transformers
 from huggingface_hub import save_torch_state_dict
 from pydantic import Field
 from torch import Tensor, nn
-from transformers import AutoModel, Cache, PreTrainedTokenizerFast
+from transformers import AttentionInterface, AutoModel, Cache, PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicLayer
 from transformers.models.janus.configuration_janus import JanusConfig
 from transformers.models.janus.modeling_janus import JanusVQVAEAlignerMLP, JanusVQVAEHead
@@ -52,6 +52,10 @@ MODEL_TYPES = ("janus", janus_deepseek.MODEL_TYPE)
 IMAGE_TOKENIZER = "janus_vq"
 INSIDE = "model.vqmodel."  # prefix of the image tokenizer's tensors in transformers' layout
 IMAGE_TOKENIZER_PREFIXES = (INSIDE, janus_deepseek.VQ)
+
+# The name of `attention.attend` among transformers' attention functions. For a name whose
+# mask it does not know, transformers makes none, which would take a wait for the GPU.
+OWN_ATTENTION = "mmtensorar"
 
 PROMPT = "<|User|>: {caption}\n\n<|Assistant|>:<begin_of_image>"
 BEGIN_OF_IMAGE = "<begin_of_image>"
@@ -210,6 +214,23 @@ class JanusCacheLayer(DynamicLayer):
             self.values = self.values[:, :, : self.memory.length]
 
 
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    pattern: attention.Pattern,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Our attention, as transformers' layers call it: -> [B, S, H, C]."""
+    return attention.attend(query, key, value, pattern).transpose(1, 2), None
+
+
+AttentionInterface.register(OWN_ATTENTION, _attend)
+
+
 class JanusBackbone(nn.Module):
     """See mmtensorar.model.protocols.Backbone. pad_id fills the unconditional
     prompt.
@@ -221,7 +242,9 @@ class JanusBackbone(nn.Module):
     default_sampling: dict[str, Any] = {"cfg_scale": 5.0}  # that of the official sampler
     lora_targets = r"language_model\.layers\.\d+\..*_proj"  # the matrices of the language model's layers
 
-    def __init__(self, config: JanusConfig, pad_id: int):
+    def __init__(
+        self, config: JanusConfig, pad_id: int, attn_implementation: attention.Implementation = "sdpa"
+    ):
         super().__init__()
         text: Any = config.text_config
         vq: Any = config.vq_config
@@ -234,7 +257,8 @@ class JanusBackbone(nn.Module):
         self.max_prefix_len: int = max_prompt_tokens(config)
         self.text_tokenizer: Any = None  # a PreTrainedTokenizerFast
         self._activation_checkpointing: layers.Checkpointing = False
-        self.language_model = AutoModel.from_config(config.text_config)
+        self.attn_implementation: attention.Implementation = attn_implementation
+        self.language_model = AutoModel.from_config(config.text_config, attn_implementation=OWN_ATTENTION)
         # The table moves into the prefix module, which uses it: each parameter has one
         # owner.
         self.prefix = JanusPrefix(self.language_model.embed_tokens, pad_id)
@@ -277,13 +301,15 @@ class JanusBackbone(nn.Module):
     def forward(self, embeds: Tensor, mask: Tensor, cache: Cache | None = None) -> Tensor:
         """See Backbone."""
         # Positions count from the first real token, whatever the padding.
-        positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
+        S, N = embeds.shape[1], mask.shape[1]
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -S:]
+        real = attention.padding(mask)
         return self.language_model(
             inputs_embeds=embeds,
-            attention_mask=mask,
             position_ids=positions,
             past_key_values=cache,
             use_cache=cache is not None,
+            pattern=attention.pattern(real, S, N, self.attn_implementation, embeds.device),
         ).last_hidden_state
 
     def example_condition(self, num_rows: int, prompt_len: int) -> Condition:
@@ -352,7 +378,10 @@ def max_prompt_tokens(config: JanusConfig | None, section: Config | None = None,
 
 
 def build(
-    config: JanusConfig, pad_id: int | None = None, device: str | torch.device = "cpu"
+    config: JanusConfig,
+    pad_id: int | None = None,
+    device: str | torch.device = "cpu",
+    attn_implementation: attention.Implementation = "sdpa",
 ) -> JanusBackbone:
     """A backbone with random weights. pad_id: None takes that of the configuration."""
     text: Any = config.text_config
@@ -363,21 +392,24 @@ def build(
             "the Janus configuration has no text_config.pad_token_id, and there is no text tokenizer with it"
         )
     with torch.device(device):
-        return JanusBackbone(config, pad_id)
+        return JanusBackbone(config, pad_id, attn_implementation)
 
 
 def load(
     section: Config, *, weights: bool = True, device: str = "cpu", sizes_only: bool = False
 ) -> JanusBackbone:
     """See mmtensorar.backbones.load."""
+    attention.require(section.attn_implementation, key="backbone.attn_implementation")
+    implementation = section.attn_implementation
     if sizes_only and section.path in RELEASED and not Path(section.path).is_dir():
-        config = _with_attention(JanusConfig(**RELEASED[section.path]), section)
-        backbone = build(config, device=device)
+        config = JanusConfig(**RELEASED[section.path])
+        backbone = build(config, device=device, attn_implementation=implementation)
         backbone.max_prefix_len = max_prompt_tokens(config, section)
         return backbone
     config, source, rename, text_tokenizer = _locate(section, weights=weights)
     with building(Path(section.path)):
-        backbone = build(config, None if text_tokenizer is None else text_tokenizer.pad_token_id, device)
+        pad_id = None if text_tokenizer is None else text_tokenizer.pad_token_id
+        backbone = build(config, pad_id, device, implementation)
     backbone.text_tokenizer = text_tokenizer
     told = 0 if text_tokenizer is None else text_tokenizer.model_max_length
     backbone.max_prefix_len = max_prompt_tokens(config, section, told)
@@ -413,14 +445,7 @@ def _locate(
     text_tokenizer = _load_text_tokenizer(
         section.text_tokenizer or folder, required=section.text_tokenizer is not None
     )
-    return _with_attention(config, section), source, rename, text_tokenizer
-
-
-def _with_attention(config: JanusConfig, section: Config) -> JanusConfig:
-    attention.require(section.attn_implementation, key="backbone.attn_implementation")
-    text: Any = config.text_config
-    text._attn_implementation = section.attn_implementation
-    return config
+    return config, source, rename, text_tokenizer
 
 
 def transformers_name(name: str) -> str:

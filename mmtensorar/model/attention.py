@@ -53,6 +53,15 @@ def require(implementation: Implementation, *, key: str, dtype: torch.dtype | No
         )
 
 
+def padding(mask: Tensor) -> Tensor | None:
+    """The mask [B, N], or None if nothing is padded, which allows faster kernels.
+
+    Waits for the GPU. A tensor without values counts as padded.
+    """
+    without_values = mask.is_meta or type(mask) is not Tensor
+    return mask if without_values or not bool(mask.all()) else None
+
+
 def pattern(
     mask: Tensor | None,
     num_queries: int,
