@@ -53,8 +53,8 @@ IMAGE_TOKENIZER = "janus_vq"
 INSIDE = "model.vqmodel."  # prefix of the image tokenizer's tensors in transformers' layout
 IMAGE_TOKENIZER_PREFIXES = (INSIDE, janus_deepseek.VQ)
 
-# The name of `attention.attend` among transformers' attention functions. For a name that
-# it does not know, transformers makes no mask, which takes a wait for the GPU.
+# The name of `attention.attend` among transformers' attention functions. For a name whose
+# mask it does not know, transformers makes none, which would take a wait for the GPU.
 OWN_ATTENTION = "mmtensorar"
 
 PROMPT = "<|User|>: {caption}\n\n<|Assistant|>:<begin_of_image>"

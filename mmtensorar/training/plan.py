@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmtensorar import backbones
@@ -58,10 +59,23 @@ def meta_model(recipe: Recipe) -> tensorar.TensorAR:
     """
     # sdpa needs no GPU, and as much memory as flash-attn.
     section = recipe.backbone.model_copy(update={"attn_implementation": "sdpa"})
-    backbone = backbones.load(section, weights=False, device="meta", sizes_only=True)
-    model = tensorar.build(backbone, recipe.tensorar, loss=LossSettings.of(recipe.train)).to("meta")
-    adapters.prepare(model, recipe.train, recipe.lora, seed=recipe.run.seed)
+    with torch.device("meta"), _NoRandomWeights():
+        backbone = backbones.load(section, weights=False, device="meta", sizes_only=True)
+        model = tensorar.build(backbone, recipe.tensorar, loss=LossSettings.of(recipe.train)).to("meta")
+        adapters.prepare(model, recipe.train, recipe.lora, seed=recipe.run.seed)
     return model
+
+
+class _NoRandomWeights(TorchFunctionMode):
+    """Inside this with statement no weights are drawn.
+
+    On the meta device drawing them has no effect, and takes longer than all the rest.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def parameters(model) -> dict[str, int]:
@@ -281,15 +295,10 @@ class SampleFlops:
         when the loss is computed in chunks. Chunks are counted as on one rank. On many
         ranks with a small micro batch, one chunk may be enough.
         """
-        from torch._subclasses.fake_tensor import FakeTensorMode
-
         recipe = _without_4_bits(recipe)
         # Global random numbers stay as they are, here and in `_count_with`.
         with torch.random.fork_rng(devices=[]):
             model = meta_model(recipe)
-        self.without_values = FakeTensorMode(allow_non_fake_inputs=True)
-        with self.without_values:
-            model.to_empty(device="cpu")
         K, T = model.window, model.backbone.num_tokens
         in_chunks = recipe.data.batch_size // recipe.train.grad_accum * T > max(
             1, recipe.train.loss_chunk_tokens // K
@@ -331,7 +340,7 @@ class SampleFlops:
             # As plain matrix products: fused kernels recompute, each in its own way.
             with (
                 torch.random.fork_rng(devices=[]),
-                self.without_values,
+                torch.device("meta"),
                 counter,
                 sdpa_kernel(SDPBackend.MATH),
             ):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 MATRIX_SIDES = {"cuda": (8192,), "cpu": (256, 1024)}
-LONG_S = 0.1  # a product that takes longer is large enough for a measurement
+LONG_S = 0.5  # a product that takes longer is not worth waiting for
 
 
 class Stopwatch:
@@ -56,10 +56,13 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product, the fastest of three.
 
     MFU is measured against it. On a CPU a small product comes first, since in bfloat16
-    some CPUs take half a minute for the large one.
+    some CPUs take half a minute for the large one. It is the only one where the large
+    one would take longer than LONG_S.
     """
     rate = 0.0
     for side in MATRIX_SIDES[device.type]:
+        if rate and 2 * side**3 / rate > LONG_S:
+            break
         a, b = (torch.rand(side, side, device=device).to(dtype) for _ in range(2))
         seconds = []
         for _ in range(4):  # the first one includes start-up costs
@@ -68,8 +71,6 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
             watch.lap("product")
             seconds.append(watch.seconds()["product"])
         rate = 2 * side**3 / min(seconds[1:])
-        if min(seconds[1:]) > LONG_S:
-            break
     return rate
 
 

@@ -141,7 +141,7 @@ def test_attention_is_chosen_where_the_model_is_loaded(bench, saved, monkeypatch
     """
     eager = model_folder.load(bench / "model", attn_implementation="eager")
     assert eager.recipe.backbone.attn_implementation == "eager"
-    assert eager.model.backbone.language_model.config._attn_implementation == "eager"
+    assert eager.model.backbone.attn_implementation == "eager"
     with pytest.raises(
         ValueError, match="attn_implementation is flash_attention_2, but flash-attn is not usable here"
     ):

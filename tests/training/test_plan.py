@@ -117,12 +117,12 @@ def test_peak_memory_is_that_of_the_backward_pass_or_of_the_update():
 @pytest.mark.plan
 def test_activations_grow_with_the_batch_and_shrink_with_checkpointing():
     def active(rows: int, *changes: str) -> int:
-        return plan.activation_bytes(Recipe.load(RECIPES / "janus_pro_1b.yaml", changes), [rows])[rows]
+        return plan.activation_bytes(Recipe.load(RECIPES / "llamagen/b_256.yaml", changes), [rows])[rows]
 
     kept, selected, again = (
         active(2, f"train.activation_checkpointing={policy}") for policy in ("false", "selective", "true")
     )
-    assert again < 0.6 * selected < 0.6 * kept
+    assert again < 0.9 * selected < 0.9 * 0.9 * kept
     # From some batch size on, memory is linear in the batch size, and the plan
     # extrapolates it.
     few = Recipe.load(
