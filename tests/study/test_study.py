@@ -635,11 +635,15 @@ def test_a_study_runs_only_what_is_missing(grid_file, tmp_path, monkeypatch, cap
         ValueError, match="arms.k3 was run with .*steps=3.*, the grid has .*steps=2.*another name"
     ):
         missing(grid, [rows[-1] | {"settings": ["train.steps=3"]}], ["k3"], 2)
+
+
+def test_rows_that_were_made_of_other_settings_are_refused(grid_file):
+    grid, made = Grid.load(grid_file), row("k3", 1, {"0": "1"}, "greedy")
     made_of = grid.made_of("k3", "greedy")
     assert made_of["train"]["steps"] == 2 and made_of["sampler"]["greedy_drafts"]
-    assert missing(grid, [rows[-1] | {"made_of": made_of}], ["k3"], 2)
+    assert missing(grid, [made | {"made_of": made_of}], ["k3"], 2)
     earlier = made_of | {"sampler": made_of["sampler"] | {"stride": 1}}  # a setting that was removed
-    assert missing(grid, [rows[-1] | {"made_of": earlier}], ["k3"], 2)
+    assert missing(grid, [made | {"made_of": earlier}], ["k3"], 2)
     for changed in (
         {"num_images": 9},
         {"sampler": made_of["sampler"] | {"top_k": 3}},
@@ -648,7 +652,10 @@ def test_a_study_runs_only_what_is_missing(grid_file, tmp_path, monkeypatch, cap
         with pytest.raises(
             ValueError, match=f"arms.k3, sampling 'greedy', was run with another {next(iter(changed))} than"
         ):
-            missing(grid, [rows[-1] | {"made_of": made_of | changed}], ["k3"], 2)
+            missing(grid, [made | {"made_of": made_of | changed}], ["k3"], 2)
+
+
+def test_unknown_arms_and_rows_of_another_base_are_refused(grid_file, tmp_path, capsys):
     for named, problem in (
         ("nobody", "unknown nobody"),
         ("gone", "gone cannot be run any more, its setting was removed: it was worse"),
@@ -674,6 +681,7 @@ def test_a_study_runs_only_what_is_missing(grid_file, tmp_path, monkeypatch, cap
     )
     assert "own, seed 0\nbase, seed 1" in capsys.readouterr().out and not (tmp_path / "none.jsonl").exists()
     # Rows of another base are not mixed with the rows of this base.
+    results = tmp_path / "results.jsonl"
     results.write_text(json.dumps(row("plain", 0, {"0": "1"}) | {"base": "another"}) + "\n")
     assert (
         __main__.main(["run", str(grid_file), "--out", str(tmp_path / "other"), "--results", str(results)])
