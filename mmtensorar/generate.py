@@ -52,7 +52,10 @@ def read_prompts(options: argparse.Namespace) -> list[str] | list[int]:
             raise ValueError("--class and prompts were given; a model takes one or the other")
         return options.classes
     if options.prompts_file is not None:
-        prompts += [line.strip() for line in read_lines(options.prompts_file) if line.strip()]
+        in_file = [line.strip() for line in read_lines(options.prompts_file) if line.strip()]
+        if not in_file:
+            raise ValueError(f"{options.prompts_file}: no prompts in it, only empty lines or nothing")
+        prompts += in_file
     if not prompts:
         raise ValueError("no prompts: give --prompt TEXT or --prompts-file FILE, or --class NUMBER")
     return prompts

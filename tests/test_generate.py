@@ -3,6 +3,7 @@ are one sentence.
 """
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -235,6 +236,7 @@ SHIPPED = str(Path(__file__).parents[1] / "recipes/tiny/weights/base")
         (["--ckpt", "nowhere", "--prompt", "a"], "nowhere"),
         (["--ckpt", "nowhere"], "no prompts: give --prompt"),
         (["--ckpt", "nowhere", "--prompts-file", "none.txt"], "none.txt"),
+        (["--ckpt", "nowhere", "--prompts-file", os.devnull], "null: no prompts in it"),
         (["--ckpt", "nowhere", "--prompt", "a", "--seed", "-1"], "seed is -1"),
         (["--ckpt", SHIPPED, "--prompt", "a", "--device", "tpu9"], "device is 'tpu9'"),
     ],

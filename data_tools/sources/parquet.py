@@ -11,8 +11,9 @@ from data_tools import storage
 from data_tools.sources import Item, Layout, Listing, Source
 from data_tools.sources._rows import captions_in, match_columns, path_in, picture_in, row_item
 from mmtensorar.folders import LeftOut
+from mmtensorar.words import counted
 
-MAX_GROUP = 2 * 10**9  # bytes of pictures
+MAX_GROUP = 2 * 10**9  # bytes
 
 
 def read(location: str, layout: Layout) -> Listing:
@@ -66,12 +67,20 @@ def _file_items(path: Path, name: str, layout: Layout) -> Iterator[Item]:
             paths = [layout.image] if has_paths else []
             columns = [*paths, *dict.fromkeys([*layout.captions, *plain])]
             stamp = storage.stamp(path)
+            _check_num_rows(file.metadata, path)
             for group in range(file.num_row_groups):
-                _check_size(file, group, layout.image, path)
-                for row, fields in enumerate(_fields(file.read_row_group(group, columns=columns))):
+                _check_size(file.metadata.row_group(group), group, path)
+                table = file.read_row_group(group, columns=columns)
+                num_rows = file.metadata.row_group(group).num_rows
+                # A footer with a flipped bit makes pyarrow return fewer rows.
+                rows = _fields(table) if table.num_rows == num_rows else [None] * num_rows
+                for row, fields in enumerate(rows):
                     key, where = f"{name} {group} {row}", f"{path}: row group {group}, row {row}"
-                    if isinstance(fields, str):
+                    if fields is None or isinstance(fields, str):
                         problem = f"{where}: column {fields!r} holds text that is not UTF-8"
+                        if fields is None:
+                            read = counted(table.num_rows, "row")
+                            problem = f"{where}: damaged ({read} of {num_rows} in the group can be read)"
                         yield Item(key, bytes, (), {"source": "parquet", "name": key}, problem=problem)
                     elif has_paths:
                         yield row_item(key, fields, layout, root, where, "parquet")
@@ -127,18 +136,25 @@ def _bytes_item(key: str, picture: Any, fields: dict, layout: Layout, where: str
     return Item(key, picture, captions, meta, problem=problem)
 
 
-def _check_size(file: Any, group: int, column: str, path: Path) -> None:
-    """Raise ValueError for a row group with more bytes of pictures than a worker should
-    hold.
-    """
-    metadata = file.metadata.row_group(group)
-    columns = (metadata.column(number) for number in range(metadata.num_columns))
-    size = sum(
-        part.total_uncompressed_size for part in columns if part.path_in_schema.split(".")[0] == column
-    )
-    if size > MAX_GROUP:
+def _check_num_rows(metadata: Any, path: Path) -> None:
+    """Raise ValueError when the footer contradicts itself about the number of rows."""
+    in_groups = sum(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
+    if in_groups != metadata.num_rows:
         raise ValueError(
-            f"{path}: row group {group} holds {size / 1e9:.1f} GB of pictures, more than "
+            f"{path}: damaged: {counted(metadata.num_rows, 'row')} by its footer, but {in_groups} in its row "
+            "groups"
+        )
+
+
+def _check_size(metadata: Any, group: int, path: Path) -> None:
+    """Raise ValueError for a row group with more bytes than a worker should hold.
+
+    metadata: of the group. Its columns are not asked: on a damaged footer that ends the
+    process (pyarrow 26).
+    """
+    if metadata.total_byte_size > MAX_GROUP:
+        raise ValueError(
+            f"{path}: row group {group} holds {metadata.total_byte_size / 1e9:.1f} GB, more than "
             f"{MAX_GROUP / 1e9:.1f}; write the file again with row_group_size=1000"
         )
 
@@ -168,9 +184,15 @@ def _column(path: Path, stamp: str, group: int, column: str) -> Any:
         raise ValueError(f"{path}: it changed while it was read")
     try:
         with path.open("rb") as stream, arrow.parquet.ParquetFile(stream) as file:
-            return file.read_row_group(group, columns=[column]).column(0)
+            pictures = file.read_row_group(group, columns=[column]).column(0)
+            num_rows = file.metadata.row_group(group).num_rows
     except (arrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: row group {group}: damaged ({error})") from error
+    if len(pictures) != num_rows:
+        raise ValueError(
+            f"{path}: row group {group}: damaged ({len(pictures)} of {num_rows} rows can be read)"
+        )
+    return pictures
 
 
 SOURCE = Source(

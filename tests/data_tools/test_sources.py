@@ -757,6 +757,35 @@ def test_a_row_group_too_large_to_hold_is_refused(tmp_path, monkeypatch, capsys)
     assert make(tmp_path / "set", "--parquet", tmp_path / "rows.parquet") == 0
 
 
+def test_no_flipped_bit_of_a_parquet_footer_loses_a_row(tmp_path):
+    """Every row is given, or the file is refused.
+
+    Where a flipped bit gave a column no values, pyarrow returned a row group without
+    rows, and they were missing without a word. Where it changed a column's statistics,
+    looking at the column ended the process.
+    """
+    import pyarrow.parquet
+
+    from data_tools.sources import Layout, parquet
+
+    table = pyarrow.table({"image": [b"x"] * 6, "caption": list("abcdef")})
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(table, path, row_group_size=2)
+    good, layout = path.read_bytes(), Layout(image="image", captions=("caption",))
+    footer = 8 + int.from_bytes(good[-8:-4], "little")
+    refused = 0
+    for bit in range(0, 8 * footer, 13):
+        damaged = bytearray(good)
+        damaged[-1 - bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            assert len(list(parquet.SOURCE.read(str(path), layout).items)) == 6, bit
+        except ValueError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert 50 < refused < 8 * footer / 13
+
+
 def test_a_row_that_no_shard_can_hold_is_left_out(tmp_path, files, capsys):
     rows = [
         {"image": "red.png", "caption": "a red picture", "note": "x" * 1_100_000},

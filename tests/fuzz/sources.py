@@ -144,7 +144,8 @@ def damage(folder: Path, rng: Rng) -> Damage:
         changes += [in_a_line] * 6
     change = changes[rng.integers(len(changes))]
     path.write_bytes(change(path.read_bytes(), rng))
-    left = NUM_ROWS if change is in_a_line else _num_rows(path, kind)
+    # A line of prompts that became blank is none. A row stays one, whatever is in it.
+    left = NUM_ROWS if change is in_a_line and kind != "prompts" else _num_rows(path, kind)
     return Damage(f"{kind} {change.__name__}", left)
 
 
