@@ -242,7 +242,7 @@ def ours(backbone: Backbone, window: int) -> Side:
     model = TensorAR(backbone, encoder, decoder, schedule, offset_weights=weights).eval()
 
     def generate(condition: Condition, cfg_scale: float) -> Tensor:
-        settings = SamplerSettings(cfg_scale=cfg_scale)
+        settings = SamplerSettings(cfg_scale=cfg_scale, lookahead=1)
         return decode(model, condition, settings, draw=greedy).codes[..., 0]
 
     return Side(backbone, generate)

@@ -285,9 +285,7 @@ class LlamaGenBackbone(PublishedBackbone):
         values = torch.zeros(num_rows, self.prefix_len, self.config.caption_dim)
         return Condition(values, torch.ones(num_rows, self.prefix_len, dtype=torch.bool))
 
-    def forward(
-        self, embeds: Tensor, mask: Tensor | None, cache: kv_cache.KVCache | None = None
-    ) -> Tensor:
+    def forward(self, embeds: Tensor, mask: Tensor | None, cache: kv_cache.KVCache | None = None) -> Tensor:
         """See Backbone."""
         config = self.config
         table = layers.rotary_table(

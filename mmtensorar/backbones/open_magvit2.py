@@ -291,9 +291,7 @@ class OpenMagvit2Backbone(PublishedBackbone):
         self.head = OpenMagvit2Head(config, self.embed.pre_emb, dropout)
         self.init_weights(*self.head.heads)
 
-    def forward(
-        self, embeds: Tensor, mask: Tensor | None, cache: kv_cache.KVCache | None = None
-    ) -> Tensor:
+    def forward(self, embeds: Tensor, mask: Tensor | None, cache: kv_cache.KVCache | None = None) -> Tensor:
         """See Backbone.
 
         A class is one position in every row, so nothing is padded and mask is all True.

@@ -134,7 +134,10 @@ class KVCache:
         for target, source in enumerate(order):
             if source != target:
                 for layer in self.layers:
-                    layer.move(slice(source * group, (source + 1) * group), slice(target * group, (target + 1) * group))
+                    layer.move(
+                        slice(source * group, (source + 1) * group),
+                        slice(target * group, (target + 1) * group),
+                    )
         rows = [group * index + member for index in order for member in range(group)]
         if self._lengths is not None:
             index = torch.tensor(rows, device=self._lengths.device)

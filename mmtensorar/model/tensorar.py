@@ -183,9 +183,7 @@ class TensorAR(nn.Module):
         hidden_BSD = self.hidden(inputs, valid, condition, uncond)[:, :-1]
         keys_BSKF = drafts.random_keys(inputs.shape, generator, rows, inputs.device)
         num_windows = max(1, self.loss_settings.chunk_tokens // (self.window * len(inputs)))
-        chunks = zip(
-            hidden_BSD.split(num_windows, 1), keys_BSKF[:, :, 1:].split(num_windows, 1), strict=True
-        )
+        chunks = zip(hidden_BSD.split(num_windows, 1), keys_BSKF[:, :, 1:].split(num_windows, 1), strict=True)
         sampled = [
             self._fill(self.offset_states(hidden)[:, :, 1:], partial(_sample, keys=keys))
             for hidden, keys in chunks

@@ -6,7 +6,6 @@ Shapes: V vocabulary; any axes in front.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 

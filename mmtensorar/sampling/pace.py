@@ -13,6 +13,7 @@ from torch import nn
 
 MOST_STEPS = 64  # of a pass
 FORGET = 0.98  # per pass: guesses at the beginning of a picture say little about its end
+PRIOR = 0.5  # observations that the rate of the guess before counts for
 # A measured time may be too long, when something else ran, but hardly too short. So the
 # shortest counts, and grows by this factor whenever a longer one is seen.
 DRIFT = 1.02
@@ -32,10 +33,11 @@ class Pace:
 
         pictures: that are fed together. limit: the most steps that may be fed.
         """
-        if not self._seconds:
-            return 1
+        # Sizes are tried upwards: one that is far too large would take long.
+        largest = 2 * max(self._seconds, default=0)
         sizes = [2**power for power in range(limit.bit_length()) if 2**power < limit] + [limit]
-        return max(sizes, key=lambda steps: self._expected(steps) / self._estimate(pictures * steps))
+        known = [steps for steps in sizes if steps == 1 or pictures * steps <= largest]
+        return max(known, key=lambda steps: self._expected(steps) / self._estimate(pictures * steps))
 
     def record(self, pictures: int, steps: int, seconds: float, confirmed: Sequence[int]) -> None:
         """Add a pass.
@@ -58,7 +60,7 @@ class Pace:
         expected, all_right, rate = 1.0, 1.0, 0.5
         for guess in range(steps - 1):
             # Guesses that were hardly ever reached are about as good as those before.
-            rate = (self._right[guess] + 2 * rate) / (self._reached[guess] + 2)
+            rate = (self._right[guess] + PRIOR * rate) / (self._reached[guess] + PRIOR)
             all_right *= rate
             expected += all_right
         return expected
@@ -70,6 +72,8 @@ class Pace:
         Of a single size it is assumed that more positions take no longer, so that they
         are tried.
         """
+        if not self._seconds:
+            return 1.0
         if new in self._seconds:
             return self._seconds[new]
         sizes = sorted(self._seconds)

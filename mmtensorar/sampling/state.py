@@ -69,8 +69,12 @@ class DecodeState:
         self.most_steps = min(most_steps, self.num_tokens)
         # Final windows, and behind them what was predicted of later ones.
         self.windows_BTKF = torch.zeros(
-            B, self.num_tokens + self.most_steps, self.window, self.num_factors,
-            dtype=torch.int64, device=self.device,
+            B,
+            self.num_tokens + self.most_steps,
+            self.window,
+            self.num_factors,
+            dtype=torch.int64,
+            device=self.device,
         )
         self.passes = [0] * B  # of each picture, through the backbone
         # Of the pictures that are not finished:
@@ -105,6 +109,9 @@ class DecodeState:
         Returns hidden states [R, m, D], those of the steps t to t + m - 1.
         """
         valid_AmK = self._valid(windows.shape[1], first=-1)
+        # Windows past the image only fill up a pass. With one slot in view they become
+        # numbers; NaN in the cache would reach the other rows through a weight of 0.
+        valid_AmK[..., 0] = True
         self._rewind()
         embeds = self.model.encode(self._to_rows(windows), self._to_rows(valid_AmK))
         self._count_pass()
@@ -173,9 +180,7 @@ class DecodeState:
         """Let the last pictures move to the places of the finished ones."""
         alive = [index for index, step in enumerate(self.steps) if step < self.num_tokens]
         tail = [index for index in alive if index >= len(alive)]
-        order = [
-            index if self.steps[index] < self.num_tokens else tail.pop() for index in range(len(alive))
-        ]
+        order = [index if self.steps[index] < self.num_tokens else tail.pop() for index in range(len(alive))]
         self.pictures = [self.pictures[index] for index in order]
         self.steps = [self.steps[index] for index in order]
         self.known = [self.known[index] for index in order]
@@ -210,15 +215,15 @@ class DecodeState:
             logits = filters.guide(cond, uncond, self.cfg_scales[factor])
         A, m = logits.shape[:2]
         steps_Am = self._steps_A[:, None] + torch.arange(m, device=self.device)
-        keys_AmK = token_keys(
-            self._keys_A, steps_Am, self.window, factor, self.num_factors, coupled=False
-        )
+        keys_AmK = token_keys(self._keys_A, steps_Am, self.window, factor, self.num_factors, coupled=False)
         tokens = self.draws[factor](logits.flatten(0, 1), keys_AmK.flatten(0, 1))
         return self._to_rows(tokens.unflatten(0, (A, m)))
 
     def _valid(self, m: int, *, first: int) -> Tensor:
         """[A, m, K] bool: slots inside the image, of m steps from t + first on."""
-        slots_mK = torch.arange(m, device=self.device)[:, None] + torch.arange(self.window, device=self.device)
+        slots_mK = torch.arange(m, device=self.device)[:, None] + torch.arange(
+            self.window, device=self.device
+        )
         return self._steps_A[:, None, None] + first + slots_mK < self.num_tokens
 
     def _to_rows(self, pictures: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from mmtensorar.model.windows import valid_slots
 from mmtensorar.recipe import SamplerSettings
 from tests.helpers.models import BACKBONES, open_codec, window_logits, wrap
 
-PLAIN = SamplerSettings(cfg_scale=1.0)
+PLAIN = SamplerSettings(cfg_scale=1.0, lookahead=1)
 
 
 def make(name: str, window: int) -> TensorAR:

@@ -141,7 +141,7 @@ def generated(subject: Subject, prompts: list[Tensor], args: dict) -> dict[str, 
         seen.append(logits[:, 0])
         return greedy(logits, uniform)
 
-    settings = SamplerSettings(cfg_scale=args["cfg_weight"])
+    settings = SamplerSettings(cfg_scale=args["cfg_weight"], lookahead=1)
     codes = decode(subject.model, condition_of(subject, prompts), settings, draw=recorder).codes
     count = args["n_image_tokens"]
     return {"tokens": codes[:, :count, 0], "step_logits": torch.stack(seen, dim=1)[:, :count]}

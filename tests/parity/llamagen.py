@@ -178,7 +178,7 @@ def generated(model: TensorAR, args: dict, inputs: dict[str, Tensor]) -> dict[st
         raise Unsupported("random draws, whose generator is the original's")
     mask = named(args["emb_masks"], inputs) if args.get("emb_masks") else None
     # The original treats scales of 1 and less as no guidance.
-    settings = SamplerSettings(cfg_scale=max(args["cfg_scale"], 1.0))
+    settings = SamplerSettings(cfg_scale=max(args["cfg_scale"], 1.0), lookahead=1)
     # It guides token 0 and then the tokens up to the interval, counted from token 1.
     num_guided = None if args["cfg_interval"] < 0 else args["cfg_interval"] + 2
     guided, raw = [], []
@@ -193,7 +193,7 @@ def generated(model: TensorAR, args: dict, inputs: dict[str, Tensor]) -> dict[st
             return None
         # The return value of a hook replaces the output. Equal rows make guidance give
         # the conditional logits.
-        return logits.chunk(2)[0].repeat(2, 1, 1, 1)
+        return logits[::2].repeat_interleave(2, 0)
 
     hook = model.backbone.head.register_forward_hook(keep_raw)
     try:
@@ -205,7 +205,7 @@ def generated(model: TensorAR, args: dict, inputs: dict[str, Tensor]) -> dict[st
     raw = torch.stack(raw, dim=1)[:, :count]
     found = {"tokens": codes[:, :count, 0], "step_logits": torch.stack(guided, dim=1)[:, :count]}
     if len(raw) > len(codes):
-        found["cond_step_logits"], found["uncond_step_logits"] = raw.chunk(2)
+        found["cond_step_logits"], found["uncond_step_logits"] = raw[::2], raw[1::2]
     return found
 
 

@@ -221,7 +221,7 @@ def _generate(subject: Subject, args: dict, class_ids: Tensor) -> dict[str, Tens
     # unconditional picture.
     if scales is None or max(scales if isinstance(scales, list) else [scales]) <= 1:
         scales = 1.0
-    settings = SamplerSettings(cfg_scale=scales, **_filters(args))
+    settings = SamplerSettings(cfg_scale=scales, lookahead=1, **_filters(args))
     recorder = _Recorder(settings, len(backbone.factor_sizes))
     codes = decode(subject.model, _condition(class_ids), settings, draw=recorder).codes
     steps = args.get("steps", backbone.num_tokens)

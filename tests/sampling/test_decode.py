@@ -133,7 +133,7 @@ def test_one_backbone_step_per_token(window, cfg_scale, batch_rows):
     Guidance doubles the rows, except at scale 1.
     """
     model, done = make("one_factor", window), []
-    settings = SamplerSettings(cfg_scale=cfg_scale)
+    settings = SamplerSettings(cfg_scale=cfg_scale, lookahead=1)
     decode(model, fake_condition(), settings, progress=lambda t, total: done.append((t, total)))
     assert model.backbone.calls == [(batch_rows, 5)] + [(batch_rows, 1)] * 5
     assert done == [(t, 6) for t in range(1, 7)]
