@@ -74,7 +74,8 @@ class KVCache:
 
     def __init__(self, num_layers: int, max_len: int, implementation: Implementation = "sdpa"):
         self.layers = [LayerCache(self) for _ in range(num_layers)]
-        self.max_len, self.implementation = max_len, implementation
+        self.max_len = max_len
+        self.implementation: Implementation = implementation
         self.longest = 0  # no row has more positions
         self._level = True  # all rows have that many
         self._lengths: Tensor | None = None  # [R] int64
@@ -125,19 +126,17 @@ class KVCache:
         self._lengths, self.longest, self._level = lengths, longest, level
 
     def keep_rows(self, order: Sequence[int], group: int = 1) -> None:
-        """Keep some groups of rows, in another order; `group` rows that follow each other
-        belong together.
+        """Keep some of the rows, at other places; `group` neighbouring rows belong
+        together.
 
-        order: the groups to keep. One that is not at its old place was the last that
-            nobody else takes, so few rows are copied.
+        order: the old number of each group that stays, by its new number. A group that
+            moves takes the place of one that does not stay.
         """
         for target, source in enumerate(order):
             if source != target:
+                old, new = (slice(number * group, (number + 1) * group) for number in (source, target))
                 for layer in self.layers:
-                    layer.move(
-                        slice(source * group, (source + 1) * group),
-                        slice(target * group, (target + 1) * group),
-                    )
+                    layer.move(old, new)
         rows = [group * index + member for index in order for member in range(group)]
         if self._lengths is not None:
             index = torch.tensor(rows, device=self._lengths.device)

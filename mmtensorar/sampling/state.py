@@ -135,7 +135,7 @@ class DecodeState:
         num_final: how many of them are final, for each picture; None is all.
         """
         m = windows.shape[1]
-        places_Am = self._steps_A[:, None] + torch.arange(m, device=self.device)
+        places_Am = self._steps_A[:, None] + self._range(m)
         self.windows_BTKF[self._rows_A[:, None], places_Am] = windows
         self.known = [step + m for step in self.steps]  # the steps before it have a window
         if num_final is None:
@@ -155,10 +155,10 @@ class DecodeState:
         A guess is what the last pass predicted. Where it predicted nothing, it is the
         last window that it did predict, with its drafts one offset lower per step.
         """
-        steps_Am = self._steps_A[:, None] - 1 + torch.arange(m, device=self.device)
+        steps_Am = self._steps_A[:, None] - 1 + self._range(m)
         known_A = torch.tensor(self.known, device=self.device)
         source_Am = torch.minimum(steps_Am, known_A[:, None] - 1)
-        offsets_K = torch.arange(self.window, device=self.device)
+        offsets_K = self._range(self.window)
         offsets_AmK = ((steps_Am - source_Am)[..., None] + offsets_K).clamp(max=self.window - 1)
         windows = self.windows_BTKF[self._rows_A[:, None, None], source_Am[..., None], offsets_AmK]
         return windows * self._valid(m, first=-1)[..., None]
@@ -214,17 +214,18 @@ class DecodeState:
             cond, uncond = logits.unflatten(0, (-1, 2)).unbind(1)
             logits = filters.guide(cond, uncond, self.cfg_scales[factor])
         A, m = logits.shape[:2]
-        steps_Am = self._steps_A[:, None] + torch.arange(m, device=self.device)
+        steps_Am = self._steps_A[:, None] + self._range(m)
         keys_AmK = token_keys(self._keys_A, steps_Am, self.window, factor, self.num_factors, coupled=False)
         tokens = self.draws[factor](logits.flatten(0, 1), keys_AmK.flatten(0, 1))
         return self._to_rows(tokens.unflatten(0, (A, m)))
 
     def _valid(self, m: int, *, first: int) -> Tensor:
         """[A, m, K] bool: slots inside the image, of m steps from t + first on."""
-        slots_mK = torch.arange(m, device=self.device)[:, None] + torch.arange(
-            self.window, device=self.device
-        )
-        return self._steps_A[:, None, None] + first + slots_mK < self.num_tokens
+        slots_mK = first + self._range(m)[:, None] + self._range(self.window)
+        return self._steps_A[:, None, None] + slots_mK < self.num_tokens
+
+    def _range(self, stop: int) -> Tensor:
+        return torch.arange(stop, device=self.device)
 
     def _to_rows(self, pictures: Tensor) -> Tensor:
         """[A, ...] -> [R, ...]: both rows of a picture continue with the same window."""

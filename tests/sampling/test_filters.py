@@ -75,11 +75,8 @@ def test_greedy_drafts_are_greedy_at_drafts_only():
 
 
 def test_final_tokens_have_the_same_noise_whatever_the_window():
-    pictures, steps = (
-        picture_keys(2, [torch.Generator().manual_seed(seed) for seed in (3, 4)]),
-        torch.arange(5),
-    )
-    steps = steps.expand(2, 5)
+    pictures = picture_keys(2, [torch.Generator().manual_seed(seed) for seed in (3, 4)])
+    steps = torch.arange(5).expand(2, 5)
     one, four = (token_keys(pictures, steps, window, 1, 2, coupled=False) for window in (1, 4))
     assert one.shape == (2, 5, 1) and four.shape == (2, 5, 4)
     assert torch.equal(one[..., 0], four[..., 0])

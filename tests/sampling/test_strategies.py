@@ -99,12 +99,8 @@ def enumerated(model, condition, settings) -> dict[tuple[int, ...], float]:
     rows = Condition(*(part[:1].expand(len(codes), -1) for part in condition))
     logits = []
     for uncond in (False, True):
-        hidden = model.hidden(
-            codes[:, :-1, None, None],
-            torch.ones(T - 1, 1, dtype=torch.bool),
-            rows,
-            torch.full((len(codes),), uncond),
-        )
+        seen, unconds = torch.ones(T - 1, 1, dtype=torch.bool), torch.full((len(codes),), uncond)
+        hidden = model.hidden(codes[:, :-1, None, None], seen, rows, unconds)
         logits.append(model.backbone.head(hidden, codes.new_zeros(*codes.shape, 0)))
     guided = logits[1] + settings.cfg_scale * (logits[0] - logits[1])
     kept = filters.filtered(
@@ -135,11 +131,11 @@ def test_pictures_of_lookahead_have_their_exact_probabilities(sampler):
     counts = Counter(map(tuple, decoded.codes[..., 0].tolist()))
     assert not [picture for picture in counts if exact[picture] == 0]
     # Pictures that are expected less than 5 times are counted together.
-    rare = [picture for picture in exact if 0 < 20_000 * exact[picture] < 5]
-    cells = [(counts[picture], exact[picture]) for picture in exact if 20_000 * exact[picture] >= 5]
-    cells += (
-        [(sum(counts[picture] for picture in rare), sum(exact[picture] for picture in rare))] if rare else []
-    )
+    often = {picture for picture in exact if 20_000 * exact[picture] >= 5}
+    cells = [(counts[picture], exact[picture]) for picture in often]
+    rare = [picture for picture in exact if picture not in often and exact[picture]]
+    if rare:
+        cells.append((sum(counts[picture] for picture in rare), sum(exact[picture] for picture in rare)))
     chi_square = sum((count - 20_000 * share) ** 2 / (20_000 * share) for count, share in cells)
     freedom = len(cells) - 1
     assert chi_square < freedom + 5 * (2 * freedom) ** 0.5
