@@ -83,7 +83,7 @@ def table(generator, prompts: list[str], all_steps: list[int | str], sampling, b
                     equal[each].append((codes == plain).all(-1).float().mean().item())
     first = statistics.median(seconds[all_steps[0]])
     lines = [
-        f"| steps per pass | passes a picture | ms a picture | times as fast as {all_steps[0]} | equal tokens |",
+        f"| steps | passes a picture | ms a picture | times as fast as {all_steps[0]} | equal tokens |",
         "|---:|---:|---:|---:|---:|",
     ]
     for each in all_steps:
@@ -116,8 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
     backbone, runs_as = generator.model.backbone, ", ".join(generator.runs_as().values())
     print(
         f"{options.ckpt}: {backbone.num_tokens} tokens, window {generator.model.window}, batches of "
-        f"{options.batch_size}, {runs_as}, {torch.get_num_threads()} threads, torch {torch.__version__}
-"
+        f"{options.batch_size}, {runs_as}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
     )
     some_prompts = some(prompts, options.num_prompts)
     print("\n".join(table(generator, some_prompts, options.steps, sampling, options.batch_size)))
