@@ -275,7 +275,8 @@ def generate_into(
     Returns, on the rank that scores, when the pictures of all ranks exist.
     """
     sampling = generator.sampling(**given_settings(options))
-    num_made = generate(
+    began = time.perf_counter()
+    num_made, passes = generate(
         generator,
         options.ckpt,
         suite,
@@ -286,7 +287,11 @@ def generate_into(
         seed=options.seed,
         batch_size=options.batch_size,
     )
-    print(f"{counted(num_made, 'image')} made in {out}", flush=True)
+    speed = ""
+    if num_made:
+        rate = num_made / (time.perf_counter() - began)
+        speed = f", {passes:.1f} passes a picture, {rate:.3g} pictures a second"
+    print(f"{counted(num_made, 'image')} made in {out}{speed}", flush=True)
     if ranks.is_first():
         wait_for_all(out, len(prompts), num_images)
 
@@ -317,9 +322,10 @@ def generate(
     num_images: int,
     seed: int,
     batch_size: int,
-) -> int:
-    """Make this rank's share of the pictures that are missing in out; returns how many
-    were made.
+) -> tuple[int, float]:
+    """Make this rank's share of the pictures that are missing in out.
+
+    Returns how many were made, and the mean of the passes that a picture took.
 
     Args:
         generator: the model.
@@ -360,7 +366,7 @@ def generate(
     batches = [
         batch for batch in batches if not all(image_path(out, *numbers).is_file() for numbers in batch)
     ]
-    num_made = 0
+    num_made, passes = 0, []
     with tqdm(
         total=sum(map(len, batches)),
         unit="image",
@@ -369,9 +375,10 @@ def generate(
         disable=not ranks.is_first(),
     ) as bar:
         for batch in batches:
-            num_made += _make(generator, prompts, out, sampling, batch, seed)
+            made, passes_of_batch = _make(generator, prompts, out, sampling, batch, seed)
+            num_made, passes = num_made + made, [*passes, *passes_of_batch]
             bar.update(len(batch))
-    return num_made
+    return num_made, sum(passes) / max(1, len(passes))
 
 
 def prompts_hash(prompts: Sequence[dict]) -> str:
@@ -386,9 +393,9 @@ def _make(
     sampling: SamplerSettings,
     batch: Sequence[tuple[int, int]],
     seed: int,
-) -> int:
+) -> tuple[int, tuple[int, ...]]:
     """Draw one batch of (prompt number, image number) and write those that are missing;
-    returns how many.
+    returns how many, and the passes of each picture of the batch.
     """
     from mmtensorar.pipeline import save_png
 
@@ -410,7 +417,7 @@ def _make(
                 with suppress(FileExistsError):
                     publish(temporary, path)
                     num_made += 1
-    return num_made
+    return num_made, decoded.passes
 
 
 def claim(out: Path, settings: dict) -> None:

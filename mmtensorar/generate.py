@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -90,7 +91,7 @@ def write_images(generator: Generator, prompts: Sequence[Prompt], options: argpa
         "window": generator.model.window,
         "checkpoint": str(options.ckpt),
     }
-    paths = []
+    paths, num_passes, seconds = [], 0, 0.0
     num_tokens = generator.model.backbone.num_tokens
     progress = tqdm(
         total=num_images * num_tokens,
@@ -105,6 +106,7 @@ def write_images(generator: Generator, prompts: Sequence[Prompt], options: argpa
             def update(done: int, total: int, start: int = len(paths), rows: int = len(batch)) -> None:
                 progress.update(start * total + done * rows - progress.n)
 
+            began = time.perf_counter()
             decoded = generator.decode(
                 [prompt for prompt, _ in batch],
                 [seed for _, seed in batch],
@@ -112,10 +114,19 @@ def write_images(generator: Generator, prompts: Sequence[Prompt], options: argpa
                 keep_trace=options.trace,
                 progress=update,
             )
-            for row, image in enumerate(generator.pictures(decoded.codes)):
+            images = generator.pictures(decoded.codes)
+            seconds, num_passes = seconds + time.perf_counter() - began, num_passes + sum(decoded.passes)
+            for row, image in enumerate(images):
                 origin = origin_of(*batch[row])
                 windows = None if decoded.trace is None else decoded.trace[row]
-                paths.append(add_image(folder, generator, image, windows, origin, made_by))
+                made = made_by | {"passes": decoded.passes[row]}
+                paths.append(add_image(folder, generator, image, windows, origin, made))
+    if paths and ranks.is_first():
+        print(
+            f"{num_passes / len(paths):.1f} passes a picture of {num_tokens} tokens, "
+            f"{len(paths) / seconds:.3g} pictures a second",
+            file=sys.stderr,
+        )
     return paths
 
 

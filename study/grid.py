@@ -195,11 +195,13 @@ class Grid(Section):
 
 def comparable(made_of: dict) -> dict:
     """What a row was made of (`Grid.made_of`), without settings that only earlier
-    versions had.
+    versions had, and without lookahead, which changes no picture's distribution.
     """
     return {
         section: {
-            name: value for name, value in settings.items() if REMOVED.get((section, name), object()) != value
+            name: value
+            for name, value in settings.items()
+            if REMOVED.get((section, name), object()) != value and (section, name) != ("sampler", "lookahead")
         }
         if isinstance(settings, dict)
         else settings
