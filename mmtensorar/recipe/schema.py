@@ -409,6 +409,12 @@ class SamplerSettings(Section):
     greedy_drafts: bool = setting(
         False, description="drafts (offsets above 0) are the likeliest tokens", on_resume=True
     )
+    coupled_drafts: bool = setting(
+        False,
+        description="a draft is drawn with the noise of its place, so that it is the final token unless the "
+        "model learns something in between; otherwise with noise of its own",
+        on_resume=True,
+    )
     lookahead: Literal["auto"] | Annotated[int, Ge(1)] = setting(
         "auto",
         description="steps fed per pass, all but the first of them guessed, of which a pass keeps those that "

@@ -215,7 +215,14 @@ class DecodeState:
             logits = filters.guide(cond, uncond, self.cfg_scales[factor])
         A, m = logits.shape[:2]
         steps_Am = self._steps_A[:, None] + self._range(m)
-        keys_AmK = token_keys(self._keys_A, steps_Am, self.window, factor, self.num_factors, coupled=False)
+        keys_AmK = token_keys(
+            self._keys_A,
+            steps_Am,
+            self.window,
+            factor,
+            self.num_factors,
+            coupled=self.settings.coupled_drafts,
+        )
         tokens = self.draws[factor](logits.flatten(0, 1), keys_AmK.flatten(0, 1))
         return self._to_rows(tokens.unflatten(0, (A, m)))
 
