@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from mmtensorar import ranks
 from mmtensorar.captions.limits import excesses
 from mmtensorar.image_tokenizers import to_images
 from mmtensorar.model.conditions import CaptionEncoder
@@ -48,8 +49,13 @@ def sample(
     """
     condition = caption_encoder(list(recipe.train.sample_prompts)).to(engine.device)
     generator = torch.Generator(engine.device).manual_seed(recipe.run.seed)
+    sampler = recipe.sampler
+    if recipe.zero.stage == 3 and ranks.world_size() > 1:
+        # With lookahead the number of passes depends on measured times and on rounding.
+        # A rank that ran one more would wait forever.
+        sampler = sampler.model_copy(update={"lookahead": 1})
     with gathered_model(engine) as model:
-        decoded = decode(model, condition, recipe.sampler, generator=generator, keep_trace=True)
+        decoded = decode(model, condition, sampler, generator=generator, keep_trace=True)
     assert decoded.trace is not None
     with torch.no_grad():
         pixels = image_tokenizer.decode(decoded.codes.cpu()).float().cpu()
