@@ -93,12 +93,8 @@ class OneFile(_published.PublishedBackbone):
         self.init_weights(self.head.output)
 
     def forward(self, embeds, mask, cache=None):
-        start = mask.shape[1] - embeds.shape[1]
-        table = layers.rotary_table(1, 4, 8, 10000, embeds.device)[start : mask.shape[1]]
-        pattern = attention.pattern(
-            None, embeds.shape[1], mask.shape[1], self.attn_implementation, embeds.device
-        )
-        return self.run_layers(embeds, table, pattern, cache)
+        table = layers.rotary_table(1, 4, 8, 10000, embeds.device)
+        return self.run_layers(embeds, table, None, cache)
 
 
 def _found(section):
