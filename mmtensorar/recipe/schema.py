@@ -419,7 +419,7 @@ class SamplerSettings(Section):
         "auto",
         description="steps fed per pass, all but the first of them guessed, of which a pass keeps those that "
         "it confirms: the same picture, up to rounding, in fewer passes; 1 is one token at a time; auto "
-        "chooses from measured times",
+        "is 16 or 64 / pictures of the batch, the smaller",
         on_resume=True,
     )
 

@@ -18,9 +18,8 @@ from mmtensorar.model.conditions import Condition
 from mmtensorar.model.tensorar import TensorAR
 from mmtensorar.recipe import SamplerSettings
 from mmtensorar.sampling.noise import Draw, Generators
-from mmtensorar.sampling.pace import MOST_STEPS
 from mmtensorar.sampling.state import DecodeState
-from mmtensorar.sampling.strategies import strategy_for
+from mmtensorar.sampling.strategies import MOST_STEPS, strategy_for
 
 
 class Decoded(NamedTuple):

@@ -51,7 +51,7 @@ def sample(
     generator = torch.Generator(engine.device).manual_seed(recipe.run.seed)
     sampler = recipe.sampler
     if recipe.zero.stage == 3 and ranks.world_size() > 1:
-        # With lookahead the number of passes depends on measured times and on rounding.
+        # With lookahead the number of passes depends on rounding.
         # A rank that ran one more would wait forever.
         sampler = sampler.model_copy(update={"lookahead": 1})
     with gathered_model(engine) as model:

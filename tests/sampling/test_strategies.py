@@ -12,7 +12,7 @@ from mmtensorar.recipe import SamplerSettings
 from mmtensorar.sampling import filters
 from mmtensorar.sampling.decode import decode
 from mmtensorar.sampling.noise import greedy
-from mmtensorar.sampling.strategies import STRATEGIES, strategy
+from mmtensorar.sampling.strategies import STRATEGIES, automatic_steps, strategy
 from tests.helpers.decoding import PLAIN, generators, make
 from tests.helpers.fakes import FakeBackbone, fake_condition
 from tests.helpers.models import wrap
@@ -90,6 +90,13 @@ def test_each_picture_of_a_batch_goes_on_at_its_own_pace():
     )
     decode(model, condition, settings, generator=generators(*range(8)))
     assert sum(rows) == 2 * sum(alone) and rows == sorted(rows, reverse=True)
+
+
+def test_automatic_steps_depend_on_the_number_of_pictures_alone():
+    """Chosen from measured times, they once grew to 64 in batches of 16 after the machine
+    had been busy, and a picture took 15 times as long.
+    """
+    assert [automatic_steps(pictures) for pictures in (1, 4, 5, 8, 16, 64, 500)] == [16, 16, 12, 8, 4, 1, 1]
 
 
 def enumerated(model, condition, settings) -> dict[tuple[int, ...], float]:
