@@ -66,7 +66,7 @@ def table(generator, prompts: list[str], all_steps: list[int | str], sampling, b
     batches = [
         range(start, min(start + batch_size, len(prompts))) for start in range(0, len(prompts), batch_size)
     ]
-    # One batch that is not counted: first calls are slow, and "auto" learns from it.
+    # One batch that is not counted: first calls are slow.
     for warm_up in (True, False):
         for numbers in tqdm(batches[:1] if warm_up else batches, unit="batch", disable=None):
             plain = None

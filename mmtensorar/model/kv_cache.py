@@ -91,8 +91,9 @@ class KVCache:
         first, start = self._lengths is None, self.longest
         if self._lengths is None:
             self._lengths = torch.zeros(rows, dtype=torch.int64, device=device)
-            if real is not None and not bool(real.all()):
-                self._real, self._padding = real, (~real).sum(1)
+            self._real = None if real is None else attention.padding(real)
+            if self._real is not None:
+                self._padding = (~self._real).sum(1)
         used = start + new
         assert used <= self.max_len, f"a cache of {self.max_len} positions was asked for {used}"
         places = self._lengths[:, None] + torch.arange(new, device=device)

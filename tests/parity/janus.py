@@ -137,9 +137,9 @@ def generated(subject: Subject, prompts: list[Tensor], args: dict) -> dict[str, 
         raise Unsupported("random draws, whose generator is the original's")
     seen = []
 
-    def recorder(logits: Tensor, uniform: Tensor) -> Tensor:
+    def recorder(logits: Tensor, keys: Tensor) -> Tensor:
         seen.append(logits[:, 0])
-        return greedy(logits, uniform)
+        return greedy(logits, keys)
 
     settings = SamplerSettings(cfg_scale=args["cfg_weight"], lookahead=1)
     codes = decode(subject.model, condition_of(subject, prompts), settings, draw=recorder).codes

@@ -183,9 +183,9 @@ def generated(model: TensorAR, args: dict, inputs: dict[str, Tensor]) -> dict[st
     num_guided = None if args["cfg_interval"] < 0 else args["cfg_interval"] + 2
     guided, raw = [], []
 
-    def recorder(logits: Tensor, uniform: Tensor) -> Tensor:
+    def recorder(logits: Tensor, keys: Tensor) -> Tensor:
         guided.append(logits[:, 0])
-        return greedy(logits, uniform)
+        return greedy(logits, keys)
 
     def keep_raw(_, inputs: tuple, logits: Tensor) -> Tensor | None:
         raw.append(logits[:, 0, 0])

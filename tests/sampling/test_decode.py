@@ -145,7 +145,7 @@ def test_drafts_are_fed_back():
     """
     model = make("one_factor", 3)
 
-    def no_drafts(logits: Tensor, uniform: Tensor) -> Tensor:
+    def no_drafts(logits: Tensor, keys: Tensor) -> Tensor:
         tokens = logits.argmax(-1)
         tokens[:, 1:] = 0
         return tokens
@@ -191,9 +191,9 @@ def test_every_factor_has_its_own_guidance():
     for scales in ([4.0, 1.0], [4.0, 6.0], [1.0, 6.0]):
         logits = seen[tuple(scales)] = []
 
-        def keep(shown: Tensor, numbers: Tensor, logits=logits) -> Tensor:
+        def keep(shown: Tensor, keys: Tensor, logits=logits) -> Tensor:
             logits.append(shown)
-            return torch.zeros_like(numbers, dtype=torch.int64)
+            return torch.zeros_like(keys)
 
         decode(model, fake_condition(), SamplerSettings(cfg_scale=scales), draw=keep)
     first, second = ({scales: shown[factor] for scales, shown in seen.items()} for factor in (0, 1))
