@@ -314,7 +314,6 @@ def test_nothing_else_reads_text(package):
 ALLOWED = {
     "mmtensorar": [
         "mmtensorar/checkpoints/released.py: (str(error).strip() or type(error).__name__).splitlines()",
-        "mmtensorar/checkpoints/released.py: (str(error).strip() or type(error).__name__).splitlines()",
         "mmtensorar/data/url_cache.py: path.read_text()",
     ],
     "study": ["study/runner.py: ended.log.read_text(encoding='utf-8', errors='replace')"],

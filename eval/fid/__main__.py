@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from eval import harness
-from eval.fid import features, recorded, sources
+from eval.fid import features, recorded, score, sources
 from mmtensorar.files import sha256
 from mmtensorar.words import counted
 
@@ -43,6 +43,18 @@ def class_prompts(generator: Generator) -> list[dict]:
             "this model takes captions; FID here is for class-conditional models, or for pictures (--images)"
         )
     return [{"prompt": str(number)} for number in range(generator.caption_encoder.num_classes)]
+
+
+def enough(pictures: sources.Pictures) -> sources.Pictures:
+    """The pictures.
+
+    Raises ValueError, naming the folder or file, when they are too few for precision
+    and recall.
+    """
+    if pictures.num <= score.NEIGHBOURS:
+        found = counted(pictures.num, "picture")
+        raise ValueError(f"{pictures.name}: {found}; expected {score.NEIGHBOURS + 1} or more")
+    return pictures
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -77,7 +89,7 @@ def evaluate(options: argparse.Namespace) -> None:
         return
     # A wrong path is reported before hours of generating.
     statistics = sources.reference_statistics(options.ref)
-    reference = sources.find(options.ref)
+    reference = enough(sources.find(options.ref))
 
     def work(generator: Generator) -> harness.Work:
         prompts = class_prompts(generator)
@@ -94,7 +106,7 @@ def evaluate(options: argparse.Namespace) -> None:
     if pictures is None:
         return
     folder, out = pictures.folder, pictures.out
-    samples = sources.find(folder, num_prompts=pictures.num_prompts, num_images=pictures.num_images)
+    samples = enough(sources.find(folder, num_prompts=pictures.num_prompts, num_images=pictures.num_images))
 
     from eval.fid.inception import Inception
     from mmtensorar import devices

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmtensorar.checkpoints.released import weight_hash
+from mmtensorar.checkpoints.released import refusal, weight_hash
 
 SPATIAL_CHANNELS = 7
 
@@ -83,9 +83,8 @@ class Inception:
         except ValueError:
             raise
         except Exception as error:  # any: downloads and unknown files fail in many ways
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
             source = path or "torch-fidelity's weights; give the file with --inception"
-            raise ValueError(f"--inception: cannot load {source} ({reason})") from None
+            raise ValueError(f"--inception: cannot load {source} ({refusal(error)})") from None
 
     def _keep(self, module: torch.nn.Module, inputs: tuple, output: Tensor) -> None:
         self._spatial = output[:, :SPATIAL_CHANNELS]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,8 +21,17 @@ from eval import harness
 from eval.fid import score, sources
 from mmtensorar import files
 from mmtensorar.cli import command
+from mmtensorar.folders import LeftOut
+from mmtensorar.words import counted
 
 ARRAYS = ("ref_pool", "sample_pool", "ref_spatial", "sample_spatial", "sample_logits")
+NEEDS = {  # metric -> its arrays
+    "fid": ARRAYS[:2],
+    "sfid": ARRAYS[2:4],
+    "inception_score": ARRAYS[4:],
+    "precision": ARRAYS[:2],
+    "recall": ARRAYS[:2],
+}
 
 
 def read_features(path: Path) -> dict[str, np.ndarray]:
@@ -32,6 +42,9 @@ def read_features(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ARRAYS if name in file.files}
+            left_out = LeftOut(path)
+            for name in sorted(set(file.files) - set(ARRAYS)):
+                left_out.add(f"expected {', '.join(ARRAYS)}", Path(name))
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
     except sources.DAMAGE as error:
@@ -41,10 +54,13 @@ def read_features(path: Path) -> dict[str, np.ndarray]:
             raise ValueError(
                 f"{path}: {name} is {array.dtype} of shape {list(array.shape)}; expected floats [N, C]"
             )
-        if not len(array):
-            raise ValueError(f"{path}: {name} is empty")
+        least = 1 if name == "sample_logits" else 2  # a covariance needs two
+        if len(array) < least:
+            found = counted(len(array), "picture")
+            raise ValueError(f"{path}: {name} has features of {found}; expected {least} or more")
         if not np.isfinite(array).all():
             raise ValueError(f"{path}: {name} has numbers that are not finite")
+    left_out.print()
     return arrays
 
 
@@ -114,6 +130,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         raise ValueError(f"{options.features}: {error}") from None
     show(metrics)
+    for name, needed in NEEDS.items():
+        if absent := [array for array in needed if array not in arrays]:
+            print(f"note: {options.features}: no {' and '.join(absent)}, so no {name}", file=sys.stderr)
     if options.out is not None:
         record = {"features": str(options.features), "split_size": options.split_size, **metrics}
         files.write_text(options.out, json.dumps(record, indent=2) + "\n")

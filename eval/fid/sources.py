@@ -99,12 +99,17 @@ def _archive(path: Path) -> Pictures:
     try:
         with zipfile.ZipFile(path) as archive, archive.open(f"{PICTURES}.npy") as file:
             shape = _header(file, path)
+            left_out = LeftOut(path)
+            for name in archive.namelist():
+                if Path(name).stem not in (PICTURES, *STATISTICS):
+                    left_out.add(f"pictures are read from {PICTURES} only", Path(name))
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
     except DAMAGE as error:
         if str(error).startswith(str(path)):
             raise
         raise ValueError(f"{path}: not an .npz with an array {PICTURES} ({error})") from None
+    left_out.print()
     return Pictures(str(path), shape[0], lambda size: _read_archive(path, size))
 
 
@@ -175,4 +180,6 @@ def reference_statistics(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]
                         f"{path}: {name} is {arrays[name].dtype}, or not finite; expected finite floats"
                     )
             statistics[kind] = arrays[mean], arrays[covariance]
+        elif alone := [name for name in (mean, covariance) if name in arrays]:
+            raise ValueError(f"{path}: has {alone[0]} alone; expected {mean} and {covariance}, or neither")
     return statistics

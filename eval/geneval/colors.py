@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from eval.geneval.score import COLORS
-from mmtensorar.checkpoints.released import weight_hash
+from mmtensorar.checkpoints.released import refusal, weight_hash
 
 MODEL = "ViT-L-14-quickgelu"
 PROMPTS = (
@@ -58,7 +58,7 @@ class ColorClassifier:
         try:
             model, _, transform = open_clip.create_model_and_transforms(MODEL, pretrained=pretrained)
         except Exception as error:  # any: downloads and unknown files fail in many ways
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            reason = refusal(error)
             raise ValueError(f"--clip: {MODEL} with {pretrained} cannot be loaded ({reason})") from None
         name = f"{MODEL} {pretrained} ({weight_hash(model.state_dict())[:12]})"
         return cls(model, transform, open_clip.get_tokenizer(MODEL), name, device)

@@ -8,6 +8,7 @@ read with weights_only, so nothing in a downloaded file can run code.
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import json
 import pickle
@@ -542,6 +543,22 @@ def _open(path: Path):
         raise ValueError(f"{path}: cannot be read as safetensors ({error})") from None
 
 
+def refusal(error: Exception) -> str:
+    """Why a file of weights could not be loaded, in 200 characters.
+
+    PyTorch's own message fills a page, and advises to run the code in the file.
+    """
+    message = " ".join(str(error).split())
+    if of_class := re.search(r"GLOBAL (\S+)", message):
+        return f"it holds a {of_class[1]}"
+    if "weights_only" in message:
+        return "it is not a file that torch.save wrote"
+    # PyTorch seeks before the beginning of a zip file that was cut.
+    if isinstance(error, EOFError) or (isinstance(error, OSError) and error.errno == errno.EINVAL):
+        return "it ends early"
+    return message[:200] or type(error).__name__
+
+
 def _read_torch(path: Path, wrappers: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state dict in a PyTorch file, and what else is in it.
 
@@ -566,12 +583,7 @@ def _read_torch(path: Path, wrappers: Sequence[str]) -> tuple[dict[str, Tensor],
         AttributeError,
         struct.error,
     ) as error:
-        # torch's message fills a page; the useful part is the class that the file asks
-        # for.
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        reason = f"it holds a {refused[1]}" if refused else first_line
-        raise ValueError(f"{path}: cannot be read as PyTorch weights ({reason})") from None
+        raise ValueError(f"{path}: cannot be read as PyTorch weights ({refusal(error)})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds {type(content).__name__}, expected a state dict")
     others = {}

@@ -87,13 +87,15 @@ def test_mistakes_are_sentences(tmp_path, capsys):
     np.savez(tmp_path / "nan.npz", ref_pool=whole * np.nan)
     np.savez(tmp_path / "one.npz", ref_pool=whole)
     np.savez(tmp_path / "empty.npz", sample_logits=whole[:0])
+    np.savez(tmp_path / "alone.npz", ref_pool=whole, ref_spatial=whole[:1])
     np.save(tmp_path / "single.npy", whole)
     (tmp_path / "text.npz").write_text("no archive")
     cases = {
         "object.npz": "not an .npz of arrays",
         "int.npz": "ref_pool is int64 of shape [5, 2]; expected floats",
         "nan.npz": "ref_pool has numbers that are not finite",
-        "empty.npz": "sample_logits is empty",
+        "empty.npz": "sample_logits has features of 0 pictures; expected 1 or more",
+        "alone.npz": "ref_spatial has features of 1 picture; expected 2 or more",
         "one.npz": "no metric can be computed",
         "single.npy": "not an .npz of arrays",
         "text.npz": "not an .npz of arrays",
@@ -103,6 +105,33 @@ def test_mistakes_are_sentences(tmp_path, capsys):
         assert command.main(["score", "--features", str(tmp_path / name)]) == 2
         error = capsys.readouterr().err
         assert name in error and sentence in error and error.count("\n") == 1, error
+
+
+@pytest.mark.parametrize(
+    "given, noted",
+    [
+        (
+            ("ref_pool", "sample_pool", "sample_logit"),
+            (
+                "left out 1 (expected ref_pool, ",
+                "): sample_logit\n",
+                "no sample_logits, so no inception_score",
+            ),
+        ),
+        (("ref_spatial", "sample_spatial"), ("no ref_pool and sample_pool, so no fid", "so no precision\n")),
+        (("sample_logits", "sample_pool", "ref_spatial"), ("no ref_pool, so no fid", "no sample_spatial, ")),
+        (("ref_pool", "sample_pool", "ref_spatial", "sample_spatial", "sample_logits"), ()),
+    ],
+)
+def test_metrics_that_are_not_computed_are_named(tmp_path, capsys, given, noted):
+    """An array with a misspelt name was ignored, and its metric was missing in
+    silence.
+    """
+    cloud = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+    np.savez(tmp_path / "f.npz", **dict.fromkeys(given, cloud))
+    assert command.main(["score", "--features", str(tmp_path / "f.npz")]) == 0
+    error = capsys.readouterr().err
+    assert all(part in error for part in noted) and bool(noted) == bool(error), error
 
 
 @pytest.mark.parametrize(

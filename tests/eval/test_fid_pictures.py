@@ -190,11 +190,29 @@ def test_the_three_tensors_of_adm(weights):
 
 
 def test_weights_of_another_model_are_refused(tmp_path, weights):
+    """PyTorch's own message advised to load the file with weights_only=False, which
+    runs the code in it.
+    """
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     (tmp_path / "text.pth").write_text("no weights")
-    for name in ("other.pth", "text.pth", "absent.pth"):
-        with pytest.raises(ValueError, match=f"--inception: .*{name}"):
+    (tmp_path / "page.pth").write_bytes(b"<html>not found</html>")
+    (tmp_path / "empty.pth").touch()
+    (tmp_path / "cut.pth").write_bytes(weights.read_bytes()[:5000])
+    (tmp_path / "half.pth").write_bytes(weights.read_bytes()[: 10**6])
+    torch.save({"a": tmp_path}, tmp_path / "code.pth")
+    for name, reason in {
+        "other.pth": "does not hold torch-fidelity's Inception",
+        "text.pth": "not a file that torch.save wrote",
+        "page.pth": "not a file that torch.save wrote",
+        "empty.pth": "it ends early",
+        "cut.pth": "it ends early",
+        "half.pth": "failed reading zip archive",
+        "code.pth": "it holds a pathlib.",
+        "absent.pth": "no such file",
+    }.items():
+        with pytest.raises(ValueError, match=f"--inception: .*{name}.*{reason}") as error:
             inception.Inception.load(tmp_path / name, torch.device("cpu"))
+        assert "weights_only" not in str(error.value) and "\x1b" not in str(error.value)
 
 
 def test_metrics_are_those_of_torch_fidelity():
@@ -240,6 +258,42 @@ def test_an_interrupted_run_resumes(tmp_path):
     np.testing.assert_array_equal(found["pool"], again["pool"])
     features.extract(pictures, network, "another", tmp_path / "kept", 3)
     assert len(calls) == 10
+
+
+@pytest.mark.parametrize("num", [1, 2, 3])
+@pytest.mark.parametrize("side", ["--images", "--ref"])
+@pytest.mark.parametrize("kind", ["folder", "npz"])
+def test_too_few_pictures_are_named_with_their_folder(tmp_path, capsys, num, side, kind):
+    """Not after all features are computed, and not as `features have shape [1, 2048]`."""
+    paths = {"--images": write_folder(tmp_path / "many", noise(4)), "--ref": tmp_path / "many"}
+    paths[side] = tmp_path / f"few.{kind}"
+    if kind == "npz":
+        np.savez(paths[side], noise(num))
+    else:
+        write_folder(paths[side], noise(num))
+    given = [str(part) for pair in paths.items() for part in pair]
+    assert command.main([*given, "--out", str(tmp_path / "out")]) == 2
+    pictures = "1 picture" if num == 1 else f"{num} pictures"
+    assert capsys.readouterr().err == f"error: {paths[side]}: {pictures}; expected 4 or more\n"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("names", [["arr_1"], ["labels"], ["arr_1", "arr_2", "arr_3", "arr_4"]])
+def test_arrays_that_are_not_scored_are_named(tmp_path, capsys, names):
+    """np.savez(file, half, other_half) gives arr_0 and arr_1, and only arr_0 is read."""
+    np.savez(tmp_path / "two.npz", noise(4), **dict.fromkeys(names, noise(2)))
+    assert sources.find(tmp_path / "two.npz").num == 4
+    assert f"left out {len(names)} (pictures are read from arr_0 only): {names[0]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["mu", "sigma", "mu_s", "sigma_s"])
+def test_half_of_the_statistics_is_an_error(tmp_path, name):
+    """The other half was computed from the file's 10,000 pictures, and this one
+    ignored.
+    """
+    np.savez(tmp_path / "ref.npz", noise(4), **{name: np.zeros(2048)})
+    with pytest.raises(ValueError, match=f"ref.npz: has {name} alone; expected mu"):
+        sources.reference_statistics(tmp_path / "ref.npz")
 
 
 @pytest.fixture

@@ -150,6 +150,26 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.mark.parametrize(
+    "content, reason",
+    [(b"no weights", "not a file that torch.save wrote"), (b"", "it ends early"), (None, "a pathlib.")],
+)
+def test_a_wrong_file_for_the_colours_is_one_sentence(tmp_path, monkeypatch, content, reason):
+    """PyTorch's message advised to run the code in the file."""
+    open_clip = pytest.importorskip("open_clip")
+    from eval.geneval.colors import ColorClassifier
+
+    def read(name, pretrained):
+        return torch.load(pretrained, weights_only=True)
+
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", read)
+    path = tmp_path / "clip.pt"
+    torch.save({"a": tmp_path}, path) if content is None else path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"--clip: .*clip.pt cannot be loaded .*{reason}") as error:
+        ColorClassifier.load(str(path), device=torch.device("cpu"))
+    assert "weights_only" not in str(error.value)
+
+
 def test_the_pipeline_runs_from_pictures_to_scores(folder, classifier, tmp_path, monkeypatch, capsys):
     """Suite geneval on pictures of two prompts: both get a verdict, and the summary
     names the models.
