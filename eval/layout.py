@@ -5,7 +5,11 @@ Reading here is strict: images that are missing, surplus, or that share a number
 an error that lists them. Pictures anywhere else in the folder are counted in a note.
 """
 
+from __future__ import annotations
+
 import json
+import sys
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -15,10 +19,28 @@ from mmtensorar import files
 from mmtensorar.data.pictures import SUFFIXES, open_picture
 from mmtensorar.folders import LeftOut, walk
 from mmtensorar.picture_folder import is_revisions
+from mmtensorar.words import counted
 
 STRIP = "a strip of revisions, of generate --trace"
 RECORD = "generation.json"  # the model and settings that made the images; see harness.py
 MAX_NAMED = 10_000  # missing prompts and images that get a sentence each
+MAX_LISTED = 10  # sentences in one message
+
+
+class Problem(str):
+    """A sentence on what keeps pictures from being a whole set.
+
+    kind: what it is, a noun to count, such as "missing image".
+    number: how many the sentence is about.
+    """
+
+    kind: str
+    number: int
+
+    def __new__(cls, kind: str, sentence: str, number: int = 1) -> Problem:
+        problem = super().__new__(cls, sentence)
+        problem.kind, problem.number = kind, number
+        return problem
 
 
 def image_path(folder: Path, prompt_index: int, image_index: int) -> Path:
@@ -27,7 +49,7 @@ def image_path(folder: Path, prompt_index: int, image_index: int) -> Path:
 
 def survey(
     folder: Path, *, num_prompts: int | None = None, num_images: int | None = None
-) -> tuple[list[list[Path]], list[str]]:
+) -> tuple[list[list[Path]], list[Problem]]:
     """The files of each prompt's images, in order; and a sentence for each missing or
     surplus one.
 
@@ -41,7 +63,7 @@ def survey(
     """
     if not folder.is_dir():
         raise ValueError(f"no folder {folder}")
-    problems: list[str] = []
+    problems: list[Problem] = []
     folders = _by_number(folder, (path for path in folder.iterdir() if path.is_dir()), problems)
     images = {
         prompt: _by_number(folder, (path / "samples").glob("*.png"), problems)
@@ -57,7 +79,7 @@ def survey(
     _add_missing(images, num_prompts, num_images, problems)
     for prompt, numbered in images.items():
         problems += [
-            f"{path.relative_to(folder)} is one too many"
+            Problem("surplus image", f"{path.relative_to(folder)} is one too many")
             for number, path in numbered.items()
             if prompt >= num_prompts or number >= num_images
         ]
@@ -71,7 +93,7 @@ def survey(
 
 
 def _add_missing(
-    images: Mapping[int, Collection[int]], num_prompts: int, num_images: int, problems: list[str]
+    images: Mapping[int, Collection[int]], num_prompts: int, num_images: int, problems: list[Problem]
 ) -> None:
     """Add a sentence for each missing prompt and image, and for each gap when they are
     more than MAX_NAMED.
@@ -81,20 +103,25 @@ def _add_missing(
     for first, last in _gaps(images, num_prompts):
         if last - first < MAX_NAMED - len(problems):
             problems += [
-                f"{prompt:05d} is missing, the folder of prompt {prompt} of {num_prompts}"
+                Problem(
+                    "missing prompt",
+                    f"{prompt:05d} is missing, the folder of prompt {prompt} of {num_prompts}",
+                )
                 for prompt in range(first, last + 1)
             ]
         else:
             number = last - first + 1
-            problems.append(f"{first:05d} to {last:05d} are missing, the folders of {number} prompts")
+            sentence = f"{first:05d} to {last:05d} are missing, the folders of {number} prompts"
+            problems.append(Problem("missing prompt", sentence, number))
     for prompt in sorted(prompt for prompt in images if prompt < num_prompts):
         for first, last in _gaps(images[prompt], num_images):
             if last - first < MAX_NAMED - len(problems):
                 paths = (image_path(Path(), prompt, number) for number in range(first, last + 1))
-                problems += [f"{path} is missing" for path in paths]
+                problems += [Problem("missing image", f"{path} is missing") for path in paths]
             else:
                 path, number = image_path(Path(), prompt, first), last - first + 1
-                problems.append(f"{path} to {last:05d}.png are missing, {number} images")
+                sentence = f"{path} to {last:05d}.png are missing, {number} images"
+                problems.append(Problem("missing image", sentence, number))
 
 
 def _gaps(numbers: Iterable[int], end: int) -> Iterator[tuple[int, int]]:
@@ -139,14 +166,15 @@ def _is_in_layout(path: Path) -> bool:
     )
 
 
-def _by_number(folder: Path, paths: Iterable[Path], problems: list[str]) -> dict[int, Path]:
+def _by_number(folder: Path, paths: Iterable[Path], problems: list[Problem]) -> dict[int, Path]:
     """Number -> path, of the paths whose name is a number; adds a problem for a number
     that two have.
     """
     numbered: dict[int, Path] = {}
     for path in sorted(filter(_has_number, paths)):
         if int(path.stem) in numbered:
-            problems.append(f"{path.relative_to(folder)} has the number of {numbered[int(path.stem)].name}")
+            sentence = f"{path.relative_to(folder)} has the number of {numbered[int(path.stem)].name}"
+            problems.append(Problem("duplicate number", sentence))
         numbered.setdefault(int(path.stem), path)
     return numbered
 
@@ -174,12 +202,46 @@ def image_files(
     return images
 
 
-def listed(folder: Path, problems: Sequence[str]) -> str:
-    """A folder's problems in one sentence: the first ten, and the number of the
-    others.
+def numbers(problems: Iterable[Problem]) -> dict[str, int]:
+    """How many problems of each kind there are, as a summary records them."""
+    count: Counter[str] = Counter()
+    for problem in problems:
+        count[problem.kind] += problem.number
+    return dict(count)
+
+
+def in_words(count: Mapping[str, int]) -> str:
+    """`numbers` as text: `1 missing prompt, 3 missing images`."""
+    return ", ".join(counted(number, kind) for kind, number in count.items())
+
+
+def listed(folder: Path, problems: Sequence[Problem]) -> str:
+    """The problems of a folder, or of a file, in one sentence: the first of each kind,
+    and the number of the others.
     """
-    more = f", and {len(problems) - 10} more" if len(problems) > 10 else ""
-    return f"{folder}: {', '.join(problems[:10])}{more}"
+    if len(problems) <= MAX_LISTED:
+        return f"{folder}: {', '.join(problems)}"
+    by_kind: dict[str, list[str]] = {}
+    for problem in problems:
+        by_kind.setdefault(problem.kind, []).append(problem)
+    share = max(1, MAX_LISTED // len(by_kind))
+    named = [sentence for of_kind in by_kind.values() for sentence in of_kind[:share]]
+    count = in_words(numbers(problems))
+    return f"{folder}: {count}: {', '.join(named)}, and {len(problems) - len(named)} more"
+
+
+def changed_prompt(name: str, found: str, expected: str) -> Problem:
+    """The sentence on a prompt's folder whose metadata.jsonl has another text than the
+    benchmark.
+    """
+    sentence = f"{name}/metadata.jsonl has the prompt {_shown(found)}, not {_shown(expected)}"
+    return Problem("changed prompt", sentence)
+
+
+def note(folder: Path, problems: Sequence[Problem]) -> None:
+    """Print a note that names the problems, if there are any."""
+    if problems:
+        print(f"note: {listed(folder, problems)}", file=sys.stderr)
 
 
 def open_image(path: Path) -> Image.Image:

@@ -56,27 +56,30 @@ def marked(name: str, summary: dict) -> str:
 
 
 def missing(summary: dict) -> list[str]:
-    """What a summary's pictures lack to be a whole set: every prompt, as many pictures
-    as asked for.
+    """What keeps a summary's pictures from being a whole set: every prompt, as many
+    pictures as asked for.
 
-    These are the sentences of the evaluation, or else what the summary's numbers show:
-    summaries of earlier versions do not name everything that is missing.
+    These are the numbers of the evaluation, by kind. Summaries of earlier versions have
+    sentences instead, or only the numbers of what was scored.
     """
-    if summary.get("partial"):
-        return summary["partial"]
+    if partial := summary.get("partial"):
+        if kinds := summary.get("partial_numbers"):
+            return [counted(number, kind) for kind, number in kinds.items()]
+        return [*partial[:3], *([f"and {len(partial) - 3} more"] if len(partial) > 3 else [])]
     lacks = []
     record = summary.get("generation") or {}
     num_prompts = summary.get("prompts_expected") or record.get("num_prompts")
     if summary["suite"] in suites.SUITES:
         suite = suites.load(summary["suite"])
-        lacks += [f"all of {skill}" for skill in suite.skills if skill not in summary["skills"]]
+        lacks += [f"no {skill}" for skill in suite.skills if skill not in summary["skills"]]
         num_prompts = num_prompts or len(suite.prompts)
     num_images = summary.get("images_expected")
     if not num_images and num_prompts and record.get("num_images"):
         num_images = num_prompts * record["num_images"]
     for key, expected in (("num_prompts", num_prompts), ("num_images", num_images)):
         if expected and summary.get(key, expected) < expected:
-            lacks.append(f"{expected - summary[key]} of {expected} {key.removeprefix('num_')}")
+            noun = key.removeprefix("num_")
+            lacks.append(f"{expected - summary[key]} of {expected} {noun} missing")
     return lacks
 
 
@@ -134,17 +137,13 @@ def notes(summaries: Mapping[str, dict]) -> str:
     if len(set(sampling.values())) == 1:
         sampled = next(iter(sampling.values()))
     num_drawn = [bound["num_images"] for s in summaries.values() for bound in _bounds(s).values()]
-    incomplete = [
-        f"{name} lacks "
-        + (
-            counted(len(lacks), "image or prompt", "images or prompts")
-            if s.get("partial")
-            else ", ".join(lacks)
-        )
-        for name, s in summaries.items()
-        if (lacks := missing(s))
-    ]
+    incomplete = [f"{name}: {', '.join(found)}" for name, s in summaries.items() if (found := missing(s))]
     fewer = [f"{name}: {sentence}" for name, s in summaries.items() if (sentence := _of_suite(s))]
+    changed = [
+        f"{name}: {counted(len(texts), 'prompt')}"
+        for name, s in summaries.items()
+        if (texts := s.get("changed_prompts"))
+    ]
     sentences = [
         f"Suite {first['suite']}, detector {first['detector']}, seed {seed}.",
         f"Sampling: {sampled}.",
@@ -155,6 +154,11 @@ def notes(summaries: Mapping[str, dict]) -> str:
         sentences.append(f"Ceiling and chance: {numbers} drawn pictures.")
     if fewer:
         sentences.append(f"NOT the whole suite ({'; '.join(fewer)}).")
+    if changed:
+        sentences.append(
+            f"NOT the suite's texts ({'; '.join(changed)}); "
+            "scored by what they ask for, as GenEval's script does."
+        )
     if incomplete:
         sentences.append(f"PARTIAL: {'; '.join(incomplete)}.")
     return " ".join(sentences)

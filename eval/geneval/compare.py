@@ -51,10 +51,12 @@ def differences(baseline: Shares, other: Shares, seed: int = 0) -> dict[str, Int
 
     Raises ValueError when their prompts differ.
     """
-    if {tag: prompts.keys() for tag, prompts in baseline.items()} != {
-        tag: prompts.keys() for tag, prompts in other.items()
-    }:
-        raise ValueError("their prompts differ; only scores on the same prompts can be compared in pairs")
+    one, two = ({(tag, prompt) for tag in shares for prompt in shares[tag]} for shares in (baseline, other))
+    if apart := sorted(one ^ two):
+        raise ValueError(
+            f"their prompts differ, number in one of them only: {len(apart)}, such as {apart[0][1][:200]}; "
+            "only scores on the same prompts can be compared in pairs"
+        )
     gains = {
         tag: [other[tag][prompt] - share for prompt, share in prompts.items()]
         for tag, prompts in baseline.items()

@@ -23,6 +23,7 @@ from eval import harness, layout, report_table
 from eval.geneval import ceiling, report, suites
 from eval.geneval.score import by_class, judge, summarize
 from eval.geneval.suites import Suite
+from eval.layout import Problem
 from mmtensorar import files, ranks
 from worlds.shapes.detect import Detector
 
@@ -36,7 +37,7 @@ def score(
     num_images: int,
     batch_size: int = 16,
     allow_partial: bool = False,
-) -> tuple[list[dict], list[str]]:
+) -> tuple[list[dict], list[Problem]]:
     """Judge every picture of a folder.
 
     Args:
@@ -66,6 +67,8 @@ def score(
     # prompt is missing.
     problems += foreign_prompts(suite, prompts, pictures)
     check()
+    names = [images[0].parent.parent.name for images in pictures]
+    layout.note(folder, changed_texts(suite, zip(names, prompts, strict=True)))
     detector = suite.detector()
     results = []
     work = [(metadata, path) for metadata, images in zip(prompts, pictures, strict=True) for path in images]
@@ -83,7 +86,7 @@ def _judged(
     detector: Detector,
     folder: Path,
     batch: Iterable[tuple[dict, Path]],
-    problems: list[str],
+    problems: list[Problem],
 ) -> list[dict]:
     """Results of one batch of (metadata, path); adds a problem for each picture that
     cannot be read.
@@ -95,7 +98,8 @@ def _judged(
             images.append(layout.open_image(path))
             readable.append((metadata, path))
         except ValueError as error:  # reported with all others, by `score`
-            problems.append(str(error).replace(f"{folder}{os.sep}", ""))
+            sentence = str(error).replace(f"{folder}{os.sep}", "")
+            problems.append(Problem("unreadable image", sentence))
     colored = [
         [clause["class"] for clause in metadata["include"] if "color" in clause] for metadata, _ in readable
     ]
@@ -117,7 +121,9 @@ def _judged(
     return results
 
 
-def foreign_prompts(suite: Suite, prompts: Sequence[dict], pictures: Sequence[Sequence[Path]]) -> list[str]:
+def foreign_prompts(
+    suite: Suite, prompts: Sequence[dict], pictures: Sequence[Sequence[Path]]
+) -> list[Problem]:
     """A sentence for each folder whose prompt the suite does not have, or has in fewer
     folders.
 
@@ -129,10 +135,32 @@ def foreign_prompts(suite: Suite, prompts: Sequence[dict], pictures: Sequence[Se
         left[_demand(metadata)] -= 1
         if left[_demand(metadata)] < 0:
             name = images[0].parent.parent.name
-            problems.append(
-                f"{name}/metadata.jsonl: not a prompt of suite {suite.name}, or one that other folders have"
-            )
+            sentence = f"not a prompt of suite {suite.name}, or one that other folders have"
+            problems.append(Problem("foreign prompt", f"{name}/metadata.jsonl: {sentence}"))
     return problems
+
+
+def changed_texts(suite: Suite, prompts: Iterable[tuple[str, dict]]) -> list[Problem]:
+    """A sentence for each folder whose prompt asks for what a prompt of the suite asks
+    for, in another text.
+
+    They are scored: GenEval's own script never reads the text. But the scores are those
+    of other prompts.
+
+    prompts: (name of the folder, metadata).
+    """
+    left: dict[str, list[str]] = {}
+    for prompt in suite.prompts:
+        left.setdefault(_demand(prompt), []).append(prompt["prompt"])
+    changed = []
+    for name, metadata in dict(prompts).items():
+        texts = left.get(_demand(metadata), [])
+        if metadata["prompt"] in texts:
+            texts.remove(metadata["prompt"])
+        else:
+            changed.append((name, metadata["prompt"], texts))
+    # Without a text that is left, the prompt is foreign.
+    return [layout.changed_prompt(name, found, texts.pop(0)) for name, found, texts in changed if texts]
 
 
 def _demand(metadata: dict) -> str:
@@ -143,7 +171,7 @@ def _demand(metadata: dict) -> str:
 
 
 def write(
-    out: Path, folder: Path, suite: Suite, results: list[dict], problems: list[str], facts: dict
+    out: Path, folder: Path, suite: Suite, results: list[dict], problems: list[Problem], facts: dict
 ) -> dict:
     """Write results.jsonl, report.html and, last, summary.json; returns the summary.
 
@@ -155,14 +183,19 @@ def write(
         facts: further entries of the summary.
     """
     origin = harness.origin(folder)
+    judged = [(result["filename"].partition("/")[0], json.loads(result["metadata"])) for result in results]
     summary = {
         "suite": suite.name,
         "detector": suite.detector().name,
         "scorer": asdict(suite.settings),
         "images": origin.pop("images"),
         "partial": problems or None,
+        "partial_numbers": layout.numbers(problems) or None,
+        "changed_prompts": changed_texts(suite, judged) or None,
         **origin,
-        **summarize((json.loads(result["metadata"]), result["correct"]) for result in results),
+        **summarize(
+            (metadata, result["correct"]) for (_, metadata), result in zip(judged, results, strict=True)
+        ),
         **facts,
     }
     out.mkdir(parents=True, exist_ok=True)
@@ -258,6 +291,7 @@ def evaluate(options: argparse.Namespace) -> None:
     }
     out = pictures.out
     summary = write(out, pictures.folder, suite, results, problems, facts)
+    layout.note(pictures.folder, problems)
     print(report_table.render({out.resolve().name: summary}))
     print(f"\n{out / 'summary.json'}\n{out / 'report.html'}")
 

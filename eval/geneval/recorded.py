@@ -20,9 +20,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from eval import harness, report_table
-from eval.geneval.prompts import prompts
+from eval import harness, layout, report_table
+from eval.geneval.prompts import CLASSES, prompts
 from eval.geneval.score import COLORS, Settings, Verdict, judge, summarize
+from eval.layout import Problem
 from mmtensorar import files
 from mmtensorar.cli import Parser, command
 
@@ -46,7 +47,8 @@ def _problem(case: Mapping) -> str | None:
     index = case.get("prompt_index")
     if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(prompts()):
         return f"prompt_index is {_shown(index)}, expected 0 to {len(prompts()) - 1}"
-    detections, colors, options = (case.get(key, {}) for key in ("detections", "colors", "options"))
+    detections = case.get("detections")  # required: under a misspelt name it would be an empty picture
+    colors, options = (case.get(key, {}) for key in ("colors", "options"))
     for key, value in (("detections", detections), ("colors", colors), ("options", options)):
         if not isinstance(value, dict):
             return f"{key} is {_shown(value)}, expected an object"
@@ -63,6 +65,9 @@ def _problem(case: Mapping) -> str | None:
                 f"colors of {name}: expected one of GenEval's colours for each of its {len(rows)} rows, "
                 f"got {_shown(given)}"
             )
+    for name in (clause["class"] for clause in prompts()[index]["include"] if "color" in clause):
+        if detections.get(name) and not colors.get(name):
+            return f"colors of {name}: prompt {index} asks for a colour; expected that of each row"
     known = asdict(Settings())
     for name, value in options.items():
         if name not in known:
@@ -90,7 +95,7 @@ def score(case: Mapping) -> Verdict:
     """The verdict on one recorded image."""
     metadata = prompts()[case["prompt_index"]]
     colors = {name: given for name, given in case.get("colors", {}).items() if given}
-    return judge(metadata, case.get("detections", {}), colors, Settings(**case.get("options", {})))
+    return judge(metadata, case["detections"], colors, Settings(**case.get("options", {})))
 
 
 def disagreements(case: Mapping, verdict: Verdict) -> list[str]:
@@ -105,7 +110,7 @@ def disagreements(case: Mapping, verdict: Verdict) -> list[str]:
     ]
 
 
-def gaps(cases: Mapping[int, int], num_images: int | None = None) -> list[str]:
+def gaps(cases: Mapping[int, int], num_images: int | None = None) -> list[Problem]:
     """A sentence for each prompt that does not have as many images as it must; none for
     a whole set.
 
@@ -115,10 +120,24 @@ def gaps(cases: Mapping[int, int], num_images: int | None = None) -> list[str]:
             one has.
     """
     expected = num_images or max(cases.values(), default=1)
-    found = [cases.get(index, 0) for index in range(len(prompts()))]
-    return [
-        f"prompt {index}: {num} of {expected} images" for index, num in enumerate(found) if num != expected
-    ]
+    problems = []
+    for index in range(len(prompts())):
+        num = cases.get(index, 0)
+        if num == 0:
+            problems.append(Problem("missing prompt", f"prompt {index} has no image"))
+        elif num != expected:
+            # Surplus ones are scored: nothing says which of them are meant.
+            kind = "missing image" if num < expected else "surplus image"
+            problems.append(Problem(kind, f"prompt {index}: {num} of {expected} images", abs(num - expected)))
+    return problems
+
+
+def _note(path: Path, what: str, numbers: Counter[str]) -> None:
+    """Print a note with the numbers by name, the largest first, if there are any."""
+    named = [f"{number} {name[:40]!r}" for name, number in numbers.most_common()]
+    if named:
+        more = f" and {len(named) - 10} more" if len(named) > 10 else ""
+        print(f"note: {path}: {what}: {', '.join(named[:10])}{more}", file=sys.stderr)
 
 
 @command
@@ -144,6 +163,9 @@ def main(arguments: list[str] | None = None) -> int:
     harness.check_numbers(options, num_images=1)
     num_recorded = num_equal = 0
     verdicts = []
+    unknown: Counter[str] = Counter()  # class -> rows
+    settings: Counter[str] = Counter()  # setting -> images
+    default = asdict(Settings())
     cases: Counter[int] = Counter()
 
     def results() -> Iterator[dict]:
@@ -158,14 +180,22 @@ def main(arguments: list[str] | None = None) -> int:
                     print(f"{where}: {'; '.join(differences)}", file=sys.stderr)
             verdicts.append((metadata, verdict.correct))
             cases[case["prompt_index"]] += 1
+            for name, rows in case["detections"].items():
+                unknown[name] += len(rows) if name not in CLASSES else 0
+            settings.update(name for name, value in case.get("options", {}).items() if value != default[name])
             tag, prompt = metadata["tag"], metadata["prompt"]
             yield {"tag": tag, "prompt": prompt, **verdict._asdict(), "metadata": json.dumps(metadata)}
 
     files.write_json_lines(options.out, results())
+    problems = gaps(cases, options.num_images)
+    layout.note(options.detections, problems)
+    _note(options.detections, "left out, rows of classes that GenEval does not have", +unknown)
+    _note(options.detections, "images scored with other settings than GenEval's", settings)
     summary = {
         "suite": "geneval",
         "detector": f"recorded in {options.detections}",
-        "partial": gaps(cases, options.num_images),
+        "partial": problems,
+        "partial_numbers": layout.numbers(problems),
         **summarize(verdicts),
     }
     print(report_table.render({options.detections.name: summary}))

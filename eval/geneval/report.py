@@ -48,6 +48,7 @@ def page(summary: dict, results: Sequence[dict], folder: Path) -> str:
         "checkpoint": summary.get("checkpoint"),
         "images": f"{summary['num_images']} of {summary['num_prompts']} prompts, in {summary['images']}",
         "prompts with a correct image": f"{100 * summary['prompt_accuracy']:.1f} %",
+        "partial": layout.in_words(summary.get("partial_numbers") or {}) or None,
         "detector": summary["detector"],
         "seed": summary.get("seed"),
     }

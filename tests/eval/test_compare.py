@@ -31,7 +31,7 @@ def test_overall_is_the_mean_of_the_skills_and_the_interval_grows_with_noise():
     # The standard error of 50 coins is 0.0707; the interval reaches 1.96 times that,
     # and half of it counts overall.
     assert high - low == pytest.approx(2 * 1.96 * 0.0707 / 2, rel=0.1)
-    with pytest.raises(ValueError, match="prompts differ"):
+    with pytest.raises(ValueError, match="prompts differ, number in one of them only: 2, such as x"):
         differences(one, {"a": one["a"]})
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from eval import gallery, harness, layout, report_table
 from eval.geneval import __main__ as geneval
-from eval.geneval import ceiling, report, suites
+from eval.geneval import ceiling, evaluate, report, suites
 from mmtensorar import files
 from mmtensorar.checkpoints import model_folder, sharded_state
 from mmtensorar.processes import RunFolderLock
@@ -222,13 +222,88 @@ def test_a_partial_score_is_allowed_and_marked_everywhere(images, capsys):
     (images / "00007").rename(images / "elsewhere")
     assert run("--images", images, "--allow-partial", "--num-bound-images", 0) == 0
     printed = capsys.readouterr().out
-    assert "(PARTIAL)" in printed and "PARTIAL: images lacks 3 images or prompts" in printed
+    numbers = "1 missing prompt, 1 missing image, 1 unreadable image"
+    assert "(PARTIAL)" in printed and f"PARTIAL: images: {numbers}." in printed
+    assert numbers in (images / "report.html").read_text()
     summary = json.loads((images / "summary.json").read_text())
     assert len(summary["partial"]) == 3 and summary["num_images"] == 24 - 2 - 2
     assert "(PARTIAL)" in (images / "report.html").read_text()
     assert (
         report_table.main([f"a={images / 'summary.json'}"]) == 0 and "a (PARTIAL)" in capsys.readouterr().out
     )
+
+
+def add_image(folder: Path) -> tuple[str, str]:
+    shutil.copy(layout.image_path(folder, 3, 0), layout.image_path(folder, 3, 7))
+    return "1 surplus image", "00003/samples/00007.png is one too many"
+
+
+def cut_one_and_lose_many(folder: Path) -> tuple[str, str]:
+    cut_image(folder)
+    for number in (*range(4), *range(5, 12)):
+        shutil.rmtree(folder / f"{number:05d}" / "samples")
+        (folder / f"{number:05d}" / "samples").mkdir()
+    return "22 missing images, 1 unreadable image", "00004/samples/00001.png: unreadable image"
+
+
+def lose_prompts_and_images(folder: Path) -> tuple[str, str]:
+    for number in (1, 2):
+        shutil.rmtree(folder / f"{number:05d}")
+    layout.image_path(folder, 0, 1).unlink()
+    return "2 missing prompts, 1 missing image", "00000/samples/00001.png is missing"
+
+
+def give_a_number_twice(folder: Path) -> tuple[str, str]:
+    shutil.copy(layout.image_path(folder, 3, 0), folder / "00003" / "samples" / "0.png")
+    return "1 duplicate number", "00003/samples/00000.png has the number of 0.png"
+
+
+@pytest.mark.parametrize(
+    "change", [add_image, cut_one_and_lose_many, lose_prompts_and_images, give_a_number_twice]
+)
+def test_what_keeps_a_set_from_being_whole_is_counted_by_kind_and_named(images, capsys, change):
+    """One picture too many was "lacks 1 image", a damaged one was named in the summary
+    only, and missing prompts and pictures were added up.
+    """
+    numbers, named = change(images)
+    assert run("--images", images, "--allow-partial", "--num-bound-images", 0) == 0
+    printed, noted = capsys.readouterr()
+    assert f"PARTIAL: images: {numbers}." in printed and "lacks" not in printed
+    assert named in next(line for line in noted.splitlines() if line.startswith(f"note: {images}: "))
+    assert report_table.main([f"a={images / 'summary.json'}"]) == 0
+    assert f"PARTIAL: a: {numbers}." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("indices, text", [([0], "a lovely photo"), ([2, 3, 5], ""), ([1, 11], "x" * 500)])
+def test_prompts_with_another_text_are_scored_and_named(images, capsys, indices, text):
+    """As GenEval's own script does, which never reads the text: but in silence the
+    score was that of the suite's prompts.
+    """
+    prompts = suites.load("shapes", 2).prompts
+    for index in indices:
+        changed = prompts[index] | {"prompt": text}
+        files.write_text(images / f"{index:05d}" / "metadata.jsonl", json.dumps(changed) + "\n")
+    assert run("--images", images, "--num-bound-images", 0) == 0
+    printed, noted = capsys.readouterr()
+    assert "PARTIAL" not in printed and "21" not in noted
+    number = "1 prompt" if len(indices) == 1 else f"{len(indices)} prompts"
+    assert f"NOT the suite's texts (images: {number})" in printed
+    for index in indices:
+        assert f"{index:05d}/metadata.jsonl has the prompt {json.dumps(text)[:60]}" in noted
+        assert f'not "{prompts[index]["prompt"]}"' in noted
+    summary = json.loads((images / "summary.json").read_text())
+    assert len(summary["changed_prompts"]) == len(indices) and summary["correct_images"] == 21
+
+
+def test_a_text_that_another_prompt_has_is_changed_too(images, capsys):
+    """Two prompts may ask for the same in two texts: one text twice is another set."""
+    suite = suites.load("shapes")
+    same = [prompt for prompt in suite.prompts if prompt["include"] == suite.prompts[3]["include"]]
+    assert len(same) > 1, "prompts 3 and 7 ask for a ring"
+    given = [(str(number), same[0]) for number in range(len(same))]
+    assert len(evaluate.changed_texts(suite, given)) == len(same) - 1
+    assert not evaluate.changed_texts(suite, [*enumerate(reversed(suite.prompts))])
+    assert not evaluate.changed_texts(suite, [("0", same[0] | {"tag": "counting", "prompt": "?"})])
 
 
 # ---- whole sets ----------------------------------------------------------------------------------
@@ -361,14 +436,15 @@ def test_the_official_prompts_must_be_whole_too(tmp_path, capsys, kept, problem)
 @pytest.mark.parametrize(
     "change, lacks",
     [
-        ({"skills": ["colors"], "num_prompts": 2, "num_images": 4}, "all of single_object"),
-        ({"num_prompts": 7}, "113 of 120 prompts"),
+        ({"skills": ["colors"], "num_prompts": 2, "num_images": 4}, "no single_object, no two_object"),
+        ({"num_prompts": 7}, "113 of 120 prompts missing"),
         (
             {"num_prompts": 120, "num_images": 470, "generation": {"num_prompts": 120, "num_images": 4}},
-            "10 of 480",
+            "10 of 480 images missing",
         ),
-        ({"partial": ["00004 is missing", "00005 is missing"]}, "2 images or prompts"),
-        ({"suite": "geneval", "num_prompts": 500}, "53 of 553 prompts"),
+        ({"partial": ["00004 is missing", "00005 is missing"]}, "00004 is missing, 00005 is missing."),
+        ({"partial": ["a", "b", "c", "d", "e"]}, "a, b, c, and 2 more."),
+        ({"suite": "geneval", "num_prompts": 500}, "53 of 553 prompts missing"),
     ],
 )
 def test_a_summary_of_an_earlier_version_is_marked_by_its_numbers(scored, tmp_path, capsys, change, lacks):
@@ -385,7 +461,7 @@ def test_a_summary_of_an_earlier_version_is_marked_by_its_numbers(scored, tmp_pa
     (tmp_path / "summary.json").write_text(json.dumps(summary | change))
     assert report_table.main([f"old={tmp_path / 'summary.json'}"]) == 0
     printed = capsys.readouterr().out
-    assert "old (PARTIAL)" in printed and f"PARTIAL: old lacks {lacks}" in printed
+    assert "old (PARTIAL)" in printed and f"PARTIAL: old: {lacks}" in printed
 
 
 def test_results_that_were_cut_are_not_compared(scored, tmp_path, capsys):
