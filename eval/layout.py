@@ -17,7 +17,7 @@ from PIL import Image
 
 from mmtensorar import files
 from mmtensorar.data.pictures import SUFFIXES, open_picture
-from mmtensorar.folders import LeftOut, walk
+from mmtensorar.folders import LeftOut, shown, walk
 from mmtensorar.picture_folder import is_revisions
 from mmtensorar.words import counted
 
@@ -220,14 +220,14 @@ def listed(folder: Path, problems: Sequence[Problem]) -> str:
     and the number of the others.
     """
     if len(problems) <= MAX_LISTED:
-        return f"{folder}: {', '.join(problems)}"
+        return f"{folder}: {', '.join(map(shown, problems))}"
     by_kind: dict[str, list[str]] = {}
     for problem in problems:
         by_kind.setdefault(problem.kind, []).append(problem)
     share = max(1, MAX_LISTED // len(by_kind))
     named = [sentence for of_kind in by_kind.values() for sentence in of_kind[:share]]
     count = in_words(numbers(problems))
-    return f"{folder}: {count}: {', '.join(named)}, and {len(problems) - len(named)} more"
+    return f"{folder}: {count}: {', '.join(map(shown, named))}, and {len(problems) - len(named)} more"
 
 
 def changed_prompt(name: str, found: str, expected: str) -> Problem:

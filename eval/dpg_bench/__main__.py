@@ -43,7 +43,7 @@ class Asked(NamedTuple):
     """
 
     answers: dict[str, list[dict[int, str]]]
-    problems: list[str]
+    problems: list[layout.Problem]
     unanswered: list[str]
 
 
@@ -90,7 +90,7 @@ def ask(
             except ValueError as error:
                 if not allow_partial:
                     raise
-                problems.append(str(error))
+                problems.append(layout.Problem("unreadable image", str(error)))
                 unanswered.add(item.id)
                 continue
             # If two rows have the same id, the last one counts.
@@ -156,6 +156,8 @@ def evaluate(options: argparse.Namespace) -> None:
     given = harness.pictures(options, "dpg_bench", lambda generator: (prompts, num_images))
     if given is None:
         return
+    changed = pictures.changed_prompts(given.folder, options.bench)
+    layout.note(given.folder, changed)
     answers, problems, unanswered = ask(
         given.folder,
         rows,
@@ -167,7 +169,7 @@ def evaluate(options: argparse.Namespace) -> None:
     )
     if not answers:
         raise ValueError(layout.listed(given.folder, problems))
-    scores = report(rows, table, answers, judge.name, problems, unanswered)
+    scores = report(rows, table, given.folder, answers, judge.name, problems, unanswered)
     # A picture of a prompt that the table lacks has lines without answers, so that
     # scoring the recorded answers again gives the same scores.
     known = {row.item for row in rows}
@@ -181,6 +183,7 @@ def evaluate(options: argparse.Namespace) -> None:
         ),
     )
     facts = {
+        "changed_prompts": changed or None,
         "num_images": num_images,
         "items_expected": len(known),
         "items_found": len(answers),

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from eval import layout
+from eval.layout import Problem
 from mmtensorar import files
 from mmtensorar.data.pictures import SUFFIXES
 from mmtensorar.folders import LeftOut, walk
@@ -77,7 +78,7 @@ def survey(
     num_samples: int,
     single: bool,
     unknown: set[str] | None = None,
-) -> tuple[list[Item], list[str]]:
+) -> tuple[list[Item], list[Problem]]:
     """The pictures of the items, in the items' order; and a sentence for each missing
     or surplus picture.
 
@@ -97,21 +98,26 @@ def survey(
     if (folder / layout.RECORD).is_file():
         return _generated(folder, items, num_samples, set() if unknown is None else unknown)
     by_item: dict[str, Path] = {}
-    problems = []
+    problems: list[Problem] = []
     for path in _at_top(folder, SUFFIXES):
         name = path.name.split(".")[0]
         if name not in items:
-            problems.append(f"{path.name} belongs to no item of the table")
+            problems.append(Problem("unknown item", f"{path.name} belongs to no item of the table"))
             if unknown is not None:
                 unknown.add(name)
         elif name in by_item:
-            problems.append(f"{path.name} belongs to the same item as {by_item[name].name}")
+            sentence = f"{path.name} belongs to the same item as {by_item[name].name}"
+            problems.append(Problem("surplus image", sentence))
         else:
             by_item[name] = path
     if not by_item:
         raise ValueError(f"{folder} holds no pictures of the table's items; expected <item_id>.png")
-    problems += [f"item {item} has no picture" for item in items if item not in by_item]
+    problems += _missing(items, by_item)
     return [Item(item, [by_item[item]], not single) for item in items if item in by_item], problems
+
+
+def _missing(items: Collection[str], found: Collection[str]) -> list[Problem]:
+    return [Problem("missing item", f"item {item} has no picture") for item in items if item not in found]
 
 
 def _at_top(folder: Path, suffixes: Collection[str]) -> list[Path]:
@@ -135,21 +141,48 @@ def _at_top(folder: Path, suffixes: Collection[str]) -> list[Path]:
 
 def _generated(
     folder: Path, items: Collection[str], num_samples: int, unknown: set[str]
-) -> tuple[list[Item], list[str]]:
+) -> tuple[list[Item], list[Problem]]:
     # A folder may hold more samples of a prompt than are asked about.
     num_images = max(num_samples, layout.read_record(folder).get("num_images") or 0)
     pictures, problems = layout.survey(folder, num_images=num_images)
     by_item: dict[str, list[Path]] = {}
+    left_out = LeftOut(folder)
     for images in pictures:
         metadata = images[0].parent.parent / "metadata.jsonl"
         name = files.read_json(metadata).get("item_id")
         if not isinstance(name, str) or name not in items:
-            problems.append(f"{metadata.relative_to(folder)} belongs to no item of the table")
+            sentence = f"{metadata.relative_to(folder)} belongs to no item of the table"
+            problems.append(Problem("unknown item", sentence))
             unknown.add(str(name or metadata.parent.name))
+        elif name in by_item:
+            other = by_item[name][0].parent.parent.name
+            sentence = f"{metadata.relative_to(folder)} belongs to the same item as {other}"
+            problems.append(Problem("surplus prompt", sentence))
         elif len(images) >= num_samples:
             by_item[name] = images
-    problems += [f"item {item} has no picture" for item in items if item not in by_item]
+            for path in images[num_samples:]:
+                left_out.add(f"after the first {num_samples} of an item; see --num-images", path)
+    left_out.print()
+    problems += _missing(items, by_item)
     return [Item(item, by_item[item], False) for item in items if item in by_item], problems
+
+
+def changed_prompts(folder: Path, bench: Path) -> list[Problem]:
+    """A sentence for each picture folder that --ckpt generated for another text than
+    the bench has for the item.
+
+    They are scored: the official script never reads the text.
+    """
+    if not (folder / layout.RECORD).is_file() or not (bench / "prompts").is_dir():
+        return []
+    texts = {prompt["item_id"]: prompt["prompt"] for prompt in read_prompts(bench)}
+    problems = []
+    for path in sorted(folder.glob("[0-9]*/metadata.jsonl")):
+        metadata = files.read_json(path)
+        found, expected = metadata.get("prompt"), texts.get(str(metadata.get("item_id")))
+        if isinstance(found, str) and expected is not None and found != expected:
+            problems.append(layout.changed_prompt(path.parent.name, found, expected))
+    return problems
 
 
 def write_grid(samples: Sequence[Image.Image], path: Path) -> None:

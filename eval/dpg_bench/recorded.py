@@ -15,6 +15,7 @@ from pathlib import Path
 from eval import harness
 from eval.dpg_bench import score
 from eval.dpg_bench.report import report
+from eval.layout import Problem
 from mmtensorar import files
 from mmtensorar.cli import command
 from mmtensorar.words import counted
@@ -45,6 +46,8 @@ def read_answers(path: Path, num_images: int | None = None) -> dict[str, list[di
         if image in (pictures := by_item.setdefault(item, {})):
             raise ValueError(f"{where}: item {item} has picture {image} twice")
         pictures[image] = {int(key): text for key, text in answers.items()}
+        if len(pictures[image]) < len(answers):
+            raise ValueError(f'{where}: a question has two answers, as in {{"1": ..., "01": ...}}')
     for item, pictures in by_item.items():
         if sorted(pictures) != list(range(len(pictures))):
             numbers = ", ".join(map(str, sorted(pictures)))
@@ -57,20 +60,22 @@ def read_answers(path: Path, num_images: int | None = None) -> dict[str, list[di
     }
 
 
-def gaps(rows: Sequence[score.Question], answers: score.Answers) -> list[str]:
-    """A sentence for each kind of difference between the answers and the table."""
-    items = {row.item for row in rows}
+def gaps(rows: Sequence[score.Question], answers: score.Answers) -> list[Problem]:
+    """A sentence for each item that only the table or only the answers have, or that
+    has fewer pictures than another.
+    """
+    items = dict.fromkeys(row.item for row in rows)
     most = max(map(len, answers.values()), default=0)
-    kinds = {
-        "without answers": items - answers.keys(),
-        "that the table lacks": answers.keys() - items,
-        "with fewer pictures": [item for item, pictures in answers.items() if len(pictures) < most],
-    }
-    return [
-        f"{counted(len(names), 'item')} {kind}, such as {min(names)}"
-        for kind, names in kinds.items()
-        if names
+    problems = [
+        Problem("missing item", f"item {item} has no answers") for item in items if item not in answers
     ]
+    for item, pictures in answers.items():
+        if item not in items:
+            problems.append(Problem("unknown item", f"item {item} is not in the table"))
+        if len(pictures) < most:
+            sentence = f"item {item} has {len(pictures)} of {counted(most, 'picture')}"
+            problems.append(Problem("missing image", sentence, most - len(pictures)))
+    return problems
 
 
 @command
@@ -97,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
     # Pictures of prompts that the table lacks: nothing was asked about them.
     unasked = [item for item in answers.keys() - {row.item for row in rows} if not any(answers[item])]
     asked = {item: pictures for item, pictures in answers.items() if item not in unasked}
-    scores = report(rows, options.questions, asked, options.judge, partial, unasked)
+    scores = report(rows, options.questions, options.answers, asked, options.judge, partial, unasked)
     if options.out is not None:
         files.write_text(options.out, json.dumps(scores, indent=2) + "\n")
         print(f"\n{options.out}")

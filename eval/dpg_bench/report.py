@@ -5,13 +5,18 @@ judge.
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from eval import layout
 from eval.dpg_bench import score
+from eval.layout import Problem
+from mmtensorar.folders import shown
 from mmtensorar.words import counted
 
+MAX_NAMED = 3  # answers in a note
 OFFICIAL_TABLE = "98457fc9901943f51ff9a30367250fc292533bed"  # git blob id
 
 
@@ -24,9 +29,10 @@ def git_blob_id(path: Path) -> str:
 def report(
     rows: Sequence[score.Question],
     table: Path,
+    source: Path,
     answers: score.Answers,
     judge: str,
-    partial: Sequence[str] = (),
+    partial: Sequence[Problem] = (),
     unanswered: Sequence[str] = (),
 ) -> dict:
     """Print the scores of both modes; returns them for a JSON file.
@@ -34,6 +40,7 @@ def report(
     Args:
         rows: the questions.
         table: the file that they come from.
+        source: the folder of pictures, or the file of answers, for notes.
         answers: to the questions.
         judge: who gave the answers.
         partial: a sentence for each thing that is missing.
@@ -43,20 +50,20 @@ def report(
     is_official = blob == OFFICIAL_TABLE
     which = "the official table" if is_official else f"NOT the official table, which is {OFFICIAL_TABLE}"
     print(f"questions: {table}, git blob {blob}: {which}\njudge: {judge}\n")
-    official = score.official(rows, answers, unanswered)
-    print(_text(f"official{_mark(partial)}", official))
+    layout.note(source, partial)
+    given = count_answers(source, rows, answers)
+    try:
+        official = score.official(rows, answers, unanswered)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    mark = f" (PARTIAL, {layout.in_words(layout.numbers(partial))})" if partial else ""
+    print(_text(f"official{mark}", official))
     try:
         corrected = score.corrected(rows, answers)
         print("\n" + _text("corrected", corrected))
     except ValueError as error:
         corrected = None
         print(f"\ncorrected: cannot be computed, {error}")
-    given = Counter(
-        text if text in ("yes", "no") else "other"
-        for pictures in answers.values()
-        for picture in pictures
-        for text in picture.values()
-    )
     return {
         "benchmark": "dpg_bench",
         "judge": judge,
@@ -64,32 +71,64 @@ def report(
         "git_blob": blob,
         "is_official_table": is_official,
         "partial": list(partial) or None,
-        "answers_given": dict(given),
+        "partial_numbers": layout.numbers(partial) or None,
+        "answers_given": given,
         "official": _as_dict(official),
         "corrected": corrected and _as_dict(corrected),
     }
 
 
-def _mark(partial: Sequence[str]) -> str:
-    if not partial:
-        return ""
-    more = f"; and {len(partial) - 3} more" if len(partial) > 3 else ""
-    return f" (PARTIAL, {'; '.join(partial[:3])}{more})"
+def count_answers(source: Path, rows: Sequence[score.Question], answers: score.Answers) -> dict[str, int]:
+    """How many answers are yes, no and other, and how many are to a question that the
+    table does not have for the item.
+
+    Prints a note about the last two. Items that are not in the table are not counted.
+    """
+    numbers: Counter[str] = Counter()
+    others: dict[str, list[str]] = {}  # text -> where it was given
+    unasked: list[str] = []
+    for item, questions in score.whole_table(rows).items():
+        ids = {question.id for question in questions}
+        for number, picture in enumerate(answers.get(item, [])):
+            for question, text in picture.items():
+                where = f"item {shown(item)} picture {number} question {question}"
+                if question not in ids:
+                    numbers["unknown_question"] += 1
+                    unasked.append(where)
+                elif text in ("yes", "no"):
+                    numbers[text] += 1
+                else:
+                    numbers["other"] += 1
+                    others.setdefault(text, []).append(where)
+    texts = sorted(others.items(), key=lambda pair: -len(pair[1]))
+    named = [f"{text[:40]!r} {counted(len(where), 'time')}, first {where[0]}" for text, where in texts]
+    rule = "counted as no, as in the official script (neither 'yes' nor 'no')"
+    _note(source, numbers["other"], rule, named)
+    _note(source, numbers["unknown_question"], "left out, to questions that the table does not have", unasked)
+    return dict(numbers)
+
+
+def _note(source: Path, number: int, what: str, named: Sequence[str]) -> None:
+    if number:
+        more = f"; and {len(named) - MAX_NAMED} more" if len(named) > MAX_NAMED else ""
+        text = f"{counted(number, 'answer')} {what}: {'; '.join(named[:MAX_NAMED])}{more}"
+        print(f"note: {source}: {text}", file=sys.stderr)
 
 
 def _text(mode: str, scores: score.Scores) -> str:
     """Overall and categories of one mode."""
     head = f"{mode}: DPG-Bench score {scores.overall:.4f}, {counted(len(scores.per_prompt), 'prompt')}"
     if scores.failed:
-        head += f"; left out: {', '.join(scores.failed)}"
+        head += f"; {len(scores.failed)} left out: {', '.join(map(shown, scores.failed))}"
         if scores.unknown:
             head += f" ({len(scores.unknown)} not in the table)"
     if scores.unknown_parents:
-        head += f"; {scores.unknown_parents} parents that the table lacks were ignored"
+        head += f"; {counted(scores.unknown_parents, 'parent')} that the table lacks ignored"
     lines = [
-        f"  {name:<28}{category.score:>9.4f}  {category.num_questions:>6} questions"
+        f"  {name:<28}{category.score:>9.4f}  {num:>6} question{'s' * (num != 1)}"
         for level in (scores.broad, scores.detailed)
         for name, category in level.items()
+        for num in [category.num_questions]
     ]
     return "\n".join([head, *lines])
 

@@ -188,7 +188,8 @@ def official(rows: Sequence[Question], answers: Answers, unanswered: Iterable[st
             continue
         for number, question in questions.items():
             pooled[question.category].append(given[-1][number])
-    return _scores(per_prompt, pooled, failed=sorted(failed), unknown=sorted(failed - table.keys()))
+    unknown = failed - {question.item for question in rows}
+    return _scores(per_prompt, pooled, failed=sorted(failed), unknown=sorted(unknown))
 
 
 def _cascaded(questions: Mapping[int, Question], right: Mapping[int, bool]) -> float:

@@ -144,8 +144,70 @@ def test_answers_to_part_of_the_table_are_marked(tmp_path, capsys):
     table = ROWS + "b,t,,1,0,x,y,entity - whole (cat),Is there a cat?\n"
     arguments = write(tmp_path, table, {"item_id": "a", "image": 0, "answers": {"1": "yes"}})
     assert command.main([*arguments, "--out", str(tmp_path / "out.json")]) == 0
-    assert "official (PARTIAL, 1 item without answers, such as b): " in capsys.readouterr().out
-    assert json.loads((tmp_path / "out.json").read_text())["partial"] == ["1 item without answers, such as b"]
+    assert "official (PARTIAL, 1 missing item): " in capsys.readouterr().out
+    assert json.loads((tmp_path / "out.json").read_text())["partial"] == ["item b has no answers"]
+
+
+def an_answer(item: str = "a", image: int = 0, **answers: str) -> dict:
+    """answers: _1="yes" is the answer to question 1."""
+    return {"item_id": item, "image": image, "answers": {key[1:]: text for key, text in answers.items()}}
+
+
+@pytest.mark.parametrize(
+    "answers, noted",
+    [
+        (
+            [an_answer(_1="Yes.")],
+            ["1 answer counted as no", "'Yes.' 1 time, first item a picture 0 question 1"],
+        ),
+        (
+            [an_answer(_1=text, image=image) for image, text in enumerate(["maybe", "", "yes", "maybe"])],
+            [
+                "3 answers counted as no",
+                "'maybe' 2 times, first item a picture 0 question 1; '' 1 time, first",
+            ],
+        ),
+        (
+            [an_answer(_1=text, image=image) for image, text in enumerate(["No", " yes", "ja", "YES it is"])],
+            ["4 answers counted as no", "; and 1 more\n"],
+        ),
+        ([an_answer(_1="yes", _77="yes")], ["1 answer left out", "item a picture 0 question 77\n"]),
+        (
+            [an_answer(_1="no", _2="no", _3="Yes", image=image) for image in range(3)],
+            [
+                "6 answers left out",
+                "item a picture 0 question 2; item a picture 0 question 3; ",
+                "; and 3 more",
+            ],
+        ),
+        ([an_answer(_1="yes"), an_answer("q", _1="Yes.")], ["item q is not in the table"]),
+        ([an_answer(_1="yes"), an_answer("q"), an_answer("é")], ["q is not in the table, item é is not"]),
+        ([an_answer(_1="yes"), an_answer(_1="no", image=1)], []),
+    ],
+)
+def test_answers_that_are_not_understood_are_counted_and_named(tmp_path, capsys, answers, noted):
+    """They count as no, as in the official script, or are left out: once without a
+    word, and without the name of the file.
+    """
+    arguments = write(tmp_path, ROWS, *answers)
+    assert command.main([*arguments, "--out", str(tmp_path / "out.json")]) == 0
+    error = capsys.readouterr().err
+    assert all(part in error for part in noted) and bool(error) == bool(noted), error
+    assert all(line.startswith(f"note: {tmp_path / 'answers.jsonl'}: ") for line in error.splitlines())
+    given = [answer["answers"].get("1") for answer in answers if answer["item_id"] == "a"]
+    scores = json.loads((tmp_path / "out.json").read_text())
+    assert scores["official"]["dpg_score"] == 100 * given.count("yes") / len(given)
+    assert sum(scores["answers_given"].values()) == sum(
+        len(a["answers"]) for a in answers if a["item_id"] == "a"
+    )
+
+
+def test_an_item_of_the_skipped_row_is_not_unknown(tmp_path, capsys):
+    """It fails in the official mode, but the table has it."""
+    table = "z,t,,1,0,x,y,entity - whole (cat),Is there a cat?\n" + ROWS
+    assert command.main(write(tmp_path, table, an_answer("z", _1="yes"), an_answer(_1="yes"))) == 0
+    printed = capsys.readouterr().out
+    assert "1 prompt; 1 left out: z\n" in printed and "     1 question\n" in printed
 
 
 @pytest.mark.parametrize(
@@ -158,7 +220,16 @@ def test_answers_to_part_of_the_table_are_marked(tmp_path, capsys):
         ),
         (ROWS, {"item_id": "a", "image": 0, "answers": {"one": "yes"}}, "line 1: expected answers as"),
         (ROWS, {"item_id": 7, "image": 0, "answers": {}}, "line 1: expected item_id, image"),
-        (ROWS, {"item_id": "a", "image": 0, "answers": {}}, "item a, picture 0: no answer to question 1"),
+        (
+            ROWS,
+            {"item_id": "a", "image": 0, "answers": {"1": "no", "01": "yes"}},
+            "line 1: a question has two",
+        ),
+        (
+            ROWS,
+            {"item_id": "a", "image": 0, "answers": {}},
+            "jsonl: item a, picture 0: no answer to question 1",
+        ),
         ("a,t,,one,0,x,y,z,?\n", {"item_id": "a", "image": 0, "answers": {}}, "line 2: proposition_id 'one'"),
         ("a,t\n", {"item_id": "a", "image": 0, "answers": {}}, "line 2: the row ends before proposition_id"),
         ("", {"item_id": "a", "image": 0, "answers": {}}, "table.csv: no questions in it"),

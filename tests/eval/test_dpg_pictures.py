@@ -182,7 +182,10 @@ def test_invalid_pictures_and_options_are_errors(damage, bench, grids, judge, tm
     error = capsys.readouterr().err
     assert sentence in error and error.count("error: ") == 1 and not (out / "summary.json").exists()
     assert run(bench, "--images", grids, "--out", out, "--allow-partial") == 0
-    assert "official (PARTIAL" in capsys.readouterr().out
+    printed, noted = capsys.readouterr()
+    kind = {missing: "missing item", extra: "unknown item", twice: "surplus image"}.get(damage)
+    assert f"official (PARTIAL, 1 {kind or 'unreadable image'})" in printed
+    assert any(line.startswith(f"note: {grids}: ") and sentence in line for line in noted.splitlines())
     assert json.loads((out / "summary.json").read_text())["partial"]
 
 
@@ -230,6 +233,70 @@ def test_generated_pictures_of_unknown_prompts_fail_too(bench, judge, tmp_path, 
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["official"]["unknown"] == [name]
     assert summary["official"]["failed"] == sorted([name, "a"])
+
+
+def generated(folder: Path, *rows: dict) -> Path:
+    """A folder as --ckpt makes it, a red picture for each row."""
+    for number, row in enumerate(rows):
+        path = layout.image_path(folder, number, 0)
+        path.parent.mkdir(parents=True)
+        Image.new("RGB", (8, 8), "red").save(path)
+        (path.parent.parent / "metadata.jsonl").write_text(json.dumps(row))
+    (folder / layout.RECORD).write_text(json.dumps({"num_images": 1, "sampling": {}}))
+    return folder
+
+
+@pytest.mark.parametrize("num_made, num_asked", [(4, 2), (8, None), (2, 1)])
+def test_generated_pictures_that_nothing_is_asked_about_are_named(
+    bench, judge, tmp_path, capsys, num_made, num_asked
+):
+    """Of eight pictures a prompt, the last four were left out in silence."""
+    folder = generated(tmp_path / "generated", *({"item_id": item, "prompt": "?"} for item in ("a", "7")))
+    for number in range(2):
+        for image in range(1, num_made):
+            Image.new("RGB", (8, 8), "red").save(layout.image_path(folder, number, image))
+    (folder / layout.RECORD).write_text(json.dumps({"num_images": num_made}))
+    options = [] if num_asked is None else ["--num-images", num_asked]
+    assert run(bench, "--images", folder, "--out", tmp_path / "out", *options) == 0
+    num_left, first = 2 * (num_made - (num_asked or 4)), f"00000/samples/{num_asked or 4:05d}.png"
+    assert f"left out {num_left} (after the first {num_asked or 4} of an item" in (
+        noted := capsys.readouterr().err
+    )
+    assert f"): {first}" in noted
+
+
+@pytest.mark.parametrize("places", [("a", "7", "7"), ("a", "a", "7"), ("7", "a", "7", "a")])
+def test_an_item_that_two_generated_folders_have_is_named(bench, judge, tmp_path, capsys, places):
+    """The last one replaced the others in silence."""
+    rows = [{"item_id": item, "prompt": f"a picture of {item}"} for item in places]
+    folder = generated(tmp_path / "generated", *rows)
+    arguments = ["--images", folder, "--num-images", 1, "--out", tmp_path / "out"]
+    assert run(bench, *arguments) == 2
+    assert "metadata.jsonl belongs to the same item as 0000" in capsys.readouterr().err
+    assert run(bench, *arguments, "--allow-partial") == 0
+    assert f"(PARTIAL, {len(places) - 2} surplus prompt" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("texts", [("a picture of 7", "a dog"), ("", "x" * 500), ("a picture of 7.\n", "a")])
+def test_generated_pictures_of_changed_prompts_are_named(bench, judge, tmp_path, capsys, texts):
+    """The official script knows names of files only, so they are scored; not in
+    silence.
+    """
+    rows = [{"item_id": item, "prompt": text} for item, text in zip(("7", "a"), texts, strict=True)]
+    folder = generated(tmp_path / "generated", *rows)
+    assert run(bench, "--images", folder, "--num-images", 1, "--out", tmp_path / "out") == 0
+    noted = capsys.readouterr().err
+    assert f'00001/metadata.jsonl has the prompt "{texts[1][:60]}' in noted
+    assert ('00000/metadata.jsonl has the prompt "' in noted) == (texts[0] != "a picture of 7")
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert len(summary["changed_prompts"]) == 1 + (texts[0] != "a picture of 7")
+
+
+def test_what_a_judge_says_besides_yes_and_no_is_named(bench, grids, judge, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(judge, "ask", lambda image, question: "red" if "red?" in question else "yes")
+    assert run(bench, "--images", grids, "--out", tmp_path / "out") == 0
+    error = capsys.readouterr().err
+    assert f"note: {grids}: 16 answers counted as no" in error and "'red' 16 times, first item a" in error
 
 
 def test_an_unreadable_picture_fails_in_the_official_mode(bench, grids, judge, tmp_path):
