@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -48,15 +49,31 @@ def find_pictures(
 
 
 def parse_object(content: str | bytes, where: str, expected: str = "an object") -> dict[str, Any]:
-    """A JSON object. Raises ValueError, starting with `where`, for anything else."""
+    """A JSON object. Raises ValueError, starting with `where`, for anything else, and for
+    a key that occurs twice, of which Python would take the last.
+    """
     text = decode_text(content, where) if isinstance(content, bytes) else content
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_unique_keys)
+    except _Repeated as error:
+        raise ValueError(f"{where}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON ({error})") from error
     if not isinstance(value, dict):
         raise ValueError(f"{where}: holds {type(value).__name__}; expected {expected}")
     check_characters(value, where)
+    return value
+
+
+class _Repeated(ValueError):
+    """A key occurs twice in an object."""
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        raise _Repeated(f"a key occurs twice: {quoted(key for key, count in counts.items() if count > 1)}")
     return value
 
 

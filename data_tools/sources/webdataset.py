@@ -160,7 +160,14 @@ class TarSet:
                 )
             if "cls" not in members:
                 self.notes["samples without a class, where --class-template has no effect"] += 1
-        return self._text_captions(sample) or self._class_member_captions(sample)
+        captions = self._text_captions(sample)
+        if not captions:
+            return self._class_member_captions(sample)
+        kinds = [kind for kind in (*TEXT, "json", "cls") if kind in members]
+        for kind in kinds[1:]:
+            if kind != "json" or not self.keeps_meta:
+                self.notes[f"samples whose .{kinds[0]} is the caption, and not their .{kind}"] += 1
+        return captions
 
     def _text_captions(self, sample: TarSample) -> tuple[str, ...]:
         """From the txt or json member; empty when there is a class instead."""
