@@ -564,7 +564,12 @@ def test_skipped_samples_are_counted_and_listed(tmp_path, mixed, capsys):
     assert make(tmp_path / "set", "--folder", mixed, *FILTERS) == 0
     assert_right(tmp_path / "set")
     out = capsys.readouterr().out
-    assert "left out 7 of 13: " in out and "2 damaged" in out and "1 duplicate" in out
+    assert (
+        "left out 7 of 13: " in out
+        and "1 damaged" in out
+        and "1 without a caption" in out
+        and "1 duplicate" in out
+    )
     lines = [json.loads(line) for line in (tmp_path / "set" / "left_out.jsonl").read_text().splitlines()]
     reasons = {line["name"].removesuffix(".png"): line["reason"] for line in lines}
     assert reasons.pop("red" if "red" in reasons else "again").startswith("duplicate of ")
@@ -860,8 +865,32 @@ def test_nothing_left_is_an_error_with_its_reasons(tmp_path, mixed, capsys):
     sentence = fails(
         capsys, make(tmp_path / "set", "--folder", mixed, "--min-side", 1000, "--on-error", "skip")
     )
-    assert "nothing is left of 13 samples (11 smaller side below 1000 pixels, 2 damaged)" in sentence
+    assert "nothing is left of 13 samples (11 smaller side below 1000 pixels, 1 " in sentence
     assert not (tmp_path / "set" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "counted", "reason"),
+    [
+        (None, picture("red"), "1 without a caption", "no caption; expected it in"),
+        ("\u200b", picture("red"), "1 without a caption", "the caption is empty"),
+        ("x", picture("red")[:50], "1 damaged", "unreadable image"),
+        ("x\0", picture("red"), "1 invalid", "not text in UTF-8: NUL"),
+    ],
+)
+def test_nothing_left_gives_a_reason_and_the_list(tmp_path, capsys, text, content, counted, reason):
+    """The sentence was: nothing is left of 1 sample (1 damaged), whatever it was."""
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "a.png").write_bytes(content)
+    if text is not None:
+        (tmp_path / "files" / "a.txt").write_text(text)
+    source = ("--folder", tmp_path / "files", "--on-error", "skip")
+    assert f"({counted}); the first, a.png: " in (error := fails(capsys, make(tmp_path / "set", *source)))
+    (row,) = (tmp_path / "set" / "left_out.jsonl").read_text().splitlines()
+    assert reason in error and reason in json.loads(row)["reason"]
+    (tmp_path / "files" / "b.png").write_bytes(picture("blue"))  # the list is in nobody's way
+    (tmp_path / "files" / "b.txt").write_text("b")
+    assert make(tmp_path / "set", *source) == 0
 
 
 @pytest.mark.parametrize(
