@@ -20,7 +20,7 @@ from typing import Any
 
 from mmtensorar import folders as listing
 from mmtensorar.data.shards import EXTENSIONS, MANIFEST, Manifest
-from mmtensorar.data.url_cache import is_url, shown
+from mmtensorar.data.url_cache import is_url, shown, store_errors
 from mmtensorar.folders import FileStatus, LeftOut
 
 # Files that are tars by their names. Those of the second kind are refused.
@@ -50,7 +50,7 @@ def at(name: str) -> Path | Any:
         from upath import UPath
 
         # Listings are not cached: workers write to the same folder.
-        return UPath(name, use_listings_cache=False)
+        return UPath(name.rstrip("/"), use_listings_cache=False)
     except ImportError as error:
         raise ValueError(
             f"{shown(name)} needs a library: pip install 'mmtensorar[remote]' ({error})"
@@ -121,10 +121,10 @@ VERSIONS = ("ETag", "etag", "md5Hash", "generation", "LastModified", "last_modif
 
 
 def _store_files(root: Any, left_out: LeftOut) -> dict[Any, FileStatus]:
-    try:
+    with _listing(root):
         listed = root.fs.find(root.path, detail=True)
-    except OSError as error:
-        raise ValueError(f"{shown(str(root))}: cannot be listed ({error})") from error
+        if not listed:  # some stores give no reason here
+            root.fs.ls(root.path, detail=False)
     found, hidden = {}, set()
     for name, status in listed.items():
         # A relative name, unlike a path, is the same for a store and for UPath.
@@ -139,6 +139,19 @@ def _store_files(root: Any, left_out: LeftOut) -> dict[Any, FileStatus]:
     for name in sorted(hidden):
         left_out.add(listing.HIDDEN, root / name)
     return found
+
+
+@contextmanager
+def _listing(root: Path | Any) -> Iterator[None]:
+    """Raises ValueError, naming a URL, for the errors of its store while it is
+    listed.
+    """
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{shown(str(root))}: no such file or folder") from None
+    except (OSError, *store_errors()) as error:
+        raise ValueError(f"{shown(str(root))}: cannot be listed ({error})") from error
 
 
 def is_utf8(name: str) -> bool:
@@ -160,7 +173,7 @@ def with_suffix(name: str, *suffixes: str) -> tuple[Path | Any, dict[Path | Any,
     in a note. Raises ValueError when there are none.
     """
     path = at(name)
-    if path.is_file():
+    if path.is_file() and not _is_page_of_folder(path, suffixes):
         return path, {path: FileStatus(None, stamp(path))}
     if is_local(path) and not path.is_dir():
         raise ValueError(f"{path}: no such file or folder")
@@ -177,6 +190,11 @@ def with_suffix(name: str, *suffixes: str) -> tuple[Path | Any, dict[Path | Any,
     if not found:
         raise ValueError(f"{shown(name)}: no {suffixes[0]} files in it")
     return path, found
+
+
+def _is_page_of_folder(path: Path | Any, suffixes: tuple[str, ...]) -> bool:
+    """Whether a file is a web server's page about a folder."""
+    return not is_local(path) and not path.name.lower().endswith(suffixes) and path.is_dir()
 
 
 def _shards(folder: Path | Any) -> dict[Path | Any, FileStatus]:
@@ -211,7 +229,9 @@ def folders(root: Path | Any, left_out: LeftOut) -> tuple[str, ...]:
     left_out: receives hidden entries, and files.
     """
     names = []
-    for path in sorted(root.iterdir(), key=lambda path: path.name):
+    with _listing(root):
+        entries = sorted(root.iterdir(), key=lambda path: path.name)
+    for path in entries:
         if listing.is_hidden(path.name):
             left_out.add(listing.HIDDEN, path)
         elif path.is_dir():
