@@ -325,6 +325,20 @@ def test_a_bad_sample_of_a_tar_is_named(tmp_path, capsys, members, expected):
     assert expected in fails(capsys, make(tmp_path / "set", "--tars", tmp_path / "theirs.tar"))
 
 
+@pytest.mark.parametrize(
+    "names", ["a.png b.png a.txt b.txt", "a.txt b.png b.txt a.png", "b.png a.txt a.png b.cls"]
+)
+@pytest.mark.parametrize("extra", [(), ("--on-error", "skip"), ("--dry-run",)])
+def test_members_that_are_not_together_are_told_with_the_way_out(tmp_path, capsys, names, extra):
+    """Of a tar in the order of its folder, the first sample had "no caption", and the
+    advice was to leave it out.
+    """
+    path = write_tar(tmp_path / "a.tar", {f"./{name}": picture("red") for name in names.split()})
+    sentence = fails(capsys, make(tmp_path / "set", "--tars", path, *extra))
+    assert "a.tar: sample " in sentence and "not together" in sentence and "tar --sort=name" in sentence
+    assert "skip" not in sentence
+
+
 def test_a_link_in_a_tar_is_refused(tmp_path, capsys):
     write_tar(tmp_path / "link.tar", {"a.png": b""}, {"a.png": tarfile.SYMTYPE})
     assert "is a link, folder or device" in fails(
