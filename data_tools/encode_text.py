@@ -46,6 +46,7 @@ from data_tools.rewrite_shards import (
     rewrite,
     sum_over_ranks,
 )
+from data_tools.storage import only_writer
 from mmtensorar import ranks
 from mmtensorar.captions.cleaning import Cleaning
 from mmtensorar.cli import Parser, command
@@ -255,7 +256,8 @@ def main(arguments: list[str] | None = None) -> int:
             device=pick_device(options.device),
         )
         join_ranks()
-        encode(options.shards, encoder, batch_size=options.batch_size)
+        with only_writer(options.shards, locks=ranks.is_first()):
+            encode(options.shards, encoder, batch_size=options.batch_size)
     except KeyboardInterrupt:
         print("interrupted; the same command resumes from here", file=sys.stderr)
         return 130

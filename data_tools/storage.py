@@ -8,12 +8,13 @@ through fsspec. A file appears under its name only when it is complete, in both.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import io
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -297,6 +298,47 @@ def read_file(path: Path | Any, max_bytes: int = EXTENSIONS["jpg"]) -> bytes:
 
 def _too_large(path: Path | Any, max_bytes: int) -> str:
     return f"{shown(str(path))}: more than the {max_bytes} bytes allowed"
+
+
+# ---- writing ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def only_writer(folder: Path | Any, *, locks: bool = True) -> Iterator[None]:
+    """While the block runs, no other process that calls this writes into a folder on
+    disk.
+
+    The folder is created, and removed if it is still empty at the end. On a file system
+    without locks nothing is locked.
+
+    Args:
+        locks: False does nothing, for a process that does not write.
+
+    Raises ValueError when another process has it.
+    """
+    if not locks or not is_local(folder) or folder.is_file():
+        yield
+        return
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{folder}: another process is writing into this folder; wait for it, or choose another one"
+            ) from None
+        except OSError:  # this file system has no locks
+            pass
+        yield
+    finally:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)  # forked workers hold it too
+        os.close(handle)
+        with suppress(OSError):  # it is not empty
+            for path in created:
+                path.rmdir()
 
 
 # ---- a local copy ----------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from data_tools import check_shards, encode_text
+from data_tools import check_shards, encode_text, storage
 from mmtensorar import backbones
 from mmtensorar.backbones import llamagen
 from mmtensorar.captions import encoders
@@ -173,6 +173,13 @@ def test_interrupted_encoding_resumes_and_leaves_a_complete_set_meanwhile(folder
     cut = content(folder)
     assert encode(folder, t5, "--max-tokens", "4") == encode(folder, t5) == 0
     assert content(folder) == cut
+
+
+def test_nothing_is_encoded_while_another_process_writes(folder, t5, capsys):
+    before = content(folder)
+    with storage.only_writer(folder):
+        assert encode(folder, t5) == 2
+    assert "another process is writing" in capsys.readouterr().err and content(folder) == before
 
 
 def test_the_hash_is_of_the_encoder_in_any_layout(t5, tmp_path):
