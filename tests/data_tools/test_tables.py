@@ -304,9 +304,20 @@ def test_a_short_row_does_not_end_the_quoting_of_a_tsv(pictures):
     assert rows == [("a", "l1\nl2"), ("line", "4"), ("c", 'say "hi"')]
 
 
-def test_quotes_that_are_read_as_characters_are_told(pictures, capsys):
-    read(pictures, "list.tsv", TSV + b'a.png\t"one\nb.png\ttwo\n')
-    assert "quotes are read as characters" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("rows", "count"),
+    [
+        ('a.png\t"one\nb.png\ttwo\n', 1),
+        ('a.png\t"one\nb.png\ttwo\nc.png\t"three\n', 2),
+        ('a.png\t"one\nb.png\ttwo\nc.png\tthree"\n', 2),
+        ('a.png\t"one" more\nb.png\t"two\nc.png\t"three"\n', 2),
+    ],
+)
+def test_quotes_that_are_read_as_characters_are_told(pictures, capsys, rows, count):
+    """Of two lines with one quote each, the note counted one."""
+    read(pictures, "list.tsv", TSV + rows.encode())
+    note = f"quotes are read as characters; rows where they do not pair up: {count}\n"
+    assert note in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
