@@ -94,18 +94,14 @@ def files(
         left_out: Receives what is not read.
         entered: Folders that are not entered, on disk.
 
-    Raises ValueError when the folder cannot be listed, and for a name that is not
-    UTF-8.
+    Names may be not UTF-8 (see `is_utf8`). Raises ValueError when the folder cannot be
+    listed.
     """
     left_out = left_out or LeftOut(root)
     if not is_local(root):
         found = _store_files(root, left_out)
         return dict(sorted(found.items(), key=lambda pair: pair[0].parts))
-    found = listing.walk(root, left_out, entered=entered)
-    for path in found:
-        if not is_utf8(str(path)):
-            raise ValueError(f"{str(path)!r}: a name that is not UTF-8; rename the file or folder")
-    return found
+    return listing.walk(root, left_out, entered=entered)
 
 
 def stamp(path: Path | Any) -> str:
@@ -167,11 +163,17 @@ def is_utf8(name: str) -> bool:
     return True
 
 
+def name_problem(path: Path) -> str:
+    """Why a file whose name is not UTF-8 cannot be used."""
+    return f"{str(path)!r}: a name that is not UTF-8; rename the file or folder"
+
+
 def with_suffix(name: str, *suffixes: str) -> tuple[Path | Any, dict[Path | Any, FileStatus]]:
     """The path that a name means, and its files with a suffix (in any case), sorted.
 
     The files are the path itself if it is a file, else all below it. Others are counted
-    in a note. Raises ValueError when there are none.
+    in a note. Raises ValueError when there are none, and for one whose name is not
+    UTF-8.
     """
     path = at(name)
     if path.is_file() and not _is_page_of_folder(path, suffixes):
@@ -183,13 +185,16 @@ def with_suffix(name: str, *suffixes: str) -> tuple[Path | Any, dict[Path | Any,
     left_out = LeftOut(path)
     found = {}
     for file, status in files(path, left_out).items():
-        if file.name.lower().endswith(suffixes):
-            found[file] = status
+        if not file.name.lower().endswith(suffixes):
+            left_out.add("not a tar" if ".tar" in suffixes else f"not {suffixes[0]}", file)
+        elif is_local(file) and not is_utf8(str(file)):
+            raise ValueError(name_problem(file))
         else:
-            left_out.add(f"not {' or '.join(suffixes[:2])}", file)
+            found[file] = status
     left_out.print()
     if not found:
-        raise ValueError(f"{shown(name)}: no {suffixes[0]} files in it")
+        known = ", ".join(suffix for suffix in suffixes if suffix not in REFUSED_TARS)
+        raise ValueError(f"{shown(name)}: no files in it that end in {known}")
     return path, found
 
 
@@ -227,7 +232,8 @@ def note_unlisted(folder: Path, manifest: Manifest) -> None:
 def folders(root: Path | Any, left_out: LeftOut) -> tuple[str, ...]:
     """Names of the folders in a folder, sorted.
 
-    left_out: receives hidden entries, and files.
+    left_out: receives hidden entries, and files. Raises ValueError for a link without a
+    target: it may have been a folder.
     """
     names = []
     with _listing(root):
@@ -237,6 +243,8 @@ def folders(root: Path | Any, left_out: LeftOut) -> tuple[str, ...]:
             left_out.add(listing.HIDDEN, path)
         elif path.is_dir():
             names.append(path.name)
+        elif is_local(path) and not path.exists():
+            raise ValueError(f"{path}: a link without a target; restore the folder, or remove the link")
         else:
             left_out.add("beside the folders", path)
     return tuple(names)

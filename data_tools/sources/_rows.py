@@ -20,6 +20,7 @@ from data_tools.sources import Item, Layout
 from data_tools.storage import FileStatus, read_file
 from mmtensorar.data.members import decode_caption
 from mmtensorar.data.pictures import SUFFIXES
+from mmtensorar.data.tars import compression
 from mmtensorar.files import check_characters, decode_text
 from mmtensorar.folders import LeftOut
 
@@ -46,6 +47,12 @@ def find_pictures(
         if path not in pictures and path not in others:
             left_out.add("not a picture", path)
     return pictures, others
+
+
+def unnamed_item(path: Path, root: Path, source: str) -> Item:
+    """The item of a picture in a folder whose name is not UTF-8: a problem."""
+    name = path.relative_to(root).as_posix().encode(errors="backslashreplace").decode()
+    return Item(name, bytes, (), {"source": source, "name": name}, problem=storage.name_problem(path))
 
 
 def parse_object(content: str | bytes, where: str, expected: str = "an object") -> dict[str, Any]:
@@ -140,6 +147,9 @@ def table_file(location: str, layout: Layout) -> tuple[Path, Path]:
         raise ValueError(
             f"{path}: no such file{'' if storage.is_local(path) else ', or it cannot be reached'}"
         )
+    with path.open("rb") as file:
+        if found := compression(file.read(8)):
+            raise ValueError(f"{path}: compressed with {found}; unpack it first")
     return path, (layout.root or path.parent).resolve()
 
 

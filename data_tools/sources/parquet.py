@@ -128,7 +128,7 @@ def _holds_paths(arrow: Any, schema: Any, layout: Layout, path: Path) -> bool:
 
     Raises ValueError when it holds neither.
     """
-    kind = schema.field(layout.image).type
+    kind = _value_type(arrow, schema.field(layout.image).type)
     if arrow.types.is_binary(kind) or arrow.types.is_large_binary(kind):
         return False
     if arrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
@@ -172,8 +172,13 @@ def _check_size(metadata: Any, group: int, path: Path) -> None:
         )
 
 
+def _value_type(arrow: Any, kind: Any) -> Any:
+    """The type of a column's values, which may be stored as numbers in a dictionary."""
+    return kind.value_type if arrow.types.is_dictionary(kind) else kind
+
+
 def _is_plain(arrow: Any, kind: Any) -> bool:
-    types = arrow.types
+    types, kind = arrow.types, _value_type(arrow, kind)
     return (
         types.is_string(kind)
         or types.is_large_string(kind)

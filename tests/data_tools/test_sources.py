@@ -82,6 +82,19 @@ def arrow_table(kind: str):
     return pyarrow.table({"image": image, "caption": text, "width": [20] * len(COLORS)})
 
 
+def test_dictionaries_in_parquet_are_their_values(tmp_path, files):
+    """A column of paths with a dictionary was refused, and other ones were left out."""
+    import pyarrow.parquet
+
+    table = arrow_table("path").append_column("kind", [["plain"] * len(COLORS)])
+    for number, name in enumerate(table.column_names):
+        table = table.set_column(number, name, table.column(number).dictionary_encode())
+    pyarrow.parquet.write_table(table, files / "rows.parquet")
+    assert make(tmp_path / "set", "--parquet", files / "rows.parquet") == 0
+    assert_right(tmp_path / "set")
+    assert fields(tmp_path / "set") == {"kind": "plain", "width": 20}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["path", "bytes", "struct"])
 def test_parquet_files_become_shards(tmp_path, files, kind):

@@ -2,9 +2,12 @@
 it.
 """
 
+import bz2
 import csv
+import gzip
 import io
 import json
+import lzma
 import random
 from pathlib import Path
 
@@ -174,6 +177,29 @@ def test_a_key_given_twice_is_a_problem_of_its_row(tmp_path, pictures, capsys, w
     assert make(tmp_path / "set", *source, "--on-error", "skip") == 0
     assert captions(tmp_path / "set") == ["x", "z"]
     assert "twice" in (tmp_path / "set" / "left_out.jsonl").read_text()
+
+
+@pytest.mark.parametrize("option", ["--jsonl", "--csv"])
+@pytest.mark.parametrize(
+    ("pack", "kind"), [(gzip.compress, "gzip"), (bz2.compress, "bzip2"), (lzma.compress, "xz")]
+)
+def test_a_compressed_table_is_refused_by_name(tmp_path, pictures, capsys, option, pack, kind):
+    """The advice was to leave out its first line."""
+    path = tmp_path / "list.gz"
+    path.write_bytes(pack(b'{"image": "a.png", "caption": "x"}\n'))
+    sentence = fails(capsys, make(tmp_path / "set", option, path, "--image-root", pictures))
+    assert f"compressed with {kind}; unpack it first" in sentence and "skip" not in sentence
+
+
+def test_a_mark_in_names_of_classes_is_removed(tmp_path, capsys):
+    """A prompt was "a \\ufefftench"."""
+    for name in ("a", "b"):
+        (tmp_path / "classes" / name).mkdir(parents=True)
+        (tmp_path / "classes" / name / "x.png").write_bytes(picture("red"))
+    (tmp_path / "names.json").write_text('\ufeff{"a": "\ufefftench", "\ufeffb": "gold\ufefffish"}')
+    options = ("--class-names", tmp_path / "names.json", "--class-template", "a {}")
+    assert make(tmp_path / "set", "--class-folder", tmp_path / "classes", *options) == 0
+    assert captions(tmp_path / "set") == ["a gold\ufefffish", "a tench"]
 
 
 def test_names_of_classes_given_twice_are_refused(tmp_path, capsys):
