@@ -10,6 +10,7 @@ renamed. The result is the same for any number of workers.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,9 @@ from mmtensorar.data.shards import (
 )
 from mmtensorar.files import move, write_text
 
-DUPLICATE = "duplicate of "  # and the name of the first one: why a sample is left out
+# Why a sample is left out begins with one of these, or is the sentence of a filter.
+DUPLICATE = "duplicate of "  # and the name of the first one
+ERROR = "error: "  # and what is wrong, with file and row
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,7 @@ def make_part(
                 )
                 if not skip_errors:
                     raise ValueError(reason) from error
-                left_out.append(LeftOut(number, item.key, f"error: {reason}"))
+                left_out.append(LeftOut(number, item.key, ERROR + reason))
             else:
                 digests.append((number, made.digest, made.picture))
                 yield made.sample
@@ -204,9 +207,13 @@ def count_reasons(left_out: Iterable[LeftOut]) -> str:
     """How many items were left out for each kind of reason, in words."""
 
     def kind(reason: str) -> str:
-        if reason.startswith("duplicate"):
+        if reason.startswith(DUPLICATE):
             return "duplicate"
-        return "damaged" if reason.startswith("error") else reason
+        if not reason.startswith(ERROR):
+            return reason
+        if re.search(": (no caption|the caption is empty)", reason):
+            return "without a caption"
+        return "damaged" if re.search("unreadable image|: damaged", reason) else "invalid"
 
     counts = Counter(kind(item.reason) for item in left_out)
     return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())

@@ -29,6 +29,7 @@ class ColumnCount:
         missing, empty: Column -> rows without it, and rows in which it holds no text.
         names: Names of the rows' columns, as keys; not all when there are many.
         num_texts: Samples whose caption is in a .txt, where no column is read.
+        blank: Column -> captions without text in lists that have others.
     """
 
     num_rows: int = 0
@@ -36,6 +37,7 @@ class ColumnCount:
     empty: Counter[str] = field(default_factory=Counter)
     names: dict[str, None] = field(default_factory=dict)
     num_texts: int = 0
+    blank: Counter[str] = field(default_factory=Counter)
 
     def add(self, fields: Mapping[str, Any], columns: tuple[str, ...]) -> None:
         """Count one row."""
@@ -43,8 +45,10 @@ class ColumnCount:
         for column in columns:
             if column not in fields:
                 self.missing[column] += 1
-            elif not texts_in(fields[column]):
+            elif not (texts := texts_in(fields[column])):
                 self.empty[column] += 1
+            elif isinstance(fields[column], (list, tuple)) and (blank := len(fields[column]) - len(texts)):
+                self.blank[column] += blank
         if len(self.names) <= MAX_NAMES:
             self.names.update(dict.fromkeys(fields))
 
@@ -65,6 +69,10 @@ class ColumnCount:
             f"rows {lack} column {column!r}: {count} of {self.num_rows}"
             for counts, lack in ((self.missing, "without"), (self.empty, "without text in"))
             for column, count in counts.items()
+        ]
+        notes += [
+            f"captions without text that column {column!r} has beside others, left out: {count}"
+            for column, count in self.blank.items()
         ]
         if is_given and self.num_texts:
             notes.append(f"captions read from .txt, where --caption-columns has no effect: {self.num_texts}")

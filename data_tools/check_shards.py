@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from data_tools.argument_types import positive
 from data_tools.executors import in_processes
-from data_tools.storage import note_unlisted
+from data_tools.storage import note_unlisted, only_writer
 from mmtensorar.captions.cleaning import Cleaning, leaves_nothing
 from mmtensorar.cli import Parser, command
 from mmtensorar.data import tars
@@ -514,6 +514,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 @command
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    with only_writer(options.repair or Path(), locks=options.repair is not None):
+        return run(options)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Check a set, and repair it if that is asked for. Returns the exit code."""
     folder = options.shards
     if options.report is not None:
         check_writable(options.report)

@@ -132,7 +132,7 @@ def _lenient(text: str, delimiter: str) -> list[str]:
 class Quoting(NamedTuple):
     """is_used: whether quotes are read as quoting.
 
-    num_unpaired: rows whose quotes do not pair up.
+    num_unpaired: lines whose quotes do not pair up.
     """
 
     is_used: bool
@@ -152,12 +152,15 @@ def quoting_of(lines: Iterable[Line], delimiter: str, num_cells: int, is_row: Is
         num_cells: Of the header.
         is_row: See `quoted_rows`.
     """
-    plain_wrong = 0
+    plain_wrong = num_unpaired = 0
 
     def counted() -> Iterator[Line]:
-        nonlocal plain_wrong
+        nonlocal plain_wrong, num_unpaired
         for line in lines:
             plain_wrong += bool(line.text) and line.text.count(delimiter) + 1 != num_cells
+            num_unpaired += line.text.count('"') % 2 or (
+                '"' in line.text and not _one_line(line.text, delimiter)
+            )
             yield line
 
     unpaired = wrong = 0
@@ -167,4 +170,4 @@ def quoting_of(lines: Iterable[Line], delimiter: str, num_cells: int, is_row: Is
         else:
             unpaired += row.problem is not None and row.problem.startswith("not CSV")
     is_used = (not unpaired and wrong <= plain_wrong) or unpaired + wrong < plain_wrong
-    return Quoting(is_used, unpaired)
+    return Quoting(is_used, num_unpaired)

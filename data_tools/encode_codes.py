@@ -36,6 +36,8 @@ from PIL import Image
 
 from data_tools.argument_types import positive
 from data_tools.rewrite_shards import check_set, join_ranks, pick_device, print_once, read_set, rewrite
+from data_tools.storage import only_writer
+from mmtensorar import ranks
 from mmtensorar.checkpoints.options import add_image_tokenizer
 from mmtensorar.cli import Parser, command
 from mmtensorar.data.members import check_codes, encode_codes
@@ -266,14 +268,15 @@ def main(arguments: list[str] | None = None) -> int:
         options.device = str(pick_device(options.device))
         image_tokenizer, device = image_tokenizer_from_arguments(options)
         join_ranks()
-        encode(
-            options.shards,
-            image_tokenizer,
-            crops=options.crops,
-            precision=options.precision,
-            batch_size=options.batch_size,
-            device=device,
-        )
+        with only_writer(options.shards, locks=ranks.is_first()):
+            encode(
+                options.shards,
+                image_tokenizer,
+                crops=options.crops,
+                precision=options.precision,
+                batch_size=options.batch_size,
+                device=device,
+            )
     except KeyboardInterrupt:
         print("interrupted; the same command resumes from here", file=sys.stderr)
         return 130

@@ -46,8 +46,9 @@ from data_tools.rewrite_shards import (
     rewrite,
     sum_over_ranks,
 )
+from data_tools.storage import only_writer
 from mmtensorar import ranks
-from mmtensorar.captions.cleaning import Cleaning
+from mmtensorar.captions.cleaning import Cleaning, Emptied
 from mmtensorar.cli import Parser, command
 from mmtensorar.data import tars
 from mmtensorar.data.members import check_features, decode_caption, encode_features
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from mmtensorar.model.conditions import Excess
 
 NUM_NAMED = 5  # captions printed when they are cut; more are counted
+FIRST_NAMED = ", the first ones named above"
 
 
 class CutCaptions:
@@ -79,9 +81,9 @@ class CutCaptions:
         if not self.count:
             return []
         were = "was" if self.count == 1 else "were"
-        return [
-            f"{counted(self.count, 'caption')} encoded now {were} longer than --max-tokens and {were} cut"
-        ]
+        more = FIRST_NAMED if self.count > NUM_NAMED else ""
+        captions = counted(self.count, "caption")
+        return [f"{captions} encoded now {were} longer than --max-tokens and {were} cut{more}"]
 
 
 def print_cut(cut: CutCaptions) -> None:
@@ -193,7 +195,8 @@ def emptied_note(num_emptied: int, cleaning: Cleaning) -> str:
     nothing.
     """
     also = "; --caption-cleaning original_or_raw keeps them" if cleaning == "original" else ""
-    return f"captions encoded now of which cleaning {cleaning} left nothing: {num_emptied}{also}"
+    more = FIRST_NAMED if num_emptied > Emptied.MAX_WARNINGS else ""
+    return f"captions encoded now of which cleaning {cleaning} left nothing: {num_emptied}{more}{also}"
 
 
 def stored_bytes(path: Path) -> int:
@@ -255,7 +258,8 @@ def main(arguments: list[str] | None = None) -> int:
             device=pick_device(options.device),
         )
         join_ranks()
-        encode(options.shards, encoder, batch_size=options.batch_size)
+        with only_writer(options.shards, locks=ranks.is_first()):
+            encode(options.shards, encoder, batch_size=options.batch_size)
     except KeyboardInterrupt:
         print("interrupted; the same command resumes from here", file=sys.stderr)
         return 130

@@ -17,6 +17,7 @@ from data_tools.sources import Item, Items, Layout, Source, known_sources
 from data_tools.sources._rows import parse_object
 from data_tools.storage import is_local, read_file
 from mmtensorar.data.url_cache import is_url
+from mmtensorar.files import MARK
 from mmtensorar.seeds import generator_for
 
 
@@ -94,7 +95,8 @@ def read_class_names(path: Path) -> dict[str, str]:
     names = parse_object(read_file(path), str(path), expected)
     if not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"{path}: expected {expected}")
-    return names
+    # Files that were joined may have marks in the middle.
+    return {key.lstrip(MARK): name.lstrip(MARK) for key, name in names.items()}
 
 
 class SourceDigest:

@@ -31,7 +31,7 @@ import argparse
 from data_tools.executors import Executor, OnRay, in_processes
 from data_tools.make_options import parse
 from data_tools.pipeline import make
-from data_tools.storage import is_local
+from data_tools.storage import is_local, only_writer
 from mmtensorar.cli import command, sentence_of
 from mmtensorar.data.url_cache import store_errors
 
@@ -47,7 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
     description, _, epilog = __doc__.partition("\n\n")
     options = parse(arguments, description=description, epilog=epilog)
     try:
-        make(options, executor(options))
+        with only_writer(options.out, locks=not options.dry_run):
+            make(options, executor(options))
     except (OSError, *store_errors()) as error:  # a store's error may not name the URL
         where = "" if is_local(options.out) else f"{options.out}: "
         raise ValueError(f"{where}{sentence_of(error)}") from error

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from data_tools import dry_run
 from data_tools.build_stages import (
+    ERROR,
     LeftOut,
     Part,
     SetSettings,
@@ -150,8 +151,11 @@ class Build:
         left_out = self.left_out(parts)
         gone = {item.number for item in left_out}
         if len(gone) == len(self.source.items):
+            self.write_left_out(left_out)
+            first = min(left_out)
             raise ValueError(
-                f"{self.out}: nothing is left of {counted(len(gone), 'sample')} ({count_reasons(left_out)})"
+                f"{self.out}: nothing is left of {counted(len(gone), 'sample')} ({count_reasons(left_out)}); "
+                f"the first, {first.name}: {first.reason.removeprefix(ERROR)}"
             )
         validation = self.validation_numbers(parts, gone)
         if splits and not validation_exists:

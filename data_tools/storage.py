@@ -8,19 +8,20 @@ through fsspec. A file appears under its name only when it is complete, in both.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import io
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from mmtensorar import folders as listing
 from mmtensorar.data.shards import EXTENSIONS, MANIFEST, Manifest
-from mmtensorar.data.url_cache import is_url, shown
+from mmtensorar.data.url_cache import is_url, shown, store_errors
 from mmtensorar.folders import FileStatus, LeftOut
 
 # Files that are tars by their names. Those of the second kind are refused.
@@ -50,7 +51,7 @@ def at(name: str) -> Path | Any:
         from upath import UPath
 
         # Listings are not cached: workers write to the same folder.
-        return UPath(name, use_listings_cache=False)
+        return UPath(name.rstrip("/"), use_listings_cache=False)
     except ImportError as error:
         raise ValueError(
             f"{shown(name)} needs a library: pip install 'mmtensorar[remote]' ({error})"
@@ -93,18 +94,14 @@ def files(
         left_out: Receives what is not read.
         entered: Folders that are not entered, on disk.
 
-    Raises ValueError when the folder cannot be listed, and for a name that is not
-    UTF-8.
+    Names may be not UTF-8 (see `is_utf8`). Raises ValueError when the folder cannot be
+    listed.
     """
     left_out = left_out or LeftOut(root)
     if not is_local(root):
         found = _store_files(root, left_out)
         return dict(sorted(found.items(), key=lambda pair: pair[0].parts))
-    found = listing.walk(root, left_out, entered=entered)
-    for path in found:
-        if not is_utf8(str(path)):
-            raise ValueError(f"{str(path)!r}: a name that is not UTF-8; rename the file or folder")
-    return found
+    return listing.walk(root, left_out, entered=entered)
 
 
 def stamp(path: Path | Any) -> str:
@@ -121,10 +118,10 @@ VERSIONS = ("ETag", "etag", "md5Hash", "generation", "LastModified", "last_modif
 
 
 def _store_files(root: Any, left_out: LeftOut) -> dict[Any, FileStatus]:
-    try:
+    with _listing(root):
         listed = root.fs.find(root.path, detail=True)
-    except OSError as error:
-        raise ValueError(f"{shown(str(root))}: cannot be listed ({error})") from error
+        if not listed:  # some stores give no reason here
+            root.fs.ls(root.path, detail=False)
     found, hidden = {}, set()
     for name, status in listed.items():
         # A relative name, unlike a path, is the same for a store and for UPath.
@@ -141,6 +138,19 @@ def _store_files(root: Any, left_out: LeftOut) -> dict[Any, FileStatus]:
     return found
 
 
+@contextmanager
+def _listing(root: Path | Any) -> Iterator[None]:
+    """Raises ValueError, naming a URL, for the errors of its store while it is
+    listed.
+    """
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{shown(str(root))}: no such file or folder") from None
+    except (OSError, *store_errors()) as error:
+        raise ValueError(f"{shown(str(root))}: cannot be listed ({error})") from error
+
+
 def is_utf8(name: str) -> bool:
     """Whether a file name is valid UTF-8.
 
@@ -153,14 +163,20 @@ def is_utf8(name: str) -> bool:
     return True
 
 
+def name_problem(path: Path) -> str:
+    """Why a file whose name is not UTF-8 cannot be used."""
+    return f"{str(path)!r}: a name that is not UTF-8; rename the file or folder"
+
+
 def with_suffix(name: str, *suffixes: str) -> tuple[Path | Any, dict[Path | Any, FileStatus]]:
     """The path that a name means, and its files with a suffix (in any case), sorted.
 
     The files are the path itself if it is a file, else all below it. Others are counted
-    in a note. Raises ValueError when there are none.
+    in a note. Raises ValueError when there are none, and for one whose name is not
+    UTF-8.
     """
     path = at(name)
-    if path.is_file():
+    if path.is_file() and not _is_page_of_folder(path, suffixes):
         return path, {path: FileStatus(None, stamp(path))}
     if is_local(path) and not path.is_dir():
         raise ValueError(f"{path}: no such file or folder")
@@ -169,14 +185,22 @@ def with_suffix(name: str, *suffixes: str) -> tuple[Path | Any, dict[Path | Any,
     left_out = LeftOut(path)
     found = {}
     for file, status in files(path, left_out).items():
-        if file.name.lower().endswith(suffixes):
-            found[file] = status
+        if not file.name.lower().endswith(suffixes):
+            left_out.add("not a tar" if ".tar" in suffixes else f"not {suffixes[0]}", file)
+        elif is_local(file) and not is_utf8(str(file)):
+            raise ValueError(name_problem(file))
         else:
-            left_out.add(f"not {' or '.join(suffixes[:2])}", file)
+            found[file] = status
     left_out.print()
     if not found:
-        raise ValueError(f"{shown(name)}: no {suffixes[0]} files in it")
+        known = ", ".join(suffix for suffix in suffixes if suffix not in REFUSED_TARS)
+        raise ValueError(f"{shown(name)}: no files in it that end in {known}")
     return path, found
+
+
+def _is_page_of_folder(path: Path | Any, suffixes: tuple[str, ...]) -> bool:
+    """Whether a file is a web server's page about a folder."""
+    return not is_local(path) and not path.name.lower().endswith(suffixes) and path.is_dir()
 
 
 def _shards(folder: Path | Any) -> dict[Path | Any, FileStatus]:
@@ -208,14 +232,19 @@ def note_unlisted(folder: Path, manifest: Manifest) -> None:
 def folders(root: Path | Any, left_out: LeftOut) -> tuple[str, ...]:
     """Names of the folders in a folder, sorted.
 
-    left_out: receives hidden entries, and files.
+    left_out: receives hidden entries, and files. Raises ValueError for a link without a
+    target: it may have been a folder.
     """
     names = []
-    for path in sorted(root.iterdir(), key=lambda path: path.name):
+    with _listing(root):
+        entries = sorted(root.iterdir(), key=lambda path: path.name)
+    for path in entries:
         if listing.is_hidden(path.name):
             left_out.add(listing.HIDDEN, path)
         elif path.is_dir():
             names.append(path.name)
+        elif is_local(path) and not path.exists():
+            raise ValueError(f"{path}: a link without a target; restore the folder, or remove the link")
         else:
             left_out.add("beside the folders", path)
     return tuple(names)
@@ -277,6 +306,47 @@ def read_file(path: Path | Any, max_bytes: int = EXTENSIONS["jpg"]) -> bytes:
 
 def _too_large(path: Path | Any, max_bytes: int) -> str:
     return f"{shown(str(path))}: more than the {max_bytes} bytes allowed"
+
+
+# ---- writing ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def only_writer(folder: Path | Any, *, locks: bool = True) -> Iterator[None]:
+    """While the block runs, no other process that calls this writes into a folder on
+    disk.
+
+    The folder is created, and removed if it is still empty at the end. On a file system
+    without locks nothing is locked.
+
+    Args:
+        locks: False does nothing, for a process that does not write.
+
+    Raises ValueError when another process has it.
+    """
+    if not locks or not is_local(folder) or folder.is_file():
+        yield
+        return
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{folder}: another process is writing into this folder; wait for it, or choose another one"
+            ) from None
+        except OSError:  # this file system has no locks
+            pass
+        yield
+    finally:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)  # forked workers hold it too
+        os.close(handle)
+        with suppress(OSError):  # it is not empty
+            for path in created:
+                path.rmdir()
 
 
 # ---- a local copy ----------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,6 +20,7 @@ from data_tools.sources import Item, Layout
 from data_tools.storage import FileStatus, read_file
 from mmtensorar.data.members import decode_caption
 from mmtensorar.data.pictures import SUFFIXES
+from mmtensorar.data.tars import compression
 from mmtensorar.files import check_characters, decode_text
 from mmtensorar.folders import LeftOut
 
@@ -47,16 +49,38 @@ def find_pictures(
     return pictures, others
 
 
+def unnamed_item(path: Path, root: Path, source: str) -> Item:
+    """The item of a picture in a folder whose name is not UTF-8: a problem."""
+    name = path.relative_to(root).as_posix().encode(errors="backslashreplace").decode()
+    return Item(name, bytes, (), {"source": source, "name": name}, problem=storage.name_problem(path))
+
+
 def parse_object(content: str | bytes, where: str, expected: str = "an object") -> dict[str, Any]:
-    """A JSON object. Raises ValueError, starting with `where`, for anything else."""
+    """A JSON object. Raises ValueError, starting with `where`, for anything else, and for
+    a key that occurs twice, of which Python would take the last.
+    """
     text = decode_text(content, where) if isinstance(content, bytes) else content
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_unique_keys)
+    except _Repeated as error:
+        raise ValueError(f"{where}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON ({error})") from error
     if not isinstance(value, dict):
         raise ValueError(f"{where}: holds {type(value).__name__}; expected {expected}")
     check_characters(value, where)
+    return value
+
+
+class _Repeated(ValueError):
+    """A key occurs twice in an object."""
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        raise _Repeated(f"a key occurs twice: {quoted(key for key, count in counts.items() if count > 1)}")
     return value
 
 
@@ -123,6 +147,9 @@ def table_file(location: str, layout: Layout) -> tuple[Path, Path]:
         raise ValueError(
             f"{path}: no such file{'' if storage.is_local(path) else ', or it cannot be reached'}"
         )
+    with path.open("rb") as file:
+        if found := compression(file.read(8)):
+            raise ValueError(f"{path}: compressed with {found}; unpack it first")
     return path, (layout.root or path.parent).resolve()
 
 

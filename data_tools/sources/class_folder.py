@@ -10,7 +10,7 @@ from pathlib import Path
 
 from data_tools import storage
 from data_tools.sources import Item, Layout, Listing, Source
-from data_tools.sources._rows import check_class_names, class_captions, find_pictures
+from data_tools.sources._rows import check_class_names, class_captions, find_pictures, unnamed_item
 from data_tools.storage import read_file
 from mmtensorar.folders import LeftOut, identity
 
@@ -43,6 +43,8 @@ def class_names(root: Path, left_out: LeftOut) -> tuple[str, ...]:
     if not names:
         raise ValueError(f"{root}: no sub-folders in it; expected one per class")
     if storage.is_local(root):
+        if bad := next((name for name in names if not storage.is_utf8(name)), None):
+            raise ValueError(storage.name_problem(root / bad))
         _check_distinct(root, names)
     return names
 
@@ -63,6 +65,9 @@ def _items(root: Path, names: tuple[str, ...], layout: Layout, left_out: LeftOut
         if storage.is_local(root):
             others |= {path.parent for path in found}  # links of later classes may lead there
         for path, status in found.items():
+            if not storage.is_utf8(str(path)):
+                yield unnamed_item(path, root, "class_folder")
+                continue
             meta = {"source": "class_folder", "name": path.relative_to(root).as_posix(), "class": name}
             captions = class_captions(name, layout) or (str(number),)
             meta["num_bytes"] = status.num_bytes

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data_tools import storage
 from data_tools.sources import Item, Layout, Listing, Source
-from data_tools.sources._rows import captions_in, find_pictures, parse_object
+from data_tools.sources._rows import captions_in, find_pictures, parse_object, unnamed_item
 from data_tools.storage import read_file
 from mmtensorar.data.members import decode_caption
 from mmtensorar.data.shards import EXTENSIONS
@@ -37,9 +37,12 @@ def _items(root: Path, layout: Layout) -> Iterator[Item]:
     left_out.print()
     contents = storage.contents((path for path in paths_of_text if path is not None), EXTENSIONS["json"])
     for (path, status), text_path in zip(pictures.items(), paths_of_text, strict=True):
+        content = b"" if text_path is None else next(contents)
+        if not storage.is_utf8(str(path)):
+            yield unnamed_item(path, root, "folder")
+            continue
         name = path.relative_to(root).as_posix()
         meta = {"source": "folder", "name": name, "num_bytes": status.num_bytes}
-        content = b"" if text_path is None else next(contents)
         try:
             if text_path is None:
                 raise ValueError(f"{path}: no caption; expected it in {path.with_suffix('.txt')} or .json")

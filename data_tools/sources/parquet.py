@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -50,12 +51,24 @@ def _arrow() -> Any:
     return pyarrow
 
 
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    """A ParquetFile, to be read with use_threads=False.
+
+    Neither reading ahead nor threads: pyarrow's threads may free bytes that a Python
+    file gave them after the interpreter has begun to end, and then the process aborts
+    ("terminate called without an active exception", exit code 134).
+    """
+    with path.open("rb") as stream, _arrow().parquet.ParquetFile(stream, pre_buffer=False) as file:
+        yield file
+
+
 def _file_items(path: Path, name: str, layout: Layout) -> Iterator[Item]:
     """The rows of one file. name: of the file, for keys."""
     arrow = _arrow()
     root = (layout.root or path.parent).resolve()
     try:
-        with path.open("rb") as stream, arrow.parquet.ParquetFile(stream) as file:
+        with _open(path) as file:
             schema = file.schema_arrow
             layout = match_columns(schema.names, layout, str(path))
             has_paths = _holds_paths(arrow, schema, layout, path)
@@ -70,7 +83,7 @@ def _file_items(path: Path, name: str, layout: Layout) -> Iterator[Item]:
             _check_num_rows(file.metadata, path)
             for group in range(file.num_row_groups):
                 _check_size(file.metadata.row_group(group), group, path)
-                table = file.read_row_group(group, columns=columns)
+                table = file.read_row_group(group, columns=columns, use_threads=False)
                 num_rows = file.metadata.row_group(group).num_rows
                 # A footer with a flipped bit makes pyarrow return fewer rows.
                 rows = _fields(table) if table.num_rows == num_rows else [None] * num_rows
@@ -115,7 +128,7 @@ def _holds_paths(arrow: Any, schema: Any, layout: Layout, path: Path) -> bool:
 
     Raises ValueError when it holds neither.
     """
-    kind = schema.field(layout.image).type
+    kind = _value_type(arrow, schema.field(layout.image).type)
     if arrow.types.is_binary(kind) or arrow.types.is_large_binary(kind):
         return False
     if arrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
@@ -159,8 +172,13 @@ def _check_size(metadata: Any, group: int, path: Path) -> None:
         )
 
 
+def _value_type(arrow: Any, kind: Any) -> Any:
+    """The type of a column's values, which may be stored as numbers in a dictionary."""
+    return kind.value_type if arrow.types.is_dictionary(kind) else kind
+
+
 def _is_plain(arrow: Any, kind: Any) -> bool:
-    types = arrow.types
+    types, kind = arrow.types, _value_type(arrow, kind)
     return (
         types.is_string(kind)
         or types.is_large_string(kind)
@@ -183,8 +201,8 @@ def _column(path: Path, stamp: str, group: int, column: str) -> Any:
     if storage.stamp(path) != stamp:
         raise ValueError(f"{path}: it changed while it was read")
     try:
-        with path.open("rb") as stream, arrow.parquet.ParquetFile(stream) as file:
-            pictures = file.read_row_group(group, columns=[column]).column(0)
+        with _open(path) as file:
+            pictures = file.read_row_group(group, columns=[column], use_threads=False).column(0)
             num_rows = file.metadata.row_group(group).num_rows
     except (arrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: row group {group}: damaged ({error})") from error

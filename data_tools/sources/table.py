@@ -5,10 +5,12 @@ captions.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from data_tools import storage
+from data_tools.caption_columns import quoted
 from data_tools.delimited import IsRow, Row, plain_rows, quoted_rows, quoting_of
 from data_tools.sources import Item, Layout, Listing, Source
 from data_tools.sources._rows import SUFFIXES, match_columns, row_item, table_file
@@ -34,6 +36,9 @@ def _items(path: Path, root: Path, layout: Layout) -> Iterator[Item]:
         raise ValueError(f"{where}: {first.problem}")
     header = first.cells
     layout = match_columns(header, layout, where)
+    if repeated := [name for name, count in Counter(header).items() if count > 1]:
+        note = f"columns of one name, of which the last is kept: {quoted(repeated)}"
+        print(f"note: {where}: {note}", file=sys.stderr)
     num_rows = 0
     for num_rows, row in enumerate(rows, 1):
         where, problem = f"{path}:{row.line}", row.problem

@@ -7,6 +7,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -110,12 +111,25 @@ class TarSet:
 
     def _tar_items(self, path: Path, name: str, stamp: str) -> Iterator[Item]:
         packed = _compression(path)
+        is_sorted = False  # whether the members of every sample are together, as far as known
         with tars.TarReader(path, packed and unpacked(path, stamp, packed)) as file:
             for group in tars.group_members(file, path, self._split_name, folders=True):
                 group.check_unique(path)
                 if group.is_complete:
                     item = self._item(TarSample(file, path, group), name, stamp, packed)
+                    if item.problem and not is_sorted:
+                        self._check_sorted(file, path)
+                        is_sorted = True
                     yield item._replace(stamp=stamp, group=name if packed else "")
+
+    def _check_sorted(self, file: tars.TarReader, path: Path) -> None:
+        """Raise ValueError when a sample's members are not together: it would seem to
+        lack its caption or picture.
+        """
+        split_name = replace(self, ignored=Counter())._split_name
+        with suppress(tars.Damage):  # it is reported when it is reached
+            for _ in tars.group_members(file, path, split_name, folders=True):
+                pass
 
     def _split_name(self, member: tars.Member) -> tuple[str, str] | None:
         folder, _, plain = member.name.rpartition("/")
@@ -160,7 +174,14 @@ class TarSet:
                 )
             if "cls" not in members:
                 self.notes["samples without a class, where --class-template has no effect"] += 1
-        return self._text_captions(sample) or self._class_member_captions(sample)
+        captions = self._text_captions(sample)
+        if not captions:
+            return self._class_member_captions(sample)
+        kinds = [kind for kind in (*TEXT, "json", "cls") if kind in members]
+        for kind in kinds[1:]:
+            if kind != "json" or not self.keeps_meta:
+                self.notes[f"samples whose .{kinds[0]} is the caption, and not their .{kind}"] += 1
+        return captions
 
     def _text_captions(self, sample: TarSample) -> tuple[str, ...]:
         """From the txt or json member; empty when there is a class instead."""

@@ -1,4 +1,4 @@
-"""PNG and WEBP that have lost or changed data, and open all the same."""
+"""PNG, WEBP and TIFF that have lost or changed data, and open all the same."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import zlib
 from collections.abc import Iterator
 
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
+
+from mmtensorar.data import jpegs
 
 ZEROS = 64  # bytes
 
@@ -72,17 +75,16 @@ def _png_data(content: bytes) -> Iterator[bytes]:
 
 
 def check_webp(content: bytes) -> None:
-    """Raises ValueError when the pixels' data end in zeros, of which the decoder does
-    not need the last.
+    """Raises ValueError when the pixels' data hold many zeros in a row, and the decoder
+    does not need their last bytes.
 
-    Large areas of one colour may be coded as zeros too, but then all of them are
-    needed.
+    Large areas of one colour may be coded as zeros too, but then all bytes are needed.
+    Zeros in place of other data stand for more pixels than these did.
     """
     for kind, data in _webp_chunks(content):
         if kind not in (b"VP8 ", b"VP8L"):
             continue
-        num_zeros = len(data) - len(data.rstrip(b"\0"))
-        if num_zeros < ZEROS:
+        if bytes(ZEROS) not in data:
             continue
         shorter = data[: -ZEROS // 2]
         shorter += bytes(len(shorter) % 2)
@@ -93,7 +95,7 @@ def check_webp(content: bytes) -> None:
                 image.load()
         except OSError:
             continue
-        raise ValueError(f"its data has a gap: the last {num_zeros} bytes are zeros")
+        raise ValueError(f"its data has a gap: {ZEROS} zero bytes or more")
 
 
 def _webp_chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:
@@ -111,3 +113,43 @@ def _webp_chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:
             continue
         yield kind, content[position + 8 : position + 8 + length]
         position += 8 + length + length % 2
+
+
+TABLES, STRIPS, TILES = 347, (273, 279), (324, 325)  # tags: of JPEG, and (places, numbers of bytes)
+
+
+def check_tiff(image: Image.Image, content: bytes) -> None:
+    """Raises ValueError when a strip or tile of a TIFF is a damaged JPEG, or has a
+    wrong checksum of deflate, which libtiff does not check.
+
+    image: of its first page.
+    """
+    compression = image.info.get("compression")
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    places, sizes = STRIPS if STRIPS[0] in tags else TILES
+    for place, size in zip(tags.get(places, ()), tags.get(sizes, ()), strict=False):
+        part = content[place : place + size]
+        if compression == "jpeg":
+            _check_jpeg_part(part, tags.get(TABLES, b""))
+        elif compression in ("tiff_adobe_deflate", "tiff_deflate"):
+            _check_deflated(part)
+
+
+def _check_jpeg_part(part: bytes, tables: bytes) -> None:
+    # Each part begins with a start marker, and the tables also end with an end marker.
+    content = tables[:-2] + part[2:] if tables else part
+    try:
+        picture = JpegImageFile(io.BytesIO(content))
+    except (SyntaxError, OSError):  # a kind that only libtiff opens
+        return
+    jpegs.load(picture, content)
+
+
+def _check_deflated(part: bytes) -> None:
+    stream = zlib.decompressobj()
+    try:
+        while part and not stream.eof:
+            stream.decompress(part, 2**20)
+            part = stream.unconsumed_tail
+    except zlib.error as error:
+        raise ValueError(f"its data are damaged: {error}") from None

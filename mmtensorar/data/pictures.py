@@ -122,6 +122,8 @@ def _load(image: ImageFile.ImageFile, content: bytes) -> None:
         damage.check_png_rows(image, content)
     if image.format == "WEBP":
         damage.check_webp(content)
+    if image.format == "TIFF":
+        damage.check_tiff(image, content)
 
 
 def _scale_transparent_grey(image: ImageFile.ImageFile) -> None:

@@ -200,7 +200,7 @@ def group_members(
                 if name[0] in seen:
                     raise ValueError(
                         f"{path}: sample {name[0]}: its members are not together: "
-                        f"{member.name} comes after another key"
+                        f"{member.name} comes after another key; tar --sort=name puts them together"
                     )
                 key, start, members, duplicate = name[0], member.start, {}, None
             if name[1] in members:

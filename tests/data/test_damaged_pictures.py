@@ -191,11 +191,19 @@ def test_random_bytes_in_jpegs_are_a_sentence_or_a_picture():
         ("WEBP", {"quality": 20}, lambda content: content[:-40]),
         ("WEBP", {"lossless": True}, pictures.zeroed),
         ("WEBP", {"lossless": True}, partial(pictures.webp_closed, share=0.9)),
+        ("WEBP", {"quality": 90}, pictures.zeroed_inside),
+        ("WEBP", {"quality": 20, "method": 0}, partial(pictures.zeroed_inside, begin=0.3)),
+        ("WEBP", {"lossless": True, "quality": 50}, partial(pictures.zeroed_inside, end=0.45)),
         ("GIF", {}, lambda content: content[: len(content) // 2] + b"\0;"),
         ("GIF", {}, pictures.zeroed),
         ("BMP", {}, lambda content: content[:-1]),
         ("TIFF", {}, lambda content: content[: len(content) // 2]),
         ("TIFF", {"compression": "tiff_lzw"}, pictures.zeroed),
+        ("TIFF", {"compression": "jpeg"}, pictures.zeroed_inside),
+        ("TIFF", {"compression": "jpeg", "quality": 30}, partial(pictures.zeroed_inside, end=0.5)),
+        ("TIFF", {"compression": "jpeg", "strip_size": 4000}, partial(pictures.zeroed_inside, end=0.44)),
+        ("TIFF", {"compression": "tiff_adobe_deflate"}, partial(pictures.zeroed_inside, end=0.43)),
+        ("TIFF", {"compression": "tiff_deflate", "tiffinfo": {317: 2}}, pictures.zeroed_inside),
     ],
 )
 def test_other_damaged_pictures(kind, options, damage):
@@ -261,9 +269,9 @@ def test_pngs_with_a_black_end_are_whole(mode, size):
     assert decode_picture(content, "here").size == size
 
 
-def test_good_pngs_and_webps_are_not_refused():
-    """Large areas of one colour may be zeros in a WEBP, and what follows a PNG's end is
-    not the picture.
+def test_good_pngs_webps_and_tiffs_are_not_refused():
+    """Large areas of one colour may be zeros in a WEBP or TIFF, and what follows a
+    PNG's end is not the picture.
     """
     assert features.check("webp")
     white = Image.new("RGB", (700, 700), "white")
@@ -273,6 +281,10 @@ def test_good_pngs_and_webps_are_not_refused():
         for quality, method in ((1, 0), (80, 4), (100, 0)):
             decode_picture(encoded(image, "WEBP", quality=quality, method=method), "here")
         decode_picture(encoded(image, "WEBP", lossless=True), "here")
+        for compression in ("jpeg", "tiff_adobe_deflate", "tiff_lzw", "packbits"):
+            for mode in ("RGB", "L", "CMYK"):
+                content = encoded(image.convert(mode), "TIFF", compression=compression, strip_size=9000)
+                decode_picture(content, "here")
         content = encoded(image, "PNG")
         assert np.array_equal(
             np.asarray(decode_picture(content + b"rest of an older picture", "")), np.asarray(image)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from data_tools import check_shards, encode_text
+from data_tools import check_shards, encode_text, storage
 from mmtensorar import backbones
 from mmtensorar.backbones import llamagen
 from mmtensorar.captions import encoders
@@ -175,6 +175,19 @@ def test_interrupted_encoding_resumes_and_leaves_a_complete_set_meanwhile(folder
     assert content(folder) == cut
 
 
+@pytest.mark.parametrize(("count", "is_whole"), [(1, True), (3, True), (4, False), (7, False)])
+def test_a_number_above_the_names_says_so(count, is_whole):
+    """Of seven emptied captions three were named, without a word on the others."""
+    assert ("the first ones named above" not in encode_text.emptied_note(count, "original")) == is_whole
+
+
+def test_nothing_is_encoded_while_another_process_writes(folder, t5, capsys):
+    before = content(folder)
+    with storage.only_writer(folder):
+        assert encode(folder, t5) == 2
+    assert "another process is writing" in capsys.readouterr().err and content(folder) == before
+
+
 def test_the_hash_is_of_the_encoder_in_any_layout(t5, tmp_path):
     """Released files also hold T5's decoder, and some of them hold the embeddings
     twice.
@@ -333,7 +346,10 @@ def test_damage_is_reported_by_the_check_and_by_the_loader(folder, t5, backbone,
     [
         (0, []),
         (1, ["1 caption encoded now was longer than --max-tokens and was cut"]),
-        (6, ["6 captions encoded now were longer than --max-tokens and were cut"]),
+        (
+            6,
+            ["6 captions encoded now were longer than --max-tokens and were cut, the first ones named above"],
+        ),
     ],
 )
 def test_cut_captions_are_counted_in_a_sentence(number, sentences):

@@ -7,6 +7,7 @@ over: exit code 0 and no word in both cases.
 
 import io
 import json
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -105,6 +106,43 @@ def test_what_is_behind_links_is_read_once(tmp_path, capsys, option, kind):
     err = capsys.readouterr().err
     assert f"note: {place}: followed " in err
     assert ("a folder that is listed already" in err) == (kind == "a circle of links")
+
+
+BAD = os.fsdecode(b"p\xff")  # a name that is not UTF-8
+
+
+@pytest.mark.parametrize("option", TREES)
+def test_a_name_that_is_not_utf8_is_a_problem_of_its_file(tmp_path, capsys, option):
+    """One such file, of any kind, stopped a folder even with --on-error skip."""
+    TREES[option](tmp_path / "b", COLORS)
+    (tmp_path / "b" / f"{BAD}.md").write_text("x")
+    assert make(tmp_path / "other", option, tmp_path / "b") == 0
+    assert r"'p\udcff.md'" in capsys.readouterr().err
+    kinds = (".png", ".tar", ".parquet")
+    first = next(path for path in sorted((tmp_path / "b").rglob("*")) if path.suffix in kinds)
+    shutil.copy(first, first.with_name(f"{BAD}{first.suffix}"))
+    source = (option, tmp_path / "b")
+    assert make(tmp_path / "set", *source) == 2
+    sentence = capsys.readouterr().err.splitlines()[-1]
+    assert rf"p\udcff{first.suffix}': a name that is not UTF-8" in sentence
+    if option == "--folder":  # a whole tar or table is never skipped
+        assert make(tmp_path / "set", *source, "--on-error", "skip") == 0
+        assert_right(tmp_path / "set")
+        assert "not UTF-8" in (tmp_path / "set" / "left_out.jsonl").read_text()
+
+
+@pytest.mark.parametrize("name", ["cyan", BAD])
+def test_a_class_that_cannot_be_read_is_an_error(tmp_path, capsys, name):
+    """Without its link's target, a class was left out as "beside the folders", which
+    shifts the numbers of the others.
+    """
+    classes(tmp_path / "b", COLORS)
+    if name == "cyan":
+        (tmp_path / "b" / name).symlink_to("../missing")
+    else:
+        shutil.copytree(tmp_path / "b" / "red", tmp_path / "b" / name)
+    sentence = fails(capsys, make(tmp_path / "set", "--class-folder", tmp_path / "b", "--on-error", "skip"))
+    assert ("a link without a target" if name == "cyan" else "not UTF-8") in sentence
 
 
 @pytest.mark.parametrize("option", TREES)
@@ -361,7 +399,7 @@ def test_files_that_are_no_tars_are_counted(tmp_path, capsys):
     assert make(tmp_path / "set", "--tars", tmp_path / "b") == 0
     assert len(made(tmp_path / "set")) == len(COLORS) + 1
     err = capsys.readouterr().err
-    assert "left out 4 (not .tar or .tar.gz): a.zip, c.tar.md5, deep/b.rar and 1 more" in err
+    assert "left out 4 (not a tar): a.zip, c.tar.md5, deep/b.rar and 1 more" in err
     assert "left out members of other kinds: " in err and "hidden" in err
     (tmp_path / "b" / "empty.tar").write_bytes(bytes(10240))
     assert make(tmp_path / "more", "--tars", tmp_path / "b") == 0

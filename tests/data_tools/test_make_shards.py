@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data_tools import check_shards, encode_codes, make_shards, pipeline
+from data_tools import check_shards, encode_codes, make_shards, pipeline, storage
 from mmtensorar import image_tokenizers
 from mmtensorar.checkpoints import recognise
 from mmtensorar.data import members
@@ -434,6 +434,29 @@ def test_interrupted_encoding_resumes_and_leaves_a_complete_set_meanwhile(tmp_pa
     assert check_shards.main([str(cut)]) == 0
     assert encode(cut, rest, monkeypatch) == 0
     assert rest.num_encoded == 1 and content(cut) == content(whole)
+
+
+@pytest.mark.parametrize("command", ["make", "another set", "encode-codes", "repair"])
+def test_one_process_at_a_time_writes_into_a_folder(tmp_path, monkeypatch, capsys, command):
+    """Of two that made one set, one ended with "...tmp: no such file or directory"."""
+    out = tmp_path / "set"
+    assert shapes(tmp_path / "whole") == shapes(out) == 0
+    commands = {
+        "make": lambda: shapes(out),
+        "another set": lambda: shapes(out, "--overwrite", num_samples=3),
+        "encode-codes": lambda: encode(out, FakeImageTokenizer(), monkeypatch),
+        "repair": lambda: check_shards.main([str(tmp_path / "whole"), "--repair", str(out)]),
+    }
+    before = content(out)
+    with storage.only_writer(out):
+        assert f"{out}: another process is writing" in fails(capsys, commands[command]())
+        assert content(out) == before and check_shards.main([str(out)]) == 0  # reading is free
+        assert shapes(out, "--dry-run") == 0
+    assert commands["make"]() == 0
+    assert not (tmp_path / "new").exists()
+    with storage.only_writer(tmp_path / "new" / "set"):
+        pass
+    assert not (tmp_path / "new").exists()
 
 
 def test_what_does_not_fit_the_tokenizer_is_refused(tmp_path, monkeypatch, capsys):

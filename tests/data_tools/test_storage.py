@@ -9,6 +9,7 @@ import http.server
 import json
 import logging
 import os
+import socket
 import threading
 from functools import partial
 from pathlib import Path
@@ -175,23 +176,45 @@ def test_a_saved_dataset_in_a_store(tmp_path, store):
     assert_right(tmp_path / "set")
 
 
-def test_a_folder_on_a_web_server(tmp_path, captioned):
+@pytest.fixture
+def web(captioned):
+    """The URL of a server of the folder's parent."""
+
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *arguments):
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=captioned.parent))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        assert (
-            make(
-                tmp_path / "set", "--folder", f"http://127.0.0.1:{server.server_address[1]}/{captioned.name}"
-            )
-            == 0
-        )
-    finally:
-        server.shutdown()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("end", ["", "/"])
+def test_a_folder_on_a_web_server(tmp_path, captioned, web, end):
+    assert make(tmp_path / "set", "--folder", f"{web}/{captioned.name}{end}") == 0
     assert_right(tmp_path / "set")
+
+
+@pytest.mark.parametrize("option", ["--tars", "--folder", "--class-folder", "--parquet", "--jsonl", "--csv"])
+@pytest.mark.parametrize("name", ["nothing", "nothing.tar", "nothing/"])
+def test_a_url_that_gives_nothing_is_named_with_the_reason(tmp_path, capsys, web, option, name):
+    """The message was: no .tar files in it."""
+    sentence = fails(capsys, make(tmp_path / "set", option, f"{web}/{name}"))
+    assert f"{web}/nothing" in sentence and "no such file" in sentence
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    sentence = fails(capsys, make(tmp_path / "set", option, f"{url}/{name}"))
+    assert f"{url}/nothing" in sentence and ("onnect" in sentence or "cannot be reached" in sentence)
+
+
+def test_tars_in_a_folder_of_a_web_server(captioned, web):
+    """A web server has a page about a folder, which was read as a tar."""
+    write_tar(captioned / "a.tar", {"a.png": picture("red"), "a.txt": b"a"})
+    for end in ("", "/"):
+        _, found = storage.with_suffix(f"{web}/{captioned.name}{end}", ".tar")
+        assert [str(path) for path in found] == [f"{web}/{captioned.name}/a.tar"]
 
 
 # ---- into a store ----------------------------------------------------------------------------

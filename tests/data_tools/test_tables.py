@@ -2,9 +2,12 @@
 it.
 """
 
+import bz2
 import csv
+import gzip
 import io
 import json
+import lzma
 import random
 from pathlib import Path
 
@@ -150,6 +153,81 @@ def test_rows_without_text_in_a_column_are_counted(tmp_path, pictures, capsys, w
     assert captions(tmp_path / "set") == ["x", "x", "x", "y"]
 
 
+@pytest.mark.parametrize("write", OF_OBJECTS)
+@pytest.mark.parametrize(
+    "twice",
+    [
+        '"caption": "x", "caption": "y"',
+        '"caption": "x", "n": {"w": 1, "w": 2}',
+        '"w": 1, "w": 1, "caption": "x"',
+    ],
+)
+def test_a_key_given_twice_is_a_problem_of_its_row(tmp_path, pictures, capsys, write, twice):
+    """The last one was taken, without a word."""
+    source = write(pictures, [{"caption": "x"}, {"caption": "TWICE"}, {"caption": "z"}])
+    for path in [source[1], pictures / "b.json"]:
+        if path.is_file() and path.suffix != ".tar":
+            path.write_text(path.read_text().replace('"caption": "TWICE"', twice))
+    if write is write_tars:
+        members = {"0.png": picture("red"), "0.json": f"{{{twice}}}".encode()}
+        members |= {"1.png": picture("lime"), "1.txt": b"x", "2.png": picture("blue"), "2.txt": b"z"}
+        write_tar(source[1], members)
+    key = "caption" if twice.count("caption") == 2 else "w"
+    assert f"a key occurs twice: '{key}'; to leave" in fails(capsys, make(tmp_path / "set", *source))
+    assert make(tmp_path / "set", *source, "--on-error", "skip") == 0
+    assert captions(tmp_path / "set") == ["x", "z"]
+    assert "twice" in (tmp_path / "set" / "left_out.jsonl").read_text()
+
+
+@pytest.mark.parametrize("option", ["--jsonl", "--csv"])
+@pytest.mark.parametrize(
+    ("pack", "kind"), [(gzip.compress, "gzip"), (bz2.compress, "bzip2"), (lzma.compress, "xz")]
+)
+def test_a_compressed_table_is_refused_by_name(tmp_path, pictures, capsys, option, pack, kind):
+    """The advice was to leave out its first line."""
+    path = tmp_path / "list.gz"
+    path.write_bytes(pack(b'{"image": "a.png", "caption": "x"}\n'))
+    sentence = fails(capsys, make(tmp_path / "set", option, path, "--image-root", pictures))
+    assert f"compressed with {kind}; unpack it first" in sentence and "skip" not in sentence
+
+
+def test_a_mark_in_names_of_classes_is_removed(tmp_path, capsys):
+    """A prompt was "a \\ufefftench"."""
+    for name in ("a", "b"):
+        (tmp_path / "classes" / name).mkdir(parents=True)
+        (tmp_path / "classes" / name / "x.png").write_bytes(picture("red"))
+    (tmp_path / "names.json").write_text('\ufeff{"a": "\ufefftench", "\ufeffb": "gold\ufefffish"}')
+    options = ("--class-names", tmp_path / "names.json", "--class-template", "a {}")
+    assert make(tmp_path / "set", "--class-folder", tmp_path / "classes", *options) == 0
+    assert captions(tmp_path / "set") == ["a gold\ufefffish", "a tench"]
+
+
+def test_names_of_classes_given_twice_are_refused(tmp_path, capsys):
+    (tmp_path / "names.json").write_text('{"n01": "tench", "n01": "goldfish"}')
+    options = ("--class-names", tmp_path / "names.json", "--class-template", "a {}")
+    assert "names.json: a key occurs twice: 'n01'" in fails(
+        capsys, make(tmp_path / "set", "--class-folder", tmp_path, *options)
+    )
+
+
+def test_columns_of_one_name_are_told(tmp_path, pictures, capsys):
+    (pictures / "list.csv").write_text("image,caption,note,note\na.png,x,1,2\n")
+    assert make(tmp_path / "set", "--csv", pictures / "list.csv") == 0
+    assert "of which the last is kept: 'note'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("write", [*OF_OBJECTS, write_parquet, write_dataset])
+@pytest.mark.parametrize("choice", ["each", "first", "random"])
+def test_blank_captions_of_a_list_are_counted(tmp_path, pictures, capsys, write, choice):
+    """They were left out without a word."""
+    lists = (["x", "", "y"], [None, "z"], ["\u200b", " ", "w"])
+    source = write(pictures, [{"caption": texts} for texts in lists])
+    assert make(tmp_path / "set", *source, "--captions", choice) == 0
+    note = "captions without text that column 'caption' has beside others, left out: 4"
+    assert note in capsys.readouterr().out
+    assert len(captions(tmp_path / "set")) == (4 if choice == "each" else 3)
+
+
 @pytest.mark.parametrize("write", [*OF_OBJECTS, write_parquet, write_dataset])
 @pytest.mark.parametrize(("value", "found"), [(None, "is null"), ("", "is empty"), ("\u200b", "is empty")])
 def test_a_caption_that_is_null_is_named_so(tmp_path, pictures, capsys, write, value, found):
@@ -176,6 +254,24 @@ def test_a_text_member_beside_the_columns_is_told(tmp_path, pictures, capsys):
     source = ("--tars", write_tar(pictures / "a.tar", members))
     assert make(tmp_path / "set", *source, "--caption-columns", "short") == 0
     assert "captions read from .txt, where --caption-columns has no effect: 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("members", "used", "unused"),
+    [
+        ({"txt": b"x", "json": b'{"caption": "y"}'}, "txt", "json"),
+        ({"caption": b"x", "text": b"y"}, "text", "caption"),
+        ({"json": b'{"caption": "x"}', "cls": b"3"}, "json", "cls"),
+    ],
+)
+def test_members_beside_the_caption_are_told(tmp_path, capsys, members, used, unused):
+    """A caption in the .json beside a .txt was not mentioned; in folders it is."""
+    named = {f"0.{kind}": value for kind, value in members.items()}
+    path = write_tar(tmp_path / "a.tar", {"0.png": picture("red"), **named})
+    assert make(tmp_path / "set", "--tars", path) == 0
+    assert f"samples whose .{used} is the caption, and not their .{unused}: 1" in capsys.readouterr().err
+    assert make(tmp_path / "again", "--tars", tmp_path / "set") == 0
+    assert "is the caption" not in capsys.readouterr().err  # our sets keep their .json
 
 
 def test_columns_of_a_source_without_any_are_told(tmp_path, capsys):
@@ -234,9 +330,20 @@ def test_a_short_row_does_not_end_the_quoting_of_a_tsv(pictures):
     assert rows == [("a", "l1\nl2"), ("line", "4"), ("c", 'say "hi"')]
 
 
-def test_quotes_that_are_read_as_characters_are_told(pictures, capsys):
-    read(pictures, "list.tsv", TSV + b'a.png\t"one\nb.png\ttwo\n')
-    assert "quotes are read as characters" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("rows", "count"),
+    [
+        ('a.png\t"one\nb.png\ttwo\n', 1),
+        ('a.png\t"one\nb.png\ttwo\nc.png\t"three\n', 2),
+        ('a.png\t"one\nb.png\ttwo\nc.png\tthree"\n', 2),
+        ('a.png\t"one" more\nb.png\t"two\nc.png\t"three"\n', 2),
+    ],
+)
+def test_quotes_that_are_read_as_characters_are_told(pictures, capsys, rows, count):
+    """Of two lines with one quote each, the note counted one."""
+    read(pictures, "list.tsv", TSV + rows.encode())
+    note = f"quotes are read as characters; rows where they do not pair up: {count}\n"
+    assert note in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
