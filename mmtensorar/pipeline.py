@@ -49,7 +49,7 @@ class Generator:
     Raises ValueError for a model folder without an image tokenizer.
     """
 
-    def __init__(self, loaded: model_folder.Loaded, *, precision: str = "fp32"):
+    def __init__(self, loaded: model_folder.Loaded, *, precision: str = "fp32", compile: bool = False):
         self.model, self.image_tokenizer, self.caption_encoder, self.recipe = loaded
         if self.image_tokenizer is None:
             raise ValueError(
@@ -57,7 +57,7 @@ class Generator:
             )
         self.device = next(self.model.parameters()).device
         self.caption_encoder.to(self.device)
-        self.precision = precision
+        self.precision, self.compile = precision, compile
         self._warned: set[str] = set()  # prompts whose cut has been printed
 
     @classmethod
@@ -68,6 +68,7 @@ class Generator:
         device: str | None = None,
         precision: str | None = None,
         attn_implementation: Implementation | None = None,
+        compile: bool | None = None,
     ) -> Generator:
         """Load a model folder.
 
@@ -76,27 +77,32 @@ class Generator:
             precision: fp32 or bf16; None is bf16 on a GPU, fp32 on a CPU. On a CPU bf16
                 keeps the weights in float32 and computes under autocast.
             attn_implementation: None is sdpa.
+            compile: compile a pass of the model into one CUDA graph, on a GPU; None is
+                no. See mmtensorar.sampling.compiled.
 
         Raises ValueError for an incomplete model folder, an unknown precision, a device
-        that does not exist, or an attention implementation that cannot be used on it.
+        that does not exist, or an attention implementation or `compile` that cannot be
+        used on it.
         """
         chosen = devices.pick(device)
+        if compile and chosen.type != "cuda":
+            raise ValueError(f"compile is on, but the device is {chosen.type}; it needs a CUDA GPU")
         if precision is None:
             precision = "bf16" if chosen.type == "cuda" else "fp32"
         if precision not in DTYPES:
             raise ValueError(f"precision is {precision!r}; expected one of {', '.join(DTYPES)}")
         dtype = DTYPES[precision] if chosen.type == "cuda" else torch.float32
         attention = attn_implementation or "sdpa"
-        return cls(
-            model_folder.load(folder, chosen, dtype, attn_implementation=attention), precision=precision
-        )
+        loaded = model_folder.load(folder, chosen, dtype, attn_implementation=attention)
+        return cls(loaded, precision=precision, compile=bool(compile))
 
     def runs_as(self) -> dict[str, str]:
-        """Device, precision and attention, on which images may depend besides the
-        settings.
+        """What images may depend on besides the settings: device, precision, attention,
+        and whether passes are compiled.
         """
         attention = self.recipe.backbone.model_dump()["attn_implementation"]
-        return {"device": self.device.type, "precision": self.precision, "attn_implementation": attention}
+        runs = {"device": self.device.type, "precision": self.precision, "attn_implementation": attention}
+        return runs | ({"compile": "passes"} if self.compile else {})
 
     def sampling(self, **given: Any) -> SamplerSettings:
         """The recipe's sampling settings, replaced by those given that are not None.
@@ -182,6 +188,7 @@ class Generator:
                     sampling or self.recipe.sampler,
                     generator=generators,
                     keep_trace=keep_trace,
+                    compile_passes=self.compile,
                     progress=progress,
                 )
         except torch.OutOfMemoryError:

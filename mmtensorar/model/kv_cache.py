@@ -54,6 +54,12 @@ class LayerCache:
         keys, values = memory[:, :, : now.used].transpose(2, 3)
         return keys, values
 
+    def mark_static(self) -> None:
+        """Tell the compiler that the memory stays where it is, so that a CUDA graph may
+        write to it.
+        """
+        torch._dynamo.mark_static_address(self._memory)
+
     def move(self, source: slice, target: slice) -> None:
         """Copy rows over other rows."""
         if self._memory is not None:
@@ -76,6 +82,7 @@ class KVCache:
         self.layers = [LayerCache(self) for _ in range(num_layers)]
         self.max_len = max_len
         self.implementation: Implementation = implementation
+        self.fixed_shapes = False  # see `fix_shapes`
         self.longest = 0  # no row has more positions
         self._level = True  # all rows have that many
         self._lengths: Tensor | None = None  # [R] int64
@@ -88,13 +95,13 @@ class KVCache:
         real: [R, P] bool, for the first pass, the prefix's: False where a position is
             padding. None: nothing is padded.
         """
-        first, start = self._lengths is None, self.longest
+        first, start = self._lengths is None, 0 if self.fixed_shapes else self.longest
         if self._lengths is None:
             self._lengths = torch.zeros(rows, dtype=torch.int64, device=device)
             self._real = None if real is None else attention.padding(real)
             if self._real is not None:
                 self._padding = (~self._real).sum(1)
-        used = start + new
+        used = self.max_len if self.fixed_shapes else start + new
         assert used <= self.max_len, f"a cache of {self.max_len} positions was asked for {used}"
         places = self._lengths[:, None] + torch.arange(new, device=device)
         if first:
@@ -107,7 +114,8 @@ class KVCache:
             base = torch.arange(rows, device=device)[:, None] * self.max_len
             self.flat_places = (base + places).flatten()
         self._lengths = self._lengths + new
-        self.longest = used
+        if not self.fixed_shapes:
+            self.longest = used
         self.now = Pass(places, start if self._level else None, used, pattern)
         return self.now
 
@@ -119,10 +127,21 @@ class KVCache:
         padding = self._padding if isinstance(self._padding, int) else self._padding[:, None]
         return (self.now.places_RS - padding).clamp(min=0)
 
-    def rewind(self, lengths: Tensor, longest: int, *, level: bool) -> None:
+    def fix_shapes(self) -> None:
+        """From now on every pass sees all of the cache, what is not in use hidden, so that
+        no shape depends on how much is.
+
+        Called after the first pass. The rows must be rewound before each other one.
+        """
+        self.fixed_shapes, self._level = True, False
+        for layer in self.layers:
+            layer.mark_static()
+
+    def rewind(self, lengths: Tensor, longest: int = 0, *, level: bool = False) -> None:
         """Keep the first positions of each row, as many as `lengths` [R] says.
 
-        longest: the largest of them. level: they are all equal.
+        longest: the largest of them; not needed with fixed shapes. level: they are all
+            equal.
         """
         self._lengths, self.longest, self._level = lengths, longest, level
 

@@ -108,7 +108,13 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
     Computed in float32, returned in x's dtype.
     """
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # which knows no complex numbers
+        cos, sin = torch.view_as_real(table[..., None, :]).unbind(-1)
+        even, odd = pairs.unbind(-1)
+        turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+        return turned.flatten(-2).type_as(x)
+    pairs = torch.view_as_complex(pairs)
     return torch.view_as_real(pairs * table[..., None, :]).flatten(-2).type_as(x)
 
 
@@ -145,6 +151,8 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     one thread, or a weight that stays in the cache, this does not pay. Training, whole
     sequences and GPUs use the plain product.
     """
+    if torch.compiler.is_compiling():  # and cannot ask for the number of threads
+        return functional.linear(x, weight, bias)
     few = x.shape[1] == 1 and x[..., 0].numel() <= MAX_ROWS
     large = weight.numel() >= MIN_WEIGHT and torch.get_num_threads() > 1
     on_cpu = x.device.type == "cpu" and x.dtype == torch.float32

@@ -42,6 +42,7 @@ def decode(
     strategy: str | None = None,
     generator: Generators = None,
     keep_trace: bool = False,
+    compile_passes: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Decoded:
     """Generate one image per row of the condition, in at most T passes of the backbone.
@@ -59,6 +60,7 @@ def decode(
         generator: one for the batch; or one per row, which makes a row independent of
             its neighbours; None draws from the global one.
         keep_trace: return the windows of all steps too.
+        compile_passes: see `mmtensorar.sampling.compiled`.
         progress: called with (final tokens, T) whenever more tokens are final.
 
     Raises ValueError when the number of generators is not B, a list of settings does
@@ -66,7 +68,15 @@ def decode(
     """
     run = strategy_for(settings, strategy)
     most_steps = MOST_STEPS if settings.lookahead == "auto" else settings.lookahead
-    state = DecodeState(model, condition, settings, draw=draw, generator=generator, most_steps=most_steps)
+    state = DecodeState(
+        model,
+        condition,
+        settings,
+        draw=draw,
+        generator=generator,
+        most_steps=most_steps,
+        fixed_shapes=compile_passes,
+    )
     for _ in run(state):
         if progress is not None:
             progress(state.num_final, state.num_tokens)

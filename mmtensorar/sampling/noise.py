@@ -44,7 +44,7 @@ def picture_keys(batch: int, generator: Generators) -> Tensor:
 
 
 def token_keys(
-    pictures: Tensor, steps: Tensor, window: int, factor: int, num_factors: int, *, coupled: bool
+    pictures: Tensor, steps: Tensor, offsets: Tensor, factor: int, num_factors: int, *, coupled: bool
 ) -> Tensor:
     """The keys of the windows of some steps, for one factor: [B, m, K] int64.
 
@@ -54,18 +54,19 @@ def token_keys(
     Args:
         pictures: [B] keys.
         steps: [B, m].
+        offsets: [K] int64, 0 to K - 1. A tensor, since the compiler would compute with a
+            range of its own in 32 bits.
         coupled: a draft has the key of the place that it is a draft of, so it is what
             the final token will be if the model learns nothing in between. Otherwise
             each draft has a key of its own.
     """
-    offsets_K = torch.arange(window, device=steps.device)
     pictures = pictures[:, None, None]
     if coupled:
-        places_BmK = steps[..., None] + offsets_K
+        places_BmK = steps[..., None] + offsets
         return noise.child_keys(pictures, places_BmK * num_factors + factor)
-    places_BmK = steps[..., None].expand(*steps.shape, window)
+    places_BmK = steps[..., None].expand(*steps.shape, len(offsets))
     keys_BmK = noise.child_keys(pictures, places_BmK * num_factors + factor)
-    return torch.where(offsets_K == 0, keys_BmK, noise.child_keys(keys_BmK, offsets_K))
+    return torch.where(offsets == 0, keys_BmK, noise.child_keys(keys_BmK, offsets))
 
 
 def draw_tokens(logits: Tensor, keys: Tensor, settings: FactorSettings) -> Tensor:

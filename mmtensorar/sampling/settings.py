@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from mmtensorar.recipe import Problems, SamplerSettings, problems_of
 
 SAMPLING = tuple(SamplerSettings.model_fields)
-LOADING = ("device", "precision", "attn_implementation")
+LOADING = ("device", "precision", "attn_implementation", "compile")
 
 # Settings of earlier versions, at the value that has no effect.
 REMOVED = {"greedy": False, **{name: old.neutral for name, old in SamplerSettings.removed_settings.items()}}
@@ -83,6 +83,12 @@ def add_generation(parser: argparse.ArgumentParser, *, needs: str = "") -> None:
         "--attn-implementation",
         choices=("sdpa", "flash_attention_2", "eager"),
         help="default: sdpa; flash_attention_2 needs bf16 on a GPU",
+    )
+    group.add_argument(
+        "--compile",
+        action="store_const",
+        const=True,
+        help="make a pass of the model one CUDA graph; compiling takes minutes, so it is for many images",
     )
 
 

@@ -9,10 +9,10 @@ F factors, V vocabulary, D width; m consecutive steps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
 
 from mmtensorar.model.conditions import Condition
@@ -28,17 +28,21 @@ from mmtensorar.sampling.noise import (
     token_keys,
 )
 
+PROMPT_LEN = 16  # with fixed shapes, prompts are padded to a multiple of it
+
 
 class DecodeState:
     """One batch of pictures in the making, for a strategy to advance.
 
     A strategy calls `prefill` once. From then on `predict` turns hidden states into the
     windows of the next steps, `keep` makes the first ones final, and `feed` turns windows
-    into the hidden states of the steps after them. A window depends only on its step,
-    the windows fed before it and its own noise. So the order of computation does not
-    change it.
+    into the hidden states of the steps after them. `settle` ends each pass; none of the
+    others waits for the device. A window depends only on its step, the windows fed
+    before it and its own noise. So the order of computation does not change it.
 
     Args: see `decode`. most_steps: the largest m that the strategy will feed.
+        fixed_shapes: no shape depends on how far the pictures are, so that a pass can be
+            compiled. Then finished pictures stay in the batch.
 
     Raises ValueError when the number of generators is not B, or a list of settings does
     not have F numbers.
@@ -53,6 +57,7 @@ class DecodeState:
         draw: Draw | None = None,
         generator: Generators = None,
         most_steps: int = 1,
+        fixed_shapes: bool = False,
     ):
         backbone = model.backbone
         self.model, self.settings = model, settings
@@ -64,9 +69,11 @@ class DecodeState:
         factors: list[FactorSettings] = settings.per_factor(self.num_factors)
         self.draws = [draw or partial(draw_tokens, settings=factor) for factor in factors]
         self.cfg_scales = [factor.cfg_scale for factor in factors]
+        self.coupled = settings.coupled_drafts
         # The unconditional rows are computed only if some factor uses them.
         self.guided = any(scale != 1 for scale in self.cfg_scales)
         self.most_steps = min(most_steps, self.num_tokens)
+        self.fixed_shapes = fixed_shapes
         # Final windows, and behind them what was predicted of later ones.
         self.windows_BTKF = torch.zeros(
             B,
@@ -76,12 +83,14 @@ class DecodeState:
             dtype=torch.int64,
             device=self.device,
         )
+        self._offsets_K = self._range(self.window)
         self.passes = [0] * B  # of each picture, through the backbone
-        # Of the pictures that are not finished:
-        self.pictures = list(range(B))  # their numbers in the batch
+        # Of the pictures in the batch, which are those that are not finished:
+        self.pictures = list(range(B))  # their numbers
         self.steps = [0] * B  # their t
         self._rows_A = torch.arange(B, device=self.device)
         self._steps_A = torch.zeros(B, dtype=torch.int64, device=self.device)
+        self._known_A = torch.zeros_like(self._steps_A)  # the steps before it have a window
         self._keys_A = picture_keys(B, generator).to(self.device)
 
     # ---- passes ----------------------------------------------------------------------
@@ -90,7 +99,7 @@ class DecodeState:
         """Run the prompts into a new cache; return hidden states [R, 1, D] of step
         0.
         """
-        values, mask = self.condition
+        values, mask = self._padded() if self.fixed_shapes else self.condition
         uncond = torch.zeros(len(values), dtype=torch.bool, device=self.device)
         if self.guided:
             values, mask = self._to_rows(values), self._to_rows(mask)
@@ -100,21 +109,31 @@ class DecodeState:
         self.prefix_len = prefix.mask.shape[1]
         # The last window is never fed. The steps past it only fill up a pass.
         self.cache = backbone.new_cache(self.prefix_len + self.num_tokens - 1 + self.most_steps)
-        self._count_pass()
-        return backbone(prefix.embeds, prefix.mask, self.cache)[:, -1:]
+        hidden = backbone(prefix.embeds, prefix.mask, self.cache)[:, -1:]
+        if self.fixed_shapes:
+            self.cache.fix_shapes()
+            # A CUDA graph may change what stays at its address.
+            for tensor in (self.windows_BTKF, self._rows_A, self._steps_A, self._known_A, self._keys_A):
+                torch._dynamo.mark_static_address(tensor)
+        return hidden
 
     def feed(self, windows: Tensor) -> Tensor:
         """Feed the windows [A, m, K, F] of the steps t - 1 to t + m - 2.
 
+        What was fed of steps that are not final is dropped from the cache before.
         Returns hidden states [R, m, D], those of the steps t to t + m - 1.
         """
         valid_AmK = self._valid(windows.shape[1], first=-1)
         # Windows past the image only fill up a pass. With one slot in view they become
         # numbers; NaN in the cache would reach the other rows through a weight of 0.
         valid_AmK[..., 0] = True
-        self._rewind()
+        lengths_R = self._to_rows(self.prefix_len + self._steps_A - 1)
+        if self.fixed_shapes:
+            self.cache.rewind(lengths_R)
+        else:
+            longest = max(self.steps)
+            self.cache.rewind(lengths_R, self.prefix_len + longest - 1, level=longest == min(self.steps))
         embeds = self.model.encode(self._to_rows(windows), self._to_rows(valid_AmK))
-        self._count_pass()
         return self.model.backbone(embeds, None, self.cache)
 
     def predict(self, hidden: Tensor) -> Tensor:
@@ -127,26 +146,18 @@ class DecodeState:
         windows_AmKF = self.model.draft(hidden, self._choose)[::rows_per_picture]
         return windows_AmKF * self._valid(hidden.shape[1], first=0)[..., None]
 
-    def keep(self, windows: Tensor, num_final: Sequence[int] | None = None) -> None:
-        """Make the predicted windows [A, m, K, F] of the steps from t on final.
+    def keep(self, windows: Tensor, num_final: Tensor | int) -> None:
+        """Make the first predicted windows [A, m, K, F] of the steps from t on final.
 
-        The rest serve as guesses. Pictures with T final windows leave the batch.
+        The rest serve as guesses.
 
-        num_final: how many of them are final, for each picture; None is all.
+        num_final: how many are final, for each picture ([A] int64) or for all.
         """
-        m = windows.shape[1]
-        places_Am = self._steps_A[:, None] + self._range(m)
+        places_Am = self._steps_A[:, None] + self._range(windows.shape[1])
         self.windows_BTKF[self._rows_A[:, None], places_Am] = windows
-        self.known = [step + m for step in self.steps]  # the steps before it have a window
-        if num_final is None:
-            self._steps_A = self._steps_A + m
-            self.steps = [step + m for step in self.steps]
-        else:
-            steps = (step + more for step, more in zip(self.steps, num_final, strict=True))
-            self.steps = [min(step, self.num_tokens) for step in steps]
-            self._steps_A = torch.tensor(self.steps, device=self.device)
-        if max(self.steps) >= self.num_tokens:
-            self._drop_finished()
+        # In place, since a compiled pass finds its tensors by their addresses.
+        self._known_A.copy_(self._steps_A + windows.shape[1])
+        self._steps_A.add_(num_final).clamp_(max=self.num_tokens)
 
     def guesses(self, m: int) -> Tensor:
         """The window of step t - 1, which is final, and guesses of the m - 1 after it:
@@ -156,14 +167,27 @@ class DecodeState:
         last window that it did predict, with its drafts one offset lower per step.
         """
         steps_Am = self._steps_A[:, None] - 1 + self._range(m)
-        known_A = torch.tensor(self.known, device=self.device)
-        source_Am = torch.minimum(steps_Am, known_A[:, None] - 1)
-        offsets_K = self._range(self.window)
-        offsets_AmK = ((steps_Am - source_Am)[..., None] + offsets_K).clamp(max=self.window - 1)
+        source_Am = torch.minimum(steps_Am, self._known_A[:, None] - 1)
+        offsets_AmK = ((steps_Am - source_Am)[..., None] + self._offsets_K).clamp(max=self.window - 1)
         windows = self.windows_BTKF[self._rows_A[:, None, None], source_Am[..., None], offsets_AmK]
         return windows * self._valid(m, first=-1)[..., None]
 
     # ---- pictures --------------------------------------------------------------------
+
+    def settle(self, final: int | None = None) -> None:
+        """End a pass: read how far each picture is, and let finished ones leave.
+
+        final: windows that the pass made final in every picture. None: that differs, and
+            reading it from the device waits for the pass.
+        """
+        for picture, step in zip(self.pictures, self.steps, strict=True):
+            self.passes[picture] += step < self.num_tokens
+        if final is None:
+            self.steps = self._steps_A.tolist()
+        else:
+            self.steps = [min(step + final, self.num_tokens) for step in self.steps]
+        if max(self.steps) >= self.num_tokens and not self.fixed_shapes:
+            self._drop_finished()
 
     @property
     def num_final(self) -> int:
@@ -183,23 +207,21 @@ class DecodeState:
         order = [index if self.steps[index] < self.num_tokens else tail.pop() for index in range(len(alive))]
         self.pictures = [self.pictures[index] for index in order]
         self.steps = [self.steps[index] for index in order]
-        self.known = [self.known[index] for index in order]
         index_A = torch.tensor(order, dtype=torch.int64, device=self.device)
-        self._rows_A, self._steps_A = self._rows_A[index_A], self._steps_A[index_A]
-        self._keys_A = self._keys_A[index_A]
+        self._rows_A, self._keys_A = self._rows_A[index_A], self._keys_A[index_A]
+        self._steps_A, self._known_A = self._steps_A[index_A], self._known_A[index_A]
         if order:
             self.cache.keep_rows(order, 2 if self.guided else 1)
 
-    def _rewind(self) -> None:
-        """Drop from the cache what was fed of steps that are not final."""
-        longest = max(self.steps)
-        lengths_R = self._to_rows(self.prefix_len + self._steps_A - 1)
-        level = longest == min(self.steps)
-        self.cache.rewind(lengths_R, self.prefix_len + longest - 1, level=level)
-
-    def _count_pass(self) -> None:
-        for picture in self.pictures:
-            self.passes[picture] += 1
+    def _padded(self) -> Condition:
+        """The condition, with prompts of text tokens padded to a multiple of PROMPT_LEN,
+        so that their length takes few values.
+        """
+        values, mask = self.condition
+        if self.model.backbone.prefix_len is not None:
+            return self.condition
+        more = -values.shape[1] % PROMPT_LEN
+        return Condition(functional.pad(values, (more, 0)), functional.pad(mask, (more, 0)))
 
     # ---- tokens ----------------------------------------------------------------------
 
@@ -218,17 +240,17 @@ class DecodeState:
         keys_AmK = token_keys(
             self._keys_A,
             steps_Am,
-            self.window,
+            self._offsets_K,
             factor,
             self.num_factors,
-            coupled=self.settings.coupled_drafts,
+            coupled=self.coupled,
         )
         tokens = self.draws[factor](logits.flatten(0, 1), keys_AmK.flatten(0, 1))
         return self._to_rows(tokens.unflatten(0, (A, m)))
 
     def _valid(self, m: int, *, first: int) -> Tensor:
         """[A, m, K] bool: slots inside the image, of m steps from t + first on."""
-        slots_mK = first + self._range(m)[:, None] + self._range(self.window)
+        slots_mK = first + self._range(m)[:, None] + self._offsets_K
         return self._steps_A[:, None, None] + slots_mK < self.num_tokens
 
     def _range(self, stop: int) -> Tensor:

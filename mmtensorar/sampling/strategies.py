@@ -17,6 +17,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from mmtensorar.recipe import SamplerSettings
+from mmtensorar.sampling.compiled import compiled
 from mmtensorar.sampling.state import DecodeState
 
 # Of a pass with `lookahead: auto`. Measured on two CPU cores: more steps for a single
@@ -63,11 +64,7 @@ def strategy_for(settings: SamplerSettings, name: str | None = None) -> Run:
 @strategy("one_at_a_time", when=lambda settings: True)
 def one_at_a_time(state: DecodeState) -> Iterator[None]:
     """One window per pass, T passes: each is fed before the next is predicted."""
-    state.keep(state.predict(state.prefill()))
-    yield
-    while state.remaining:
-        state.keep(state.predict(state.feed(state.guesses(1))))
-        yield
+    yield from _passes(state, lambda pictures: 1)
 
 
 @strategy("lookahead", when=lambda settings: settings.lookahead != 1)
@@ -79,16 +76,32 @@ def with_lookahead(state: DecodeState) -> Iterator[None]:
     token has its own noise. So the picture is the same, up to rounding, in fewer passes.
     Each picture of a batch goes on by as many steps as were confirmed in it.
     """
-    state.keep(state.predict(state.prefill()))
+    steps = state.settings.lookahead
+    yield from _passes(state, automatic_steps if steps == "auto" else lambda pictures: steps)
+
+
+def _passes(state: DecodeState, steps_for: Callable[[int], int]) -> Iterator[None]:
+    """Passes of `steps_for` (the number of pictures in the batch) steps."""
+    state.keep(state.predict(state.prefill()), 1)
+    state.settle(final=1)
     yield
+    run = compiled(one_pass) if state.fixed_shapes else one_pass
     while state.remaining:
-        steps = state.settings.lookahead
-        wanted = automatic_steps(len(state.steps)) if steps == "auto" else steps
-        fed = state.guesses(min(wanted, state.remaining))
-        predicted = state.predict(state.feed(fed))
-        confirmed = _count_equal(fed[:, 1:], predicted[:, :-1]).tolist()  # the one wait for the device
-        state.keep(predicted, [1 + count for count in confirmed])
+        steps = steps_for(len(state.steps))
+        if not state.fixed_shapes:
+            steps = min(steps, state.remaining)
+        run(state, steps)
+        state.settle(final=1 if steps == 1 else None)
         yield
+
+
+def one_pass(state: DecodeState, m: int) -> None:
+    """Feed m steps, all but the first guessed, and make final what follows right
+    guesses.
+    """
+    fed = state.guesses(m)
+    predicted = state.predict(state.feed(fed))
+    state.keep(predicted, 1 + _count_equal(fed[:, 1:], predicted[:, :-1]))
 
 
 def automatic_steps(pictures: int) -> int:

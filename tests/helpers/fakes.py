@@ -65,6 +65,8 @@ class FakeBackbone(nn.Module):
     factor_sizes: one size per factor, at least one; two give the factorised variant.
     """
 
+    prefix_len = None
+
     def __init__(
         self, factor_sizes: tuple[int, ...] = (11,), num_tokens: int = 6, dim: int = 16, num_words: int = 9
     ):

@@ -77,11 +77,11 @@ def test_greedy_drafts_are_greedy_at_drafts_only():
 def test_final_tokens_have_the_same_noise_whatever_the_window():
     pictures = picture_keys(2, [torch.Generator().manual_seed(seed) for seed in (3, 4)])
     steps = torch.arange(5).expand(2, 5)
-    one, four = (token_keys(pictures, steps, window, 1, 2, coupled=False) for window in (1, 4))
+    one, four = (token_keys(pictures, steps, torch.arange(window), 1, 2, coupled=False) for window in (1, 4))
     assert one.shape == (2, 5, 1) and four.shape == (2, 5, 4)
     assert torch.equal(one[..., 0], four[..., 0])
     assert len(four.unique()) == four.numel(), "every draft has noise of its own"
-    other = token_keys(pictures, steps, 4, 0, 2, coupled=False)
+    other = token_keys(pictures, steps, torch.arange(4), 0, 2, coupled=False)
     assert not set(other.flatten().tolist()) & set(four.flatten().tolist()), "and so has every factor"
 
 
@@ -90,6 +90,6 @@ def test_a_coupled_draft_has_the_noise_of_its_place():
     between.
     """
     pictures, steps = picture_keys(1, torch.Generator().manual_seed(0)), torch.arange(5)[None]
-    keys = token_keys(pictures, steps, 3, 0, 1, coupled=True)
+    keys = token_keys(pictures, steps, torch.arange(3), 0, 1, coupled=True)
     for offset in (1, 2):
         assert torch.equal(keys[:, : 5 - offset, offset], keys[:, offset:, 0])

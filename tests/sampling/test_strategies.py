@@ -165,7 +165,8 @@ def test_a_new_strategy_is_one_function():
         hidden = state.prefill()
         while state.remaining:
             state.predict(hidden)
-            state.keep(state.predict(hidden))
+            state.keep(state.predict(hidden), 1)
+            state.settle(final=1)
             yield
             if state.remaining:
                 hidden = state.feed(state.guesses(1))
