@@ -358,27 +358,52 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict]]:
         raise ValueError(f"{path} is empty")
 
 
-def end_last_line(file: BinaryIO, path: Path) -> None:
+def end_last_line(file: BinaryIO, path: Path, key: str) -> None:
     """Make a file of JSON lines, open for reading and appending, ready for the next
     line.
 
     A last line that is incomplete, from a process that was killed while it wrote, is
     removed, and that is printed. A whole one without a line end gets one.
+
+    key: the first one of every line. Raises ValueError, and changes nothing, when the
+    first or the last line lacks it: somebody else's file has the same name.
     """
     size = file.seek(0, os.SEEK_END)
-    start = file.seek(max(0, size - MAX_LINE))
+    file.seek(max(0, size - MAX_LINE))
     tail = file.read()
-    if not tail or tail.endswith(b"\n"):
-        return
     line = tail[tail.rfind(b"\n") + 1 :]
+    file.seek(0)
+    for place, text in (("first", file.readline(MAX_LINE)), ("last", line)):
+        if text and not _begins_with(text, key):
+            raise ValueError(
+                f"{path}: its {place} line is not a JSON object with {key!r}, so the file is not ours and "
+                "stays as it is; choose another name"
+            )
+    if not line:
+        return
     try:
         json.loads(line)
     except (ValueError, RecursionError):
-        file.truncate(start + len(tail) - len(line))
+        file.truncate(size - len(line))
         print(f"note: {path}: the last line is incomplete (a run was killed); it is removed", file=sys.stderr)
     else:
+        file.seek(0, os.SEEK_END)
         file.write(b"\n")
         file.flush()
+
+
+def _begins_with(line: bytes, key: str) -> bool:
+    """Whether a line of JSON, or the part of it that was written, is an object with
+    this key.
+    """
+    begin = f'{{"{key}": '.encode()
+    if line.startswith(begin) or begin.startswith(line):
+        return True
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and key in value
 
 
 def write_json_lines(path: Path, rows: Iterable[dict]) -> None:

@@ -250,6 +250,41 @@ def test_a_line_that_was_cut_short_is_removed(tmp_path, capsys, tail, kept, note
     assert ("incomplete" in capsys.readouterr().err) == noted
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "a red circle\na blue star",
+        "a red circle\na blue star\n",
+        '{"prompt": "a", "file_name": "b"}\n{"prompt": "c"}\n',
+        '{"prompt": "a red ci',
+        '{"file": "00000_0.png", "prompt": "a"}\na red circle',
+        '["file"]\n',
+    ],
+)
+def test_a_file_of_the_same_name_stays_as_it_is(tmp_path, content):
+    """`generate --out d --prompts-file d/prompts.jsonl` with a text file of prompts:
+    its last line was removed, as if a killed process had left it, and records were
+    appended.
+    """
+    (tmp_path / "prompts.jsonl").write_text(content)
+    with pytest.raises(ValueError, match="prompts.jsonl"):
+        PictureFolder(tmp_path)
+    assert (tmp_path / "prompts.jsonl").read_text() == content
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
+
+
+@pytest.mark.parametrize("content", ["a question", '{"question": "a", "answer": "b"}\nwhat', "yes\nno\n"])
+def test_a_file_that_is_no_record_of_answers_or_scores_stays_as_it_is(tmp_path, content):
+    """The other records of JSON lines lost a last line in the same way."""
+    from eval.dpg_bench.answers import Cache
+
+    path = tmp_path / "answers.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="answers.jsonl"):
+        Cache(path)
+    assert path.read_text() == content
+
+
 @pytest.mark.parametrize("name", ["00000_0.revisions.png", "100000_12.revisions.png", "a.revisions.png"])
 def test_strips_of_revisions_are_not_pictures(tmp_path, name):
     picture = tmp_path / name.replace(".revisions", "")

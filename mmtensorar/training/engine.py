@@ -285,8 +285,9 @@ def monitor(names: Sequence[str], run_dir: Path, start_step: int) -> Callable[[l
     for path in list(folder.glob("*.csv")):
         with path.open("rb") as file:
             header, *lines = [line.text for line in iterate_lines(file)] or [""]
-        if not header.startswith("step,"):  # torn when the run was killed
-            path.unlink()
+        if not header.startswith("step,"):
+            if "step,".startswith(header):  # torn when the run was killed; else somebody else's
+                path.unlink()
             continue
         numbered = [(line.partition(",")[0], line) for line in lines]
         kept = [line for number, line in numbered if number.isdigit() and int(number) <= start_step]

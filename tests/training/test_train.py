@@ -61,9 +61,12 @@ def test_resumed_run_equals_uninterrupted_run(bench, whole_run):
     moments and learning rate.
     """
     name = cut(bench, "whole")
+    notes = bench / "runs" / name / "csv" / "notes.csv"
+    notes.write_text("mine")
     done = run(bench, f"run.name={name}", "--resume", "train.monitors=[csv]")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "after step 2" in done.stdout
+    assert notes.read_text() == "mine", "once deleted, as a file of ours that was cut short"
     loss = (bench / "runs" / name / "csv" / "loss.csv").read_text().splitlines()
     assert loss == ["step,loss", *(f"{row['step']},{row['loss']}" for row in whole_run)], (
         "each step once, under one header"
