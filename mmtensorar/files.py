@@ -311,6 +311,18 @@ def iterate_lines(file: IO[bytes] | io.BufferedIOBase, max_bytes: int = MAX_LINE
 # ---- JSON ----------------------------------------------------------------------------------------
 
 
+def parse_json(text: str) -> Any:
+    """A JSON value. Raises ValueError, in our words, for anything else."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}") from None
+    except RecursionError:
+        raise ValueError("not JSON: it is nested too deeply") from None
+    except ValueError:  # Python's advice is a call to a function of its own
+        raise ValueError("not JSON that we read: a number has thousands of digits") from None
+
+
 def read_json(path: Path) -> dict:
     """The JSON object in a file.
 
@@ -321,11 +333,11 @@ def read_json(path: Path) -> dict:
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
+        value = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: expected one JSON object; {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected one JSON object")
+        raise ValueError(f"{path}: expected one JSON object, got {type(value).__name__}")
     check_characters(value, str(path))
     return value
 
@@ -343,9 +355,9 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict]]:
                 if problem is not None:
                     raise ValueError(f"{path} line {number}: {problem}")
                 try:
-                    value = json.loads(text)
-                except (ValueError, RecursionError):
-                    value = None
+                    value = parse_json(text)
+                except ValueError as error:
+                    raise ValueError(f"{path} line {number}: expected one JSON object; {error}") from None
                 if not isinstance(value, dict):
                     raise ValueError(f"{path} line {number}: expected one JSON object")
                 check_characters(value, f"{path} line {number}")
@@ -374,7 +386,7 @@ def end_last_line(file: BinaryIO, path: Path, key: str) -> None:
     line = tail[tail.rfind(b"\n") + 1 :]
     file.seek(0)
     for place, text in (("first", file.readline(MAX_LINE)), ("last", line)):
-        if text and not _begins_with(text, key):
+        if text and not _begins_with(text, key, str(path)):
             raise ValueError(
                 f"{path}: its {place} line is not a JSON object with {key!r}, so the file is not ours and "
                 "stays as it is; choose another name"
@@ -392,16 +404,19 @@ def end_last_line(file: BinaryIO, path: Path, key: str) -> None:
         file.flush()
 
 
-def _begins_with(line: bytes, key: str) -> bool:
+def _begins_with(line: bytes, key: str, where: str) -> bool:
     """Whether a line of JSON, or the part of it that was written, is an object with
     this key.
+
+    Raises ValueError, starting with `where`, when it is not UTF-8.
     """
     begin = f'{{"{key}": '.encode()
     if line.startswith(begin) or begin.startswith(line):
         return True
+    text = decode_text(line, where)
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
+        value = parse_json(text)
+    except ValueError:
         return False
     return isinstance(value, dict) and key in value
 

@@ -182,7 +182,7 @@ def test_a_killed_process_leaves_no_empty_picture(tmp_path, monkeypatch, trace, 
         (["00003_0.windows.safetensors", "00004_0.revisions.png"], "", "00005_5.png"),
         (["00001_0.png"], '{"file": "00009_0.png", "prompt": "removed since"}\n', "00010_5.png"),
         ([], '{"file": "100041_2.png", "prompt": "\\"file\\": \\"900000_2.png\\""}\n', "100042_5.png"),
-        (["123_0.png", "picture_1.png", "00000.png", "prompts.txt"], "{}\n", "00000_5.png"),
+        (["123_0.png", "picture_1.png", "00000.png", "prompts.txt"], '{"file": "a.png"}\n', "00000_5.png"),
     ],
 )
 def test_numbers_continue(tmp_path, present, record, expected):

@@ -4,7 +4,6 @@ classes.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,7 +18,7 @@ from data_tools.sources import Item, Layout
 from data_tools.storage import FileStatus, read_file
 from mmtensorar.data.members import decode_caption
 from mmtensorar.data.pictures import SUFFIXES
-from mmtensorar.files import check_characters, decode_text
+from mmtensorar.files import check_characters, decode_text, parse_json
 from mmtensorar.folders import LeftOut
 
 
@@ -51,9 +50,9 @@ def parse_object(content: str | bytes, where: str, expected: str = "an object") 
     """A JSON object. Raises ValueError, starting with `where`, for anything else."""
     text = decode_text(content, where) if isinstance(content, bytes) else content
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON ({error})") from error
+        value = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{where}: holds {type(value).__name__}; expected {expected}")
     check_characters(value, where)

@@ -24,6 +24,7 @@ from mmtensorar.processes import SAVER_THREAD
 from mmtensorar.training import engine_private
 from mmtensorar.training.distributed import on_all_ranks
 from mmtensorar.training.ema import Average
+from mmtensorar.words import sentence_of
 
 PATIENCE_S = 900  # seconds that rank 0 waits for the next file of another rank
 
@@ -148,7 +149,8 @@ class Saver:
         def report() -> None:
             failure, self.failure = self.failure, None
             if failure is not None:
-                raise ValueError(f"{self.folder}: a run state could not be written ({failure})") from failure
+                reason = sentence_of(failure)
+                raise ValueError(f"{self.folder}: a run state could not be written ({reason})") from failure
 
         on_all_ranks(report, device)
 
