@@ -126,6 +126,8 @@ def _store_files(root: Any, left_out: LeftOut) -> dict[Any, FileStatus]:
         listed = root.fs.find(root.path, detail=True)
     except OSError as error:
         raise ValueError(f"{shown(str(root))}: cannot be listed ({error})") from error
+    if not listed:  # of a server that cannot be reached, fsspec lists nothing
+        _check_reached(root)
     found, hidden = {}, set()
     for name, status in listed.items():
         # A relative name, unlike a path, is the same for a store and for UPath.
@@ -140,6 +142,16 @@ def _store_files(root: Any, left_out: LeftOut) -> dict[Any, FileStatus]:
     for name in sorted(hidden):
         left_out.add(listing.HIDDEN, root / name)
     return found
+
+
+def _check_reached(path: Any) -> None:
+    """Raise ValueError when a store does not answer, or has nothing of that name."""
+    try:
+        path.fs.info(path.path)
+    except Exception as error:  # any: each store raises errors of its own library
+        reason = f" ({error.__cause__})" if error.__cause__ else ""
+        name = shown(str(path))
+        raise ValueError(f"{name}: no such file or folder, or it cannot be reached{reason}") from error
 
 
 def is_utf8(name: str) -> bool:
@@ -212,6 +224,8 @@ def folders(root: Path | Any, left_out: LeftOut) -> tuple[str, ...]:
     left_out: receives hidden entries, and files.
     """
     names = []
+    if not is_local(root):
+        _check_reached(root)
     for path in sorted(root.iterdir(), key=lambda path: path.name):
         if listing.is_hidden(path.name):
             left_out.add(listing.HIDDEN, path)

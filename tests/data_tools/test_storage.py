@@ -175,11 +175,12 @@ def test_a_saved_dataset_in_a_store(tmp_path, store):
     assert_right(tmp_path / "set")
 
 
-def test_a_folder_on_a_web_server(tmp_path, captioned):
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *arguments):
-            pass
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *arguments):
+        pass
 
+
+def test_a_folder_on_a_web_server(tmp_path, captioned):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=captioned.parent))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
@@ -192,6 +193,21 @@ def test_a_folder_on_a_web_server(tmp_path, captioned):
     finally:
         server.shutdown()
     assert_right(tmp_path / "set")
+
+
+@pytest.mark.parametrize("source", ["tars", "folder", "parquet", "jsonl", "class-folder"])
+@pytest.mark.parametrize("place", ["http://127.0.0.1:9/set", "http://127.0.0.1:{port}/gone", "store"])
+def test_what_cannot_be_reached_is_not_an_empty_folder(tmp_path, store, capsys, source, place):
+    """`--tars` of a server that did not answer printed `no .tar files in it`."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    place = str(store / "gone") if place == "store" else place.format(port=server.server_address[1])
+    try:
+        assert make(tmp_path / "set", f"--{source}", place) == 2
+    finally:
+        server.shutdown()
+    assert "or it cannot be reached" in capsys.readouterr().err
+    assert not (tmp_path / "set").exists()
 
 
 # ---- into a store ----------------------------------------------------------------------------
