@@ -8,20 +8,23 @@ import argparse
 import math
 
 from mmtensorar.data.shards import MAX_SIDE
+from mmtensorar.words import any_number, whole_number
 
 
 def positive(text: str) -> int:
     """A whole number of at least 1."""
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
+    return _at_least(1, text)
 
 
 def whole(text: str) -> int:
     """A whole number of at least 0."""
-    if not text.isascii() or not text.isdigit():
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
-    return int(text)
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    if not text.isascii() or not text.isdigit() or (number := whole_number(text)) < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
+    return number
 
 
 def image_side(text: str) -> int:
@@ -73,6 +76,6 @@ def ratio(text: str) -> float:
 
 def _number(text: str) -> float:
     try:
-        return float(text)
+        return any_number(text)
     except ValueError:
         return math.nan

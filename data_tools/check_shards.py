@@ -64,7 +64,7 @@ from mmtensorar.data.shards import (
     write_tar,
     wrong_count,
 )
-from mmtensorar.files import decode, sha256, write_text
+from mmtensorar.files import decode, parse_json, sha256, write_text
 from mmtensorar.words import counted
 
 if TYPE_CHECKING:
@@ -171,9 +171,9 @@ def _check_text(sample: Sample, where: str, classes: tuple[str, ...] | None) -> 
             raise ValueError(f"{where}: no {extension} member")
     check_class(decode_caption(sample.members["txt"], where), where, classes)
     try:
-        json.loads(decode(sample.members["json"]))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: the json member is not JSON ({error})") from error
+        parse_json(decode(sample.members["json"]))
+    except ValueError as error:
+        raise ValueError(f"{where}: the json member is {error}") from None
 
 
 def _check_codes(sample: Sample, where: str, manifest: Manifest) -> None:

@@ -19,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from mmtensorar import cli
 from mmtensorar import folders as listing
 from mmtensorar.data.shards import EXTENSIONS, MANIFEST, Manifest
 from mmtensorar.data.url_cache import is_url, shown, store_errors
@@ -61,7 +62,7 @@ def at(name: str) -> Path | Any:
 def argument(name: str) -> Path | Any:
     """A path on the command line (an argparse type)."""
     try:
-        return at(name)
+        return at(cli.not_empty(name))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -72,7 +73,7 @@ def folder_to_write(name: str) -> Path | Any:
         raise argparse.ArgumentTypeError(
             f"{shown(name)}: cannot write shards to a web server; expected a folder, s3://, gs:// or hf://"
         )
-    return argument(name)
+    return argument(name) if is_url(name) else cli.folder_to_write(name)
 
 
 def is_local(path: Path | Any) -> bool:

@@ -134,7 +134,7 @@ def add_options(
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--ckpt", type=Path, metavar="FOLDER", help=ckpt)
     source.add_argument("--images", type=Path, metavar="PATH", help=images)
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help=out)
+    parser.add_argument("--out", type=cli.folder_to_write, metavar="FOLDER", help=out)
     parser.add_argument("--num-images", type=int, metavar="N", help=num_images)
     parser.add_argument("--seed", type=int, default=0, help="of the pictures (default 0)")
     if allow_partial:

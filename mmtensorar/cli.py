@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 from mmtensorar import ranks
+from mmtensorar.words import any_number, sentence_of, whole_number
 
 
 class Main(Protocol):
@@ -128,24 +129,6 @@ def print_error(error: Exception | str) -> None:
     print(f"error: {text}", file=sys.stderr, flush=True)
 
 
-def sentence_of(error: Exception) -> str:
-    """An error in words.
-
-    Those of Python itself name the file or the text, and no error number.
-    """
-    if isinstance(error, OSError) and error.strerror:
-        what = error.strerror[:1].lower() + error.strerror[1:]
-        named = isinstance(error.filename, (str, bytes))
-        return f"{os.fsdecode(error.filename)}: {what}" if named else what
-    if isinstance(error, UnicodeEncodeError):
-        near = error.object[max(0, error.start - 20) : error.end + 20]
-        return f"{near!r} holds half a character, or a byte that is not UTF-8"
-    if isinstance(error, UnicodeDecodeError):
-        near = bytes(error.object[max(0, error.start - 20) : error.end + 20])
-        return f"expected UTF-8, got {near!r}"
-    return str(error) or type(error).__name__
-
-
 def shortened(text: str) -> str:
     """The first 200 characters of a text."""
     return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"
@@ -170,11 +153,24 @@ _SENTENCES = (
 )
 
 
-def _whole_number(text: str) -> int:
-    """As int, without underscores between digits, which recipes refuse too."""
-    if "_" in text:
-        raise ValueError(text)
-    return int(text)
+def not_empty(text: str) -> str:
+    """Text that names something. An option that may be empty has the type str."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a value, got ''")
+    return text
+
+
+def _path(text: str) -> Path:
+    return Path(not_empty(text))  # Path("") is the working directory
+
+
+def folder_to_write(text: str) -> Path:
+    """A folder that may be missing (an argparse type)."""
+    path = _path(text)
+    there = next((place for place in (path, *path.parents) if os.path.lexists(place)), path)
+    if there.exists() and not there.is_dir():
+        raise argparse.ArgumentTypeError(f"{there} is a file; expected a folder")
+    return path
 
 
 class Parser(argparse.ArgumentParser):
@@ -208,7 +204,10 @@ class Parser(argparse.ArgumentParser):
         settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(prog=prog, epilog=epilog, **settings)
         self.passes_on = passes_on
-        self.register("type", int, _whole_number)
+        self.register("type", int, whole_number)
+        self.register("type", float, any_number)
+        self.register("type", Path, _path)
+        self.register("type", None, not_empty)
         self._words: list[str] = []
 
     def parse_known_args(self, args=None, namespace=None):  # argparse's names

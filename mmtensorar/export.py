@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from mmtensorar.cli import Parser, command
+from mmtensorar.cli import Parser, command, folder_to_write
 
 
 @command
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--average", action="store_true", help="the moving average of the weights (train.ema_decay)"
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--out", type=folder_to_write, required=True, help="folder to write")
     options = parser.parse_args(arguments)
     if not (options.run / "recipe.yaml").is_file():
         raise ValueError(f"{options.run} is not a run folder: it has no recipe.yaml")

@@ -18,6 +18,7 @@ import shutil
 import sys
 import uuid
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -311,6 +312,37 @@ def iterate_lines(file: IO[bytes] | io.BufferedIOBase, max_bytes: int = MAX_LINE
 # ---- JSON ----------------------------------------------------------------------------------------
 
 
+class _Repeated(ValueError):
+    """A key occurs twice in an object."""
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        repeated = ", ".join(repr(key) for key, count in counts.items() if count > 1)
+        raise _Repeated(f"a key occurs twice: {repeated}")
+    return value
+
+
+def parse_json(text: str) -> Any:
+    """A JSON value.
+
+    Raises ValueError, in our words, for anything else, and for a key that occurs twice in
+    an object, of which Python would take the last.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique_keys)
+    except _Repeated:
+        raise
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}") from None
+    except RecursionError:
+        raise ValueError("not JSON: it is nested too deeply") from None
+    except ValueError:  # Python's advice is a call to a function of its own
+        raise ValueError("not JSON that we read: a number has thousands of digits") from None
+
+
 def read_json(path: Path) -> dict:
     """The JSON object in a file.
 
@@ -321,11 +353,11 @@ def read_json(path: Path) -> dict:
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
+        value = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: expected one JSON object; {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected one JSON object")
+        raise ValueError(f"{path}: expected one JSON object, got {type(value).__name__}")
     check_characters(value, str(path))
     return value
 
@@ -343,9 +375,9 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict]]:
                 if problem is not None:
                     raise ValueError(f"{path} line {number}: {problem}")
                 try:
-                    value = json.loads(text)
-                except (ValueError, RecursionError):
-                    value = None
+                    value = parse_json(text)
+                except ValueError as error:
+                    raise ValueError(f"{path} line {number}: expected one JSON object; {error}") from None
                 if not isinstance(value, dict):
                     raise ValueError(f"{path} line {number}: expected one JSON object")
                 check_characters(value, f"{path} line {number}")
@@ -358,27 +390,55 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict]]:
         raise ValueError(f"{path} is empty")
 
 
-def end_last_line(file: BinaryIO, path: Path) -> None:
+def end_last_line(file: BinaryIO, path: Path, key: str) -> None:
     """Make a file of JSON lines, open for reading and appending, ready for the next
     line.
 
     A last line that is incomplete, from a process that was killed while it wrote, is
     removed, and that is printed. A whole one without a line end gets one.
+
+    key: the first one of every line. Raises ValueError, and changes nothing, when the
+    first or the last line lacks it: somebody else's file has the same name.
     """
     size = file.seek(0, os.SEEK_END)
-    start = file.seek(max(0, size - MAX_LINE))
+    file.seek(max(0, size - MAX_LINE))
     tail = file.read()
-    if not tail or tail.endswith(b"\n"):
-        return
     line = tail[tail.rfind(b"\n") + 1 :]
+    file.seek(0)
+    for place, text in (("first", file.readline(MAX_LINE)), ("last", line)):
+        if text and not _begins_with(text, key, str(path)):
+            raise ValueError(
+                f"{path}: its {place} line is not a JSON object with {key!r}, so the file is not ours and "
+                "stays as it is; choose another name"
+            )
+    if not line:
+        return
     try:
         json.loads(line)
     except (ValueError, RecursionError):
-        file.truncate(start + len(tail) - len(line))
+        file.truncate(size - len(line))
         print(f"note: {path}: the last line is incomplete (a run was killed); it is removed", file=sys.stderr)
     else:
+        file.seek(0, os.SEEK_END)
         file.write(b"\n")
         file.flush()
+
+
+def _begins_with(line: bytes, key: str, where: str) -> bool:
+    """Whether a line of JSON, or the part of it that was written, is an object with
+    this key.
+
+    Raises ValueError, starting with `where`, when it is not UTF-8.
+    """
+    begin = f'{{"{key}": '.encode()
+    if line.startswith(begin) or begin.startswith(line):
+        return True
+    text = decode_text(line, where)
+    try:
+        value = parse_json(text)
+    except ValueError:
+        return False
+    return isinstance(value, dict) and key in value
 
 
 def write_json_lines(path: Path, rows: Iterable[dict]) -> None:

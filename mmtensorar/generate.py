@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from mmtensorar import ranks
 from mmtensorar.checkpoints.index import read_index
-from mmtensorar.cli import Parser, command
+from mmtensorar.cli import Parser, command, folder_to_write
 from mmtensorar.files import read_lines, temporary_name
 from mmtensorar.picture_folder import RECORD, REVISIONS, WINDOWS, PictureFolder
 from mmtensorar.sampling.settings import LOADING, add_generation, at_least_1, given_settings
@@ -189,7 +189,7 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
         example='--ckpt recipes/tiny/weights/base --prompt "a red circle" --out out/',
     )
     parser.add_argument("--ckpt", type=Path, required=True, help="model folder, such as runs/NAME/model")
-    parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
+    parser.add_argument("--prompt", type=str, action="append", default=[], help="may be given several times")
     parser.add_argument("--prompts-file", type=Path, help="text file with one prompt per line")
     parser.add_argument(
         "--class",
@@ -201,7 +201,7 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
         help="class numbers, instead of prompts, for a class-conditional model",
     )
     parser.add_argument("--num-images", type=at_least_1, default=1, help="per prompt (default 1)")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="output folder (default out)")
+    parser.add_argument("--out", type=folder_to_write, default=Path("out"), help="folder (default out)")
     parser.add_argument(
         "--seed", type=int, default=0, help="of each prompt's first image; the next ones count up (default 0)"
     )

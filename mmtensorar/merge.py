@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from mmtensorar.checkpoints.index import read_index
-from mmtensorar.cli import Parser, command
+from mmtensorar.cli import Parser, command, folder_to_write
 
 
 def merge(source: Path, target: Path) -> None:
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         example="runs/NAME/model merged/",
     )
     parser.add_argument("source", type=Path, help="model folder of adapters, such as runs/NAME/model")
-    parser.add_argument("target", type=Path, help="folder to write")
+    parser.add_argument("target", type=folder_to_write, help="folder to write")
     options = parser.parse_args(arguments)
     merge(options.source, options.target)
     print(f"{options.target}: all weights, for generate, eval and train.init_from")

@@ -71,6 +71,7 @@ class PictureFolder:
 
     Numbers continue after the largest in the folder or in prompts.jsonl. A last line of
     prompts.jsonl that a killed process left incomplete is removed, which is printed.
+    Raises ValueError when prompts.jsonl is another file of that name.
     """
 
     def __init__(self, path: Path):
@@ -78,7 +79,7 @@ class PictureFolder:
         path.mkdir(parents=True, exist_ok=True)
         self._read = 0  # bytes of prompts.jsonl
         with self._record() as record:
-            end_last_line(record, self.path / RECORD)
+            end_last_line(record, self.path / RECORD, "file")
             self._next = 1 + self._largest()
             self._read_lines(record)
 

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from mmtensorar.checkpoints.options import add_image_tokenizer
-from mmtensorar.cli import Parser, command
+from mmtensorar.cli import Parser, command, folder_to_write
 from mmtensorar.data.pictures import center_square, open_picture
 from mmtensorar.files import atomic_path
 from mmtensorar.words import counted
@@ -96,7 +96,7 @@ def parser() -> Parser:
         "images", type=Path, nargs="+", metavar="IMAGE", help="JPEG, PNG, WEBP, BMP, GIF or TIFF"
     )
     add_image_tokenizer(roundtrip)
-    roundtrip.add_argument("--out", type=Path, default=Path("out"))
+    roundtrip.add_argument("--out", type=folder_to_write, default=Path("out"))
     return parser
 
 

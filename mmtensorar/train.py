@@ -60,7 +60,7 @@ from mmtensorar.training.engine import (
     start,
 )
 from mmtensorar.training.plan import SampleFlops
-from mmtensorar.training.resume import find_progress, nothing_to_do
+from mmtensorar.training.resume import find_progress, input_settings, nothing_to_do
 from mmtensorar.training.run import (
     TrainingRun,
     check_fit,
@@ -135,7 +135,7 @@ def prepare(recipe: Recipe, stack: ExitStack, *, resume: bool, local_rank: int) 
     lock_run_folder(recipe, stack, device)
     fingerprints = {"start": model_folder.start_fingerprint(recipe)}
     if progress is not None:
-        run_state.check_recorded(folder / "checkpoints", fingerprints)
+        run_state.check_recorded(folder / "checkpoints", fingerprints, input_settings(recipe))
         if nothing_to_do(recipe, progress):
             print_on_first(f"{folder} is already at step {progress} of {recipe.train.steps}: nothing to do")
             return None
@@ -145,6 +145,8 @@ def prepare(recipe: Recipe, stack: ExitStack, *, resume: bool, local_rank: int) 
     caption_encoder = backbones.caption_encoder(recipe.backbone)
     sample_grid.check(recipe, len(image_tokenizer.factor_sizes), caption_encoder)
     fingerprints["shards"] = checks.preflight(recipe, image_tokenizer, caption_encoder, world_size=world_size)
+    if progress is not None:
+        run_state.check_recorded(folder / "checkpoints", fingerprints, input_settings(recipe))
     engine = start(recipe, world_size, device)
     check_fit(recipe, image_tokenizer, engine.module)
     print_model(recipe, engine.module)

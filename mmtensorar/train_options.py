@@ -5,10 +5,12 @@ which takes seconds.
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 
 from mmtensorar import ranks
 from mmtensorar.cli import Parser, print_error
-from mmtensorar.recipe import read_settings
+from mmtensorar.recipe import given_twice, read_settings
 
 
 def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -20,7 +22,7 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
         "  mmtensorar train recipes/tiny/tensorar.yaml train.precision=fp32 train.steps=20\n"
         "  deepspeed mmtensorar/train.py recipes/janus_pro_7b.yaml --resume",
     )
-    parser.add_argument("recipe", help="YAML file")
+    parser.add_argument("recipe", type=Path, help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.steps=100")
     parser.add_argument(
         "--plain",
@@ -37,8 +39,13 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
 def check(arguments: list[str] | None = None) -> None:
     """End this process with one sentence, on the first rank, when an option or the
     recipe file is wrong.
+
+    Prints a note for each setting that is given twice.
     """
     options = read_options(arguments)
+    if ranks.is_first():
+        for note in given_twice(options.overrides):
+            print(f"note: {note}", file=sys.stderr, flush=True)
     try:
         read_settings(options.recipe)
     except ValueError as error:

@@ -367,7 +367,7 @@ def main(arguments: list[str] | None = None) -> int:
         description="Train a small JanusVQVAE on the pictures of a shard folder.",
         example="recipes/tiny/image_tokenizer.yaml steps=200",
     )
-    parser.add_argument("recipe", help="YAML file; see recipes/tiny/image_tokenizer.yaml")
+    parser.add_argument("recipe", type=Path, help="YAML file; see recipes/tiny/image_tokenizer.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     options = parser.parse_args(arguments)
     try:

@@ -76,6 +76,15 @@ def test_a_mistyped_option_is_one_sentence(verb, capsys):
         ("generate --ckpt x --seed 1_0", "--seed: expected a whole number, got '1_0'"),
         ("eval geneval --images x --num-images 1_0", "--num-images: expected a whole number"),
         ("image-tokenizer roundtrip a --tokenizer x --image-size 2_5", "--image-size: expected a whole"),
+        ("generate --ckpt x --top-k 1_0", "--top-k: expected a whole number, or one per factor"),
+        ("generate --ckpt x --top-k 5,1_0", "--top-k: expected a whole number, or one per factor"),
+        ("generate --ckpt x --temperature 1_0", "--temperature: expected a number, or one per factor"),
+        ("generate --ckpt x --batch-size 1_0", "--batch-size: expected a whole number of at least 1"),
+        ("shards make --csv a --out x --max-aspect 1_0", "--max-aspect: expected a number of at least 1"),
+        ("generate --ckpt x --seed 99999999999999999999999", "--seed: expected a number less than 2^63"),
+        ("generate --ckpt x --num-images 99999999999999999999999", "--num-images: expected a number less"),
+        ("generate --ckpt x --class 1 9223372036854775808", "--class: expected a number less than 2^63"),
+        ("shards make --csv a --out x --limit 99999999999999999999999", "--limit: expected a number less"),
         ("generate --ckpt x --seed ten", "--seed: expected a whole number, got 'ten'"),
         (
             "generate --ckpt x --prompt",
@@ -112,6 +121,49 @@ def test_a_wrong_option_is_one_sentence_with_a_hint(words, sentence, capsys):
     lines = refusal(capsys, *words.split())
     assert len(lines) == 2 and lines[0].startswith(f"error: {sentence}")
     assert lines[1].startswith("mmtensorar ") and lines[1].endswith(" --help shows the options")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["recipe", ""],
+        ["plan", ""],
+        ["generate", "--ckpt", "", "--prompt", "a"],
+        ["generate", "--ckpt", "x", "--prompts-file", ""],
+        ["convert", "", "x"],
+        ["convert", "x", ""],
+        ["shards", "make", "--tars", "", "--out", "x"],
+        ["shards", "make", "--csv", "a", "--out", ""],
+        ["shards", "check", ""],
+        ["eval", "geneval", "--images", ""],
+    ],
+)
+def test_an_empty_word_is_not_the_working_directory(words, capsys):
+    """`recipe ""`, of a variable that is not set, printed `.: cannot be read (Is a
+    directory)`, and `shards make --tars ""` read all files of the current folder.
+    """
+    line, _ = refusal(capsys, *words)
+    assert "expected a value, got ''" in line
+
+
+@pytest.mark.parametrize("name", ["file", "file/new", "file/new/newer"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "generate --ckpt x --prompt a --out",
+        "image-tokenizer roundtrip a.png --tokenizer x --out",
+        "export x --out",
+        "merge x",
+        "eval geneval --ckpt x --suite shapes --out",
+        "shards make --csv a --out",
+    ],
+)
+def test_a_file_is_not_a_folder_to_write(words, name, tmp_path, capsys):
+    """`--out FILE` printed `FILE: file exists`, after the model was loaded."""
+    (tmp_path / "file").write_text("mine")
+    line, _ = refusal(capsys, *words.split(), str(tmp_path / name))
+    assert f"{tmp_path / 'file'} is a file; expected a folder" in line
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.launch

@@ -182,7 +182,7 @@ def test_a_killed_process_leaves_no_empty_picture(tmp_path, monkeypatch, trace, 
         (["00003_0.windows.safetensors", "00004_0.revisions.png"], "", "00005_5.png"),
         (["00001_0.png"], '{"file": "00009_0.png", "prompt": "removed since"}\n', "00010_5.png"),
         ([], '{"file": "100041_2.png", "prompt": "\\"file\\": \\"900000_2.png\\""}\n', "100042_5.png"),
-        (["123_0.png", "picture_1.png", "00000.png", "prompts.txt"], "{}\n", "00000_5.png"),
+        (["123_0.png", "picture_1.png", "00000.png", "prompts.txt"], '{"file": "a.png"}\n', "00000_5.png"),
     ],
 )
 def test_numbers_continue(tmp_path, present, record, expected):
@@ -248,6 +248,41 @@ def test_a_line_that_was_cut_short_is_removed(tmp_path, capsys, tail, kept, note
     rows = lines(tmp_path)
     assert len(rows) == 2 + (kept and bool(tail)) and rows[-1]["seed"] == 4
     assert ("incomplete" in capsys.readouterr().err) == noted
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "a red circle\na blue star",
+        "a red circle\na blue star\n",
+        '{"prompt": "a", "file_name": "b"}\n{"prompt": "c"}\n',
+        '{"prompt": "a red ci',
+        '{"file": "00000_0.png", "prompt": "a"}\na red circle',
+        '["file"]\n',
+    ],
+)
+def test_a_file_of_the_same_name_stays_as_it_is(tmp_path, content):
+    """`generate --out d --prompts-file d/prompts.jsonl` with a text file of prompts:
+    its last line was removed, as if a killed process had left it, and records were
+    appended.
+    """
+    (tmp_path / "prompts.jsonl").write_text(content)
+    with pytest.raises(ValueError, match="prompts.jsonl"):
+        PictureFolder(tmp_path)
+    assert (tmp_path / "prompts.jsonl").read_text() == content
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
+
+
+@pytest.mark.parametrize("content", ["a question", '{"question": "a", "answer": "b"}\nwhat', "yes\nno\n"])
+def test_a_file_that_is_no_record_of_answers_or_scores_stays_as_it_is(tmp_path, content):
+    """The other records of JSON lines lost a last line in the same way."""
+    from eval.dpg_bench.answers import Cache
+
+    path = tmp_path / "answers.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="answers.jsonl"):
+        Cache(path)
+    assert path.read_text() == content
 
 
 @pytest.mark.parametrize("name", ["00000_0.revisions.png", "100000_12.revisions.png", "a.revisions.png"])

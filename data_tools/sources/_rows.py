@@ -4,10 +4,8 @@ classes.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,7 +19,7 @@ from data_tools.storage import FileStatus, read_file
 from mmtensorar.data.members import decode_caption
 from mmtensorar.data.pictures import SUFFIXES
 from mmtensorar.data.tars import compression
-from mmtensorar.files import check_characters, decode_text
+from mmtensorar.files import check_characters, decode_text, parse_json
 from mmtensorar.folders import LeftOut
 
 
@@ -56,31 +54,15 @@ def unnamed_item(path: Path, root: Path, source: str) -> Item:
 
 
 def parse_object(content: str | bytes, where: str, expected: str = "an object") -> dict[str, Any]:
-    """A JSON object. Raises ValueError, starting with `where`, for anything else, and for
-    a key that occurs twice, of which Python would take the last.
-    """
+    """A JSON object. Raises ValueError, starting with `where`, for anything else."""
     text = decode_text(content, where) if isinstance(content, bytes) else content
     try:
-        value = json.loads(text, object_pairs_hook=_unique_keys)
-    except _Repeated as error:
+        value = parse_json(text)
+    except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON ({error})") from error
     if not isinstance(value, dict):
         raise ValueError(f"{where}: holds {type(value).__name__}; expected {expected}")
     check_characters(value, where)
-    return value
-
-
-class _Repeated(ValueError):
-    """A key occurs twice in an object."""
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        counts = Counter(key for key, _ in pairs)
-        raise _Repeated(f"a key occurs twice: {quoted(key for key, count in counts.items() if count > 1)}")
     return value
 
 

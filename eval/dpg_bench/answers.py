@@ -36,7 +36,7 @@ class Cache:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_file():
             with path.open("r+b") as file:
-                files.end_last_line(file, path)
+                files.end_last_line(file, path, KEYS[0])
         if path.is_file() and path.stat().st_size:
             for where, row in files.read_json_lines(path):
                 if not all(isinstance(row.get(key), str) for key in KEYS):

@@ -79,7 +79,7 @@ def score(run: Path, step: int, arguments: list[str], *, average: bool) -> dict:
         "skills": {name: skill["accuracy"] for name, skill in summary["skills"].items()},
     }
     with (run / SCORES).open("a+b") as file:
-        files.end_last_line(file, run / SCORES)
+        files.end_last_line(file, run / SCORES, "step")
         file.write(json.dumps(row).encode() + b"\n")
     _add_to_curves(run, row)
     return row

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mmtensorar.files import new_path, read_json
+from mmtensorar.recipe import first_problem
 
 WEIGHTS = "model.safetensors"
 TORCH_WEIGHTS = "pytorch_model.bin"
@@ -164,9 +165,7 @@ def parse_config(architecture: type[Sizes], settings: Mapping[str, Any], folder:
             {key: value for key, value in settings.items() if key != "model_type"}
         )
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{folder / 'config.json'}: {where + ': ' if where else ''}{first['msg']}") from None
+        raise ValueError(f"{folder / 'config.json'}: {first_problem(error)}") from None
 
 
 def hub_config(kind: type, settings: dict[str, Any], folder: Path):

@@ -30,7 +30,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mmtensorar.data import tars
-from mmtensorar.files import atomic_path, decode, move, remove, sha256, write_text
+from mmtensorar.files import atomic_path, decode, move, parse_json, remove, sha256, write_text
+from mmtensorar.recipe import first_problem
 from mmtensorar.words import counted
 
 MANIFEST = "manifest.json"
@@ -300,20 +301,16 @@ class Manifest(_Record):
         """
         try:
             text = decode(content)
-            value = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: not JSON ({error})") from error
+            value = parse_json(text)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
         version = value.get("format") if isinstance(value, dict) else None
         if version != 1:
             raise ValueError(f"{where}: format {version!r}; this version reads format 1")
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(map(str, first["loc"]))
-            raise ValueError(
-                f"{where}: {key}: {first['msg']}" if key else f"{where}: {first['msg']}"
-            ) from error
+            raise ValueError(f"{where}: {first_problem(error)}") from None
 
     def write(self, folder: Path | str) -> None:
         """Write manifest.json into a folder, atomically."""

@@ -14,8 +14,8 @@ This room imports nothing else of the project. `python -m mmtensorar.recipe RECI
 is the command.
 """
 
-from mmtensorar.recipe.errors import Problem, Problems, RecipeError, problems_of
-from mmtensorar.recipe.files import read_recipe, read_settings
+from mmtensorar.recipe.errors import Problem, Problems, RecipeError, first_problem, problems_of
+from mmtensorar.recipe.files import given_twice, read_recipe, read_settings
 from mmtensorar.recipe.names import PACKAGES, known_names, known_schedules, named_section
 from mmtensorar.recipe.recipe import Recipe, fixed_on_resume
 from mmtensorar.recipe.schema import (
@@ -47,7 +47,9 @@ __all__ = [
     "TensorARSettings",
     "Train",
     "Zero",
+    "first_problem",
     "fixed_on_resume",
+    "given_twice",
     "known_names",
     "known_schedules",
     "may_change_on_resume",

@@ -14,19 +14,21 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 from mmtensorar.cli import Parser, command
-from mmtensorar.recipe import Recipe, RecipeError, Section, read_recipe, read_settings
+from mmtensorar.recipe import Recipe, RecipeError, Section, given_twice, read_recipe, read_settings
 
 # Other commands of the checkout that have recipes: module -> class of the recipe.
 OTHER_RECIPES = {"study.train_image_tokenizer": "ImageTokenizerRecipe"}
 
 
-def read_any_recipe(path: str, overrides: list[str]) -> Section:
+def read_any_recipe(path: Path, overrides: list[str]) -> Section:
     """A recipe of training or of another command, recognised by its keys.
 
-    Raises RecipeError.
+    Prints a note for a setting that is given twice. Raises RecipeError.
     """
+    print_notes(given_twice(overrides))
     keys = read_settings(path).keys()
     if not keys & Recipe.model_fields.keys():
         for module, name in OTHER_RECIPES.items():
@@ -43,12 +45,12 @@ def parser_for(prog: str, description: str, example: str) -> Parser:
         description=description,
         example=example,
     )
-    parser.add_argument("recipe", nargs="?", help="YAML file")
+    parser.add_argument("recipe", nargs="?", type=Path, help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.steps=100")
     return parser
 
 
-def print_plan(path: str, overrides: list[str]) -> None:
+def print_plan(path: Path, overrides: list[str]) -> None:
     """Print parameters, memory and FLOPs of a training recipe; loads no weights."""
     recipe = read_any_recipe(path, overrides)
     if not isinstance(recipe, Recipe):
@@ -65,7 +67,7 @@ def print_notes(notes: Iterable[str]) -> None:
         print(f"note: {note}", file=sys.stderr, flush=True)
 
 
-def print_checked(path: str, overrides: list[str]) -> None:
+def print_checked(path: Path, overrides: list[str]) -> None:
     """Print a recipe resolved, and on stderr what is not on this machine.
 
     Raises ValueError when training would refuse it.

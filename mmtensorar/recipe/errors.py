@@ -5,6 +5,7 @@ known key.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, get_args, get_origin
 
@@ -92,6 +93,26 @@ def problems_of(
             words = type_in_words(field.annotation, field.metadata)
             problems.append((path, f"expected {words}, got {value!r}{hint}"))
     return list(dict.fromkeys(problems))
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first problem in a pydantic error, in our words: `shards.0.name: missing`.
+
+    For files that programs write; `problems_of` reports a recipe's.
+    """
+    item = error.errors()[0]
+    key = ".".join(map(str, item["loc"]))
+    if item["type"] == "extra_forbidden":
+        text = "unknown key"
+    elif item["type"] == "missing":
+        text = "missing"
+    elif isinstance(raised := item.get("ctx", {}).get("error"), ValueError):
+        text = str(raised)
+    else:
+        found = repr(item["input"])
+        found = found if len(found) <= MAX_KEY else f"{found[:MAX_KEY]}..."
+        text = f"{re.sub('^Input should be', 'expected', item['msg'])}, got {found}"
+    return f"{key}: {text}" if key else text
 
 
 def _of_validator(error: ValueError, path: str) -> list[Problem]:

@@ -12,7 +12,7 @@ import copy
 import functools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -52,23 +52,38 @@ def read_recipe(model: type[AnySection], path: str | Path, overrides: Sequence[s
     overridden = tuple(override.partition("=")[0] for override in overrides)
     stated = []
     for key, text in invalid:
-        if _is_about(key, text, overridden):
+        source = _source_of(key, files)
+        if _is_about(key, text, overridden, stated=source is not None):
             given.append((key, text))
         else:
-            stated.append((key, text + _stated_in(key, files)))
+            stated.append((key, text + (f" (in {source})" if source not in (None, files[-1][0]) else "")))
     if given or stated or recipe is None:
         blocks = {"the command line": given, str(path): stated}
         raise RecipeError("\n".join(report(source, found) for source, found in blocks.items() if found))
     return recipe
 
 
-def _is_about(key: str, text: str, overridden: tuple[str, ...]) -> bool:
+def given_twice(overrides: Sequence[str]) -> Iterator[str]:
+    """A note for each `key=value` that a later one replaces."""
+    for number, override in enumerate(overrides):
+        key = override.partition("=")[0]
+        for other in overrides[number + 1 :]:
+            if override != other and f"{key}.".startswith(f"{other.partition('=')[0]}."):
+                yield f"{override} is replaced by {other}, which comes later"
+                break
+
+
+def _is_about(key: str, text: str, overridden: tuple[str, ...], *, stated: bool) -> bool:
     """Whether a problem comes from a setting of the command line.
 
     A rule's problem is about several settings; its text names those that are not its
     key.
+
+    stated: whether a file has the key. If none has `Train`, then Train.steps made it.
     """
     if f"{key}.".startswith(tuple(f"{name}." for name in overridden)):
+        return True
+    if not stated and any(name.startswith(f"{key}.") for name in overridden):
         return True
     if text.startswith("unknown key"):  # it names another key as a hint
         return False
@@ -135,7 +150,7 @@ def read_files(path: Path, extended_by: tuple[Path, ...] = ()) -> list[File]:
 
 def merge(files: list[File]) -> dict:
     """The settings of all files, each on top of those before it."""
-    # A copy, since overrides change it in place and _stated_in reads what the files
+    # A copy, since overrides change it in place and _source_of reads what the files
     # state.
     return copy.deepcopy(functools.reduce(_merged, (settings for _, settings in files)))
 
@@ -159,18 +174,16 @@ def _neighbour(path: Path) -> str:
     return near.replace("mean ", f"mean {path.parent}/", 1)
 
 
-def _stated_in(key: str, files: list[File]) -> str:
-    """' (in FILE)' for a setting from an extended file, '' for one in the recipe
-    itself.
-    """
+def _source_of(key: str, files: list[File]) -> Path | None:
+    """The file that a setting comes from; None when no file has it."""
     absent = object()
     for path, settings in reversed(files):
         value: object = settings
         for part in key.split("."):
             value = value.get(part, absent) if isinstance(value, dict) else absent
         if value is not absent:
-            return "" if path == files[-1][0] else f" (in {path})"
-    return ""
+            return path
+    return None
 
 
 def _apply_override(settings: dict, override: str) -> list[Problem]:

@@ -82,13 +82,16 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _a_boolean_is_not_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        # pydantic takes true for 1.
+    def _numbers_are_numbers_of_64_bits(cls, value: Any, info: ValidationInfo) -> Any:
         assert info.field_name is not None
         kind = cls.model_fields[info.field_name].annotation
         items = value if isinstance(value, (list, tuple)) else [value]
+        # pydantic takes true for 1.
         if bool not in (kind, *get_args(kind)) and any(isinstance(item, bool) for item in items):
             raise PydanticCustomError("boolean", "expected a number, got a boolean")
+        # pydantic takes any number of digits; torch and numpy do not.
+        if any(isinstance(item, int) and abs(item) >= 2**63 for item in items):
+            raise ValueError("expected a number less than 2^63")
         return value
 
     def dump(self) -> str:

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from mmtensorar.recipe import Problems, SamplerSettings, problems_of
+from mmtensorar.words import any_number, whole_number
 
 SAMPLING = tuple(SamplerSettings.model_fields)
 LOADING = ("device", "precision", "attn_implementation", "compile")
@@ -100,7 +101,7 @@ def given_settings(options: argparse.Namespace) -> dict[str, Any]:
 def at_least_1(text: str) -> int:
     """The type of an option that is a count."""
     try:
-        number = int(text)
+        number = whole_number(text)
     except ValueError:
         number = 0
     if number < 1:
@@ -112,12 +113,13 @@ def _option_type(name: str, field: FieldInfo) -> Callable[[str], Any]:
     """The type of a setting's option: a number, or a list with one per factor."""
     kinds = set(_parts(field.annotation))
     kind = next(kind for kind in (float, int, str) if kind in kinds)
+    read = {int: whole_number, float: any_number, str: str}[kind]
     named = [kind for kind in kinds if isinstance(kind, str)]  # of a Literal
 
     def parse(text: str) -> Any:
         if text in named:
             return text
-        values = [kind(part) for part in text.split(",")] if list in kinds else [kind(text)]
+        values = [read(part) for part in text.split(",")] if list in kinds else [read(text)]
         value = values if len(values) > 1 else values[0]
         try:
             _validated({name: value})

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mmtensorar import ranks
+from mmtensorar.words import sentence_of
 
 # Limit of one collective operation: DeepSpeed's environment variable and its default.
 TIMEOUT = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", "10")))
@@ -101,7 +102,7 @@ def on_all_ranks(work: Callable[[], Result], device: torch.device) -> Result:
     try:
         result = work()
     except (ValueError, OSError) as error:
-        failure = str(error)
+        failure = sentence_of(error)
     failed = torch.tensor([float(failure is not None)], device=device)
     torch.distributed.all_reduce(failed)
     if failed.item():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -219,16 +219,18 @@ def gathered_model(engine: Any) -> Iterator[Any]:
     during training.
 
     Under ZeRO-3 this gathers everything, so it needs memory for the complete model.
-    Every rank must enter and leave.
+    Every rank must enter and leave. In between, ranks do not wait for each other.
     """
-    parameters = list(engine.module.parameters())
+    # With DeepSpeed's hooks, its trace of a step would also hold the thousands of calls
+    # of sampling, and each call would search the rest of the trace: minutes a grid.
+    if engine.zero_optimization_partition_weights():
+        gathered: Any = deepspeed.zero.unwrap_model_for_generation(engine)
+    else:
+        gathered = nullcontext()
     engine.module.eval()
     try:
-        with deepspeed.zero.GatheredParameters(
-            parameters, enabled=engine.zero_optimization_partition_weights()
-        ):
-            with torch.no_grad():
-                yield engine.module
+        with gathered, torch.no_grad():
+            yield engine.module
     finally:
         engine.module.train()
 
@@ -283,8 +285,9 @@ def monitor(names: Sequence[str], run_dir: Path, start_step: int) -> Callable[[l
     for path in list(folder.glob("*.csv")):
         with path.open("rb") as file:
             header, *lines = [line.text for line in iterate_lines(file)] or [""]
-        if not header.startswith("step,"):  # torn when the run was killed
-            path.unlink()
+        if not header.startswith("step,"):
+            if "step,".startswith(header):  # torn when the run was killed; else somebody else's
+                path.unlink()
             continue
         numbered = [(line.partition(",")[0], line) for line in lines]
         kept = [line for number, line in numbered if number.isdigit() and int(number) <= start_step]

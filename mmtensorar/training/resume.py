@@ -63,6 +63,18 @@ def find_progress(recipe: Recipe, *, resume: bool) -> int | None:
     return step
 
 
+def input_settings(recipe: Recipe) -> dict[str, str]:
+    """The setting of each input whose fingerprint a run state records, and its
+    folders.
+    """
+    start = "train.init_from" if recipe.train.init_from else "backbone.path"
+    shards = recipe.data.shards
+    return {
+        "start": f"{start}: {recipe.train.init_from or recipe.backbone.path}",
+        "shards": f"data.shards: {shards if isinstance(shards, str) else ', '.join(shards)}",
+    }
+
+
 def is_finished(folder: Path) -> bool:
     """Whether a run folder holds the model of a finished run."""
     return (folder / "model" / model_folder.INDEX).is_file()

@@ -24,6 +24,7 @@ from mmtensorar.processes import SAVER_THREAD
 from mmtensorar.training import engine_private
 from mmtensorar.training.distributed import on_all_ranks
 from mmtensorar.training.ema import Average
+from mmtensorar.words import sentence_of
 
 PATIENCE_S = 900  # seconds that rank 0 waits for the next file of another rank
 
@@ -148,7 +149,8 @@ class Saver:
         def report() -> None:
             failure, self.failure = self.failure, None
             if failure is not None:
-                raise ValueError(f"{self.folder}: a run state could not be written ({failure})") from failure
+                reason = sentence_of(failure)
+                raise ValueError(f"{self.folder}: a run state could not be written ({reason})") from failure
 
         on_all_ranks(report, device)
 
@@ -271,17 +273,28 @@ def latest_state(folder: Path) -> dict:
     return sharded_state.latest(folder) if has_any else {}
 
 
-def check_recorded(folder: Path, expected: Mapping[str, object]) -> dict:
+INPUTS = {"start": "the weights that it started from", "shards": "its training data"}
+
+
+def check_recorded(
+    folder: Path, expected: Mapping[str, object], settings: Mapping[str, str] | None = None
+) -> dict:
     """What was recorded with the last run state.
+
+    Args:
+        folder: checkpoints/ of a run folder.
+        expected: fingerprints of the inputs, see Saver.
+        settings: the setting of each input, and its folder, for the message.
 
     Raises ValueError when it was saved with other inputs.
     """
     recorded = sharded_state.latest(folder)
     for key, value in expected.items():
         if recorded.get(key) != value:
+            named = f" ({settings[key]})" if settings and key in settings else ""
             raise ValueError(
-                f"cannot resume {folder.parent}: saved with {key} {recorded.get(key)}, this run has {value}; "
-                f"{how_to_start_from(folder.parent)}"
+                f"cannot resume {folder.parent}: {INPUTS.get(key, key)}{named} changed since step "
+                f"{recorded.get('step')}: put back the earlier files; {how_to_start_from(folder.parent)}"
             )
     return recorded
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from PIL import Image
 
-from mmtensorar import ranks
 from mmtensorar.captions.limits import excesses
 from mmtensorar.image_tokenizers import to_images
 from mmtensorar.model.conditions import CaptionEncoder
@@ -44,18 +43,13 @@ def sample(
     """Sample one image per prompt; return them as one grid, and the revised shares.
 
     The shares are those of `trace.revised_per_offset`. The noise is the same at every
-    call. Every rank must call it and samples the same images: under ZeRO-3 each layer's
-    weights are gathered from all ranks, so rank 0 alone would wait forever.
+    call. Every rank must call it, since ZeRO-3 gathers the weights from all ranks; all
+    sample the same images.
     """
     condition = caption_encoder(list(recipe.train.sample_prompts)).to(engine.device)
     generator = torch.Generator(engine.device).manual_seed(recipe.run.seed)
-    sampler = recipe.sampler
-    if recipe.zero.stage == 3 and ranks.world_size() > 1:
-        # With lookahead the number of passes depends on rounding.
-        # A rank that ran one more would wait forever.
-        sampler = sampler.model_copy(update={"lookahead": 1})
     with gathered_model(engine) as model:
-        decoded = decode(model, condition, sampler, generator=generator, keep_trace=True)
+        decoded = decode(model, condition, recipe.sampler, generator=generator, keep_trace=True)
     assert decoded.trace is not None
     with torch.no_grad():
         pixels = image_tokenizer.decode(decoded.codes.cpu()).float().cpu()

@@ -82,6 +82,14 @@ def test_what_can_be_checked_without_weights_is_checked(tmp_path, monkeypatch, c
     assert sentence in err and bool(out) == ("error" not in err)
 
 
+@pytest.mark.parametrize("main", [__main__.main, __main__.plan], ids=["recipe", "plan"])
+def test_a_setting_given_twice_is_noted(path, monkeypatch, capsys, main):
+    monkeypatch.setattr(plan, "report", lambda recipe: f"steps: {recipe.train.steps}")
+    assert main([str(path), "train.steps=3", "train.steps=9"]) == 0
+    out, err = capsys.readouterr()
+    assert "note: train.steps=3 is replaced by train.steps=9" in err and "steps: 9" in out
+
+
 @pytest.mark.parametrize("arguments", [["FILE", "tensorar.windw=3"], ["nowhere.yaml"], ["."]])
 def test_main_reports_mistakes_in_a_sentence(path, capsys, arguments):
     """Exit code 2 and no traceback: the input is wrong, not the program."""

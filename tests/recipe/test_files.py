@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mmtensorar.recipe import Recipe, RecipeError
+from mmtensorar.recipe import Recipe, RecipeError, given_twice
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -79,8 +79,24 @@ def test_command_line_values_are_yaml(path):
     assert recipe.run.name == "1e9"
 
 
-def test_the_last_override_wins(path):
-    assert Recipe.load(path, ["train.steps=5", "train.steps=7"]).train.steps == 7
+@pytest.mark.parametrize(
+    "overrides, replaced",
+    [
+        (["train.steps=5", "train.steps=7"], ["train.steps=5"]),
+        (["train.steps=5", "optim.lr=1", "train.steps=7", "optim.lr=2"], ["train.steps=5", "optim.lr=1"]),
+        (["train.save_every=5", "train={steps: 7}"], ["train.save_every=5"]),
+        (["train={steps: 5}", "train.steps=7"], []),
+        (["train.steps=7", "train.steps=7"], []),
+        (["train.steps=7", "train.step=7"], []),
+    ],
+)
+def test_the_last_override_wins_and_the_others_are_named(path, overrides, replaced):
+    """Of `train.steps=5 ... train.steps=7` in a long command, one was ignored in
+    silence.
+    """
+    if "train.step=7" not in overrides:
+        assert Recipe.load(path, overrides).train.steps == 7
+    assert [note.split(" is replaced by ")[0] for note in given_twice(overrides)] == replaced
 
 
 @pytest.mark.parametrize(
@@ -108,6 +124,10 @@ def test_an_override_that_cannot_be_applied_is_one_problem(path, override, key):
         (["tensorar.window=3"], {"the command line": ["tensorar.offset_weights"]}),
         (["train.epochs=1"], {"the command line": ["train.steps"]}),
         (["backbone.pth=x"], {"the command line": ["backbone.pth"]}),
+        # A section, or settings in a setting, that only the command line has.
+        (["Train.steps=3"], {"the command line": ["Train"]}),
+        (["sampler.top_k.first=3"], {"the command line": ["sampler.top_k"]}),
+        (["zeero.stage.x=3", "lr=1"], {"the command line": ["zeero", "lr"]}),
     ],
 )
 def test_a_mistake_of_the_command_line_is_not_blamed_on_the_file(path, overrides, blocks):

@@ -74,6 +74,11 @@ def test_problems_in_named_sections_are_reported_with_the_others(path):
         ("sampler.top_k=[true]", "sampler.top_k", "got [True]"),
         ("sampler.cfg_scale=[2, -1]", "sampler.cfg_scale", "or a list of numbers >= 0, not empty"),
         ("sampler.top_p=[]", "sampler.top_p", "got []"),
+        # Training ended with `Overflow when unpacking long long`.
+        ("run.seed=99999999999999999999999", "run.seed", "expected a number less than 2^63"),
+        ("train.steps=9223372036854775808", "train.steps", "expected a number less than 2^63"),
+        ("sampler.top_k=[5, 0xffffffffffffffffffff]", "sampler.top_k", "expected a number less than 2^63"),
+        ("backbone.max_prompt_tokens=1" + "0" * 50, "backbone.max_prompt_tokens", "less than 2^63"),
         ("run.name=a/b", "run.name", "expected text like ^[A-Za-z0-9]"),
         ("tensorar=3", "tensorar", "expected settings (key: value), got 3"),
         ("data.shards={a: 0}", "data.shards", "the weight of a is 0"),

@@ -85,6 +85,7 @@ def test_what_two_programs_read_differently_is_refused(text, instead):
         "!!bool yes",
         "!!python/object:os.system x",
         "9" * 5000,
+        "0x" + "f" * 4000,  # of more than 4,300 digits in base 10
         "[" * 1500,
         "{a: 1, a: 2}",
         "@a",

@@ -8,6 +8,7 @@ import math
 import sys
 import traceback
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ import torch
 from mmtensorar.backbones import janus
 from mmtensorar.image_tokenizers import janus_vq
 from mmtensorar.model.conditions import Condition
-from mmtensorar.recipe import Recipe
+from mmtensorar.recipe import Recipe, SamplerSettings
+from mmtensorar.sampling.decode import decode
 from tests.helpers.fakes import write_tiny_janus
 from tests.helpers.runs import finish_ranks, fork_ranks
 
@@ -40,16 +42,37 @@ def settings(folder, stage, parts, precision, optimizer, offload, **train):
     }
 
 
+CONDITION = Condition(torch.full((1, 3), 5), torch.ones(1, 3, dtype=torch.bool))
+
+
 def step(engine) -> float:
     """One update on one sample: on a CPU without bfloat16 instructions every sample
     takes long.
     """
     codes = torch.arange(16).view(1, 16, 1)
-    condition = Condition(torch.full((1, 3), 5), torch.ones(1, 3, dtype=torch.bool))
-    loss = engine(codes, condition, torch.zeros(1, dtype=torch.bool), torch.Generator().manual_seed(0)).loss
+    loss = engine(codes, CONDITION, torch.zeros(1, dtype=torch.bool), torch.Generator().manual_seed(0)).loss
     engine.backward(loss)
     engine.step()
     return loss.item()
+
+
+def sample(engine) -> None:
+    """Sample one picture, as a sample grid does.
+
+    Under ZeRO-3, DeepSpeed's trace of a step also held all calls of sampling, and each
+    call searched the rest of it: the second grid of the tiny recipe took minutes. So
+    DeepSpeed must not see them.
+    """
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    from mmtensorar.training.engine import gathered_model
+
+    with patch.object(PartitionedParameterCoordinator, "fetch_sub_module") as fetch:
+        with gathered_model(engine) as model:
+            settings = SamplerSettings(cfg_scale=2.0)
+            decode(model, CONDITION, settings, generator=torch.Generator().manual_seed(0))
+    assert not fetch.called
+    assert engine.module.training
 
 
 def go_through(folder: Path, stage: int, parts: str) -> None:
@@ -80,6 +103,8 @@ def go_through(folder: Path, stage: int, parts: str) -> None:
         losses = [step(engine)]
         saver = run_state.Saver(engine, place, {}, keep_last=1, keep_best=False, background=False)
         saver.save(1, {}, None, cpu)
+        if precision == "fp32":
+            sample(engine)  # the resumed run below does not, and computes the same
         losses.append(step(engine))
         # One update in bfloat16 may raise the loss of a few tokens by its rounding.
         assert all(map(math.isfinite, losses)) and losses[1] < losses[0] + 0.01, (asked, losses)

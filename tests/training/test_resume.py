@@ -50,9 +50,27 @@ def test_a_model_without_checkpoints_names_init_from(recipe):
         resume.find_progress(recipe, resume=True)
 
 
-@pytest.mark.parametrize("key", ["start", "shards"])
-def test_other_inputs_name_init_from(recipe, monkeypatch, key):
-    monkeypatch.setattr(run_state.sharded_state, "latest", lambda folder: {"start": "a", "shards": "b"})
+@pytest.mark.parametrize(
+    "key, update, named",
+    [
+        ("start", {}, "backbone.path: models/janus"),
+        ("start", {"train": {"init_from": "runs/first/model"}}, "train.init_from: runs/first/model"),
+        ("shards", {}, "data.shards: data/train"),
+        ("shards", {"data": {"shards": {"data/a": 1.0, "data/b": 2.0}}}, "data.shards: data/a, data/b"),
+    ],
+)
+def test_other_inputs_are_named_with_their_folders(recipe, monkeypatch, key, update, named):
+    """After shards were made again, `saved with shards 3f0a..., this run has 91bc...`
+    named two hashes and no folder.
+    """
+    changed = {
+        section: getattr(recipe, section).model_copy(update=settings) for section, settings in update.items()
+    }
+    monkeypatch.setattr(
+        run_state.sharded_state, "latest", lambda folder: {"step": 2, "start": "a", "shards": "b"}
+    )
     expected = {"start": "a", "shards": "b"} | {key: "c"}
-    with pytest.raises(ValueError, match=f"saved with {key} .*train.init_from="):
-        run_state.check_recorded(recipe.run_dir / "checkpoints", expected)
+    settings = resume.input_settings(recipe.model_copy(update=changed))
+    with pytest.raises(ValueError, match="train.init_from=") as caught:
+        run_state.check_recorded(recipe.run_dir / "checkpoints", expected, settings)
+    assert f"({named}) changed since step 2" in str(caught.value)

@@ -61,9 +61,12 @@ def test_resumed_run_equals_uninterrupted_run(bench, whole_run):
     moments and learning rate.
     """
     name = cut(bench, "whole")
+    notes = bench / "runs" / name / "csv" / "notes.csv"
+    notes.write_text("mine")
     done = run(bench, f"run.name={name}", "--resume", "train.monitors=[csv]")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "after step 2" in done.stdout
+    assert notes.read_text() == "mine", "once deleted, as a file of ours that was cut short"
     loss = (bench / "runs" / name / "csv" / "loss.csv").read_text().splitlines()
     assert loss == ["step,loss", *(f"{row['step']},{row['loss']}" for row in whole_run)], (
         "each step once, under one header"
@@ -101,7 +104,8 @@ def test_a_run_does_not_resume_on_other_shards(bench, whole_run):
     state = bench / "runs" / name / "checkpoints" / "step_000002" / "state.json"
     state.write_text(json.dumps(json.loads(state.read_text()) | {"shards": "0123"}))
     done = run(bench, f"run.name={name}", "--resume")
-    assert done.returncode == 2 and "saved with shards 0123" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"(data.shards: {bench / 'shards'}) changed since step 2" in done.stderr
 
 
 def test_a_run_does_not_resume_on_other_starting_weights(bench, whole_run):
@@ -118,7 +122,8 @@ def test_a_run_does_not_resume_on_other_starting_weights(bench, whole_run):
     content[-1] ^= 1
     weights.write_bytes(content)
     done = run(bench, f"run.name={name}", f"backbone.path={janus}", "--resume")
-    assert done.returncode == 2 and "saved with start " in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"(backbone.path: {janus}) changed since step 2" in done.stderr
 
 
 def test_a_damaged_run_state_is_reported_in_one_sentence(bench, whole_run):
@@ -194,7 +199,9 @@ def test_finished_run_is_not_overwritten(bench, whole_run):
 
 @pytest.fixture(scope="module")
 def two_ranks(bench):
-    sampling = ["train.sample_every=4", "train.sample_prompts=[a red circle]"]
+    # With lookahead the number of passes depends on rounding, so no rank may wait for
+    # another one while it samples.
+    sampling = ["train.sample_every=1", "train.sample_prompts=[a red circle]", "sampler.lookahead=4"]
     saving = ["train.save_every=1", "train.keep_last=4", "train.save_in_background=true"]
     done = run(bench, "run.name=two", "zero.stage=3", *ALIKE, *sampling, *saving, EMA, ranks=2)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
@@ -286,7 +293,7 @@ def test_a_run_resumes_on_other_numbers_of_ranks_and_other_stages(bench, two_ran
 
 def test_resumed_zero_3_on_two_ranks_equals_uninterrupted_run(bench, two_ranks):
     """Every rank restores its own share of the weights and moments, and its own
-    position in the data.
+    position in the data. It does not sample, which changes nothing.
     """
     name = cut(bench, "two")
     done = run(bench, f"run.name={name}", "zero.stage=3", *ALIKE, EMA, "--resume", ranks=2)
