@@ -205,7 +205,7 @@ def train(bench: Bench, folder: Path, window: int, attention: str) -> str:
     return f"{spent:.0f} ms, {rate:,.0f} tokens/s, MFU {mfu:.0%}, {bench.peak()}"
 
 
-def sample(bench: Bench, folder: Path, window: int, attention: str) -> str:
+def sample(bench: Bench, folder: Path, window: int, attention: str, *, compiled: bool = False) -> str:
     model = (
         tensorar.build(bench.backbone(attention), bench.recipe(folder, window, attention).tensorar)
         .to(bench.device)
@@ -215,9 +215,8 @@ def sample(bench: Bench, folder: Path, window: int, attention: str) -> str:
         parameter.data = parameter.data.bfloat16()
     _, condition, _ = bench.inputs(bench.batch)
     bench.reset()
-    spent = bench.milliseconds(
-        lambda: decode(model, condition, SamplerSettings(cfg_scale=5.0, lookahead=1)), 1
-    )
+    settings = SamplerSettings(cfg_scale=5.0, lookahead=1)
+    spent = bench.milliseconds(lambda: decode(model, condition, settings, compile_passes=compiled), 1)
     per_pass = spent / model.backbone.num_tokens
     return f"{spent / 1000:.1f} s for {bench.batch} guided images, {per_pass:.1f} ms a pass, {bench.peak()}"
 
@@ -234,6 +233,9 @@ def all_parts(bench: Bench, folder: Path, attentions: list[str]) -> list[tuple[s
             for window in (1, 4):
                 name = f"{title}, K={window}, {attention}"
                 parts.append((name, partial(work, bench, folder, window, attention)))
+    for window in (1, 4):
+        name = f"decoding, K={window}, sdpa, compiled"
+        parts.append((name, partial(sample, bench, folder, window, "sdpa", compiled=True)))
     return parts
 
 
