@@ -60,7 +60,7 @@ from mmtensorar.training.engine import (
     start,
 )
 from mmtensorar.training.plan import SampleFlops
-from mmtensorar.training.resume import find_progress, input_settings, nothing_to_do
+from mmtensorar.training.resume import check_inputs, find_progress, nothing_to_do
 from mmtensorar.training.run import (
     TrainingRun,
     check_fit,
@@ -71,7 +71,7 @@ from mmtensorar.training.run import (
     open_log,
     print_changes,
     print_model,
-    settings_without_effect,
+    print_without_effect,
     with_steps,
 )
 from mmtensorar.training.run_log import CUT
@@ -128,25 +128,22 @@ def prepare(recipe: Recipe, stack: ExitStack, *, resume: bool, local_rank: int) 
     # The machine and the run folder.
     on_all_ranks(lambda: check_machine(recipe, device), device)
     micro_batch_size(recipe, world_size)
-    for note in settings_without_effect(recipe):
-        print_on_first(note)
+    print_without_effect(recipe)
     progress = find_progress(recipe, resume=resume or recipe.train.resume == "auto")
     barrier()  # no rank writes to the run folder before all have looked at it
     lock_run_folder(recipe, stack, device)
     fingerprints = {"start": model_folder.start_fingerprint(recipe)}
-    if progress is not None:
-        run_state.check_recorded(folder / "checkpoints", fingerprints, input_settings(recipe))
-        if nothing_to_do(recipe, progress):
-            print_on_first(f"{folder} is already at step {progress} of {recipe.train.steps}: nothing to do")
-            return None
+    check_inputs(recipe, progress, fingerprints)
+    if progress is not None and nothing_to_do(recipe, progress):
+        print_on_first(f"{folder} is already at step {progress} of {recipe.train.steps}: nothing to do")
+        return None
 
     # Image tokenizer, shards, model.
     image_tokenizer = image_tokenizers.load(recipe.image_tokenizer)
     caption_encoder = backbones.caption_encoder(recipe.backbone)
     sample_grid.check(recipe, len(image_tokenizer.factor_sizes), caption_encoder)
     fingerprints["shards"] = checks.preflight(recipe, image_tokenizer, caption_encoder, world_size=world_size)
-    if progress is not None:
-        run_state.check_recorded(folder / "checkpoints", fingerprints, input_settings(recipe))
+    check_inputs(recipe, progress, fingerprints)
     engine = start(recipe, world_size, device)
     check_fit(recipe, image_tokenizer, engine.module)
     print_model(recipe, engine.module)

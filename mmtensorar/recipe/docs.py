@@ -21,7 +21,8 @@ HEADER = """\
 <!-- Made by `python -m mmtensorar.recipe --docs > docs/recipe.md`; edit mmtensorar/recipe/schema.py. -->
 
 One YAML file, a *recipe*, holds every setting of a run. On the command line, `key=value` overrides one
-of them: `train.steps=100`, `'sampler.cfg_scale=[1.9, 2]'`. If one is given twice, the last one counts.
+of them: `train.steps=100`, `'sampler.cfg_scale=[1.9, 2]'`. Of two for one setting the last one wins,
+and a note names the other.
 
 ```
 mmtensorar recipe recipes/janus_pro_7b.yaml   # check a recipe and print it resolved

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from mmtensorar.checkpoints import model_folder
@@ -63,16 +64,23 @@ def find_progress(recipe: Recipe, *, resume: bool) -> int | None:
     return step
 
 
-def input_settings(recipe: Recipe) -> dict[str, str]:
-    """The setting of each input whose fingerprint a run state records, and its
-    folders.
+def check_inputs(recipe: Recipe, progress: int | None, fingerprints: Mapping[str, str]) -> None:
+    """Raise ValueError, naming setting and folders, when the run that resumes was saved
+    with other weights or shards.
+
+    Args:
+        progress: of `find_progress`; None: nothing is checked.
+        fingerprints: see `run_state.Saver`; those that are known so far.
     """
+    if progress is None:
+        return
     start = "train.init_from" if recipe.train.init_from else "backbone.path"
     shards = recipe.data.shards
-    return {
+    settings = {
         "start": f"{start}: {recipe.train.init_from or recipe.backbone.path}",
         "shards": f"data.shards: {shards if isinstance(shards, str) else ', '.join(shards)}",
     }
+    run_state.check_recorded(recipe.run_dir / "checkpoints", fingerprints, settings)
 
 
 def is_finished(folder: Path) -> bool:

@@ -118,20 +118,18 @@ def num_steps(recipe: Recipe) -> int:
     return recipe.train.steps
 
 
-def settings_without_effect(recipe: Recipe) -> list[str]:
-    """A note for each setting without effect, or with an unusual one."""
-    notes = []
+def print_without_effect(recipe: Recipe) -> None:
+    """Print a note for each setting without effect, or with an unusual one."""
     if recipe.optim.warmup_steps >= num_steps(recipe):
-        notes.append(
+        print_on_first(
             f"note: optim.warmup_steps is {recipe.optim.warmup_steps}, train.steps is {recipe.train.steps}: "
             "the learning rate never reaches optim.lr"
         )
     if bool(recipe.train.sample_every) != bool(recipe.train.sample_prompts):
-        notes.append(
+        print_on_first(
             "note: train.sample_every and train.sample_prompts have an effect only together: there will be "
             "no sample images"
         )
-    return notes
 
 
 def lock_run_folder(recipe: Recipe, stack: ExitStack, device: torch.device) -> None:

@@ -330,7 +330,7 @@ def test_a_broken_config_is_named(tmp_path):
     settings = json.loads((tmp_path / "config.json").read_text())
     for change, problem in (
         ({"num_tokens": 8}, "num_tokens 8"),
-        ({"dimm": 3}, "dimm: Extra inputs"),
+        ({"dimm": 3}, "dimm: unknown key"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(settings | change))
         with pytest.raises(ValueError, match=rf"config\.json: .*{problem}"):

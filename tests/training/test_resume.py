@@ -70,7 +70,6 @@ def test_other_inputs_are_named_with_their_folders(recipe, monkeypatch, key, upd
         run_state.sharded_state, "latest", lambda folder: {"step": 2, "start": "a", "shards": "b"}
     )
     expected = {"start": "a", "shards": "b"} | {key: "c"}
-    settings = resume.input_settings(recipe.model_copy(update=changed))
     with pytest.raises(ValueError, match="train.init_from=") as caught:
-        run_state.check_recorded(recipe.run_dir / "checkpoints", expected, settings)
+        resume.check_inputs(recipe.model_copy(update=changed), 2, expected)
     assert f"({named}) changed since step 2" in str(caught.value)
