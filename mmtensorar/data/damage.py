@@ -118,9 +118,9 @@ def _webp_chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:
 TABLES, STRIPS, TILES = 347, (273, 279), (324, 325)  # tags: of JPEG, and (places, numbers of bytes)
 
 
-def check_tiff(image: Image.Image, content: bytes) -> None:
-    """Raises ValueError when a strip or tile of a TIFF is a damaged JPEG, or has a
-    wrong checksum of deflate, which libtiff does not check.
+def check_tiff(image: Image.Image, content: bytes, max_pixels: int) -> None:
+    """Raises ValueError when a strip or tile of a TIFF is a damaged JPEG, or one of more
+    than max_pixels, or has a wrong checksum of deflate, which libtiff does not check.
 
     image: of its first page.
     """
@@ -130,18 +130,21 @@ def check_tiff(image: Image.Image, content: bytes) -> None:
     for place, size in zip(tags.get(places, ()), tags.get(sizes, ()), strict=False):
         part = content[place : place + size]
         if compression == "jpeg":
-            _check_jpeg_part(part, tags.get(TABLES, b""))
+            _check_jpeg_part(part, tags.get(TABLES, b""), max_pixels)
         elif compression in ("tiff_adobe_deflate", "tiff_deflate"):
             _check_deflated(part)
 
 
-def _check_jpeg_part(part: bytes, tables: bytes) -> None:
+def _check_jpeg_part(part: bytes, tables: bytes, max_pixels: int) -> None:
     # Each part begins with a start marker, and the tables also end with an end marker.
     content = tables[:-2] + part[2:] if tables else part
     try:
         picture = JpegImageFile(io.BytesIO(content))
     except (SyntaxError, OSError):  # a kind that only libtiff opens
         return
+    # Its own header may tell another size than the TIFF's, which was checked before.
+    if picture.width * picture.height > max_pixels:
+        raise ValueError(f"a part of {picture.width}x{picture.height} pixels, more than {max_pixels}")
     jpegs.load(picture, content)
 
 

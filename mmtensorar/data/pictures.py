@@ -123,7 +123,7 @@ def _load(image: ImageFile.ImageFile, content: bytes) -> None:
     if image.format == "WEBP":
         damage.check_webp(content)
     if image.format == "TIFF":
-        damage.check_tiff(image, content)
+        damage.check_tiff(image, content, MAX_PIXELS)
 
 
 def _scale_transparent_grey(image: ImageFile.ImageFile) -> None:

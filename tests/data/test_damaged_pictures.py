@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, features
 
-from mmtensorar.data import jpegs
+from mmtensorar.data import damage, jpegs
 from mmtensorar.data.pictures import decode_picture
 from tests.helpers import pictures
 from tests.helpers.pictures import encoded, photograph
@@ -289,3 +289,22 @@ def test_good_pngs_webps_and_tiffs_are_not_refused():
         assert np.array_equal(
             np.asarray(decode_picture(content + b"rest of an older picture", "")), np.asarray(image)
         )
+
+
+@pytest.mark.parametrize("side", [60_000, 20_000, 64])
+def test_a_jpeg_in_a_tiff_that_is_larger_than_the_tiff_is_refused(side):
+    """Its own header tells the size, and a small file could take gigabytes."""
+    content = bytearray(encoded(photograph(32), "TIFF", compression="jpeg"))
+    start = content.index(b"\xff\xc0") + 5  # of the height and width in the frame's header
+    content[start : start + 4] = side.to_bytes(2, "big") * 2
+    with pytest.raises(ValueError, match="not a readable image|damaged|pixels"):
+        decode_picture(bytes(content), "a.tif")
+
+
+def test_each_part_of_a_tiff_has_a_limit_of_pixels():
+    """Also where libtiff would not look at the part's size."""
+    content = encoded(photograph(32), "TIFF", compression="jpeg")
+    with Image.open(io.BytesIO(content)) as image:
+        damage.check_tiff(image, content, max_pixels=32 * 80)
+        with pytest.raises(ValueError, match="a part of 32x80 pixels, more than 2559"):
+            damage.check_tiff(image, content, max_pixels=2559)
