@@ -297,7 +297,7 @@ def test_a_jpeg_in_a_tiff_that_is_larger_than_the_tiff_is_refused(side):
     content = bytearray(encoded(photograph(32), "TIFF", compression="jpeg"))
     start = content.index(b"\xff\xc0") + 5  # of the height and width in the frame's header
     content[start : start + 4] = side.to_bytes(2, "big") * 2
-    with pytest.raises(ValueError, match="not a readable image|damaged|pixels"):
+    with pytest.raises(ValueError, match="a.tif: unreadable image|pixels"):
         decode_picture(bytes(content), "a.tif")
 
 
