@@ -101,6 +101,8 @@ def _file_items(path: Path, name: str, layout: Layout) -> Iterator[Item]:
                         picture = partial(_picture, path, stamp, group, row, layout.image, root)
                         item = _bytes_item(key, picture, fields, layout, where)
                         yield item._replace(group=f"{name} {group}", stamp=stamp)
+    except UnicodeDecodeError:  # of rows it is a problem of their own
+        raise ValueError(f"{path}: damaged (the name of a column is not UTF-8)") from None
     except (arrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a complete Parquet file ({error})") from error
 

@@ -846,6 +846,21 @@ def test_no_flipped_bit_of_a_parquet_footer_loses_a_row(tmp_path):
     assert 50 < refused < 8 * footer / 13
 
 
+@pytest.mark.parametrize("name", ["image", "caption", "note"])
+def test_a_column_of_a_parquet_file_whose_name_is_not_utf8(tmp_path, name):
+    """The message was `expected UTF-8`, without the file."""
+    import pyarrow.parquet
+
+    from data_tools.sources import Layout
+
+    path = tmp_path / "rows.parquet"
+    table = pyarrow.table({"image": [b"x"], "caption": ["a"], "note": ["b"]})
+    pyarrow.parquet.write_table(table, path, store_schema=False)
+    path.write_bytes(path.read_bytes().replace(name.encode(), b"\xe9" + name[1:].encode()))
+    with pytest.raises(ValueError, match=r"rows\.parquet: damaged \(the name of a column is not UTF-8"):
+        list(parquet.SOURCE.read(str(path), Layout(image="image", captions=("caption",))).items)
+
+
 def test_a_row_that_no_shard_can_hold_is_left_out(tmp_path, files, capsys):
     rows = [
         {"image": "red.png", "caption": "a red picture", "note": "x" * 1_100_000},
