@@ -65,6 +65,6 @@ def _options(device: torch.device) -> dict[str, Any]:
 
     On a CPU its graph is made and run as it is. This saves nothing, but shows that the
     pass is one graph. Code that torch 2.15 generates for int32 on a CPU writes past the
-    end of tensors whose size is no multiple of 32.
+    end of tensors: tried with 33 numbers in a row, right with 32 and 1,024.
     """
     return {"mode": "reduce-overhead"} if device.type == "cuda" else {"backend": "aot_eager"}
